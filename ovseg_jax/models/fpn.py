@@ -1,0 +1,69 @@
+"""Feature pyramid, its fusion to the finest level, and the convolutional heads behind it."""
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def resize(x: Float[Array, "b h w c"], size: tuple[int, int], method: str = "bilinear") -> Array:
+    """Resizes to `size` = (height, width) with half-pixel centres; returns x itself where nothing changes."""
+    if x.shape[1:3] == tuple(size):
+        return x
+    return jax.image.resize(x, (x.shape[0], *size, x.shape[3]), method).astype(x.dtype)
+
+
+class FusedPyramid(nn.Module):
+    """FPN over c2..c5, all levels upsampled to c2's resolution and summed (papers/004, 4.1; MuST).
+
+    Attributes:
+      width: channels of every level (640 in the paper).
+      output_conv: FPN's 3x3 convolution behind each merged level.
+    """
+
+    width: int
+    output_conv: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: Mapping[str, Float[Array, "b _h _w _c"]]) -> Float[Array, "b h w d"]:
+        """Fuses a backbone's maps, keyed "c2".."c5" (coarser ones may be absent)."""
+        levels = sorted(features)
+        size = features[levels[0]].shape[1:3]
+        top, fused = None, 0.0
+        for name in reversed(levels):
+            x = nn.Conv(self.width, (1, 1), dtype=self.dtype, name=f"lateral_{name}")(features[name])
+            top = x if top is None else x + resize(top, x.shape[1:3], "nearest")
+            out = top
+            if self.output_conv:
+                out = nn.Conv(self.width, (3, 3), dtype=self.dtype, name=f"output_{name}")(top)
+            fused = fused + resize(out, size)
+        return fused
+
+
+class ConvHead(nn.Module):
+    """An fc layer, then 3x3 convolutions (papers/004, 4.1: one fc, three of width 640), for F_s and F_z each.
+
+    The paper names neither normalisation nor activation; here GroupNorm and ReLU stand between the layers, and
+    the last layer is linear.
+    """
+
+    width: int
+    convs: int = 3
+    features: int | None = None
+    """Channels of the last layer where they differ from `width` (a text space of another size)."""
+    groups: int = 8
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+        """Maps fused features to F_s or F_z."""
+        x = nn.Dense(self.width, dtype=self.dtype, name="fc")(x)
+        for i in range(self.convs):
+            x = nn.relu(nn.GroupNorm(self.groups, dtype=self.dtype, name=f"norm_{i}")(x))
+            last = i == self.convs - 1
+            width = (self.features or self.width) if last else self.width
+            x = nn.Conv(width, (3, 3), dtype=self.dtype, name=f"conv_{i}")(x)
+        return x

@@ -1,0 +1,51 @@
+"""Mask decoders: from image features to queries, one per proposal."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class RegionDecoder(nn.Module):
+    """OpenSeg's region-image cross-attention (papers/004, fig. 6 and appendix C).
+
+    T blocks, each a cross-attention from the queries to the position-augmented image features and an MLP, both
+    pre-norm and residual. There is no self-attention among queries: the paper found that it does not help.
+
+    Attributes:
+      num_queries: N (128 in the paper).
+      layers: T (3 in the paper).
+      heads: attention heads (the paper does not say; 1 keeps attention and mask the same dot product).
+    """
+
+    num_queries: int
+    layers: int = 3
+    heads: int = 1
+    mlp_ratio: int = 2
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "b p d"]) -> Float[Array, "b n d"]:
+        """Queries after T blocks, from image features at P pixels."""
+        b, _, d = features.shape
+        keys = nn.LayerNorm(dtype=self.dtype, name="image_norm")(features)
+        init = self.param("queries", nn.initializers.normal(0.5), (self.num_queries, d))
+        q = jnp.broadcast_to(init.astype(self.dtype), (b, self.num_queries, d))
+        for t in range(self.layers):
+            x = nn.LayerNorm(dtype=self.dtype, name=f"query_norm_{t}")(q)
+            q = q + self._attend(t, x, keys)
+            x = nn.LayerNorm(dtype=self.dtype, name=f"mlp_norm_{t}")(q)
+            x = nn.relu(nn.Dense(self.mlp_ratio * d, dtype=self.dtype, name=f"mlp_in_{t}")(x))
+            q = q + nn.Dense(d, dtype=self.dtype, name=f"mlp_out_{t}")(x)
+        return nn.Dense(d, dtype=self.dtype, name="mask_query")(
+            nn.LayerNorm(dtype=self.dtype, name="out_norm")(q)
+        )
+
+    def _attend(self, t: int, queries: Array, keys: Array) -> Array:
+        d = queries.shape[-1]
+        shape = (self.heads, d // self.heads)
+        q = nn.DenseGeneral(shape, dtype=self.dtype, name=f"query_{t}")(queries)
+        k = nn.DenseGeneral(shape, dtype=self.dtype, name=f"key_{t}")(keys)
+        v = nn.DenseGeneral(shape, dtype=self.dtype, name=f"value_{t}")(keys)
+        out = jax.nn.dot_product_attention(q, k, v)
+        return nn.DenseGeneral(d, axis=(-2, -1), dtype=self.dtype, name=f"out_{t}")(out)

@@ -1,0 +1,103 @@
+"""The image side of OpenSeg: backbone, fused pyramid, F_s and F_z, proposals and their embeddings."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from ovseg_jax.models.fpn import ConvHead, FusedPyramid, resize
+from ovseg_jax.models.mask_decoder import RegionDecoder
+
+
+@flax.struct.dataclass
+class OpenSegFeatures:
+    """What the network computes, every intermediate that somebody may want.
+
+    Attributes:
+      mask_logits: [B N h w], None without a mask decoder.
+      region_sum: [B N D], F_z summed under each mask, None without a mask decoder.
+      pixel_embed: [B h w D], F_z.
+    """
+
+    mask_logits: Float[Array, "b n h w"] | None
+    region_sum: Float[Array, "b n d"] | None
+    pixel_embed: Float[Array, "b h w d"]
+
+
+def normalise(
+    image: UInt8[Array, "b s t 3"],
+    image_size: Int[Array, "b 2"],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: jnp.dtype = jnp.float32,
+) -> Float[Array, "b s t 3"]:
+    """`(x/255 - mean) / std`, and zero outside each image's own (height, width)."""
+    x = (image.astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
+    rows = jnp.arange(image.shape[1])[None, :] < image_size[:, :1]
+    cols = jnp.arange(image.shape[2])[None, :] < image_size[:, 1:]
+    inside = rows[:, :, None, None] & cols[:, None, :, None]
+    return jnp.where(inside, x, 0).astype(dtype)
+
+
+class OpenSegNet(nn.Module):
+    """OpenSeg's network (papers/004, 3.1, 3.2, 4.1).
+
+    Attributes:
+      backbone: a module that maps [B S S 3] to {"c2": ..., "c5": ...}.
+      width: channels of pyramid and heads (640).
+      embed_dim: D of the text space; F_z's last layer has this many channels.
+      num_queries: N proposals (128); 0 leaves out the mask side (a per-pixel network, LSeg+ of 4.3).
+      decoder_layers: T (3).
+      head_convs: 3x3 convolutions of each head (3).
+      position_grid: side of the learnable position embedding, resized to the feature map.
+      mask_scale: factor on the mask logits (the paper has none: 1); larger ones sharpen masks sooner.
+      detach_masks: stop the grounding loss's gradient to the masks (the paper does not; helps short runs).
+    """
+
+    backbone: nn.Module
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    width: int = 640
+    embed_dim: int = 640
+    num_queries: int = 128
+    decoder_layers: int = 3
+    decoder_heads: int = 1
+    head_convs: int = 3
+    pyramid_output_conv: bool = True
+    position_grid: int = 16
+    mask_scale: float = 1.0
+    mask_bias: float = 0.0
+    detach_masks: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, image: UInt8[Array, "b s t 3"], image_size: Int[Array, "b 2"], train: bool = False
+    ) -> OpenSegFeatures:
+        """Encodes images that fill `image_size` (height, width) of their canvas."""
+        x = normalise(image, image_size, self.mean, self.std, self.dtype)
+        features = self.backbone(x, train=train)
+        fused = FusedPyramid(self.width, self.pyramid_output_conv, self.dtype, name="pyramid")(features)
+        head = lambda name, out: ConvHead(self.width, self.head_convs, out, dtype=self.dtype, name=name)(fused)
+        f_z = head("head_z", self.embed_dim).astype(jnp.float32)
+        if not self.num_queries:
+            return OpenSegFeatures(None, None, f_z)
+
+        f_s = head("head_s", self.width)
+        grid = (self.position_grid, self.position_grid, self.width)
+        position = self.param("position", nn.initializers.normal(0.1), grid)
+        f_s = f_s + resize(position[None].astype(f_s.dtype), f_s.shape[1:3])
+        b, h, w, d = f_s.shape
+        flat = f_s.reshape(b, h * w, d)
+        queries = RegionDecoder(
+            self.num_queries, self.decoder_layers, self.decoder_heads, dtype=self.dtype, name="decoder"
+        )(flat)
+        bias = self.param("mask_bias", nn.initializers.constant(self.mask_bias), ())
+        logits = jnp.einsum("bnd,bpd->bnp", queries, flat, preferred_element_type=jnp.float32)
+        logits = logits * (self.mask_scale / d**0.5) + bias
+        masks = jax.nn.sigmoid(logits)
+        if self.detach_masks:
+            masks = jax.lax.stop_gradient(masks)
+        region_sum = jnp.einsum("bnp,bpd->bnd", masks, f_z.reshape(b, h * w, -1))
+        return OpenSegFeatures(logits.reshape(b, -1, h, w), region_sum, f_z)
