@@ -1,9 +1,8 @@
 """What a method is: four pure functions. The step, the loop, the evaluators and the segmenter know only this."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import flax.struct
 import jax
 from jaxtyping import Array, Float, Int, UInt8
 
@@ -11,8 +10,7 @@ Variables = Mapping[str, Any]
 Batch = Mapping[str, Array]
 
 
-@flax.struct.dataclass
-class Prediction:
+class Prediction(NamedTuple):
     """What a method sees in a batch of images, before any words are asked for.
 
     Attributes:
@@ -33,6 +31,7 @@ class Aux(NamedTuple):
     mutated: dict[str, Any]
 
 
+@runtime_checkable
 class Method(Protocol):
     """A model, its loss, its prediction and its text side."""
 

@@ -1,22 +1,22 @@
 """The image side of OpenSeg: backbone, fused pyramid, F_s and F_z, proposals and their embeddings."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from ovseg_jax.models.fpn import ConvHead, FusedPyramid, resize
 from ovseg_jax.models.mask_decoder import RegionDecoder
 
 
-@flax.struct.dataclass
-class OpenSegFeatures:
+class OpenSegFeatures(NamedTuple):
     """What the network computes, every intermediate that somebody may want.
 
     Attributes:
       mask_logits: [B N h w], None without a mask decoder.
-      region_sum: [B N D], F_z summed under each mask, None without a mask decoder.
+      region_sum: [B N D], F_z summed under each mask within the image, None without a mask decoder.
       pixel_embed: [B h w D], F_z.
     """
 
@@ -34,10 +34,16 @@ def normalise(
 ) -> Float[Array, "b s t 3"]:
     """`(x/255 - mean) / std`, and zero outside each image's own (height, width)."""
     x = (image.astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
-    rows = jnp.arange(image.shape[1])[None, :] < image_size[:, :1]
-    cols = jnp.arange(image.shape[2])[None, :] < image_size[:, 1:]
-    inside = rows[:, :, None, None] & cols[:, None, :, None]
-    return jnp.where(inside, x, 0).astype(dtype)
+    return jnp.where(inside(image_size, image.shape[1:3])[..., None], x, 0).astype(dtype)
+
+
+def inside(
+    image_size: Int[Array, "b 2"], shape: tuple[int, int], stride: tuple[float, float] = (1, 1)
+) -> Bool[Array, "b h w"]:
+    """Which cells of a grid, each `stride` pixels of the canvas, begin within each image's (height, width)."""
+    rows = jnp.arange(shape[0])[None, :] * stride[0] < image_size[:, :1]
+    cols = jnp.arange(shape[1])[None, :] * stride[1] < image_size[:, 1:]
+    return rows[:, :, None] & cols[:, None, :]
 
 
 class OpenSegNet(nn.Module):
@@ -90,13 +96,15 @@ class OpenSegNet(nn.Module):
         f_s = f_s + resize(position[None].astype(f_s.dtype), f_s.shape[1:3])
         b, h, w, d = f_s.shape
         flat = f_s.reshape(b, h * w, d)
+        stride = (image.shape[1] / h, image.shape[2] / w)
+        seen = inside(image_size, (h, w), stride).reshape(b, h * w)
         queries = RegionDecoder(
             self.num_queries, self.decoder_layers, self.decoder_heads, dtype=self.dtype, name="decoder"
-        )(flat)
+        )(flat, seen)
         bias = self.param("mask_bias", nn.initializers.constant(self.mask_bias), ())
         logits = jnp.einsum("bnd,bpd->bnp", queries, flat, preferred_element_type=jnp.float32)
         logits = logits * (self.mask_scale / d**0.5) + bias
-        masks = jax.nn.sigmoid(logits)
+        masks = jax.nn.sigmoid(logits) * seen[:, None, :]
         if self.detach_masks:
             masks = jax.lax.stop_gradient(masks)
         region_sum = jnp.einsum("bnp,bpd->bnd", masks, f_z.reshape(b, h * w, -1))

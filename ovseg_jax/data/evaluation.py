@@ -1,0 +1,76 @@
+"""From an example to a row of an evaluation batch: the image fitted, the labels at their own size."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from ovseg_jax.data.sources import Source, extent_of
+from ovseg_jax.data.transforms import class_map
+from ovseg_jax.errors import UserError
+from ovseg_jax.images import fit_canvas
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalTransform:
+    """Turns a position in the source into a row; -1 makes a row of padding.
+
+    The image is scaled to fit the canvas, its aspect kept; labels and segments keep their own size, in the
+    top left of a canvas of `label_size`, since labels are never resized (FACTS: evaluation traps).
+    """
+
+    source: Source
+    image_size: int
+    label_size: tuple[int, int]
+    max_segments: int
+
+    @classmethod
+    def from_config(cls, data: Any, source: Source) -> "EvalTransform":
+        """Reads `image_size`, `label_size` and `max_segments` of `config.data`."""
+        label_size, segments = data.get("label_size"), data.get("max_segments")
+        if not label_size or not segments:
+            extent = extent_of(source)
+            label_size = label_size or extent[:2]
+            segments = segments or extent.segments
+        height, width = (label_size, label_size) if isinstance(label_size, int) else label_size
+        return cls(source, int(data["image_size"]), (int(height), int(width)), int(segments))
+
+    def __call__(self, index: int) -> dict[str, np.ndarray]:
+        """Reads example `index` of the source.
+
+        Raises:
+          UserError: the example needs more than `label_size` or `max_segments`.
+        """
+        row: dict[str, Any] = {
+            "image": np.zeros((self.image_size, self.image_size, 3), np.uint8),
+            "image_size": np.zeros(2, np.int32),
+            "label": np.full(self.label_size, -1, np.int32),
+            "segments": np.zeros(self.label_size, np.int32),
+            "label_size": np.zeros(2, np.int32),
+            "segment_valid": np.zeros(self.max_segments, bool),
+            "index": np.int32(index),
+            "example_mask": np.bool_(index >= 0),
+        }
+        if index < 0:
+            return row
+        example = self.source[index]
+        segments, count = example["segments"], len(example["class_ids"])
+        height, width = segments.shape
+        where = f"{self.source.name} example {example['image_id']!r}"
+        if height > self.label_size[0] or width > self.label_size[1]:
+            raise UserError(
+                f"{where} is {height} x {width} (height x width), larger than data.label_size="
+                f"{self.label_size}: raise it, or leave it out to fit the largest"
+            )
+        if count > self.max_segments:
+            raise UserError(
+                f"{where} has {count} segments, more than data.max_segments={self.max_segments}: raise it"
+            )
+        row["image"], fitted = fit_canvas(example["image"], self.image_size)
+        row["image_size"][:] = fitted
+        row["label"][:height, :width] = class_map(segments, example["class_ids"])
+        row["segments"][:height, :width] = segments
+        row["label_size"][:] = height, width
+        present = np.bincount(segments.ravel(), minlength=count + 1)[1 : count + 1] > 0
+        row["segment_valid"][:count] = present & ~example["iscrowd"]
+        return row

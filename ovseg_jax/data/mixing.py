@@ -1,0 +1,39 @@
+"""The order in which a mixture draws from its parts."""
+
+import fractions
+import math
+import sys
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+
+class MixingOrder(grain.transforms.DatasetSelectionMap):
+    """Draws from several endless parts by weight, each block of draws in an order of its own.
+
+    A block holds each part in exact proportion. Its order is shuffled, because a fixed turn would hand all
+    examples of one part to one process: process p of n takes every n-th example.
+    """
+
+    def __init__(self, weights: Sequence[float], seed: int, block: int = 32):
+        """Proportions are exact where a block of 1000 allows it, and rounded to 1/1000 elsewhere."""
+        shares = [fractions.Fraction(w / sum(weights)).limit_denominator(1000) for w in weights]
+        shortest = math.lcm(*(share.denominator for share in shares))
+        if shortest <= 1000 and all(shares):
+            counts = [int(share * shortest) for share in shares]
+        else:
+            counts = [max(1, round(1000 * share)) for share in shares]
+        times = max(1, block // sum(counts))
+        self._counts = [times * count for count in counts]
+        self._turns = np.repeat(np.arange(len(weights)), self._counts)
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        number, place = divmod(index, len(self._turns))
+        turns = np.random.default_rng([self._seed, number, 2]).permutation(self._turns)
+        part = int(turns[place])
+        return part, number * self._counts[part] + int((turns[:place] == part).sum())

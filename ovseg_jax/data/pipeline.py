@@ -1,0 +1,225 @@
+"""The grain pipelines: an endless, resumable stream of training batches, and padded batches for evaluation.
+
+    source -> shuffle each epoch anew -> repeat -> (mix) -> row of a batch -> this process's share -> batch
+
+What stands in a batch depends on (seed, batch number) alone: not on the number of processes, workers or
+threads.
+"""
+
+import atexit
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from ovseg_jax.data.evaluation import EvalTransform
+from ovseg_jax.data.mixing import MixingOrder
+from ovseg_jax.data.sources import Mixture, Source, make_source
+from ovseg_jax.data.training import TrainTransform
+from ovseg_jax.errors import UserError
+from ovseg_jax.vocab.words import WordList, build_words, keep_of
+
+__all__ = ["eval_batches", "make_source", "train_iterator", "words_for"]
+
+
+def train_iterator(
+    config: Any,
+    words: WordList,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    source: Source | None = None,
+) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+    """This process's part of an endless stream of training batches.
+
+    Args:
+      config: `seed`, `steps`, `batch_size` (over all processes) and `data`, see `TrainTransform`; of `data`
+        also `train` (see `make_source`), `workers` (processes that decode and augment; 0 = threads of this
+        one), `threads` (0 = none: batches are made when they are asked for) and `prefetch` (batches kept
+        ready, by each worker).
+      words: what `word_ids` index.
+      process_index: of this process.
+      process_count: number of processes, which share each batch evenly.
+      source: where one was made of `config.data.train` already.
+
+    Returns:
+      A grain iterator of batches of `batch_size / process_count` rows; its `get_state()` and `set_state()`
+      resume exactly.
+
+    Raises:
+      UserError: the config or the data is wrong; while iterating, a file is.
+    """
+    data, batch_size = config["data"], int(config["batch_size"])
+    if batch_size % process_count:
+        raise UserError(f"batch_size={batch_size} does not divide by {process_count} processes")
+    source = make_source(data["train"]) if source is None else source
+    if not len(source):
+        raise UserError(f"the training source {source.name!r} holds no example")
+    rows = _places(source, int(config["seed"])).map_with_index(
+        _Rows(source, TrainTransform.from_config(config, words))
+    )
+    batches = rows[process_index::process_count].batch(batch_size // process_count)
+    iterator = iter(_in_background(batches, data))
+    # An iterator with workers that is still open when Python tears itself down complains at length.
+    atexit.register(_close, weakref.ref(iterator))
+    return iterator
+
+
+def words_for(config: Any, source: Source) -> WordList:
+    """The vocabulary of a source's captions: words that pass `data.caption_filter`, in `data.min_count` or
+    more.
+
+    `data.words` names a file written by `WordList.save` to use instead; `data.extra_words` are listed in any
+    case; `data.count_captions` bounds the number of captions that are counted.
+
+    Raises:
+      UserError: no caption holds such a word.
+    """
+    data = config["data"]
+    if data.get("words"):
+        return WordList.load(data["words"])
+    words = build_words(
+        source.captions(),
+        keep_of(data.get("caption_filter", "noun+adj")),
+        int(data.get("min_count", 1)),
+        data.get("extra_words") or (),
+        tagger=data.get("tagger", "pattern"),
+        limit=data.get("count_captions"),
+    )
+    if len(words) == 1:
+        raise UserError(
+            f"the source {source.name!r} has no caption with a word that passes data.caption_filter and "
+            "data.min_count: training needs captions, for COCO annotations/captions_<split>.json"
+        )
+    return words
+
+
+def eval_batches(
+    source: Source,
+    config: Any,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    limit: int | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """One pass over this process's share of a source, in batches of equal shapes.
+
+    Every process gets the same number of batches; rows beyond the last example have `example_mask` False.
+    Batch i of all processes together holds the examples from i * batch_size * process_count on, in order.
+
+    Args:
+      source: what to read.
+      config: of `data`: `image_size`; `label_size` (height, width of the label canvas) and `max_segments`, by
+        default what the source's largest example needs; `threads`.
+      batch_size: rows of each process's batch.
+      process_index: of this process.
+      process_count: number of processes.
+      limit: look at the first so many examples only.
+
+    Raises:
+      UserError: a file is wrong, or a label is larger than `data.label_size`.
+    """
+    data = config["data"]
+    count = len(source) if limit is None else min(int(limit), len(source))
+    per_step = batch_size * process_count
+    numbers = np.arange(math.ceil(count / per_step) * per_step)
+    numbers = np.where(numbers < count, numbers, -1).reshape(-1, process_count, batch_size)[:, process_index]
+    rows = grain.MapDataset.source(numbers.ravel().tolist()).map(EvalTransform.from_config(data, source))
+    return iter(_in_background(rows.batch(batch_size), {**_background(data), "workers": 0}))
+
+
+def _places(source: Source, seed: int) -> grain.MapDataset:
+    """Positions in the source for ever, each epoch in another order; a mixture draws by its weights."""
+    if not isinstance(source, Mixture):
+        return grain.MapDataset.range(len(source)).shuffle(seed % 2**32).repeat()
+    starts = np.cumsum([0, *map(len, source.sources)])
+    parts = [
+        grain.MapDataset.range(int(start), int(end)).shuffle((seed + 1000 * k) % 2**32).repeat()
+        for k, (start, end) in enumerate(itertools.pairwise(starts), 1)
+    ]
+    return grain.MapDataset.select_from_datasets(parts, MixingOrder(source.weights, seed))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Reads and transforms in one step, because grain measures whatever passes between two steps."""
+
+    source: Source
+    transform: TrainTransform
+
+    def __call__(self, index: int, place: int) -> dict[str, np.ndarray]:
+        return self.transform(index, self.source[int(place)])
+
+
+def _background(data: Any) -> dict[str, int]:
+    return {
+        key: int(data.get(key, default)) for key, default in (("workers", 0), ("threads", 2), ("prefetch", 4))
+    }
+
+
+def _in_background(batches: grain.MapDataset, data: Any) -> grain.IterDataset:
+    """Makes batches ahead of their use, in threads or in worker processes."""
+    options = _background(data)
+    threads = options["threads"]
+    reading = grain.ReadOptions(
+        num_threads=threads, prefetch_buffer_size=options["prefetch"] if threads else 0
+    )
+    stream = batches.to_iter_dataset(reading)
+    if not options["workers"]:
+        return stream
+    _let_grain_read_its_flags()
+    workers = grain.MultiprocessingOptions(
+        num_workers=options["workers"], per_worker_buffer_size=options["prefetch"]
+    )
+    return stream.mp_prefetch(workers, worker_init_fn=_start_worker)
+
+
+def _close(iterator: weakref.ref) -> None:
+    if (open_iterator := iterator()) is not None:
+        open_iterator.close()
+
+
+def _let_grain_read_its_flags() -> None:
+    """Where nobody parses flags, as in a notebook, grain's workers fail on grain's; the defaults will do."""
+    if not flags.FLAGS.is_parsed():
+        for name in flags.FLAGS:
+            if name.startswith("grain_"):
+                flags.FLAGS[name].present = 1
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Runs first in each worker process, which must neither touch an accelerator nor outlive its parent."""
+    del index, count
+    # grain imports JAX; should anything ask it for a device, it must not be the one that the parent trains
+    # on.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # A terminal or scheduler signals the whole group. The parent then still needs batches to finish its step
+    # and save, and closes its workers itself; the delay is for the case that it does not.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: _exit_after(60.0))
+    threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _exit_after(seconds: float) -> None:
+    timer = threading.Timer(seconds, functools.partial(os._exit, 0))
+    timer.daemon = True
+    timer.start()
+
+
+def _exit_with(parent: int) -> None:
+    """A killed parent cannot close its workers, and a worker waits for room in its queue for ever."""
+    while os.getppid() == parent:
+        threading.Event().wait(2.0)
+    os._exit(1)

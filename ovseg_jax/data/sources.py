@@ -1,0 +1,199 @@
+"""Sources: random access to examples. A config names one, or several that are mixed.
+
+A source has `len()`, `source[i]` (an example, see DESIGN in the README), `name`, `classes` and `captions()`;
+the folder of a new data set is one class of that form and one entry in `SOURCES`.
+"""
+
+import importlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.vocab.classes import ClassList, union
+
+SOURCES = {
+    "scenes": "ovseg_jax.data.scenes:Scenes",
+    "coco": "ovseg_jax.data.coco:Coco",
+    "folder": "ovseg_jax.data.folder:Folder",
+}
+"""Where each kind of source lives; it is imported when it is asked for."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to the examples of a data set.
+
+    An example is a dict of `image` u8 [H W 3]; `segments` i32 [H W] (0 = void, else 1-based into the rest);
+    `class_ids` i32 [n] (-1 = unlabelled); `isthing`, `iscrowd` bool [n]; `boxes` f32 [n 4] (x0, y0, x1, y1 in
+    pixels, exclusive ends); `captions` list of str, maybe empty; `image_id` str.
+
+    A source may also have `extent() -> Extent`, what the largest of its examples needs.
+    """
+
+    name: str
+    classes: ClassList
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    def captions(self) -> Iterator[str]:
+        """All captions, without decoding an image."""
+
+
+class Extent(NamedTuple):
+    """The largest height, width (pixels) and number of segments of a source's examples."""
+
+    height: int
+    width: int
+    segments: int
+
+
+def make_source(cfg: Any) -> Source:
+    """Makes what a config asks for.
+
+    Args:
+      cfg: a mapping with `name` (a key of `SOURCES`), the arguments of that source, and optionally `cache`
+        (keep decoded examples in memory) and `weight` (its share in a mixture); or a list of such, which is a
+        mixture.
+
+    Raises:
+      UserError: an unknown name or argument, or data that cannot be read.
+    """
+    if isinstance(cfg, Mapping) or hasattr(cfg, "items"):
+        return _make_one(dict(cfg.items()))
+    parts = [dict(part.items()) for part in cfg]
+    if not parts:
+        raise UserError(
+            "data.train names no source: give at least one, such as {name: 'scenes', split: 'train'}"
+        )
+    if len(parts) == 1:
+        return _make_one(parts[0])
+    return Mixture([_make_one(part) for part in parts], [float(part.get("weight", 1.0)) for part in parts])
+
+
+def _make_one(cfg: dict[str, Any]) -> Source:
+    cfg = {key: value for key, value in cfg.items() if key != "weight"}
+    name, cache = cfg.pop("name", None), cfg.pop("cache", False)
+    if name not in SOURCES:
+        raise UserError(f"the data source {name!r} is not one of {', '.join(SOURCES)}")
+    module, _, attribute = SOURCES[name].partition(":")
+    kind = getattr(importlib.import_module(module), attribute)
+    known = inspect.signature(kind).parameters
+    if unknown := sorted(set(cfg) - set(known)):
+        raise UserError(f"the data source {name!r} has no argument {unknown[0]!r}; it has {', '.join(known)}")
+    if missing := [k for k, p in known.items() if p.default is p.empty and k not in cfg]:
+        raise UserError(f"the data source {name!r} needs {missing[0]}=")
+    source = kind(**cfg)
+    return Cached(source) if cache else source
+
+
+class Mixture:
+    """Several sources as one: their examples one after another, their classes joined by first name.
+
+    Training draws from the parts by `weights`, whatever their sizes (OpenSeg, 4.1: equal probability).
+
+    Attributes:
+      sources: the parts, whose examples have the mixture's class ids.
+      weights: the share of each part in training, in any unit.
+    """
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float] | None = None):
+        weights = [1.0] * len(sources) if weights is None else list(weights)
+        if len(weights) != len(sources) or any(not w > 0 for w in weights):
+            raise UserError(
+                f"a mixture needs a weight above 0 for each of its {len(sources)} sources, not {weights}"
+            )
+        self.classes = union([source.classes for source in sources])
+        self.sources = [_Relabelled(source, self.classes) for source in sources]
+        self.weights = weights
+        self.name = "+".join(source.name for source in sources)
+        self._ends = np.cumsum([len(source) for source in sources])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: example {index} of {len(self)}")
+        k = int(np.searchsorted(self._ends, index, side="right"))
+        return self.sources[k][index - (int(self._ends[k - 1]) if k else 0)]
+
+    def captions(self) -> Iterator[str]:
+        """The captions of one part after another."""
+        for source in self.sources:
+            yield from source.captions()
+
+    def extent(self) -> Extent:
+        """The largest over the parts."""
+        return Extent(*(max(sizes) for sizes in zip(*(extent_of(s) for s in self.sources), strict=True)))
+
+
+class _Wrapped:
+    """A source that stands before another and answers for it."""
+
+    def __init__(self, source: Source):
+        self.source = source
+        self.name, self.classes = source.name, source.classes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def captions(self) -> Iterator[str]:
+        """The captions of the source behind."""
+        return self.source.captions()
+
+    def extent(self) -> Extent:
+        """The extent of the source behind."""
+        return extent_of(self.source)
+
+
+class _Relabelled(_Wrapped):
+    """A part of a mixture, with the mixture's class ids."""
+
+    def __init__(self, source: Source, classes: ClassList):
+        super().__init__(source)
+        index = classes.index
+        # The last entry answers for -1, unlabelled.
+        self._ids = np.array([*(index[names[0]] for names in source.classes.names), -1], np.int32)
+        self.classes = classes
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self.source[index]
+        return {**example, "class_ids": self._ids[example["class_ids"]]}
+
+
+class Cached(_Wrapped):
+    """Keeps each example in memory once it was made: for sources that draw or decode slowly and fit into
+    memory.
+
+    Worker processes have a cache each, so memory grows with their number.
+    """
+
+    def __init__(self, source: Source):
+        super().__init__(source)
+        self._examples: dict[int, dict[str, Any]] = {}
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self._examples.get(index)
+        if example is None:
+            # Two threads may both make it; both make the same.
+            example = self._examples[index] = self.source[index]
+        return example
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_examples": {}}  # a worker process starts empty rather than be sent a copy
+
+
+def extent_of(source: Source) -> Extent:
+    """What the largest example of a source needs; asks the source, or else looks at all its examples."""
+    if hasattr(source, "extent"):
+        return source.extent()
+    sizes = [(1, 1, 1)]
+    for index in range(len(source)):
+        example = source[index]
+        sizes.append((*example["segments"].shape, len(example["class_ids"])))
+    return Extent(*(max(column) for column in zip(*sizes, strict=True)))

@@ -1,0 +1,210 @@
+"""Transforms of one example: image, segments and boxes move together; plain NumPy and Pillow, no state.
+
+Every function takes and returns plain values and leaves its arguments as they are (examples may come from a
+cache). Those that draw take a `numpy.random.Generator`, so that the caller decides what the draw depends on.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image
+
+Example = Mapping[str, Any]
+
+
+def flip(example: Example) -> dict[str, Any]:
+    """Mirrors image, segments and boxes left to right. Words such as "left" are the caller's to drop."""
+    width = example["segments"].shape[1]
+    boxes = example["boxes"]
+    return {
+        **example,
+        "image": example["image"][:, ::-1],
+        "segments": example["segments"][:, ::-1],
+        "boxes": np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], -1),
+    }
+
+
+def scale_jitter(
+    example: Example, size: int, jitter: tuple[float, float], rng: np.random.Generator
+) -> dict[str, Any]:
+    """Scales by a random factor, then crops or pads to a square (OpenSeg, 4.1; Simple Copy-Paste's small
+    jitter).
+
+    The image is scaled to fit into a square of side `f * size`, f uniform in `jitter`, its aspect kept. What
+    is longer than `size` is cropped at a random place; what is shorter is padded at the bottom and right.
+
+    Args:
+      example: with `image`, `segments`, `boxes`.
+      size: side S of the square in pixels.
+      jitter: lowest and highest f.
+      rng: draws f and the place of the crop.
+
+    Returns:
+      The example with `image` u8 [S S 3] (padding 0), `segments` i32 [S S] (padding 0 = void), `boxes`
+      clipped to the crop (an empty one has x0 = x1), and `image_size` = (height, width) of the part that is
+      not padding.
+    """
+    height, width = example["segments"].shape
+    factor, at_y, at_x = rng.random(3)
+    scale = (jitter[0] + factor * (jitter[1] - jitter[0])) * min(size / height, size / width)
+    scaled = max(1, round(height * scale)), max(1, round(width * scale))
+    top = int(at_y * (max(scaled[0] - size, 0) + 1))
+    left = int(at_x * (max(scaled[1] - size, 0) + 1))
+    kept = min(scaled[0], size), min(scaled[1], size)
+    image = np.zeros((size, size, 3), np.uint8)
+    image[: kept[0], : kept[1]] = _resize_part(example["image"], scaled, top, left, kept)
+    segments = np.zeros((size, size), np.int32)
+    rows = _nearest(height, scaled[0])[top : top + kept[0]]
+    columns = _nearest(width, scaled[1])[left : left + kept[1]]
+    # Two gathers of whole rows and columns are several times as fast as one by pairs of indices.
+    segments[: kept[0], : kept[1]] = example["segments"].take(rows, 0).take(columns, 1)
+    ratio = np.array([scaled[1] / width, scaled[0] / height] * 2, np.float32)
+    boxes = example["boxes"] * ratio - np.array([left, top] * 2, np.float32)
+    limit = np.array([kept[1], kept[0]] * 2, np.float32)
+    return {
+        **example,
+        "image": image,
+        "segments": segments,
+        "boxes": np.clip(boxes, 0, limit).astype(np.float32),
+        "image_size": np.array(kept, np.int32),
+    }
+
+
+def scramble_channels(
+    image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator, grey: float = 0.8
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Permutes the colour channels and mixes them with their mean by a share uniform in [0, grey].
+
+    No colour word survives it, textures and outlines do. Meant for drawn images; see `rotate_hue` for
+    photographs.
+    """
+    share = rng.random() * grey
+    mix = (1 - share) * np.eye(3)[rng.permutation(3)] + share / 3
+    return mix_channels(image, mix)
+
+
+def rotate_hue(
+    image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator, degrees: float = 180.0, grey: float = 0.5
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Turns the hue by an angle uniform in [-degrees, degrees] and takes up to a share `grey` of the
+    saturation.
+
+    The turn is linear in RGB and keeps luminance (the matrix of CSS's `hue-rotate`), so shading stays
+    natural.
+    """
+    angle = np.deg2rad(rng.uniform(-degrees, degrees))
+    luma = np.tile([0.213, 0.715, 0.072], (3, 1))
+    sine = np.array([[-0.213, -0.715, 0.928], [0.143, 0.140, -0.283], [-0.787, 0.715, 0.072]])
+    turn = luma + np.cos(angle) * (np.eye(3) - luma) + np.sin(angle) * sine
+    share = rng.random() * grey
+    return mix_channels(image, share * luma + (1 - share) * turn)
+
+
+def mix_channels(
+    image: UInt8[np.ndarray, "h w 3"], matrix: Float[np.ndarray, "3 3"]
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Each output channel is a row of `matrix` times the input channels, rounded and clipped to 0..255."""
+    coefficients = np.concatenate([matrix, np.zeros((3, 1))], 1)
+    return np.asarray(Image.fromarray(image).convert("RGB", tuple(coefficients.ravel().tolist())))
+
+
+def blur(
+    image: UInt8[np.ndarray, "h w 3"], image_size: Int[np.ndarray, "2"], factor: float
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Takes away detail finer than `factor` pixels: scales the valid part down by `factor` and up again."""
+    height, width = (int(n) for n in image_size)
+    part = Image.fromarray(image[:height, :width])
+    small = part.resize(
+        (max(1, round(width / factor)), max(1, round(height / factor))), Image.Resampling.BILINEAR
+    )
+    blurred = image.copy()
+    blurred[:height, :width] = np.asarray(small.resize((width, height), Image.Resampling.BILINEAR))
+    return blurred
+
+
+def chosen_segments(
+    segments: Int[np.ndarray, "h w"], iscrowd: Bool[np.ndarray, "n"], max_masks: int
+) -> Int[np.ndarray, "m"]:
+    """The ids (1-based) of at most `max_masks` visible segments that are no crowds, the largest first."""
+    area = np.bincount(segments.ravel(), minlength=len(iscrowd) + 1)[1:]
+    area[iscrowd] = 0
+    order = np.argsort(-area, kind="stable")[:max_masks]
+    return (order[area[order] > 0] + 1).astype(np.int32)
+
+
+def segment_masks(
+    segments: Int[np.ndarray, "s s"], ids: Int[np.ndarray, "m"], max_masks: int, stride: int
+) -> UInt8[np.ndarray, "{max_masks} s//{stride} s//{stride}"]:
+    """How much of each cell of `stride` x `stride` pixels each segment covers, in 0..255.
+
+    Counts (segment, cell) pairs in one pass, so no full-size mask is ever made. Rows beyond `len(ids)` are 0.
+    """
+    size = segments.shape[0] // stride
+    slot = np.full(max(int(segments.max(initial=0)), int(ids.max(initial=0))) + 1, len(ids), np.int64)
+    slot[ids] = np.arange(len(ids))
+    row = np.arange(size * stride) // stride
+    cell = row[:, None] * size + row
+    used = segments[: size * stride, : size * stride]
+    pairs = slot[used] * (size * size) + cell
+    counts = np.bincount(pairs.ravel(), minlength=(len(ids) + 1) * size * size)
+    counts = counts.reshape(-1, size, size)[: len(ids)]
+    masks = np.zeros((max_masks, size, size), np.uint8)
+    masks[: len(ids)] = (counts * 255 + stride * stride // 2) // (stride * stride)
+    return masks
+
+
+def class_map(
+    segments: Int[np.ndarray, "h w"], class_ids: Int[np.ndarray, "n"], stride: int = 1
+) -> Int[np.ndarray, "h//{stride} w//{stride}"]:
+    """The class of every pixel, or of the middle pixel of every cell; -1 where it is void or unlabelled."""
+    height, width = (n // stride * stride for n in segments.shape)
+    middle = segments[stride // 2 : height : stride, stride // 2 : width : stride]
+    return np.concatenate([[-1], class_ids]).astype(np.int32)[middle]
+
+
+def segment_boxes(segments: Int[np.ndarray, "h w"], count: int) -> Float[np.ndarray, "{count} 4"]:
+    """Boxes (x0, y0, x1, y1; exclusive ends, pixels) of segments 1..count; zeros for one without pixels."""
+    return np.stack(
+        [
+            edge
+            for ends in zip(*(_extent(segments, count, axis) for axis in (1, 0)), strict=True)
+            for edge in ends
+        ],
+        -1,
+    ).astype(np.float32)
+
+
+def _extent(segments: np.ndarray, count: int, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """First and one past the last position along `axis` at which each segment has a pixel."""
+    length = segments.shape[axis]
+    position = np.arange(length) if axis else np.arange(length)[:, None]
+    seen = np.bincount(
+        (segments.astype(np.int64) * length + position).ravel(), minlength=(count + 1) * length
+    )
+    visible = seen.reshape(-1, length)[1 : count + 1] > 0
+    some = visible.any(1)
+    return np.where(some, visible.argmax(1), 0), np.where(some, length - visible[:, ::-1].argmax(1), 0)
+
+
+def _nearest(length: int, scaled: int) -> np.ndarray:
+    """The source position whose pixel covers the middle of each scaled pixel."""
+    return np.minimum(((np.arange(scaled) + 0.5) * (length / scaled)).astype(np.int64), length - 1)
+
+
+def _resize_part(
+    image: np.ndarray, scaled: tuple[int, int], top: int, left: int, kept: tuple[int, int]
+) -> np.ndarray:
+    """The part [top:, left:] of size `kept` of the image resized to `scaled`, without making the rest."""
+    if scaled == image.shape[:2]:
+        return image[top : top + kept[0], left : left + kept[1]]
+    y, x = image.shape[0] / scaled[0], image.shape[1] / scaled[1]
+    box = (
+        left * x,
+        top * y,
+        min((left + kept[1]) * x, image.shape[1]),
+        min((top + kept[0]) * y, image.shape[0]),
+    )
+    picture = Image.fromarray(image).resize(kept[::-1], Image.Resampling.BILINEAR, box=box)
+    return np.asarray(picture)

@@ -1,0 +1,358 @@
+"""Pictures of segmentations: a palette, an overlay with a legend of words, a grid of predictions."""
+
+import functools
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+UNKNOWN_COLOUR = (150, 150, 150)
+INK, FAINT, PAPER = (33, 37, 41), (134, 142, 150), (255, 255, 255)
+
+# The first colours are chosen by eye, the rest by distance from all before them.
+_FIRST = (0x4C78A8, 0xF2A93B, 0x54A24B, 0xE4575E, 0x72B7B2, 0xB279A2, 0xEECA3B, 0x9D755D, 0xFF9DA6, 0x7A6FD0)
+
+
+@functools.cache
+def _all_colours() -> UInt8[np.ndarray, "n 3"]:
+    grid = np.stack(np.meshgrid(*[np.arange(16, 256, 17)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    first = np.array([[c >> 16, c >> 8 & 255, c & 255] for c in _FIRST])
+    lightness, a, b = _oklab(grid).T
+    chroma = np.hypot(a, b)
+    grid = grid[(lightness > 0.45) & (lightness < 0.9) & (chroma > 0.06) & (chroma < 0.2)]
+    chosen = list(first)
+    space = _oklab(grid)
+    distance = np.min([np.linalg.norm(space - c, axis=-1) for c in _oklab(first)], axis=0)
+    for _ in range(len(grid)):
+        best = int(distance.argmax())
+        chosen.append(grid[best])
+        distance = np.minimum(distance, np.linalg.norm(space - space[best], axis=-1))
+    return np.asarray(chosen, np.uint8)
+
+
+def _oklab(rgb: np.ndarray) -> Float[np.ndarray, "n 3"]:
+    """sRGB 0..255 to Ottosson's OKLab, in which distance is about what the eye sees."""
+    linear = (rgb / 255) ** 2.2
+    m1 = [[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]]
+    m2 = [[0.2105, 0.7936, -0.0041], [1.9780, -2.4286, 0.4506], [0.0259, 0.7828, -0.8087]]
+    return np.cbrt(linear @ np.transpose(m1)) @ np.transpose(m2)
+
+
+def palette(count: int) -> UInt8[np.ndarray, "n 3"]:
+    """`count` colours, each as far as can be from those before it.
+
+    Colour i does not depend on `count`, so a label keeps its colour when labels are added after it. There are
+    about 1,300 different ones; after these they repeat.
+    """
+    colours = _all_colours()
+    return colours[np.arange(count) % len(colours)]
+
+
+def paint(label_map: Int[np.ndarray, "h w"], colours: UInt8[np.ndarray, "k 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    """A label map in colours; -1 is grey."""
+    return np.concatenate([np.array([UNKNOWN_COLOUR], np.uint8), colours])[label_map + 1]
+
+
+def enlarge_labels(label_map: Int[np.ndarray, "h w"], size: tuple[int, int]) -> Int[np.ndarray, "H W"]:
+    """A label map at another size (height, width), with smooth outlines: each label's mask is resized
+    bilinearly,
+    and a pixel takes the label that covers most of it."""
+    if label_map.shape == size:
+        return label_map
+    height, width = size
+    best = np.full(size, -1.0, np.float32)
+    result = np.zeros(size, np.int32)
+    for label in np.unique(label_map):
+        mask = Image.fromarray((label_map == label).astype(np.float32))
+        cover = np.asarray(mask.resize((width, height), Image.Resampling.BILINEAR))
+        np.putmask(result, cover > best, label)
+        np.maximum(best, cover, out=best)
+    return result
+
+
+def overlay(
+    image: UInt8[np.ndarray, "h w 3"],
+    label_map: Int[np.ndarray, "h2 w2"],
+    names: Sequence[str],
+    *,
+    alpha: float = 0.55,
+    colours: UInt8[np.ndarray, "k 3"] | None = None,
+    marked: Collection[int] = (),
+    legend: bool = True,
+    min_side: int = 512,
+) -> Image.Image:
+    """The image with its segments in colour, outlined and named, over a legend of the words found.
+
+    Args:
+      image: the picture.
+      label_map: index into `names` for every pixel, -1 = unknown (left as it is in the picture).
+      names: a word or phrase for every label.
+      alpha: how much of the colour covers the picture, 0 to 1.
+      colours: one for every name; `palette` by default.
+      marked: labels to mark with an asterisk.
+      legend: whether to add the strip of words below.
+      min_side: a picture whose longer side is smaller is enlarged to this, so that words can be read.
+    """
+    height, width = image.shape[:2]
+    scale = max(1.0, min_side / max(height, width))
+    size = (round(height * scale), round(width * scale))
+    colours = palette(len(names)) if colours is None else colours
+    words = {k: name + "*" * (k in marked) for k, name in enumerate(names)}
+    font_size = int(np.clip(max(size) / 30, 15, 40))
+    picture = _segments_over(image, label_map, size, words, colours, alpha, font_size)
+    if not legend:
+        return picture
+    labels, areas = np.unique(label_map, return_counts=True)
+    order = [int(k) for k in labels[np.argsort(-areas)] if k >= 0]
+    entries = _entries(order, words, colours) + [("unknown", None)] * (-1 in labels)
+    strip = _legend(entries, size[1] - font_size, font_size)
+    return _stack([picture, _padded(strip, font_size // 2)], gap=0)
+
+
+class GridRow(NamedTuple):
+    """One image of `prediction_grid`. Maps may have another resolution than the image, and -1 is void or
+    unknown.
+
+    Attributes:
+      image: u8 [H W 3].
+      truth: label map, or None.
+      prediction: label map.
+      proposals: the best proposal's index for every pixel, or None.
+    """
+
+    image: UInt8[np.ndarray, "h w 3"]
+    truth: Int[np.ndarray, "h1 w1"] | None
+    prediction: Int[np.ndarray, "h2 w2"]
+    proposals: Int[np.ndarray, "h3 w3"] | None = None
+
+
+def prediction_grid(
+    rows: Sequence[GridRow],
+    names: Sequence[str],
+    *,
+    marked: Collection[int] = (),
+    note: str = "held out: no training image shows this combination",
+    title: str = "",
+    colours: UInt8[np.ndarray, "k 3"] | None = None,
+    cell: int = 256,
+    abreast: int | None = None,
+) -> Image.Image:
+    """A grid: image | truth | prediction | proposals, a row an image, each with the words that occur in it.
+
+    Args:
+      rows: what to show; `truth` and `proposals` columns appear if any row has them.
+      names: a word or phrase for every label.
+      marked: labels to mark with an asterisk, which `note` explains at the bottom.
+      note: the footnote.
+      title: a line at the top.
+      colours: one for every name; `palette` by default.
+      cell: the longer side of a cell in pixels; pictures are scaled to it.
+      abreast: how many images stand side by side; two from six rows on, by default.
+    """
+    if not rows:
+        raise ValueError("prediction_grid needs at least one row")
+    colours = palette(len(names)) if colours is None else colours
+    words = {k: name + "*" * (k in marked) for k, name in enumerate(names)}
+    heads = ["image"] + ["truth"] * any(r.truth is not None for r in rows) + ["prediction"]
+    heads += ["proposals"] * any(r.proposals is not None for r in rows)
+    abreast = abreast or (2 if len(rows) >= 6 else 1)
+    blocks = [_grid_row(row, heads, words, colours, cell) for row in rows]
+    width = blocks[0].width
+    columns = [_stack([_heads(heads, cell, width), *blocks[i::abreast]], gap=14) for i in range(abreast)]
+    body = _side_by_side(columns, gap=40)
+    parts = [body]
+    if title:
+        parts.insert(0, _line(title, body.width, 24, INK))
+    if marked:
+        parts.append(_line("* " + note, body.width, 15, FAINT))
+    return _padded(_stack(parts, gap=16), 24)
+
+
+def _grid_row(
+    row: GridRow, heads: list[str], words: dict[int, str], colours: np.ndarray, cell: int
+) -> Image.Image:
+    height, width = row.image.shape[:2]
+    scale = cell / max(height, width)
+    size = (round(height * scale), round(width * scale))
+    cells = []
+    for head in heads:
+        if head == "image":
+            cells.append(_resized(row.image, size))
+        elif head == "proposals":
+            cells.append(_proposals(row.proposals, size))
+        else:
+            labels = row.truth if head == "truth" else row.prediction
+            cells.append(_segments_over(row.image, labels, size, words, colours, 0.8, 14))
+    # Cells stay aligned under their heads whatever the picture's shape.
+    padded = [_on_paper(c, cell, size[0], 0, 0) for c in cells]
+    picture = _side_by_side(padded, gap=10)
+    maps = [m for m in (row.truth, row.prediction) if m is not None]
+    found = [int(k) for k in np.unique(np.concatenate([m.ravel() for m in maps])) if k >= 0]
+    return _stack([picture, _legend(_entries(found, words, colours), picture.width, 14)], gap=0)
+
+
+def _segments_over(
+    image: np.ndarray,
+    label_map: np.ndarray | None,
+    size: tuple[int, int],
+    words: dict[int, str],
+    colours: np.ndarray,
+    alpha: float,
+    font_size: int,
+) -> Image.Image:
+    """The picture at `size` under its segments: colour, outline, names where they fit."""
+    base = np.asarray(_resized(image, size), np.float32)
+    if label_map is None:
+        return Image.new("RGB", size[::-1], (241, 243, 245))
+    labels = enlarge_labels(label_map, size)
+    known = (labels >= 0)[..., None]
+    # The picture shows through as light and shade only, or its colours would mix with the labels' ones.
+    shade = base.mean(-1, keepdims=True)
+    mixed = (1 - alpha) * (0.5 * base + 0.5 * shade) + alpha * paint(labels, colours)
+    faded = 0.75 * (0.3 * base + 0.7 * shade) + 0.25 * 255
+    mixed = np.where(known, mixed, faded)
+    edge = _outline(labels, max(1, round(max(size) / 400)))[..., None]
+    mixed = np.where(edge, 0.15 * mixed + 0.85 * 255, mixed)
+    picture = Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+    for label in np.unique(labels):
+        if label >= 0:
+            _write_inside(draw, labels == label, words[int(label)], font_size)
+    return picture
+
+
+def _outline(labels: Int[np.ndarray, "h w"], thickness: int) -> Bool[np.ndarray, "h w"]:
+    edge = np.zeros(labels.shape, bool)
+    for d in range(1, thickness + 1):
+        edge[:, d:] |= labels[:, d:] != labels[:, :-d]
+        edge[d:] |= labels[d:] != labels[:-d]
+    return edge
+
+
+def _write_inside(
+    draw: ImageDraw.ImageDraw, mask: Bool[np.ndarray, "h w"], text: str, font_size: int
+) -> None:
+    """Writes the text where it fits in the mask with most room around it; where it does not fit, not at
+    all."""
+    area = np.pad(np.cumsum(np.cumsum(mask, 0, dtype=np.int64), 1), ((1, 0), (1, 0)))
+    for points in (font_size, round(font_size * 0.8)):
+        font = _font(points, text)
+        left, top, right, bottom = (round(v) for v in font.getbbox(text))
+        for room in (8.0, 5.0, 3.0, 2.0, 1.2, 0.6, 0.25):
+            pad = round(points * room)
+            w, h = right - left + 2 * min(pad, points), bottom - top + 2 * pad
+            if w >= mask.shape[1] or h >= mask.shape[0]:
+                continue
+            covered = area[h:, w:] - area[:-h, w:] - area[h:, :-w] + area[:-h, :-w]
+            ys, xs = np.nonzero(covered >= w * h)
+            if len(ys):
+                # Of the places with this much room: the one nearest to their middle.
+                i = np.argmin((ys - ys.mean()) ** 2 + (xs - xs.mean()) ** 2)
+                x, y = xs[i] + w / 2 - (left + right) / 2, ys[i] + h / 2 - (top + bottom) / 2
+                draw.text((x, y), text, font=font, fill="white", stroke_width=2, stroke_fill=INK)
+                return
+
+
+def _proposals(index: np.ndarray | None, size: tuple[int, int]) -> Image.Image:
+    if index is None:
+        return Image.new("RGB", size[::-1], (241, 243, 245))
+    labels = enlarge_labels(index, size)
+    picture = paint(labels, palette(int(max(index.max() + 1, 1))))
+    return Image.fromarray(np.where(_outline(labels, 1)[..., None], np.uint8(255), picture))
+
+
+Entry = tuple[str, tuple[int, ...] | None]  # a word and its colour; None = unknown
+
+
+def _entries(labels: Sequence[int], words: dict[int, str], colours: UInt8[np.ndarray, "k 3"]) -> list[Entry]:
+    return [(words[k], tuple(colours[k].tolist())) for k in labels]
+
+
+def _legend(entries: Sequence[Entry], width: int, font_size: int) -> Image.Image:
+    """Swatches with words on white, in as many lines as they need; no colour = unknown, an empty swatch."""
+    line, swatch, gap = round(font_size * 1.7), font_size, round(font_size * 1.1)
+    places, x, y = [], 0, 0
+    for text, colour in entries:
+        font = _font(font_size, text)
+        limit = width - swatch - font_size // 2
+        while font.getlength(text) > limit and len(text) > 2:
+            text = text[:-2].rstrip("…") + "…"
+        length = round(swatch * 1.45 + font.getlength(text))
+        if x and x + length > width:
+            x, y = 0, y + line
+        places.append((x, y, text, colour, font))
+        x += length + gap
+    picture = Image.new("RGB", (width, y + line if entries else 0 + 1), PAPER)
+    draw = ImageDraw.Draw(picture)
+    for x, y, text, colour, font in places:
+        top = y + (line - swatch) // 2
+        box = (x, top, x + swatch - 1, top + swatch - 1)
+        draw.rounded_rectangle(box, swatch // 4, fill=colour or PAPER, outline=None if colour else FAINT)
+        draw.text((x + round(swatch * 1.45), y + line / 2), text, font=font, fill=INK, anchor="lm")
+    return picture
+
+
+def _font(size: int, text: str = "") -> Any:
+    """Pillow's own font, or for other scripts than Latin a system font that has them, where there is one."""
+    if all(ord(c) < 0x250 or c == "…" for c in text):
+        return ImageFont.load_default(size)
+    for name in (
+        "NotoSansCJK-Regular.ttc",
+        "Arial Unicode.ttf",
+        "msyh.ttc",
+        "NotoSans-Regular.ttf",
+        "DejaVuSans.ttf",
+    ):
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:
+            continue
+    return ImageFont.load_default(size)
+
+
+def _resized(image: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    return Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC)
+
+
+def _line(text: str, width: int, font_size: int, ink: tuple[int, int, int]) -> Image.Image:
+    picture = Image.new("RGB", (width, round(font_size * 1.5)), PAPER)
+    ImageDraw.Draw(picture).text(
+        (0, picture.height / 2), text, font=_font(font_size, text), fill=ink, anchor="lm"
+    )
+    return picture
+
+
+def _heads(heads: Sequence[str], cell: int, width: int) -> Image.Image:
+    return _side_by_side([_line(head, cell, 16, FAINT) for head in heads], gap=10).crop((0, 0, width, 24))
+
+
+def _on_paper(picture: Image.Image, width: int, height: int, left: int, top: int) -> Image.Image:
+    result = Image.new("RGB", (width, height), PAPER)
+    result.paste(picture, (left, top))
+    return result
+
+
+def _stack(pictures: Sequence[Image.Image], gap: int) -> Image.Image:
+    height = sum(p.height for p in pictures) + gap * (len(pictures) - 1)
+    result = Image.new("RGB", (max(p.width for p in pictures), height), PAPER)
+    y = 0
+    for picture in pictures:
+        result.paste(picture, (0, y))
+        y += picture.height + gap
+    return result
+
+
+def _side_by_side(pictures: Sequence[Image.Image], gap: int) -> Image.Image:
+    width = sum(p.width for p in pictures) + gap * (len(pictures) - 1)
+    result = Image.new("RGB", (width, max(p.height for p in pictures)), PAPER)
+    x = 0
+    for picture in pictures:
+        result.paste(picture, (x, 0))
+        x += picture.width + gap
+    return result
+
+
+def _padded(picture: Image.Image, margin: int) -> Image.Image:
+    return _on_paper(picture, picture.width + 2 * margin, picture.height + 2 * margin, margin, margin)

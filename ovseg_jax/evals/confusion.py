@@ -1,0 +1,130 @@
+"""Semantic segmentation scores from three exact counts a class: pixels of its truth, its prediction and both.
+
+The K x K confusion matrix is never needed for IoU, pixel accuracy or frequency-weighted IoU, and at 20,000
+classes it would have 400 million entries.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from ovseg_jax.vocab.classes import ClassList
+
+
+class Counts(NamedTuple):
+    """Pixels per class, [K] each; pixels without a label are counted nowhere.
+
+    Attributes:
+      intersection: labelled as the class and predicted as it.
+      truth: labelled as the class.
+      prediction: predicted as the class, among labelled pixels.
+    """
+
+    intersection: Int[Array | np.ndarray, "k"]
+    truth: Int[Array | np.ndarray, "k"]
+    prediction: Int[Array | np.ndarray, "k"]
+
+
+class ClassRow(NamedTuple):
+    """A line of the per-class table; `iou` in percent, None for a class in neither truth nor prediction."""
+
+    name: str
+    pixels: int
+    iou: float | None
+
+
+def count(label: Int[Array, "*b h w"], predicted: Int[Array, "*b h w"], num_classes: int) -> Counts:
+    """Counts the pixels of one batch, in int32: exact below 2^31 labelled pixels a batch. Jittable.
+
+    Args:
+      label: the class of every pixel; anything outside 0..K-1 (void, padding) is ignored.
+      predicted: the predicted class; outside 0..K-1 means none, which is wrong wherever there is a label.
+      num_classes: K.
+    """
+    known = (label >= 0) & (label < num_classes)
+    guess = known & (predicted >= 0) & (predicted < num_classes)
+    return Counts(
+        _histogram(label, known & (label == predicted), num_classes),
+        _histogram(label, known, num_classes),
+        _histogram(predicted, guess, num_classes),
+    )
+
+
+def _histogram(values, where, bins):
+    slot = jnp.where(where, values, bins).ravel()
+    return jnp.zeros(bins, jnp.int32).at[slot].add(1, mode="drop")
+
+
+def present_classes(label: Int[Array, "b h w"], num_classes: int) -> Bool[Array, "b k"]:
+    """Which classes occur in each label: the queries of Grounding mIoU. Values outside 0..K-1 are ignored."""
+    b = label.shape[0]
+    slot = jnp.where((label >= 0) & (label < num_classes), label, num_classes).reshape(b, -1)
+    return jnp.zeros((b, num_classes), bool).at[jnp.arange(b)[:, None], slot].set(True, mode="drop")
+
+
+def add(total: Any, batch: Any) -> Any:
+    """Adds a batch's counts, any tree of integer arrays, to the sum so far (or None): int64, on the host."""
+    wide = jax.tree.map(lambda x: np.asarray(x).astype(np.int64), batch)
+    return wide if total is None else jax.tree.map(np.add, total, wide)
+
+
+def iou(counts: Counts) -> tuple[np.ndarray, np.ndarray]:
+    """IoU of each class in percent, and whether it occurs in truth or prediction (else its IoU is void)."""
+    intersection, truth, prediction = map(np.asarray, counts)
+    union = truth + prediction - intersection
+    return 100.0 * intersection / np.maximum(union, 1), union > 0
+
+
+def scores(counts: Counts, groups: Mapping[str, Sequence[int]] | None = None) -> dict[str, float]:
+    """The scores of a data set, all in percent.
+
+    - `miou`: mean IoU over the classes that occur in truth or prediction (mmsegmentation, old detectron2).
+    - `miou_gt`: mean IoU over the classes that occur in the truth (detectron2 since July 2022). The two
+      differ by points where many classes are predicted but absent: compare like with like.
+    - `pacc`: share of labelled pixels that are right. `macc`: mean over classes in the truth of the share of
+      their pixels that are right. `fwiou`: IoU weighted by pixels of truth.
+    - `chance_miou`: what `miou` tends to if every pixel gets one of the K classes at random. With t the share
+      of a class's pixels in the truth, its expected intersection is t/K and its prediction 1/K, so its IoU is
+      (t/K) / (t + 1/K - t/K) = t / (1 + (K-1) t); the mean is over all K classes, since all are predicted.
+      `chance_miou_gt` is the mean over the classes in the truth.
+    - for each group, `miou/<group>`, `miou_gt/<group>` and the chance levels: the mean over the group's
+      classes only, predictions being made over all classes.
+
+    A score whose divisor is zero (a group that never occurs, no labelled pixel) is left out.
+    """
+    total = int(counts.truth.sum())
+    if not total:
+        return {}
+    each, either = iou(counts)
+    k, truth = len(each), counts.truth > 0
+    share = counts.truth / total
+    chance = 100.0 * share / (1 + (k - 1) * share)
+    result = {
+        "pacc": 100.0 * float(counts.intersection.sum() / total),
+        "macc": 100.0 * float((counts.intersection[truth] / counts.truth[truth]).mean()),
+        "fwiou": float((share * each).sum()),
+    }
+    everything = {"": np.ones(k, bool)}
+    for name, members in (groups or {}).items():
+        everything[f"/{name}"] = np.isin(np.arange(k), np.asarray(members, np.int64))
+    for suffix, member in everything.items():
+        if (member & either).any():
+            result[f"miou{suffix}"] = float(each[member & either].mean())
+        if (member & truth).any():
+            result[f"miou_gt{suffix}"] = float(each[member & truth].mean())
+            result[f"chance_miou{suffix}"] = float(chance[member].mean())
+            result[f"chance_miou_gt{suffix}"] = float(chance[member & truth].mean())
+    return result
+
+
+def table(counts: Counts, classes: ClassList) -> list[ClassRow]:
+    """A row for each class: its first name, its pixels in the truth, its IoU."""
+    each, either = iou(counts)
+    return [
+        ClassRow(classes.display(k), int(counts.truth[k]), float(each[k]) if either[k] else None)
+        for k in range(len(classes))
+    ]

@@ -1,0 +1,67 @@
+"""Resizing between a model's grid and a label's own pixels, as one small matrix per axis.
+
+An image keeps its aspect: it is scaled to `image` pixels of a square canvas of `canvas` pixels, top left, the
+rest is padding. The model answers on a grid of `cells` over the whole canvas. A label has the original's own
+size, `label` pixels. Written as a matrix per axis, a resize is two matrix products, works on any block of
+rows, and may differ from image to image inside one compiled function.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def upsampling(
+    pixels: int, cells: int, canvas: int, image: Int[Array, ""], label: Int[Array, ""]
+) -> Float[Array, "pixels cells"]:
+    """Bilinear interpolation from grid cells to label pixels (half-pixel centres), along one axis.
+
+    Positions are clamped to the cells that the image touches, so nothing of the padding bleeds in, and the
+    border of the image continues its last cell as usual. Rows past `label` repeat the last one: cut or mask
+    them.
+
+    Args:
+      pixels: rows of the matrix, at least `label`.
+      cells: grid cells over the canvas.
+      canvas: size of the canvas in pixels.
+      image: size of the image on the canvas in pixels.
+      label: size of the label in pixels.
+    """
+    stride = canvas / cells
+    image, label = jnp.maximum(image, 1), jnp.maximum(label, 1)  # padded examples have size 0
+    pixel = jnp.minimum(jnp.arange(pixels), label - 1)
+    position = (pixel + 0.5) * image / label / stride - 0.5
+    last = jnp.ceil(image / stride) - 1
+    position = jnp.clip(position, 0, last)
+    return jnp.maximum(0, 1 - jnp.abs(position[:, None] - jnp.arange(cells)))
+
+
+def coverage(
+    pixels: int, cells: int, canvas: int, image: Int[Array, ""], label: Int[Array, ""]
+) -> Float[Array, "cells pixels"]:
+    """The share of each grid cell that each label pixel covers, along one axis: area averaging.
+
+    Arguments as in `upsampling`. Columns past `label` are zero; a row sums to the share of its cell inside
+    the image.
+    """
+    stride = canvas / cells
+    image, label = jnp.maximum(image, 1), jnp.maximum(label, 1)
+    pixel = jnp.arange(pixels)
+    start, end = pixel * image / label / stride, (pixel + 1) * image / label / stride
+    cell = jnp.arange(cells)[:, None]
+    overlap = jnp.maximum(0, jnp.minimum(end, cell + 1) - jnp.maximum(start, cell))
+    return jnp.where(pixel < label, overlap, 0)
+
+
+def row_block(rows: int, floats_per_row: int, budget: int = 1 << 22) -> int:
+    """Rows to compute at once so that a block holds at most `budget` floats (16 MiB), in equal blocks."""
+    most = max(1, budget // max(1, floats_per_row))
+    blocks = -(-rows // most)
+    return -(-rows // blocks)
+
+
+def split_rows(x: jax.Array, block: int) -> jax.Array:
+    """Reshapes [rows ...] to [blocks block ...], padding the last block with zeros."""
+    blocks = -(-x.shape[0] // block)
+    x = jnp.pad(x, [(0, blocks * block - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+    return x.reshape(blocks, block, *x.shape[1:])

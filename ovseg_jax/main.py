@@ -1,0 +1,114 @@
+"""The entry: `python -m ovseg_jax.main --config=configs/openseg.py [--workdir=DIR] [--mode=train|eval]`.
+
+Logic is in `train.run`; here are flags, several processes, the compilation cache, and errors as sentences.
+"""
+
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from ovseg_jax.console import complain, quieten
+from ovseg_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="FILE.py or FILE.py:key=value,...")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder or gs:// bucket of the run; runs/<config> if not said."
+)
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate the last checkpoint.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", None, "Join other processes. By default where JAX_COORDINATOR_ADDRESS is set."
+)
+
+
+def default_workdir(arguments: list[str]) -> str:
+    """`runs/` and what the command line says of the config, so that the same command finds its run again.
+
+    `--config=configs/openseg.py:data=coco,data_dir=../coco --config.steps=9` gives
+    `runs/openseg-data=coco-data_dir=coco-steps=9`.
+    """
+    parts = []
+    for argument in arguments:
+        name, _, value = argument.lstrip("-").partition("=")
+        if name == "config":
+            path, _, settings = value.partition(":")
+            parts = [Path(path).stem, *filter(None, settings.split(",")), *parts]
+        elif name.startswith("config."):
+            parts.append(f"{name.removeprefix('config.')}={value}")
+    # Of a path, its last part.
+    parts = [re.sub(r"=.*/", "=", part.rstrip("/")) for part in parts]
+    return "runs/" + re.sub(r"[^A-Za-z0-9_.=-]+", "_", "-".join(parts))
+
+
+def run(argv: list[str]) -> int:
+    """Does what the flags say; the exit status."""
+    if len(argv) > 1:
+        raise UserError(f"unexpected arguments {argv[1:]}; a setting is --config.key=value.")
+    config = _CONFIG.value
+    if not isinstance(config, ConfigDict):
+        if config is None:
+            raise UserError("say which --config=FILE.py to run, such as configs/openseg.py.")
+        path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
+        raise UserError(f"the config file {path} does not exist or cannot be read.")
+    workdir = _WORKDIR.value or default_workdir(sys.argv[1:])
+    asked = _DISTRIBUTED.value
+    if asked if asked is not None else "JAX_COORDINATOR_ADDRESS" in os.environ:
+        jax.distributed.initialize()
+    if jax.process_index() == 0:
+        platform, count = jax.devices()[0].platform, jax.device_count()
+        print(f"{_MODE.value} in {workdir} on {count} {platform} device{'s' * (count > 1)}", flush=True)
+
+    from ovseg_jax.train.run import evaluate, train
+
+    if _MODE.value == "eval":
+        evaluate(config, workdir)
+    else:
+        train(config, workdir)
+    return 0
+
+
+def parse(arguments: list[str]) -> list[str]:
+    """Parses the flags, and returns what is left over.
+
+    Raises:
+      UserError: for an unknown flag, an unknown key of the config, a value of the wrong type.
+    """
+    try:
+        return flags.FLAGS(arguments)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        # A config file that is itself wrong is for its author, who wants to see where.
+        frames = traceback.walk_tb(error.__traceback__)
+        if any(frame.f_code.co_name == "get_config" for frame, _ in frames) or "Traceback" in str(error):
+            raise
+        cause: Any = error
+        while isinstance(cause, AttributeError | KeyError) and cause.args:
+            cause = cause.args[0]  # An AttributeError of a KeyError, whose own text would be quoted twice.
+        text = str(cause) if cause is error else f"unknown config key {cause}"
+        raise UserError(" ".join(text.split())) from error
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "ovseg_jax" / "xla"))
+
+
+def main() -> None:
+    """Runs, and turns a user's mistake into one sentence and exit status 2."""
+    quieten()
+    use_compilation_cache()
+    try:
+        app.run(run, flags_parser=parse)
+    except UserError as error:
+        sys.exit(complain(error))
+
+
+if __name__ == "__main__":
+    main()

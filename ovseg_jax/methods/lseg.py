@@ -1,0 +1,53 @@
+"""LSeg+ (papers/004, 4.3): pixels classified by class names, the supervised baseline and the ceiling of `scenes`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.methods.base import Aux, Batch, Variables
+from ovseg_jax.methods.openseg import OpenSeg, apply_net, bounded, build_net
+from ovseg_jax.models.fpn import resize
+from ovseg_jax.models.text import unit
+from ovseg_jax.vocab.classes import ClassList
+from ovseg_jax.vocab.words import WordList
+
+
+class LSeg(OpenSeg):
+    """OpenSeg's network without its mask side, trained by per-pixel cross-entropy against class names.
+
+    Classes of the group "held_out" take no part in training.
+    """
+
+    def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
+        super().__init__(config, words, classes)
+        self.net = build_net(config, num_queries=0)
+        held_out = set(classes.groups.get("held_out", ()))
+        trained = [k for k in range(len(classes)) if k not in held_out]
+        if not trained:
+            raise UserError("lseg: the training data has no class to learn from")
+        self.class_tokens = self.text.tokenize([classes.display(k) for k in trained])
+        self.class_row = np.full(len(classes) + 1, -1, np.int32)  # the last entry answers for -1, void
+        self.class_row[trained] = np.arange(len(trained))
+
+    def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
+        """Mean cross-entropy over labelled pixels of cos(F_z, class name)/τ, upsampled to the labels' grid."""
+        out, mutated = apply_net(self.net, variables, batch, rng)
+        params = variables["params"]
+        names = self.text.embed(params["text"], *map(jnp.asarray, self.class_tokens))
+        tau = bounded(params["temperature"]["region"], *self.loss_config.temperature_bounds)
+        target = jnp.asarray(self.class_row)[batch["pixel_classes"]]
+        logits = resize(unit(out.pixel_embed) @ names.T / tau, target.shape[1:])
+        counts = (target >= 0) & batch["example_mask"][:, None, None]
+        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(target, 0)[..., None], -1)[..., 0]
+        total, count = jnp.sum(nll * counts), counts.sum().astype(jnp.float32)
+        loss = total / jnp.maximum(count, 1)
+        one = jnp.ones(())
+        correct = jnp.sum((logits.argmax(-1) == target) & counts).astype(jnp.float32)
+        metrics = {
+            "loss": (loss, one),
+            "pixel_accuracy": (correct, count),
+            "region_temperature": (tau, one),
+        }
+        return loss, Aux(metrics, mutated)

@@ -1,0 +1,156 @@
+"""OpenSeg (papers/004): class-agnostic proposals from masks, words grounded to proposals from captions."""
+
+from collections.abc import Mapping, Sequence
+
+import flax
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+from ml_collections import ConfigDict
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.kernels.grounding import grounding_loss
+from ovseg_jax.losses.masks import best_match_dice_loss
+from ovseg_jax.methods.base import Aux, Batch, Prediction, Variables
+from ovseg_jax.models.backbones import build_backbone
+from ovseg_jax.models.openseg import OpenSegFeatures, OpenSegNet
+from ovseg_jax.models.text import embed_words, unit
+from ovseg_jax.models.text_table import TextTable
+from ovseg_jax.train.sharding import active_batch_axes
+from ovseg_jax.vocab.classes import ClassList
+from ovseg_jax.vocab.words import WordList
+
+_NET_FIELDS = (
+    "width embed_dim num_queries decoder_layers decoder_heads head_convs pyramid_output_conv position_grid "
+    "mask_scale mask_bias detach_masks"
+).split()
+
+
+def build_net(config: ConfigDict, **overrides) -> OpenSegNet:
+    """The image network of a config's `model` section; an unknown key is an error."""
+    model = config.model.to_dict()
+    known = {*_NET_FIELDS, "backbone", "mean", "std", "dtype"}
+    if unknown := set(model) - known:
+        raise UserError(f"unknown model keys: {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
+    dtype = jnp.dtype(model.get("dtype", "float32"))
+    fields = {k: model[k] for k in _NET_FIELDS if k in model} | overrides
+    backbone = build_backbone(config.model.backbone, dtype)
+    return OpenSegNet(backbone, tuple(model["mean"]), tuple(model["std"]), dtype=dtype, **fields)
+
+
+def bounded(raw: Float[Array, ""], low: float, high: float) -> Float[Array, ""]:
+    """A positive scalar that moves between bounds on a log scale and never gets stuck at either."""
+    return low * (high / low) ** jax.nn.sigmoid(raw)
+
+
+def unbounded(value: float, low: float, high: float) -> Float[Array, ""]:
+    """The inverse of `bounded`."""
+    if not low < value < high:
+        raise UserError(f"a temperature of {value} lies outside its bounds ({low}, {high})")
+    share = jnp.log(value / low) / jnp.log(high / low)
+    return jnp.log(share / (1 - share))
+
+
+class OpenSeg:
+    """Composes network, text side and losses. `config` is the whole config of a run.
+
+    Of `config.loss`: `mask_weight` is α of eq. 5; `contrast` is "unsync" (within groups of `group` examples) or
+    "sync" (the global batch); `temperature` starts τ of eq. 2, learned within `temperature_bounds`;
+    `shared_temperature` uses one τ for eq. 3 and eq. 4 as the paper writes, otherwise each has its own;
+    `grounding_weight` 0 trains the masks alone (the teacher of 3.3), `mask_weight` 0 the words alone (Table 8).
+    """
+
+    def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
+        self.config, self.loss_config = config, config.loss
+        self.net = build_net(config)
+        self.text = TextTable(config.text, words, self.net.embed_dim)
+        if self.loss_config.contrast not in ("sync", "unsync"):
+            raise UserError(f"loss.contrast is 'sync' or 'unsync', not '{self.loss_config.contrast}'")
+        self.group = self.loss_config.group if self.loss_config.contrast == "unsync" else None
+        if self.group and config.batch_size % self.group:
+            raise UserError(f"batch_size={config.batch_size} does not divide into groups of loss.group={self.group}")
+
+    def init(self, rng: jax.Array) -> Variables:
+        """`params` {"image", "text", "temperature"}, and `batch_stats` where the backbone has them."""
+        image_rng, text_rng = jax.random.split(rng)
+        size = self.config.data.image_size
+        image = jnp.zeros((1, size, size, 3), jnp.uint8)
+        variables = self.net.init(image_rng, image, jnp.full((1, 2), size))
+        rest, params = flax.core.pop(variables, "params")
+        raw = unbounded(self.loss_config.temperature, *self.loss_config.temperature_bounds)
+        temperature = {"region": raw} | ({} if self.loss_config.shared_temperature else {"pair": raw})
+        params = {"image": params, "text": self.text.init(text_rng), "temperature": temperature}
+        return {"params": params, **rest}
+
+    def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
+        """Eq. 5: grounding loss + α mask loss."""
+        out, mutated = apply_net(self.net, variables, batch, rng)
+        params, example = variables["params"], batch["example_mask"]
+        weight = batch["mask_weight"] * example
+        mask_sum, mask_count = best_match_dice_loss(
+            out.mask_logits, batch["masks"], batch["mask_valid"], weight
+        )
+        region_tau, pair_tau = self.temperatures(params)
+        words = embed_words(params["text"]["table"], batch["word_ids"])
+        grounding = grounding_loss(
+            unit(out.region_sum),
+            words,
+            batch["word_valid"],
+            example,
+            region_tau,
+            pair_tau,
+            group=self.group,
+            batch_axes=active_batch_axes(),
+        )
+        mean = lambda total, count: total / jnp.maximum(count, 1)
+        loss = self.loss_config.grounding_weight * mean(grounding.loss, grounding.count)
+        loss = loss + self.loss_config.mask_weight * mean(mask_sum, mask_count)
+        one = jnp.ones(())
+        metrics = {
+            "loss": (loss, one),
+            "mask_loss": (mask_sum, mask_count),
+            "grounding_loss": (grounding.loss, grounding.count),
+            "caption_accuracy": (grounding.correct, grounding.count),
+            "region_temperature": (region_tau, one),
+            "pair_temperature": (pair_tau, one),
+        }
+        return loss, Aux(metrics, mutated)
+
+    def temperatures(self, params: Mapping) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """τ of the softmax over regions (eq. 3) and τ of the softmax over pairs (eq. 4)."""
+        raw, bounds = params["temperature"], self.loss_config.temperature_bounds
+        return bounded(raw["region"], *bounds), bounded(raw.get("pair", raw["region"]), *bounds)
+
+    def predict(
+        self, variables: Variables, image: UInt8[Array, "b s t 3"], image_size: Int[Array, "b 2"]
+    ) -> Prediction:
+        """Proposals, their embeddings and per-pixel features."""
+        out = self.net.apply(image_variables(variables), image, image_size)
+        region = None if out.region_sum is None else unit(out.region_sum)
+        return Prediction(out.mask_logits, region, out.pixel_embed)
+
+    def embed_text(self, variables: Variables, texts: Sequence[str]) -> Float[Array, "k d"]:
+        """Unit vectors of names and phrases."""
+        ids, valid = self.text.tokenize(texts)
+        return self.text.embed(variables["params"]["text"], jnp.asarray(ids), jnp.asarray(valid))
+
+
+def image_variables(variables: Variables) -> Variables:
+    """The collections of the image network alone."""
+    return {**variables, "params": variables["params"]["image"]}
+
+
+def apply_net(
+    net: OpenSegNet, variables: Variables, batch: Batch, rng: jax.Array
+) -> tuple[OpenSegFeatures, dict]:
+    """The network in training mode: its features, and the collections that it updated."""
+    mutable = [name for name in variables if name != "params"]
+    out, mutated = net.apply(
+        image_variables(variables),
+        batch["image"],
+        batch["image_size"],
+        train=True,
+        mutable=mutable,
+        rngs={"dropout": rng},
+    )
+    return out, dict(mutated)

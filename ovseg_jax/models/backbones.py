@@ -1,0 +1,50 @@
+"""Backbones by name. All share one interface.
+
+`module(x: Float[Array, "b h w 3"], train) -> {"c2": ..., "c3": ..., "c4": ..., "c5": ...}`: maps at strides
+4, 8, 16, 32, of ceil(h/stride) x ceil(w/stride). A module with fewer levels leaves out the coarse ones.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.models import efficientnet, resnet
+from ovseg_jax.models.efficientnet import EfficientNet
+from ovseg_jax.models.resnet import ResNet
+from ovseg_jax.models.small import SmallBackbone
+
+# Name -> (module, what the name stands for).
+BACKBONES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "small": (SmallBackbone, {}),
+    **{name: (ResNet, {"stage_sizes": sizes}) for name, sizes in resnet.STAGES.items()},
+    **{name: (EfficientNet, {"width": w, "depth": d}) for name, (w, d) in efficientnet.SCALING.items()},
+}
+
+
+def build_backbone(cfg: ConfigDict | Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Module:
+    """Makes a backbone.
+
+    Args:
+      cfg: `name`, and any attributes of the module that the name does not settle, such as `norm` of a ResNet,
+        `remat`, or `width` of "small".
+      dtype: compute type; parameters are float32.
+
+    Raises:
+      UserError: for an unknown name or attribute.
+    """
+    options = dict(cfg.items())
+    name = options.pop("name", None)
+    if name not in BACKBONES:
+        raise UserError(f"backbone.name is {name!r}; known are {', '.join(BACKBONES)}.")
+    module, settled = BACKBONES[name]
+    known = {f.name for f in dataclasses.fields(module)} - {"parent", "name", "dtype", *settled}
+    unknown = options.keys() - known
+    if unknown:
+        wrong = ", ".join(sorted(map(repr, unknown)))
+        raise UserError(f"backbone {name!r} has no {wrong}; known are {', '.join(sorted(known))}.")
+    return module(**settled, **options, dtype=dtype)

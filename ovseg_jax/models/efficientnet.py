@@ -1,0 +1,196 @@
+"""EfficientNet-B0..B7 (Tan and Le 2019) as a pyramid: no top convolution, no classifier.
+
+As published for TensorFlow: SAME padding (the odd pixel at the end), swish, batch norm with momentum 0.99 and
+epsilon 1e-3, squeeze-and-excite with a quarter of the block's input channels, stochastic depth growing over
+the blocks.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Blocks of one kind; only the first has the stride. Numbers are B0's, before scaling."""
+
+    blocks: int
+    kernel: int
+    stride: int
+    expand: int
+    channels: int
+
+
+# Table 1 of the paper, rows 2 to 8.
+STAGES = (
+    Stage(1, 3, 1, 1, 16),
+    Stage(2, 3, 2, 6, 24),
+    Stage(2, 5, 2, 6, 40),
+    Stage(3, 3, 2, 6, 80),
+    Stage(3, 5, 1, 6, 112),
+    Stage(4, 5, 2, 6, 192),
+    Stage(1, 3, 1, 6, 320),
+)
+STEM_CHANNELS = 32
+
+# (width, depth) multipliers.
+SCALING = {
+    "efficientnet_b0": (1.0, 1.0),
+    "efficientnet_b1": (1.0, 1.1),
+    "efficientnet_b2": (1.1, 1.2),
+    "efficientnet_b3": (1.2, 1.4),
+    "efficientnet_b4": (1.4, 1.8),
+    "efficientnet_b5": (1.6, 2.2),
+    "efficientnet_b6": (1.8, 2.6),
+    "efficientnet_b7": (2.0, 3.1),
+}
+
+
+def round_channels(channels: int, width: float) -> int:
+    """Scales to the nearest multiple of 8, but never below 90% of what was asked for."""
+    scaled = channels * width
+    rounded = max(8, int(scaled + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * scaled else rounded
+
+
+def round_blocks(blocks: int, depth: float) -> int:
+    """Scales the number of blocks, rounding up."""
+    return math.ceil(depth * blocks)
+
+
+def _conv_init(fan_out: int) -> nn.initializers.Initializer:
+    # Explicit, for Flax would count the channels of a depthwise kernel [k k 1 c] into its fan-out.
+    return nn.initializers.normal(math.sqrt(2.0 / fan_out))
+
+
+class MBConv(nn.Module):
+    """Inverted bottleneck: 1x1 expansion, depthwise convolution, squeeze-and-excite, 1x1 projection.
+
+    Attributes:
+      channels: of the result.
+      kernel: side of the depthwise convolution.
+      stride: of the depthwise convolution.
+      expand: expansion ratio; 1 leaves the expansion out.
+      drop_rate: probability that the residual branch of an example is dropped in training.
+      dtype: compute type.
+    """
+
+    channels: int
+    kernel: int
+    stride: int
+    expand: int
+    drop_rate: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 d"]:
+        """Maps [b h w c] to [b ceil(h/stride) ceil(w/stride) channels]."""
+        inputs, channels_in = x, x.shape[-1]
+        inner = channels_in * self.expand
+
+        def norm(name: str) -> nn.BatchNorm:
+            return nn.BatchNorm(not train, momentum=0.99, epsilon=1e-3, dtype=self.dtype, name=name)
+
+        def pointwise(features: int, name: str, use_bias: bool = False) -> nn.Conv:
+            init = _conv_init(features)
+            return nn.Conv(features, (1, 1), use_bias=use_bias, dtype=self.dtype, kernel_init=init, name=name)
+
+        if self.expand != 1:
+            x = nn.swish(norm("expand_norm")(pointwise(inner, "expand_conv")(x)))
+        x = nn.Conv(
+            inner,
+            (self.kernel, self.kernel),
+            strides=self.stride,
+            padding="SAME",
+            feature_group_count=inner,
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=_conv_init(self.kernel**2),
+            name="depthwise_conv",
+        )(x)
+        x = nn.swish(norm("depthwise_norm")(x))
+
+        squeezed = jnp.mean(x, axis=(1, 2), keepdims=True, dtype=jnp.float32)
+        # A quarter of the block's input, not of its expansion, as in the published code.
+        gate = nn.swish(pointwise(max(1, channels_in // 4), "se_reduce", use_bias=True)(squeezed))
+        x = x * nn.sigmoid(pointwise(inner, "se_expand", use_bias=True)(gate))
+
+        x = norm("project_norm")(pointwise(self.channels, "project_conv")(x))
+        if self.stride == 1 and channels_in == self.channels:
+            if self.drop_rate > 0:
+                x = nn.Dropout(self.drop_rate, broadcast_dims=(1, 2, 3), deterministic=not train)(x)
+            x = x + inputs
+        return x
+
+
+class EfficientNet(nn.Module):
+    """Feature maps of an EfficientNet at strides 4, 8, 16 and 32.
+
+    Parameters: `stem_conv`, `stem_norm`, then `block_{i}`, counted through all stages as when published.
+
+    Attributes:
+      width: channel multiplier.
+      depth: block multiplier.
+      drop_rate: the stochastic depth of block i of n drops its branch with probability drop_rate * i / n
+        (published: survival 0.8 at the end for B0 to B7).
+      remat: recompute each block in the backward pass instead of storing what is inside it.
+      dtype: compute type; parameters are float32.
+    """
+
+    width: float = 1.0
+    depth: float = 1.0
+    drop_rate: float = 0.2
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w 3"], train: bool = False) -> dict[str, Float[Array, "b _ _ _"]]:
+        """Computes the pyramid.
+
+        Args:
+          x: normalised images.
+          train: whether batch statistics are used and updated (collection `batch_stats`) and stochastic
+            depth is on (needs the rng `dropout`).
+
+        Returns:
+          `c2`, `c3`, `c4`, `c5`: [b ceil(h/s) ceil(w/s) c], the last block's output at each stride s = 4, 8,
+          16, 32 (24, 40, 112 and 320 channels times `width`).
+        """
+        stem = round_channels(STEM_CHANNELS, self.width)
+        x = nn.Conv(
+            stem,
+            (3, 3),
+            strides=2,
+            padding="SAME",
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=_conv_init(9 * stem),
+            name="stem_conv",
+        )(x.astype(self.dtype))
+        norm = nn.BatchNorm(not train, momentum=0.99, epsilon=1e-3, dtype=self.dtype, name="stem_norm")
+        x = nn.swish(norm(x))
+
+        block_type = nn.remat(MBConv, static_argnums=(2,)) if self.remat else MBConv
+        sizes = [round_blocks(stage.blocks, self.depth) for stage in STAGES]
+        features, level, index = {}, 1, 0
+        for stage, blocks in zip(STAGES, sizes, strict=True):
+            level += stage.stride == 2
+            for i in range(blocks):
+                block = block_type(
+                    channels=round_channels(stage.channels, self.width),
+                    kernel=stage.kernel,
+                    stride=stage.stride if i == 0 else 1,
+                    expand=stage.expand,
+                    drop_rate=self.drop_rate * index / sum(sizes),
+                    dtype=self.dtype,
+                    name=f"block_{index}",
+                )
+                x = block(x, train)
+                index += 1
+            features[f"c{level}"] = x
+        del features["c1"]
+        return features

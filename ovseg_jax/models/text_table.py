@@ -1,0 +1,134 @@
+"""A table of word vectors as a text encoder: learned, or frozen and filled from a file."""
+
+import difflib
+import re
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Bool, Float, Int
+from ml_collections import ConfigDict
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.models.text import embed_phrases
+from ovseg_jax.vocab.words import WordList
+
+
+class TextTable:
+    """Words are looked up; a phrase is the normalised sum of its words' unit vectors.
+
+    With `vectors` (an .npz of `words` [V] and `vectors` [V D], written once by any text tower) and `learned=False`
+    this is the paper's frozen text encoder: every word of the vocabulary is embedded once and looked up in
+    training. With `learned=True` the vectors are parameters, which is how `scenes` is trained, where no
+    pretrained tower exists.
+    """
+
+    def __init__(self, config: ConfigDict, words: WordList, dim: int):
+        self.words, self.dim = words, dim
+        self.vectors = str(config.get("vectors", "") or "")
+        self.learned = bool(config.get("learned", True))
+        if not self.learned and not self.vectors:
+            raise UserError(
+                "text.learned=False needs text.vectors, an .npz file with 'words' and 'vectors' of a text tower"
+            )
+
+    def init(self, rng: jax.Array) -> dict[str, Array]:
+        """The table: standard normal where it is learned from nothing, else the file's vectors.
+
+        Raises:
+          UserError: the file is missing, malformed, of another dimension, or (frozen) lacks a word.
+        """
+        table = jax.random.normal(rng, (len(self.words), self.dim), jnp.float32)
+        if not self.vectors:
+            return {"table": table}
+        known, vectors = self._read()
+        missing = [w for w in self.words.words[1:] if w not in known]
+        if missing and not self.learned:
+            raise UserError(
+                f"{self.vectors} has no vector for {len(missing)} words of the vocabulary ({', '.join(missing[:8])}, ...)"
+            )
+        rows = [known.get(w, -1) for w in self.words.words]
+        return {"table": jnp.where((np.array(rows) >= 0)[:, None], vectors[rows], table)}
+
+    def _read(self) -> tuple[dict[str, int], np.ndarray]:
+        path = epath.Path(self.vectors)
+        if not path.exists():
+            raise UserError(f"text.vectors: no such file: {path}")
+        try:
+            with path.open("rb") as f:
+                data = np.load(f, allow_pickle=False)
+                names, vectors = data["words"], data["vectors"].astype(np.float32)
+        except (ValueError, KeyError, OSError) as e:
+            raise UserError(f"text.vectors: {path} is not an .npz with 'words' and 'vectors' ({e})") from e
+        if vectors.ndim != 2 or vectors.shape != (len(names), self.dim):
+            raise UserError(
+                f"text.vectors: {path} holds {vectors.shape} vectors for {len(names)} words, expected "
+                f"({len(names)}, {self.dim}): set model.embed_dim to the tower's width"
+            )
+        return {str(n): i for i, n in enumerate(names)}, vectors
+
+    def tokenize(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "k l"], Bool[np.ndarray, "k l"]]:
+        """Word ids of texts, padded to the longest.
+
+        A whole text that stands in the vocabulary is one word; otherwise it is split, plurals fall back to
+        singulars, and words that the vocabulary never holds (articles, prepositions) are passed over.
+
+        Raises:
+          UserError: no text, an empty one, or one with no known word (the message suggests near ones).
+        """
+        if not len(texts):
+            raise UserError("no labels were given: name at least one, for example --labels='dog; grass,lawn'")
+        rows = [self._ids(text) for text in texts]
+        width = max(map(len, rows))
+        ids, valid = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)], valid[i, : len(row)] = row, True
+        return ids, valid
+
+    def _ids(self, text: str) -> list[int]:
+        phrase = " ".join(text.lower().split())
+        if not phrase:
+            raise UserError("an empty label was given: every label needs at least one word")
+        index = self.words.index
+        if phrase in index:
+            return [index[phrase]]
+        tokens = re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", phrase)
+        found, unknown = [], []
+        for token in tokens:
+            known = next((form for form in _forms(token) if form in index), None)
+            if known is not None:
+                found.append(index[known])
+            elif token not in _FUNCTION_WORDS:
+                unknown.append(token)
+        if unknown or not found:
+            word = (unknown or [phrase])[0]
+            close = difflib.get_close_matches(word, self.words.words[1:], 3, 0.6)
+            hint = f"; close ones are: {', '.join(close)}" if close else ""
+            raise UserError(
+                f"label '{text}': this model's text side has never seen '{word}' (it knows {len(self.words) - 1} words"
+                f"{hint})"
+            )
+        return found
+
+    def embed(
+        self, params: dict[str, Array], ids: Int[Array, "k l"], valid: Bool[Array, "k l"]
+    ) -> Float[Array, "k d"]:
+        """Unit vectors of tokenised texts."""
+        return embed_phrases(params["table"], ids, valid)
+
+
+_FUNCTION_WORDS = frozenset("a an the of in on at with and or to for from by is are its".split())
+
+
+def _forms(token: str) -> list[str]:
+    """The token, then what it may be the plural of."""
+    forms = [token]
+    if token.endswith("ies"):
+        forms.append(token[:-3] + "y")
+    if token.endswith("es"):
+        forms.append(token[:-2])
+    if token.endswith("s"):
+        forms.append(token[:-1])
+    return forms

@@ -1,0 +1,255 @@
+"""Segment images by words of your own.
+
+segmenter = Segmenter.from_checkpoint("runs/openseg")
+result = segmenter.segment("photo.jpg", "bride,woman in white; groom; cake")
+result.labels, result.scores, result.masks
+result.overlay().save("photo.png")
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Float, UInt8
+from ml_collections import ConfigDict
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.images import fit_canvas, read_image
+from ovseg_jax.methods.base import Method, Prediction, Variables
+from ovseg_jax.result import PixelFeatures, Result
+from ovseg_jax.tiles import Blender, Span, View, spans
+from ovseg_jax.vocab.classes import ClassList, load_labels, parse_labels
+from ovseg_jax.vocab.words import WordList
+
+UNKNOWN_BELOW = 0.04  # the released demo's threshold
+
+Labels = str | os.PathLike | ClassList | Sequence[str | Sequence[str]]
+
+
+class Segmenter:
+    """Images and texts in; masks, labels, scores, pictures and features out.
+
+    Args:
+      method: what predicts and embeds texts.
+      variables: the method's variables.
+      config: the config of the run; `config.data.image_size` is the size of the canvas that the model sees.
+      classes: the labels to use where none are given.
+      batch_size: images, or tiles of large ones, that go through the model together.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        variables: Variables,
+        config: ConfigDict,
+        classes: ClassList | None = None,
+        *,
+        batch_size: int = 8,
+    ):
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size}: it takes at least 1")
+        self.method, self.config, self.classes, self.batch_size = method, config, classes, batch_size
+        self.variables = jax.device_put(variables)
+        self._predict = jax.jit(method.predict)
+        self._texts: dict[tuple[tuple[str, ...], ...], Float[Array, "t d"]] = {}
+
+    @classmethod
+    def from_checkpoint(
+        cls, workdir: epath.PathLike, step: int | None = None, *, batch_size: int = 8
+    ) -> "Segmenter":
+        """Loads a run: its config, words, classes and, of its checkpoints, the latest or that of `step`.
+
+        Raises:
+          UserError: the folder holds no run, or no such checkpoint.
+        """
+        from ovseg_jax.methods import build
+        from ovseg_jax.train.checkpoints import load_variables
+
+        config, variables, _ = load_variables(workdir, step)
+        folder = epath.Path(workdir)
+        words = WordList.load(folder / "words.json")
+        try:
+            classes = ClassList.from_json((folder / "classes.json").read_text())
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{folder / 'classes.json'} cannot be read: {error}") from error
+        return cls(build(config, words, classes), variables, config, classes, batch_size=batch_size)
+
+    def segment(
+        self,
+        image: Any,
+        labels: Labels | None = None,
+        *,
+        threshold: float = UNKNOWN_BELOW,
+        tile: tuple[int, int] | None = None,
+    ) -> Any:
+        """Gives every pixel the category that fits it best (eq. 6), or "unknown".
+
+        Args:
+          image: a path, a PIL image or an array, as `read_image` takes them; or a list of such.
+          labels: categories with their names: `"bride,woman in white; groom; cake"`, a list of such
+            categories, the path of a label file, or a ClassList. By default the classes that the model was
+            trained with. A category scores as its best name does; of two equal ones the first wins.
+          threshold: pixels with a lower confidence (see `Result`) are unknown.
+          tile: (size, overlap) in pixels of the image. A larger image is cut into overlapping tiles which the
+            model sees one by one, in more detail; their scores are blended. By default it sees the whole
+            image at once.
+
+        Returns:
+          A Result, or for a list of images a list of Results.
+
+        Raises:
+          UserError: an image that cannot be read; empty labels; a word that the text side cannot embed.
+        """
+        if isinstance(image, list | tuple):
+            return list(self.stream(image, labels, threshold=threshold, tile=tile))
+        return next(self.stream([image], labels, threshold=threshold, tile=tile))
+
+    def stream(
+        self,
+        images: Iterable[Any],
+        labels: Labels | None = None,
+        *,
+        threshold: float = UNKNOWN_BELOW,
+        tile: tuple[int, int] | None = None,
+    ) -> Iterator[Result]:
+        """`segment` for any number of images: one Result after the other, reading a batch ahead."""
+        classes = self._categories(labels)
+        text, owner = self.embed(classes), classes.flat()[1]
+        blender: Blender | None = None
+        for job, fitted, prediction in self._predictions(images, tile):
+            blender = blender or Blender(job.rows, job.columns)
+            maps, weights = _as_maps(prediction, text)
+            view = View(job.row, job.column, self._canvas, fitted, maps, weights)
+            if not blender.add(view):
+                continue
+            confidence: np.ndarray = blender.score
+            if prediction.mask_logits is not None:
+                confidence = confidence / np.maximum(blender.cover, 1)
+            label_map = np.where(confidence >= threshold, owner[blender.name], -1).astype(np.int32)
+            yield Result(job.image, classes, label_map, confidence)
+            blender = None
+
+    def features(self, image: Any) -> Any:
+        """Text-aligned features of an image's pixels and regions: `PixelFeatures`, or a list for a list."""
+        if not isinstance(image, list | tuple):
+            return next(self.stream_features([image]))
+        return list(self.stream_features(image))
+
+    def stream_features(self, images: Iterable[Any]) -> Iterator[PixelFeatures]:
+        """`features` for any number of images, one after the other, reading a batch ahead."""
+        for job, fitted, prediction in self._predictions(images, None):
+            yield PixelFeatures.of(prediction, self._canvas, fitted, job.image.shape[:2])
+
+    def embed(self, labels: Labels) -> Float[Array, "t d"]:
+        """Unit-norm embeddings of all names, category by category; computed once per set of labels."""
+        classes = self._categories(labels)
+        if classes.names not in self._texts:
+            self._texts[classes.names] = jnp.asarray(
+                self.method.embed_text(self.variables, classes.flat()[0])
+            )
+        return self._texts[classes.names]
+
+    @property
+    def _canvas(self) -> int:
+        return int(self.config.data.image_size)
+
+    def _categories(self, labels: Labels | None) -> ClassList:
+        if labels is None:
+            labels = self.classes
+        if labels is None:
+            raise UserError('no labels were given: name some, for example "dog; grass,lawn"')
+        if not isinstance(labels, ClassList):
+            labels = as_classes(labels)
+        if not len(labels):
+            raise UserError('the list of labels is empty: name some, for example "dog; grass,lawn"')
+        return labels
+
+    def _predictions(
+        self, images: Iterable[Any], tile: tuple[int, int] | None
+    ) -> Iterator[tuple["_Job", tuple[int, int], Prediction]]:
+        """Every tile of every image through the model: what it is of, its size on the canvas, one view."""
+        waiting: deque[_Job] = deque()
+        for job in _jobs(images, tile):
+            waiting.append(job)
+            if len(waiting) == self.batch_size:
+                yield from self._see(waiting)
+                waiting.clear()
+        if waiting:
+            yield from self._see(waiting)
+
+    def _see(self, jobs: Iterable["_Job"]) -> Iterator[tuple["_Job", tuple[int, int], Prediction]]:
+        jobs = list(jobs)
+        fitted = [fit_canvas(job.image[slice(*job.row), slice(*job.column)], self._canvas) for job in jobs]
+        # Batches of 1, 2, 4, ...: few compilations, and one image does not pay for eight.
+        count = min(self.batch_size, 1 << (len(jobs) - 1).bit_length())
+        canvases = np.zeros((count, self._canvas, self._canvas, 3), np.uint8)
+        sizes = np.full((count, 2), self._canvas, np.int32)
+        for i, (canvas, size) in enumerate(fitted):
+            canvases[i], sizes[i] = canvas, size
+        prediction = self._predict(self.variables, canvases, sizes)
+        for i, (job, (_, size)) in enumerate(zip(jobs, fitted, strict=True)):
+            yield job, size, jax.tree.map(lambda x, i=i: x[i : i + 1], prediction)
+
+
+class _Job(NamedTuple):
+    """One tile of one image."""
+
+    image: UInt8[np.ndarray, "h w 3"]
+    rows: list[Span]
+    columns: list[Span]
+    row: Span
+    column: Span
+
+
+def _jobs(images: Iterable[Any], tile: tuple[int, int] | None) -> Iterator[_Job]:
+    for image in map(read_image, images):
+        rows, columns = spans(image.shape[0], tile), spans(image.shape[1], tile)
+        for row in rows:
+            for column in columns:
+                yield _Job(image, rows, columns, row, column)
+
+
+@jax.jit
+def _as_maps(
+    prediction: Prediction, text: Float[Array, "t d"]
+) -> tuple[Float[Array, "n h w"], Float[Array, "t n"]]:
+    """The maps of one image, and what each says about each name: masks and cosines, or features and names."""
+    if prediction.mask_logits is None or prediction.region_embed is None:
+        features = prediction.pixel_embed[0]
+        norm = jnp.sqrt(jnp.maximum(jnp.square(features).sum(-1, keepdims=True), 1e-12))
+        return jnp.moveaxis(features / norm, -1, 0), text
+    weights = jnp.matmul(text, prediction.region_embed[0].T, precision=jax.lax.Precision.HIGHEST)
+    return jax.nn.sigmoid(prediction.mask_logits[0]), weights
+
+
+def as_classes(labels: Labels) -> ClassList:
+    """Categories from whatever way a person writes them; see `Segmenter.segment`.
+
+    Raises:
+      UserError: no labels, an empty one, or a label file that cannot be read.
+    """
+    if isinstance(labels, ClassList):
+        return labels
+    if isinstance(labels, os.PathLike):
+        from ovseg_jax.vocab.classes import read_label_file
+
+        return read_label_file(labels)
+    if isinstance(labels, str):
+        return load_labels(labels)
+    names: list[tuple[str, ...]] = []
+    for category in labels:
+        if isinstance(category, str):
+            names.extend(parse_labels(category).names)
+        else:
+            names.append(tuple(category))
+    if not names or any(not group or not all(name.strip() for name in group) for group in names):
+        raise UserError(f"the labels {list(labels)!r} hold an empty category: each takes at least one word")
+    return ClassList(tuple(names), tuple(range(len(names))), (True,) * len(names))
+
+
+__all__ = ["PixelFeatures", "Result", "Segmenter", "as_classes"]

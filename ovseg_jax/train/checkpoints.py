@@ -1,0 +1,282 @@
+"""Checkpoints: variables, optimiser state and position in the data together, asynchronous, atomic (Orbax).
+
+    WORKDIR/config.json                     the resolved config
+    WORKDIR/checkpoints/<step>/variables    {"params": ..., other collections}: all that inference reads
+    WORKDIR/checkpoints/<step>/optimizer    optax's state
+    WORKDIR/checkpoints/<step>/data         the data iterator, one file per process
+
+A folder named otherwise was being written when the run died; it is never read.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
+
+from ovseg_jax import config as config_lib
+from ovseg_jax.errors import UserError
+from ovseg_jax.train.sharding import DEFAULT_RULES, leaf_sharding, path_name
+from ovseg_jax.train.state import TrainState
+
+CONFIG_FILE = "config.json"
+# What a checkpoint takes beside its arrays, at most.
+METADATA_BYTES = 1 << 20
+
+
+class Checkpoints:
+    """The checkpoints of one run. Saving returns at once; errors of writing surface at the next call.
+
+    Args:
+      workdir: where the run lives.
+      every: save at multiples of this many steps; 0 = only where the loop forces it.
+      keep: how many of the latest to keep.
+    """
+
+    def __init__(self, workdir: epath.PathLike, *, every: int, keep: int):
+        self.directory = epath.Path(workdir).absolute() / "checkpoints"
+        policies: list[Any] = [save_decision_policy.PreemptionCheckpointingPolicy()]
+        if every > 0:
+            policies.append(save_decision_policy.FixedIntervalPolicy(every))
+        with self._writing():
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    save_decision_policy=save_decision_policy.AnySavePolicy(policies),
+                    preservation_policy=preservation_policy.LatestN(max(keep, 1)),
+                    cleanup_tmp_directories=True,
+                ),
+            )
+
+    def latest_step(self) -> int | None:
+        """The step of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def should_save(self, step: int) -> bool:
+        """Whether `step` is due (and, with several processes, whether preemption is announced)."""
+        return self._manager.should_save(step)
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether all processes have agreed to stop at this step, after one of them was told to."""
+        return self._manager.reached_preemption(step)
+
+    def save(self, step: int, state: TrainState, iterator: Any) -> None:
+        """Saves the state after `step` steps and an iterator that has given `step` batches."""
+        with self._writing():
+            self._check_space(state)
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    variables=ocp.args.StandardSave(state.variables),
+                    optimizer=ocp.args.StandardSave(state.opt_state),
+                    data=grain.checkpoint.CheckpointSave(iterator),
+                ),
+                force=True,
+            )
+
+    def restore(self, target: TrainState, iterator: Any, step: int | None = None) -> TrainState:
+        """Restores the latest (or the given) checkpoint.
+
+        Args:
+          target: shapes and shardings of the state (`abstract_state`): where they are, the result will be.
+          iterator: is moved to where the checkpoint's was.
+          step: which checkpoint.
+
+        Raises:
+          UserError: where names or shapes in the checkpoint differ from those of `target`, listing both.
+        """
+        step = self._manager.latest_step() if step is None else step
+        if step is None:
+            raise UserError(f"{self.directory} holds no checkpoint.")
+        _check_same(self.directory / str(step) / "variables", target.variables)
+        _check_same(self.directory / str(step) / "optimizer", target.opt_state)
+        data = self.directory / str(step) / "data"
+        own = data / f"process_{jax.process_index()}-of-{jax.process_count()}.json"
+        if not own.exists():
+            raise UserError(
+                f"{data} has no {own.name}: the checkpoint was written by another number of processes."
+            )
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                variables=ocp.args.StandardRestore(target.variables),
+                optimizer=ocp.args.StandardRestore(target.opt_state),
+                data=grain.checkpoint.CheckpointRestore(iterator),
+            ),
+        )
+        variables = dict(restored["variables"])
+        return TrainState(
+            step=jax.device_put(jnp.asarray(step, jnp.int32), target.step.sharding),
+            params=variables.pop("params"),
+            model_state=variables,
+            opt_state=restored["optimizer"],
+        )
+
+    def wait(self) -> None:
+        """Blocks until what was saved is on disk."""
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Finishes the last save and stops the background threads."""
+        with self._writing():
+            self._manager.close()
+
+    def _check_space(self, state: TrainState) -> None:
+        """Refuses before writing what will not fit; only a local disk can be asked."""
+        if "://" in str(self.directory):
+            return
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // jax.process_count() + METADATA_BYTES
+        if shutil.disk_usage(self.directory).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if is_disk_full(error):
+                raise UserError(disk_full_message(self.directory)) from error
+            raise
+
+
+def load_variables(
+    workdir: epath.PathLike,
+    step: int | None = None,
+    *,
+    mesh: Mesh | None = None,
+    rules: Iterable[Sequence[str]] = DEFAULT_RULES,
+) -> tuple[ConfigDict, dict[str, Any], int]:
+    """Reads what inference needs from a run: its config and its variables, without the optimiser's state.
+
+    Args:
+      workdir: the run's folder or bucket.
+      step: which checkpoint; the latest where nothing is said.
+      mesh: where to put the variables; as numpy arrays where nothing is said.
+      rules: the sharding rules on that mesh.
+
+    Returns:
+      (config, variables, step).
+
+    Raises:
+      UserError: where the folder holds no run, or not that step.
+    """
+    workdir = epath.Path(workdir)
+    config = read_config(workdir)
+    if config is None:
+        raise UserError(f"{workdir} holds no run: {CONFIG_FILE} is missing.")
+    directory = workdir.absolute() / "checkpoints"
+    if not directory.exists():
+        raise UserError(f"{workdir} holds no checkpoint yet: there is no folder {directory}.")
+    steps = sorted(ocp.utils.checkpoint_steps(directory))
+    if not steps:
+        raise UserError(f"{workdir} holds no complete checkpoint yet.")
+    if step is not None and step not in steps:
+        raise UserError(f"{workdir} has no checkpoint of step {step}; it has {steps}.")
+    step = steps[-1] if step is None else step
+
+    def target(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        if mesh is not None:
+            sharding = leaf_sharding(path_name(path[1:]), leaf.shape, mesh, rules)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    saved = _saved_arrays(directory / str(step) / "variables")
+    with ocp.StandardCheckpointer() as checkpointer:
+        variables = checkpointer.restore(
+            directory / str(step) / "variables", jax.tree_util.tree_map_with_path(target, saved)
+        )
+    return config, jax.device_get(variables) if mesh is None else variables, step
+
+
+def read_config(workdir: epath.PathLike) -> ConfigDict | None:
+    """The resolved config of the run in `workdir`, or None where there is none."""
+    path = epath.Path(workdir) / CONFIG_FILE
+    if not path.exists():
+        return None
+    try:
+        return config_lib.from_json(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}).") from error
+
+
+def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:
+    """Writes `config.json` into `workdir`, whole or not at all."""
+    path = epath.Path(workdir) / CONFIG_FILE
+    temporary = path.parent / (CONFIG_FILE + ".tmp")
+    temporary.write_text(config_lib.to_json(config))
+    temporary.replace(path)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an exception, or one that caused it, says that there is no space left.
+
+    The array writer is C++, whose errors carry the system's text but no errno.
+    """
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
+            return True
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def disk_full_message(directory: epath.PathLike) -> str:
+    """The sentence for a user whose disk is full."""
+    return (
+        f"the disk is full while writing to {directory}; complete checkpoints are kept: free some space and "
+        "run the same command to continue from the last one."
+    )
+
+
+def _saved_arrays(item: epath.Path) -> Any:
+    """Shapes and dtypes of one item of a checkpoint, in nested dicts and lists."""
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            saved = checkpointer.metadata(item).item_metadata
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{item} cannot be read as part of a checkpoint ({error}).") from error
+    if saved is None:
+        raise UserError(f"{item} cannot be read as part of a checkpoint.")
+    return saved.tree
+
+
+def _check_same(item: epath.Path, target: Any) -> None:
+    saved, wanted = _shapes(_saved_arrays(item)), _shapes(target)
+    missing = sorted(wanted.keys() - saved.keys())
+    extra = sorted(saved.keys() - wanted.keys())
+    other = sorted(name for name in wanted.keys() & saved.keys() if wanted[name] != saved[name])
+    if not (missing or extra or other):
+        return
+    parts = []
+    if missing:
+        parts.append(f"it lacks {_listing(missing)}")
+    if extra:
+        parts.append(f"it has {_listing(extra)}, which this config has not")
+    if other:
+        parts.append("shapes differ: " + _listing([f"{n} {saved[n]} there, {wanted[n]} here" for n in other]))
+    raise UserError(f"{item} belongs to another config: {'; '.join(parts)}.")
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
+
+
+def _listing(names: Sequence[str], limit: int = 8) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -1,0 +1,268 @@
+"""The training loop: one for all methods.
+
+Its order, at every number of steps done: eval -> save -> next batch -> step -> log. What a checkpoint holds
+is therefore exactly what the evaluation before it has seen, and a run taken up again repeats nothing.
+"""
+
+import contextlib
+import re
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.methods.base import Method, Variables
+from ovseg_jax.train import metrics as metrics_lib
+from ovseg_jax.train.checkpoints import Checkpoints
+from ovseg_jax.train.metrics import MetricWriter
+from ovseg_jax.train.optimizer import make_optimizer
+from ovseg_jax.train.progress import Progress
+from ovseg_jax.train.sharding import DEFAULT_RULES, check_batch_size, put_batch
+from ovseg_jax.train.state import (
+    TrainState,
+    abstract_state,
+    abstract_variables,
+    create_state,
+    state_shardings,
+)
+from ovseg_jax.train.step import Metrics, make_step
+from ovseg_jax.train.stop import StopRequest
+
+
+@runtime_checkable
+class Evaluator(Protocol):
+    """Something that scores variables: `evals.runner` makes them from the config."""
+
+    name: str
+    every: int
+
+    def run(self, variables: Variables) -> Mapping[str, float]:
+        """Metric name -> value."""
+
+
+class Fit(NamedTuple):
+    """How a loop ended.
+
+    Attributes:
+      state: the last state.
+      started: steps that were done before.
+      step: steps done.
+      stopped: True where it was told to stop before the end; the state is saved.
+      records: everything in `metrics.jsonl`.
+      seconds: wall time, that of earlier runs in this workdir included.
+      images_per_second: of training alone, without compilation, evaluation and saving; 0 without a step.
+      data_wait_seconds: how much of that time the loop spent waiting for a batch.
+    """
+
+    state: TrainState
+    started: int
+    step: int
+    stopped: bool
+    records: list[dict[str, Any]]
+    seconds: float
+    images_per_second: float
+    data_wait_seconds: float
+
+
+def fit(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    method: Method,
+    iterator: Any,
+    evaluators: Sequence[Evaluator],
+    mesh: Mesh,
+) -> Fit:
+    """Trains from the last checkpoint in `workdir`, or from the start, to `config.steps`.
+
+    Args:
+      config: reads seed, steps, batch_size, optimizer, checkpoint.every, checkpoint.keep, log_every,
+        sharding, tensorboard.
+      workdir: gets `checkpoints/` and `metrics.jsonl`.
+      method: see `methods.base`.
+      iterator: a grain iterator of this process's share of each batch.
+      evaluators: run at multiples of their `every`.
+      mesh: all devices of all processes.
+
+    Raises:
+      UserError: for a loss that is not finite, a full disk, a checkpoint of another config.
+    """
+    steps, batch_size = int(config.steps), int(config.batch_size)
+    check_batch_size(batch_size, mesh)
+    first_process = jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        variables = abstract_variables(method, config.seed)
+        optimizer = make_optimizer(config.optimizer, variables["params"], steps)
+        shardings = state_shardings(optimizer, variables, mesh, config.get("sharding", DEFAULT_RULES))
+        train_step = make_step(method, optimizer, config.seed, shardings)
+
+        every, keep = config.checkpoint.get("every", 0), config.checkpoint.get("keep", 1)
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, every=every, keep=keep)))
+        start = checkpoints.latest_step() or 0
+        if checkpoints.latest_step() is None:
+            state = create_state(method, optimizer, config.seed, shardings)
+        else:
+            state = checkpoints.restore(abstract_state(method, optimizer, config.seed, shardings), iterator)
+        writer = stack.enter_context(
+            contextlib.closing(
+                MetricWriter(
+                    workdir, step=start, tensorboard=config.get("tensorboard", False), write=first_process
+                )
+            )
+        )
+        progress = stack.enter_context(contextlib.closing(Progress(steps, start, show=first_process)))
+        log = _Log(writer, progress, int(config.get("log_every", 50)), batch_size)
+        stop = stack.enter_context(StopRequest(checkpoints.reached_preemption))
+        if start:
+            progress.say(f"continuing from the checkpoint at step {start}")
+
+        step, stopped = start, False
+        while True:
+            stopped = stop.at(step) and step < steps
+
+            # eval
+            for evaluator in [] if stopped else evaluators:
+                due = step > 0 and evaluator.every > 0 and step % evaluator.every == 0
+                # A checkpoint made because of SIGTERM precedes its evaluation, which then is due after it.
+                if due and not writer.has(step, evaluator.name + "/"):
+                    log.drain()
+                    with log.pause():
+                        scores = evaluator.run(state.variables)
+                    writer.scalars(step, {f"{evaluator.name}/{key}": value for key, value in scores.items()})
+                    progress.say(f"step {step}, {evaluator.name}: {_line(scores)}")
+
+            # save
+            last = step >= steps
+            if step != checkpoints.latest_step() and (
+                (step > start and checkpoints.should_save(step)) or stopped or last
+            ):
+                log.drain()  # Raises where a step was not finite: what is saved can always be gone on from.
+                with log.pause():
+                    checkpoints.save(step, state, iterator)
+            if stopped or last:
+                log.drain()
+                checkpoints.wait()
+                break
+
+            # next batch
+            with log.wait_for_data():
+                batch = _next(iterator, step)
+            # step
+            state, metrics = train_step(state, put_batch(batch, mesh))
+            step += 1
+            # log
+            log.put(step, metrics)
+
+        if stopped:
+            progress.say(f"saved at step {step}; run the same command to continue")
+        return Fit(
+            state,
+            start,
+            step,
+            stopped,
+            writer.records,
+            log.seconds(),
+            log.images_per_second(),
+            log.data_wait_seconds,
+        )
+
+
+class _Log:
+    """Follows the device one step behind, so that reading the numbers of a step never makes it wait.
+
+    It adds up (sum, count) pairs, writes their means every `every` steps, and times training without
+    compilation, evaluation and saving.
+    """
+
+    def __init__(self, writer: MetricWriter, progress: Progress, every: int, batch_size: int):
+        self._writer, self._progress = writer, progress
+        self._every, self._batch_size = max(every, 1), batch_size
+        self._pending: deque[tuple[int, Metrics]] = deque()
+        self._sums: metrics_lib.Sums = {}
+        self._began = time.monotonic()
+        self._earlier = max((r.get("seconds") or 0.0 for r in writer.records), default=0.0)
+        # The clock of training starts when the first step, which compiles, is done.
+        self._clock: float | None = None
+        self._steps = self._paused = 0
+        self._window = (0.0, 0)
+        self.data_wait_seconds = 0.0
+
+    def put(self, step: int, metrics: Metrics) -> None:
+        """Takes the numbers of a step that was just dispatched, and reads those of the one before."""
+        self._pending.append((step, metrics))
+        while len(self._pending) > 1:
+            self._read(*self._pending.popleft())
+
+    def drain(self) -> None:
+        """Reads all that is under way: afterwards every step so far is known to be finite."""
+        while self._pending:
+            self._read(*self._pending.popleft())
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Stops the clock of training."""
+        began = time.monotonic()
+        yield
+        if self._clock is not None:
+            self._paused += time.monotonic() - began
+
+    @contextlib.contextmanager
+    def wait_for_data(self) -> Iterator[None]:
+        """Counts as waiting for data."""
+        began = time.monotonic()
+        yield
+        if self._clock is not None:
+            self.data_wait_seconds += time.monotonic() - began
+
+    def seconds(self) -> float:
+        """Wall time, that of earlier runs included."""
+        return self._earlier + time.monotonic() - self._began
+
+    def images_per_second(self) -> float:
+        """Mean over this run."""
+        return self._steps * self._batch_size / max(self._trained(), 1e-9) if self._steps else 0.0
+
+    def _trained(self) -> float:
+        return 0.0 if self._clock is None else time.monotonic() - self._clock - self._paused
+
+    def _read(self, step: int, metrics: Metrics) -> None:
+        sums = metrics_lib.to_host(metrics)
+        if bad := metrics_lib.not_finite(sums):
+            raise UserError(
+                f"training stopped at step {step}, where {', '.join(bad)} is not finite; the last good "
+                "checkpoint is kept; try a lower learning_rate, more warmup_steps or a smaller clip_norm."
+            )
+        self._sums = metrics_lib.add(self._sums, sums)
+        if self._clock is None:
+            self._clock = time.monotonic()
+        else:
+            self._steps += 1
+        if step % self._every == 0:
+            seconds, steps = self._trained() - self._window[0], self._steps - self._window[1]
+            self._window = (self._trained(), self._steps)
+            rate = steps * self._batch_size / seconds if steps and seconds > 0 else 0.0
+            values = {**metrics_lib.means(self._sums), "images_per_second": rate, "seconds": self.seconds()}
+            self._writer.scalars(step, values)
+            self._sums = {}
+        self._progress.update(step, metrics_lib.means(sums)["loss"], self.images_per_second())
+
+
+def _next(iterator: Any, step: int) -> Mapping[str, Any]:
+    try:
+        return next(iterator)
+    except StopIteration:
+        raise UserError(f"the training data ended after {step} batches; it should repeat for ever.") from None
+
+
+def _line(scores: Mapping[str, float]) -> str:
+    """The scores that tell how it goes; all of them are in metrics.jsonl."""
+    shown = {
+        name: value for name, value in scores.items() if not re.search("chance|_gt|@.*@|@none|@truth", name)
+    }
+    return ", ".join(f"{name} {value:.4g}" for name, value in shown.items())

@@ -1,0 +1,137 @@
+"""The optimiser, from its config: clipping, the rule, weight decay, rates by parameter, frozen parameters."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.train.sharding import tree_paths
+
+RULES = ("adam", "adamw", "lamb", "lion", "sgd")
+SCHEDULES = ("constant", "cosine", "linear")
+# Weight decay here is the classic L2 term, added to the gradient before the rule; elsewhere it is decoupled.
+COUPLED = ("adam", "sgd")
+
+
+class Optimizer(NamedTuple):
+    """An optax transformation, the schedule in it, and which parameters it moves.
+
+    Attributes:
+      transform: init and update over the whole parameter tree; frozen parameters get no state and no update.
+      schedule: step -> learning rate, for the log.
+      trainable: a tree like the parameters, True where they are trained.
+    """
+
+    transform: optax.GradientTransformation
+    schedule: optax.Schedule
+    trainable: Any
+
+
+def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
+    """Learning rate of each step in [0, steps).
+
+    Linear warm-up over `warmup_steps`, (t + 1) / warmup_steps, so that the first step already moves; then,
+    with p the share of the remaining steps that is done and f = `final_fraction`, constant: 1; linear:
+    1 - (1 - f) p; cosine: f + (1 - f) (1 + cos(pi p)) / 2; all times `learning_rate`.
+    """
+    name = config.get("schedule", "cosine")
+    if name not in SCHEDULES:
+        raise UserError(f'optimizer.schedule="{name}" is unknown; the schedules are {", ".join(SCHEDULES)}.')
+    peak, warmup = float(config["learning_rate"]), int(config.get("warmup_steps", 0))
+    final = float(config.get("final_fraction", 0.0))
+
+    def schedule(step: Any) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        done = jnp.clip((step - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+        if name == "constant":
+            decay = jnp.ones_like(done)
+        elif name == "linear":
+            decay = 1.0 - (1.0 - final) * done
+        else:
+            decay = final + (1.0 - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+        return peak * jnp.where(step < warmup, (step + 1.0) / max(warmup, 1), decay)
+
+    return schedule
+
+
+def make_optimizer(config: ConfigDict, params: Any, steps: int) -> Optimizer:
+    """Builds the optimiser that `config` describes for these parameters.
+
+    Args:
+      config: `config.optimizer`. `name` (adamw, adam, sgd, lamb, lion), `learning_rate`, `schedule`,
+        `warmup_steps`, `final_fraction`, `weight_decay` (on arrays of two or more dimensions, so never on
+        biases, scales and temperatures), `clip_norm` (0 = off), `b1`, `b2`, `momentum` (sgd), `nesterov`,
+        `multipliers` ((regex, factor) pairs: the first that is found in a parameter's path scales its rate),
+        `frozen` (regexes).
+      params: the parameter tree; arrays or their shapes.
+      steps: length of the run, for the schedule.
+
+    Raises:
+      UserError: for an unknown name, or a regex that finds no parameter.
+    """
+    name = config.get("name", "adamw")
+    if name not in RULES:
+        raise UserError(f'optimizer.name="{name}" is unknown; the optimisers are {", ".join(RULES)}.')
+    paths = tree_paths(params)
+    names = jax.tree.leaves(paths)
+    frozen, multipliers = tuple(config.get("frozen", ())), tuple(config.get("multipliers", ()))
+    _check_found("frozen", frozen, names)
+    _check_found("multipliers", [pattern for pattern, _ in multipliers], names)
+
+    b1, b2 = float(config.get("b1", 0.9)), float(config.get("b2", 0.99 if name == "lion" else 0.999))
+    rule = {
+        "adam": lambda: optax.scale_by_adam(b1, b2),
+        "adamw": lambda: optax.scale_by_adam(b1, b2),
+        "lamb": lambda: optax.scale_by_adam(b1, b2, eps=1e-6),
+        "lion": lambda: optax.scale_by_lion(b1, b2),
+        "sgd": lambda: optax.trace(float(config.get("momentum", 0.9)), bool(config.get("nesterov", False))),
+    }[name]()
+    schedule = make_schedule(config, steps)
+    links = []
+    if clip := float(config.get("clip_norm", 0.0)):
+        links.append(optax.clip_by_global_norm(clip))
+    decay = []
+    if weight_decay := float(config.get("weight_decay", 0.0)):
+        decay.append(optax.add_decayed_weights(weight_decay, mask=_has_matrix_shape))
+    links += [*decay, rule] if name in COUPLED else [rule, *decay]
+    if name == "lamb":
+        links.append(optax.scale_by_trust_ratio())
+    if multipliers:
+        links.append(_scale_by_path(multipliers))
+    links.append(optax.scale_by_learning_rate(schedule))
+    transform = optax.chain(*links)
+
+    trainable = jax.tree.map(lambda path: not any(re.search(p, path) for p in frozen), paths)
+    if frozen:
+        # The partition is outermost, so that neither clipping nor any state sees a frozen parameter.
+        labels = jax.tree.map(lambda moves: "trained" if moves else "frozen", trainable)
+        transform = optax.partition({"trained": transform, "frozen": optax.set_to_zero()}, labels)
+    return Optimizer(transform, schedule, trainable)
+
+
+def _check_found(key: str, patterns: Sequence[str], names: Sequence[str]) -> None:
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in names):
+            raise UserError(
+                f'optimizer.{key} has "{pattern}", which no parameter name contains (such as "{names[0]}").'
+            )
+
+
+def _has_matrix_shape(params: Any) -> Any:
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def _scale_by_path(multipliers: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
+    def factor(path: str) -> float:
+        return next((float(f) for pattern, f in multipliers if re.search(pattern, path)), 1.0)
+
+    def scale(updates: Any, params: Any = None) -> Any:
+        del params
+        return jax.tree.map(lambda u, path: u * factor(path), updates, tree_paths(updates))
+
+    return optax.stateless(scale)

@@ -1,0 +1,89 @@
+"""Everything that a training step changes, and how it is spread over the mesh."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ovseg_jax.methods.base import Method, Variables
+from ovseg_jax.train.optimizer import Optimizer
+from ovseg_jax.train.sharding import DEFAULT_RULES, leaf_sharding, replicated, tree_paths
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The whole state of a run, apart from the position in the data.
+
+    The same structure also holds a state's shapes (`abstract_state`) and its shardings (`state_shardings`).
+
+    Attributes:
+      step: steps done, int32.
+      params: what the gradient moves.
+      model_state: the other collections, such as `batch_stats`: {collection: tree}.
+      opt_state: optax's state.
+    """
+
+    step: Any
+    params: Any
+    model_state: dict[str, Any]
+    opt_state: Any
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What a method takes: the parameters and the other collections in one dict."""
+        return {"params": self.params, **self.model_state}
+
+
+def abstract_variables(method: Method, seed: int) -> Variables:
+    """Shapes and dtypes of a method's variables, without computing them."""
+    return jax.eval_shape(method.init, jax.random.key(seed))
+
+
+def state_shardings(
+    optimizer: Optimizer, variables: Variables, mesh: Mesh, rules: Iterable[Sequence[str]] = DEFAULT_RULES
+) -> TrainState:
+    """A TrainState of shardings. What the optimiser keeps for a parameter follows that parameter's rule."""
+    rules = tuple(tuple(rule) for rule in rules)
+
+    def place(leaf: Any, path: str) -> Any:
+        return leaf_sharding(path, leaf.shape, mesh, rules)
+
+    params = variables["params"]
+    paths = tree_paths(params)
+    known = set(jax.tree.leaves(paths))
+
+    def place_kept(leaf: Any, path: str) -> Any:
+        # Adam's mean of `head/kernel` is at `1/mu/head/kernel`: find the longest ending that is a parameter.
+        parts = path.split("/")
+        endings = ("/".join(parts[i:]) for i in range(len(parts)))
+        owner = next((ending for ending in endings if ending in known), None)
+        return replicated(mesh) if owner is None else place(leaf, owner)
+
+    kept = jax.eval_shape(optimizer.transform.init, params)
+    model_state = {name: tree for name, tree in variables.items() if name != "params"}
+    return TrainState(
+        step=replicated(mesh),
+        params=jax.tree.map(place, params, paths),
+        model_state=jax.tree.map(place, model_state, tree_paths(model_state)),
+        opt_state=jax.tree.map(place_kept, kept, tree_paths(kept)),
+    )
+
+
+def create_state(method: Method, optimizer: Optimizer, seed: int, shardings: TrainState) -> TrainState:
+    """The state before the first step, each device computing only the shards that it keeps."""
+    return jax.jit(lambda: _create(method, optimizer, seed), out_shardings=shardings)()
+
+
+def abstract_state(method: Method, optimizer: Optimizer, seed: int, shardings: TrainState) -> TrainState:
+    """Shapes, dtypes and shardings of a state, without computing it: what a checkpoint is restored onto."""
+    shapes = jax.eval_shape(lambda: _create(method, optimizer, seed))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def _create(method: Method, optimizer: Optimizer, seed: int) -> TrainState:
+    variables = dict(method.init(jax.random.key(seed)))
+    params = variables.pop("params")
+    return TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer.transform.init(params))

@@ -1,0 +1,60 @@
+"""The train step: one for all methods."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ovseg_jax.methods.base import Batch, Method
+from ovseg_jax.train.optimizer import Optimizer
+from ovseg_jax.train.state import TrainState
+
+# Name -> (sum, count): sums of several steps add up, and one division at the end gives the mean.
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_step(method: Method, optimizer: Optimizer, seed: int, shardings: TrainState) -> Step:
+    """Compiles `(state, batch) -> (state, metrics)`; the state that goes in is donated.
+
+    The step's random key is fold_in(key(seed), step), so that it depends on nothing that came before. Beside
+    the method's own metrics come `loss`, `grad_norm` (before clipping), `param_norm` (of all variables after
+    the update: not finite as soon as any of them is not) and `learning_rate`.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def loss_of(params: Any) -> tuple[jax.Array, Any]:
+            # Frozen parameters are constants, so that no gradient is computed for them at all.
+            params = jax.tree.map(
+                lambda p, moves: p if moves else jax.lax.stop_gradient(p), params, optimizer.trainable
+            )
+            return method.loss({"params": params, **state.model_state}, batch, rng)
+
+        (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.params)
+        new = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            model_state={**state.model_state, **aux.mutated},
+            opt_state=opt_state,
+        )
+        one = jnp.ones((), jnp.float32)
+        metrics = {
+            "loss": (loss, one),
+            **aux.metrics,
+            "grad_norm": (optax.global_norm(grads), one),
+            "param_norm": (optax.global_norm(_floats(new.variables)), one),
+            "learning_rate": (optimizer.schedule(state.step), one),
+        }
+        return new, metrics
+
+    # Stated on the way out: left to the compiler, the state could come back spread differently.
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _floats(tree: Any) -> list[jax.Array]:
+    return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]

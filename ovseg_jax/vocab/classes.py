@@ -1,0 +1,190 @@
+"""Lists of categories with their names: what a user asks for, and what a data set calls its classes.
+
+Two spellings are read. In a sentence, `;` separates categories and `,` the names of one category (as in
+OpenSeg's demo): `"bride,woman in white; groom; cake"`. In a label file, each line is `id:name,name,...`,
+where `id` is the data set's own number of the class; a line whose name is `invalid_class_id` marks an unused
+number.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from etils import epath
+from jaxtyping import Int
+
+from ovseg_jax.errors import UserError
+
+UNUSED = "invalid_class_id"
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassList:
+    """Categories, each with one or more names.
+
+    Attributes:
+      names: the names of each category; the first is the one displayed.
+      ids: the data set's own number of each category, in the same order.
+      isthing: whether each category is countable (a thing) rather than stuff.
+      groups: named subsets of class indices over which scores are reported, such as "seen" and "held_out".
+    """
+
+    names: tuple[tuple[str, ...], ...]
+    ids: tuple[int, ...]
+    isthing: tuple[bool, ...]
+    groups: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if not len(self.names) == len(self.ids) == len(self.isthing):
+            raise ValueError(
+                f"names, ids and isthing differ in length: {len(self.names)}, {len(self.ids)}, "
+                f"{len(self.isthing)}"
+            )
+        if any(not names for names in self.names):
+            raise ValueError("a category without any name")
+        for group, members in self.groups.items():
+            if any(not 0 <= k < len(self.names) for k in members):
+                raise ValueError(f"group {group!r} holds an index outside 0..{len(self.names) - 1}")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def display(self, k: int) -> str:
+        """The first name of category `k`."""
+        return self.names[k][0]
+
+    def flat(self) -> tuple[list[str], Int[np.ndarray, "n"]]:
+        """All names in one list, and for each the index of its category, whose score is the max over them."""
+        flat = [name for names in self.names for name in names]
+        owner = np.repeat(np.arange(len(self.names), dtype=np.int32), [len(names) for names in self.names])
+        return flat, owner
+
+    @property
+    def index(self) -> dict[str, int]:
+        """The index of each category by its first name; the first of equal names wins."""
+        index: dict[str, int] = {}
+        for k, names in enumerate(self.names):
+            index.setdefault(names[0], k)
+        return index
+
+    def to_json(self) -> str:
+        """A JSON text that `from_json` reads back."""
+        fields = {
+            "names": self.names,
+            "ids": self.ids,
+            "isthing": self.isthing,
+            "groups": dict(self.groups),
+        }
+        return json.dumps(fields, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "ClassList":
+        """Reads what `to_json` wrote."""
+        fields = json.loads(text)
+        return cls(
+            names=tuple(tuple(names) for names in fields["names"]),
+            ids=tuple(fields["ids"]),
+            isthing=tuple(fields["isthing"]),
+            groups={group: tuple(members) for group, members in fields["groups"].items()},
+        )
+
+
+def parse_labels(text: str) -> ClassList:
+    """Reads categories from a sentence: `;` between categories, `,` between the names of one.
+
+    Raises:
+      UserError: no category, or a category without a name.
+    """
+    categories = [_split_names(part) for part in text.split(";")]
+    if categories and not categories[-1]:  # a closing ";" ends the last category, it does not start another
+        categories.pop()
+    if not categories:
+        raise UserError(f'no labels in {text!r}: write them as "bride,woman in white; groom; cake"')
+    for position, names in enumerate(categories, 1):
+        if not names:
+            raise UserError(f"category {position} of the labels {text!r} has no name")
+    return ClassList(
+        names=tuple(categories), ids=tuple(range(len(categories))), isthing=(True,) * len(categories)
+    )
+
+
+def read_label_file(path: epath.PathLike) -> ClassList:
+    """Reads a label file of OpenSeg's format: one `id:name,name,...` a line, UTF-8.
+
+    Whether a category is a thing is not in such a file: all are marked as things.
+
+    Raises:
+      UserError: the file cannot be read, a line is not of that form, an id occurs twice, or no category is
+        left.
+    """
+    path = epath.Path(path)
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read the label file {path}: {e}") from e
+    categories: dict[int, tuple[str, ...]] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        head, colon, tail = line.partition(":")
+        names = _split_names(tail)
+        if not colon or not head.strip().isdigit() or not names:
+            raise UserError(f'{path}, line {number}: expected "id:name,name,...", got {line.strip()!r}')
+        if names[0] == UNUSED:
+            continue
+        if int(head) in categories:
+            raise UserError(f"{path}, line {number}: the id {int(head)} occurs twice")
+        categories[int(head)] = names
+    if not categories:
+        raise UserError(f"the label file {path} holds no category")
+    return ClassList(
+        names=tuple(categories.values()), ids=tuple(categories), isthing=(True,) * len(categories)
+    )
+
+
+def load_labels(text_or_path: str) -> ClassList:
+    """Reads categories from a label file where the text names one, and from the text itself otherwise."""
+    text = str(text_or_path).strip()
+    looks_like_file = re.search(r"\.txt$|^[\w+.-]+://", text) is not None and ";" not in text
+    if looks_like_file:
+        return read_label_file(text)
+    # A long list of labels is no file name: asking the disk for it would fail with "file name too long".
+    if text and len(text) < 256 and ";" not in text and epath.Path(text).is_file():
+        return read_label_file(text)
+    return parse_labels(text)
+
+
+def union(class_lists: Sequence[ClassList]) -> ClassList:
+    """The categories of several lists: those with the same first name are one, with the names of all.
+
+    The ids are new (0, 1, ...), since the lists' own numbers may clash; a group keeps its name and joins the
+    members that all lists give it.
+    """
+    names: dict[str, list[str]] = {}
+    isthing: dict[str, bool] = {}
+    groups: dict[str, list[int]] = {}
+    for classes in class_lists:
+        for k in range(len(classes)):
+            first = classes.display(k)
+            known = names.setdefault(first, [])
+            known.extend(name for name in classes.names[k] if name not in known)
+            isthing.setdefault(first, classes.isthing[k])
+    position = {first: k for k, first in enumerate(names)}
+    for classes in class_lists:
+        for group, members in classes.groups.items():
+            joined = groups.setdefault(group, [])
+            joined.extend(position[classes.display(k)] for k in members)
+    return ClassList(
+        names=tuple(tuple(n) for n in names.values()),
+        ids=tuple(range(len(names))),
+        isthing=tuple(isthing.values()),
+        groups={group: tuple(sorted(set(members))) for group, members in groups.items()},
+    )
+
+
+def _split_names(text: str) -> tuple[str, ...]:
+    """Names between commas, without doubles; a comma inside parentheses belongs to the name."""
+    parts: Iterable[str] = re.split(r",(?![^(]*\))", text)
+    return tuple(dict.fromkeys(name for part in parts if (name := " ".join(part.split()))))

@@ -1,0 +1,52 @@
+"""Small lists of words by what they speak of: an augmentation takes away the words that it makes untrue.
+
+The lists are meant for captions of photographs: the words there that a shift of hue, a blur or a mirror
+spoils. They are not complete, and a config adds to them by the rule "words:...".
+"""
+
+_COLOUR = """
+amber aqua auburn azure beige blonde blond blue bluish bronze brown brownish burgundy chestnut colored
+colorful coloured colourful copper coral cream crimson cyan fuchsia ginger gold golden green greenish indigo
+ivory khaki lavender lilac lime magenta maroon mauve multicolored multicoloured multicolor mustard navy ochre
+olive orange pastel peach pink pinkish plum purple purplish red reddish rose ruby rust rusty salmon sapphire
+scarlet tan taupe teal turquoise ultramarine vermilion violet yellow yellowish
+"""
+
+_SHADE = """
+black blackish bright charcoal dark dim gray grayish grey greyish light monochrome pale silver silvery white
+whitish
+"""
+
+_PATTERN = """
+banded bordered camouflage check checked checker checkerboard checkered chequered chevron crosshatched dotted
+flecked floral flowered flowery geometric gingham hatched herringbone houndstooth lattice latticed lined
+marbled mottled paisley patchwork patterned pinstripe pinstriped plaid plain polka polka-dot polka-dotted
+ringed scaled scaly speckled spotted spotty starred starry streaked striped stripy swirled tartan tie-dye
+tiled wavy woven zebra-striped zigzag
+"""
+
+_SIZE = """
+big enormous giant gigantic huge large little long massive medium miniature mini short small tall thick thin
+tiny wide narrow
+"""
+
+_SIDE = "left right leftmost rightmost left-hand right-hand lefthand righthand clockwise counterclockwise"
+
+_STUFF = """
+air asphalt background beach bricks brick bush bushes carpet ceiling clay cloud clouds concrete countryside
+desert dirt dust earth fabric field fields floor fog foliage forest grass grassland gravel ground hay hedge
+hill hills hillside ice jungle lake land landscape lawn leaves marble marsh meadow metal mist moss mountain
+mountains mud ocean pasture pavement pebbles plains planks plaster pond prairie river road rock rocks rug sand
+sandy savanna sea shore shrubs sidewalk sky slope smoke snow soil stone stones straw street surf swamp terrain
+tile tiles timber tree trees turf vegetation wall walls water waters waves weeds wood wooden woods
+"""
+
+LEXICON: dict[str, frozenset[str]] = {
+    "colour": frozenset(_COLOUR.split()),
+    "shade": frozenset(_SHADE.split()),
+    "pattern": frozenset(_PATTERN.split()),
+    "size": frozenset(_SIZE.split()),
+    "side": frozenset(_SIDE.split()),
+    "stuff": frozenset(_STUFF.split()),
+}
+"""Words of hue, of lightness, of surface pattern, of size, of left and right, and names of stuff."""

@@ -1,0 +1,54 @@
+"""Installs ovseg_jax: `pip install -e .`, and extras as `pip install -e '.[test]'`."""
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    "tpu": ["jax[tpu]>=0.10"],
+    "cuda": ["jax[cuda13]>=0.10"],
+    # Preparing data sets; TensorFlow also lets clu write TensorBoard files.
+    "prepare": ["tensorflow-datasets>=4.9.10", "array_record", "tensorflow"],
+    # References that the towers are held to.
+    "torch": ["torch==2.13.0", "transformers>=4.50"],
+    "spacy": ["spacy"],
+    "nltk": ["nltk"],
+    "test": [
+        "beartype>=0.21",
+        "ipykernel",
+        "mypy>=1.15",
+        "nbclient",
+        "nbformat",
+        "pytest>=8",
+        "pytest-xdist",
+        "ruff>=0.11",
+    ],
+}
+
+setup(
+    name="ovseg_jax",
+    version="0.1.0",
+    description="Open-vocabulary segmentation in JAX, from a laptop to a TPU pod",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["ovseg_jax", "ovseg_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py",
+        "clu",
+        "etils[epath]",
+        "flax>=0.12",
+        "grain>=0.2.12",
+        "jax>=0.10",
+        "jaxtyping>=0.3",
+        "matplotlib",
+        "ml_collections",
+        "numpy>=2",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11",
+        "pillow>=11",
+        "pycocotools",
+        "textblob>=0.19",
+        "tqdm",
+    ],
+    extras_require=EXTRAS,
+)

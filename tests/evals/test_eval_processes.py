@@ -1,0 +1,62 @@
+"""Two processes, which each read their own images, and one process return the same numbers."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+
+def worker(port: int, process: int, count: int) -> None:
+    if count > 1:
+        jax.distributed.initialize(f"localhost:{port}", count, process)
+    from test_eval_runner import CLASSES, VARIABLES, PatchMethod, batches, examples
+
+    from ovseg_jax.evals.runner import SegmentationEvaluator
+    from ovseg_jax.train.sharding import make_mesh, replicated
+
+    mesh = make_mesh()
+    variables = jax.device_put(VARIABLES, replicated(mesh))
+    share = batches(examples()[process::count], 4 // count)
+    evaluator = SegmentationEvaluator("x", PatchMethod(), CLASSES, share, mesh, modes=("predicted", "truth"))
+    print("scores " + json.dumps(evaluator.run(variables)))
+
+
+def start(port, process, count):
+    here = Path(__file__).parent
+    env = dict(
+        os.environ,
+        JAX_PLATFORMS="cpu",
+        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+        PYTHONPATH=os.pathsep.join([str(here.parents[1]), str(here)]),
+    )
+    args = [sys.executable, __file__, str(port), str(process), str(count)]
+    return subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    return json.loads(next(line for line in out.splitlines() if line.startswith("scores "))[7:])
+
+
+def test_every_process_returns_the_numbers_of_one():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    running = [start(port, i, 2) for i in range(2)]
+    try:
+        several = [finish(p) for p in running]
+    finally:
+        for p in running:
+            p.kill()
+    alone = finish(start(port, 0, 1))
+    assert several == [alone, alone]
+    assert 0 < alone["miou"] < 100
+
+
+if __name__ == "__main__":
+    worker(*map(int, sys.argv[1:]))

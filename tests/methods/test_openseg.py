@@ -1,0 +1,171 @@
+"""OpenSeg and its baseline as methods: what moves what, and what must not matter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.methods import build
+from ovseg_jax.vocab.classes import ClassList
+from ovseg_jax.vocab.words import WordList
+
+S, B, M, K = 32, 4, 3, 5
+WORDS = WordList(["red", "blue", "ball", "grass"])
+CLASSES = ClassList(
+    (("red ball",), ("blue ball",), ("grass",)), (0, 1, 2), (True, True, False), {"held_out": (1,)}
+)
+
+
+def make(method="openseg", backbone=None, loss=None, **model):
+    config = ConfigDict(
+        dict(
+            method=method,
+            batch_size=B,
+            model=dict(
+                dict(
+                    backbone=backbone or dict(name="small", width=16, levels=3),
+                    mean=(0.5,) * 3,
+                    std=(0.25,) * 3,
+                    width=16,
+                    embed_dim=24,
+                    num_queries=6,
+                    head_convs=1,
+                    position_grid=4,
+                ),
+                **model,
+            ),
+            text=dict(learned=True),
+            loss=dict(
+                dict(
+                    mask_weight=2.0,
+                    grounding_weight=1.0,
+                    contrast="unsync",
+                    group=2,
+                    temperature=0.1,
+                    temperature_bounds=(0.01, 1.0),
+                    shared_temperature=True,
+                ),
+                **(loss or {}),
+            ),
+            data=dict(image_size=S),
+        )
+    )
+    return build(config, WORDS, CLASSES)
+
+
+def batch(seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        jnp.asarray,
+        {
+            "image": rng.integers(0, 256, (B, S, S, 3), np.uint8),
+            "image_size": np.full((B, 2), S, np.int32),
+            "masks": rng.integers(0, 2, (B, M, S // 2, S // 2), np.uint8) * np.uint8(255),
+            "mask_valid": np.arange(B * M).reshape(B, M) % 3 < 2,
+            "mask_weight": np.ones(B, np.float32),
+            "word_ids": rng.integers(1, 5, (B, K)).astype(np.int32),
+            "word_valid": np.arange(K)[None] < np.array([[2], [3], [1], [4]]),
+            "pixel_classes": rng.integers(-1, 3, (B, S // 2, S // 2)).astype(np.int32),
+            "example_mask": np.ones(B, bool),
+        },
+    )
+
+
+def grads(method, data):
+    variables = method.init(jax.random.key(0))
+    rest = {k: v for k, v in variables.items() if k != "params"}
+    loss = lambda params: method.loss({"params": params, **rest}, data, jax.random.key(1))
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+
+
+def moved(tree):
+    return {
+        "/".join(str(k.key) for k in path): bool(np.any(np.asarray(leaf)))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def test_the_loss_is_eq_5_and_every_parameter_learns():
+    (loss, aux), grad = grads(make(), batch())
+    mean = {k: float(s / c) for k, (s, c) in aux.metrics.items()}
+    np.testing.assert_allclose(loss, mean["grounding_loss"] + 2 * mean["mask_loss"], rtol=1e-5)
+    assert mean["region_temperature"] == pytest.approx(0.1, rel=1e-4)
+    # A key's bias adds the same to every logit of a softmax: it cannot learn.
+    still = [name for name, yes in moved(grad).items() if not yes and not ("key_" in name and "bias" in name)]
+    assert not still
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_detached_masks_learn_from_masks_alone(detach):
+    _, grad = grads(make(loss=dict(mask_weight=0.0), detach_masks=detach), batch())
+    yes = moved(grad["image"])
+    assert any(yes[name] for name in yes if name.startswith("decoder")) is not detach
+    assert any(yes[name] for name in yes if name.startswith("head_z"))
+
+
+def test_a_teacher_learns_without_words():
+    _, grad = grads(make(loss=dict(grounding_weight=0.0)), batch())
+    yes = moved(grad)
+    assert not yes["text/table"]
+    assert yes["image/decoder/queries"]
+
+
+def test_padding_examples_change_nothing():
+    data = batch()
+    mask = jnp.array([True, True, True, False])
+    other = batch(7)
+    pad = lambda a, b: jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+    results = [
+        grads(make(), {**jax.tree.map(pad, data, x), "example_mask": mask})[0][0] for x in (data, other)
+    ]
+    np.testing.assert_array_equal(*results)
+
+
+def test_unsync_over_one_group_is_sync():
+    one, other = (
+        grads(make(loss=dict(contrast=contrast, group=B)), batch())[0][0] for contrast in ("sync", "unsync")
+    )
+    np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_the_canvas_beyond_the_image_is_not_seen():
+    method = make()
+    variables = method.init(jax.random.key(0))
+    data, size = batch(), jnp.tile(jnp.array([[20, 28]]), (B, 1))
+    dark = data["image"].at[:, 20:].set(0).at[:, :, 28:].set(0)
+    a, b = (method.predict(variables, x, size) for x in (data["image"], dark))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert a.mask_logits.shape == (B, 6, S // 4, S // 4)
+    assert a.region_embed.shape == (B, 6, 24)
+    np.testing.assert_allclose(np.linalg.norm(a.region_embed, axis=-1), 1, rtol=1e-5)
+
+
+def test_running_statistics_of_a_backbone_are_returned():
+    method = make(backbone=dict(name="efficientnet_b0"))
+    variables = method.init(jax.random.key(0))
+    _, aux = jax.jit(method.loss)(variables, batch(), jax.random.key(1))
+    before, after = variables["batch_stats"], aux.mutated["batch_stats"]
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    assert any(map(np.any, jax.tree.leaves(jax.tree.map(lambda a, b: np.asarray(a != b), before, after))))
+
+
+def test_lseg_never_trains_on_held_out_classes():
+    method = make("lseg")
+    (_, aux), grad = grads(method, batch())
+    target = np.asarray(batch()["pixel_classes"])
+    assert aux.metrics["pixel_accuracy"][1] == np.isin(target, (0, 2)).sum()
+    table = np.asarray(grad["text"]["table"])
+    assert np.any(table[WORDS.index["red"]])
+    assert not np.any(table[WORDS.index["blue"]])
+    prediction = method.predict(method.init(jax.random.key(0)), batch()["image"], batch()["image_size"])
+    assert prediction.mask_logits is None
+
+
+@pytest.mark.parametrize(
+    "change", [dict(loss=dict(contrast="both")), dict(loss=dict(group=3)), dict(widht=3), dict(method="fcn")]
+)
+def test_a_config_that_cannot_be_is_a_sentence(change):
+    with pytest.raises(UserError):
+        make(**change)

@@ -1,0 +1,67 @@
+"""For the parity tests of the backbones: randomised PyTorch models, and their weights in Flax's layout."""
+
+import numpy as np
+
+
+def randomise(model, seed=0):
+    """Fills a PyTorch model so that each parameter and statistic matters and activations keep their scale."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.weight.data.uniform_(0.5, 1.5, generator=generator)
+            module.bias.data.normal_(0, 0.3, generator=generator)
+            module.running_mean.normal_(0, 0.3, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
+        elif isinstance(module, torch.nn.Conv2d):
+            fan_in = module.weight[0].numel()
+            module.weight.data.normal_(0, fan_in**-0.5, generator=generator)
+            if module.bias is not None:
+                module.bias.data.normal_(0, 0.3, generator=generator)
+    return model.eval()
+
+
+def conv(module):
+    """[out in/groups k k] to [k k in/groups out]."""
+    params = {"kernel": module.weight.detach().numpy().transpose(2, 3, 1, 0)}
+    if module.bias is not None:
+        params["bias"] = module.bias.detach().numpy()
+    return params
+
+
+def norm(module):
+    """(params, batch_stats) of a batch norm."""
+    return (
+        {"scale": module.weight.detach().numpy(), "bias": module.bias.detach().numpy()},
+        {"mean": module.running_mean.numpy(), "var": module.running_var.numpy()},
+    )
+
+
+class Variables:
+    """Collects {"params", "batch_stats"} from (path, PyTorch module) pairs."""
+
+    def __init__(self):
+        self.tree = {"params": {}, "batch_stats": {}}
+
+    def _put(self, collection, path, value):
+        *parents, last = path.split("/")
+        node = self.tree[collection]
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = value
+
+    def conv(self, path, module):
+        self._put("params", path, conv(module))
+
+    def norm(self, path, module):
+        params, stats = norm(module)
+        self._put("params", path, params)
+        self._put("batch_stats", path, stats)
+
+
+def relative_error(ours, reference):
+    """Largest deviation over the largest value of the reference."""
+    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+    assert ours.shape == reference.shape
+    return float(np.abs(ours - reference).max() / np.abs(reference).max())

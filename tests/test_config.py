@@ -1,0 +1,69 @@
+"""The config argument is typed by its defaults and refuses what it does not know; every config builds."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from ovseg_jax import config
+from ovseg_jax.errors import UserError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def load(name: str, arg: str | None = None):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg)
+
+
+def test_values_take_the_type_of_their_defaults():
+    out = config.parse_arg("a=3,b=0.5,c=x=y,d", a=1, b=1.0, c="", d=False, e="kept")
+    assert out.to_dict() == {"a": 3, "b": 0.5, "c": "x=y", "d": True, "e": "kept"}
+
+
+def test_a_path_may_hold_commas():
+    assert config.parse_arg("dir=/a,b/c,n=2", dir="", n=1).to_dict() == {"dir": "/a,b/c", "n": 2}
+
+
+@pytest.mark.parametrize("arg", [None, ""])
+def test_no_argument_is_the_defaults(arg):
+    assert config.parse_arg(arg, a=1).a == 1
+
+
+def test_an_unknown_key_lists_the_known_ones():
+    with pytest.raises(UserError, match=r"unknown config key 'bach' .*'batch'.*known keys: batch, steps"):
+        config.parse_arg("bach=3", batch=1, steps=2)
+
+
+@pytest.mark.parametrize(("arg", "kind"), [("a=x", "int"), ("b=maybe", "bool")])
+def test_a_value_of_the_wrong_type_is_named(arg, kind):
+    with pytest.raises(UserError, match=f"takes a {kind}"):
+        config.parse_arg(arg, a=1, b=False)
+
+
+@pytest.mark.parametrize(
+    "arg",
+    [None, "method=lseg", "data=coco,data_dir=x", "data=coco,data_dir=x,size=tiny,contrast=sync", "data=folder,data_dir=x"],
+)
+def test_configs_build_and_survive_json(arg):
+    out = load("openseg", arg)
+    again = config.from_json(config.to_json(out))
+    assert config.to_json(again) == config.to_json(out)
+
+
+def test_the_papers_numbers():
+    out = load("openseg", "data=coco,data_dir=x,narratives=y")
+    assert (out.model.width, out.model.num_queries, out.model.decoder_layers) == (640, 128, 3)
+    assert (out.batch_size, out.loss.group, out.data.image_size) == (1024, 16, 640)
+    assert (out.optimizer.learning_rate, out.steps, out.optimizer.weight_decay) == (0.32, 180_000, 1e-5)
+    assert tuple(out.data.scale_jitter) == (0.8, 1.2)
+    assert out.data.keep_prob == 0.75
+    assert len(out.data.train) == 2
+
+
+@pytest.mark.parametrize("arg", ["data=imagenet", "size=huge", "data=coco,init=magic", "sizee=tiny"])
+def test_a_wrong_choice_is_a_sentence(arg):
+    with pytest.raises(UserError):
+        load("openseg", arg)

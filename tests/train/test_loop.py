@@ -1,0 +1,194 @@
+"""The loop in this process: order, records, resume, meshes, bad numbers."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from fakes import CountingEvaluator, LinearMethod, make_config, make_iterator
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.train.checkpoints import Checkpoints, load_variables, write_config
+from ovseg_jax.train.loop import fit
+from ovseg_jax.train.metrics import read_metrics, series
+from ovseg_jax.train.sharding import make_mesh
+
+
+def run(workdir, evaluators=(), method=None, mesh=None, **changes):
+    config = make_config(**changes)
+    mesh = mesh or make_mesh(config.mesh)
+    return fit(config, workdir, method or LinearMethod(), make_iterator(config), evaluators, mesh)
+
+
+def leaves(result):
+    return [np.asarray(x) for x in jax.tree.leaves((result.state.variables, result.state.opt_state))]
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_it_learns_logs_evaluates_and_saves(tmp_path):
+    evaluator = CountingEvaluator(every=5)
+    result = run(tmp_path, [evaluator], steps=60)
+    steps, losses = series(result.records, "loss")
+    assert steps == list(range(2, 61, 2))
+    assert losses[-1] < 0.5 * losses[0]
+    assert evaluator.runs == 12
+    assert series(result.records, "validation/norm")[0] == list(range(5, 61, 5))
+    assert read_metrics(tmp_path) == result.records
+    assert all("never" not in record for record in result.records)  # Counted nothing, so it has no mean.
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()} == {"55", "60"}
+    assert result.images_per_second > 0 and not result.stopped
+
+
+def test_a_run_in_two_parts_equals_one_run(tmp_path):
+    # Constant rate: a cosine over 12 steps is not the first part of one over 20.
+    optimizer = dict(schedule="constant", warmup_steps=0)
+    config = make_config()
+    config.optimizer.update(optimizer)
+    whole = run(tmp_path / "one", optimizer=config.optimizer)
+    run(tmp_path / "two", optimizer=config.optimizer, steps=12)
+    second = run(tmp_path / "two", optimizer=config.optimizer)
+    assert second.started == 12
+    assert_same(leaves(whole), leaves(second))
+    assert series(second.records, "loss") == series(whole.records, "loss")
+
+
+def test_records_beyond_the_checkpoint_are_dropped(tmp_path):
+    run(tmp_path, steps=10)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 12, "loss": 1.0}\n{"step": 14, "lo')
+    evaluator = CountingEvaluator(every=5)
+    result = run(tmp_path, [evaluator], steps=14)
+    steps, _ = series(result.records, "loss")
+    assert steps == [2, 4, 6, 8, 10, 12, 14]
+    # Step 10 was never evaluated, so that is made up for; a second start does not evaluate it again.
+    assert series(result.records, "validation/norm")[0] == [10]
+    assert run(tmp_path, [evaluator], steps=14).records == result.records
+    assert evaluator.runs == 1
+
+
+def test_one_and_eight_devices_agree(tmp_path):
+    curves = {}
+    for data, fsdp in [(1, 1), (8, 1), (2, 4), (1, 8)]:
+        mesh = make_mesh({"data": data, "fsdp": fsdp}, jax.devices()[: data * fsdp])
+        result = run(tmp_path / f"{data}x{fsdp}", mesh=mesh, steps=12, checkpoint=dict(every=0, keep=1))
+        curves[data, fsdp] = series(result.records, "loss")[1]
+        kernel = result.state.params["layer"]["kernel"]
+        assert len(kernel.sharding.device_set) == data * fsdp
+        assert kernel.addressable_shards[0].data.size == kernel.size // fsdp
+        if fsdp > 1:  # The optimiser's moments are spread as their parameter is.
+            moments = [x for x in jax.tree.leaves(result.state.opt_state) if x.shape == kernel.shape]
+            assert moments and all(x.sharding == kernel.sharding for x in moments)
+    for losses in curves.values():
+        np.testing.assert_allclose(losses, curves[1, 1], rtol=1e-5)
+
+
+def test_a_checkpoint_restores_on_another_mesh(tmp_path):
+    eight = run(tmp_path, mesh=make_mesh({"data": 2, "fsdp": 4}), steps=10)
+    one = run(tmp_path, mesh=make_mesh({"data": 1, "fsdp": 1}, jax.devices()[:1]), steps=10)
+    assert one.started == 10
+    assert_same(leaves(eight), leaves(one))
+    assert len(one.state.params["layer"]["kernel"].sharding.device_set) == 1
+
+
+def test_a_nan_stops_and_is_never_saved(tmp_path):
+    # Step 10 would be saved after it, and step 9 is where it happens.
+    with pytest.raises(
+        UserError, match=r"stopped at step 9, where error, loss, grad_norm, param_norm is not finite"
+    ):
+        run(tmp_path, method=LinearMethod(bad_step=9))
+    with Closing(Checkpoints(tmp_path, every=5, keep=2)) as checkpoints:
+        assert checkpoints.latest_step() == 5
+    write_config(tmp_path, make_config())
+    _, variables, step = load_variables(tmp_path)
+    assert step == 5
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(variables))
+
+
+def test_a_checkpoint_of_another_config_names_what_differs(tmp_path):
+    run(tmp_path, steps=5)
+
+    class Other(LinearMethod):
+        def init(self, rng):
+            variables = super().init(rng)
+            params = variables["params"]
+            params["layer"]["kernel"] = params["layer"]["kernel"][:, :8]
+            params["head"] = {"kernel": params.pop("tower")["kernel"]}
+            return variables
+
+        def loss(self, variables, batch, rng):
+            raise AssertionError("never reached")
+
+    with pytest.raises(UserError) as error:
+        run(tmp_path, method=Other(), steps=10)
+    message = str(error.value)
+    assert "lacks params/head/kernel" in message and "has params/tower/kernel" in message
+    assert "params/layer/kernel (16, 16) there, (16, 8) here" in message
+
+
+def test_variables_for_inference(tmp_path):
+    result = run(tmp_path, steps=10)
+    with pytest.raises(UserError, match="holds no run"):
+        load_variables(tmp_path)
+    write_config(tmp_path, make_config(steps=10))
+    config, variables, step = load_variables(tmp_path)
+    assert step == 10 and config.steps == 10
+    assert isinstance(variables["params"]["layer"]["kernel"], np.ndarray)
+    assert_same(jax.tree.leaves(variables), jax.tree.leaves(jax.device_get(result.state.variables)))
+    mesh = make_mesh({"data": 1, "fsdp": 8})
+    _, sharded, step = load_variables(tmp_path, 5, mesh=mesh)
+    assert step == 5 and sharded["params"]["layer"]["kernel"].addressable_shards[0].data.shape == (2, 16)
+    with pytest.raises(UserError, match=r"no checkpoint of step 7; it has \[5, 10\]"):
+        load_variables(tmp_path, 7)
+
+
+def test_what_is_saved_does_not_move_while_training_goes_on(tmp_path):
+    # The steps after a save donate the very buffers that the background write reads.
+    seen = {}
+
+    class Spy(CountingEvaluator):
+        def run(self, variables):
+            seen[len(seen) + 1] = jax.tree.map(lambda x: np.array(x), jax.device_get(variables))
+            return {}
+
+    run(tmp_path, [Spy(every=1)], steps=12, checkpoint=dict(every=1, keep=12))
+    write_config(tmp_path, make_config())
+    for step, variables in seen.items():
+        assert_same(jax.tree.leaves(variables), jax.tree.leaves(load_variables(tmp_path, step)[1]))
+
+
+def test_frozen_parameters_stay_and_have_no_state(tmp_path):
+    optimizer = make_config().optimizer
+    optimizer.update(dict(frozen=("^tower/",), clip_norm=1.0))
+    result = run(tmp_path, optimizer=optimizer, steps=4)
+    start = jax.jit(LinearMethod().init)(jax.random.key(3))["params"]
+    np.testing.assert_array_equal(result.state.params["tower"]["kernel"], start["tower"]["kernel"])
+    assert np.abs(result.state.params["layer"]["kernel"] - start["layer"]["kernel"]).max() > 0
+    moments = [x for x in jax.tree.leaves(result.state.opt_state) if x.shape == (16, 16)]
+    assert len(moments) == 2  # Adam's two, of the one matrix that is trained.
+
+
+def test_a_batch_that_devices_cannot_share(tmp_path):
+    with pytest.raises(UserError, match=r"batch_size=6 must be a positive multiple of the 8 devices"):
+        run(tmp_path, batch_size=6)
+
+
+def test_metrics_lines_are_json_objects_with_a_step(tmp_path):
+    run(tmp_path, [CountingEvaluator()], steps=6)
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        assert isinstance(json.loads(line)["step"], int)
+
+
+class Closing:
+    def __init__(self, thing):
+        self.thing = thing
+
+    def __enter__(self):
+        return self.thing
+
+    def __exit__(self, *_):
+        self.thing.close()

@@ -1,0 +1,85 @@
+"""Sums and counts, and the file that they go to."""
+
+import io
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.train import metrics
+from ovseg_jax.train.metrics import MetricWriter, read_metrics, series
+from ovseg_jax.train.progress import Progress, clock
+
+
+def test_one_division_at_the_end():
+    one = metrics.to_host({"a": (jnp.array(1.0), jnp.array(1.0)), "b": (jnp.array(0.0), jnp.array(0.0))})
+    two = metrics.to_host({"a": (jnp.array(9.0), jnp.array(3.0)), "c": (jnp.array(5.0), jnp.array(2.0))})
+    assert metrics.means(metrics.add(one, two)) == {"a": 2.5, "c": 2.5}
+
+
+def test_the_cause_is_named_before_what_follows_from_it():
+    nan = float("nan")
+    sums = {"grad_norm": (nan, 1.0), "loss": (nan, 1.0), "mask_loss": (float("inf"), 1.0), "zero": (0.0, 0.0)}
+    assert metrics.not_finite(sums) == ["mask_loss", "loss", "grad_norm"]
+
+
+def test_a_number_that_json_has_no_word_for_is_null(tmp_path):
+    writer = MetricWriter(tmp_path)
+    writer.scalars(3, {"a": 1.5, "b": float("nan")})
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line) == {"step": 3, "a": 1.5, "b": None} and line.endswith("\n")
+    assert series(writer.records, "b") == ([], [])
+    assert writer.has(3, "a") and not writer.has(2, "a") and not writer.has(3, "c")
+
+
+def test_a_resumed_writer_drops_what_it_will_write_again(tmp_path):
+    writer = MetricWriter(tmp_path)
+    for step in (2, 4, 6):
+        writer.scalars(step, {"loss": step / 2})
+    again = MetricWriter(tmp_path, step=4)
+    again.scalars(6, {"loss": 30.0})
+    assert read_metrics(tmp_path) == again.records
+    assert series(again.records, "loss") == ([2, 4, 6], [1.0, 2.0, 30.0])
+
+
+def test_a_broken_line_is_named_unless_it_is_the_last(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step"')
+    assert read_metrics(tmp_path) == [{"step": 1}]
+    path.write_text('{"step": 1}\n{"stop": 2}\n{"step": 3}\n')
+    with pytest.raises(UserError, match="line 2"):
+        read_metrics(tmp_path)
+
+
+def test_other_processes_write_nothing(tmp_path):
+    MetricWriter(tmp_path, write=False).scalars(1, {"loss": 1.0})
+    assert not list(tmp_path.iterdir())
+
+
+def test_plain_lines_where_there_is_no_terminal():
+    file = io.StringIO()
+    progress = Progress(10, 4, every=0.0, file=file)
+    progress.update(5, 1.25, 80.0)
+    progress.close()
+    line = file.getvalue()
+    assert line.startswith("step 5/10, loss 1.250, 80.0 images/s, ") and line.endswith(" left\n")
+
+
+def test_a_bar_on_a_terminal():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    file = Terminal()
+    progress = Progress(10, 4, file=file)
+    progress.update(5, 1.25, 80.0)
+    progress.say("hello")
+    progress.update(10, 0.5, 80.0)
+    progress.close()
+    assert "10/10" in file.getvalue() and "loss 0.500, 80.0 images/s" in file.getvalue()
+    assert "hello\n" in file.getvalue()
+
+
+def test_clock():
+    assert [clock(s) for s in (0, 59.6, 61, 3600 + 62)] == ["0:00", "1:00", "1:01", "1:01:02"]

@@ -1,0 +1,89 @@
+"""The optimiser against its formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.train.optimizer import RULES, make_optimizer, make_schedule
+
+PARAMS = {"head": {"kernel": jnp.full((2, 3), 2.0), "bias": jnp.ones(3)}, "temperature": jnp.array(1.5)}
+GRADS = jax.tree.map(lambda p: jnp.full_like(p, 0.5), PARAMS)
+
+
+def updates(steps=1, grads=GRADS, **config):
+    config = ConfigDict({"learning_rate": 0.1, "schedule": "constant", **config})
+    optimizer = make_optimizer(config, PARAMS, 10)
+    params, state = PARAMS, optimizer.transform.init(PARAMS)
+    for _ in range(steps):
+        update, state = optimizer.transform.update(grads, state, params)
+        params = jax.tree.map(jnp.add, params, update)
+    return jax.tree.map(lambda a, b: np.asarray(a - b, np.float64), params, PARAMS)
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+def test_schedules(name):
+    config = ConfigDict(dict(learning_rate=0.2, schedule=name, warmup_steps=4, final_fraction=0.1))
+    rate = make_schedule(config, 14)
+    np.testing.assert_allclose([rate(t) for t in range(5)], [0.05, 0.1, 0.15, 0.2, 0.2], rtol=1e-6)
+    middle = {"constant": 1.0, "linear": 0.55, "cosine": 0.55}[name]
+    end = {"constant": 1.0, "linear": 0.1, "cosine": 0.1}[name]
+    np.testing.assert_allclose([rate(9), rate(14), rate(99)], [0.2 * middle, 0.2 * end, 0.2 * end], rtol=1e-6)
+
+
+def test_sgd_is_momentum_over_the_gradient_plus_decay():
+    moved = updates(2, name="sgd", momentum=0.9, weight_decay=0.01)
+    w, v = 2.0, 0.0
+    for _ in range(2):
+        v = 0.9 * v + 0.5 + 0.01 * w
+        w -= 0.1 * v
+    np.testing.assert_allclose(moved["head"]["kernel"], w - 2.0, rtol=1e-5)
+    # One-dimensional parameters and scalars do not decay.
+    np.testing.assert_allclose(moved["head"]["bias"], -0.1 * (0.5 + 0.95), rtol=1e-5)
+    np.testing.assert_allclose(moved["temperature"], -0.1 * (0.5 + 0.95), rtol=1e-5)
+
+
+def test_adamw_decay_is_decoupled():
+    moved = updates(name="adamw", weight_decay=0.1)
+    np.testing.assert_allclose(moved["head"]["bias"], -0.1, rtol=1e-5)
+    np.testing.assert_allclose(moved["head"]["kernel"], -0.1 * (1 + 0.1 * 2.0), rtol=1e-5)
+
+
+def test_clipping_bounds_the_norm_over_everything():
+    moved = updates(name="sgd", clip_norm=0.25)
+    total = np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(moved)))
+    np.testing.assert_allclose(total, 0.1 * 0.25, rtol=1e-5)
+
+
+def test_the_first_multiplier_that_is_found_counts():
+    moved = updates(name="sgd", multipliers=(("bias", 0.5), ("^head/", 0.1)))
+    np.testing.assert_allclose(moved["head"]["bias"], -0.025, rtol=1e-5)
+    np.testing.assert_allclose(moved["head"]["kernel"], -0.005, rtol=1e-5)
+    np.testing.assert_allclose(moved["temperature"], -0.05, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_frozen_parameters_do_not_move_and_are_not_part_of_the_norm(name):
+    big = jax.tree.map(jnp.asarray, {**GRADS, "temperature": jnp.array(1e6)})
+    config = dict(name=name, weight_decay=0.1, clip_norm=0.25, multipliers=(("head", 0.5),))
+    moved = updates(3, big, frozen=("temperature",), **config)
+    assert moved["temperature"] == 0
+    assert np.all(moved["head"]["kernel"] != 0)
+    other = updates(3, {**big, "temperature": jnp.array(0.0)}, frozen=("temperature",), **config)
+    np.testing.assert_array_equal(moved["head"]["kernel"], other["head"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (dict(name="adamx"), "adamx.*sgd"),
+        (dict(schedule="stairs"), "stairs.*cosine"),
+        (dict(frozen=("hed/",)), 'frozen has "hed/"'),
+        (dict(multipliers=(("hed/", 1.0),)), 'multipliers has "hed/"'),
+    ],
+)
+def test_mistakes(config, message):
+    with pytest.raises(UserError, match=message):
+        updates(**config)
