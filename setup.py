@@ -1,5 +1,7 @@
 """Installs ovseg_jax: `pip install -e .`, and extras as `pip install -e '.[test]'`."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 EXTRAS = {
@@ -27,7 +29,7 @@ setup(
     name="ovseg_jax",
     version="0.1.0",
     description="Open-vocabulary segmentation in JAX, from a laptop to a TPU pod",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["ovseg_jax", "ovseg_jax.*"]),

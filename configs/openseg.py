@@ -130,7 +130,14 @@ def scenes() -> ConfigDict:
                 # the held-out pairs are never learned.
                 batch_augment=[
                     dict(name="channels", probability=0.55, probability_end=0.3, drop=("lexicon:colour",)),
-                    dict(name="blur", probability=0.25, factor=8, mask_weight=0.1, drop=("pos:noun",), spare=("lexicon:stuff",)),
+                    dict(
+                        name="blur",
+                        probability=0.25,
+                        factor=8,
+                        mask_weight=0.1,
+                        drop=("pos:noun",),
+                        spare=("lexicon:stuff",),
+                    ),
                 ],
                 workers=0,
             ),
@@ -139,9 +146,7 @@ def scenes() -> ConfigDict:
                     evaluation, source=dict(source, split="validation", num_examples=200), every=1000
                 )
             ),
-            final_evals=dict(
-                test=dict(evaluation, source=dict(source, split="test", num_examples=500))
-            ),
+            final_evals=dict(test=dict(evaluation, source=dict(source, split="test", num_examples=500))),
             checkpoint=dict(every=500, keep=2),
             log_every=20,
         )
@@ -153,7 +158,9 @@ def paper(args: ConfigDict) -> ConfigDict:
     if args.init not in INITS:
         raise UserError(f"init={args.init}: known are {', '.join(INITS)}")
     if args.init != "scratch":
-        raise UserError(f"init={args.init}: pretrained backbones cannot be loaded yet; leave it out, or say init=scratch")
+        raise UserError(
+            f"init={args.init}: pretrained backbones cannot be loaded yet; leave it out, or say init=scratch"
+        )
     learning_rate, steps = INITS[args.init]
     train, validation = sources(args)
     evaluation = dict(type="segmentation", masks="predicted", batch_size=64, source=validation, every=5000)

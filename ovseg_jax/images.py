@@ -50,6 +50,8 @@ def _read_file(path: epath.Path) -> UInt8[np.ndarray, "h w 3"]:
         raise UserError(f"{path} is not an image that Pillow can read") from None
     except Image.DecompressionBombError as error:
         raise UserError(f"{path} is too large: {error}; cut it into pieces") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # a file that ends within its header
+        raise UserError(f"{path} is damaged or truncated: {error}") from error
 
 
 def _from_pil(image: Image.Image, name: str) -> UInt8[np.ndarray, "h w 3"]:

@@ -33,7 +33,7 @@ def default_workdir(arguments: list[str]) -> str:
     `--config=configs/openseg.py:data=coco,data_dir=../coco --config.steps=9` gives
     `runs/openseg-data=coco-data_dir=coco-steps=9`.
     """
-    parts = []
+    parts: list[str] = []
     for argument in arguments:
         name, _, value = argument.lstrip("-").partition("=")
         if name == "config":
@@ -69,8 +69,16 @@ def run(argv: list[str]) -> int:
     if _MODE.value == "eval":
         evaluate(config, workdir)
     else:
-        train(config, workdir)
+        train(config, workdir, finish=_draw)
     return 0
+
+
+def _draw(config: ConfigDict, workdir: Any, parts: Any, variables: Any) -> None:
+    """The pictures of a finished run."""
+    from ovseg_jax.gallery import draw_run
+
+    for path in draw_run(config, workdir, parts.method, variables):
+        print(f"drew {path}")
 
 
 def parse(arguments: list[str]) -> list[str]:
@@ -108,6 +116,8 @@ def main() -> None:
         app.run(run, flags_parser=parse)
     except UserError as error:
         sys.exit(complain(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

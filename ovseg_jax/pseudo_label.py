@@ -1,4 +1,4 @@
-"""Pseudo-masks for images that have only captions: `python -m ovseg_jax.pseudo_label --checkpoint=TEACHER --data_dir=DIR`.
+"""Pseudo-masks for caption-only images: `python -m ovseg_jax.pseudo_label --checkpoint=TEACHER --data_dir=DIR`.
 
 OpenSeg's recipe for caption-only data (papers/004, 3.3, after MuST): a teacher trained with the mask loss alone
 (`--config.loss.grounding_weight=0`) labels the images, and the student trains on human and pseudo-masks together.
@@ -68,11 +68,17 @@ def segments_of(
 
 def main(argv: list[str] | None = None) -> int:
     """Labels the images of a folder; the exit status is 1 where some image could not be read."""
-    parser = argparse.ArgumentParser(prog="python -m ovseg_jax.pseudo_label", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m ovseg_jax.pseudo_label", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--checkpoint", required=True, help="work directory of the teacher")
     parser.add_argument("--data_dir", required=True, help="folder with images/")
-    parser.add_argument("--threshold", type=float, default=0.5, help="probability from which a pixel is inside")
-    parser.add_argument("--max_overlap", type=float, default=0.7, help="IoU above which a less sure mask goes")
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="probability from which a pixel is inside"
+    )
+    parser.add_argument(
+        "--max_overlap", type=float, default=0.7, help="IoU above which a less sure mask goes"
+    )
     parser.add_argument("--min_area", type=float, default=0.001, help="smallest share of the image")
     parser.add_argument("--batch", type=int, default=8)
     args = parser.parse_args(argv)
@@ -107,7 +113,9 @@ def _run(args: argparse.Namespace) -> int:
         with temporary.open("wb") as f:
             Image.fromarray(segments.astype(np.uint16 if segments.max() > 255 else np.uint8)).save(f, "PNG")
         temporary.replace(root / "masks" / f"{path.stem}.png")
-    print(f"{len(waiting) - bad} masks written to {root / 'masks'}, {len(done)} were there, {bad} images left out")
+    print(
+        f"{len(waiting) - bad} masks written to {root / 'masks'}, {len(done)} were there, {bad} images left out"
+    )
     return 1 if bad else 0
 
 

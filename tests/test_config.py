@@ -45,7 +45,13 @@ def test_a_value_of_the_wrong_type_is_named(arg, kind):
 
 @pytest.mark.parametrize(
     "arg",
-    [None, "method=lseg", "data=coco,data_dir=x", "data=coco,data_dir=x,size=tiny,contrast=sync", "data=folder,data_dir=x"],
+    [
+        None,
+        "method=lseg",
+        "data=coco,data_dir=x",
+        "data=coco,data_dir=x,size=tiny,contrast=sync",
+        "data=folder,data_dir=x",
+    ],
 )
 def test_configs_build_and_survive_json(arg):
     out = load("openseg", arg)

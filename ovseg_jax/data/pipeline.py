@@ -27,7 +27,8 @@ from ovseg_jax.data.mixing import MixingOrder
 from ovseg_jax.data.sources import Mixture, Source, make_source
 from ovseg_jax.data.training import TrainTransform
 from ovseg_jax.errors import UserError
-from ovseg_jax.vocab.words import WordList, build_words, keep_of
+from ovseg_jax.vocab.lexicon import FUNCTION_WORDS
+from ovseg_jax.vocab.words import WordList, build_words, keep_of, split_words
 
 __all__ = ["eval_batches", "make_source", "train_iterator", "words_for"]
 
@@ -79,27 +80,34 @@ def words_for(config: Any, source: Source) -> WordList:
     """The vocabulary of a source's captions: words that pass `data.caption_filter`, in `data.min_count` or
     more.
 
-    `data.words` names a file written by `WordList.save` to use instead; `data.extra_words` are listed in any
-    case; `data.count_captions` bounds the number of captions that are counted.
+    `data.words` names a file written by `WordList.save` to use instead; `data.extra_words` and the words of the
+    source's class names are listed in any case, so that every class has an embedding; `data.count_captions`
+    bounds the number of captions that are counted.
 
     Raises:
-      UserError: no caption holds such a word.
+      UserError: there is no caption, although the grounding loss needs some (`loss.grounding_weight` is not 0).
     """
     data = config["data"]
     if data.get("words"):
         return WordList.load(data["words"])
+    names = (
+        word for name in source.classes.flat()[0] for word in split_words(name) if word not in FUNCTION_WORDS
+    )
     words = build_words(
         source.captions(),
         keep_of(data.get("caption_filter", "noun+adj")),
         int(data.get("min_count", 1)),
-        data.get("extra_words") or (),
+        [*(data.get("extra_words") or ()), *names],
         tagger=data.get("tagger", "pattern"),
         limit=data.get("count_captions"),
     )
-    if len(words) == 1:
+    grounded = config.get("method", "openseg") == "openseg" and config.get("loss", {}).get(
+        "grounding_weight", 1
+    )
+    if grounded and next(iter(source.captions()), None) is None:
         raise UserError(
-            f"the source {source.name!r} has no caption with a word that passes data.caption_filter and "
-            "data.min_count: training needs captions, for COCO annotations/captions_<split>.json"
+            f"the source {source.name!r} has no caption: the grounding loss needs captions, for COCO "
+            "annotations/captions_<split>.json, for a folder captions.json (loss.grounding_weight=0 trains masks alone)"
         )
     return words
 

@@ -20,6 +20,7 @@ import numpy as np
 from ovseg_jax.data import scenes_layout, scenes_render
 from ovseg_jax.data.scenes_text import Speaker
 from ovseg_jax.data.scenes_world import World
+from ovseg_jax.data.sources import Extent
 from ovseg_jax.errors import UserError
 
 SPLITS = {"train": 0, "validation": 1, "test": 2}
@@ -103,6 +104,10 @@ class Scenes:
             "region_captions": speaker.region_captions(),
             "region_tags": speaker.region_tags(),
         }
+
+    def extent(self) -> Extent:
+        """The size of every image, and the most segments that one can have."""
+        return Extent(self.image_size, self.image_size, 2 + scenes_layout.MAX_THINGS)
 
     def captions(self) -> Iterator[str]:
         """All captions of the split in order, without drawing an image."""

@@ -31,7 +31,9 @@ def build_net(config: ConfigDict, **overrides) -> OpenSegNet:
     model = config.model.to_dict()
     known = {*_NET_FIELDS, "backbone", "mean", "std", "dtype"}
     if unknown := set(model) - known:
-        raise UserError(f"unknown model keys: {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
+        raise UserError(
+            f"unknown model keys: {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}"
+        )
     dtype = jnp.dtype(model.get("dtype", "float32"))
     fields = {k: model[k] for k in _NET_FIELDS if k in model} | overrides
     backbone = build_backbone(config.model.backbone, dtype)
@@ -68,7 +70,9 @@ class OpenSeg:
             raise UserError(f"loss.contrast is 'sync' or 'unsync', not '{self.loss_config.contrast}'")
         self.group = self.loss_config.group if self.loss_config.contrast == "unsync" else None
         if self.group and config.batch_size % self.group:
-            raise UserError(f"batch_size={config.batch_size} does not divide into groups of loss.group={self.group}")
+            raise UserError(
+                f"batch_size={config.batch_size} does not divide into groups of loss.group={self.group}"
+            )
 
     def init(self, rng: jax.Array) -> Variables:
         """`params` {"image", "text", "temperature"}, and `batch_stats` where the backbone has them."""

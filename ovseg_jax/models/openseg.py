@@ -85,7 +85,9 @@ class OpenSegNet(nn.Module):
         x = normalise(image, image_size, self.mean, self.std, self.dtype)
         features = self.backbone(x, train=train)
         fused = FusedPyramid(self.width, self.pyramid_output_conv, self.dtype, name="pyramid")(features)
-        head = lambda name, out: ConvHead(self.width, self.head_convs, out, dtype=self.dtype, name=name)(fused)
+        head = lambda name, out: ConvHead(self.width, self.head_convs, out, dtype=self.dtype, name=name)(
+            fused
+        )
         f_z = head("head_z", self.embed_dim).astype(jnp.float32)
         if not self.num_queries:
             return OpenSegFeatures(None, None, f_z)

@@ -1,7 +1,6 @@
 """A table of word vectors as a text encoder: learned, or frozen and filled from a file."""
 
 import difflib
-import re
 from collections.abc import Sequence
 
 import jax
@@ -13,7 +12,8 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.text import embed_phrases
-from ovseg_jax.vocab.words import WordList
+from ovseg_jax.vocab.lexicon import FUNCTION_WORDS
+from ovseg_jax.vocab.words import WordList, split_words
 
 
 class TextTable:
@@ -47,7 +47,7 @@ class TextTable:
         missing = [w for w in self.words.words[1:] if w not in known]
         if missing and not self.learned:
             raise UserError(
-                f"{self.vectors} has no vector for {len(missing)} words of the vocabulary ({', '.join(missing[:8])}, ...)"
+                f"{self.vectors} has no vector for {len(missing)} words of the vocabulary: {', '.join(missing[:8])}..."
             )
         rows = [known.get(w, -1) for w in self.words.words]
         return {"table": jnp.where((np.array(rows) >= 0)[:, None], vectors[rows], table)}
@@ -94,13 +94,14 @@ class TextTable:
         index = self.words.index
         if phrase in index:
             return [index[phrase]]
-        tokens = re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", phrase)
         found, unknown = [], []
-        for token in tokens:
+        for token in split_words(phrase):
+            if token in FUNCTION_WORDS:
+                continue
             known = next((form for form in _forms(token) if form in index), None)
             if known is not None:
                 found.append(index[known])
-            elif token not in _FUNCTION_WORDS:
+            else:
                 unknown.append(token)
         if unknown or not found:
             word = (unknown or [phrase])[0]
@@ -117,9 +118,6 @@ class TextTable:
     ) -> Float[Array, "k d"]:
         """Unit vectors of tokenised texts."""
         return embed_phrases(params["table"], ids, valid)
-
-
-_FUNCTION_WORDS = frozenset("a an the of in on at with and or to for from by is are its".split())
 
 
 def _forms(token: str) -> list[str]:

@@ -219,7 +219,7 @@ def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:
     temporary.replace(path)
 
 
-def is_disk_full(error: BaseException) -> bool:
+def is_disk_full(error: BaseException | None) -> bool:
     """Whether an exception, or one that caused it, says that there is no space left.
 
     The array writer is C++, whose errors carry the system's text but no errno.

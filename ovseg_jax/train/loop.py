@@ -189,7 +189,7 @@ class _Log:
         self._earlier = max((r.get("seconds") or 0.0 for r in writer.records), default=0.0)
         # The clock of training starts when the first step, which compiles, is done.
         self._clock: float | None = None
-        self._steps = self._paused = 0
+        self._steps, self._paused = 0, 0.0
         self._window = (0.0, 0)
         self.data_wait_seconds = 0.0
 

@@ -50,3 +50,6 @@ LEXICON: dict[str, frozenset[str]] = {
     "stuff": frozenset(_STUFF.split()),
 }
 """Words of hue, of lightness, of surface pattern, of size, of left and right, and names of stuff."""
+
+FUNCTION_WORDS = frozenset("a an the of in on at with and or to for from by is are its".split())
+"""Words of a name that say nothing by themselves: no embedding is asked for them."""

@@ -125,6 +125,11 @@ def without_spoiled(words: Sequence[Tagged], drop: Sequence[str], spare: Sequenc
     ]
 
 
+def split_words(text: str) -> list[str]:
+    """The words of a name or phrase in lower case, without punctuation; numbers stay."""
+    return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text.lower())
+
+
 class WordList:
     """The words that captions are grounded by; a word's id is its position, and id 0 is padding.
 

@@ -49,7 +49,9 @@ def reference(regions, words, word_valid, example_mask):
 
 def loss_of(data, **kwargs):
     data = jax.tree.map(jnp.asarray, data)
-    return grounding_loss(**data, region_temperature=jnp.array(TAU), pair_temperature=jnp.array(TAU2), **kwargs)
+    return grounding_loss(
+        **data, region_temperature=jnp.array(TAU), pair_temperature=jnp.array(TAU2), **kwargs
+    )
 
 
 def test_whole_batch_equals_the_reference():

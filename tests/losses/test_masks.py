@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ovseg_jax.losses.masks import dice_coefficient
 from ovseg_jax.losses.masks import best_match_dice_loss as typed_loss
+from ovseg_jax.losses.masks import dice_coefficient
 
 
 def best_match_dice_loss(*arrays):
