@@ -63,7 +63,7 @@ def scenes() -> ConfigDict:
     """OpenSeg on the embedded data: 64 px images, a small network, about eight minutes on two cores (ours)."""
     source = dict(name="scenes", size="small", image_size=64)
     evaluation = dict(type="segmentation", masks="predicted", batch_size=64)
-    steps = 4000
+    steps = 6500
     return ConfigDict(
         dict(
             method="openseg",
@@ -124,12 +124,12 @@ def scenes() -> ConfigDict:
                 caption_filter="noun+adj",
                 tagger="pattern",
                 min_count=1,
-                keep_prob=dict(noun=1.0, adj=0.8),
+                keep_prob=dict(noun=1.0, adj=0.9),
                 # Whole batches lose their colour, and with it the words for colour; others lose their texture,
                 # and with it the words for things. Otherwise colour tells which nouns never occur together, and
                 # the held-out pairs are never learned.
                 batch_augment=[
-                    dict(name="channels", probability=0.55, probability_end=0.3, drop=("lexicon:colour",)),
+                    dict(name="channels", probability=0.6, probability_end=0.35, drop=("lexicon:colour",)),
                     dict(
                         name="blur",
                         probability=0.25,

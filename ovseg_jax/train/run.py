@@ -242,9 +242,20 @@ def write_tables(workdir: epath.Path, tables: Mapping[str, Sequence[Any]]) -> No
 
 
 def score_table(scores: Mapping[str, float]) -> str:
-    """Scores as aligned lines, one evaluation after the other."""
-    width = max((len(name) for name in scores), default=0)
-    return "\n".join(f"  {name:<{width}}  {value:8.2f}" for name, value in scores.items())
+    """A table for each evaluation: mIoU, of groups too, under both divisors and beside chance; then the rest."""
+    lines = []
+    for evaluation in dict.fromkeys(name.split("/")[0] for name in scores):
+        own = {k.removeprefix(f"{evaluation}/"): v for k, v in scores.items() if k.startswith(f"{evaluation}/")}
+        lines.append(f"  {evaluation:<24}{'mIoU':>8}{'mIoU_gt':>10}{'chance':>9}")
+        for name in [name for name in own if name.split("/")[0] == "miou" or name.startswith("miou@")]:
+            row = [own.get(name.replace("miou", column, 1)) for column in ("miou", "miou_gt", "chance_miou")]
+            cells = "".join(
+                f"{'' if x is None else f'{x:.2f}':>{w}}" for x, w in zip(row, (8, 10, 9), strict=True)
+            )
+            lines.append(f"    {name.removeprefix('miou').lstrip('/') or 'all classes':<22}{cells}")
+        rest = [name for name in own if "miou" not in name or name.startswith("grounding")]
+        lines += [f"    {name:<22}{own[name]:8.2f}" for name in rest]
+    return "\n".join(lines)
 
 
 def _evaluators(config: ConfigDict, parts: Parts, key: str = "evals") -> list[Any]:
