@@ -75,17 +75,18 @@ NOUNS = (
     Noun(("bone",), "bone", "plain", "white"),
 )
 
-# Name and sRGB. The first seven are at least 30 degrees of hue apart: light (a gain of 0.65 to 1.35) and
-# mixing with a pattern's black or white, as a blur does, leave hue alone. The last three (orange, brown, white)
-# need lightness to be told apart.
+# Name and sRGB. The first seven are at least 40 degrees of hue apart: light (a gain of 0.65 to 1.35) and
+# mixing with a pattern's black or white, as a blur does, leave hue alone, and two closer ones (red and a pink 30
+# degrees away) were taken for one another for a whole training. The last three (orange, brown, white) need
+# lightness to be told apart.
 COLOURS = (
     ("red", (220, 35, 40)),
     ("yellow", (240, 225, 45)),
     ("green", (40, 185, 60)),
-    ("blue", (45, 70, 225)),
-    ("purple", (150, 45, 190)),
-    ("turquoise", (50, 210, 215)),
-    ("pink", (250, 70, 165)),
+    ("blue", (35, 80, 230)),
+    ("purple", (125, 45, 210)),
+    ("turquoise", (45, 215, 205)),
+    ("pink", (250, 60, 200)),
     ("orange", (245, 130, 25)),
     ("brown", (115, 65, 30)),
     ("white", (240, 240, 240)),

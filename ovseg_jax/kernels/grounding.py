@@ -10,12 +10,12 @@ from jaxtyping import Array, Bool, Float
 
 
 class GroundingLoss(NamedTuple):
-    """Sums over the pairs that count, and their number."""
+    """Sums over the image-caption pairs that count, and their number."""
 
     loss: Float[Array, ""]
     correct: Float[Array, ""]
     """How many captions score highest on their own image among the images of their group."""
-    count: Float[Array, ""]
+    pairs: Float[Array, ""]
 
 
 def caption_scores(
@@ -73,11 +73,9 @@ def grounding_loss(
         if b % group:
             raise ValueError(f"a batch of {b} does not divide into groups of {group}")
         split = lambda x: x.reshape(b // group, group, *x.shape[1:])
-        dense = jax.vmap(_dense, in_axes=(0, 0, 0, 0, None, None))
-        out = dense(
-            *map(split, (regions, words, word_valid, example_mask)), region_temperature, pair_temperature
-        )
-        return GroundingLoss(*(x.sum() for x in out))
+        dense = partial(_dense, region_temperature=region_temperature, pair_temperature=pair_temperature)
+        out = jax.vmap(dense)(split(regions), split(words), split(word_valid), split(example_mask))
+        return jax.tree.map(jnp.sum, out)
     if not batch_axes:
         return _dense(regions, words, word_valid, example_mask, region_temperature, pair_temperature)
     rows = PartitionSpec(batch_axes)
@@ -104,7 +102,8 @@ def _sharded(regions, words, word_valid, example_mask, region_temperature, pair_
 
     @jax.checkpoint
     def of_captions(chunk):
-        return caption_scores(regions, *chunk, region_temperature)
+        words, word_valid = chunk
+        return caption_scores(regions, words, word_valid, region_temperature)
 
     chunks = jax.tree.map(lambda x: x.reshape(-1, b, *x.shape[1:]), (all_words, all_word_valid))
     rows = jax.lax.map(of_captions, chunks).transpose(1, 0, 2).reshape(b, -1) / pair_temperature

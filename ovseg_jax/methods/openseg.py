@@ -1,6 +1,7 @@
 """OpenSeg (papers/004): class-agnostic proposals from masks, words grounded to proposals from captions."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax
 import jax
@@ -89,6 +90,7 @@ class OpenSeg:
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
         """Eq. 5: grounding loss + α mask loss."""
         out, mutated = apply_net(self.net, variables, batch, rng)
+        assert out.mask_logits is not None and out.region_sum is not None
         params, example = variables["params"], batch["example_mask"]
         weight = batch["mask_weight"] * example
         mask_sum, mask_count = best_match_dice_loss(
@@ -107,14 +109,14 @@ class OpenSeg:
             batch_axes=active_batch_axes(),
         )
         mean = lambda total, count: total / jnp.maximum(count, 1)
-        loss = self.loss_config.grounding_weight * mean(grounding.loss, grounding.count)
+        loss = self.loss_config.grounding_weight * mean(grounding.loss, grounding.pairs)
         loss = loss + self.loss_config.mask_weight * mean(mask_sum, mask_count)
         one = jnp.ones(())
         metrics = {
             "loss": (loss, one),
             "mask_loss": (mask_sum, mask_count),
-            "grounding_loss": (grounding.loss, grounding.count),
-            "caption_accuracy": (grounding.correct, grounding.count),
+            "grounding_loss": (grounding.loss, grounding.pairs),
+            "caption_accuracy": (grounding.correct, grounding.pairs),
             "region_temperature": (region_tau, one),
             "pair_temperature": (pair_tau, one),
         }
@@ -129,7 +131,7 @@ class OpenSeg:
         self, variables: Variables, image: UInt8[Array, "b s t 3"], image_size: Int[Array, "b 2"]
     ) -> Prediction:
         """Proposals, their embeddings and per-pixel features."""
-        out = self.net.apply(image_variables(variables), image, image_size)
+        out: Any = self.net.apply(image_variables(variables), image, image_size)
         region = None if out.region_sum is None else unit(out.region_sum)
         return Prediction(out.mask_logits, region, out.pixel_embed)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def resize(x: Float[Array, "b h w c"], size: tuple[int, int], method: str = "bilinear") -> Array:
+def resize(x: Float[Array, "b h w c"], size: tuple[int, ...], method: str = "bilinear") -> Array:
     """Resizes to `size` = (height, width) with half-pixel centres; returns x itself where nothing changes."""
     if x.shape[1:3] == tuple(size):
         return x
@@ -32,14 +32,17 @@ class FusedPyramid(nn.Module):
         """Fuses a backbone's maps, keyed "c2".."c5" (coarser ones may be absent)."""
         levels = sorted(features)
         size = features[levels[0]].shape[1:3]
-        top, fused = None, 0.0
+        top: Array | None = None
+        fused: Array | None = None
         for name in reversed(levels):
             x = nn.Conv(self.width, (1, 1), dtype=self.dtype, name=f"lateral_{name}")(features[name])
             top = x if top is None else x + resize(top, x.shape[1:3], "nearest")
             out = top
             if self.output_conv:
                 out = nn.Conv(self.width, (3, 3), dtype=self.dtype, name=f"output_{name}")(top)
-            fused = fused + resize(out, size)
+            out = resize(out, size)
+            fused = out if fused is None else fused + out
+        assert fused is not None
         return fused
 
 

@@ -38,7 +38,7 @@ def normalise(
 
 
 def inside(
-    image_size: Int[Array, "b 2"], shape: tuple[int, int], stride: tuple[float, float] = (1, 1)
+    image_size: Int[Array, "b 2"], shape: tuple[int, ...], stride: tuple[float, float] = (1, 1)
 ) -> Bool[Array, "b h w"]:
     """Which cells of a grid, each `stride` pixels of the canvas, begin within each image's (height, width)."""
     rows = jnp.arange(shape[0])[None, :] * stride[0] < image_size[:, :1]

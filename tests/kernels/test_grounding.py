@@ -59,7 +59,7 @@ def test_whole_batch_equals_the_reference():
     out = jax.jit(lambda d: loss_of(d, group=None))(data)
     loss, correct, count = reference(**data)
     np.testing.assert_allclose(out.loss, loss, rtol=1e-5)
-    assert (out.correct, out.count) == (correct, count)
+    assert (out.correct, out.pairs) == (correct, count)
 
 
 def test_groups_equal_the_reference_on_each_group():
@@ -67,7 +67,7 @@ def test_groups_equal_the_reference_on_each_group():
     out = loss_of(data, group=4)
     parts = [reference(**{k: v[i : i + 4] for k, v in data.items()}) for i in range(0, B, 4)]
     np.testing.assert_allclose(out.loss, sum(p[0] for p in parts), rtol=1e-5)
-    assert out.count == sum(p[2] for p in parts)
+    assert out.pairs == sum(p[2] for p in parts)
 
 
 @pytest.mark.parametrize("group", [None, 2, 4])
@@ -78,7 +78,7 @@ def test_eight_devices_equal_one_in_value_and_gradient(group, shape):
 
     def mean(regions, words, rest, axes):
         out = loss_of({"regions": regions, "words": words, **rest}, group=group, batch_axes=axes)
-        return out.loss / out.count
+        return out.loss / out.pairs
 
     rest = {k: data[k] for k in ("word_valid", "example_mask")}
     grad = jax.value_and_grad(mean, argnums=(0, 1))

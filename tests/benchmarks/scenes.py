@@ -1,0 +1,79 @@
+"""OpenSeg on `scenes` beside its ceiling and chance, over seeds: the table of the README.
+
+    python tests/benchmarks/scenes.py --out=runs/benchmark [--seeds=0,1,2] [--config.KEY=VALUE ...]
+
+The ceiling is LSeg+: the same network, steps and data, supervised by the class of every pixel. Each run is the
+command that a user types; one that is finished is read, not repeated.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+METRICS = {
+    "seen": "test/miou/seen",
+    "held out": "test/miou/held_out",
+    "stuff": "test/miou/stuff",
+    "all": "test/miou",
+    "Grounding": "test/grounding_miou",
+    "recall@0.5": "test/recall@0.5",
+    "recall@0.7": "test/recall@0.7",
+    "recall@0.9": "test/recall@0.9",
+}
+ROOT = Path(__file__).parents[2]
+
+
+def run(method: str, seed: int, out: Path, overrides: list[str]) -> dict[str, float]:
+    """Trains one model and returns its summary."""
+    workdir = out / f"{method}-{seed}"
+    config = ROOT / f"configs/openseg.py:method={method},seed={seed}"
+    command = [sys.executable, "-m", "ovseg_jax.main", f"--config={config}", f"--workdir={workdir}", *overrides]
+    print("$ " + " ".join(command[1:]), flush=True)
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def row(name: str, runs: list[dict[str, float]], keys: list[str]) -> str:
+    """Mean and half the range over seeds of each metric."""
+    cells = []
+    for key in keys:
+        values = [run[key] for run in runs if key in run]
+        if not values:
+            cells.append("-")
+            continue
+        spread = (max(values) - min(values)) / 2
+        cells.append(f"{statistics.mean(values):.1f} ± {spread:.1f}" if len(values) > 1 else f"{values[0]:.1f}")
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """Prints a markdown table, and writes it with every summary to OUT."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--seeds", default="0,1,2")
+    args, overrides = parser.parse_known_args()
+    seeds, out = [int(s) for s in args.seeds.split(",")], args.out.absolute()
+    summaries = {m: [run(m, seed, out, overrides) for seed in seeds] for m in ("openseg", "lseg")}
+
+    keys = list(METRICS.values())
+    chance = [key.replace("miou", "chance_miou") for key in keys]
+    lines = [f"| test, {len(seeds)} seeds | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 1) + "|"]
+    lines += [row("OpenSeg", summaries["openseg"], keys), row("ceiling (LSeg+)", summaries["lseg"], keys)]
+    lines.append(row("chance", summaries["openseg"][:1], chance))
+    share = [
+        statistics.mean(r[k] for r in summaries["openseg"]) / statistics.mean(r[k] for r in summaries["lseg"])
+        for k in keys[:2]
+    ]
+    seconds = [round(r["seconds"]) for runs in summaries.values() for r in runs]
+    lines.append(f"\nOpenSeg reaches {share[0]:.0%} of the ceiling on seen and {share[1]:.0%} on held-out pairs;")
+    lines.append(f"wall seconds of each run, OpenSeg then LSeg+: {', '.join(map(str, seconds))}.")
+    (out / "table.md").write_text("\n".join(lines) + "\n")
+    (out / "summaries.json").write_text(json.dumps(summaries, indent=1) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
