@@ -57,6 +57,7 @@ def run(argv: list[str]) -> int:
         path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
         raise UserError(f"the config file {path} does not exist or cannot be read.")
     workdir = _WORKDIR.value or default_workdir(sys.argv[1:])
+    use_all_cores(config.batch_size)
     asked = _DISTRIBUTED.value
     if asked if asked is not None else "JAX_COORDINATOR_ADDRESS" in os.environ:
         jax.distributed.initialize()
@@ -99,6 +100,17 @@ def parse(arguments: list[str]) -> list[str]:
             cause = cause.args[0]  # An AttributeError of a KeyError, whose own text would be quoted twice.
         text = str(cause) if cause is error else f"unknown config key {cause}"
         raise UserError(" ".join(text.split())) from error
+
+
+def use_all_cores(batch_size: int) -> None:
+    """Makes CPU cores devices of their own: XLA runs a convolution on one core, however many there are.
+
+    Has no effect on accelerators, nor where XLA_FLAGS already says how many devices the CPU is.
+    """
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        count = max(n for n in range(1, min(cores, 16) + 1) if batch_size % n == 0)
+        jax.config.update("jax_num_cpu_devices", count)
 
 
 def use_compilation_cache() -> None:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ovseg_jax.models.norm import GroupNorm
+
 
 def resize(x: Float[Array, "b h w c"], size: tuple[int, ...], method: str = "bilinear") -> Array:
     """Resizes to `size` = (height, width) with half-pixel centres; returns x itself where nothing changes."""
@@ -65,7 +67,7 @@ class ConvHead(nn.Module):
         """Maps fused features to F_s or F_z."""
         x = nn.Dense(self.width, dtype=self.dtype, name="fc")(x)
         for i in range(self.convs):
-            x = nn.relu(nn.GroupNorm(self.groups, dtype=self.dtype, name=f"norm_{i}")(x))
+            x = nn.relu(GroupNorm(self.groups, dtype=self.dtype, name=f"norm_{i}")(x))
             last = i == self.convs - 1
             width = (self.features or self.width) if last else self.width
             x = nn.Conv(width, (3, 3), dtype=self.dtype, name=f"conv_{i}")(x)

@@ -10,14 +10,11 @@ from ovseg_jax.models.backbones import BACKBONES, build_backbone
 from ovseg_jax.models.efficientnet import EfficientNet
 from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.small import STEMS, GroupNorm, SmallBackbone, space_to_depth
+from tests.models import reference
 
 
 def images(batch, height, width, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=(batch, height, width, 3)), jnp.float32)
-
-
-def init(model, x):
-    return jax.jit(model.init)(jax.random.key(0), x)
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -58,10 +55,10 @@ def test_group_norm_equals_flax_and_its_gradients():
     def loss(module):
         return lambda params, x: jnp.sum(weight * module.apply(params, x))
 
-    ours, reference = GroupNorm(), nn.GroupNorm(8)
-    np.testing.assert_allclose(ours.apply(params, x), reference.apply(params, x), atol=2e-5)
+    ours, flax = GroupNorm(), nn.GroupNorm(8)
+    np.testing.assert_allclose(ours.apply(params, x), flax.apply(params, x), atol=2e-5)
     got = jax.grad(loss(ours), (0, 1))(params, x)
-    expected = jax.grad(loss(reference), (0, 1))(params, x)
+    expected = jax.grad(loss(flax), (0, 1))(params, x)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
 
@@ -69,7 +66,7 @@ def test_group_norm_equals_flax_and_its_gradients():
 def test_group_norm_of_a_constant_image_is_finite():
     x = jnp.full((1, 8, 8, 16), 1234.567)
     model = GroupNorm()
-    variables = init(model, x)
+    variables = reference.init(model, x)
     out, gradient = jax.value_and_grad(lambda x: jnp.sum(model.apply(variables, x) ** 2))(x)
     assert np.isfinite(out) and np.isfinite(gradient).all()
 
@@ -77,7 +74,7 @@ def test_group_norm_of_a_constant_image_is_finite():
 def test_examples_do_not_depend_on_each_other_nor_on_train():
     model = SmallBackbone(width=16)
     x = images(3, 32, 32)
-    variables = init(model, x)
+    variables = reference.init(model, x)
     apply = jax.jit(model.apply, static_argnums=2)
     both, alone = apply(variables, x, False), apply(variables, x[1:2], False)
     train = apply(variables, x, True)
@@ -89,7 +86,7 @@ def test_examples_do_not_depend_on_each_other_nor_on_train():
 def test_every_parameter_gets_a_gradient():
     model = SmallBackbone(width=16, levels=4, blocks=2)
     x = images(2, 64, 64)
-    params = init(model, x)
+    params = reference.init(model, x)
     gradient = jax.jit(jax.grad(lambda p: sum(jnp.sum(f**2) for f in model.apply(p, x).values())))(params)
     for path, g in jax.tree.leaves_with_path(gradient):
         assert np.isfinite(g).all() and np.abs(g).max() > 0, path
@@ -98,7 +95,7 @@ def test_every_parameter_gets_a_gradient():
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
     x = images(2, 32, 32)
     full, half = SmallBackbone(width=16), SmallBackbone(width=16, dtype=jnp.bfloat16)
-    variables = init(half, x)
+    variables = reference.init(half, x)
     assert all(v.dtype == jnp.float32 for v in jax.tree.leaves(variables))
     expected, out = jax.jit(full.apply)(variables, x), jax.jit(half.apply)(variables, x)
     for key in expected:

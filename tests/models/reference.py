@@ -1,6 +1,23 @@
-"""For the parity tests of the backbones: randomised PyTorch models, and their weights in Flax's layout."""
+"""For the tests of the backbones: variables without compiling an initialiser, randomised PyTorch models, and
+their weights in Flax's layout."""
 
+import jax
 import numpy as np
+
+
+def init(model, x, seed=0):
+    """Variables like those of `model.init`, drawn by NumPy: compiling initialisers takes long."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        if name == "kernel":
+            fan_in = np.prod(leaf.shape[:-1])
+            return rng.normal(0, (2 / fan_in) ** 0.5, leaf.shape).astype(leaf.dtype)
+        return np.full(leaf.shape, 1 if name in ("scale", "var") else 0, leaf.dtype)
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+    return jax.tree.map_with_path(draw, shapes)
 
 
 def randomise(model, seed=0):
@@ -65,3 +82,12 @@ def relative_error(ours, reference):
     ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
     assert ours.shape == reference.shape
     return float(np.abs(ours - reference).max() / np.abs(reference).max())
+
+
+def assert_trees_agree(ours, expected):
+    """To 1e-5 of the largest entry of all: behind a norm, many gradients are zero but for cancelled rounding."""
+    assert jax.tree.structure(ours) == jax.tree.structure(expected)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    assert largest > 1e-3
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * largest)
