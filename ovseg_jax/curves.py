@@ -89,7 +89,7 @@ def _panel(key: str) -> tuple[tuple[int, str] | None, str]:
     """Rank and title of the panel that a metric belongs to, and its name there; None for what is no curve."""
     evaluation, slash, metric = key.partition("/")
     if slash:
-        if "chance" in metric:
+        if "chance" in metric or "_gt" in metric:
             return None, metric
         return (1, f"{evaluation}: {'mIoU' if 'miou' in metric else 'recall, accuracy'} (%)"), metric
     if key == "seconds":

@@ -9,7 +9,6 @@ convolution on one thread: to use two cores, give each a virtual device and half
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 

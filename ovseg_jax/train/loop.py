@@ -9,7 +9,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.methods.base import Method, Variables
+from ovseg_jax.evals.runner import Evaluator
+from ovseg_jax.methods.base import Method
 from ovseg_jax.train import metrics as metrics_lib
 from ovseg_jax.train.checkpoints import Checkpoints
 from ovseg_jax.train.metrics import MetricWriter
@@ -33,17 +34,6 @@ from ovseg_jax.train.state import (
 )
 from ovseg_jax.train.step import Metrics, make_step
 from ovseg_jax.train.stop import StopRequest
-
-
-@runtime_checkable
-class Evaluator(Protocol):
-    """Something that scores variables: `evals.runner` makes them from the config."""
-
-    name: str
-    every: int
-
-    def run(self, variables: Variables) -> Mapping[str, float]:
-        """Metric name -> value."""
 
 
 class Fit(NamedTuple):

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax import config as config_lib
 from ovseg_jax.errors import UserError
+from ovseg_jax.evals.runner import Evaluator
 from ovseg_jax.methods.base import Method, Variables
 from ovseg_jax.train.checkpoints import (
     disk_full_message,
@@ -28,7 +29,7 @@ from ovseg_jax.train.checkpoints import (
     read_config,
     write_config,
 )
-from ovseg_jax.train.loop import Evaluator, Fit, fit
+from ovseg_jax.train.loop import Fit, fit
 from ovseg_jax.train.progress import clock
 from ovseg_jax.train.sharding import DEFAULT_RULES, make_mesh
 from ovseg_jax.vocab.classes import ClassList
@@ -222,7 +223,7 @@ def run_evaluators(
     for evaluator in evaluators:
         for metric, value in evaluator.run(variables).items():
             scores[f"{evaluator.name}/{metric}"] = float(value)
-        for table, rows in getattr(evaluator, "tables", {}).items():
+        for table, rows in evaluator.tables.items():
             tables[f"{evaluator.name}-{table}"] = rows
     return scores, tables
 
@@ -245,7 +246,9 @@ def score_table(scores: Mapping[str, float]) -> str:
     """A table for each evaluation: mIoU, of groups too, under both divisors and beside chance; then the rest."""
     lines = []
     for evaluation in dict.fromkeys(name.split("/")[0] for name in scores):
-        own = {k.removeprefix(f"{evaluation}/"): v for k, v in scores.items() if k.startswith(f"{evaluation}/")}
+        own = {
+            k.removeprefix(f"{evaluation}/"): v for k, v in scores.items() if k.startswith(f"{evaluation}/")
+        }
         lines.append(f"  {evaluation:<24}{'mIoU':>8}{'mIoU_gt':>10}{'chance':>9}")
         for name in [name for name in own if name.split("/")[0] == "miou" or name.startswith("miou@")]:
             row = [own.get(name.replace("miou", column, 1)) for column in ("miou", "miou_gt", "chance_miou")]

@@ -30,7 +30,14 @@ def run(method: str, seed: int, out: Path, overrides: list[str]) -> dict[str, fl
     """Trains one model and returns its summary."""
     workdir = out / f"{method}-{seed}"
     config = ROOT / f"configs/openseg.py:method={method},seed={seed}"
-    command = [sys.executable, "-m", "ovseg_jax.main", f"--config={config}", f"--workdir={workdir}", *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "ovseg_jax.main",
+        f"--config={config}",
+        f"--workdir={workdir}",
+        *overrides,
+    ]
     print("$ " + " ".join(command[1:]), flush=True)
     subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     return json.loads((workdir / "summary.json").read_text())
@@ -45,7 +52,9 @@ def row(name: str, runs: list[dict[str, float]], keys: list[str]) -> str:
             cells.append("-")
             continue
         spread = (max(values) - min(values)) / 2
-        cells.append(f"{statistics.mean(values):.1f} ± {spread:.1f}" if len(values) > 1 else f"{values[0]:.1f}")
+        cells.append(
+            f"{statistics.mean(values):.1f} ± {spread:.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+        )
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
@@ -68,7 +77,9 @@ def main() -> None:
         for k in keys[:2]
     ]
     seconds = [round(r["seconds"]) for runs in summaries.values() for r in runs]
-    lines.append(f"\nOpenSeg reaches {share[0]:.0%} of the ceiling on seen and {share[1]:.0%} on held-out pairs;")
+    lines.append(
+        f"\nOpenSeg reaches {share[0]:.0%} of the ceiling on seen and {share[1]:.0%} on held-out pairs;"
+    )
     lines.append(f"wall seconds of each run, OpenSeg then LSeg+: {', '.join(map(str, seconds))}.")
     (out / "table.md").write_text("\n".join(lines) + "\n")
     (out / "summaries.json").write_text(json.dumps(summaries, indent=1) + "\n")

@@ -56,7 +56,7 @@ class CountingEvaluator:
     """Reports the norm of the parameters, and remembers when it ran."""
 
     def __init__(self, name="validation", every=5):
-        self.name, self.every, self.runs = name, every, 0
+        self.name, self.every, self.runs, self.tables = name, every, 0, {}
 
     def run(self, variables):
         self.runs += 1
