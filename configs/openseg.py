@@ -254,7 +254,7 @@ def sources(args: ConfigDict) -> tuple[list[dict], dict]:
 
 def shrink(config: ConfigDict) -> None:
     """A network and a run for a laptop, on the same data with the same code."""
-    config.update(dict(steps=100, batch_size=8, log_every=5))
+    config.update(dict(steps=200, batch_size=8, log_every=10))
     config.model.update(
         dict(width=64, embed_dim=64, num_queries=32, head_convs=1, position_grid=32, dtype="float32")
     )
@@ -264,4 +264,4 @@ def shrink(config: ConfigDict) -> None:
     config.data.update(dict(image_size=128, max_masks=32, min_count=1, workers=0))
     for evaluator in (*config.evals.values(), *config.final_evals.values()):
         evaluator.update(dict(batch_size=4, every=0))
-    config.checkpoint.update(dict(every=30, keep=2))
+    config.checkpoint.update(dict(every=100, keep=2))
