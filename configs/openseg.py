@@ -67,7 +67,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 def scenes() -> ConfigDict:
     """OpenSeg on the embedded data: 64 px images, a small network, about eight minutes on two cores (ours)."""
     source = dict(name="scenes", size="small", image_size=64)
-    evaluation = dict(type="segmentation", masks="predicted", batch_size=64)
+    evaluation = dict(type="segmentation", masks=("predicted",), batch_size=64)
     steps = 6500
     return ConfigDict(
         dict(
@@ -168,7 +168,7 @@ def paper(args: ConfigDict) -> ConfigDict:
         )
     learning_rate, steps = INITS[args.init]
     train, validation = sources(args)
-    evaluation = dict(type="segmentation", masks="predicted", batch_size=64, source=validation, every=5000)
+    evaluation = dict(type="segmentation", masks=("predicted",), batch_size=64, source=validation, every=5000)
     return ConfigDict(
         dict(
             method="openseg",
