@@ -82,13 +82,13 @@ def scenes() -> ConfigDict:
                 std=(0.25, 0.25, 0.25),
                 width=64,
                 embed_dim=64,
-                num_queries=12,
+                num_queries=8,
                 decoder_layers=3,
                 decoder_heads=1,
                 head_convs=1,
                 pyramid_output_conv=False,
                 position_grid=16,
-                mask_scale=6.0,
+                mask_scale=8.0,
                 mask_bias=-1.0,
                 # A departure from the paper, whose grounding loss also moves the masks: without it a run of
                 # minutes does not learn masks first.
@@ -134,7 +134,7 @@ def scenes() -> ConfigDict:
                 # and with it the words for things. Otherwise colour tells which nouns never occur together, and
                 # the held-out pairs are never learned.
                 batch_augment=[
-                    dict(name="channels", probability=0.6, probability_end=0.35, drop=("lexicon:colour",)),
+                    dict(name="channels", probability=0.65, probability_end=0.4, drop=("lexicon:colour",)),
                     dict(
                         name="blur",
                         probability=0.25,
@@ -182,7 +182,7 @@ def paper(args: ConfigDict) -> ConfigDict:
                 std=(128 / 255,) * 3,
                 width=640,  # 4.1
                 embed_dim=640,
-                num_queries=128,  # Table 1
+                num_queries=88,  # Table 1
                 decoder_layers=3,  # appendix C
                 decoder_heads=1,  # ours
                 head_convs=3,  # 4.1

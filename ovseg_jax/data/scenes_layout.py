@@ -16,7 +16,7 @@ from ovseg_jax.data.scenes_world import World
 
 COARSE = 32  # side of the grid on which visibility is decided
 MAX_THINGS = 3
-RADIUS = (0.36, 0.62)  # of half the image's side
+RADIUS = (0.42, 0.66)  # of half the image's side
 CENTRE = 0.75  # centres lie within +-0.75: some objects are cut off by the border
 TILT = 0.6  # radians either way
 MIN_AREA = 0.036  # of the image, visible when placed
