@@ -15,10 +15,7 @@ EXTRAS = {
     "nltk": ["nltk"],
     "test": [
         "beartype>=0.21",
-        "ipykernel",
         "mypy>=1.15",
-        "nbclient",
-        "nbformat",
         "pytest>=8",
         "pytest-xdist",
         "ruff>=0.11",

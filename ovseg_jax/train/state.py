@@ -74,7 +74,12 @@ def state_shardings(
 
 def create_state(method: Method, optimizer: Optimizer, seed: int, shardings: TrainState) -> TrainState:
     """The state before the first step, each device computing only the shards that it keeps."""
-    return jax.jit(lambda: _create(method, optimizer, seed), out_shardings=shardings)()
+    on_cpu = shardings.step.mesh.devices.flat[0].platform == "cpu"
+    # Runs once: a CPU would spend more time on optimising this program than on running it.
+    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    return jax.jit(
+        lambda: _create(method, optimizer, seed), out_shardings=shardings, compiler_options=options
+    )()
 
 
 def abstract_state(method: Method, optimizer: Optimizer, seed: int, shardings: TrainState) -> TrainState:

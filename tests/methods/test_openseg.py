@@ -8,6 +8,10 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.methods import build
+from ovseg_jax.train.optimizer import make_optimizer
+from ovseg_jax.train.sharding import DEFAULT_RULES, make_mesh, put_batch
+from ovseg_jax.train.state import abstract_variables, create_state, state_shardings
+from ovseg_jax.train.step import make_step
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 
@@ -169,3 +173,26 @@ def test_lseg_never_trains_on_held_out_classes():
 def test_a_config_that_cannot_be_is_a_sentence(change):
     with pytest.raises(UserError):
         make(**change)
+
+
+@pytest.mark.parametrize("contrast", ["unsync", "sync"])
+def test_loss_curves_on_one_and_eight_devices_agree(contrast):
+    data = jax.tree.map(lambda x: np.concatenate([x, x[::-1]]), jax.device_get(batch()))
+    method = make(loss=dict(contrast=contrast, group=4))
+    settings = dict(name="adamw", learning_rate=1e-2, schedule="constant", warmup_steps=0, clip_norm=1.0)
+    curves = []
+    for devices in (jax.devices()[:1], jax.devices()[:8]):
+        mesh = make_mesh({"data": -1}, devices)
+        with jax.set_mesh(mesh):
+            variables = abstract_variables(method, 0)
+            optimizer = make_optimizer(ConfigDict(settings), variables["params"], 4)
+            shardings = state_shardings(optimizer, variables, mesh, DEFAULT_RULES)
+            step = make_step(method, optimizer, 0, shardings)
+            state = create_state(method, optimizer, 0, shardings)
+            curve = []
+            for _ in range(4):
+                state, metrics = step(state, put_batch(data, mesh))
+                curve.append(float(metrics["loss"][0]))
+            curves.append(curve)
+    np.testing.assert_allclose(*curves, rtol=2e-4)
+    assert curves[0][-1] < curves[0][0]
