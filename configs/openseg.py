@@ -182,7 +182,7 @@ def paper(args: ConfigDict) -> ConfigDict:
                 std=(128 / 255,) * 3,
                 width=640,  # 4.1
                 embed_dim=640,
-                num_queries=88,  # Table 1
+                num_queries=128,  # Table 1
                 decoder_layers=3,  # appendix C
                 decoder_heads=1,  # ours
                 head_convs=3,  # 4.1

@@ -15,6 +15,7 @@ from ovseg_jax.data.scenes import Scenes
 from ovseg_jax.errors import UserError
 from ovseg_jax.result import PixelFeatures
 from ovseg_jax.train.run import train
+from ovseg_jax.vocab.words import WordList
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "../shared/data/coco_sample"
@@ -92,7 +93,9 @@ def test_teacher_student_and_prediction(tmp_path, capsys):
     out = tmp_path / "out"
     image = folder / "images" / "0.png"
     asked = [f"--checkpoint={tmp_path / 'student'}", f"--images={image}", f"--out={out}"]
-    assert predict.main([*asked, "--labels=red ball; grass,lawn", "--threshold=-1", "--features"]) == 0
+    some = WordList.load(tmp_path / "student" / "words.json").words[1:4]
+    labels = f"--labels=a {some[0]}; {some[1]},{some[2]}"
+    assert predict.main([*asked, labels, "--threshold=-1", "--features"]) == 0
     assert {p.name for p in out.iterdir()} == {
         "0.overlay.png",
         "0.labels.png",

@@ -9,6 +9,7 @@ import functools
 import importlib
 import json
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -258,11 +259,23 @@ def _phrases(tags: Sequence[tuple[str, str]]) -> Iterator[tuple[int, int]]:
             yield first, i
 
 
-@functools.cache
+_LOADING = threading.Lock()
+
+
 def _penn_tagger(name: str):
-    """A function from a text to (token, Penn tag) pairs; imported when first used, which takes a second."""
+    """A function from a text to (token, Penn tag) pairs; loaded when first used, which takes a second."""
+    with _LOADING:
+        return _load_tagger(name)
+
+
+@functools.cache
+def _load_tagger(name: str):
     if name == "pattern":
-        return _require(name, "textblob.en", "pip install textblob").tag
+        tag = _require(name, "textblob.en", "pip install textblob").tag
+        # TextBlob fills its lexicon at the first call, and a second thread would read it half full: a run that was
+        # taken up again, whose first captions are read by several threads, then learned from other words.
+        tag("a red ball")
+        return tag
     if name == "nltk":
         nltk = _require(name, "nltk", "pip install nltk")
         split = nltk.tokenize.TreebankWordTokenizer().tokenize

@@ -1,6 +1,8 @@
 """Captions to words: tags, filters, rules for spoiled words, word lists."""
 
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from ovseg_jax.vocab.words import (
     tag_words,
     without_spoiled,
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -107,3 +111,23 @@ def test_bad_word_list(tmp_path, text):
     (tmp_path / "words.json").write_text(text)
     with pytest.raises(UserError, match=r"words\.json"):
         WordList.load(tmp_path / "words.json")
+
+
+def test_threads_that_meet_the_tagger_first_agree_with_one(tmp_path):
+    code = """
+import sys, threading
+sys.setswitchinterval(1e-5)
+from ovseg_jax.vocab import words
+captions = [f"a {c} {n} lies near the {m}" for c in ("red", "happy") for n in ("ball", "kite") for m in ("flag", "dog")]
+barrier, told = threading.Barrier(4), {}
+def work(k):
+    barrier.wait()
+    told.update({c: words.tag_words(c) for c in captions[k::4]})
+threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+[t.start() for t in threads], [t.join() for t in threads]
+words._tag.cache_clear()
+assert told == {c: words.tag_words(c) for c in captions}, told
+"""
+    for _ in range(3):  # without the lock it fails two times out of three
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
