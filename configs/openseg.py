@@ -30,7 +30,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         arg,
         data="scenes",  # scenes | coco | folder
         data_dir="",
-        val_dir="",  # data=folder: the folder to evaluate on; data_dir where it is not said
+        val_dir="",  # data=folder: the folder to evaluate on, which needs classes; none where it is not said
         kind="segments",  # data=folder: what the values of a mask are: segments | semantic
         labels="",  # a label file with more names for the classes
         size="",  # tiny: a small network and few steps, for any data
@@ -168,7 +168,11 @@ def paper(args: ConfigDict) -> ConfigDict:
         )
     learning_rate, steps = INITS[args.init]
     train, validation = sources(args)
-    evaluation = dict(type="segmentation", masks=("predicted",), batch_size=64, source=validation, every=5000)
+    evals = {}
+    if validation is not None:
+        evals["validation"] = dict(
+            type="segmentation", masks=("predicted",), batch_size=64, source=validation, every=5000
+        )
     return ConfigDict(
         dict(
             method="openseg",
@@ -228,21 +232,21 @@ def paper(args: ConfigDict) -> ConfigDict:
                 batch_augment=[],
                 workers=8,
             ),
-            evals=dict(validation=evaluation),
-            final_evals=dict(validation=evaluation),
+            evals=evals,
+            final_evals=evals,
             checkpoint=dict(every=1000, keep=3),
             log_every=50,
         )
     )
 
 
-def sources(args: ConfigDict) -> tuple[list[dict], dict]:
+def sources(args: ConfigDict) -> tuple[list[dict], dict | None]:
     """What to train on (mixed with equal probability, 4.1), and what to evaluate on."""
     common = dict(labels=args.labels or None)
     if args.data == "folder":
         common.update(name="folder", kind=args.kind)
         train = dict(common, data_dir=args.data_dir)
-        validation = dict(common, data_dir=args.val_dir or args.data_dir)
+        validation = dict(common, data_dir=args.val_dir) if args.val_dir else None
     else:
         common.update(name="coco", data_dir=args.data_dir)
         # A laptop has COCO's validation images at most.
