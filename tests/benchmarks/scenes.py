@@ -68,7 +68,7 @@ def main() -> None:
     summaries = {m: [run(m, seed, out, overrides) for seed in seeds] for m in ("openseg", "lseg")}
 
     keys = list(METRICS.values())
-    chance = [key.replace("miou", "chance_miou") for key in keys]
+    chance = [key.replace("test/miou", "test/chance_miou") if "test/miou" in key else "" for key in keys]
     lines = [f"| test, {len(seeds)} seeds | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 1) + "|"]
     lines += [row("OpenSeg", summaries["openseg"], keys), row("ceiling (LSeg+)", summaries["lseg"], keys)]
     lines.append(row("chance", summaries["openseg"][:1], chance))
