@@ -197,6 +197,7 @@ def paper(args: ConfigDict) -> ConfigDict:
                 detach_masks=False,
                 dtype="bfloat16",  # ours
             ),
+            # 4.1 has a frozen BERT-Large: learned=False with vectors=FILE. Without such a file the words are learned.
             text=dict(learned=True, vectors=""),
             loss=dict(
                 mask_weight=1.0,  # α of eq. 5; the paper gives no value: ours
