@@ -38,6 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         backbone="efficientnet_b7",  # 4.1; resnet101 in Table 2
         init="scratch",
         method="openseg",  # lseg: the per-pixel supervised baseline of 4.3, LSeg+
+        vectors="",  # an .npz of `words` and `vectors` of a text tower: the frozen text encoder of 4.1
         contrast="unsync",  # 4.1; sync in appendix F and in the strongest rows of Table 2
         captions="noun+adj",  # Table 5: all | noun+adj+verb | noun+adj
         seed=0,
@@ -57,6 +58,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.data.batch_augment = []
         # Without its mask side a step of the small network takes 5/8 of the time: the same time for both.
         config.steps = config.steps * 8 // 5
+    if args.vectors:
+        config.text.update(dict(learned=False, vectors=args.vectors))
+        config.optimizer.frozen = ("^text/",)
     config.seed = args.seed
     config.method = args.method
     config.loss.contrast = args.contrast
@@ -197,7 +201,7 @@ def paper(args: ConfigDict) -> ConfigDict:
                 detach_masks=False,
                 dtype="bfloat16",  # ours
             ),
-            # 4.1 has a frozen BERT-Large: learned=False with vectors=FILE. Without such a file the words are learned.
+            # 4.1 has a frozen BERT-Large: see `vectors` above. Without such a file the words are learned.
             text=dict(learned=True, vectors=""),
             loss=dict(
                 mask_weight=1.0,  # α of eq. 5; the paper gives no value: ours

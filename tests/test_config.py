@@ -7,6 +7,9 @@ import pytest
 
 from ovseg_jax import config
 from ovseg_jax.errors import UserError
+from ovseg_jax.methods import build
+from ovseg_jax.vocab.classes import parse_labels
+from ovseg_jax.vocab.words import WordList
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -51,6 +54,7 @@ def test_a_value_of_the_wrong_type_is_named(arg, kind):
         "data=coco,data_dir=x",
         "data=coco,data_dir=x,size=tiny,contrast=sync",
         "data=folder,data_dir=x",
+        "data=coco,data_dir=x,vectors=y.npz",
     ],
 )
 def test_configs_build_and_survive_json(arg):
@@ -73,3 +77,13 @@ def test_the_papers_numbers():
 def test_a_wrong_choice_is_a_sentence(arg):
     with pytest.raises(UserError):
         load("openseg", arg)
+
+
+def test_a_frozen_text_side_is_not_trained():
+    out = load("openseg", "data=coco,data_dir=x,vectors=y.npz")
+    assert (out.text.learned, out.text.vectors, tuple(out.optimizer.frozen)) == (False, "y.npz", ("^text/",))
+    words, classes = WordList(["red"]), parse_labels("red")
+    build(out, words, classes)
+    out.optimizer.frozen = ()
+    with pytest.raises(UserError, match=r"optimizer\.frozen"):
+        build(out, words, classes)

@@ -1,5 +1,6 @@
 """OpenSeg (papers/004): class-agnostic proposals from masks, words grounded to proposals from captions."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,6 +68,11 @@ class OpenSeg:
         self.config, self.loss_config = config, config.loss
         self.net = build_net(config)
         self.text = TextTable(config.text, words, self.net.embed_dim)
+        frozen = config.get("optimizer", {}).get("frozen", ())
+        if not self.text.learned and not any(re.search(pattern, "text/table") for pattern in frozen):
+            raise UserError(
+                "text.learned=False needs '^text/' in optimizer.frozen, or the vectors would be trained"
+            )
         if self.loss_config.contrast not in ("sync", "unsync"):
             raise UserError(f"loss.contrast is 'sync' or 'unsync', not '{self.loss_config.contrast}'")
         self.group = self.loss_config.group if self.loss_config.contrast == "unsync" else None
