@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SIZE[,OVERLAP]",
         help="see larger images in overlapping tiles of SIZE pixels, in more detail (overlap: a quarter)",
     )
-    add("--features", action="store_true", help="also write text-aligned features")
+    add("--features", action="store_true", help="also write text-aligned features; not with --tile")
     add("--batch", type=int, default=8, metavar="N", help="images or tiles at once (default %(default)s)")
     add("--step", type=int, metavar="N", help="the checkpoint of this step (default: the latest)")
     return parser
@@ -90,6 +90,10 @@ def _tile(text: str) -> tuple[int, int]:
 
 def _predict(arguments: argparse.Namespace) -> int:
     # What can be wrong with the request is found before the model is loaded.
+    if arguments.features and arguments.tile:
+        raise UserError(
+            "--features are those of the whole image: leave out --tile, or cut the images yourself"
+        )
     labels = load_labels(arguments.labels) if arguments.labels is not None else None
     paths = image_files(arguments.images)
     out = epath.Path(arguments.out)
@@ -103,13 +107,19 @@ def _predict(arguments: argparse.Namespace) -> int:
     records = []
     with tqdm(total=len(paths), unit="image", disable=None, dynamic_ncols=True) as bar:
         reader.report = lambda error: (bar.update(), bar.write(f"skipped: {error}", sys.stderr))
-        results = segmenter.stream(reader, labels, threshold=arguments.threshold, tile=arguments.tile)
+        results = segmenter.stream(
+            reader,
+            labels,
+            threshold=arguments.threshold,
+            tile=arguments.tile,
+            features=arguments.features,
+        )
         for result in results:
             path, stem = reader.done.popleft()
             bar.set_postfix_str(path.name, refresh=False)
             result.save(out, stem)
-            if arguments.features:
-                segmenter.features(result.image).save(out / f"{stem}.features.npz")
+            if result.features is not None:
+                result.features.save(out / f"{stem}.features.npz")
             records.append({"image": str(path), "stem": stem, **result.record()})
             bar.update()
     classes = labels or segmenter.classes

@@ -28,12 +28,14 @@ class Result:
       confidence: for every pixel the cosine of its category's best name with what the model sees there: the
         mean over the proposals that cover it, fading to 0 where none does. With masks s and cosines <w, z>:
         sum_n s_n <w, z_n> / max(1, sum_n s_n).
+      features: text-aligned features, where they were asked for.
     """
 
     image: UInt8[np.ndarray, "h w 3"]
     classes: ClassList
     label_map: Int[np.ndarray, "h w"]
     confidence: Float[np.ndarray, "h w"]
+    features: "PixelFeatures | None" = None
 
     @functools.cached_property
     def found(self) -> list[int]:
@@ -139,7 +141,7 @@ class PixelFeatures:
         features finds what `segment` finds. (OpenSeg's demo: `ppixel_ave_feat`.) For a per-pixel method, F_z
         of unit norm.
       embedding: [h w D] F_z itself, not normalised (`image_embedding_feat`).
-      masks: [N h w] the proposals in 0..1, None for a per-pixel method.
+      mask_logits: [N h w] the proposals, None for a per-pixel method.
       regions: [N D] their unit-norm features, None likewise.
     """
 
@@ -148,7 +150,7 @@ class PixelFeatures:
     stride: int
     pixels: Float[np.ndarray, "h w d"]
     embedding: Float[np.ndarray, "h w d"]
-    masks: Float[np.ndarray, "n h w"] | None
+    mask_logits: Float[np.ndarray, "n h w"] | None
     regions: Float[np.ndarray, "n d"] | None
 
     @classmethod
@@ -164,19 +166,27 @@ class PixelFeatures:
             norm = np.linalg.norm(embedding, axis=-1, keepdims=True)
             return cls(size, fitted, stride, embedding / np.maximum(norm, 1e-6), embedding, None, None)
         logits = np.asarray(prediction.mask_logits[0], np.float32)[:, :h, :w]
-        masks = 0.5 + 0.5 * np.tanh(0.5 * logits)  # the sigmoid, without overflow
         regions = np.asarray(prediction.region_embed[0], np.float32)
-        pixels = np.einsum("nhw,nd->hwd", masks, regions, optimize=True)
-        pixels /= np.maximum(masks.sum(0), 1)[..., None]
-        return cls(size, fitted, stride, pixels, embedding, masks, regions)
+        return cls(size, fitted, stride, _mean_over_masks(logits, regions), embedding, logits, regions)
+
+    @property
+    def masks(self) -> Float[np.ndarray, "n h w"] | None:
+        """Each proposal's mask in [0, 1]; None for a per-pixel method."""
+        return None if self.mask_logits is None else _sigmoid(self.mask_logits)
 
     def at_image_size(self) -> Float[np.ndarray, "H W d"]:
-        """`pixels` for every pixel of the image, bilinearly: H W D floats, which may be many."""
+        """`pixels` for every pixel of the image: H W D floats, which may be many.
+
+        Masks (their logits) are upsampled bilinearly where there are any, features otherwise.
+        """
         axes = zip(self.size, self.pixels.shape[:2], self.fitted, strict=True)
         rows, columns = (
             upsampling_matrix(size, cells, cells * self.stride, fitted) for size, cells, fitted in axes
         )
-        return np.einsum("Hh,hwd,Ww->HWd", rows, self.pixels, columns, optimize=True)
+        if self.mask_logits is None or self.regions is None:
+            return np.einsum("Hh,hwd,Ww->HWd", rows, self.pixels, columns, optimize=True)
+        logits = np.einsum("Hh,nhw,Ww->nHW", rows, self.mask_logits, columns, optimize=True)
+        return _mean_over_masks(logits, self.regions)
 
     def arrays(self) -> dict[str, Any]:
         """What `save` writes."""
@@ -194,3 +204,16 @@ class PixelFeatures:
         """Writes an .npz of the arrays by their names here, features and masks in float16."""
         with epath.Path(path).open("wb") as f:
             np.savez_compressed(f, **self.arrays())
+
+
+def _sigmoid(logits: np.ndarray) -> np.ndarray:
+    return 0.5 + 0.5 * np.tanh(0.5 * logits)  # without overflow
+
+
+def _mean_over_masks(
+    logits: Float[np.ndarray, "n h w"], regions: Float[np.ndarray, "n d"]
+) -> Float[np.ndarray, "h w d"]:
+    """The mean over the proposals at each pixel of their features, fading to 0 where none is."""
+    masks = _sigmoid(logits)
+    pixels = np.einsum("nhw,nd->hwd", masks, regions, optimize=True)
+    return pixels / np.maximum(masks.sum(0), 1)[..., None]

@@ -86,6 +86,7 @@ class Segmenter:
         *,
         threshold: float = UNKNOWN_BELOW,
         tile: tuple[int, int] | None = None,
+        features: bool = False,
     ) -> Any:
         """Gives every pixel the category that fits it best (eq. 6), or "unknown".
 
@@ -98,16 +99,20 @@ class Segmenter:
           tile: (size, overlap) in pixels of the image. A larger image is cut into overlapping tiles which the
             model sees one by one, in more detail; their scores are blended. By default it sees the whole
             image at once.
+          features: fill `Result.features` too, from the same pass through the model. Not with `tile`.
 
         Returns:
           A Result, or for a list of images a list of Results.
 
         Raises:
-          UserError: an image that cannot be read; empty labels; a word that the text side cannot embed.
+          UserError: an image that cannot be read; empty labels; a word that the text side cannot embed;
+            features of tiles.
         """
-        if isinstance(image, list | tuple):
-            return list(self.stream(image, labels, threshold=threshold, tile=tile))
-        return next(self.stream([image], labels, threshold=threshold, tile=tile))
+        many = isinstance(image, list | tuple)
+        results = self.stream(
+            image if many else [image], labels, threshold=threshold, tile=tile, features=features
+        )
+        return list(results) if many else next(results)
 
     def stream(
         self,
@@ -116,22 +121,28 @@ class Segmenter:
         *,
         threshold: float = UNKNOWN_BELOW,
         tile: tuple[int, int] | None = None,
+        features: bool = False,
     ) -> Iterator[Result]:
         """`segment` for any number of images: one Result after the other, reading a batch ahead."""
+        if features and tile:
+            raise UserError(
+                "features are those of the whole image: leave out tile, or cut the image yourself"
+            )
         classes = self._categories(labels)
         text, owner = self.embed(classes), classes.flat()[1]
         blender: Blender | None = None
         for job, fitted, prediction in self._predictions(images, tile):
             blender = blender or Blender(job.rows, job.columns)
             maps, weights = _as_maps(prediction, text)
-            view = View(job.row, job.column, self._canvas, fitted, maps, weights)
+            view = View(job.row, job.column, self._canvas, fitted, maps, weights, _has_masks(prediction))
             if not blender.add(view):
                 continue
             confidence: np.ndarray = blender.score
-            if prediction.mask_logits is not None:
+            if view.logits:
                 confidence = confidence / np.maximum(blender.cover, 1)
             label_map = np.where(confidence >= threshold, owner[blender.name], -1).astype(np.int32)
-            yield Result(job.image, classes, label_map, confidence)
+            dense = PixelFeatures.of(prediction, self._canvas, fitted, label_map.shape) if features else None
+            yield Result(job.image, classes, label_map, confidence, dense)
             blender = None
 
     def features(self, image: Any) -> Any:
@@ -218,13 +229,18 @@ def _jobs(images: Iterable[Any], tile: tuple[int, int] | None) -> Iterator[_Job]
 def _as_maps(
     prediction: Prediction, text: Float[Array, "t d"]
 ) -> tuple[Float[Array, "n h w"], Float[Array, "t n"]]:
-    """The maps of one image, and what each says about each name: masks and cosines, or features and names."""
-    if prediction.mask_logits is None or prediction.region_embed is None:
+    """The maps of one image, and what each says about each name: mask logits and cosines, or features and
+    names."""
+    if not _has_masks(prediction):
         features = prediction.pixel_embed[0]
         norm = jnp.sqrt(jnp.maximum(jnp.square(features).sum(-1, keepdims=True), 1e-12))
         return jnp.moveaxis(features / norm, -1, 0), text
     weights = jnp.matmul(text, prediction.region_embed[0].T, precision=jax.lax.Precision.HIGHEST)
-    return jax.nn.sigmoid(prediction.mask_logits[0]), weights
+    return prediction.mask_logits[0], weights
+
+
+def _has_masks(prediction: Prediction) -> bool:
+    return prediction.mask_logits is not None and prediction.region_embed is not None
 
 
 def as_classes(labels: Labels) -> ClassList:

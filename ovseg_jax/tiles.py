@@ -1,10 +1,10 @@
 """Large images as overlapping tiles, and scores blended from tiles at the image's own size, block by block.
 
-Eq. 6 of OpenSeg is linear in the masks, y[k] = sum_n <w_k, z_n> s_n, and so are bilinear upsampling and
-blending with weights that depend on the place alone. All tiles' proposals over a place are therefore one
-longer list of proposals, each under its own interpolation matrices: a block of pixels needs no more than
-these, whatever the size of the image. A per-pixel method is the case in which the "masks" are the channels of
-its unit-norm feature and the weights are the names' embeddings.
+Eq. 6 of OpenSeg is linear in the masks, y[k] = sum_n <w_k, z_n> s_n, and so is blending with weights that
+depend on the place alone. All tiles' proposals over a place are therefore one longer list of proposals, each
+under its own interpolation matrices and weights: a block of pixels needs no more than these, whatever the
+size of the image. A per-pixel method is the case in which the "masks" are the channels of its unit-norm
+feature and the weights are the names' embeddings.
 """
 
 import functools
@@ -38,8 +38,9 @@ class View(NamedTuple):
       columns: the tile's columns in the image.
       canvas: size of the square canvas that the model was given, in pixels.
       fitted: height and width of the tile on that canvas.
-      maps: [N h w] masks of proposals, or channels of a unit-norm pixel feature.
+      maps: [N h w] mask logits of proposals, or channels of a unit-norm pixel feature.
       weights: [T N] cosine of each name with each proposal, or the names' embeddings.
+      logits: whether the maps are mask logits.
     """
 
     rows: Span
@@ -48,6 +49,7 @@ class View(NamedTuple):
     fitted: tuple[int, int]
     maps: Float[Array, "n h w"]
     weights: Float[Array, "t n"]
+    logits: bool
 
 
 def spans(length: int, tile: tuple[int, int] | None) -> list[Span]:
@@ -98,7 +100,7 @@ class Blender:
     Attributes:
       name: i32 [H W], index of the best name.
       score: f32 [H W], y of eq. 6 for that name.
-      cover: f32 [H W], the sum of the maps: how much the proposals cover a pixel.
+      cover: f32 [H W], the sum of the masks: how much the proposals cover a pixel.
     """
 
     def __init__(self, rows: Sequence[Span], columns: Sequence[Span]):
@@ -138,30 +140,41 @@ class Blender:
                     result[at] = np.asarray(block)[: rows.stop - y, : columns.stop - x]
 
     def _score(self, views: list[View], rows: Span, columns: Span, across: int) -> tuple[Array, Array, Array]:
-        # Few different shapes, few compilations: the views added to make a power of two have matrices of
-        # zeros.
+        # Few different shapes, few compilations: the views added to make a power of two have shares of zero.
         count = 1 << (len(views) - 1).bit_length()
         h, w = views[0].maps.shape[1:]
         down = np.zeros((count, BLOCK_ROWS, h), np.float32)
         right = np.zeros((count, across, w), np.float32)
+        down_share = np.zeros((count, BLOCK_ROWS), np.float32)
+        right_share = np.zeros((count, across), np.float32)
         for i, v in enumerate(views):
-            _place(down[i], rows, v.rows, self._row_share[v.rows], v.canvas, v.fitted[0])
-            _place(right[i], columns, v.columns, self._column_share[v.columns], v.canvas, v.fitted[1])
+            share = self._row_share[v.rows], self._column_share[v.columns]
+            _place(down[i], down_share[i], rows, v.rows, share[0], v.canvas, v.fitted[0])
+            _place(right[i], right_share[i], columns, v.columns, share[1], v.canvas, v.fitted[1])
         views = views + views[:1] * (count - len(views))
-        return _best(tuple(v.weights for v in views), tuple(v.maps for v in views), down, right)
+        weights, maps = tuple(v.weights for v in views), tuple(v.maps for v in views)
+        return _best(weights, maps, down, right, down_share, right_share, logits=views[0].logits)
 
 
 def _meet(a: Span, b: Span) -> bool:
     return a.start < b.stop and b.start < a.stop
 
 
-def _place(block: np.ndarray, extent: Span, tile: Span, share: np.ndarray, canvas: int, fitted: int) -> None:
-    """Writes those rows of a tile's interpolation matrix that fall into a block, times the tile's share
-    there."""
+def _place(
+    block: np.ndarray,
+    block_share: np.ndarray,
+    extent: Span,
+    tile: Span,
+    share: np.ndarray,
+    canvas: int,
+    fitted: int,
+) -> None:
+    """Writes those rows of a tile's interpolation matrix that fall into a block, and the tile's share there."""
     start, stop = max(extent.start, tile.start), min(extent.stop, tile.stop)
     inside = slice(start - tile.start, stop - tile.start)
     matrix = upsampling_matrix(tile.stop - tile.start, block.shape[1], canvas, fitted)
-    block[start - extent.start : stop - extent.start] = matrix[inside] * share[inside, None]
+    at = slice(start - extent.start, stop - extent.start)
+    block[at], block_share[at] = matrix[inside], share[inside]
 
 
 _compiled = functools.partial(jax.jit, static_argnums=(0, 1, 2))(upsampling)
@@ -174,21 +187,27 @@ def upsampling_matrix(size: int, cells: int, canvas: int, fitted: int) -> Float[
     return np.asarray(_compiled(padded, cells, canvas, jnp.asarray(fitted), jnp.asarray(size)))[:size]
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="logits")
 def _best(
     weights: tuple[Float[Array, "t n"], ...],
     maps: tuple[Float[Array, "n h w"], ...],
     rows: Float[Array, "views r h"],
     columns: Float[Array, "views c w"],
+    row_share: Float[Array, "views r"],
+    column_share: Float[Array, "views c"],
+    *,
+    logits: bool,
 ) -> tuple[Int[Array, "r c"], Float[Array, "r c"], Float[Array, "r c"]]:
-    """Best name of a block of pixels, its score, and the sum of the maps there."""
+    """Best name of a block of pixels, its score, and the sum of the masks there."""
     everything = jnp.ones((1, weights[0].shape[0]), bool)
     if len(maps) == 1:
-        name, score, cover = best_names(weights[0], maps[0], rows[0], columns[0], everything)
+        name, score, cover = best_names(weights[0], maps[0], rows[0], columns[0], everything, logits=logits)
     else:
+        squash = jax.nn.sigmoid if logits else lambda x: x
         up = [
-            jnp.einsum("rh,nhw,cw->nrc", r, m, c, precision=jax.lax.Precision.HIGHEST)
-            for m, r, c in zip(maps, rows, columns, strict=True)
+            squash(jnp.einsum("rh,nhw,cw->nrc", r, m, c, precision=jax.lax.Precision.HIGHEST))
+            * (rs[:, None] * cs)
+            for m, r, c, rs, cs in zip(maps, rows, columns, row_share, column_share, strict=True)
         ]
         here = jnp.eye(rows.shape[1]), jnp.eye(columns.shape[1])
         name, score, cover = best_names(jnp.concatenate(weights, 1), jnp.concatenate(up), *here, everything)

@@ -64,12 +64,14 @@ def test_a_folder_with_a_bad_file(run, tmp_path, capsys):
     assert "4 segmented, 1 could not be read" in captured.out
 
 
-def test_one_file_with_features_and_tiles(run, tmp_path):
+@pytest.mark.parametrize("flags", [{"features": True}, {"tile": "40,10"}])
+def test_one_file_with_features_or_tiles(run, tmp_path, flags):
     save(tmp_path / "photo.png", ["red", "green"], size=(100, 80))
-    assert run(images=tmp_path / "photo.png", features=True, tile="40,10") == 0
+    assert run(images=tmp_path / "photo.png", **flags) == 0
     out = tmp_path / "out"
-    features = np.load(out / "photo.features.npz")
-    assert features["pixels"].shape == (32, 26, 6) and features["regions"].shape == (6, 6)
+    if "features" in flags:
+        features = np.load(out / "photo.features.npz")
+        assert features["pixels"].shape == (32, 26, 6) and features["regions"].shape == (6, 6)
     record = json.loads((out / "photo.json").read_text())
     assert {s["category"] for s in record["segments"]} == {"red", "green"}
     assert sum(s["area"] for s in record["segments"]) + record["unknown_area"] == 8000
@@ -94,6 +96,7 @@ def test_a_label_file_gives_its_ids(run, tmp_path):
         ({"images": "photo.png", "labels": "gone.txt"}, "gone.txt"),
         ({"images": "photo.png", "tile": "8,9"}, "overlap"),
         ({"images": "photo.png", "batch": 0}, "batch_size"),
+        ({"images": "photo.png", "features": True, "tile": "40"}, "leave out --tile"),
         ({"images": "photo.png", "out": "photo.png/x"}, "cannot be made"),
     ],
 )

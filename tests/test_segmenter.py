@@ -203,7 +203,10 @@ def test_features_give_the_same_segmentation(masks):
     names = "red; green; blue; white"
     full = features.at_image_size()
     assert full.shape == (40, 20, 6)
-    result = segmenter.segment(image, names)
+    result = segmenter.segment(image, names, features=True)
+    np.testing.assert_array_equal(result.features.pixels, features.pixels)
+    with pytest.raises(UserError, match="leave out tile"):
+        segmenter.segment(image, names, features=True, tile=(16, 4))
     label_map = (full @ np.asarray(segmenter.embed(names)).T).argmax(-1)
     known = result.label_map >= 0
     assert (label_map == result.label_map)[known].mean() > 0.97

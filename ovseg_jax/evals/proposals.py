@@ -20,7 +20,7 @@ def best_iou(
 ) -> Float[Array, "b m"]:
     """The IoU of the best proposal for each segment, at the label's own size. Jittable.
 
-    A proposal is its upsampled sigmoid mask above 0.5. Areas are those inside the label, void included; a
+    A proposal is where its upsampled logit is positive. Areas are those inside the label, void included; a
     segment without pixels has IoU 0. Worked through in blocks of rows, so [N H W] never exists.
 
     Args:
@@ -37,7 +37,6 @@ def best_iou(
 
     def one_image(inputs):
         logits, size, label, segments = inputs
-        masks = jax.nn.sigmoid(logits)
         rows = upsampling(height, grid[0], canvas, size[0], label[0])
         cols = upsampling(width, grid[1], canvas, size[1], label[1])
         inside = (jnp.arange(height) < label[0])[:, None] & (jnp.arange(width) < label[1])
@@ -45,9 +44,9 @@ def best_iou(
 
         def add(sums, block):
             segments, inside, rows = block
-            x = jnp.einsum("rh,nhw->nrw", rows, masks, precision=high)
+            x = jnp.einsum("rh,nhw->nrw", rows, logits, precision=high)
             x = jnp.einsum("nrw,Ww->nrW", x, cols, precision=high)
-            ours = ((x > 0.5) & inside).astype(jnp.float32)
+            ours = ((x > 0) & inside).astype(jnp.float32)
             true = (segments == jnp.arange(1, max_segments + 1)[:, None, None]) & inside
             true = true.astype(jnp.float32)
             # Sums of zeros and ones in float32: exact up to 2^24 pixels a segment.

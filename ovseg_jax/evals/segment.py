@@ -3,8 +3,10 @@
 OpenSeg, section 3.4: with cosines <w, z> of names and regions and masks s, the segmentation logits are
 y = <w, z> . s, and a pixel's category is that of its best name (equation 6), so a category's score is the
 maximum over its names. y would be [names H W]; here it is computed for a block of rows and a block of names
-at a time with a running maximum. Upsampling is linear and so is y in s: s is upsampled and y follows, which
-is the same as upsampling the logits (never a resize of labels).
+at a time with a running maximum. s is upsampled and y follows, which is the same as upsampling y, since y is
+linear in s (never a resize of labels). Of predicted masks the logits are upsampled before the sigmoid, as the
+mask loss does it: a border then lies where the logits cross zero between two cells, not on a ramp of the
+grid's width. (The paper has s of H x W and does not say how it came to that size.)
 """
 
 from typing import Literal, NamedTuple
@@ -136,7 +138,7 @@ def view_maps(
             name, score, _ = best_names(text, jnp.moveaxis(_unit(pixels), -1, 0), rows, cols, views)
             return name, score, score
         weights = jnp.matmul(text, regions.T, precision=_PRECISION)
-        name, score, total = best_names(weights, jax.nn.sigmoid(masks), rows, cols, views)
+        name, score, total = best_names(weights, masks, rows, cols, views, logits=True)
         return name, score, score / jnp.maximum(total, 1e-6)
 
     # Image after image: the working set is that of one image, whatever the batch.
@@ -156,6 +158,8 @@ def best_names(
     rows: Float[Array, "height h"],
     cols: Float[Array, "width w"],
     views: Bool[Array, "v t"],
+    *,
+    logits: bool = False,
 ) -> tuple[Int[Array, "v height width"], Float[Array, "v height width"], Float[Array, "height width"]]:
     """argmax and max over names of `weights . up(maps)`, where up = rows x cols is the upsampling; one image.
 
@@ -168,6 +172,7 @@ def best_names(
       rows: upsampling matrix of the rows.
       cols: upsampling matrix of the columns.
       views: the names that may win, per view.
+      logits: the maps are logits of masks, to be squashed by a sigmoid after the upsampling.
 
     Returns:
       The best name and its score (-inf where no name may win), per view; and the sum of the upsampled maps.
@@ -183,6 +188,7 @@ def best_names(
     def one_strip(strip_rows):
         x = jnp.einsum("rh,chw->crw", strip_rows, maps, precision=_PRECISION)
         x = jnp.einsum("crw,Ww->crW", x, cols, precision=_PRECISION).reshape(channels, -1)
+        x = jax.nn.sigmoid(x) if logits else x
 
         def one_block(best, inputs):
             name, score = best

@@ -42,8 +42,8 @@ def logits(mode, mask_logits, region_embed, pixel_embed, text, canvas, image, la
     """Segmentation logits of every name at every pixel of one image: [T *label]; -inf where no mask lies."""
     text = np.asarray(text, np.float64)
     if mode == "predicted":
-        y = np.einsum("td,nd,nhw->thw", text, np.asarray(region_embed, np.float64), sigmoid(mask_logits))
-        return upsample(y, canvas, image, label)
+        masks = sigmoid(upsample(mask_logits, canvas, image, label))
+        return np.einsum("td,nd,nhw->thw", text, np.asarray(region_embed, np.float64), masks)
     if mode == "none":
         return upsample(np.einsum("td,hwd->thw", text, unit(pixel_embed)), canvas, image, label)
     out = np.full((len(text), *label), -np.inf)

@@ -126,7 +126,7 @@ def reference_scores(mode, grounding):
             y[~np.isin(owner, label)] = -np.inf
         predicted = np.where(np.isfinite(y.max(0)), owner[y.argmax(0)], -1)
         matrix += reference.confusion_matrix(label, predicted, 5)
-        masks = reference.upsample(reference.sigmoid(p[0]), S, e["image_size"], e["label_size"]) > 0.5
+        masks = reference.upsample(p[0], S, e["image_size"], e["label_size"]) > 0
         for m in np.nonzero(e["segment_valid"])[0]:
             true = e["segments"][:h, :w] == m + 1
             best = max((true & mask).sum() / (true | mask).sum() for mask in masks)
