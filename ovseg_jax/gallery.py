@@ -54,12 +54,12 @@ def _picture(segmenter: Segmenter, source: Source, name: str, images: int) -> Im
     where = np.linspace(0, len(source) - 1, min(images, len(source))).round().astype(int)
     examples = [source[int(i)] for i in where]
     pictures = [np.ascontiguousarray(example["image"]) for example in examples]
-    results = segmenter.stream(pictures, classes, threshold=-np.inf)
-    features = segmenter.stream_features(pictures)
+    results = segmenter.stream(pictures, classes, threshold=-np.inf, features=True)
     rows = []
-    for example, result, seen in zip(examples, results, features, strict=True):
+    for example, result in zip(examples, results, strict=True):
         truth = class_map(example["segments"], example["class_ids"])
-        proposals = None if seen.masks is None else seen.masks.argmax(0).astype(np.int32)
+        masks = result.features.masks if result.features else None
+        proposals = None if masks is None else masks.argmax(0).astype(np.int32)
         rows.append(GridRow(result.image, truth, result.label_map, proposals))
     names = [classes.display(k) for k in range(len(classes))]
     return prediction_grid(rows, names, marked=classes.groups.get("held_out", ()), title=name)

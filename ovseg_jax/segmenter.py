@@ -134,11 +134,12 @@ class Segmenter:
         for job, fitted, prediction in self._predictions(images, tile):
             blender = blender or Blender(job.rows, job.columns)
             maps, weights = _as_maps(prediction, text)
-            view = View(job.row, job.column, self._canvas, fitted, maps, weights, _has_masks(prediction))
+            logits = prediction.mask_logits is not None
+            view = View(job.row, job.column, self._canvas, fitted, maps, weights, logits)
             if not blender.add(view):
                 continue
             confidence: np.ndarray = blender.score
-            if view.logits:
+            if logits:
                 confidence = confidence / np.maximum(blender.cover, 1)
             label_map = np.where(confidence >= threshold, owner[blender.name], -1).astype(np.int32)
             dense = PixelFeatures.of(prediction, self._canvas, fitted, label_map.shape) if features else None
@@ -231,16 +232,12 @@ def _as_maps(
 ) -> tuple[Float[Array, "n h w"], Float[Array, "t n"]]:
     """The maps of one image, and what each says about each name: mask logits and cosines, or features and
     names."""
-    if not _has_masks(prediction):
+    if prediction.mask_logits is None or prediction.region_embed is None:
         features = prediction.pixel_embed[0]
         norm = jnp.sqrt(jnp.maximum(jnp.square(features).sum(-1, keepdims=True), 1e-12))
         return jnp.moveaxis(features / norm, -1, 0), text
     weights = jnp.matmul(text, prediction.region_embed[0].T, precision=jax.lax.Precision.HIGHEST)
     return prediction.mask_logits[0], weights
-
-
-def _has_masks(prediction: Prediction) -> bool:
-    return prediction.mask_logits is not None and prediction.region_embed is not None
 
 
 def as_classes(labels: Labels) -> ClassList:
