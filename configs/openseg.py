@@ -107,6 +107,7 @@ def scenes() -> ConfigDict:
                 grounding_weight=1.0,
                 contrast="unsync",
                 group=16,
+                form="auto",
                 temperature=0.05,
                 temperature_bounds=(0.01, 1.0),
                 shared_temperature=False,
@@ -208,6 +209,7 @@ def paper(args: ConfigDict) -> ConfigDict:
                 grounding_weight=1.0,
                 contrast="unsync",
                 group=16,  # 4.1: each core contrasts its local batch of 16
+                form="auto",  # of contrast=sync: gather | ring (kernels/all_pairs.py), by size
                 temperature=0.07,  # the paper gives no start: ours
                 temperature_bounds=(0.01, 1.0),
                 shared_temperature=True,  # eq. 2: one τ

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.kernels.all_pairs import FORMS
 from ovseg_jax.kernels.grounding import grounding_loss
 from ovseg_jax.losses.masks import best_match_dice_loss
 from ovseg_jax.methods.base import Aux, Batch, Prediction, Variables
@@ -59,9 +60,10 @@ class OpenSeg:
     """Composes network, text side and losses. `config` is the whole config of a run.
 
     Of `config.loss`: `mask_weight` is α of eq. 5; `contrast` is "unsync" (within groups of `group` examples) or
-    "sync" (the global batch); `temperature` starts τ of eq. 2, learned within `temperature_bounds`;
-    `shared_temperature` uses one τ for eq. 3 and eq. 4 as the paper writes, otherwise each has its own;
-    `grounding_weight` 0 trains the masks alone (the teacher of 3.3), `mask_weight` 0 the words alone (Table 8).
+    "sync" (the global batch, computed in the `form` that `kernels.all_pairs` describes, or "auto", by its size);
+    `temperature` starts τ of eq. 2, learned within `temperature_bounds`; `shared_temperature` uses one τ for eq. 3
+    and eq. 4 as the paper writes, otherwise each has its own; `grounding_weight` 0 trains the masks alone (the
+    teacher of 3.3), `mask_weight` 0 the words alone (Table 8).
     """
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
@@ -75,6 +77,10 @@ class OpenSeg:
             )
         if self.loss_config.contrast not in ("sync", "unsync"):
             raise UserError(f"loss.contrast is 'sync' or 'unsync', not '{self.loss_config.contrast}'")
+        form = self.loss_config.form
+        if form not in ("auto", *FORMS):
+            raise UserError(f"loss.form is auto, {', '.join(FORMS)}, not '{form}'")
+        self.form = None if form == "auto" else form
         self.group = self.loss_config.group if self.loss_config.contrast == "unsync" else None
         if self.group and config.batch_size % self.group:
             raise UserError(
@@ -112,6 +118,7 @@ class OpenSeg:
             region_tau,
             pair_tau,
             group=self.group,
+            form=self.form,
             batch_axes=active_batch_axes(),
         )
         mean = lambda total, count: total / jnp.maximum(count, 1)

@@ -54,9 +54,10 @@ def loss_of(data, **kwargs):
     )
 
 
-def test_whole_batch_equals_the_reference():
+@pytest.mark.parametrize("how", [{}, {"form": "ring"}, {"form": "ring", "block": 4}], ids=str)
+def test_whole_batch_equals_the_reference(how):
     data = make()
-    out = jax.jit(lambda d: loss_of(d, group=None))(data)
+    out = jax.jit(lambda d: loss_of(d, group=None, **how))(data)
     loss, correct, count = reference(**data)
     np.testing.assert_allclose(out.loss, loss, rtol=1e-5)
     assert (out.correct, out.pairs) == (correct, count)
@@ -70,14 +71,18 @@ def test_groups_equal_the_reference_on_each_group():
     assert out.pairs == sum(p[2] for p in parts)
 
 
-@pytest.mark.parametrize("group", [None, 2, 4])
+@pytest.mark.parametrize(
+    "how",
+    [{"group": None, "form": "gather"}, {"group": None, "form": "ring"}, {"group": 2}, {"group": 4}],
+    ids=str,
+)
 @pytest.mark.parametrize("shape", [{"data": 8}, {"data": 2, "fsdp": 4}])
-def test_eight_devices_equal_one_in_value_and_gradient(group, shape):
+def test_eight_devices_equal_one_in_value_and_gradient(how, shape):
     data = make(1)
     mesh = make_mesh(shape)
 
     def mean(regions, words, rest, axes):
-        out = loss_of({"regions": regions, "words": words, **rest}, group=group, batch_axes=axes)
+        out = loss_of({"regions": regions, "words": words, **rest}, **how, batch_axes=axes)
         return out.loss / out.pairs
 
     rest = {k: data[k] for k in ("word_valid", "example_mask")}

@@ -47,6 +47,7 @@ def make(method="openseg", backbone=None, loss=None, **model):
                     grounding_weight=1.0,
                     contrast="unsync",
                     group=2,
+                    form="auto",
                     temperature=0.1,
                     temperature_bounds=(0.01, 1.0),
                     shared_temperature=True,
@@ -168,17 +169,24 @@ def test_lseg_never_trains_on_held_out_classes():
 
 
 @pytest.mark.parametrize(
-    "change", [dict(loss=dict(contrast="both")), dict(loss=dict(group=3)), dict(widht=3), dict(method="fcn")]
+    "change",
+    [
+        dict(loss=dict(contrast="both")),
+        dict(loss=dict(form="circle")),
+        dict(loss=dict(group=3)),
+        dict(widht=3),
+        dict(method="fcn"),
+    ],
 )
 def test_a_config_that_cannot_be_is_a_sentence(change):
     with pytest.raises(UserError):
         make(**change)
 
 
-@pytest.mark.parametrize("contrast", ["unsync", "sync"])
-def test_loss_curves_on_one_and_eight_devices_agree(contrast):
+@pytest.mark.parametrize(("contrast", "form"), [("unsync", "auto"), ("sync", "gather"), ("sync", "ring")])
+def test_loss_curves_on_one_and_eight_devices_agree(contrast, form):
     data = jax.tree.map(lambda x: np.concatenate([x, x[::-1]]), jax.device_get(batch()))
-    method = make(loss=dict(contrast=contrast, group=4))
+    method = make(loss=dict(contrast=contrast, form=form, group=4))
     settings = dict(name="adamw", learning_rate=1e-2, schedule="constant", warmup_steps=0, clip_norm=1.0)
     curves = []
     for devices in (jax.devices()[:1], jax.devices()[:8]):

@@ -1,0 +1,84 @@
+"""Image-text contrastive losses over the global batch (papers/002, eq. 2-3; SigLIP's sigmoid beside it)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from ovseg_jax.kernels.all_pairs import Form, Kind, PairSums, all_pairs, axis_devices, over_batch, pick
+
+
+class Contrast(NamedTuple):
+    """Sums over the pairs that count, and their number.
+
+    Attributes:
+      loss: "softmax": both directions added; "sigmoid": every pair of the batch, a positive's row each.
+      correct: how many texts score highest with their own image.
+      pairs: how many pairs count.
+    """
+
+    loss: Float[Array, ""]
+    correct: Float[Array, ""]
+    pairs: Float[Array, ""]
+
+
+def contrast(sums: PairSums, valid: Bool[Array, " b"], kind: Kind = "softmax") -> Contrast:
+    """The loss of some items from their sums over all pairs.
+
+    "softmax": `Σ_i (log Σ_j exp G_ij - G_ii) + (log Σ_j exp G_ji - G_ii)`. "sigmoid": `-Σ_ij log σ(z_ij G_ij)` with
+    z = 1 for a pair and -1 otherwise, which is `Σ_ij log(1 + exp G_ij) - Σ_i G_ii`.
+    """
+    each = sums.row - sums.positive if kind == "sigmoid" else sums.row + sums.column - 2 * sums.positive
+    total = lambda x: jnp.sum(jnp.where(valid, x, 0).astype(jnp.float32))
+    return Contrast(total(each), total(sums.positive >= sums.best), total(jnp.ones_like(each)))
+
+
+def contrastive_loss(
+    image: Float[Array, "b d"],
+    text: Float[Array, "b d"],
+    valid: Bool[Array, " b"],
+    temperature: Float[Array, ""],
+    bias: Float[Array, ""] | float = 0.0,
+    *,
+    kind: Kind = "softmax",
+    form: Form | None = None,
+    batch_axes: tuple[str, ...] = (),
+    block: int | None = None,
+) -> Contrast:
+    """Contrasts every image with every text of the global batch: `G_ij = <x_i, y_j> / σ + bias`.
+
+    Args:
+      image: unit-norm embeddings of images, or of regions.
+      text: unit-norm embeddings of their texts.
+      valid: False for padding, which is neither positive nor negative.
+      temperature: σ.
+      bias: SigLIP's, for "sigmoid".
+      kind: "softmax" (CLIP, P-Seg) or "sigmoid" (SigLIP).
+      form: how the pairs are computed; by size where nothing is said, see `all_pairs`.
+      batch_axes: mesh axes over which the batch is sharded.
+      block: see `all_pairs`.
+    """
+    if form is None:
+        form = pick_form(image.shape[0], batch_axes)
+    shared = jnp.asarray(temperature, jnp.float32), jnp.asarray(bias, jnp.float32)
+
+    def local(image, text, valid, shared) -> Contrast:
+        sums = all_pairs(
+            _scores, image, text, shared, valid, valid, form=form, kind=kind, axes=batch_axes, block=block
+        )
+        out = contrast(sums, valid, kind)
+        return jax.lax.psum(out, batch_axes) if batch_axes else out
+
+    return over_batch(local, batch_axes, (image, text, valid), shared)
+
+
+def _scores(image: Array, text: Array, shared: tuple[Array, Array]) -> Array:
+    temperature, bias = shared
+    return jnp.einsum("bd,cd->bc", image, text, preferred_element_type=jnp.float32) / temperature + bias
+
+
+def pick_form(batch: int, axes: tuple[str, ...], bytes_per_pair: int = 4) -> Form:
+    """`all_pairs.pick` for a global batch under the mesh in use."""
+    devices = axis_devices(axes)
+    return pick(batch // devices * batch * bytes_per_pair, devices)
