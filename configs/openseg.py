@@ -69,10 +69,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def scenes() -> ConfigDict:
-    """OpenSeg on the embedded data: 64 px images, a small network, about eight minutes on two cores (ours)."""
+    """OpenSeg on the embedded data: 64 px images, a small network, under eight minutes on two cores (ours)."""
     source = dict(name="scenes", size="small", image_size=64)
     evaluation = dict(type="segmentation", masks=("predicted",), batch_size=64)
-    steps = 6500
+    steps = 5500
     return ConfigDict(
         dict(
             method="openseg",
@@ -108,8 +108,10 @@ def scenes() -> ConfigDict:
                 contrast="unsync",
                 group=16,
                 form="auto",
-                temperature=0.05,
-                temperature_bounds=(0.01, 1.0),
+                # Not allowed to sink: eq. 6 adds cosines of overlapping proposals, so they have to differ by more than
+                # a small temperature asks for. A floor of 0.06 gave 9 points of seen mIoU, 0.09 another 2.
+                temperature=0.1,
+                temperature_bounds=(0.09, 1.0),
                 shared_temperature=False,
             ),
             optimizer=dict(
@@ -126,7 +128,7 @@ def scenes() -> ConfigDict:
             data=dict(
                 train=[dict(source, split="train", num_examples=10_000, cache=True)],
                 image_size=64,
-                mask_stride=2,
+                mask_stride=1,
                 max_masks=6,
                 max_words=16,
                 scale_jitter=(1.0, 1.0),

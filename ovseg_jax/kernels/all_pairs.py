@@ -26,7 +26,10 @@ Kind = Literal["softmax", "sigmoid"]
 Form = Literal["dense", "gather", "ring"]
 FORMS: tuple[Form, ...] = ("dense", "gather", "ring")
 Score = Callable[[Any, Any, Any], Float[Array, "b c"]]
-GATHER_BUDGET = 256 << 20  # bytes a device, a sixtieth of a TPU v3 core's
+GATHER_BUDGET, RING_BUDGET = (
+    256 << 20,
+    64 << 20,
+)  # bytes a device: of a TPU v3 core's 16 GiB, a 64th and a 256th
 LOWEST = jnp.finfo(jnp.float32).min
 
 
@@ -46,16 +49,24 @@ class PairSums(NamedTuple):
     best: Float[Array, " b"]
 
 
-def pick(pair_bytes: int, devices: int) -> Form:
-    """The form for a batch: `dense` on one device, else `gather` while a device's pairs fit `GATHER_BUDGET`.
+def pick(batch: int, axes: tuple[str, ...], bytes_per_pair: int) -> tuple[Form, int]:
+    """Form and block for a global batch, by its size, under the mesh in use.
+
+    `dense` on one device and else `gather`, while the scores of a device's rows with all columns fit
+    `GATHER_BUDGET`; beyond it `ring`, with as many columns at once as fit `RING_BUDGET`.
 
     Args:
-      pair_bytes: the largest intermediate of scoring a device's rows against all columns.
-      devices: how many share the batch.
+      batch: size of the global batch.
+      axes: the mesh axes over which it is sharded.
+      bytes_per_pair: of the largest intermediate that scoring makes for a pair.
     """
-    if pair_bytes > GATHER_BUDGET:
-        return "ring"
-    return "gather" if devices > 1 else "dense"
+    shape = jax.sharding.get_abstract_mesh().shape
+    devices = math.prod(shape[axis] for axis in axes)
+    rows = batch // devices
+    if rows * batch * bytes_per_pair <= GATHER_BUDGET:
+        return "gather" if devices > 1 else "dense", rows
+    fits = lambda block: rows % block == 0 and rows * block * bytes_per_pair <= RING_BUDGET
+    return "ring", next((block for block in range(rows, 1, -1) if fits(block)), 1)
 
 
 def all_pairs(
@@ -107,12 +118,6 @@ def over_batch(local: Callable, axes: tuple[str, ...], batched: tuple, shared: A
     share = PartitionSpec(axes)
     in_specs = (*(share for _ in batched), PartitionSpec())
     return jax.shard_map(local, in_specs=in_specs, out_specs=PartitionSpec())(*batched, shared)
-
-
-def axis_devices(axes: tuple[str, ...]) -> int:
-    """How many devices these axes of the mesh in use hold."""
-    shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape[axis] for axis in axes)
 
 
 def _at_once(score, kind, axes, rows, columns, shared, row_valid, column_valid) -> PairSums:

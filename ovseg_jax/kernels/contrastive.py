@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ovseg_jax.kernels.all_pairs import Form, Kind, PairSums, all_pairs, axis_devices, over_batch, pick
+from ovseg_jax.kernels.all_pairs import Form, Kind, PairSums, all_pairs, over_batch, pick
 
 
 class Contrast(NamedTuple):
@@ -57,10 +57,10 @@ def contrastive_loss(
       kind: "softmax" (CLIP, P-Seg) or "sigmoid" (SigLIP).
       form: how the pairs are computed; by size where nothing is said, see `all_pairs`.
       batch_axes: mesh axes over which the batch is sharded.
-      block: see `all_pairs`.
+      block: columns at once in the ring; by size where nothing is said.
     """
-    if form is None:
-        form = pick_form(image.shape[0], batch_axes)
+    picked = pick(image.shape[0], batch_axes, bytes_per_pair=4)
+    form, block = form or picked[0], block or picked[1]
     shared = jnp.asarray(temperature, jnp.float32), jnp.asarray(bias, jnp.float32)
 
     def local(image, text, valid, shared) -> Contrast:
@@ -76,9 +76,3 @@ def contrastive_loss(
 def _scores(image: Array, text: Array, shared: tuple[Array, Array]) -> Array:
     temperature, bias = shared
     return jnp.einsum("bd,cd->bc", image, text, preferred_element_type=jnp.float32) / temperature + bias
-
-
-def pick_form(batch: int, axes: tuple[str, ...], bytes_per_pair: int = 4) -> Form:
-    """`all_pairs.pick` for a global batch under the mesh in use."""
-    devices = axis_devices(axes)
-    return pick(batch // devices * batch * bytes_per_pair, devices)

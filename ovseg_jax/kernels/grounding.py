@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ovseg_jax.kernels.all_pairs import Form, all_pairs, over_batch
-from ovseg_jax.kernels.contrastive import Contrast, contrast, pick_form
+from ovseg_jax.kernels.all_pairs import Form, all_pairs, over_batch, pick
+from ovseg_jax.kernels.contrastive import Contrast, contrast
 
 
 def caption_scores(
@@ -60,12 +60,12 @@ def grounding_loss(
       form: how the whole batch is computed, see `all_pairs`; by size where nothing is said. Regions stay, words
         travel.
       batch_axes: mesh axes over which the batch is sharded.
-      block: captions at once in the ring.
+      block: captions at once in the ring; by size where nothing is said.
     """
     b, n, _ = regions.shape
     temperatures = jnp.asarray(region_temperature), jnp.asarray(pair_temperature)
 
-    def local(regions, words, word_valid, example_mask, temperatures, *, form, axes) -> Contrast:
+    def local(regions, words, word_valid, example_mask, temperatures, *, form, block, axes) -> Contrast:
         valid = example_mask & word_valid.any(-1)
         captions = words, word_valid.astype(jnp.float32)
         sums = all_pairs(
@@ -78,13 +78,13 @@ def grounding_loss(
         if b % group:
             raise ValueError(f"a batch of {b} does not divide into groups of {group}")
         groups = jax.tree.map(lambda x: x.reshape(b // group, group, *x.shape[1:]), batch)
-        dense = partial(local, temperatures=temperatures, form="dense", axes=())
+        dense = partial(local, temperatures=temperatures, form="dense", block=None, axes=())
         return jax.tree.map(jnp.sum, jax.vmap(dense)(*groups))
-    if form is None:
-        form = pick_form(b, batch_axes, bytes_per_pair=4 * words.shape[1] * n)
+    picked = pick(b, batch_axes, bytes_per_pair=4 * words.shape[1] * n)
+    form, block = form or picked[0], block or picked[1]
 
     def share(*batch_and_temperatures) -> Contrast:
-        out = local(*batch_and_temperatures, form=form, axes=batch_axes)
+        out = local(*batch_and_temperatures, form=form, block=block, axes=batch_axes)
         return jax.lax.psum(out, batch_axes) if batch_axes else out
 
     return over_batch(share, batch_axes, batch, temperatures)

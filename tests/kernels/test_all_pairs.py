@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ovseg_jax.kernels import all_pairs as module
-from ovseg_jax.kernels.all_pairs import FORMS, pick
-from ovseg_jax.kernels.contrastive import contrastive_loss, pick_form
+from ovseg_jax.kernels.all_pairs import pick
+from ovseg_jax.kernels.contrastive import contrastive_loss
 from ovseg_jax.train.sharding import AXES, make_mesh, put_batch
 
 B, D = 32, 12
@@ -112,13 +112,15 @@ def _equations(jaxpr):
 
 
 def test_the_form_follows_the_size(monkeypatch):
-    assert FORMS == ("dense", "gather", "ring")
-    monkeypatch.setattr(module, "GATHER_BUDGET", 1000)
-    assert [pick(1000, 1), pick(1000, 8), pick(1001, 1), pick(1001, 8)] == ["dense", "gather", "ring", "ring"]
-    monkeypatch.undo()
+    assert pick(4096, (), 4) == ("dense", 4096)
+    assert pick(131_072, (), 4) == ("ring", 128)
     with jax.set_mesh(make_mesh({"data": 8})):
-        assert pick_form(4096, AXES) == "gather" and pick_form(131_072, AXES) == "ring"
-    assert pick_form(4096, ()) == "dense"
+        assert pick(4096, AXES, 4) == ("gather", 512)
+        assert pick(131_072, AXES, 4) == ("ring", 1024)
+        monkeypatch.setattr(module, "GATHER_BUDGET", 0)
+        monkeypatch.setattr(module, "RING_BUDGET", 12 * 5 * 4)
+        assert pick(96, AXES, 4) == ("ring", 4)
+        assert pick(96, AXES, 10_000) == ("ring", 1)
 
 
 def test_blocks_that_do_not_divide_are_an_error():
