@@ -60,7 +60,7 @@ def run(argv: list[str]) -> int:
     use_all_cores(config.batch_size)
     asked = _DISTRIBUTED.value
     if asked if asked is not None else "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize()
+        join_processes()
     if jax.process_index() == 0:
         platform, count = jax.devices()[0].platform, jax.device_count()
         print(f"{_MODE.value} in {workdir} on {count} {platform} device{'s' * (count > 1)}", flush=True)
@@ -100,6 +100,19 @@ def parse(arguments: list[str]) -> list[str]:
             cause = cause.args[0]  # An AttributeError of a KeyError, whose own text would be quoted twice.
         text = str(cause) if cause is error else f"unknown config key {cause}"
         raise UserError(" ".join(text.split())) from error
+
+
+def join_processes() -> None:
+    """Connects to the other processes: on TPU VMs, under SLURM and the like, JAX finds them by itself.
+
+    Elsewhere JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID say it.
+    """
+    names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    try:
+        said: dict[str, Any] = {key: int(os.environ[name]) for key, name in names.items() if name in os.environ}
+        jax.distributed.initialize(**said)
+    except ValueError as error:
+        raise UserError(f"the processes cannot be joined: {error}") from error
 
 
 def use_all_cores(batch_size: int) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 class MixingOrder(grain.transforms.DatasetSelectionMap):
     """Draws from several endless parts by weight, each block of draws in an order of its own.
 
-    A block holds each part in exact proportion. Its order is shuffled, because a fixed turn would hand all
-    examples of one part to one process: process p of n takes every n-th example.
+    A block holds each part in exact proportion. Its order is shuffled, because with a fixed turn a group of
+    examples, or a process, might see some parts alone.
     """
 
     def __init__(self, weights: Sequence[float], seed: int, block: int = 32):

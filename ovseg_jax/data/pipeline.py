@@ -1,9 +1,10 @@
-"""The grain pipelines: an endless, resumable stream of training batches, and padded batches for evaluation.
+"""The grain pipelines: an endless stream of training batches from any step on, and padded ones for evaluation.
 
     source -> shuffle each epoch anew -> repeat -> (mix) -> row of a batch -> this process's share -> batch
 
 What stands in a batch depends on (seed, batch number) alone: not on the number of processes, workers or
-threads.
+threads. The number of steps done is therefore the whole position in the data: nothing else is saved, and a run
+goes on with another number of processes or workers.
 """
 
 import atexit
@@ -13,6 +14,7 @@ import itertools
 import math
 import os
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -37,6 +39,7 @@ def train_iterator(
     config: Any,
     words: WordList,
     *,
+    start: int = 0,
     process_index: int = 0,
     process_count: int = 1,
     source: Source | None = None,
@@ -49,13 +52,13 @@ def train_iterator(
         one), `threads` (0 = none: batches are made when they are asked for) and `prefetch` (batches kept
         ready, by each worker).
       words: what `word_ids` index.
+      start: the number of the first batch.
       process_index: of this process.
       process_count: number of processes, which share each batch evenly.
       source: where one was made of `config.data.train` already.
 
     Returns:
-      A grain iterator of batches of `batch_size / process_count` rows; its `get_state()` and `set_state()`
-      resume exactly.
+      A grain iterator of batches of `batch_size / process_count` rows, consecutive ones of the whole batch.
 
     Raises:
       UserError: the config or the data is wrong; while iterating, a file is.
@@ -69,7 +72,8 @@ def train_iterator(
     rows = _places(source, int(config["seed"])).map_with_index(
         _Rows(source, TrainTransform.from_config(config, words))
     )
-    batches = rows[process_index::process_count].batch(batch_size // process_count)
+    share = _Share(start, batch_size, process_index, process_count)
+    batches = grain.MapDataset.select_from_datasets([rows], share).batch(share.rows)
     iterator = iter(_in_background(batches, data))
     # An iterator with workers that is still open when Python tears itself down complains at length.
     atexit.register(_close, weakref.ref(iterator))
@@ -157,6 +161,21 @@ def _places(source: Source, seed: int) -> grain.MapDataset:
         for k, (start, end) in enumerate(itertools.pairwise(starts), 1)
     ]
     return grain.MapDataset.select_from_datasets(parts, MixingOrder(source.weights, seed))
+
+
+class _Share(grain.transforms.DatasetSelectionMap):
+    """The rows of one process: a consecutive part of each batch, from batch `start` on."""
+
+    def __init__(self, start: int, batch_size: int, process_index: int, process_count: int):
+        self.rows = batch_size // process_count
+        self._batch_size, self._first = batch_size, start * batch_size + process_index * self.rows
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        batch, row = divmod(index, self.rows)
+        return 0, self._first + batch * self._batch_size + row
 
 
 @dataclasses.dataclass(frozen=True)

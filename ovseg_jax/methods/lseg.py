@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
@@ -10,6 +11,7 @@ from ovseg_jax.methods.base import Aux, Batch, Variables
 from ovseg_jax.methods.openseg import OpenSeg, apply_net, bounded, build_net
 from ovseg_jax.models.fpn import resize
 from ovseg_jax.models.text import unit
+from ovseg_jax.train.accumulate import in_parts
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 
@@ -33,6 +35,22 @@ class LSeg(OpenSeg):
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
         """Mean cross-entropy over labelled pixels of cos(F_z, class name)/τ, upsampled to the labels' grid."""
+        network = in_parts(self._classify, self.config.get("accumulate", 1))
+        _, (total, correct, count), mutated = network(variables, batch, rng)
+        loss = total / jnp.maximum(count, 1)
+        tau = bounded(variables["params"]["temperature"]["region"], *self.loss_config.temperature_bounds)
+        one = jnp.ones(())
+        metrics = {
+            "loss": (loss, one),
+            "pixel_accuracy": (correct, count),
+            "region_temperature": (tau, one),
+        }
+        return loss, Aux(metrics, mutated)
+
+    def _classify(
+        self, variables: Variables, batch: Batch, rng: jax.Array
+    ) -> tuple[None, tuple[Array, Array, Array], dict]:
+        """Of some images: sum of the loss, correct and labelled pixels, and the collections updated."""
         out, mutated = apply_net(self.net, variables, batch, rng)
         params = variables["params"]
         names = self.text.embed(params["text"], *map(jnp.asarray, self.class_tokens))
@@ -42,12 +60,5 @@ class LSeg(OpenSeg):
         counts = (target >= 0) & batch["example_mask"][:, None, None]
         nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(target, 0)[..., None], -1)[..., 0]
         total, count = jnp.sum(nll * counts), counts.sum().astype(jnp.float32)
-        loss = total / jnp.maximum(count, 1)
-        one = jnp.ones(())
         correct = jnp.sum((logits.argmax(-1) == target) & counts).astype(jnp.float32)
-        metrics = {
-            "loss": (loss, one),
-            "pixel_accuracy": (correct, count),
-            "region_temperature": (tau, one),
-        }
-        return loss, Aux(metrics, mutated)
+        return None, (total, correct, count), mutated

@@ -19,6 +19,7 @@ from ovseg_jax.models.backbones import build_backbone
 from ovseg_jax.models.openseg import OpenSegFeatures, OpenSegNet
 from ovseg_jax.models.text import embed_words, unit
 from ovseg_jax.models.text_table import TextTable
+from ovseg_jax.train.accumulate import in_parts
 from ovseg_jax.train.sharding import active_batch_axes
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
@@ -101,20 +102,16 @@ class OpenSeg:
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
         """Eq. 5: grounding loss + α mask loss."""
-        out, mutated = apply_net(self.net, variables, batch, rng)
-        assert out.mask_logits is not None and out.region_sum is not None
-        params, example = variables["params"], batch["example_mask"]
-        weight = batch["mask_weight"] * example
-        mask_sum, mask_count = best_match_dice_loss(
-            out.mask_logits, batch["masks"], batch["mask_valid"], weight
-        )
+        network = in_parts(self._see, self.config.get("accumulate", 1))
+        regions, (mask_sum, mask_count), mutated = network(variables, batch, rng)
+        params = variables["params"]
         region_tau, pair_tau = self.temperatures(params)
         words = embed_words(params["text"]["table"], batch["word_ids"])
         grounding = grounding_loss(
-            unit(out.region_sum),
+            regions,
             words,
             batch["word_valid"],
-            example,
+            batch["example_mask"],
             region_tau,
             pair_tau,
             group=self.group,
@@ -134,6 +131,16 @@ class OpenSeg:
             "pair_temperature": (pair_tau, one),
         }
         return loss, Aux(metrics, mutated)
+
+    def _see(
+        self, variables: Variables, batch: Batch, rng: jax.Array
+    ) -> tuple[Array, tuple[Array, Array], dict]:
+        """Of some images: unit-norm regions, sum and count of the mask loss, and the collections updated."""
+        out, mutated = apply_net(self.net, variables, batch, rng)
+        assert out.mask_logits is not None and out.region_sum is not None
+        weight = batch["mask_weight"] * batch["example_mask"]
+        mask_loss = best_match_dice_loss(out.mask_logits, batch["masks"], batch["mask_valid"], weight)
+        return unit(out.region_sum), mask_loss, mutated
 
     def temperatures(self, params: Mapping) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """τ of the softmax over regions (eq. 3) and τ of the softmax over pairs (eq. 4)."""

@@ -1,9 +1,11 @@
-"""Checkpoints: variables, optimiser state and position in the data together, asynchronous, atomic (Orbax).
+"""Checkpoints: variables and optimiser state, asynchronous, atomic (Orbax).
 
     WORKDIR/config.json                     the resolved config
     WORKDIR/checkpoints/<step>/variables    {"params": ..., other collections}: all that inference reads
     WORKDIR/checkpoints/<step>/optimizer    optax's state
-    WORKDIR/checkpoints/<step>/data         the data iterator, one file per process
+
+The position in the data is the step (see `data.pipeline`), so that a checkpoint restores on any mesh and with any
+number of processes.
 
 A folder named otherwise was being written when the run died; it is never read.
 """
@@ -15,7 +17,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
@@ -70,8 +71,8 @@ class Checkpoints:
         """Whether all processes have agreed to stop at this step, after one of them was told to."""
         return self._manager.reached_preemption(step)
 
-    def save(self, step: int, state: TrainState, iterator: Any) -> None:
-        """Saves the state after `step` steps and an iterator that has given `step` batches."""
+    def save(self, step: int, state: TrainState) -> None:
+        """Saves the state after `step` steps."""
         with self._writing():
             self._check_space(state)
             self._manager.save(
@@ -79,17 +80,15 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     variables=ocp.args.StandardSave(state.variables),
                     optimizer=ocp.args.StandardSave(state.opt_state),
-                    data=grain.checkpoint.CheckpointSave(iterator),
                 ),
                 force=True,
             )
 
-    def restore(self, target: TrainState, iterator: Any, step: int | None = None) -> TrainState:
+    def restore(self, target: TrainState, step: int | None = None) -> TrainState:
         """Restores the latest (or the given) checkpoint.
 
         Args:
           target: shapes and shardings of the state (`abstract_state`): where they are, the result will be.
-          iterator: is moved to where the checkpoint's was.
           step: which checkpoint.
 
         Raises:
@@ -100,18 +99,11 @@ class Checkpoints:
             raise UserError(f"{self.directory} holds no checkpoint.")
         _check_same(self.directory / str(step) / "variables", target.variables)
         _check_same(self.directory / str(step) / "optimizer", target.opt_state)
-        data = self.directory / str(step) / "data"
-        own = data / f"process_{jax.process_index()}-of-{jax.process_count()}.json"
-        if not own.exists():
-            raise UserError(
-                f"{data} has no {own.name}: the checkpoint was written by another number of processes."
-            )
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 variables=ocp.args.StandardRestore(target.variables),
                 optimizer=ocp.args.StandardRestore(target.opt_state),
-                data=grain.checkpoint.CheckpointRestore(iterator),
             ),
         )
         variables = dict(restored["variables"])

@@ -8,7 +8,7 @@ import contextlib
 import re
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from ovseg_jax.train import metrics as metrics_lib
 from ovseg_jax.train.checkpoints import Checkpoints
 from ovseg_jax.train.metrics import MetricWriter
 from ovseg_jax.train.optimizer import make_optimizer
+from ovseg_jax.train.profile import Profile
 from ovseg_jax.train.progress import Progress
 from ovseg_jax.train.sharding import DEFAULT_RULES, check_batch_size, put_batch
 from ovseg_jax.train.state import (
@@ -34,6 +35,8 @@ from ovseg_jax.train.state import (
 )
 from ovseg_jax.train.step import Metrics, make_step
 from ovseg_jax.train.stop import StopRequest
+
+Batches = Callable[[int], Iterator[Mapping[str, Any]]]
 
 
 class Fit(NamedTuple):
@@ -64,18 +67,18 @@ def fit(
     config: ConfigDict,
     workdir: epath.PathLike,
     method: Method,
-    iterator: Any,
+    batches: Batches,
     evaluators: Sequence[Evaluator],
     mesh: Mesh,
 ) -> Fit:
     """Trains from the last checkpoint in `workdir`, or from the start, to `config.steps`.
 
     Args:
-      config: reads seed, steps, batch_size, optimizer, checkpoint.every, checkpoint.keep, log_every,
-        sharding, tensorboard.
+      config: reads seed, steps, batch_size, accumulate, optimizer, checkpoint.every, checkpoint.keep, log_every,
+        sharding, tensorboard, profile ("FIRST:STOP", the steps that a trace in `workdir/profile` covers).
       workdir: gets `checkpoints/` and `metrics.jsonl`.
       method: see `methods.base`.
-      iterator: a grain iterator of this process's share of each batch.
+      batches: step -> an iterator of this process's share of each batch from that step on.
       evaluators: run at multiples of their `every`.
       mesh: all devices of all processes.
 
@@ -83,7 +86,7 @@ def fit(
       UserError: for a loss that is not finite, a full disk, a checkpoint of another config.
     """
     steps, batch_size = int(config.steps), int(config.batch_size)
-    check_batch_size(batch_size, mesh)
+    check_batch_size(batch_size, mesh, parts=int(config.get("accumulate", 1)))
     first_process = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
@@ -98,7 +101,8 @@ def fit(
         if checkpoints.latest_step() is None:
             state = create_state(method, optimizer, config.seed, shardings)
         else:
-            state = checkpoints.restore(abstract_state(method, optimizer, config.seed, shardings), iterator)
+            state = checkpoints.restore(abstract_state(method, optimizer, config.seed, shardings))
+        iterator = batches(start)
         writer = stack.enter_context(
             contextlib.closing(
                 MetricWriter(
@@ -109,6 +113,7 @@ def fit(
         progress = stack.enter_context(contextlib.closing(Progress(steps, start, show=first_process)))
         log = _Log(writer, progress, int(config.get("log_every", 50)), batch_size)
         stop = stack.enter_context(StopRequest(checkpoints.reached_preemption))
+        profile = stack.enter_context(Profile(config.get("profile", ""), workdir))
         if start:
             progress.say(f"continuing from the checkpoint at step {start}")
 
@@ -134,12 +139,13 @@ def fit(
             ):
                 log.drain()  # Raises where a step was not finite: what is saved can always be gone on from.
                 with log.pause():
-                    checkpoints.save(step, state, iterator)
+                    checkpoints.save(step, state)
             if stopped or last:
                 log.drain()
                 checkpoints.wait()
                 break
 
+            profile.at(step, log.drain)
             # next batch
             with log.wait_for_data():
                 batch = _next(iterator, step)

@@ -37,13 +37,16 @@ from ovseg_jax.vocab.words import WordList
 
 # What may change between two starts of one run: it alters what is reported or where, never what is learned.
 HARMLESS = (
+    "accumulate",
     "checkpoint",
     "data.prefetch",
     "data.threads",
+    "data.workers",
     "evals",
     "final_evals",
     "log_every",
     "mesh",
+    "profile",
     "sharding",
     "tensorboard",
 )
@@ -113,8 +116,8 @@ def _train(config: ConfigDict, workdir: epath.Path, finish: Finish | None) -> di
     source = make_source(config.data.train)
     parts = make_parts(config, workdir, source)
     process = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    iterator = train_iterator(config, parts.words, source=source, **process)
-    result = fit(config, workdir, parts.method, iterator, _evaluators(config, parts), parts.mesh)
+    batches = lambda start: train_iterator(config, parts.words, start=start, source=source, **process)
+    result = fit(config, workdir, parts.method, batches, _evaluators(config, parts), parts.mesh)
     if result.stopped:
         return {"steps": result.step, "stopped": True}
     before = _read_summary(workdir)

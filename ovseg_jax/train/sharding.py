@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
@@ -59,10 +60,35 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, key: str = "batch_size") -> None:
-    """Raises a UserError that names `key` when a global batch cannot be split evenly over the mesh."""
-    if batch_size < 1 or batch_size % mesh.size:
-        raise UserError(f"{key}={batch_size} must be a positive multiple of the {mesh.size} devices.")
+def check_batch_size(batch_size: int, mesh: Mesh, key: str = "batch_size", parts: int = 1) -> None:
+    """Raises a UserError that names `key` when a global batch cannot be split evenly over the mesh, in parts."""
+    if parts < 1:
+        raise UserError(f"accumulate={parts}: a batch has at least one part.")
+    if batch_size < 1 or batch_size % (mesh.size * parts):
+        times = f" times accumulate={parts}" if parts > 1 else ""
+        raise UserError(f"{key}={batch_size} must be a positive multiple of the {mesh.size} devices{times}.")
+
+
+def split_parts(batch: Any, parts: int) -> Any:
+    """[B ...] to [parts, B / parts ...]: every device cuts its own share, and no example moves."""
+    axes = active_batch_axes()
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(None, axes)) if axes else x
+
+    return jax.tree.map(split, batch)
+
+
+def join_parts(rows: Any) -> Any:
+    """The inverse of `split_parts`."""
+    axes = active_batch_axes()
+
+    def join(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
+
+    return jax.tree.map(join, rows)
 
 
 def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:

@@ -183,6 +183,21 @@ def test_a_config_that_cannot_be_is_a_sentence(change):
         make(**change)
 
 
+@pytest.mark.parametrize("settings", [dict(contrast="sync"), dict(group=4), dict(method="lseg")], ids=str)
+def test_a_batch_in_parts_is_the_whole_batch(settings):
+    """Although words, masks and pixels are counted unevenly, and the contrast joins all parts."""
+    loss = {k: v for k, v in settings.items() if k != "method"}
+    whole, parts = (make(loss=loss, method=settings.get("method", "openseg")) for _ in range(2))
+    parts.config.accumulate = 2
+    (value, aux), grad = grads(whole, batch())
+    (value_of_parts, aux_of_parts), grad_of_parts = grads(parts, batch())
+    np.testing.assert_allclose(value_of_parts, value, rtol=1e-5)
+    for name, pair in aux.metrics.items():
+        np.testing.assert_allclose(aux_of_parts.metrics[name], pair, rtol=1e-5, err_msg=name)
+    for a, b in zip(jax.tree.leaves(grad_of_parts), jax.tree.leaves(grad), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1e-3, np.abs(b).max()))
+
+
 @pytest.mark.parametrize(("contrast", "form"), [("unsync", "auto"), ("sync", "gather"), ("sync", "ring")])
 def test_loss_curves_on_one_and_eight_devices_agree(contrast, form):
     data = jax.tree.map(lambda x: np.concatenate([x, x[::-1]]), jax.device_get(batch()))

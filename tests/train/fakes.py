@@ -4,6 +4,7 @@ python fakes.py WORKDIR '{"steps": 20}' [seconds of sleep a step]
 """
 
 import json
+import os
 import sys
 import time
 
@@ -69,13 +70,23 @@ def example(index):
     return {"x": x, "y": np.roll(x, 1), "example_mask": np.bool_(True)}
 
 
-def make_iterator(config, sleep=0.0):
+def make_batches(config, sleep=0.0):
+    """step -> an iterator of this process's share of each batch from there on."""
+    count = jax.process_count()
+    share = config.batch_size // count
+
     def load(index):
         time.sleep(sleep / config.batch_size)
         return example(index)
 
-    data = grain.MapDataset.range(64).seed(config.seed).shuffle().repeat().map(load).batch(config.batch_size)
-    return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+    data = grain.MapDataset.range(64).seed(config.seed).shuffle().repeat().map(load)
+    reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+
+    def batches(start):
+        rows = data[start * config.batch_size :].batch(share)  # A batch is `count` of these.
+        return iter(rows[jax.process_index() :: count].to_iter_dataset(reading))
+
+    return batches
 
 
 def make_config(**changes):
@@ -105,9 +116,10 @@ def make_config(**changes):
 def main(workdir, changes, sleep):
     from ovseg_jax.console import complain, quieten
     from ovseg_jax.errors import UserError
+    from ovseg_jax.main import join_processes
     from ovseg_jax.train import checkpoints
     from ovseg_jax.train.loop import fit
-    from ovseg_jax.train.sharding import make_mesh
+    from ovseg_jax.train.sharding import make_mesh, replicated
 
     config = make_config(**json.loads(changes))
     config.unlock()
@@ -115,19 +127,25 @@ def main(workdir, changes, sleep):
     if config.get("blind"):  # To the disk being nearly full, so that writing fails half-way.
         checkpoints.METADATA_BYTES = -(1 << 40)
     quieten()
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        join_processes()
+    mesh = make_mesh(config.mesh)
     try:
         result = fit(
             config,
             workdir,
             LinearMethod(bad_step),
-            make_iterator(config, float(sleep)),
+            make_batches(config, float(sleep)),
             [CountingEvaluator()],
-            make_mesh(config.mesh),
+            mesh,
         )
     except UserError as error:
         return complain(error)
     if not result.stopped:
-        flat, _ = jax.flatten_util.ravel_pytree((result.state.variables, result.state.opt_state))
+        whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))
+        flat, _ = jax.flatten_util.ravel_pytree(
+            jax.device_get(whole((result.state.variables, result.state.opt_state)))
+        )
         print("sum", np.asarray(flat).tobytes().hex())
     return 0
 

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from fakes import CountingEvaluator, LinearMethod, make_config, make_iterator
+from fakes import CountingEvaluator, LinearMethod, make_batches, make_config
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.train.checkpoints import Checkpoints, load_variables, write_config
@@ -17,7 +17,7 @@ from ovseg_jax.train.sharding import make_mesh
 def run(workdir, evaluators=(), method=None, mesh=None, **changes):
     config = make_config(**changes)
     mesh = mesh or make_mesh(config.mesh)
-    return fit(config, workdir, method or LinearMethod(), make_iterator(config), evaluators, mesh)
+    return fit(config, workdir, method or LinearMethod(), make_batches(config), evaluators, mesh)
 
 
 def leaves(result):
@@ -89,10 +89,22 @@ def test_one_and_eight_devices_agree(tmp_path):
 
 def test_a_checkpoint_restores_on_another_mesh(tmp_path):
     eight = run(tmp_path, mesh=make_mesh({"data": 2, "fsdp": 4}), steps=10)
-    one = run(tmp_path, mesh=make_mesh({"data": 1, "fsdp": 1}, jax.devices()[:1]), steps=10)
-    assert one.started == 10
-    assert_same(leaves(eight), leaves(one))
-    assert len(one.state.params["layer"]["kernel"].sharding.device_set) == 1
+    for shape in ({"data": 1, "fsdp": 1}, {"data": 2, "fsdp": 2}):
+        devices = jax.devices()[: shape["data"] * shape["fsdp"]]
+        other = run(tmp_path, mesh=make_mesh(shape, devices), steps=10)
+        assert other.started == 10
+        assert_same(leaves(eight), leaves(other))
+        assert other.state.params["layer"]["kernel"].sharding.device_set == set(devices)
+
+
+def test_a_profile_of_chosen_steps(tmp_path):
+    run(tmp_path, steps=6, profile="2:4")
+    assert list((tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb"))
+    run(tmp_path / "none", steps=6, profile="7:9")
+    assert not (tmp_path / "none" / "profile").exists()
+    for wrong in ("5", "5:5", "a:b"):
+        with pytest.raises(UserError, match="no FIRST:STOP"):
+            run(tmp_path, steps=6, profile=wrong)
 
 
 def test_a_nan_stops_and_is_never_saved(tmp_path):

@@ -3,11 +3,13 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 HERE = Path(__file__).parent
@@ -35,6 +37,28 @@ def start(workdir, changes, sleep=0.0):
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def start_two(workdir, changes, sleep=0.0):
+    """Two processes of four devices each, which are one run."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        address = f"localhost:{s.getsockname()[1]}"
+    processes = []
+    for number in range(2):
+        joined = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number)}
+        devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        env = environment() | joined | devices
+        processes.append(subprocess.Popen(command(workdir, changes, sleep), env=env, **pipes))
+    return processes
+
+
+def finish_two(processes):
+    """Both end well, and say the same."""
+    ends = [finish(process) for process in processes]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    return ends
 
 
 def finish(process):
@@ -123,3 +147,61 @@ def test_a_full_disk_ends_in_a_sentence_and_keeps_the_last_checkpoint(tmp_path, 
     assert f"error: the disk is full while writing to {tmp_path}" in done.stderr
     assert "Traceback" not in done.stderr
     assert "1" in done.stdout.split()
+
+
+FSDP = {**STEPS, "mesh": {"data": 2, "fsdp": 4}}
+
+
+@pytest.fixture(scope="module")
+def two_undisturbed(tmp_path_factory):
+    ends = finish_two(start_two(tmp_path_factory.mktemp("two"), FSDP))
+    assert parameters(ends[0][1]) == parameters(ends[1][1])
+    return parameters(ends[0][1])
+
+
+def values(line):
+    return np.frombuffer(bytes.fromhex(line.removeprefix("sum ")), np.float32)
+
+
+def test_two_processes_learn_what_one_does(undisturbed, two_undisturbed):
+    np.testing.assert_allclose(values(two_undisturbed), values(undisturbed), rtol=1e-4, atol=1e-6)
+
+
+def test_one_of_two_is_told_to_stop_and_both_save_the_same_step(tmp_path, two_undisturbed):
+    processes = start_two(tmp_path, FSDP, sleep=0.1)
+    wait_for_checkpoint(processes[0], tmp_path, 4)
+    processes[1].send_signal(signal.SIGTERM)
+    (_, _, err), _ = finish_two(processes)
+    step = int(
+        next(line for line in err.splitlines() if line.startswith("saved at step")).split()[3].rstrip(";")
+    )
+    assert 4 <= step < 40 and (tmp_path / "checkpoints" / str(step)).is_dir()
+    (_, out, err), _ = finish_two(start_two(tmp_path, FSDP))
+    assert f"continuing from the checkpoint at step {step}" in err
+    assert parameters(out) == two_undisturbed
+
+
+def test_one_of_two_is_killed_and_both_go_on_bitwise_equal(tmp_path, two_undisturbed):
+    processes = start_two(tmp_path, FSDP, sleep=0.1)
+    wait_for_checkpoint(processes[0], tmp_path, 8)
+    processes[1].kill()
+    processes[0].kill()  # As a scheduler does; by itself it would fail at the next exchange.
+    for process in processes:
+        finish(process)
+    (_, out, _), _ = finish_two(start_two(tmp_path, FSDP))
+    assert parameters(out) == two_undisturbed
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, undisturbed):
+    process = start(tmp_path, STEPS, sleep=0.05)
+    wait_for_checkpoint(process, tmp_path, 8)
+    process.kill()
+    finish(process)
+    processes = start_two(tmp_path, FSDP, sleep=0.1)
+    wait_for_checkpoint(processes[0], tmp_path, 20)
+    for process in processes:
+        process.kill()
+        finish(process)
+    code, out, err = finish(start(tmp_path, STEPS))
+    assert code == 0 and "continuing from the checkpoint at step" in err
+    np.testing.assert_allclose(values(parameters(out)), values(undisturbed), rtol=1e-4, atol=1e-6)

@@ -1,12 +1,22 @@
 """The mesh and the rules."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.train.sharding import batch_sharding, leaf_sharding, make_mesh, put_batch
+from ovseg_jax.train.sharding import (
+    batch_sharding,
+    check_batch_size,
+    join_parts,
+    leaf_sharding,
+    make_mesh,
+    put_batch,
+    split_parts,
+)
 
 
 def test_minus_one_takes_what_is_left():
@@ -24,6 +34,23 @@ def test_a_mesh_that_does_not_fit(shape):
 def test_an_unknown_axis():
     with pytest.raises(UserError, match=r"model.*data"):
         make_mesh({"model": 2})
+
+
+def test_a_batch_is_cut_in_parts_where_it_lies():
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+    x = put_batch({"x": np.arange(32)}, mesh)["x"]
+    with jax.set_mesh(mesh):
+        parts = jax.jit(lambda x: split_parts(x, 2))(x)
+        again = jax.jit(lambda x: join_parts(split_parts(x, 2)))(x)
+        text = jax.jit(lambda x: split_parts(x, 2)).lower(x).compile().as_text()
+    np.testing.assert_array_equal(parts, np.arange(32).reshape(16, 2).T)
+    np.testing.assert_array_equal(again, x)
+    assert again.sharding == x.sharding
+    assert not re.search("all-gather|all-to-all|collective-permute", text)
+    with pytest.raises(UserError, match="the 8 devices times accumulate=3"):
+        check_batch_size(32, mesh, parts=3)
+    with pytest.raises(UserError, match="accumulate=0"):
+        check_batch_size(32, mesh, parts=0)
 
 
 def test_the_batch_is_split_over_both_axes():
