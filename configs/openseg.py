@@ -192,7 +192,7 @@ def paper(args: ConfigDict) -> ConfigDict:
             profile="",  # FIRST:STOP, steps to trace for XProf
             mesh=dict(data=-1, fsdp=1),
             model=dict(
-                backbone=dict(name=args.backbone),
+                backbone=dict(name=args.backbone, remat=False),
                 mean=(128 / 255,) * 3,  # the released demo's normalisation
                 std=(128 / 255,) * 3,
                 width=640,  # 4.1
@@ -206,6 +206,7 @@ def paper(args: ConfigDict) -> ConfigDict:
                 mask_scale=1.0,
                 mask_bias=0.0,
                 detach_masks=False,
+                remat=False,
                 dtype="bfloat16",  # ours
             ),
             # 4.1 has a frozen BERT-Large: see `vectors` above. Without such a file the words are learned.

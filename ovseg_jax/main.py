@@ -6,18 +6,15 @@ Logic is in `train.run`; here are flags, several processes, the compilation cach
 import os
 import re
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from absl import flags
 
-from ovseg_jax.console import complain, quieten
+from ovseg_jax.command import chosen_config, launch
 from ovseg_jax.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="FILE.py or FILE.py:key=value,...")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder or gs:// bucket of the run; runs/<config> if not said."
 )
@@ -50,12 +47,7 @@ def run(argv: list[str]) -> int:
     """Does what the flags say; the exit status."""
     if len(argv) > 1:
         raise UserError(f"unexpected arguments {argv[1:]}; a setting is --config.key=value.")
-    config = _CONFIG.value
-    if not isinstance(config, ConfigDict):
-        if config is None:
-            raise UserError("say which --config=FILE.py to run, such as configs/openseg.py.")
-        path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
-        raise UserError(f"the config file {path} does not exist or cannot be read.")
+    config = chosen_config()
     workdir = _WORKDIR.value or default_workdir(sys.argv[1:])
     use_all_cores(config.batch_size)
     asked = _DISTRIBUTED.value
@@ -82,26 +74,6 @@ def _draw(config: ConfigDict, workdir: Any, parts: Any, variables: Any) -> None:
         print(f"drew {path}")
 
 
-def parse(arguments: list[str]) -> list[str]:
-    """Parses the flags, and returns what is left over.
-
-    Raises:
-      UserError: for an unknown flag, an unknown key of the config, a value of the wrong type.
-    """
-    try:
-        return flags.FLAGS(arguments)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        # A config file that is itself wrong is for its author, who wants to see where.
-        frames = traceback.walk_tb(error.__traceback__)
-        if any(frame.f_code.co_name == "get_config" for frame, _ in frames) or "Traceback" in str(error):
-            raise
-        cause: Any = error
-        while isinstance(cause, AttributeError | KeyError) and cause.args:
-            cause = cause.args[0]  # An AttributeError of a KeyError, whose own text would be quoted twice.
-        text = str(cause) if cause is error else f"unknown config key {cause}"
-        raise UserError(" ".join(text.split())) from error
-
-
 def join_processes() -> None:
     """Connects to the other processes: on TPU VMs, under SLURM and the like, JAX finds them by itself.
 
@@ -109,7 +81,9 @@ def join_processes() -> None:
     """
     names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
     try:
-        said: dict[str, Any] = {key: int(os.environ[name]) for key, name in names.items() if name in os.environ}
+        said: dict[str, Any] = {
+            key: int(os.environ[name]) for key, name in names.items() if name in os.environ
+        }
         jax.distributed.initialize(**said)
     except ValueError as error:
         raise UserError(f"the processes cannot be joined: {error}") from error
@@ -134,15 +108,9 @@ def use_compilation_cache() -> None:
 
 
 def main() -> None:
-    """Runs, and turns a user's mistake into one sentence and exit status 2."""
-    quieten()
+    """Runs the command."""
     use_compilation_cache()
-    try:
-        app.run(run, flags_parser=parse)
-    except UserError as error:
-        sys.exit(complain(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    launch(run)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from ovseg_jax.vocab.words import WordList
 
 _NET_FIELDS = (
     "width embed_dim num_queries decoder_layers decoder_heads head_convs pyramid_output_conv position_grid "
-    "mask_scale mask_bias detach_masks"
+    "mask_scale mask_bias detach_masks remat"
 ).split()
 
 

@@ -59,6 +59,7 @@ class OpenSegNet(nn.Module):
       position_grid: side of the learnable position embedding, resized to the feature map.
       mask_scale: factor on the mask logits (the paper has none: 1); larger ones sharpen masks sooner.
       detach_masks: stop the grounding loss's gradient to the masks (the paper does not; helps short runs).
+      remat: compute pyramid, heads and decoder again in the backward pass instead of storing what is inside them.
     """
 
     backbone: nn.Module
@@ -75,6 +76,7 @@ class OpenSegNet(nn.Module):
     mask_scale: float = 1.0
     mask_bias: float = 0.0
     detach_masks: bool = False
+    remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -84,8 +86,11 @@ class OpenSegNet(nn.Module):
         """Encodes images that fill `image_size` (height, width) of their canvas."""
         x = normalise(image, image_size, self.mean, self.std, self.dtype)
         features = self.backbone(x, train=train)
-        fused = FusedPyramid(self.width, self.pyramid_output_conv, self.dtype, name="pyramid")(features)
-        head = lambda name, out: ConvHead(self.width, self.head_convs, out, dtype=self.dtype, name=name)(
+        again = nn.remat if self.remat else lambda module: module
+        pyramid = again(FusedPyramid)(self.width, self.pyramid_output_conv, self.dtype, name="pyramid")
+        fused = pyramid(features)
+        conv_head = again(ConvHead)
+        head = lambda name, out: conv_head(self.width, self.head_convs, out, dtype=self.dtype, name=name)(
             fused
         )
         f_z = head("head_z", self.embed_dim).astype(jnp.float32)
@@ -100,7 +105,7 @@ class OpenSegNet(nn.Module):
         flat = f_s.reshape(b, h * w, d)
         stride = (image.shape[1] / h, image.shape[2] / w)
         seen = inside(image_size, (h, w), stride).reshape(b, h * w)
-        queries = RegionDecoder(
+        queries = again(RegionDecoder)(
             self.num_queries, self.decoder_layers, self.decoder_heads, dtype=self.dtype, name="decoder"
         )(flat, seen)
         bias = self.param("mask_bias", nn.initializers.constant(self.mask_bias), ())

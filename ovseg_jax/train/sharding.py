@@ -36,18 +36,22 @@ def make_mesh(
       UserError: for an unknown axis, or sizes that do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
+    sizes = mesh_shape(shape, len(devices))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def mesh_shape(shape: ConfigDict | Mapping[str, int] | None, count: int) -> tuple[int, ...]:
+    """Sizes of the axes for so many devices, see `make_mesh`."""
     asked = {DATA: -1, FSDP: 1} | dict(shape or {})
     if unknown := sorted(set(asked) - set(AXES)):
         raise UserError(f"mesh has unknown axes {unknown}; the axes are {list(AXES)}.")
     sizes = [int(asked[axis]) for axis in AXES]
     if sizes.count(-1) == 1:
         rest = int(np.prod([size for size in sizes if size != -1]))
-        sizes[sizes.index(-1)] = len(devices) // max(rest, 1)
-    if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
-        raise UserError(
-            f"mesh {asked} does not fit {len(devices)} devices: data x fsdp must be their number."
-        )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        sizes[sizes.index(-1)] = count // max(rest, 1)
+    if min(sizes) < 1 or int(np.prod(sizes)) != count:
+        raise UserError(f"mesh {asked} does not fit {count} devices: data x fsdp must be their number.")
+    return tuple(sizes)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

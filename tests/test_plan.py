@@ -1,0 +1,145 @@
+"""The planner: counts against hand-made ones, and real compilations for TPUs that are not there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from extras import require
+from jax.sharding import PartitionSpec as P
+
+from ovseg_jax.train.sharding import AXES, make_mesh
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def plan_module():
+    """Importing the planner asks for the CPU, which the tests run on anyway."""
+    from ovseg_jax import plan
+
+    return plan
+
+
+def flops(plan_module, function, *shapes, devices=1):
+    jaxpr = jax.make_jaxpr(function)(*(jnp.zeros(shape) for shape in shapes)).jaxpr
+    return plan_module.count_flops(jaxpr, devices)
+
+
+def test_flops_of_products_and_convolutions(plan_module):
+    count = lambda f, *shapes: flops(plan_module, f, *shapes)
+    assert count(lambda a, b: a @ b, (3, 4), (4, 5)) == 2 * 3 * 4 * 5
+    assert count(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (7, 3, 4), (7, 4, 5)) == 7 * 2 * 3 * 4 * 5
+
+    def conv(x, k, **kwargs):
+        return jax.lax.conv_general_dilated(
+            x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), **kwargs
+        )
+
+    assert count(conv, (2, 8, 8, 3), (3, 3, 3, 5)) == 2 * (2 * 8 * 8 * 5) * (3 * 3 * 3)
+    depthwise = lambda x, k: conv(x, k, feature_group_count=6)
+    assert count(depthwise, (2, 8, 8, 6), (3, 3, 1, 6)) == 2 * (2 * 8 * 8 * 6) * (3 * 3)
+
+
+def test_the_gradient_of_a_convolution_costs_twice_its_value(plan_module):
+    def loss(x, k):
+        y = jax.lax.conv_general_dilated(x, k, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return (y**2).sum()
+
+    value = flops(plan_module, loss, (2, 8, 8, 3), (2, 2, 3, 5))
+    assert flops(plan_module, jax.grad(loss, (0, 1)), (2, 8, 8, 3), (2, 2, 3, 5)) == pytest.approx(
+        3 * value, rel=0.1
+    )
+
+
+def test_flops_of_loops_branches_and_shares(plan_module):
+    once = 2 * 4 * 4 * 4
+    scan = lambda a: jax.lax.scan(lambda c, _: (c @ a, None), a, None, length=5)[0]
+    assert flops(plan_module, scan, (4, 4)) == 5 * once
+    cond = lambda a: jax.lax.cond(a.sum() > 0, lambda a: a @ a @ a, lambda a: a @ a, a)
+    assert flops(plan_module, cond, (4, 4)) == 2 * once
+    again = lambda a: jax.checkpoint(lambda a: jnp.sin(a @ a))(a).sum()
+    assert flops(plan_module, jax.grad(again), (4, 4)) == 4 * once  # forward, again, and two for the gradient
+    with jax.set_mesh(make_mesh()):
+        share = jax.shard_map(lambda a: a @ a.T, in_specs=P(AXES), out_specs=P(AXES))
+        assert flops(plan_module, share, (16, 3), devices=8) == 8 * 2 * 2 * 2 * 3
+
+
+def test_collectives_of_a_program(plan_module):
+    text = """
+      %a = bf16[1024,16]{1,0} all-gather(%x), dimensions={0}
+      %b = (f32[8]{0}, f32[4,2]{1,0}) all-reduce(%y, %z)
+      %c = (f32[4]{0}, f32[16]{0}) all-gather-start(%w)
+      %d = f32[16]{0} all-gather-done(%c)
+      %e = f32[2]{0} add(%p, %q)
+    """
+    assert plan_module.find_collectives(text) == {"all-gather": (2, 32768 + 64), "all-reduce": (1, 64)}
+
+
+def command(*arguments):
+    env = os.environ | {
+        "XLA_FLAGS": "",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
+    args = [sys.executable, "-m", "ovseg_jax.plan", *arguments]
+    return subprocess.run(args, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+def plans(*arguments, code=0):
+    done = command(*arguments, "--json")
+    assert done.returncode == code, done.stderr
+    return json.loads(done.stdout)
+
+
+TINY = "--config=tests/train/tiny.py"
+
+
+def test_gpus_by_count():
+    (one,), (two,) = (plans(TINY, f"--topology=h100:{n}") for n in (1, 2))
+    assert one["fits"] and one["devices"] == 1 and one["temporary"] is None and one["bound"] == "compute"
+    assert two["flops"] == pytest.approx(one["flops"] / 2)
+    assert two["parameters"] == one["parameters"] and two["activations"] == one["activations"] // 2
+    (spread,) = plans(TINY, "--topology=h100:4", "--config.mesh.data=1", "--config.mesh.fsdp=4")
+    assert one["parameters"] / 4 <= spread["parameters"] < one["parameters"] / 2
+
+
+def test_what_cannot_be_planned():
+    for topology in ("v3", "v9:2x2", "a100:8"):
+        done = command(TINY, f"--topology={topology}")
+        assert done.returncode == 2 and f"--topology={topology} is none of" in done.stderr
+    done = command(TINY, "--topology=h100:3")
+    assert done.returncode == 2 and "batch_size=4 must be a positive multiple of the 3 devices" in done.stderr
+    assert "say which --config" in command("--topology=h100:1").stderr
+
+
+def test_a_step_compiled_for_a_tpu():
+    require("libtpu")
+    done = command(TINY, "--topology=v3:2x2", "--config.batch_size=8")
+    assert done.returncode == 0, done.stderr
+    for word in (
+        "8 devices",
+        "parameters",
+        "optimiser",
+        "temporary",
+        "of 16.00: fits",
+        "all-reduce",
+        "bound by",
+    ):
+        assert word in done.stdout
+    (p,) = plans(TINY, "--topology=v4:2x2x1", "--config.batch_size=8")
+    assert p["devices"] == 4 and p["temporary"] > 0 and p["total"] < p["capacity"] and p["accessed"] > 0
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_would():
+    require("libtpu")
+    large = (TINY, "--topology=v5e:2x2", "--config.batch_size=4096", "--config.data.image_size=512")
+    wide = ("--config.model.width=128", "--config.model.embed_dim=128", "--config.loss.group=4096")
+    done = command(*large, *wide)
+    assert done.returncode == 1 and "DOES NOT FIT" in done.stdout and "--search" in done.stdout, done.stderr
+    found = plans(*large, *wide, "--search")
+    assert not found[0]["fits"] and found[0]["over"] > 0
+    assert found[-1]["fits"] and "accumulate=" in found[-1]["change"]
