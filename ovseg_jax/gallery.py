@@ -58,8 +58,7 @@ def _picture(segmenter: Segmenter, source: Source, name: str, images: int) -> Im
     rows = []
     for example, result in zip(examples, results, strict=True):
         truth = class_map(example["segments"], example["class_ids"])
-        masks = result.features.masks if result.features else None
-        proposals = None if masks is None else masks.argmax(0).astype(np.int32)
+        proposals = result.features.proposals() if result.features else None
         rows.append(GridRow(result.image, truth, result.label_map, proposals))
     names = [classes.display(k) for k in range(len(classes))]
     return prediction_grid(rows, names, marked=classes.groups.get("held_out", ()), title=name)

@@ -179,14 +179,20 @@ class PixelFeatures:
 
         Masks (their logits) are upsampled bilinearly where there are any, features otherwise.
         """
-        axes = zip(self.size, self.pixels.shape[:2], self.fitted, strict=True)
+        if self.mask_logits is None or self.regions is None:
+            return np.moveaxis(self._upsample(np.moveaxis(self.pixels, -1, 0)), 0, -1)
+        return _mean_over_masks(self._upsample(self.mask_logits), self.regions)
+
+    def proposals(self) -> Int[np.ndarray, "H W"] | None:
+        """The strongest proposal at every pixel of the image; None for a per-pixel method."""
+        return None if self.mask_logits is None else self._upsample(self.mask_logits).argmax(0)
+
+    def _upsample(self, maps: Float[np.ndarray, "c h w"]) -> Float[np.ndarray, "c H W"]:
+        axes = zip(self.size, maps.shape[1:], self.fitted, strict=True)
         rows, columns = (
             upsampling_matrix(size, cells, cells * self.stride, fitted) for size, cells, fitted in axes
         )
-        if self.mask_logits is None or self.regions is None:
-            return np.einsum("Hh,hwd,Ww->HWd", rows, self.pixels, columns, optimize=True)
-        logits = np.einsum("Hh,nhw,Ww->nHW", rows, self.mask_logits, columns, optimize=True)
-        return _mean_over_masks(logits, self.regions)
+        return np.einsum("Hh,chw,Ww->cHW", rows, maps, columns, optimize=True)
 
     def arrays(self) -> dict[str, Any]:
         """What `save` writes."""

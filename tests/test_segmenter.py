@@ -200,6 +200,8 @@ def test_features_give_the_same_segmentation(masks):
     if masks:
         assert features.masks.shape == (6, 16, 8)
         np.testing.assert_allclose(np.linalg.norm(features.regions, axis=-1), 1, rtol=1e-5)
+    proposals = features.proposals()
+    assert (proposals is None) == (not masks) and (proposals is None or proposals.shape == (40, 20))
     names = "red; green; blue; white"
     full = features.at_image_size()
     assert full.shape == (40, 20, 6)
