@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 # The compiler is asked for, not a TPU; this must be said before JAX is imported.
 os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "none")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v3-8")  # or the compiler complains
 
 import jax
 import numpy as np
@@ -422,7 +422,6 @@ def report(p: Plan) -> str:
     """A plan for a person."""
     gib = lambda n: f"{n / GIB:8.2f} GiB"
     ms = lambda s: "" if s is None else f"{1e3 * s:.1f} ms"
-    count = p.temporary is None and p.fits is not None and p.accessed is None
     lines = [
         f"{p.topology}: {p.devices} devices, a batch of {p.batch_size}, {p.batch_size / p.devices:g} a device",
         f"  parameters  {gib(p.parameters)}",
@@ -432,7 +431,7 @@ def report(p: Plan) -> str:
     ]
     if p.temporary is not None:
         lines.append(f"  temporary   {gib(p.temporary)}  with the activations, as compiled")
-    how = ", by count" if count else ""
+    how = ", by count" if p.topology.startswith("h") else ""
     verdict = "fits" if p.fits else f"DOES NOT FIT: {p.over / GIB:.2f} GiB too much"
     lines.append(f"  total       {gib(p.total)}  of {p.capacity / GIB:.2f}{how}: {verdict}")
     lines.append(
