@@ -22,7 +22,7 @@ CLASSES = ClassList(
 )
 
 
-def make(method="openseg", backbone=None, loss=None, **model):
+def make(method="openseg", backbone=None, loss=None, text=None, frozen=(), **model):
     config = ConfigDict(
         dict(
             method=method,
@@ -40,7 +40,8 @@ def make(method="openseg", backbone=None, loss=None, **model):
                 ),
                 **model,
             ),
-            text=dict(learned=True),
+            text=text or dict(learned=True),
+            optimizer=dict(frozen=frozen),
             loss=dict(
                 dict(
                     mask_weight=2.0,
@@ -181,6 +182,26 @@ def test_lseg_never_trains_on_held_out_classes():
 def test_a_config_that_cannot_be_is_a_sentence(change):
     with pytest.raises(UserError):
         make(**change)
+
+
+def test_given_vectors_stay_while_the_image_side_learns(tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(len(WORDS), 8)).astype(np.float32)
+    np.savez(tmp_path / "vectors.npz", words=np.array(WORDS.words), vectors=vectors)
+    text = dict(learned=False, vectors=str(tmp_path / "vectors.npz"))
+    method = make(text=text, frozen=("^text/",), embed_dim=8)
+    settings = dict(name="sgd", learning_rate=1e-2, schedule="constant", frozen=("^text/",))
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        variables = abstract_variables(method, 0)
+        optimizer = make_optimizer(ConfigDict(settings), variables["params"], 2)
+        shardings = state_shardings(optimizer, variables, mesh, DEFAULT_RULES)
+        state = create_state(method, optimizer, 0, shardings)
+        before = jax.device_get(state.params)
+        state, metrics = make_step(method, optimizer, 0, shardings)(state, put_batch(batch(), mesh))
+    after = jax.device_get(state.params)
+    np.testing.assert_array_equal(after["text"]["table"], before["text"]["table"])
+    assert np.abs(before["text"]["table"]).sum() > 0 and np.isfinite(metrics["loss"][0])
+    assert np.any(after["image"]["decoder"]["queries"] != before["image"]["decoder"]["queries"])
 
 
 @pytest.mark.parametrize("settings", [dict(contrast="sync"), dict(group=4), dict(method="lseg")], ids=str)

@@ -1,0 +1,15 @@
+"""What an import brings along: the API of people is quick to import, since what training needs is not in it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HEAVY = "clu grain matplotlib optax orbax pycocotools tensorflow textblob torch transformers".split()
+
+
+def test_the_segmenter_brings_nothing_that_it_may_not_need():
+    code = f"import sys; from ovseg_jax import Segmenter; print(sorted(set({HEAVY}) & set(sys.modules)))"
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
