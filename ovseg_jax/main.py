@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from absl import flags
+from ml_collections import ConfigDict
 
 from ovseg_jax.command import chosen_config, launch
 from ovseg_jax.errors import UserError
