@@ -2,8 +2,7 @@
 
 import logging
 import sys
-import threading
-from types import TracebackType
+from typing import Any
 
 from absl import logging as absl_logging
 
@@ -16,8 +15,9 @@ def quieten() -> None:
     logging.getLogger("absl").addFilter(_is_not_of_orbax)
     for name in ("jax", "grain", "etils"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    if sys.excepthook is not _print_unless_late:
-        sys.excepthook = _print_unless_late
+    # Of a save that fails, asyncio would log each part that nobody asked for again.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _ignore_late
 
 
 def complain(error: UserError) -> int:
@@ -30,8 +30,8 @@ def _is_not_of_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
 
 
-def _print_unless_late(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _ignore_late(unraisable: Any) -> None:
     # When a save fails, the threads of the array writer still report to an event loop that is gone by then.
-    late = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
-    if not (late and threading.current_thread() is not threading.main_thread()):
-        sys.__excepthook__(kind, error, trace)
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        sys.__unraisablehook__(unraisable)

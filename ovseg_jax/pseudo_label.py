@@ -17,9 +17,8 @@ from tqdm import tqdm
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.images import SUFFIXES
-from ovseg_jax.result import PixelFeatures
+from ovseg_jax.result import PixelFeatures, sigmoid
 from ovseg_jax.segmenter import Segmenter
-from ovseg_jax.tiles import upsampling_matrix
 
 
 def select_masks(
@@ -52,15 +51,11 @@ def segments_of(
     Smaller proposals lie in front of larger ones, so that a part or a small thing is not swallowed by what
     surrounds it.
     """
-    if features.masks is None:
+    if features.masks is None or features.mask_logits is None:
         raise UserError("the teacher is a per-pixel model, which proposes no masks: train OpenSeg as teacher")
     kept = select_masks(features.masks, threshold, max_overlap, min_area)
-    axes = zip(features.size, features.masks.shape[1:], features.fitted, strict=True)
-    rows, columns = (
-        upsampling_matrix(size, cells, cells * features.stride, fitted) for size, cells, fitted in axes
-    )
     segments = np.zeros(features.size, np.int32)
-    masks = [rows @ features.masks[i] @ columns.T > threshold for i in kept]
+    masks = sigmoid(features.upsample(features.mask_logits[kept])) > threshold
     for number, mask in enumerate(sorted(masks, key=np.sum, reverse=True), 1):
         segments[mask] = number
     return segments

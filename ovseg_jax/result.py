@@ -172,7 +172,7 @@ class PixelFeatures:
     @property
     def masks(self) -> Float[np.ndarray, "n h w"] | None:
         """Each proposal's mask in [0, 1]; None for a per-pixel method."""
-        return None if self.mask_logits is None else _sigmoid(self.mask_logits)
+        return None if self.mask_logits is None else sigmoid(self.mask_logits)
 
     def at_image_size(self) -> Float[np.ndarray, "H W d"]:
         """`pixels` for every pixel of the image: H W D floats, which may be many.
@@ -180,14 +180,15 @@ class PixelFeatures:
         Masks (their logits) are upsampled bilinearly where there are any, features otherwise.
         """
         if self.mask_logits is None or self.regions is None:
-            return np.moveaxis(self._upsample(np.moveaxis(self.pixels, -1, 0)), 0, -1)
-        return _mean_over_masks(self._upsample(self.mask_logits), self.regions)
+            return np.moveaxis(self.upsample(np.moveaxis(self.pixels, -1, 0)), 0, -1)
+        return _mean_over_masks(self.upsample(self.mask_logits), self.regions)
 
     def proposals(self) -> Int[np.ndarray, "H W"] | None:
         """The strongest proposal at every pixel of the image; None for a per-pixel method."""
-        return None if self.mask_logits is None else self._upsample(self.mask_logits).argmax(0)
+        return None if self.mask_logits is None else self.upsample(self.mask_logits).argmax(0)
 
-    def _upsample(self, maps: Float[np.ndarray, "c h w"]) -> Float[np.ndarray, "c H W"]:
+    def upsample(self, maps: Float[np.ndarray, "c h w"]) -> Float[np.ndarray, "c H W"]:
+        """Maps on this grid (mask logits, features) at the image's size, bilinearly."""
         axes = zip(self.size, maps.shape[1:], self.fitted, strict=True)
         rows, columns = (
             upsampling_matrix(size, cells, cells * self.stride, fitted) for size, cells, fitted in axes
@@ -212,14 +213,15 @@ class PixelFeatures:
             np.savez_compressed(f, **self.arrays())
 
 
-def _sigmoid(logits: np.ndarray) -> np.ndarray:
-    return 0.5 + 0.5 * np.tanh(0.5 * logits)  # without overflow
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x)), without overflow."""
+    return 0.5 + 0.5 * np.tanh(0.5 * logits)
 
 
 def _mean_over_masks(
     logits: Float[np.ndarray, "n h w"], regions: Float[np.ndarray, "n d"]
 ) -> Float[np.ndarray, "h w d"]:
     """The mean over the proposals at each pixel of their features, fading to 0 where none is."""
-    masks = _sigmoid(logits)
+    masks = sigmoid(logits)
     pixels = np.einsum("nhw,nd->hwd", masks, regions, optimize=True)
     return pixels / np.maximum(masks.sum(0), 1)[..., None]

@@ -106,10 +106,10 @@ def test_teacher_student_and_prediction(tmp_path, capsys):
 
 
 def features(masks) -> PixelFeatures:
-    masks = np.asarray(masks, np.float32)
-    size = masks.shape[1:]
+    masks = np.clip(np.asarray(masks, np.float32), 1e-6, 1 - 1e-6)
+    size, logits = masks.shape[1:], np.log(masks / (1 - masks))
     pixels = np.zeros((*size, 2), np.float32)
-    return PixelFeatures(size, size, 1, pixels, pixels, masks, np.zeros((len(masks), 2), np.float32))
+    return PixelFeatures(size, size, 1, pixels, pixels, logits, np.zeros((len(masks), 2), np.float32))
 
 
 def test_pseudo_masks_drop_doubles_and_keep_parts_in_front():

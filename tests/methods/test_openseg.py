@@ -184,6 +184,15 @@ def test_a_config_that_cannot_be_is_a_sentence(change):
         make(**change)
 
 
+def test_remat_changes_nothing_but_memory():
+    (loss, _), grad = grads(make(), batch())
+    (again, _), grad_again = grads(make(remat=True), batch())
+    assert loss == again
+    assert jax.tree.structure(grad) == jax.tree.structure(grad_again)
+    for a, b in zip(jax.tree.leaves(grad_again), jax.tree.leaves(grad), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1e-3, np.abs(b).max()))
+
+
 def test_given_vectors_stay_while_the_image_side_learns(tmp_path):
     vectors = np.random.default_rng(0).normal(size=(len(WORDS), 8)).astype(np.float32)
     np.savez(tmp_path / "vectors.npz", words=np.array(WORDS.words), vectors=vectors)
