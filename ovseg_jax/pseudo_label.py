@@ -51,9 +51,9 @@ def segments_of(
     Smaller proposals lie in front of larger ones, so that a part or a small thing is not swallowed by what
     surrounds it.
     """
-    if features.masks is None or features.mask_logits is None:
+    if features.mask_logits is None:
         raise UserError("the teacher is a per-pixel model, which proposes no masks: train OpenSeg as teacher")
-    kept = select_masks(features.masks, threshold, max_overlap, min_area)
+    kept = select_masks(sigmoid(features.mask_logits), threshold, max_overlap, min_area)
     segments = np.zeros(features.size, np.int32)
     masks = sigmoid(features.upsample(features.mask_logits[kept])) > threshold
     for number, mask in enumerate(sorted(masks, key=np.sum, reverse=True), 1):
