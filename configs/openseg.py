@@ -103,6 +103,7 @@ def scenes() -> ConfigDict:
                 # A departure from the paper, whose grounding loss also moves the masks: without it a run of
                 # minutes does not learn masks first.
                 detach_masks=True,
+                remat="none",
                 dtype="float32",
             ),
             # There is no pretrained text tower for a made-up world: each word's vector is learned, a phrase is
@@ -196,7 +197,7 @@ def paper(args: ConfigDict) -> ConfigDict:
             profile="",  # FIRST:STOP, steps to trace for XProf
             mesh=dict(data=-1, fsdp=1),
             model=dict(
-                backbone=dict(name=args.backbone, remat=False),
+                backbone=dict(name=args.backbone, remat="none"),  # none | products | all
                 mean=(128 / 255,) * 3,  # the released demo's normalisation
                 std=(128 / 255,) * 3,
                 width=640,  # 4.1
@@ -210,7 +211,8 @@ def paper(args: ConfigDict) -> ConfigDict:
                 mask_scale=1.0,
                 mask_bias=0.0,
                 detach_masks=False,
-                remat=False,
+                # Without it 16 images of 640 x 640 do not fit a core of TPU v3.
+                remat="products",
                 dtype="bfloat16",  # ours
             ),
             # 4.1 has a frozen BERT-Large: see `vectors` above. Without such a file the words are learned.
@@ -278,7 +280,15 @@ def shrink(config: ConfigDict) -> None:
     """A network and a run for a laptop, on the same data with the same code."""
     config.update(dict(steps=200, batch_size=8, log_every=10))
     config.model.update(
-        dict(width=64, embed_dim=64, num_queries=32, head_convs=1, position_grid=32, dtype="float32")
+        dict(
+            width=64,
+            embed_dim=64,
+            num_queries=32,
+            head_convs=1,
+            position_grid=32,
+            remat="none",
+            dtype="float32",
+        )
     )
     config.model.backbone = dict(name="small", width=48, levels=4)
     config.loss.group = 8

@@ -12,11 +12,11 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-# The compiler is asked for, not a TPU; this must be said before JAX is imported.
-os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
+# The compiler is asked for, not a TPU, so that several may run at once; to be said before JAX is imported.
+os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v3-8")  # or the compiler complains
 
@@ -28,6 +28,8 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.command import chosen_config, launch
 from ovseg_jax.errors import UserError
+from ovseg_jax.models.remat import POLICIES
+from ovseg_jax.train.flops import count_flops
 from ovseg_jax.train.optimizer import make_optimizer
 from ovseg_jax.train.sharding import (
     AXES,
@@ -314,42 +316,6 @@ def _too_large(error: Exception, counted: dict[str, Any]) -> Plan:
     )
 
 
-def count_flops(jaxpr: Any, devices: int) -> float:
-    """FLOPs of the matrix products and convolutions of a program, of all devices together.
-
-    A `scan` counts as often as it runs, a `while` of unknown length once, of a `cond` the dearest branch.
-    """
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        name, params = eqn.primitive.name, eqn.params
-        if name == "dot_general":
-            (contract, _), _ = params["dimension_numbers"]
-            inner = math.prod(eqn.invars[0].aval.shape[axis] for axis in contract)
-            total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * inner
-        elif name == "conv_general_dilated":
-            kernel, numbers = eqn.invars[1].aval.shape, params["dimension_numbers"]
-            inner = math.prod(kernel) / kernel[numbers.rhs_spec[0]]
-            # Zeros that dilation puts between inputs are not multiplied by a good kernel.
-            holes = math.prod(params["lhs_dilation"])
-            total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * inner / holes / params["batch_group_count"]
-        else:
-            inside = [count_flops(sub, devices) for sub in _subprograms(params)]
-            if name == "cond":
-                total += max(inside, default=0.0)
-            else:
-                times = params["length"] if name == "scan" else devices if name == "shard_map" else 1
-                total += times * sum(inside)
-    return total
-
-
-def _subprograms(params: Mapping[str, Any]) -> Iterator[Any]:
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            inner = getattr(item, "jaxpr", item)
-            if hasattr(inner, "eqns"):
-                yield inner
-
-
 _BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 _COLLECTIVE = re.compile(
     r" = (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
@@ -398,12 +364,16 @@ def search(config: ConfigDict, topology: str, *, words: int = 10_000) -> Iterato
     """Tries what may make a config fit, cheapest first, until one does: (the flags that do it, its plan)."""
     mesh = devices_of(topology, config)[1]
     flags: dict[str, Any] = {}
-    changes: list[dict[str, Any]] = [{"model.remat": True}, {"mesh.data": 1, "mesh.fsdp": -1}]
+    remat = {"model.remat": config.model.get("remat", "none")}
     if "remat" in config.model.backbone:
-        changes.insert(1, {"model.backbone.remat": True})
+        remat["model.backbone.remat"] = config.model.backbone.remat
+    stronger = lambda policy, than: POLICIES.index(policy) > POLICIES.index(than)
+    changes: list[dict[str, Any]] = [
+        {key: policy} for policy in POLICIES for key, now in remat.items() if stronger(policy, now)
+    ]
     before = config.get("accumulate", 1)
     parts = [before * p for p in (2, 4, 8, 16) if config.batch_size // mesh.size % (before * p) == 0]
-    for change in [*changes, *({"accumulate": p} for p in parts)]:
+    for change in [*changes, {"mesh.data": 1, "mesh.fsdp": -1}, *({"accumulate": p} for p in parts)]:
         flags |= change
         changed = ConfigDict(config.to_dict())
         changed.update_from_flattened_dict(flags)

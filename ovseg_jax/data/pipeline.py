@@ -67,17 +67,25 @@ def train_iterator(
     if batch_size % process_count:
         raise UserError(f"batch_size={batch_size} does not divide by {process_count} processes")
     source = make_source(data["train"]) if source is None else source
-    if not len(source):
-        raise UserError(f"the training source {source.name!r} holds no example")
-    rows = _places(source, int(config["seed"])).map_with_index(
-        _Rows(source, TrainTransform.from_config(config, words))
-    )
     share = _Share(start, batch_size, process_index, process_count)
+    rows = train_rows(config, words, source)
     batches = grain.MapDataset.select_from_datasets([rows], share).batch(share.rows)
     iterator = iter(_in_background(batches, data))
     # An iterator with workers that is still open when Python tears itself down complains at length.
     atexit.register(_close, weakref.ref(iterator))
     return iterator
+
+
+def train_rows(config: Any, words: WordList, source: Source) -> grain.MapDataset[dict[str, np.ndarray]]:
+    """The endless rows that batches are cut from: row i of batch b is number b * batch_size + i.
+
+    Raises:
+      UserError: the source is empty, or the config is wrong; when a row is asked for, a file is.
+    """
+    if not len(source):
+        raise UserError(f"the training source {source.name!r} holds no example")
+    transform = TrainTransform.from_config(config, words)
+    return _places(source, int(config["seed"])).map_with_index(_Rows(source, transform))
 
 
 def words_for(config: Any, source: Source) -> WordList:

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float
 
 Kind = Literal["softmax", "sigmoid"]
 Form = Literal["dense", "gather", "ring"]
+Block = tuple[int, int]
 FORMS: tuple[Form, ...] = ("dense", "gather", "ring")
 Score = Callable[[Any, Any, Any], Float[Array, "b c"]]
 GATHER_BUDGET, RING_BUDGET = (
@@ -49,24 +50,29 @@ class PairSums(NamedTuple):
     best: Float[Array, " b"]
 
 
-def pick(batch: int, axes: tuple[str, ...], bytes_per_pair: int) -> tuple[Form, int]:
+def pick(
+    batch: int, axes: tuple[str, ...], bytes_per_pair: int, row_to_column: float = 1.0
+) -> tuple[Form, Block]:
     """Form and block for a global batch, by its size, under the mesh in use.
 
     `dense` on one device and else `gather`, while the scores of a device's rows with all columns fit
-    `GATHER_BUDGET`; beyond it `ring`, with as many columns at once as fit `RING_BUDGET`.
+    `GATHER_BUDGET`; beyond it `ring`, in blocks of rows and columns that fit `RING_BUDGET`, of the sides that read
+    least: every pair costs a row of a block once in as many pairs as it has columns, and the reverse.
 
     Args:
       batch: size of the global batch.
       axes: the mesh axes over which it is sharded.
       bytes_per_pair: of the largest intermediate that scoring makes for a pair.
+      row_to_column: how many times as large a row is as a column.
     """
     shape = jax.sharding.get_abstract_mesh().shape
     devices = math.prod(shape[axis] for axis in axes)
-    rows = batch // devices
-    if rows * batch * bytes_per_pair <= GATHER_BUDGET:
-        return "gather" if devices > 1 else "dense", rows
-    fits = lambda block: rows % block == 0 and rows * block * bytes_per_pair <= RING_BUDGET
-    return "ring", next((block for block in range(rows, 1, -1) if fits(block)), 1)
+    size = batch // devices
+    if size * batch * bytes_per_pair <= GATHER_BUDGET:
+        return "gather" if devices > 1 else "dense", (size, size)
+    sides = [side for side in range(1, size + 1) if size % side == 0]
+    fitting = [(r, c) for r in sides for c in sides if r * c * bytes_per_pair <= RING_BUDGET]
+    return "ring", min(fitting, key=lambda block: row_to_column / block[1] + 1 / block[0], default=(1, 1))
 
 
 def all_pairs(
@@ -80,7 +86,7 @@ def all_pairs(
     form: Form,
     kind: Kind = "softmax",
     axes: tuple[str, ...] = (),
-    block: int | None = None,
+    block: Block | None = None,
 ) -> PairSums:
     """Sums over all pairs of the global batch; called under `shard_map` when `axes` are given.
 
@@ -95,20 +101,19 @@ def all_pairs(
       form: how, see above.
       kind: what is summed, see `PairSums`.
       axes: the mesh axes over which the batch is sharded; () on one device, where "gather" is "dense".
-      block: ring: score so many columns at once; it divides b. All of a device's by default.
+      block: ring: score so many rows and columns at once; each divides b. All of a device's by default.
     """
     if form != "ring":
         return _at_once(score, kind, axes, rows, columns, shared, row_valid, column_valid)
     b = row_valid.shape[0]
-    block = block or b
-    if b % block:
-        raise ValueError(f"{b} columns do not divide into blocks of {block}")
+    block = block or (b, b)
+    if b % block[0] or b % block[1]:
+        raise ValueError(f"{b} rows and columns do not divide into blocks of {block}")
     # Made each device's own: the gradients of all devices are then summed.
     shared = _vary(shared, axes)
-    columns, column_valid = jax.tree.map(
-        lambda x: x.reshape(-1, block, *x.shape[1:]), (columns, column_valid)
-    )
-    return _pairs(score, kind, axes, rows, columns, shared, row_valid, column_valid)
+    cut = lambda tree, size: jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), tree)
+    rows, columns = cut((rows, row_valid), block[0]), cut((columns, column_valid), block[1])
+    return _pairs(score, kind, axes, rows, columns, shared)
 
 
 def over_batch(local: Callable, axes: tuple[str, ...], batched: tuple, shared: Any) -> Any:
@@ -157,9 +162,32 @@ def _steps(axes: tuple[str, ...]) -> Array:
     return jnp.arange(jax.lax.axis_size(axes) if axes else 1)
 
 
-def _own(t: Array, j: Array, block: int, b: int) -> Bool[Array, "b c"]:
-    """Which pairs of block j at step t belong together: at step 0 the columns are the device's own."""
-    return (t == 0) & (jnp.arange(b)[:, None] == j * block + jnp.arange(block))
+def _each_block(
+    pair: Callable, axes: tuple[str, ...], rows: Any, columns: Any, row_sums: Any, column_sums: Any
+):
+    """Goes through the pairs of blocks of a device's rows with the columns that it holds.
+
+    `pair(i, rows, row_sums, j, columns, column_sums)` returns the sums of row block i and column block j with the
+    pair of them added. All trees have a leading axis of blocks.
+    """
+    number = lambda tree: _vary(jnp.arange(len(jax.tree.leaves(tree)[0])), axes)
+
+    def one_row(column_sums, xs):
+        i, rows, row_sums = xs
+
+        def one_column(row_sums, xs):
+            j, columns, column_sums = xs
+            return pair(i, rows, row_sums, j, columns, column_sums)
+
+        return jax.lax.scan(one_column, row_sums, (number(columns), columns, column_sums))[::-1]
+
+    return jax.lax.scan(one_row, column_sums, (number(rows), rows, row_sums))[::-1]
+
+
+def _own(t: Array, i: Array, j: Array, shape: tuple[int, ...]) -> Bool[Array, "r c"]:
+    """Which pairs of row block i and column block j at step t belong together: at step 0 the columns are its own."""
+    r, c = shape
+    return (t == 0) & ((i * r + jnp.arange(r))[:, None] == j * c + jnp.arange(c))
 
 
 class _Running(NamedTuple):
@@ -184,77 +212,74 @@ class _Running(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _pairs(
-    score: Score, kind: Kind, axes: tuple[str, ...], rows, columns, shared, row_valid, column_valid
-) -> PairSums:
-    m, block = column_valid.shape
-    b = m * block
+def _pairs(score: Score, kind: Kind, axes: tuple[str, ...], rows, columns, shared) -> PairSums:
+    """`rows` and `columns` are (tree, valid), cut into blocks."""
     vary = partial(_vary, axes=axes)
-    numbers = vary(jnp.arange(m))
+    row_shape, column_shape = rows[1].shape, columns[1].shape
 
     def step(carry, t):
-        (columns, column_valid), column, row, positive = carry
-        following = _send((columns, column_valid), axes)
+        columns, column_sums, row_sums = carry
+        following = _send(columns, axes)
 
-        def one(carry, xs):
-            row, positive = carry
-            j, columns, valid, column = xs
+        def pair(i, rows, row_sums, j, columns, column):
+            (rows, row_valid), (columns, column_valid), (row, positive) = rows, columns, row_sums
             scores = score(rows, columns, shared).astype(jnp.float32)
-            positive += jnp.where(_own(t, j, block, b), scores, 0).sum(1)
-            scores = jnp.where(row_valid[:, None] & valid, scores, LOWEST)
+            positive += jnp.where(_own(t, i, j, scores.shape), scores, 0).sum(1)
+            scores = jnp.where(row_valid[:, None] & column_valid, scores, LOWEST)
             return (row.add(scores, 1, kind), positive), column.add(scores, 0, kind)
 
-        (row, positive), column = jax.lax.scan(one, (row, positive), (numbers, columns, column_valid, column))
-        return (following, _send(column, axes), row, positive), None
+        row_sums, column_sums = _each_block(pair, axes, rows, columns, row_sums, column_sums)
+        return (following, _send(column_sums, axes), row_sums), None
 
-    start = (
-        (columns, column_valid),
-        _Running.empty((m, block), vary),
-        _Running.empty((b,), vary),
-        vary(jnp.zeros(b)),
-    )
-    (_, column, row, positive), _ = jax.lax.scan(step, start, _steps(axes))
-    return PairSums(row.total(kind), column.total(kind).reshape(-1), positive, column.best.reshape(-1))
+    row_sums = _Running.empty(row_shape, vary), vary(jnp.zeros(row_shape))
+    start = columns, _Running.empty(column_shape, vary), row_sums
+    (_, column, (row, positive)), _ = jax.lax.scan(step, start, _steps(axes))
+    sums = PairSums(row.total(kind), column.total(kind), positive, column.best)
+    return jax.tree.map(lambda x: x.reshape(-1), sums)
 
 
-def _forward(score, kind, axes, rows, columns, shared, row_valid, column_valid):
-    out = _pairs(score, kind, axes, rows, columns, shared, row_valid, column_valid)
-    return out, (rows, columns, shared, row_valid, column_valid, out.row, out.column)
+def _forward(score, kind, axes, rows, columns, shared):
+    out = _pairs(score, kind, axes, rows, columns, shared)
+    return out, (rows, columns, shared, out.row, out.column)
 
 
 def _backward(score, kind, axes, saved, g: PairSums):
-    rows, columns, shared, row_valid, column_valid, row_total, column_total = saved
-    m, block = column_valid.shape
-    b = m * block
-    vary = partial(_vary, axes=axes)
-    numbers = vary(jnp.arange(m))
+    rows, columns, shared, row_total, column_total = saved
+    row_shape, column_shape = rows[1].shape, columns[1].shape
     add = lambda total, x: jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, x)
-    fold = lambda x: x.reshape(m, block)
 
     def step(carry, t):
-        travelling, d_columns, d_fixed = carry
+        travelling, d_columns, d_rows = carry
         following = _send(travelling, axes)
 
-        def one(d_fixed, xs):
-            j, columns, valid, total, g_total, d_columns = xs
+        def pair(i, rows, d_rows, j, columns, d_columns):
+            (rows, row_valid), row_total, g_row, g_positive = rows
+            (columns, column_valid), column_total, g_column = columns
             scores, pull = jax.vjp(lambda *x: score(*x).astype(jnp.float32), rows, columns, shared)
             if kind == "softmax":
-                d = jnp.exp(scores - row_total[:, None]) * g.row[:, None] + jnp.exp(scores - total) * g_total
+                d = jnp.exp(scores - row_total[:, None]) * g_row[:, None]
+                d += jnp.exp(scores - column_total) * g_column
             else:
-                d = jax.nn.sigmoid(scores) * (g.row[:, None] + g_total)
-            d = jnp.where(row_valid[:, None] & valid, d, 0)
-            d += jnp.where(_own(t, j, block, b), g.positive[:, None], 0)
+                d = jax.nn.sigmoid(scores) * (g_row[:, None] + g_column)
+            d = jnp.where(row_valid[:, None] & column_valid, d, 0)
+            d += jnp.where(_own(t, i, j, scores.shape), g_positive[:, None], 0)
             of_rows, of_columns, of_shared = pull(d)
-            return add(d_fixed, (of_rows, of_shared)), add(d_columns, of_columns)
+            return add(d_rows, (of_rows, of_shared)), add(d_columns, of_columns)
 
-        d_fixed, d_columns = jax.lax.scan(one, d_fixed, (numbers, *travelling, d_columns))
-        return (following, _send(d_columns, axes), d_fixed), None
+        d_rows, d_columns = _each_block(pair, axes, fixed, travelling, d_rows, d_columns)
+        return (following, _send(d_columns, axes), d_rows), None
 
-    travelling = columns, column_valid, fold(column_total), fold(g.column)
-    zeros = vary(jax.tree.map(lambda x: jnp.zeros(x.shape), (columns, (rows, shared))))
-    (_, d_columns, (d_rows, d_shared)), _ = jax.lax.scan(step, (travelling, *zeros), _steps(axes))
+    as_rows, as_columns = lambda x: x.reshape(row_shape), lambda x: x.reshape(column_shape)
+    fixed = rows, as_rows(row_total), as_rows(g.row), as_rows(g.positive)
+    travelling = columns, as_columns(column_total), as_columns(g.column)
+    # What all have in common gets a gradient from each block of rows.
+    of_shared = jax.tree.map(lambda x: jnp.zeros((row_shape[0], *x.shape)), shared)
+    zeros = lambda tree: _vary(jax.tree.map(lambda x: jnp.zeros(x.shape), tree), axes)
+    start = travelling, zeros(columns[0]), zeros((rows[0], of_shared))
+    (_, d_columns, (d_rows, d_shared)), _ = jax.lax.scan(step, start, _steps(axes))
     like = lambda d, x: jax.tree.map(lambda d, x: d.astype(x.dtype), d, x)
-    return like(d_rows, rows), like(d_columns, columns), like(d_shared, shared), None, None
+    d_shared = jax.tree.map(lambda d: d.sum(0), d_shared)
+    return (like(d_rows, rows[0]), None), (like(d_columns, columns[0]), None), like(d_shared, shared)
 
 
 _pairs.defvjp(_forward, _backward)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ovseg_jax.kernels.all_pairs import Form, Kind, PairSums, all_pairs, over_batch, pick
+from ovseg_jax.kernels.all_pairs import Block, Form, Kind, PairSums, all_pairs, over_batch, pick
 
 
 class Contrast(NamedTuple):
@@ -44,7 +44,7 @@ def contrastive_loss(
     kind: Kind = "softmax",
     form: Form | None = None,
     batch_axes: tuple[str, ...] = (),
-    block: int | None = None,
+    block: Block | None = None,
 ) -> Contrast:
     """Contrasts every image with every text of the global batch: `G_ij = <x_i, y_j> / σ + bias`.
 
@@ -57,7 +57,7 @@ def contrastive_loss(
       kind: "softmax" (CLIP, P-Seg) or "sigmoid" (SigLIP).
       form: how the pairs are computed; by size where nothing is said, see `all_pairs`.
       batch_axes: mesh axes over which the batch is sharded.
-      block: columns at once in the ring; by size where nothing is said.
+      block: rows and columns at once in the ring; by size where nothing is said.
     """
     picked = pick(image.shape[0], batch_axes, bytes_per_pair=4)
     form, block = form or picked[0], block or picked[1]

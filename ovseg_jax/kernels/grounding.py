@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ovseg_jax.kernels.all_pairs import Form, all_pairs, over_batch, pick
+from ovseg_jax.kernels.all_pairs import Block, Form, all_pairs, over_batch, pick
 from ovseg_jax.kernels.contrastive import Contrast, contrast
 
 
@@ -25,8 +25,10 @@ def caption_scores(
       temperature: τ of the softmax over regions, eq. 2.
     """
     similarity = jnp.einsum("bnd,ckd->bckn", regions, words, preferred_element_type=jnp.float32)
-    attention = jax.nn.softmax(similarity / temperature, axis=-1)
-    per_word = jnp.sum(attention * similarity, -1) * word_valid
+    # The softmax is divided out behind the sum: compiled for a TPU, this keeps one array of all similarities less.
+    highest = jax.lax.stop_gradient(similarity.max(-1, keepdims=True))
+    attention = jnp.exp((similarity - highest) / temperature)
+    per_word = jnp.sum(attention * similarity, -1) / attention.sum(-1) * word_valid
     return per_word.sum(-1) / jnp.maximum(word_valid.sum(-1), 1)
 
 
@@ -41,7 +43,7 @@ def grounding_loss(
     group: int | None,
     form: Form | None = None,
     batch_axes: tuple[str, ...] = (),
-    block: int | None = None,
+    block: Block | None = None,
 ) -> Contrast:
     """Contrasts each image with each caption, in both directions (eq. 4), within groups or over the whole batch.
 
@@ -60,7 +62,7 @@ def grounding_loss(
       form: how the whole batch is computed, see `all_pairs`; by size where nothing is said. Regions stay, words
         travel.
       batch_axes: mesh axes over which the batch is sharded.
-      block: captions at once in the ring; by size where nothing is said.
+      block: images and captions at once in the ring; by size where nothing is said.
     """
     b, n, _ = regions.shape
     temperatures = jnp.asarray(region_temperature), jnp.asarray(pair_temperature)
@@ -80,7 +82,7 @@ def grounding_loss(
         groups = jax.tree.map(lambda x: x.reshape(b // group, group, *x.shape[1:]), batch)
         dense = partial(local, temperatures=temperatures, form="dense", block=None, axes=())
         return jax.tree.map(jnp.sum, jax.vmap(dense)(*groups))
-    picked = pick(b, batch_axes, bytes_per_pair=4 * words.shape[1] * n)
+    picked = pick(b, batch_axes, bytes_per_pair=4 * words.shape[1] * n, row_to_column=n / words.shape[1])
     form, block = form or picked[0], block or picked[1]
 
     def share(*batch_and_temperatures) -> Contrast:

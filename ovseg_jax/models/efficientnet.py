@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ovseg_jax.models.remat import rematerialise
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -137,14 +139,14 @@ class EfficientNet(nn.Module):
       depth: block multiplier.
       drop_rate: the stochastic depth of block i of n drops its branch with probability drop_rate * i / n
         (published: survival 0.8 at the end for B0 to B7).
-      remat: recompute each block in the backward pass instead of storing what is inside it.
+      remat: what the backward pass computes again of each block, see `rematerialise`.
       dtype: compute type; parameters are float32.
     """
 
     width: float = 1.0
     depth: float = 1.0
     drop_rate: float = 0.2
-    remat: bool = False
+    remat: str = "none"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -174,7 +176,7 @@ class EfficientNet(nn.Module):
         norm = nn.BatchNorm(not train, momentum=0.99, epsilon=1e-3, dtype=self.dtype, name="stem_norm")
         x = nn.swish(norm(x))
 
-        block_type = nn.remat(MBConv, static_argnums=(2,)) if self.remat else MBConv
+        block_type = rematerialise(MBConv, self.remat, static_argnums=(2,))
         sizes = [round_blocks(stage.blocks, self.depth) for stage in STAGES]
         features, level, index = {}, 1, 0
         for stage, blocks in zip(STAGES, sizes, strict=True):

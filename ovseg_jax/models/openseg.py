@@ -1,5 +1,6 @@
 """The image side of OpenSeg: backbone, fused pyramid, F_s and F_z, proposals and their embeddings."""
 
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from ovseg_jax.models.fpn import ConvHead, FusedPyramid, resize
 from ovseg_jax.models.mask_decoder import RegionDecoder
+from ovseg_jax.models.remat import rematerialise
 
 
 class OpenSegFeatures(NamedTuple):
@@ -59,7 +61,7 @@ class OpenSegNet(nn.Module):
       position_grid: side of the learnable position embedding, resized to the feature map.
       mask_scale: factor on the mask logits (the paper has none: 1); larger ones sharpen masks sooner.
       detach_masks: stop the grounding loss's gradient to the masks (the paper does not; helps short runs).
-      remat: compute pyramid, heads and decoder again in the backward pass instead of storing what is inside them.
+      remat: what the backward pass computes again of pyramid, heads and decoder, see `rematerialise`.
     """
 
     backbone: nn.Module
@@ -76,7 +78,7 @@ class OpenSegNet(nn.Module):
     mask_scale: float = 1.0
     mask_bias: float = 0.0
     detach_masks: bool = False
-    remat: bool = False
+    remat: str = "none"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -86,7 +88,7 @@ class OpenSegNet(nn.Module):
         """Encodes images that fill `image_size` (height, width) of their canvas."""
         x = normalise(image, image_size, self.mean, self.std, self.dtype)
         features = self.backbone(x, train=train)
-        again = nn.remat if self.remat else lambda module: module
+        again = partial(rematerialise, policy=self.remat)
         pyramid = again(FusedPyramid)(self.width, self.pyramid_output_conv, self.dtype, name="pyramid")
         fused = pyramid(features)
         conv_head = again(ConvHead)

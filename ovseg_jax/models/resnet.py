@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.models.remat import rematerialise
 
 STAGES = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 
@@ -96,14 +97,14 @@ class ResNet(nn.Module):
       stage_sizes: blocks in each of the four stages.
       width: channels of the stem; the maps have 4, 8, 16 and 32 times as many.
       norm: "batch", "frozen" or "group"; see `make_norm`.
-      remat: recompute each block in the backward pass instead of storing what is inside it.
+      remat: what the backward pass computes again of each block, see `rematerialise`.
       dtype: compute type; parameters are float32.
     """
 
     stage_sizes: tuple[int, int, int, int] = STAGES["resnet50"]
     width: int = 64
     norm: str = "batch"
-    remat: bool = False
+    remat: str = "none"
     dtype: Any = jnp.float32
 
     def stem(self, x: Float[Array, "b h w 3"], train: bool) -> Float[Array, "b h4 w4 c"]:
@@ -132,7 +133,7 @@ class ResNet(nn.Module):
         Returns:
           `c2`, `c3`, `c4`, `c5`: [b ceil(h/s) ceil(w/s) 4*width*2^i] at strides s = 4, 8, 16, 32.
         """
-        block_type = nn.remat(Bottleneck, static_argnums=(2,)) if self.remat else Bottleneck
+        block_type = rematerialise(Bottleneck, self.remat, static_argnums=(2,))
         x = self.stem(x.astype(self.dtype), train)
         features = {}
         for stage, blocks in enumerate(self.stage_sizes):

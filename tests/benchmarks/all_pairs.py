@@ -14,7 +14,7 @@ import os
 import re
 from functools import partial
 
-os.environ.update(TPU_SKIP_MDS_QUERY="1", JAX_PLATFORMS="cpu")
+os.environ.update(TPU_SKIP_MDS_QUERY="1", JAX_PLATFORMS="cpu", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 
 import jax
 import jax.numpy as jnp

@@ -1,56 +1,102 @@
-"""Images per second of the training loader of a config, without any training. Prints one JSON line.
+"""Images per second of a config's training loader, without any training, beside torch's DataLoader.
 
-python tests/benchmarks/loader.py --config=configs/openseg.py --batches=200 [--workers=2] [--threads=0]
+    python tests/benchmarks/loader.py --config=configs/openseg.py [--batches=100] [--rounds=3] [--workers=2] [--torch]
+
+Both sides make the same rows, by the same code (reading, decoding, augmentation), with as many worker processes;
+they take turns, and each turn first draws what had been prepared before it. Prints one JSON line; `ratio` is the
+median of ours over theirs. `--torch` needs `pip install -e '.[torch]'`.
 """
 
 import argparse
 import importlib.util
+import itertools
 import json
+import statistics
 import time
+from collections.abc import Iterator
 from typing import Any
 
-from ovseg_jax.data.pipeline import make_source, train_iterator, words_for
+from ovseg_jax.data.pipeline import make_source, train_iterator, train_rows, words_for
 
 
-def measure(config: Any, batches: int = 100, warmup: int = 10) -> dict[str, float]:
+def torch_batches(config: Any, words: Any, source: Any) -> Iterator[Any]:
+    """The rows of `train_iterator`, batched by torch's DataLoader."""
+    import numpy as np
+    from torch.utils.data import DataLoader, Dataset, Sampler
+
+    rows = train_rows(config, words, source)
+
+    class Rows(Dataset):
+        def __getitem__(self, index):
+            return rows[index]
+
+    class InOrder(Sampler):
+        def __iter__(self):
+            return itertools.count()
+
+    collate = lambda examples: {name: np.stack([e[name] for e in examples]) for name in examples[0]}
+    workers = config.data.get("workers", 0)
+    ahead = dict(prefetch_factor=config.data.get("prefetch", 4)) if workers else {}
+    return iter(
+        DataLoader(
+            Rows(), config.batch_size, sampler=InOrder(), num_workers=workers, collate_fn=collate, **ahead
+        )
+    )
+
+
+def measure(
+    config: Any, batches: int = 100, warmup: int = 10, rounds: int = 1, torch: bool = False
+) -> dict[str, float]:
     """Draws batches as fast as they come.
 
     Args:
       config: with `seed`, `steps`, `batch_size` and `data`.
-      batches: number of batches timed.
-      warmup: batches before that, which start the workers and fill the cache.
+      batches: number of batches timed in each round.
+      warmup: batches before each round's.
+      rounds: how often.
+      torch: also torch's DataLoader, in turns.
 
     Returns:
-      `images_per_second`, `milliseconds_per_batch`, and `vocabulary_seconds`, the time to count the captions'
-      words.
+      `images_per_second` (median over rounds), `vocabulary_seconds`, the time to count the captions' words, and with
+      `torch` `torch_images_per_second` and `ratio`.
     """
     source = make_source(config["data"]["train"])
     start = time.perf_counter()
     words = words_for(config, source)
     counted = time.perf_counter() - start
-    iterator = train_iterator(config, words, source=source)
-    for _ in range(warmup):
-        next(iterator)
-    start = time.perf_counter()
-    for _ in range(batches):
-        next(iterator)
-    seconds = time.perf_counter() - start
-    iterator.close()
-    return {
-        "images_per_second": round(batches * config["batch_size"] / seconds, 1),
-        "milliseconds_per_batch": round(1000 * seconds / batches, 2),
+    ours = train_iterator(config, words, source=source)
+    sides = [ours, torch_batches(config, words, source)] if torch else [ours]
+    rates: list[list[float]] = [[] for _ in sides]
+    for _ in range(rounds):
+        for side, rate in zip(sides, rates, strict=True):
+            for _ in range(warmup):
+                next(side)
+            start = time.perf_counter()
+            for _ in range(batches):
+                next(side)
+            rate.append(batches * config["batch_size"] / (time.perf_counter() - start))
+    ours.close()
+    found = {
+        "images_per_second": round(statistics.median(rates[0]), 1),
         "vocabulary_seconds": round(counted, 2),
     }
+    if torch:
+        found["torch_images_per_second"] = round(statistics.median(rates[1]), 1)
+        found["ratio"] = round(statistics.median(a / b for a, b in zip(*rates, strict=True)), 2)
+    return found
 
 
 def main() -> None:
     """Reads the config and prints the measurement."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/openseg.py", help="FILE.py or FILE.py:key=value,...")
     parser.add_argument("--batches", type=int, default=100)
     parser.add_argument("--warmup", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch_size", type=int, help="in place of batch_size")
     parser.add_argument("--workers", type=int, help="in place of data.workers")
     parser.add_argument("--threads", type=int, help="in place of data.threads")
+    parser.add_argument("--torch", action="store_true", help="also torch's DataLoader")
     args = parser.parse_args()
     path, _, arg = args.config.partition(":")
     spec = importlib.util.spec_from_file_location("config", path)
@@ -58,10 +104,11 @@ def main() -> None:
     spec.loader.exec_module(module)
     config = module.get_config(arg or None)
     with config.unlocked():
+        config.batch_size = args.batch_size or config.batch_size
         for key in ("workers", "threads"):
             if getattr(args, key) is not None:
                 config.data[key] = getattr(args, key)
-    measured = measure(config, args.batches, args.warmup)
+    measured = measure(config, args.batches, args.warmup, args.rounds, args.torch)
     print(json.dumps({"config": args.config, "batch_size": config.batch_size, **measured}))
 
 

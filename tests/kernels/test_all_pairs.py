@@ -62,7 +62,9 @@ def run(image, text, valid, shape, **kwargs):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("form", "block"), [("dense", None), ("gather", None), ("ring", None), ("ring", 2)])
+@pytest.mark.parametrize(
+    ("form", "block"), [("dense", None), ("gather", None), ("ring", None), ("ring", (4, 2)), ("ring", (2, 4))]
+)
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_values_and_gradients_equal_float64(kind, form, block, shape):
     if form == "dense" and shape:
@@ -90,7 +92,7 @@ def test_bfloat16_inputs_are_summed_in_float32(form):
 def test_the_ring_keeps_no_matrix_of_pairs():
     """Neither forward nor backward: nothing in the program is as large as a device's rows times all columns."""
     image, text, valid = map(jnp.asarray, make())
-    loss = lambda x, y: contrastive_loss(x, y, valid, jnp.float32(TAU), form="ring", block=4).loss
+    loss = lambda x, y: contrastive_loss(x, y, valid, jnp.float32(TAU), form="ring", block=(8, 4)).loss
     shapes = [
         a.aval.shape for eqn in _equations(jax.make_jaxpr(jax.grad(loss))(image, text).jaxpr) for a in eqn
     ]
@@ -112,18 +114,19 @@ def _equations(jaxpr):
 
 
 def test_the_form_follows_the_size(monkeypatch):
-    assert pick(4096, (), 4) == ("dense", 4096)
-    assert pick(131_072, (), 4) == ("ring", 128)
+    assert pick(4096, (), 4) == ("dense", (4096, 4096))
+    assert pick(131_072, (), 4) == ("ring", (4096, 4096))
     with jax.set_mesh(make_mesh({"data": 8})):
-        assert pick(4096, AXES, 4) == ("gather", 512)
-        assert pick(131_072, AXES, 4) == ("ring", 1024)
+        assert pick(4096, AXES, 4) == ("gather", (512, 512))
+        assert pick(131_072, AXES, 4) == ("ring", (4096, 4096))
         monkeypatch.setattr(module, "GATHER_BUDGET", 0)
         monkeypatch.setattr(module, "RING_BUDGET", 12 * 5 * 4)
-        assert pick(96, AXES, 4) == ("ring", 4)
-        assert pick(96, AXES, 10_000) == ("ring", 1)
+        assert pick(96, AXES, 4, row_to_column=1 / 3) == ("ring", (12, 4))
+        assert pick(96, AXES, 4, row_to_column=3) == ("ring", (4, 12))
+        assert pick(96, AXES, 10_000) == ("ring", (1, 1))
 
 
 def test_blocks_that_do_not_divide_are_an_error():
     image, text, valid = map(jnp.asarray, make())
-    with pytest.raises(ValueError, match="blocks of 5"):
-        contrastive_loss(image, text, valid, jnp.float32(TAU), form="ring", block=5)
+    with pytest.raises(ValueError, match=r"blocks of \(4, 5\)"):
+        contrastive_loss(image, text, valid, jnp.float32(TAU), form="ring", block=(4, 5))

@@ -54,7 +54,7 @@ def loss_of(data, **kwargs):
     )
 
 
-@pytest.mark.parametrize("how", [{}, {"form": "ring"}, {"form": "ring", "block": 4}], ids=str)
+@pytest.mark.parametrize("how", [{}, {"form": "ring"}, {"form": "ring", "block": (4, 8)}], ids=str)
 def test_whole_batch_equals_the_reference(how):
     data = make()
     out = jax.jit(lambda d: loss_of(d, group=None, **how))(data)

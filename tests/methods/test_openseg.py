@@ -184,9 +184,10 @@ def test_a_config_that_cannot_be_is_a_sentence(change):
         make(**change)
 
 
-def test_remat_changes_nothing_but_memory():
+@pytest.mark.parametrize("policy", ["products", "all"])
+def test_remat_changes_nothing_but_memory(policy):
     (loss, _), grad = grads(make(), batch())
-    (again, _), grad_again = grads(make(remat=True), batch())
+    (again, _), grad_again = grads(make(remat=policy), batch())
     assert loss == again
     assert jax.tree.structure(grad) == jax.tree.structure(grad_again)
     for a, b in zip(jax.tree.leaves(grad_again), jax.tree.leaves(grad), strict=True):

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 
 
-def init(model, x, seed=0):
+def init(model, *inputs, seed=0):
     """Variables like those of `model.init`, drawn by NumPy: compiling initialisers takes long."""
     rng = np.random.default_rng(seed)
 
@@ -16,7 +16,7 @@ def init(model, x, seed=0):
             return rng.normal(0, (2 / fan_in) ** 0.5, leaf.shape).astype(leaf.dtype)
         return np.full(leaf.shape, 1 if name in ("scale", "var") else 0, leaf.dtype)
 
-    shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
     return jax.tree.map_with_path(draw, shapes)
 
 

@@ -126,9 +126,10 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
         assert 0 < reference.relative_error(out[key].astype(jnp.float32), expected[key]) < 0.05
 
 
-def test_remat_changes_nothing_but_memory():
+@pytest.mark.parametrize("policy", ["products", "all"])
+def test_remat_changes_nothing_but_memory(policy):
     x = images(2, 32, 32)
-    plain, remat = ResNet(**TINY), ResNet(**TINY, remat=True)
+    plain, remat = ResNet(**TINY), ResNet(**TINY, remat=policy)
     variables = reference.init(plain, x)
     shapes = jax.eval_shape(remat.init, jax.random.key(0), x)
     assert jax.tree.structure(variables) == jax.tree.structure(shapes)

@@ -116,8 +116,8 @@ def test_build_by_name():
     assert build_backbone(cfg) == SmallBackbone(width=32, levels=4)
     resnet = build_backbone({"name": "resnet101", "norm": "frozen"}, jnp.bfloat16)
     assert resnet == ResNet(stage_sizes=(3, 4, 23, 3), norm="frozen", dtype=jnp.bfloat16)
-    b7 = build_backbone({"name": "efficientnet_b7", "remat": True})
-    assert b7 == EfficientNet(width=2.0, depth=3.1, remat=True)
+    b7 = build_backbone({"name": "efficientnet_b7", "remat": "all"})
+    assert b7 == EfficientNet(width=2.0, depth=3.1, remat="all")
     efficientnets = {f"efficientnet_b{i}" for i in range(8)}
     assert set(BACKBONES) == {"small", "resnet50", "resnet101"} | efficientnets
 

@@ -1,0 +1,36 @@
+"""Rematerialisation: what the backward pass computes again instead of storing it."""
+
+from typing import Any, TypeVar
+
+import flax.linen as nn
+
+from ovseg_jax.errors import UserError
+
+POLICIES = ("none", "products", "all")
+_PRODUCTS = ("dot_general", "conv_general_dilated")
+
+M = TypeVar("M", bound=type[nn.Module])
+
+
+def rematerialise(module: M, policy: str, static_argnums: tuple[int, ...] = ()) -> M:
+    """`module`, inside of which a backward pass keeps only what `policy` says.
+
+    Args:
+      module: a class of modules; its inputs and its result are kept in any case.
+      policy: "none" keeps everything; "products" the results of matrix products and convolutions, and computes
+        normalisations and activations again, which cost bandwidth alone; "all" computes everything again.
+      static_argnums: arguments of `__call__` that are no arrays, counted with `self` as 0.
+
+    Raises:
+      UserError: another policy.
+    """
+    if policy not in POLICIES:
+        raise UserError(f"remat is one of {', '.join(POLICIES)}, not {policy!r}")
+    if policy == "none":
+        return module
+    kept = _is_product if policy == "products" else None
+    return nn.remat(module, policy=kept, static_argnums=static_argnums)
+
+
+def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name in _PRODUCTS

@@ -1,0 +1,63 @@
+"""Layers as Flax computes them, channels first."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Conv(nn.Conv2d):
+    """A convolution with padding "SAME": the odd pixel, where there is one, at the bottom and right."""
+
+    def __init__(self, inputs: int, features: int, size: int, stride: int = 1, *, groups: int = 1, bias=True):
+        super().__init__(inputs, features, size, stride, groups=groups, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [b c h w] to [b features ceil(h/stride) ceil(w/stride)]."""
+        (size, _), (stride, _) = self.kernel_size, self.stride
+        rows, columns = (max((-(-n // stride) - 1) * stride + size - n, 0) for n in x.shape[2:])
+        if rows == columns and rows % 2 == 0:
+            return F.conv2d(x, self.weight, self.bias, stride, rows // 2, groups=self.groups)
+        x = F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+        return F.conv2d(x, self.weight, self.bias, stride, groups=self.groups)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation with Flax's epsilon."""
+
+    def __init__(self, channels: int, groups: int = 8):
+        super().__init__(groups, channels, eps=1e-6)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation with Flax's epsilon."""
+
+    def __init__(self, features: int):
+        super().__init__(features, eps=1e-6)
+
+
+def space_to_depth(x: Tensor, size: int) -> Tensor:
+    """Folds each size x size square of pixels into channels, (row, column, channel); zeros fill the rest."""
+    b, c, h, w = x.shape
+    x = F.pad(x, (0, -w % size, 0, -h % size))
+    h, w = x.shape[2] // size, x.shape[3] // size
+    x = x.reshape(b, c, h, size, w, size).permute(0, 3, 5, 1, 2, 4)
+    return x.reshape(b, size * size * c, h, w)
+
+
+def resize(x: Tensor, size: Sequence[int], method: str = "bilinear") -> Tensor:
+    """Resizes [b c h w] to `size` with half-pixel centres; what shrinks is smoothed, as `jax.image.resize` does."""
+    size = tuple(size)
+    if tuple(x.shape[2:]) == size:
+        return x
+    if method == "nearest":
+        return F.interpolate(x, size, mode="nearest-exact")
+    shrinks = size[0] < x.shape[2] or size[1] < x.shape[3]
+    return F.interpolate(x, size, mode="bilinear", antialias=shrinks)
+
+
+def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / |x| along the last axis in float32, safe at zero."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps**2)

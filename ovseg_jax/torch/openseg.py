@@ -1,0 +1,167 @@
+"""OpenSeg's image network, see `ovseg_jax/models/openseg.py`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ovseg_jax.torch.layers import Conv, GroupNorm, LayerNorm, resize
+from ovseg_jax.torch.small import SmallBackbone
+
+BACKBONES = {"small": SmallBackbone}
+
+
+class FusedPyramid(nn.Module):
+    """FPN, all levels upsampled to the finest and summed."""
+
+    def __init__(self, channels: Mapping[str, int], width: int, output_conv: bool = True):
+        super().__init__()
+        self.levels, self.output_conv = sorted(channels), output_conv
+        for name in self.levels:
+            self.add_module(f"lateral_{name}", Conv(channels[name], width, 1))
+            if output_conv:
+                self.add_module(f"output_{name}", Conv(width, width, 3))
+
+    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Maps a backbone's maps to one of [b width h w]."""
+        size = features[self.levels[0]].shape[2:]
+        top = fused = None
+        for name in reversed(self.levels):
+            x = self.get_submodule(f"lateral_{name}")(features[name])
+            top = x if top is None else x + resize(top, x.shape[2:], "nearest")
+            out = self.get_submodule(f"output_{name}")(top) if self.output_conv else top
+            out = resize(out, size)
+            fused = out if fused is None else fused + out
+        return fused
+
+
+class ConvHead(nn.Module):
+    """An fc layer, then 3x3 convolutions with group norm and ReLU before each."""
+
+    def __init__(self, width: int, convs: int, features: int):
+        super().__init__()
+        self.convs = convs
+        self.fc = nn.Linear(width, width)
+        for i in range(convs):
+            self.add_module(f"norm_{i}", GroupNorm(width))
+            self.add_module(f"conv_{i}", Conv(width, features if i == convs - 1 else width, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [b width h w] to [b features h w]."""
+        x = self.fc(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        for i in range(self.convs):
+            x = self.get_submodule(f"conv_{i}")(F.relu(self.get_submodule(f"norm_{i}")(x)))
+        return x
+
+
+class RegionDecoder(nn.Module):
+    """Blocks of cross-attention from queries to pixels, and an MLP; pre-norm, residual."""
+
+    def __init__(self, num_queries: int, width: int, layers: int = 3, heads: int = 1, mlp_ratio: int = 2):
+        super().__init__()
+        self.layers, self.heads = layers, heads
+        self.image_norm, self.out_norm = LayerNorm(width), LayerNorm(width)
+        self.queries = nn.Parameter(torch.empty(num_queries, width).normal_(std=0.5))
+        self.mask_query = nn.Linear(width, width)
+        for t in range(layers):
+            for name in ("query_norm", "mlp_norm"):
+                self.add_module(f"{name}_{t}", LayerNorm(width))
+            for name in ("query", "key", "value", "out"):
+                self.add_module(f"{name}_{t}", nn.Linear(width, width))
+            self.add_module(f"mlp_in_{t}", nn.Linear(width, mlp_ratio * width))
+            self.add_module(f"mlp_out_{t}", nn.Linear(mlp_ratio * width, width))
+
+    def forward(self, features: Tensor, seen: Tensor) -> Tensor:
+        """Queries [b n d] after all blocks, from pixels [b p d], of which `seen` [b p] are no padding."""
+        layer = self.get_submodule
+        keys = self.image_norm(features)
+        q = self.queries.to(features.dtype).expand(len(features), -1, -1)
+        split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        for t in range(self.layers):
+            x = layer(f"query_norm_{t}")(q)
+            x = F.scaled_dot_product_attention(
+                split(layer(f"query_{t}")(x)),
+                split(layer(f"key_{t}")(keys)),
+                split(layer(f"value_{t}")(keys)),
+                attn_mask=seen[:, None, None, :],
+            )
+            q = q + layer(f"out_{t}")(x.transpose(1, 2).flatten(2))
+            x = F.relu(layer(f"mlp_in_{t}")(layer(f"mlp_norm_{t}")(q)))
+            q = q + layer(f"mlp_out_{t}")(x)
+        return self.mask_query(self.out_norm(q))
+
+
+class OpenSegFeatures(NamedTuple):
+    """What the network computes.
+
+    Attributes:
+      mask_logits: [B N h w], None without a mask decoder.
+      region_sum: [B N D], F_z summed under each mask within the image, None without a mask decoder.
+      pixel_embed: [B D h w], F_z.
+    """
+
+    mask_logits: Tensor | None
+    region_sum: Tensor | None
+    pixel_embed: Tensor
+
+
+class OpenSegNet(nn.Module):
+    """The image network.
+
+    Args:
+      model: the `model` section of a config, as a dictionary.
+    """
+
+    def __init__(self, model: Mapping[str, Any]):
+        super().__init__()
+        options = dict(model["backbone"])
+        name = options.pop("name")
+        if name not in BACKBONES:
+            raise ValueError(f"backbone {name!r} has no PyTorch form; known are {', '.join(BACKBONES)}")
+        self.backbone = BACKBONES[name](**options)
+        self.mask_scale, self.detach_masks = model["mask_scale"], model["detach_masks"]
+        self.num_queries, width = model["num_queries"], model["width"]
+        self.register_buffer("mean", torch.tensor(model["mean"])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(model["std"])[:, None, None], persistent=False)
+        self.pyramid = FusedPyramid(self.backbone.channels, width, model["pyramid_output_conv"])
+        self.head_z = ConvHead(width, model["head_convs"], model["embed_dim"])
+        if self.num_queries:
+            self.head_s = ConvHead(width, model["head_convs"], width)
+            self.position = nn.Parameter(torch.empty(width, *2 * (model["position_grid"],)).normal_(std=0.1))
+            self.decoder = RegionDecoder(
+                self.num_queries, width, model["decoder_layers"], model["decoder_heads"]
+            )
+            self.mask_bias = nn.Parameter(torch.tensor(float(model["mask_bias"])))
+
+    def forward(self, image: Tensor, image_size: Tensor) -> OpenSegFeatures:
+        """Encodes uint8 images [b 3 s t] that fill `image_size` [b 2] (height, width) of their canvas."""
+        x = (image.float() / 255 - self.mean) / self.std
+        x = torch.where(inside(image_size, image.shape[2:])[:, None], x, 0)
+        fused = self.pyramid(self.backbone(x.contiguous(memory_format=torch.channels_last)))
+        f_z = self.head_z(fused).float()
+        if not self.num_queries:
+            return OpenSegFeatures(None, None, f_z)
+
+        f_s = self.head_s(fused)
+        f_s = f_s + resize(self.position[None], f_s.shape[2:])
+        d, (h, w) = f_s.shape[1], f_s.shape[2:]
+        pixels = f_s.flatten(2).transpose(1, 2)
+        seen = inside(image_size, (h, w), (image.shape[2] / h, image.shape[3] / w)).flatten(1)
+        queries = self.decoder(pixels, seen)
+        logits = (queries @ pixels.transpose(1, 2)).float() * (self.mask_scale / d**0.5) + self.mask_bias
+        masks = torch.sigmoid(logits) * seen[:, None]
+        if self.detach_masks:
+            masks = masks.detach()
+        region_sum = masks @ f_z.flatten(2).transpose(1, 2)
+        return OpenSegFeatures(logits.unflatten(2, (h, w)), region_sum, f_z)
+
+
+def inside(image_size: Tensor, shape: Sequence[int], stride: Sequence[float] = (1, 1)) -> Tensor:
+    """Which cells [b h w] of a grid, each `stride` pixels of the canvas, begin within the image."""
+    rows, columns = (
+        torch.arange(n, device=image_size.device)[None] * step < image_size[:, i : i + 1]
+        for i, (n, step) in enumerate(zip(shape, stride, strict=True))
+    )
+    return rows[:, :, None] & columns[:, None, :]

@@ -1,0 +1,90 @@
+"""The PyTorch network beside the Flax one, with the same parameters."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ovseg_jax.models.openseg import OpenSegNet
+from ovseg_jax.models.small import SmallBackbone
+from ovseg_jax.train.sharding import path_name
+from tests.extras import require
+from tests.models import reference
+
+MODEL = dict(
+    backbone=dict(name="small", width=16, levels=3, blocks=1, stem="full"),
+    mean=(0.5, 0.4, 0.3),
+    std=(0.25, 0.2, 0.3),
+    width=24,
+    embed_dim=12,
+    num_queries=5,
+    decoder_layers=2,
+    decoder_heads=3,
+    head_convs=2,
+    pyramid_output_conv=True,
+    position_grid=7,
+    mask_scale=2.0,
+    mask_bias=-0.5,
+    detach_masks=False,
+)
+
+
+def flax_net(model):
+    backbone = {k: v for k, v in model["backbone"].items() if k != "name"}
+    rest = {k: v for k, v in model.items() if k != "backbone"}
+    return OpenSegNet(SmallBackbone(**backbone), dtype=jnp.dtype("float32"), **rest)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (75, 109), (24, 20)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"backbone": MODEL["backbone"] | {"stem": "patch", "levels": 4, "blocks": 2}, "decoder_heads": 1},
+        {"backbone": MODEL["backbone"] | {"stem": "light"}, "pyramid_output_conv": False},
+        {"num_queries": 0},
+    ],
+)
+def test_equals_flax(size, change):
+    torch = require("torch")
+    from ovseg_jax.torch.convert import to_torch
+    from ovseg_jax.torch.openseg import OpenSegNet as TorchNet
+
+    model, rng = MODEL | change, np.random.default_rng(0)
+    net = flax_net(model)
+    image = rng.integers(0, 256, (2, *size, 3), dtype=np.uint8)
+    image_size = np.array([size, (size[0] - 9, size[1] - 6)], np.int32)
+    variables = reference.init(net, jnp.asarray(image), jnp.asarray(image_size))
+    params = jax.tree.map(lambda x: x + rng.normal(0, 0.1, x.shape).astype(x.dtype), variables["params"])
+    out = jax.jit(net.apply)({"params": params}, jnp.asarray(image), jnp.asarray(image_size))
+
+    flat = {path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(params)}
+    twin = TorchNet(model)
+    twin.load_state_dict({name: torch.from_numpy(x) for name, x in to_torch(flat).items()}, strict=True)
+    with torch.no_grad():
+        got = twin(torch.from_numpy(image).permute(0, 3, 1, 2), torch.from_numpy(image_size))
+    assert (out.mask_logits is None) == (got.mask_logits is None)
+    pairs = [(out.pixel_embed, got.pixel_embed.permute(0, 2, 3, 1))]
+    if out.mask_logits is not None:
+        pairs += [(out.mask_logits, got.mask_logits), (out.region_sum, got.region_sum)]
+    for expected, found in pairs:
+        expected, found = np.asarray(expected), found.numpy()
+        assert expected.shape == found.shape
+        assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_a_backbone_without_a_torch_form_is_named():
+    require("torch")
+    from ovseg_jax.torch.openseg import OpenSegNet as TorchNet
+
+    with pytest.raises(ValueError, match=r"swin_t.*known are small"):
+        TorchNet(MODEL | {"backbone": {"name": "swin_t"}})
+
+
+def test_the_package_does_not_import_jax():
+    require("torch")
+    code = "import sys, ovseg_jax.torch.openseg, ovseg_jax.torch.convert; assert not {'jax', 'flax'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
