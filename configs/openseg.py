@@ -197,7 +197,7 @@ def paper(args: ConfigDict) -> ConfigDict:
             profile="",  # FIRST:STOP, steps to trace for XProf
             mesh=dict(data=-1, fsdp=1),
             model=dict(
-                backbone=dict(name=args.backbone, remat="none"),  # none | products | all
+                backbone=dict(name=args.backbone, remat="all"),
                 mean=(128 / 255,) * 3,  # the released demo's normalisation
                 std=(128 / 255,) * 3,
                 width=640,  # 4.1
@@ -211,7 +211,8 @@ def paper(args: ConfigDict) -> ConfigDict:
                 mask_scale=1.0,
                 mask_bias=0.0,
                 detach_masks=False,
-                # Without it 16 images of 640 x 640 do not fit a core of TPU v3.
+                # none | products | all (models/remat.py). With none, here and in the backbone, 16 images of 640 x 640
+                # do not fit a core of TPU v3.
                 remat="products",
                 dtype="bfloat16",  # ours
             ),

@@ -4,6 +4,7 @@ import logging
 import sys
 from typing import Any
 
+import jax
 from absl import logging as absl_logging
 
 from ovseg_jax.errors import UserError
@@ -18,6 +19,25 @@ def quieten() -> None:
     # Of a save that fails, asyncio would log each part that nobody asked for again.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _ignore_late
+
+
+def speak() -> None:
+    """Shows what the package itself logs: a line on stderr, of the first process only.
+
+    Each is said once: what is logged while a program is traced comes as often as JAX traces it.
+    """
+    handler, ours = logging.StreamHandler(), logging.getLogger("ovseg_jax")
+    said: set[str] = set()
+    handler.addFilter(lambda record: jax.process_index() == 0 and not _known(record.getMessage(), said))
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+
+
+def _known(text: str, said: set[str]) -> bool:
+    known = text in said
+    said.add(text)
+    return known
 
 
 def complain(error: UserError) -> int:

@@ -14,6 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from ovseg_jax.command import chosen_config, launch
+from ovseg_jax.console import speak
 from ovseg_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string(
@@ -111,6 +112,7 @@ def use_compilation_cache() -> None:
 def main() -> None:
     """Runs the command."""
     use_compilation_cache()
+    speak()
     launch(run)
 
 

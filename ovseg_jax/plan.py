@@ -1,9 +1,9 @@
 """What a config would take of a TPU that is not there: `python -m ovseg_jax.plan --config=FILE.py --topology=v3:4x8`.
 
 The config's own train step, sharded over the topology's devices, is compiled ahead of time by the TPU's compiler,
-which runs on any x86-64 Linux machine (`pip install -e '.[tpu]'`). Memory, bytes and collectives are its figures;
-FLOPs are counted in the program, so that loops count as often as they run. From those and the chip's published
-peaks follows the least time that a step can take: a roofline, not a prediction.
+which runs on any x86-64 Linux machine (`pip install -e '.[tpu]'`). Memory is its figure; FLOPs are counted in the
+program, bytes and collectives in what it is compiled to, with loops as often as they run. From those and the chip's
+published peaks follows the least time that a step can take: a roofline, not a prediction.
 
 For GPUs, for which nothing can be compiled here, memory and time are counts alone (`--topology=h100:8`).
 """
@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.command import chosen_config, launch
 from ovseg_jax.errors import UserError
+from ovseg_jax.hlo import count_traffic
 from ovseg_jax.models.remat import POLICIES
 from ovseg_jax.train.flops import count_flops
 from ovseg_jax.train.optimizer import make_optimizer
@@ -99,7 +100,7 @@ class Plan(NamedTuple):
       over: how much is missing.
       flops: of matrix products and convolutions.
       accessed: read and written in HBM; None by count.
-      collectives: kind -> (count, bytes that a device receives); a loop's count once. None by count.
+      collectives: kind -> (count, bytes that a device receives). None by count.
       compute_seconds: flops at the peak rate.
       memory_seconds: accessed at the peak rate; None by count.
       network_seconds: collectives at the peak rate of one axis; None by count.
@@ -190,24 +191,21 @@ def plan(config: ConfigDict, topology: str, *, words: int = 10_000) -> Plan:
             compiled = step.lower(state, batch).compile()
         except jax.errors.JaxRuntimeError as error:
             return _too_large(error, counted)
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    memory = compiled.memory_analysis()
     # Inputs that come back as outputs are aliases of them.
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     total += memory.temp_size_in_bytes
-    # The compiler counts what is in a loop once: where that shows in the FLOPs, the bytes are as much too few.
-    loops = flops / cost["flops"] if cost.get("flops") else 1.0
-    accessed = cost["bytes accessed"] * (loops if loops > 1.1 else 1.0)
-    collectives = find_collectives(compiled.as_text())
+    traffic = count_traffic(compiled.as_text())
     return Plan(
         **counted,
         temporary=memory.temp_size_in_bytes,
         total=total,
         fits=True,
         over=0,
-        accessed=accessed,
-        collectives=collectives,
-        memory_seconds=accessed / chip.bandwidth,
-        network_seconds=sum(size for _, size in collectives.values()) / chip.network,
+        accessed=traffic.accessed,
+        collectives=traffic.collectives,
+        memory_seconds=traffic.accessed / chip.bandwidth,
+        network_seconds=sum(size for _, size in traffic.collectives.values()) / chip.network,
     )
 
 
@@ -314,29 +312,6 @@ def _too_large(error: Exception, counted: dict[str, Any]) -> Plan:
         memory_seconds=None,
         network_seconds=None,
     )
-
-
-_BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
-_COLLECTIVE = re.compile(
-    r" = (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
-)
-
-
-def find_collectives(text: str) -> dict[str, tuple[int, int]]:
-    """kind -> (count, bytes of their results) in a compiled program; an asynchronous one counts at its start."""
-    found: dict[str, tuple[int, int]] = {}
-    for line in text.splitlines():
-        if not (match := _COLLECTIVE.search(line)):
-            continue
-        shapes = re.findall(r"([a-z]+\d*)\[([\d,]*)\]", match[1])
-        sizes = [
-            _BYTES.get(kind, 1) * math.prod(int(d) for d in dims.split(",") if d) for kind, dims in shapes
-        ]
-        # The start of an asynchronous one returns its operands too.
-        size = max(sizes, default=0) if match[3] else sum(sizes)
-        count, total = found.get(match[2], (0, 0))
-        found[match[2]] = count + 1, total + size
-    return found
 
 
 def largest_batch(config: ConfigDict, topology: str, *, words: int = 10_000) -> Plan | None:

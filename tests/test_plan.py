@@ -68,17 +68,6 @@ def test_flops_of_loops_branches_and_shares():
         assert flops(share, (16, 3), devices=8) == 8 * 2 * 2 * 2 * 3
 
 
-def test_collectives_of_a_program(plan_module):
-    text = """
-      %a = bf16[1024,16]{1,0} all-gather(%x), dimensions={0}
-      %b = (f32[8]{0}, f32[4,2]{1,0}) all-reduce(%y, %z)
-      %c = (f32[4]{0}, f32[16]{0}) all-gather-start(%w)
-      %d = f32[16]{0} all-gather-done(%c)
-      %e = f32[2]{0} add(%p, %q)
-    """
-    assert plan_module.find_collectives(text) == {"all-gather": (2, 32768 + 64), "all-reduce": (1, 64)}
-
-
 def test_a_refusal_of_the_compiler_becomes_a_plan(plan_module):
     counted = dict(
         topology="v3:2x2", devices=8, batch_size=8, parameters=1, optimizer=1, batch=1, activations=1,
@@ -123,6 +112,14 @@ def test_gpus_by_count():
     assert one["parameters"] / 4 <= spread["parameters"] < one["parameters"] / 2
 
 
+def test_the_largest_batch_fits_and_an_eighth_more_does_not():
+    large = (TINY, "--topology=h100:1", "--config.data.image_size=1024", "--config.data.mask_stride=4")
+    first, found = plans(*large, "--config.batch_size=64", "--largest_batch")
+    assert first["batch_size"] == 64 < found["batch_size"] and found["fits"]
+    assert found["change"] == f"--config.batch_size={found['batch_size']}"
+    assert found["total"] * 1.15 > found["capacity"]
+
+
 def test_what_cannot_be_planned():
     for topology in ("v3", "v9:2x2", "a100:8"):
         done = command(TINY, f"--topology={topology}")
@@ -146,8 +143,9 @@ def test_a_step_compiled_for_a_tpu():
         "bound by",
     ):
         assert word in done.stdout
-    (p,) = plans(TINY, "--topology=v4:2x2x1", "--config.batch_size=8")
-    assert p["devices"] == 4 and p["temporary"] > 0 and p["total"] < p["capacity"] and p["accessed"] > 0
+    for topology in ("v4:2x2x1", "v5p:2x2x1", "v6e:2x2"):
+        (p,) = plans(TINY, f"--topology={topology}", "--config.batch_size=8")
+        assert p["devices"] == 4 and p["temporary"] > 0 and p["total"] < p["capacity"] and p["accessed"] > 0
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_would():

@@ -12,6 +12,7 @@ network is slower than it. On one device there is no ring, and the same code str
 Gathering costs memory, the ring a second scoring: `pick` takes the gather as long as its pairs fit.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from functools import partial
@@ -27,11 +28,10 @@ Form = Literal["dense", "gather", "ring"]
 Block = tuple[int, int]
 FORMS: tuple[Form, ...] = ("dense", "gather", "ring")
 Score = Callable[[Any, Any, Any], Float[Array, "b c"]]
-GATHER_BUDGET, RING_BUDGET = (
-    256 << 20,
-    64 << 20,
-)  # bytes a device: of a TPU v3 core's 16 GiB, a 64th and a 256th
+# Bytes a device: of a TPU v3 core's 16 GiB, a 64th and a 256th.
+GATHER_BUDGET, RING_BUDGET = 256 << 20, 64 << 20
 LOWEST = jnp.finfo(jnp.float32).min
+_LOG = logging.getLogger(__name__)
 
 
 class PairSums(NamedTuple):
@@ -73,6 +73,16 @@ def pick(
     sides = [side for side in range(1, size + 1) if size % side == 0]
     fitting = [(r, c) for r in sides for c in sides if r * c * bytes_per_pair <= RING_BUDGET]
     return "ring", min(fitting, key=lambda block: row_to_column / block[1] + 1 / block[0], default=(1, 1))
+
+
+def settle(
+    name: str, form: Form | None, block: Block | None, picked: tuple[Form, Block]
+) -> tuple[Form, Block]:
+    """What was asked for, else what was picked; said in the log, once for each program that is traced."""
+    form, block = form or picked[0], block or picked[1]
+    blocks = f" in blocks of {block[0]} x {block[1]}" if form == "ring" else ""
+    _LOG.info("%s of the whole batch: %s%s", name, form, blocks)
+    return form, block
 
 
 def all_pairs(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ovseg_jax.kernels.all_pairs import Block, Form, Kind, PairSums, all_pairs, over_batch, pick
+from ovseg_jax.kernels.all_pairs import Block, Form, Kind, PairSums, all_pairs, over_batch, pick, settle
 
 
 class Contrast(NamedTuple):
@@ -60,7 +60,7 @@ def contrastive_loss(
       block: rows and columns at once in the ring; by size where nothing is said.
     """
     picked = pick(image.shape[0], batch_axes, bytes_per_pair=4)
-    form, block = form or picked[0], block or picked[1]
+    form, block = settle("contrastive loss", form, block, picked)
     shared = jnp.asarray(temperature, jnp.float32), jnp.asarray(bias, jnp.float32)
 
     def local(image, text, valid, shared) -> Contrast:

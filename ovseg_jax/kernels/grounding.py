@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ovseg_jax.kernels.all_pairs import Block, Form, all_pairs, over_batch, pick
+from ovseg_jax.kernels.all_pairs import Block, Form, all_pairs, over_batch, pick, settle
 from ovseg_jax.kernels.contrastive import Contrast, contrast
 
 
@@ -82,8 +82,9 @@ def grounding_loss(
         groups = jax.tree.map(lambda x: x.reshape(b // group, group, *x.shape[1:]), batch)
         dense = partial(local, temperatures=temperatures, form="dense", block=None, axes=())
         return jax.tree.map(jnp.sum, jax.vmap(dense)(*groups))
-    picked = pick(b, batch_axes, bytes_per_pair=4 * words.shape[1] * n, row_to_column=n / words.shape[1])
-    form, block = form or picked[0], block or picked[1]
+    k = words.shape[1]
+    picked = pick(b, batch_axes, bytes_per_pair=4 * k * n, row_to_column=n / k)
+    form, block = settle("grounding loss", form, block, picked)
 
     def share(*batch_and_temperatures) -> Contrast:
         out = local(*batch_and_temperatures, form=form, block=block, axes=batch_axes)

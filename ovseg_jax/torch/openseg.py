@@ -27,13 +27,15 @@ class FusedPyramid(nn.Module):
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         """Maps a backbone's maps to one of [b width h w]."""
         size = features[self.levels[0]].shape[2:]
-        top = fused = None
+        top: Tensor | None = None
+        fused: Tensor | None = None
         for name in reversed(self.levels):
             x = self.get_submodule(f"lateral_{name}")(features[name])
             top = x if top is None else x + resize(top, x.shape[2:], "nearest")
             out = self.get_submodule(f"output_{name}")(top) if self.output_conv else top
             out = resize(out, size)
             fused = out if fused is None else fused + out
+        assert fused is not None
         return fused
 
 
@@ -113,6 +115,9 @@ class OpenSegNet(nn.Module):
     Args:
       model: the `model` section of a config, as a dictionary.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, model: Mapping[str, Any]):
         super().__init__()

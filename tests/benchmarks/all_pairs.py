@@ -4,14 +4,12 @@
 
 Compiles OpenSeg's grounding loss (128 regions, 16 words, D 640, bfloat16) and the image-text loss (D 512) ahead of
 time, in each form, and prints for one core: temporary memory, FLOPs and bytes accessed a step, and the collectives.
-The compiler counts a loop once: the ring's figures are multiplied by its steps. "picked" is what training takes.
+Loops count as often as they run. "picked" is what training takes.
 Needs `pip install -e '.[tpu]'` and an x86-64 Linux machine, but no TPU.
 """
 
 import argparse
-import collections
 import os
-import re
 from functools import partial
 
 os.environ.update(TPU_SKIP_MDS_QUERY="1", JAX_PLATFORMS="cpu", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
@@ -20,13 +18,15 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+from ovseg_jax.hlo import count_traffic
 from ovseg_jax.kernels.all_pairs import pick
 from ovseg_jax.kernels.contrastive import contrastive_loss
 from ovseg_jax.kernels.grounding import grounding_loss
+from ovseg_jax.train.flops import count_flops
 from ovseg_jax.train.sharding import AXES, batch_sharding, make_mesh, replicated
 
 REGIONS, WORDS, WIDTH, EMBED = 128, 16, 640, 512
-BYTES_PER_PAIR = {"grounding": 4 * REGIONS * WORDS, "image_text": 4}
+SIZES = {"grounding": (4 * REGIONS * WORDS, REGIONS / WORDS), "image_text": (4, 1)}
 MIB = 2**20
 
 
@@ -49,31 +49,22 @@ def arguments(loss, batch, mesh):
     return [*sides, shape((batch, WORDS), bool, rows), valid, tau]
 
 
-def collectives(text: str) -> str:
-    """`kind x count` of the program's collectives; those of a loop stand once."""
-    kinds = re.findall(
-        r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text
-    )
-    return ", ".join(f"{kind} x{n}" for kind, n in sorted(collections.Counter(kinds).items())) or "none"
-
-
 def measure(loss, form, batch, mesh):
     """One line of the table; None where the compiler says that it does not fit."""
     with jax.set_mesh(mesh):
         step = jax.jit(jax.value_and_grad(partial(loss, form), argnums=(0, 1)))
+        inputs = arguments(loss, batch, mesh)
+        flops = count_flops(jax.make_jaxpr(step)(*inputs).jaxpr, mesh.size) / mesh.size
         try:
-            compiled = step.lower(*arguments(loss, batch, mesh)).compile()
+            compiled = step.lower(*inputs).compile()
         except jax.errors.JaxRuntimeError as error:
             if "hbm" not in str(error).lower():
                 raise
             return None
-        steps = 1
-        if form == "ring":
-            block = pick(batch, AXES, BYTES_PER_PAIR[loss.__name__])[1]
-            steps = mesh.size * (batch // mesh.size // block)
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    flops, accessed = cost["flops"] * steps, cost["bytes accessed"] * steps
-    return memory.temp_size_in_bytes / MIB, flops, accessed, collectives(compiled.as_text())
+    traffic = count_traffic(compiled.as_text())
+    kinds = ", ".join(f"{kind} x{n}" for kind, (n, _) in sorted(traffic.collectives.items()))
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    return temporary / MIB, flops, traffic.accessed, kinds or "none"
 
 
 def main() -> None:
@@ -95,7 +86,7 @@ def main() -> None:
             if loss is grounding and batch // 16 >= len(devices):
                 forms.insert(0, "unsync")
             with jax.set_mesh(mesh):
-                picked = pick(batch, AXES, BYTES_PER_PAIR[name])[0]
+                picked = pick(batch, AXES, *SIZES[name])[0]
             for form in forms:
                 cells = [name, f"{batch:,}", form + " (picked)" * (form == picked)]
                 found = measure(loss, form, batch, mesh)

@@ -122,7 +122,7 @@ def test_the_form_follows_the_size(monkeypatch):
         monkeypatch.setattr(module, "GATHER_BUDGET", 0)
         monkeypatch.setattr(module, "RING_BUDGET", 12 * 5 * 4)
         assert pick(96, AXES, 4, row_to_column=1 / 3) == ("ring", (12, 4))
-        assert pick(96, AXES, 4, row_to_column=3) == ("ring", (4, 12))
+        assert pick(96, AXES, 4, row_to_column=3.0) == ("ring", (4, 12))
         assert pick(96, AXES, 10_000) == ("ring", (1, 1))
 
 

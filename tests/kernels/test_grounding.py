@@ -63,6 +63,16 @@ def test_whole_batch_equals_the_reference(how):
     assert (out.correct, out.pairs) == (correct, count)
 
 
+def test_the_log_says_which_form_was_picked(caplog):
+    caplog.set_level("INFO", "ovseg_jax")
+    jax.eval_shape(lambda d: loss_of(d, group=None), make())
+    jax.eval_shape(lambda d: loss_of(d, group=None, form="ring", block=(4, 8)), make())
+    assert caplog.messages == [
+        "grounding loss of the whole batch: dense",
+        "grounding loss of the whole batch: ring in blocks of 4 x 8",
+    ]
+
+
 def test_groups_equal_the_reference_on_each_group():
     data = make()
     out = loss_of(data, group=4)
