@@ -1,6 +1,7 @@
 """Images per second of a config's training loader, without any training, beside torch's DataLoader.
 
-    python tests/benchmarks/loader.py --config=configs/openseg.py [--batches=100] [--rounds=3] [--workers=2] [--torch]
+    python tests/benchmarks/loader.py --config=configs/openseg.py [--batches=100] [--rounds=3] [--torch] \
+        [--config.data.workers=2]
 
 Both sides make the same rows, by the same code (reading, decoding, augmentation), with as many worker processes;
 they take turns, and each turn first draws what had been prepared before it. Prints one JSON line; `ratio` is the
@@ -8,6 +9,7 @@ median of ours over theirs. `--torch` needs `pip install -e '.[torch]'`.
 """
 
 import argparse
+import ast
 import importlib.util
 import itertools
 import json
@@ -45,7 +47,7 @@ def torch_batches(config: Any, words: Any, source: Any) -> Iterator[Any]:
 
 
 def measure(
-    config: Any, batches: int = 100, warmup: int = 10, rounds: int = 1, torch: bool = False
+    config: Any, batches: int = 100, warmup: int = 40, rounds: int = 1, torch: bool = False
 ) -> dict[str, float]:
     """Draws batches as fast as they come.
 
@@ -91,23 +93,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/openseg.py", help="FILE.py or FILE.py:key=value,...")
     parser.add_argument("--batches", type=int, default=100)
-    parser.add_argument("--warmup", type=int, default=10)
+    parser.add_argument("--warmup", type=int, default=40, help="more than is prepared ahead")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch_size", type=int, help="in place of batch_size")
-    parser.add_argument("--workers", type=int, help="in place of data.workers")
-    parser.add_argument("--threads", type=int, help="in place of data.threads")
     parser.add_argument("--torch", action="store_true", help="also torch's DataLoader")
-    args = parser.parse_args()
+    args, overrides = parser.parse_known_args()
     path, _, arg = args.config.partition(":")
     spec = importlib.util.spec_from_file_location("config", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(arg or None)
-    with config.unlocked():
-        config.batch_size = args.batch_size or config.batch_size
-        for key in ("workers", "threads"):
-            if getattr(args, key) is not None:
-                config.data[key] = getattr(args, key)
+    for override in overrides:
+        key, _, value = override.removeprefix("--config.").partition("=")
+        with config.unlocked():
+            config.update_from_flattened_dict({key: ast.literal_eval(value)})
     measured = measure(config, args.batches, args.warmup, args.rounds, args.torch)
     print(json.dumps({"config": args.config, "batch_size": config.batch_size, **measured}))
 

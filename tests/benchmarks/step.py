@@ -9,8 +9,8 @@ steps on the same batches, in turns of `steps`, so that whatever slows the machi
 median time of a step, images per second, the ratio to the first side, the share of the matrix rate that this
 machine reaches in a large product (MFU; FLOPs counted in the program, those of PyTorch taken to be the same), the
 time until the first step was done (compilation), how far resident memory rose above what it was after the imports,
-and the loss after the first and the last step, which shows that all compute the same thing. On a GPU:
-`--device=cuda`; memory is then the allocator's peak. PyTorch needs `pip install -e '.[torch]'`.
+and the loss after the first step and after the turn that warms up, which shows that all compute the same thing. On a
+GPU: `--device=cuda`; memory is then the allocator's peak. PyTorch needs `pip install -e '.[torch]'`.
 """
 
 import argparse
@@ -269,9 +269,11 @@ def main() -> None:
         for turn in range(args.rounds + 1):
             for row in rows.values():
                 row["pipe"].send(args.steps)
-                seconds, row["last_loss"] = row["pipe"].recv()
-                if turn:  # The first turn warms up.
+                seconds, loss = row["pipe"].recv()
+                if turn:
                     row["times"].append(seconds / args.steps)
+                else:  # This turn warms up.
+                    row["warm_loss"] = loss
         for row in rows.values():
             row["pipe"].send(0)
             row["memory"], row["flops"] = row["pipe"].recv()
@@ -280,7 +282,8 @@ def main() -> None:
     flops, rate = next((row["flops"] for row in rows.values() if row["flops"]), (float("nan"),) * 2)
     print(f"{flops / 1e9:.1f} GFLOP a step; a large product reaches {rate / 1e9:.0f} GFLOP/s")
     print(
-        "| side | ms a step | images/s | time | MFU | first step, s | peak MiB | loss, first | loss, last |"
+        "| side | ms a step | images/s | time | MFU | first step, s | peak MiB "
+        f"| loss, step 1 | loss, step {1 + args.steps} |"
     )
     print("|---" * 9 + "|")
     for side, row in rows.items():
@@ -288,7 +291,7 @@ def main() -> None:
         print(
             f"| {side} | {1e3 * seconds:.1f} | {config.batch_size / seconds:.0f} | {seconds / reference:.2f} "
             f"| {flops / seconds / rate:.0%} | {row['first']:.1f} | {row['memory'] / 2**20:.0f} "
-            f"| {row['first_loss']:.4f} | {row['last_loss']:.4f} |"
+            f"| {row['first_loss']:.4f} | {row['warm_loss']:.4f} |"
         )
 
 
