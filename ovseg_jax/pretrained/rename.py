@@ -1,0 +1,136 @@
+"""From the arrays of a published checkpoint to the parameters of our modules: names, layouts, and nothing left over.
+
+A model family keeps a list of `Rename`s for each format beside its module's name in this package. PyTorch keeps
+dense weights as [out in] and convolutions as [out in h w]; Flax has [in out] and [h w in out], and attention with an
+axis of heads.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax
+import numpy as np
+
+from ovseg_jax.errors import UserError
+
+# An array in our layout; or several, by the text that stands for {} in the target.
+Layout = Callable[[np.ndarray], np.ndarray | dict[str, np.ndarray]]
+
+
+def same(x: np.ndarray) -> np.ndarray:
+    """As it is."""
+    return x
+
+
+def dense(x: np.ndarray) -> np.ndarray:
+    """[out in] to [in out]."""
+    return x.T
+
+
+def conv(x: np.ndarray) -> np.ndarray:
+    """[out in h w] to [h w in out]; of a depthwise one `in` is 1."""
+    return x.transpose(2, 3, 1, 0)
+
+
+def heads_in(heads: int) -> Layout:
+    """Query, key or value: [heads*d in] to [in heads d], bias [heads*d] to [heads d]."""
+    return lambda x: x.reshape(heads, -1) if x.ndim == 1 else x.T.reshape(x.shape[1], heads, -1)
+
+
+def heads_out(heads: int) -> Layout:
+    """The projection behind attention: [out heads*d] to [heads d out]; its bias stays."""
+    return lambda x: x if x.ndim == 1 else x.T.reshape(heads, -1, x.shape[0])
+
+
+def heads_qkv(heads: int) -> Layout:
+    """Query, key and value joined, [3*heads*d in] or [3*heads*d], as three."""
+    split = heads_in(heads)
+    return lambda x: {
+        name: split(part) for name, part in zip(("query", "key", "value"), np.split(x, 3), strict=True)
+    }
+
+
+class Rename(NamedTuple):
+    r"""One kind of array.
+
+    Attributes:
+      pattern: a regex that matches the source's whole name.
+      target: our path, `encoder/block_\1/kernel`, with the pattern's groups; `{}` where the layout gives several. An
+        empty one says that the array is known and not needed.
+      layout: from the source's layout to ours.
+    """
+
+    pattern: str
+    target: str
+    layout: Layout = same
+
+
+def rename(source: Mapping[str, np.ndarray], renames: Iterable[Rename]) -> dict[str, np.ndarray]:
+    """Our arrays by path; each name of the source is taken by the first rename that matches it.
+
+    Raises:
+      UserError: names that nothing matches, or two arrays for one path.
+    """
+    compiled = [(re.compile(r.pattern), r) for r in renames]
+    out: dict[str, np.ndarray] = {}
+    extra = []
+    for name, array in source.items():
+        found = next(((match, r) for pattern, r in compiled if (match := pattern.fullmatch(name))), None)
+        if found is None:
+            extra.append(name)
+            continue
+        match, r = found
+        if not r.target:
+            continue
+        target, arrays = match.expand(r.target), r.layout(array)
+        for part, value in (arrays if isinstance(arrays, dict) else {"": arrays}).items():
+            path = target.replace("{}", part)
+            if path in out:
+                raise UserError(f"two arrays of the checkpoint stand for {path}; one of them is {name}")
+            out[path] = np.ascontiguousarray(value) if value.ndim else value
+    if extra:
+        raise UserError(f"the checkpoint has {_some(extra)} that this model does not know")
+    return out
+
+
+def fit(
+    arrays: Mapping[str, np.ndarray],
+    shapes: Any,
+    *,
+    may_miss: Sequence[str] = (),
+    what: str = "the checkpoint",
+) -> dict[str, Any]:
+    """The arrays as a tree like `shapes`, in its dtypes.
+
+    Args:
+      arrays: by path, such as `params/conv/kernel`.
+      shapes: a tree of nested dicts of arrays or of their shapes.
+      may_miss: regexes of paths that `arrays` may leave out, such as a new head; they are left out of the result too.
+      what: how an error calls the arrays.
+
+    Raises:
+      UserError: missing or extra names, or wrong shapes; it lists them.
+    """
+    expected = flax.traverse_util.flatten_dict(shapes, sep="/")
+    missing = [
+        path
+        for path in expected
+        if path not in arrays and not any(re.search(pattern, path) for pattern in may_miss)
+    ]
+    extra = [path for path in arrays if path not in expected]
+    wrong = [
+        f"{path} is {arrays[path].shape}, not {tuple(leaf.shape)}"
+        for path, leaf in expected.items()
+        if path in arrays and arrays[path].shape != tuple(leaf.shape)
+    ]
+    faults = [f"lacks {_some(missing)}"] * bool(missing) + [f"has {_some(extra)} too many"] * bool(extra)
+    if faults := [*faults, *(f"has a wrong shape: {text}" for text in wrong[:4])]:
+        raise UserError(f"{what} does not fit the model: it {'; it '.join(faults)}")
+    flat = {path: arrays[path].astype(leaf.dtype) for path, leaf in expected.items() if path in arrays}
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _some(names: Sequence[str], count: int = 8) -> str:
+    rest = f" and {len(names) - count} more" if len(names) > count else ""
+    return f"{len(names)} names ({', '.join(names[:count])}{rest})"
