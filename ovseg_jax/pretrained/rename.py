@@ -16,6 +16,7 @@ from ovseg_jax.errors import UserError
 
 # An array in our layout; or several, by the text that stands for {} in the target.
 Layout = Callable[[np.ndarray], np.ndarray | dict[str, np.ndarray]]
+Plain = Callable[[np.ndarray], np.ndarray]
 
 
 def same(x: np.ndarray) -> np.ndarray:
@@ -33,12 +34,12 @@ def conv(x: np.ndarray) -> np.ndarray:
     return x.transpose(2, 3, 1, 0)
 
 
-def heads_in(heads: int) -> Layout:
+def heads_in(heads: int) -> Plain:
     """Query, key or value: [heads*d in] to [in heads d], bias [heads*d] to [heads d]."""
     return lambda x: x.reshape(heads, -1) if x.ndim == 1 else x.T.reshape(x.shape[1], heads, -1)
 
 
-def heads_out(heads: int) -> Layout:
+def heads_out(heads: int) -> Plain:
     """The projection behind attention: [out heads*d] to [heads d out]; its bias stays."""
     return lambda x: x if x.ndim == 1 else x.T.reshape(heads, -1, x.shape[0])
 

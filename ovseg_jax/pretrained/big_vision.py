@@ -1,0 +1,72 @@
+"""big_vision's npz checkpoints, both ways (github.com/google-research/big_vision).
+
+Keys are paths joined by "/". They begin with `params/`, in older files with `opt/target/`, or with nothing; a
+two-tower file has `img/` and `txt/` behind that, and the scalars `t` (log of the scale) and `b` (bias). The blocks of
+a transformer are `encoderblock_{i}`, or under `scan` one `encoderblock` with all of them stacked. Our ViT and
+SigLIP's text tower have big_vision's names, so nothing else has to change.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.pretrained.files import read_arrays
+
+PREFIXES = ("params/", "opt/target/", "")
+TOWERS = ("img", "txt")
+
+
+def read_big_vision(path: str | Path, tower: str = "") -> dict[str, np.ndarray]:
+    """Parameters by path, `params/Transformer/encoderblock_0/...`, loop form.
+
+    Args:
+      path: an npz.
+      tower: "img" or "txt" of a two-tower file, which is left out of the paths; "" takes all there is.
+
+    Raises:
+      UserError: no such file, no such tower in it.
+    """
+    arrays = read_arrays(path)
+    prefix = next(p for p in PREFIXES if any(name.startswith(p) for name in arrays) or not p)
+    own = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+    if tower:
+        own = {k.removeprefix(f"{tower}/"): v for k, v in own.items() if k.startswith(f"{tower}/")}
+        if not own:
+            raise UserError(
+                f"{path} has no tower {tower!r}: its parameters are {', '.join(sorted(arrays)[:3])}, ..."
+            )
+    # Before 2021 the table of positions was a module of its own.
+    own = {k.replace("Transformer/posembed_input/pos_embedding", "pos_embedding"): v for k, v in own.items()}
+    return {f"params/{k}": v for k, v in to_loop(own).items()}
+
+
+def write_big_vision(path: str | Path, arrays: Mapping[str, np.ndarray], *, scan: bool = False) -> None:
+    """Writes parameters by path, `params/img/embedding/kernel`, as an npz that big_vision loads."""
+    np.savez(path, **(to_scan(arrays) if scan else dict(arrays)))  # type: ignore[arg-type]
+
+
+def to_loop(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Stacked blocks one by one; what is no stack stays."""
+    out: dict[str, np.ndarray] = {}
+    for name, array in arrays.items():
+        head, found, tail = name.partition("encoderblock/")
+        if found:
+            out |= {f"{head}encoderblock_{i}/{tail}": layer for i, layer in enumerate(array)}
+        else:
+            out[name] = array
+    return out
+
+
+def to_scan(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inverse of `to_loop`."""
+    stacks: dict[str, dict[int, np.ndarray]] = {}
+    out = {}
+    for name, array in arrays.items():
+        if match := re.fullmatch(r"(.*encoderblock)_(\d+)(/.*)", name):
+            stacks.setdefault(match[1] + match[3], {})[int(match[2])] = array
+        else:
+            out[name] = array
+    return out | {name: np.stack([layers[i] for i in range(len(layers))]) for name, layers in stacks.items()}
