@@ -30,6 +30,9 @@ class ColourMethod:
     def init(self, rng):
         return {"params": {"colours": jnp.array(list(COLOURS.values()), jnp.float32)}}
 
+    def pretrained(self):
+        return {}
+
     def predict(self, variables, image, image_size):
         s, colours = self.stride, variables["params"]["colours"]
         b, h, w, _ = image.shape

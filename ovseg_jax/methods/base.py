@@ -1,4 +1,4 @@
-"""What a method is: four pure functions. The step, the loop, the evaluators and the segmenter know only this."""
+"""What a method is: a handful of pure functions. The step, the loop, the evaluators and the segmenter know only this."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -37,6 +37,9 @@ class Method(Protocol):
 
     def init(self, rng: jax.Array) -> Variables:
         """Makes the variables: `params`, and other collections such as `batch_stats`."""
+
+    def pretrained(self) -> Mapping[str, Any]:
+        """NumPy arrays, in a tree like the variables, that take the place of what `init` draws; {} where none do."""
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
         """The training loss of one global batch: a scalar, and `Aux`."""

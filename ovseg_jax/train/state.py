@@ -1,11 +1,13 @@
 """Everything that a training step changes, and how it is spread over the mesh."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import flax
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from ovseg_jax.methods.base import Method, Variables
@@ -80,6 +82,27 @@ def create_state(method: Method, optimizer: Optimizer, seed: int, shardings: Tra
     return jax.jit(
         lambda: _create(method, optimizer, seed), out_shardings=shardings, compiler_options=options
     )()
+
+
+def start_from(state: TrainState, parts: Mapping[str, Any]) -> TrainState:
+    """The state with published weights in place of what was drawn.
+
+    Args:
+      state: as `create_state` makes it.
+      parts: NumPy arrays in a tree like the variables, with only those leaves that are replaced. Every process has
+        all of them, each device is given its shard.
+    """
+    if not parts:
+        return state
+    variables = flax.traverse_util.flatten_dict(state.variables, keep_empty_nodes=True)
+    for path, array in flax.traverse_util.flatten_dict(parts).items():
+        before = variables[path]
+        whole = np.asarray(array, before.dtype)
+        if whole.shape != before.shape:
+            raise ValueError(f"{'/'.join(path)} is {whole.shape}, not {before.shape}")
+        variables[path] = jax.make_array_from_callback(whole.shape, before.sharding, whole.__getitem__)
+    tree = flax.traverse_util.unflatten_dict(variables)
+    return state.replace(params=tree.pop("params"), model_state=tree)
 
 
 def abstract_state(method: Method, optimizer: Optimizer, seed: int, shardings: TrainState) -> TrainState:

@@ -32,6 +32,9 @@ class LinearMethod:
             "batch_stats": {"mean": jnp.zeros(DIM), "count": jnp.zeros((), jnp.int32)},
         }
 
+    def pretrained(self):
+        return {}
+
     def loss(self, variables, batch, rng):
         params, stats = variables["params"], variables["batch_stats"]
         x = batch["x"] - stats["mean"]

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from fakes import CountingEvaluator, LinearMethod, make_batches, make_config
+from fakes import DIM, CountingEvaluator, LinearMethod, make_batches, make_config
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.train.checkpoints import Checkpoints, load_variables, write_config
@@ -202,3 +202,25 @@ class Closing:
 
     def __exit__(self, *_):
         self.thing.close()
+
+
+@pytest.mark.parametrize("shape", [{"data": 8}, {"data": 1, "fsdp": 8}])
+def test_published_weights_are_where_a_run_starts_and_only_there(tmp_path, shape):
+    kernel, asked = np.full((DIM, DIM), 0.25, np.float64), []
+
+    class Pretrained(LinearMethod):
+        def pretrained(self):
+            asked.append(1)
+            return {"params": {"tower": {"kernel": kernel}}, "batch_stats": {"mean": np.full(DIM, 2.0)}}
+
+    plain = run(tmp_path / "plain", steps=0, mesh=make_mesh(shape))
+    first = run(tmp_path / "own", method=Pretrained(), steps=0, mesh=make_mesh(shape))
+    np.testing.assert_array_equal(first.state.params["tower"]["kernel"], np.float32(kernel))
+    np.testing.assert_array_equal(first.state.model_state["batch_stats"]["mean"], np.full(DIM, 2, np.float32))
+    np.testing.assert_array_equal(
+        first.state.params["layer"]["kernel"], plain.state.params["layer"]["kernel"]
+    )
+    shardings = lambda result: jax.tree.map(lambda x: x.sharding, result.state)
+    assert shardings(first) == shardings(plain)
+    moved = run(tmp_path / "own", method=Pretrained(), steps=5, mesh=make_mesh(shape))
+    assert moved.started == 0 and len(asked) == 1
