@@ -100,6 +100,20 @@ class OpenSeg:
         params = {"image": params, "text": self.text.init(text_rng), "temperature": temperature}
         return {"params": params, **rest}
 
+    def pretrained(self) -> dict[str, Any]:
+        """The backbone's variables where `model.backbone.init` names some, see `pretrained.load`."""
+        init = self.config.model.backbone.get("init", "")
+        if not init:
+            return {}
+        from ovseg_jax.pretrained.load import load
+
+        shapes = jax.eval_shape(self.init, jax.random.key(0))
+        own = {"params": shapes["params"]["image"]["backbone"]}
+        own |= {name: tree["backbone"] for name, tree in shapes.items() if name != "params"}
+        found = load(init, self.net.backbone, own)
+        rest = {name: {"backbone": tree} for name, tree in found.items() if name != "params"}
+        return {"params": {"image": {"backbone": found["params"]}}, **rest}
+
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
         """Eq. 5: grounding loss + α mask loss."""
         network = in_parts(self._see, self.config.get("accumulate", 1))

@@ -31,13 +31,14 @@ def build_backbone(cfg: ConfigDict | Mapping[str, Any], dtype: Any = jnp.float32
 
     Args:
       cfg: `name`, and any attributes of the module that the name does not settle, such as `norm` of a ResNet,
-        `remat`, or `width` of "small".
+        `remat`, or `width` of "small". `init`, the weights that a method starts from, is no affair of the module.
       dtype: compute type; parameters are float32.
 
     Raises:
       UserError: for an unknown name or attribute.
     """
     options = dict(cfg.items())
+    options.pop("init", None)
     name = options.pop("name", None)
     if name not in BACKBONES:
         raise UserError(f"backbone.name is {name!r}; known are {', '.join(BACKBONES)}.")

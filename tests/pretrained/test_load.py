@@ -1,0 +1,76 @@
+"""From a published folder to a method's variables."""
+
+import jax
+import numpy as np
+import pytest
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.models.backbones import build_backbone
+from ovseg_jax.pretrained.files import read_arrays, write_safetensors
+from ovseg_jax.pretrained.load import load
+from tests.extras import require, require_timm
+from tests.methods.test_openseg import make
+
+B0 = {"name": "efficientnet_b0"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An EfficientNet-B0 as timm publishes it, with random weights."""
+    torch, timm = require("torch"), require_timm()
+    torch.manual_seed(0)
+    model = timm.create_model("tf_efficientnet_b0", num_classes=7)
+    path = tmp_path_factory.mktemp("b0")
+    write_safetensors(path / "model.safetensors", {k: v.numpy() for k, v in model.state_dict().items()})
+    return path
+
+
+def shapes_of(module):
+    return jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32))
+
+
+def test_a_method_starts_from_a_published_backbone(folder):
+    method = make(backbone=B0 | {"init": f"timm:{folder}"})
+    shapes, found = jax.eval_shape(method.init, jax.random.key(0)), method.pretrained()
+    assert jax.tree.structure(found["batch_stats"]) == jax.tree.structure(shapes["batch_stats"])
+    assert list(found["params"]) == ["image"] and list(found["params"]["image"]) == ["backbone"]
+    backbone = shapes["params"]["image"]["backbone"]
+    assert jax.tree.structure(found["params"]["image"]["backbone"]) == jax.tree.structure(backbone)
+    kernel = found["params"]["image"]["backbone"]["block_3"]["project_conv"]["kernel"]
+    source = read_arrays(folder)["blocks.2.0.conv_pwl.weight"]
+    np.testing.assert_array_equal(kernel, source.transpose(2, 3, 1, 0))
+
+
+def test_without_an_init_nothing_is_replaced():
+    assert make().pretrained() == {}
+
+
+def test_weights_of_another_architecture_are_refused(folder):
+    b1, resnet = build_backbone({"name": "efficientnet_b1"}), build_backbone({"name": "resnet50"})
+    with pytest.raises(
+        UserError, match=r"read as timm's EfficientNet: .* it lacks \d+ names \(batch_stats/block_"
+    ):
+        load(str(folder), b1, shapes_of(b1))
+    with pytest.raises(
+        UserError, match=r"none of torchvision's or timm's ResNet, transformers' ResNet: it holds"
+    ):
+        load(str(folder), resnet, shapes_of(resnet))
+    small = build_backbone({"name": "small"})
+    with pytest.raises(UserError, match="no published weights are known for a SmallBackbone"):
+        load(str(folder), small, shapes_of(small))
+
+
+def test_one_name_too_many_or_too_few_is_named(folder, tmp_path):
+    module = build_backbone(B0)
+    arrays = dict(read_arrays(folder))
+    stem = arrays.pop("conv_stem.weight")
+    write_safetensors(tmp_path / "less.safetensors", arrays)
+    with pytest.raises(UserError, match=r"lacks 1 names \(params/stem_conv/kernel\)"):
+        load(str(tmp_path / "less.safetensors"), module, shapes_of(module))
+    found = load(str(tmp_path / "less.safetensors"), module, shapes_of(module), may_miss=["stem_conv"])
+    assert "stem_conv" not in found["params"] and "stem_norm" in found["params"]
+    write_safetensors(
+        tmp_path / "more.safetensors", arrays | {"conv_stem.weight": stem, "adapter.weight": stem}
+    )
+    with pytest.raises(UserError, match=r"has 1 names \(adapter.weight\) that this model does not know"):
+        load(str(tmp_path / "more.safetensors"), module, shapes_of(module))
