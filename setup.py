@@ -10,8 +10,16 @@ EXTRAS = {
     "cuda": ["jax[cuda13]>=0.10"],
     # Preparing data sets; TensorFlow also lets clu write TensorBoard files.
     "prepare": ["tensorflow-datasets>=4.9.10", "array_record", "tensorflow"],
+    # Tokenisers of published text towers, and the hub that the weights are on.
+    "pretrained": ["huggingface_hub", "sentencepiece", "tokenizers"],
     # References that the towers are held to. torchvision belongs to exactly one version of torch.
-    "torch": ["torch==2.13.0", "torchvision==0.28.0", "transformers>=4.50", "timm>=1.0", "open_clip_torch>=3"],
+    "torch": [
+        "torch==2.13.0",
+        "torchvision==0.28.0",
+        "transformers>=4.50",
+        "timm>=1.0",
+        "open_clip_torch>=3",
+    ],
     "spacy": ["spacy"],
     "nltk": ["nltk"],
     "test": [

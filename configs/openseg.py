@@ -15,12 +15,22 @@ from ml_collections import ConfigDict
 from ovseg_jax.config import parse_arg
 from ovseg_jax.errors import UserError
 
-# Table 3 and 4.1: learning rate, and steps for (COCO, COCO and Localized Narratives). Only the random start can be
-# run as it is: loading of the other two is not there yet, and ALIGN's own weights were never released.
+# Table 3 and 4.1: learning rate, and steps for (COCO, COCO and Localized Narratives). ALIGN's own weights, of the
+# paper's best rows, were never released: the released model started from noisy student.
 INITS = {
     "scratch": (0.32, (180_000, 180_000)),
     "noisy_student": (0.08, (60_000, 60_000)),
     "align": (0.005, (30_000, 60_000)),
+}
+# Published weights of each backbone, and of the text towers; see pretrained/hub.py for other places.
+WEIGHTS = {
+    "efficientnet_b7": "timm:tf_efficientnet_b7.ns_jft_in1k",
+    "resnet101": "timm:resnet101.tv_in1k",
+    "resnet50": "timm:resnet50.tv_in1k",
+}
+TEXT_TOWERS = {
+    "clip": ("clip_vitl14_336", "hf:openai/clip-vit-large-patch14-336", 768),  # of the released model
+    "bert": ("bert_large", "hf:google-bert/bert-large-uncased", 1024),  # 4.1's architecture
 }
 
 
@@ -36,9 +46,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
         size="",  # tiny: a small network and few steps, for any data
         narratives="",  # a folder of images and captions (README: train on your own data) mixed in by half
         backbone="efficientnet_b7",  # 4.1; resnet101 in Table 2
-        init="scratch",
+        init="noisy_student",  # scratch; for ResNets ImageNet's weights, whatever the name
+        weights="",  # where they are, if not on the hub: a folder or file
+        text="clip",  # the frozen text encoder: clip | bert; learned: words learn their vectors
+        text_weights="",  # where it is, if not on the hub: a folder with weights and tokeniser
+        vectors="",  # an .npz of `words` and `vectors`: a frozen encoder that knows these words only
         method="openseg",  # lseg: the per-pixel supervised baseline of 4.3, LSeg+
-        vectors="",  # an .npz of `words` and `vectors` of a text tower: the frozen text encoder of 4.1
         contrast="unsync",  # 4.1; sync in appendix F and in the strongest rows of Table 2
         captions="noun+adj",  # Table 5: all | noun+adj+verb | noun+adj
         seed=0,
@@ -63,7 +76,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
             # Bounded for the sake of eq. 6, which is not used here.
             config.loss.update(dict(temperature=0.05, temperature_bounds=(0.01, 1.0)))
     if args.vectors:
-        config.text.update(dict(learned=False, vectors=args.vectors))
+        config.text = dict(learned=False, vectors=args.vectors)
+    if not config.text.get("learned", False):
         config.optimizer.frozen = ("^text/",)
     config.seed = args.seed
     config.method = args.method
@@ -176,10 +190,17 @@ def paper(args: ConfigDict) -> ConfigDict:
     """The recipe of 4.1 on COCO's layout, or on a folder of your own."""
     if args.init not in INITS:
         raise UserError(f"init={args.init}: known are {', '.join(INITS)}")
-    if args.init != "scratch":
-        raise UserError(
-            f"init={args.init}: pretrained backbones cannot be loaded yet; leave it out, or say init=scratch"
-        )
+    if args.init == "align":
+        raise UserError("init=align: ALIGN's weights were never released; leave it out, or say init=scratch")
+    if args.text not in (*TEXT_TOWERS, "learned"):
+        raise UserError(f"text={args.text}: known are {', '.join(TEXT_TOWERS)}, learned")
+    init = "" if args.init == "scratch" else args.weights or WEIGHTS.get(args.backbone, "")
+    if args.init != "scratch" and not init:
+        raise UserError(f"backbone={args.backbone} needs weights=FOLDER, or init=scratch")
+    text, embed_dim = dict(learned=True, vectors=""), 640  # 4.1
+    if args.text != "learned":
+        tower, where, embed_dim = TEXT_TOWERS[args.text]
+        text = dict(tower=tower, init=args.text_weights or where)
     learning_rate, steps = INITS[args.init]
     train, validation = sources(args)
     evals = {}
@@ -197,11 +218,11 @@ def paper(args: ConfigDict) -> ConfigDict:
             profile="",  # FIRST:STOP, steps to trace for XProf
             mesh=dict(data=-1, fsdp=1),
             model=dict(
-                backbone=dict(name=args.backbone, remat="all"),
+                backbone=dict(name=args.backbone, init=init, remat="all"),
                 mean=(128 / 255,) * 3,  # the released demo's normalisation
                 std=(128 / 255,) * 3,
                 width=640,  # 4.1
-                embed_dim=640,
+                embed_dim=embed_dim,
                 num_queries=128,  # Table 1
                 decoder_layers=3,  # appendix C
                 decoder_heads=1,  # ours
@@ -216,8 +237,7 @@ def paper(args: ConfigDict) -> ConfigDict:
                 remat="products",
                 dtype="bfloat16",  # ours
             ),
-            # 4.1 has a frozen BERT-Large: see `vectors` above. Without such a file the words are learned.
-            text=dict(learned=True, vectors=""),
+            text=text,
             loss=dict(
                 mask_weight=1.0,  # α of eq. 5; the paper gives no value: ours
                 grounding_weight=1.0,
@@ -292,6 +312,7 @@ def shrink(config: ConfigDict) -> None:
         )
     )
     config.model.backbone = dict(name="small", width=48, levels=4)
+    config.text = dict(learned=True, vectors="")  # Nothing to download.
     config.loss.group = 8
     config.optimizer.update(dict(name="adamw", learning_rate=2e-3, warmup_steps=10, weight_decay=1e-3))
     config.data.update(dict(image_size=128, max_masks=32, min_count=1, workers=0))

@@ -67,13 +67,42 @@ def test_the_papers_numbers():
     out = load("openseg", "data=coco,data_dir=x,narratives=y")
     assert (out.model.width, out.model.num_queries, out.model.decoder_layers) == (640, 128, 3)
     assert (out.batch_size, out.loss.group, out.data.image_size) == (1024, 16, 640)
-    assert (out.optimizer.learning_rate, out.steps, out.optimizer.weight_decay) == (0.32, 180_000, 1e-5)
+    assert (out.optimizer.learning_rate, out.steps, out.optimizer.weight_decay) == (0.08, 60_000, 1e-5)
+    assert out.model.backbone.init == "timm:tf_efficientnet_b7.ns_jft_in1k"
+    assert (out.text.tower, out.model.embed_dim) == ("clip_vitl14_336", 768)
+    scratch = load("openseg", "data=coco,data_dir=x,init=scratch,text=learned")
+    assert (scratch.optimizer.learning_rate, scratch.steps) == (0.32, 180_000)
+    assert scratch.model.backbone.init == "" and scratch.text.learned and scratch.model.embed_dim == 640
     assert tuple(out.data.scale_jitter) == (0.8, 1.2)
     assert out.data.keep_prob == 0.75
     assert len(out.data.train) == 2
 
 
-@pytest.mark.parametrize("arg", ["data=imagenet", "size=huge", "data=coco,init=magic", "sizee=tiny"])
+def test_weights_may_lie_in_a_folder():
+    out = load(
+        "openseg", "data=coco,data_dir=x,weights=/w/b7,text=bert,text_weights=/w/bert,backbone=resnet101"
+    )
+    assert (out.model.backbone.init, out.text.init, out.text.tower) == ("/w/b7", "/w/bert", "bert_large")
+    assert (
+        load("openseg", "data=coco,data_dir=x,backbone=resnet101").model.backbone.init
+        == "timm:resnet101.tv_in1k"
+    )
+    tiny = load("openseg", "data=coco,data_dir=x,size=tiny")
+    assert "init" not in tiny.model.backbone and tiny.text.learned and "frozen" not in tiny.optimizer
+
+
+@pytest.mark.parametrize(
+    "arg",
+    [
+        "data=imagenet",
+        "size=huge",
+        "data=coco,init=magic",
+        "data=coco,init=align",
+        "data=coco,text=sound",
+        "data=coco,backbone=efficientnet_b0",
+        "sizee=tiny",
+    ],
+)
 def test_a_wrong_choice_is_a_sentence(arg):
     with pytest.raises(UserError):
         load("openseg", arg)

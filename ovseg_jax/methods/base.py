@@ -1,4 +1,4 @@
-"""What a method is: a handful of pure functions. The step, the loop, the evaluators and the segmenter know only this."""
+"""What a method is: a handful of pure functions. Step, loop, evaluators and segmenter know only this."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable

@@ -29,7 +29,7 @@ class LSeg(OpenSeg):
         trained = [k for k in range(len(classes)) if k not in held_out]
         if not trained:
             raise UserError("lseg: the training data has no class to learn from")
-        self.class_tokens = self.text.tokenize([classes.display(k) for k in trained])
+        self.class_names = [classes.display(k) for k in trained]
         self.class_row = np.full(len(classes) + 1, -1, np.int32)  # the last entry answers for -1, void
         self.class_row[trained] = np.arange(len(trained))
 
@@ -53,7 +53,7 @@ class LSeg(OpenSeg):
         """Of some images: sum of the loss, correct and labelled pixels, and the collections updated."""
         out, mutated = apply_net(self.net, variables, batch, rng)
         params = variables["params"]
-        names = self.text.embed(params["text"], *map(jnp.asarray, self.class_tokens))
+        names = self.text.encode(params["text"], self.class_names)
         tau = bounded(params["temperature"]["region"], *self.loss_config.temperature_bounds)
         target = jnp.asarray(self.class_row)[batch["pixel_classes"]]
         logits = resize(unit(out.pixel_embed) @ names.T / tau, target.shape[1:])

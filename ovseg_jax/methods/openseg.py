@@ -16,6 +16,7 @@ from ovseg_jax.kernels.grounding import grounding_loss
 from ovseg_jax.losses.masks import best_match_dice_loss
 from ovseg_jax.methods.base import Aux, Batch, Prediction, Variables
 from ovseg_jax.models.backbones import build_backbone
+from ovseg_jax.models.frozen_text import FrozenText
 from ovseg_jax.models.openseg import OpenSegFeatures, OpenSegNet
 from ovseg_jax.models.text import embed_words, unit
 from ovseg_jax.models.text_table import TextTable
@@ -70,7 +71,8 @@ class OpenSeg:
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         self.config, self.loss_config = config, config.loss
         self.net = build_net(config)
-        self.text = TextTable(config.text, words, self.net.embed_dim)
+        text = FrozenText if config.text.get("tower") else TextTable
+        self.text = text(config.text, words, self.net.embed_dim)
         frozen = config.get("optimizer", {}).get("frozen", ())
         if not self.text.learned and not any(re.search(pattern, "text/table") for pattern in frozen):
             raise UserError(
@@ -101,10 +103,13 @@ class OpenSeg:
         return {"params": params, **rest}
 
     def pretrained(self) -> dict[str, Any]:
-        """The backbone's variables where `model.backbone.init` names some, see `pretrained.load`."""
+        """What `model.backbone.init` and a frozen text tower give, see `pretrained.load` and `FrozenText`."""
+        params: dict[str, Any] = {}
+        if text := self.text.pretrained():
+            params["text"] = text
         init = self.config.model.backbone.get("init", "")
         if not init:
-            return {}
+            return {"params": params} if params else {}
         from ovseg_jax.pretrained.load import load
 
         shapes = jax.eval_shape(self.init, jax.random.key(0))
@@ -112,7 +117,7 @@ class OpenSeg:
         own |= {name: tree["backbone"] for name, tree in shapes.items() if name != "params"}
         found = load(init, self.net.backbone, own)
         rest = {name: {"backbone": tree} for name, tree in found.items() if name != "params"}
-        return {"params": {"image": {"backbone": found["params"]}}, **rest}
+        return {"params": {**params, "image": {"backbone": found["params"]}}, **rest}
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
         """Eq. 5: grounding loss + α mask loss."""
@@ -171,8 +176,7 @@ class OpenSeg:
 
     def embed_text(self, variables: Variables, texts: Sequence[str]) -> Float[Array, "k d"]:
         """Unit vectors of names and phrases."""
-        ids, valid = self.text.tokenize(texts)
-        return self.text.embed(variables["params"]["text"], jnp.asarray(ids), jnp.asarray(valid))
+        return self.text.encode(variables["params"]["text"], texts)
 
 
 def image_variables(variables: Variables) -> Variables:

@@ -1,7 +1,8 @@
 """Backbones by name. All share one interface.
 
 `module(x: Float[Array, "b h w 3"], train) -> {"c2": ..., "c3": ..., "c4": ..., "c5": ...}`: maps at strides
-4, 8, 16, 32, of ceil(h/stride) x ceil(w/stride). A module with fewer levels leaves out the coarse ones.
+4, 8, 16, 32, of ceil(h/stride) x ceil(w/stride). A module with fewer levels leaves out the coarse ones; one that gives
+more than maps, such as CLIP's pooled embedding, has other names for it.
 """
 
 import dataclasses
@@ -13,16 +14,20 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.models import efficientnet, resnet
+from ovseg_jax.models import clip_resnet, efficientnet, resnet, swin
+from ovseg_jax.models.clip_resnet import ClipResNet
 from ovseg_jax.models.efficientnet import EfficientNet
 from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.small import SmallBackbone
+from ovseg_jax.models.swin import Swin
 
 # Name -> (module, what the name stands for).
 BACKBONES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "small": (SmallBackbone, {}),
     **{name: (ResNet, {"stage_sizes": sizes}) for name, sizes in resnet.STAGES.items()},
     **{name: (EfficientNet, {"width": w, "depth": d}) for name, (w, d) in efficientnet.SCALING.items()},
+    **{name: (ClipResNet, fields) for name, fields in clip_resnet.PRESETS.items()},
+    **{name: (Swin, fields) for name, fields in swin.PRESETS.items()},
 }
 
 

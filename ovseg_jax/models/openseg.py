@@ -13,6 +13,9 @@ from ovseg_jax.models.mask_decoder import RegionDecoder
 from ovseg_jax.models.remat import rematerialise
 
 
+LEVELS = ("c2", "c3", "c4", "c5")
+
+
 class OpenSegFeatures(NamedTuple):
     """What the network computes, every intermediate that somebody may want.
 
@@ -87,7 +90,7 @@ class OpenSegNet(nn.Module):
     ) -> OpenSegFeatures:
         """Encodes images that fill `image_size` (height, width) of their canvas."""
         x = normalise(image, image_size, self.mean, self.std, self.dtype)
-        features = self.backbone(x, train=train)
+        features = {k: v for k, v in self.backbone(x, train=train).items() if k in LEVELS}
         again = partial(rematerialise, policy=self.remat)
         pyramid = again(FusedPyramid)(self.width, self.pyramid_output_conv, self.dtype, name="pyramid")
         fused = pyramid(features)

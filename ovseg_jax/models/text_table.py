@@ -113,11 +113,14 @@ class TextTable:
             )
         return found
 
-    def embed(
-        self, params: dict[str, Array], ids: Int[Array, "k l"], valid: Bool[Array, "k l"]
-    ) -> Float[Array, "k d"]:
-        """Unit vectors of tokenised texts."""
-        return embed_phrases(params["table"], ids, valid)
+    def encode(self, params: dict[str, Array], texts: Sequence[str]) -> Float[Array, "k d"]:
+        """Unit vectors of texts; raises what `tokenize` does."""
+        ids, valid = self.tokenize(texts)
+        return embed_phrases(params["table"], jnp.asarray(ids), jnp.asarray(valid))
+
+    def pretrained(self) -> dict[str, np.ndarray]:
+        """Nothing: what a file holds, `init` reads."""
+        return {}
 
 
 def _forms(token: str) -> list[str]:

@@ -24,7 +24,8 @@ def read_big_vision(path: str | Path, tower: str = "") -> dict[str, np.ndarray]:
 
     Args:
       path: an npz.
-      tower: "img" or "txt" of a two-tower file, which is left out of the paths; "" takes all there is.
+      tower: "img" or "txt" of a two-tower file, which is left out of the paths; a file of one tower is taken as it
+        is, and "" takes all there is.
 
     Raises:
       UserError: no such file, no such tower in it.
@@ -32,7 +33,7 @@ def read_big_vision(path: str | Path, tower: str = "") -> dict[str, np.ndarray]:
     arrays = read_arrays(path)
     prefix = next(p for p in PREFIXES if any(name.startswith(p) for name in arrays) or not p)
     own = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-    if tower:
+    if tower and any(k.startswith(tuple(f"{t}/" for t in TOWERS)) for k in own):
         own = {k.removeprefix(f"{tower}/"): v for k, v in own.items() if k.startswith(f"{tower}/")}
         if not own:
             raise UserError(

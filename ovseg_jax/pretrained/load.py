@@ -9,12 +9,21 @@ import flax.linen as nn
 import numpy as np
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.models.clip_resnet import ClipResNet
 from ovseg_jax.models.efficientnet import EfficientNet
+from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.resnet import ResNet
-from ovseg_jax.pretrained import efficientnet, resnet
+from ovseg_jax.models.swin import Swin
+from ovseg_jax.models.text_towers import Bert, CLIPText, SiglipText
+from ovseg_jax.models.vit import ViT
+from ovseg_jax.pretrained import clip_resnet, efficientnet, eva, resnet, swin, text, vit
+from ovseg_jax.pretrained.big_vision import read_big_vision
 from ovseg_jax.pretrained.files import read_arrays
 from ovseg_jax.pretrained.hub import find
 from ovseg_jax.pretrained.rename import Rename, fit, rename
+
+# Which half of an image-text model of big_vision is meant.
+TOWERS: dict[type[nn.Module], str] = {ViT: "img", SiglipText: "txt"}
 
 
 def load(
@@ -35,26 +44,66 @@ def load(
       UserError: weights that are not there, cannot be read, are of another architecture or of another shape.
     """
     path = find(init)
-    arrays = read_arrays(path)
-    format_, renames = recognise(arrays, formats(module), path)
+    if path.suffix == ".npz":
+        format_, renames = "big_vision's", None
+        arrays = read_big_vision(path, TOWERS.get(type(module), ""))
+    else:
+        arrays = read_arrays(path)
+        format_, renames = recognise(arrays, formats(module), path)
     try:
-        return fit(rename(arrays, renames), shapes, may_miss=may_miss)
+        ours = arrays if renames is None else rename(arrays, renames)
+        return fit(ours, shapes, may_miss=may_miss)
     except UserError as error:
         raise UserError(f"init={init}, read as {format_}: {error}") from error
 
 
 def formats(module: nn.Module) -> dict[str, list[Rename]]:
     """The formats in which weights of such a module have been published: name -> renames."""
-    if isinstance(module, ResNet):
-        return {
-            "torchvision's or timm's ResNet": resnet.from_torchvision_resnet(),
-            "transformers' ResNet": resnet.from_hf_resnet(),
-        }
-    if isinstance(module, EfficientNet):
-        return {
-            "timm's EfficientNet": efficientnet.from_timm_efficientnet(module.depth),
-            "transformers' EfficientNet": efficientnet.from_hf_efficientnet(),
-        }
+    match module:
+        case ResNet():
+            return {
+                "torchvision's or timm's ResNet": resnet.from_torchvision_resnet(),
+                "transformers' ResNet": resnet.from_hf_resnet(),
+            }
+        case EfficientNet():
+            return {
+                "timm's EfficientNet": efficientnet.from_timm_efficientnet(module.depth),
+                "transformers' EfficientNet": efficientnet.from_hf_efficientnet(),
+            }
+        case ClipResNet():
+            return {
+                "OpenAI's or open_clip's CLIP": clip_resnet.from_openai_clip_resnet(),
+                "timm's CLIP ResNet": clip_resnet.from_timm_clip_resnet(),
+            }
+        case Swin():
+            return {
+                "timm's Swin": swin.from_timm_swin(module.heads),
+                "the authors' Swin": swin.from_microsoft_swin(module.heads),
+                "transformers' Swin": swin.from_hf_swin(module.heads),
+                "transformers' SwinBackbone": swin.from_hf_swin(module.heads, backbone=True),
+            }
+        case ViT(heads=heads):
+            return {
+                "transformers' CLIP": vit.from_hf_clip(heads),
+                "transformers' ViT": vit.from_hf_vit(heads),
+                "transformers' SigLIP": vit.from_hf_siglip(heads),
+                "OpenAI's or open_clip's CLIP": vit.from_openai_clip(heads),
+                "timm's ViT": vit.from_timm_vit(heads),
+            }
+        case Eva(heads=heads):
+            return {"timm's EVA": eva.from_timm_eva(heads), "BAAI's EVA-CLIP": eva.from_eva_clip(heads)}
+        case CLIPText(heads=heads):
+            return {
+                "transformers' CLIP": text.from_hf_clip_text(heads),
+                "OpenAI's or open_clip's CLIP": text.from_openai_clip_text(heads),
+            }
+        case SiglipText(heads=heads):
+            return {
+                "transformers' SigLIP": text.from_hf_siglip_text(heads),
+                "open_clip's SigLIP": text.from_openai_clip_text(heads),
+            }
+        case Bert(heads=heads):
+            return {"transformers' BERT": text.from_hf_bert(heads, module.pool == "pooler")}
     raise UserError(f"no published weights are known for a {type(module).__name__}")
 
 

@@ -1,5 +1,6 @@
 """Everything that a training step changes, and how it is spread over the mesh."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -102,7 +103,7 @@ def start_from(state: TrainState, parts: Mapping[str, Any]) -> TrainState:
             raise ValueError(f"{'/'.join(path)} is {whole.shape}, not {before.shape}")
         variables[path] = jax.make_array_from_callback(whole.shape, before.sharding, whole.__getitem__)
     tree = flax.traverse_util.unflatten_dict(variables)
-    return state.replace(params=tree.pop("params"), model_state=tree)
+    return dataclasses.replace(state, params=tree.pop("params"), model_state=tree)
 
 
 def abstract_state(method: Method, optimizer: Optimizer, seed: int, shardings: TrainState) -> TrainState:

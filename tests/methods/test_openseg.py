@@ -194,6 +194,15 @@ def test_remat_changes_nothing_but_memory(policy):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1e-3, np.abs(b).max()))
 
 
+@pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0", "clip_rn50", "swin_tiny"])
+def test_any_backbone_will_do(name):
+    method = make(backbone=dict(name=name))
+    variables = jax.eval_shape(method.init, jax.random.key(0))
+    assert variables["params"]["image"]["backbone"]
+    loss, _ = jax.eval_shape(method.loss, variables, batch(), jax.random.key(1))
+    assert loss.shape == ()
+
+
 def test_given_vectors_stay_while_the_image_side_learns(tmp_path):
     vectors = np.random.default_rng(0).normal(size=(len(WORDS), 8)).astype(np.float32)
     np.savez(tmp_path / "vectors.npz", words=np.array(WORDS.words), vectors=vectors)

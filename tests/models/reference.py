@@ -1,8 +1,10 @@
 """For the tests of the backbones: variables without compiling an initialiser, randomised PyTorch models, and
-their weights in Flax's layout."""
+what becomes of their weights here."""
 
 import jax
 import numpy as np
+
+from ovseg_jax.pretrained.rename import fit, rename
 
 
 def init(model, *inputs, seed=0):
@@ -31,7 +33,10 @@ def randomise(model, seed=0):
             module.bias.data.normal_(0, 0.3, generator=generator)
             module.running_mean.normal_(0, 0.3, generator=generator)
             module.running_var.uniform_(0.5, 1.5, generator=generator)
-        elif isinstance(module, torch.nn.Conv2d):
+        elif isinstance(module, torch.nn.LayerNorm):
+            module.weight.data.uniform_(0.5, 1.5, generator=generator)
+            module.bias.data.normal_(0, 0.3, generator=generator)
+        elif isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
             fan_in = module.weight[0].numel()
             module.weight.data.normal_(0, fan_in**-0.5, generator=generator)
             if module.bias is not None:
@@ -39,42 +44,26 @@ def randomise(model, seed=0):
     return model.eval()
 
 
-def conv(module):
-    """[out in/groups k k] to [k k in/groups out]."""
-    params = {"kernel": module.weight.detach().numpy().transpose(2, 3, 1, 0)}
-    if module.bias is not None:
-        params["bias"] = module.bias.detach().numpy()
-    return params
+def load(model, original, renames, *inputs):
+    """The variables of our `model` for `inputs`, from a PyTorch model's by its names: none lacks, none is left over."""
+    state = {name: value.detach().numpy() for name, value in original.state_dict().items()}
+    return fit(rename(state, renames), jax.eval_shape(model.init, jax.random.key(0), *inputs))
 
 
-def norm(module):
-    """(params, batch_stats) of a batch norm."""
-    return (
-        {"scale": module.weight.detach().numpy(), "bias": module.bias.detach().numpy()},
-        {"mean": module.running_mean.numpy(), "var": module.running_var.numpy()},
-    )
+def torch_images(x):
+    """[b h w 3] as PyTorch's [b 3 h w]."""
+    import torch
+
+    return torch.from_numpy(np.array(x).transpose(0, 3, 1, 2))
 
 
-class Variables:
-    """Collects {"params", "batch_stats"} from (path, PyTorch module) pairs."""
-
-    def __init__(self):
-        self.tree = {"params": {}, "batch_stats": {}}
-
-    def _put(self, collection, path, value):
-        *parents, last = path.split("/")
-        node = self.tree[collection]
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = value
-
-    def conv(self, path, module):
-        self._put("params", path, conv(module))
-
-    def norm(self, path, module):
-        params, stats = norm(module)
-        self._put("params", path, params)
-        self._put("batch_stats", path, stats)
+def assert_maps_agree(ours, expected, what):
+    """Each of our maps {name: [b h w c]} against PyTorch's [b c h w], to 1e-4 of its largest value."""
+    assert len(ours) == len(expected)
+    for (name, x), y in zip(ours.items(), expected, strict=True):
+        error = relative_error(x, y.numpy().transpose(0, 2, 3, 1))
+        print(f"{what} {name} {x.shape} max relative error {error:.1e}")
+        assert error < 1e-4
 
 
 def relative_error(ours, reference):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ovseg_jax.models.efficientnet import SCALING, STAGES, EfficientNet, round_blocks, round_channels
+from ovseg_jax.pretrained.efficientnet import from_hf_efficientnet
 from tests.extras import require
 from tests.models import reference
 
@@ -51,24 +52,6 @@ def test_rounding():
     assert [round_blocks(n, 3.1) for n in (1, 2, 3, 4)] == [4, 7, 10, 13]
 
 
-def from_hugging_face(model):
-    """Our variables of a transformers EfficientNetModel, without its top convolution."""
-    out = reference.Variables()
-    out.conv("stem_conv", model.embeddings.convolution)
-    out.norm("stem_norm", model.embeddings.batchnorm)
-    for i, block in enumerate(model.encoder.blocks):
-        if block.expand:
-            out.conv(f"block_{i}/expand_conv", block.expansion.expand_conv)
-            out.norm(f"block_{i}/expand_norm", block.expansion.expand_bn)
-        out.conv(f"block_{i}/depthwise_conv", block.depthwise_conv.depthwise_conv)
-        out.norm(f"block_{i}/depthwise_norm", block.depthwise_conv.depthwise_norm)
-        out.conv(f"block_{i}/se_reduce", block.squeeze_excite.reduce)
-        out.conv(f"block_{i}/se_expand", block.squeeze_excite.expand)
-        out.conv(f"block_{i}/project_conv", block.projection.project_conv)
-        out.norm(f"block_{i}/project_norm", block.projection.project_bn)
-    return out.tree
-
-
 # Hugging Face pads a strided convolution as SAME does at even sizes only, hence multiples of 32.
 @pytest.mark.parametrize(
     "name,size", [("efficientnet_b0", (64, 96)), ("efficientnet_b1", (64, 64)), ("efficientnet_b7", (32, 64))]
@@ -80,22 +63,15 @@ def test_equals_hugging_face(name, size):
         width_coefficient=width, depth_coefficient=depth, hidden_dim=round_channels(1280, width)
     )
     original = reference.randomise(transformers.EfficientNetModel(config))
-    variables = from_hugging_face(original)
     x = images(2, *size)
     with torch.no_grad():
-        pixels = torch.from_numpy(np.array(x).transpose(0, 3, 1, 2))
-        hidden = original(pixels, output_hidden_states=True).hidden_states
+        hidden = original(reference.torch_images(x), output_hidden_states=True).hidden_states
     model = EfficientNet(width, depth)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), x)
-    # Nothing is left out, nothing is left over.
-    assert jax.tree.structure(shapes) == jax.tree.structure(variables)
-    features = jax.jit(model.apply)(variables, x)
+    variables = reference.load(model, original, from_hf_efficientnet(), x)
     # hidden[0] is the stem's; the pyramid takes the last block of stages 2, 3, 5 and 7.
-    ends = np.cumsum([round_blocks(stage.blocks, depth) for stage in STAGES])
-    for key, end in zip(("c2", "c3", "c4", "c5"), ends[[1, 2, 4, 6]], strict=True):
-        error = reference.relative_error(features[key], hidden[end].numpy().transpose(0, 2, 3, 1))
-        print(f"{name} {size} {key} max relative error {error:.1e}")
-        assert error < 1e-4
+    ends = np.cumsum([round_blocks(stage.blocks, depth) for stage in STAGES])[[1, 2, 4, 6]]
+    features = jax.jit(model.apply)(variables, x)
+    reference.assert_maps_agree(features, [hidden[end] for end in ends], f"{name} {size}")
 
 
 @pytest.mark.parametrize("size", [(64, 96), (37, 70)])

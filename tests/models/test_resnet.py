@@ -5,6 +5,7 @@ import pytest
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.resnet import STAGES, ResNet
+from ovseg_jax.pretrained.resnet import from_hf_resnet
 from tests.extras import require
 from tests.models import reference
 
@@ -27,23 +28,6 @@ def test_number_of_parameters(name, expected):
     assert count(shapes["params"]) == expected
 
 
-def from_hugging_face(model):
-    """Our variables of a transformers ResNetModel with bottlenecks."""
-    out = reference.Variables()
-    stem = model.embedder.embedder
-    out.conv("conv1", stem.convolution)
-    out.norm("norm1", stem.normalization)
-    for s, stage in enumerate(model.encoder.stages, start=1):
-        for i, block in enumerate(stage.layers):
-            for j, layer in enumerate(block.layer, start=1):
-                out.conv(f"layer{s}_{i}/conv{j}", layer.convolution)
-                out.norm(f"layer{s}_{i}/norm{j}", layer.normalization)
-            if i == 0:
-                out.conv(f"layer{s}_{i}/downsample_conv", block.shortcut.convolution)
-                out.norm(f"layer{s}_{i}/downsample_norm", block.shortcut.normalization)
-    return out.tree
-
-
 @pytest.mark.parametrize(
     "name,size", [("resnet50", (64, 64)), ("resnet50", (75, 109)), ("resnet101", (96, 64))]
 )
@@ -53,20 +37,12 @@ def test_equals_hugging_face(name, size):
         depths=list(STAGES[name]), layer_type="bottleneck", downsample_in_bottleneck=False
     )
     original = reference.randomise(transformers.ResNetModel(config))
-    variables = from_hugging_face(original)
     x = images(2, *size)
     with torch.no_grad():
-        pixels = torch.from_numpy(np.array(x).transpose(0, 3, 1, 2))
-        expected = original(pixels, output_hidden_states=True).hidden_states[1:]
+        expected = original(reference.torch_images(x), output_hidden_states=True).hidden_states[1:]
     model = ResNet(stage_sizes=STAGES[name])
-    shapes = jax.eval_shape(model.init, jax.random.key(0), x)
-    # Nothing is left out, nothing is left over.
-    assert jax.tree.structure(shapes) == jax.tree.structure(variables)
-    features = jax.jit(model.apply)(variables, x)
-    for key, value in zip(("c2", "c3", "c4", "c5"), expected, strict=True):
-        error = reference.relative_error(features[key], value.numpy().transpose(0, 2, 3, 1))
-        print(f"{name} {size} {key} max relative error {error:.1e}")
-        assert error < 1e-4
+    variables = reference.load(model, original, from_hf_resnet(), x)
+    reference.assert_maps_agree(jax.jit(model.apply)(variables, x), expected, f"{name} {size}")
 
 
 @pytest.mark.parametrize("size", [(64, 96), (37, 70)])

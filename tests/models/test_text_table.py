@@ -1,7 +1,6 @@
 """The text side: lookups, phrases, a frozen table from a file, and what it says of words it never saw."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -18,7 +17,7 @@ def table(**config):
 
 
 def embed(text_table, params, texts):
-    return text_table.embed(params, *map(jnp.asarray, text_table.tokenize(texts)))
+    return text_table.encode(params, texts)
 
 
 def test_a_phrase_is_the_normalised_sum_of_its_words():

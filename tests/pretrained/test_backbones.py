@@ -1,4 +1,4 @@
-"""Published names of backbones that have no test of their own for them: each against the library that gives the names."""
+"""Names of published ResNets and EfficientNets, each against the library that gives the names."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from ovseg_jax.models.resnet import STAGES, ResNet
 from ovseg_jax.pretrained.efficientnet import from_hf_efficientnet, from_timm_efficientnet
 from ovseg_jax.pretrained.rename import fit, rename
 from ovseg_jax.pretrained.resnet import from_hf_resnet, from_torchvision_resnet
-from tests.extras import require, require_timm
+from tests.extras import require
 from tests.models import reference
 
 
@@ -28,7 +28,7 @@ def load_names(model, original, renames):
 
 @pytest.mark.parametrize("size", [(64, 64), (75, 109)])
 def test_resnet_equals_timm(size):
-    timm, torch = require_timm(), require("torch")
+    timm, torch = require("timm"), require("torch")
     blocks = (1, 2, 2, 1)
     original = reference.randomise(timm.models.resnet.ResNet(timm.models.resnet.Bottleneck, blocks))
     x = images(2, *size)
@@ -45,7 +45,7 @@ def test_resnet_equals_timm(size):
     [("efficientnet_b0", (64, 64)), ("efficientnet_b0", (75, 109)), ("efficientnet_b3", (52, 80))],
 )
 def test_efficientnet_equals_timm(name, size):
-    timm, torch = require_timm(), require("torch")
+    timm, torch = require("timm"), require("torch")
     original = reference.randomise(timm.create_model(f"tf_{name}", pretrained=False))
     width, depth = SCALING[name]
     model, x = EfficientNet(width, depth), images(2, *size)
@@ -57,7 +57,7 @@ def test_efficientnet_equals_timm(name, size):
 
 @pytest.mark.parametrize("name", SCALING)
 def test_names_of_every_efficientnet_of_timm(name):
-    timm, torch = require_timm(), require("torch")
+    timm, torch = require("timm"), require("torch")
     width, depth = SCALING[name]
     with torch.device("meta"):
         original = timm.create_model(f"tf_{name}", pretrained=False)
@@ -66,7 +66,7 @@ def test_names_of_every_efficientnet_of_timm(name):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_names_of_the_resnets_of_timm(name):
-    timm, torch = require_timm(), require("torch")
+    timm, torch = require("timm"), require("torch")
     with torch.device("meta"):
         original = timm.create_model(name, pretrained=False)
     load_names(ResNet(stage_sizes=STAGES[name]), original, from_torchvision_resnet())
@@ -87,7 +87,7 @@ def test_names_of_classifiers_of_hugging_face():
 
 
 def test_a_deeper_checkpoint_is_refused():
-    timm, torch = require_timm(), require("torch")
+    timm, torch = require("timm"), require("torch")
     with torch.device("meta"):
         resnet = timm.create_model("resnet101", pretrained=False)
         efficientnet = timm.create_model("tf_efficientnet_b1", pretrained=False)

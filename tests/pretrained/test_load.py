@@ -8,7 +8,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.backbones import build_backbone
 from ovseg_jax.pretrained.files import read_arrays, write_safetensors
 from ovseg_jax.pretrained.load import load
-from tests.extras import require, require_timm
+from tests.extras import require
 from tests.methods.test_openseg import make
 
 B0 = {"name": "efficientnet_b0"}
@@ -17,7 +17,7 @@ B0 = {"name": "efficientnet_b0"}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """An EfficientNet-B0 as timm publishes it, with random weights."""
-    torch, timm = require("torch"), require_timm()
+    torch, timm = require("torch"), require("timm")
     torch.manual_seed(0)
     model = timm.create_model("tf_efficientnet_b0", num_classes=7)
     path = tmp_path_factory.mktemp("b0")

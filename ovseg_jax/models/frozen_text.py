@@ -1,0 +1,105 @@
+"""A published text tower that is never trained, as OpenSeg uses one (papers/004, 3.2 and 4.1)."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.models.text import unit
+from ovseg_jax.models.text_towers import TextOutput, text_tower
+from ovseg_jax.vocab.words import WordList
+
+BATCH = 64
+LENGTH = 77  # tokens at most: names and captions are short, and BERT would take 512
+
+
+class FrozenText:
+    """Every word of the vocabulary is embedded once and looked up in training; other texts when they are asked for.
+
+    The tower is no part of the variables: on the devices of a training run it would take memory for nothing.
+
+    Args:
+      config: `tower`, a name of `text_towers.PRESETS`; `init`, its weights and its tokeniser, see `pretrained.hub`.
+      words: the vocabulary.
+      dim: D of the text space.
+
+    Raises:
+      UserError: an unknown tower, no init, another dimension than the tower's.
+    """
+
+    learned = False
+
+    def __init__(self, config: ConfigDict, words: WordList, dim: int):
+        self.words, self.dim, self.source = words, dim, str(config.get("init", ""))
+        self.tower = text_tower(config.tower)
+        if not self.source:
+            raise UserError(
+                f"text.tower={config.tower} needs text.init, its weights: a folder, or a name of the hub"
+            )
+        width = jax.eval_shape(self._forward)[1].pooled.shape[-1]
+        if width != dim:
+            raise UserError(f"text.tower={config.tower} gives {width} numbers: set model.embed_dim={width}")
+        self._encode: Any = None
+
+    def init(self, rng: jax.Array) -> dict[str, Array]:
+        """The table of words before `pretrained` fills it."""
+        del rng
+        return {"table": jnp.zeros((len(self.words), self.dim))}
+
+    def pretrained(self) -> dict[str, np.ndarray]:
+        """The unit vectors of all words; zeros for the first, which stands for padding."""
+        table = np.asarray(self.encode({}, self.words.words[1:]))
+        return {"table": np.concatenate([np.zeros((1, self.dim), np.float32), table])}
+
+    def encode(self, params: Any, texts: Sequence[str]) -> Float[Array, "k d"]:
+        """Unit vectors of texts, each as it stands: no template (as the released model has it).
+
+        Raises:
+          UserError: no text, or an empty one; weights or tokeniser that cannot be read.
+        """
+        del params
+        # A thread of its own knows neither the mesh in use nor a trace that is going on: this is computed here, at
+        # once, on this process's own device.
+        with ThreadPoolExecutor(1) as thread:
+            return jnp.asarray(thread.submit(self._vectors, texts).result())
+
+    def _vectors(self, texts: Sequence[str]) -> np.ndarray:
+        if not len(texts):
+            raise UserError("no labels were given: name at least one, for example --labels='dog; grass,lawn'")
+        if not all(text.strip() for text in texts):
+            raise UserError("an empty label was given: every label needs at least one word")
+        if self._encode is None:
+            self._encode = self._load()
+        parts = [texts[at : at + BATCH] for at in range(0, len(texts), BATCH)]
+        return np.concatenate([self._encode(part) for part in parts])
+
+    def _forward(self) -> tuple[Any, TextOutput]:
+        ids, valid = jnp.zeros((1, 8), jnp.int32), jnp.ones((1, 8), bool)
+        variables = self.tower.init(jax.random.key(0), ids, valid)
+        out: Any = self.tower.apply(variables, ids, valid)
+        return variables, out
+
+    def _load(self) -> Any:
+        from ovseg_jax.pretrained.hub import find
+        from ovseg_jax.pretrained.load import load
+        from ovseg_jax.vocab.tokenizers import load_tokenizer
+
+        tokenizer = load_tokenizer(find(self.source), length=min(self.tower.length, LENGTH))
+        variables = load(self.source, self.tower, jax.eval_shape(self._forward)[0])
+        tower: Any = self.tower
+        apply = jax.jit(lambda variables, ids, valid: unit(tower.apply(variables, ids, valid).pooled))
+        variables = jax.device_put(variables)
+
+        def encode(texts: Sequence[str]) -> np.ndarray:
+            ids, valid = tokenizer(texts)
+            ids, valid = (np.pad(x, ((0, BATCH - len(texts)), (0, 0))) for x in (ids, valid))
+            valid[len(texts) :, 0] = True  # A row of nothing but padding would divide by zero.
+            return np.asarray(apply(variables, ids, valid))[: len(texts)]
+
+        return encode

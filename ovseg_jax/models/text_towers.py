@@ -1,0 +1,300 @@
+"""Text towers of published models: CLIP's, SigLIP's and BERT.
+
+Parameters follow big_vision's text transformer: `Embed_0`, `pos_embedding` [1 l d], `Encoder_0/encoderblock_{i}` with
+`LayerNorm_{0,1}`, `MultiHeadDotProductAttention_0/{query,key,value,out}` and `MlpBlock_0/Dense_{0,1}`,
+`Encoder_0/encoder_norm`, `head`. ovseg_jax/pretrained/text.py has the names of others.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.models.remat import rematerialise
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+_table_init = nn.initializers.normal(0.02)
+
+
+class TextOutput(NamedTuple):
+    """What a text tower gives back, in its compute type.
+
+    Attributes:
+      pooled: the embedding of the whole text, as the published model gives it; not normalised.
+      tokens: the tokens behind the last layer and its norm.
+    """
+
+    pooled: Float[Array, "b e"]
+    tokens: Float[Array, "b l d"]
+
+
+class _Attention(nn.Module):
+    """Self-attention to valid tokens, causal or not; its softmax is float32 in any case."""
+
+    heads: int
+    causal: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"], valid: Bool[Array, "b l"] | None) -> Float[Array, "b l d"]:
+        width = x.shape[-1]
+        if width % self.heads:
+            raise UserError(f"{self.heads} heads do not divide the text tower's width of {width}")
+        split = partial(nn.DenseGeneral, (self.heads, width // self.heads), dtype=self.dtype)
+        q, k, v = (split(name=name)(x) for name in ("query", "key", "value"))
+        mask = None if valid is None else valid[:, None, None, :]
+        y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=self.causal)
+        return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")(y)
+
+
+class _Mlp(nn.Module):
+    hidden: int
+    activation: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        if self.activation not in ACTIVATIONS:
+            raise UserError(f"activation {self.activation!r}: known are {', '.join(ACTIVATIONS)}")
+        y = ACTIVATIONS[self.activation](nn.Dense(self.hidden, dtype=self.dtype, name="Dense_0")(x))
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="Dense_1")(y)
+
+
+class _Block(nn.Module):
+    """Attention and MLP, each with a norm before it or, in BERT's order (`post_norm`), behind the sum."""
+
+    heads: int
+    hidden: int
+    activation: str
+    epsilon: float
+    dtype: Any
+    causal: bool = False
+    post_norm: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"], valid: Bool[Array, "b l"] | None) -> Float[Array, "b l d"]:
+        norms = [nn.LayerNorm(self.epsilon, self.dtype, name=f"LayerNorm_{i}") for i in range(2)]
+        attention = _Attention(self.heads, self.causal, self.dtype, name="MultiHeadDotProductAttention_0")
+        mlp = _Mlp(self.hidden, self.activation, self.dtype, name="MlpBlock_0")
+        if self.post_norm:
+            x = norms[0](x + attention(x, valid))
+            return norms[1](x + mlp(x))
+        x = x + attention(norms[0](x), valid)
+        return x + mlp(norms[1](x))
+
+
+class _Encoder(nn.Module):
+    """Blocks with the fields `block`, and a norm behind them unless they end in one."""
+
+    layers: int
+    block: Mapping[str, Any]
+    remat: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"], valid: Bool[Array, "b l"] | None) -> Float[Array, "b l d"]:
+        block = rematerialise(_Block, self.remat)
+        for i in range(self.layers):
+            x = block(**self.block, name=f"encoderblock_{i}")(x, valid)
+        norm = nn.LayerNorm(self.block["epsilon"], self.block["dtype"], name="encoder_norm")
+        return x if self.block.get("post_norm") else norm(x)
+
+
+class TextTower(nn.Module):
+    """Tables of tokens and of positions: what the towers below have in common.
+
+    Attributes:
+      vocab_size: rows of the token table.
+      length: rows of the position table: the longest text in tokens; shorter ones are fine.
+      width, layers, heads, mlp_dim: of the encoder; `mlp_dim` is 4 times `width` where it is None.
+      remat: what the backward pass computes again of each block, see `rematerialise`.
+      dtype: compute type; parameters are float32.
+    """
+
+    vocab_size: int = 49408
+    length: int = 77
+    width: int = 512
+    layers: int = 12
+    heads: int = 8
+    mlp_dim: int | None = None
+    remat: str = "none"
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        """The token table, which `embed` and the tower share."""
+        self.Embed_0 = nn.Embed(self.vocab_size, self.width, dtype=self.dtype, embedding_init=_table_init)
+
+    def embed(self, ids: Int[Array, "*n"]) -> Float[Array, "*n d"]:
+        """The token table's rows, without positions; ask for it by `method="embed"`."""
+        return self.Embed_0(ids)
+
+    def _add_positions(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        if x.shape[1] > self.length:
+            raise UserError(f"texts of {x.shape[1]} tokens: this text tower takes {self.length} at most")
+        positions = self.param("pos_embedding", _table_init, (1, self.length, self.width))
+        return x.astype(self.dtype) + positions[:, : x.shape[1]].astype(self.dtype)
+
+    def _encode(self, x: Array, valid: Array | None, **block: Any) -> Float[Array, "b l d"]:
+        block |= dict(heads=self.heads, hidden=self.mlp_dim or 4 * self.width, dtype=self.dtype)
+        return _Encoder(self.layers, block, self.remat, name="Encoder_0")(x, valid)
+
+
+class CLIPText(TextTower):
+    """CLIP's text tower (Radford et al. 2021), which open_clip's and EVA-CLIP's are too.
+
+    Attributes:
+      embed_dim: width of the space that it shares with the images.
+      activation: "quick_gelu" in OpenAI's weights, and in those that others trained with it; else "gelu".
+    """
+
+    embed_dim: int = 512
+    activation: str = "quick_gelu"
+
+    @nn.compact
+    def __call__(
+        self,
+        ids: Int[Array, "b l"] | None,
+        valid: Bool[Array, "b l"] | None = None,
+        embeddings: Float[Array, "b l d"] | None = None,
+    ) -> TextOutput:
+        """Embeds texts, each at its end; attention is causal, so what stands behind that needs no mask.
+
+        Args:
+          ids: tokens; the end of the text is the first of the highest id, CLIP's end-of-text token.
+          valid: tokens up to and including the end; read only where `ids` is None.
+          embeddings: token vectors to use in place of `embed(ids)`, such as learned prompts (CoOp, POMP).
+
+        Raises:
+          UserError: texts too long; neither ids nor embeddings; embeddings without a word on where they end.
+        """
+        if ids is not None:
+            end = jnp.argmax(ids, -1)
+            x = self.embed(ids) if embeddings is None else embeddings
+        elif embeddings is not None and valid is not None:
+            end = valid.shape[1] - 1 - jnp.argmax(valid[:, ::-1], -1)
+            x = embeddings
+        else:
+            raise UserError("CLIPText needs ids, or embeddings and `valid`, which says where a text ends")
+        x = self._add_positions(x)
+        x = self._encode(x, None, activation=self.activation, epsilon=1e-5, causal=True)
+        pooled = jnp.take_along_axis(x, end[:, None, None], 1)[:, 0]
+        return TextOutput(nn.Dense(self.embed_dim, use_bias=False, dtype=self.dtype, name="head")(pooled), x)
+
+
+class SiglipText(TextTower):
+    """SigLIP's text tower (Zhai et al. 2023; big_vision), and SigLIP 2's (Tschannen et al. 2025)."""
+
+    vocab_size: int = 32_000
+    length: int = 64
+    width: int = 768
+    heads: int = 12
+    embed_dim: int = 768
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "b l"], valid: Bool[Array, "b l"] | None = None) -> TextOutput:
+        """Embeds texts, each at its last position, padding or not.
+
+        Args:
+          ids: tokens, padded to the length of the published model, which has seen no other.
+          valid: not read: the published models attend to padding too.
+
+        Raises:
+          UserError: texts too long.
+        """
+        x = self._encode(self._add_positions(self.embed(ids)), None, activation="gelu_tanh", epsilon=1e-6)
+        return TextOutput(nn.Dense(self.embed_dim, dtype=self.dtype, name="head")(x[:, -1]), x)
+
+
+class Bert(TextTower):
+    """BERT (Devlin et al. 2018) for single texts: the token type is 0 throughout.
+
+    Beside the names above it has `type_embedding` [2 d], `embedding_norm` and, where it is asked for, `pooler`.
+
+    Attributes:
+      pool: "cls" gives the first token, "pooler" a dense layer with tanh on it, "mean" the mean of valid tokens.
+    """
+
+    vocab_size: int = 30_522
+    length: int = 512
+    width: int = 768
+    heads: int = 12
+    pool: str = "cls"
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "b l"], valid: Bool[Array, "b l"] | None = None) -> TextOutput:
+        """Embeds texts.
+
+        Args:
+          ids: tokens.
+          valid: which of them are no padding; all where it is None.
+
+        Raises:
+          UserError: texts too long, or another pooling.
+        """
+        if self.pool not in ("cls", "pooler", "mean"):
+            raise UserError(f"pool of BERT is {self.pool!r}; known are cls, pooler, mean")
+        types = self.param("type_embedding", _table_init, (2, self.width))
+        x = self._add_positions(self.embed(ids)) + types[0].astype(self.dtype)
+        x = nn.LayerNorm(1e-12, self.dtype, name="embedding_norm")(x)
+        x = self._encode(x, valid, activation="gelu", epsilon=1e-12, post_norm=True)
+        if self.pool == "mean":
+            where = None if valid is None else valid[..., None]
+            return TextOutput(jnp.mean(x, 1, jnp.float32, where=where).astype(self.dtype), x)
+        pooled = x[:, 0]
+        if self.pool == "pooler":
+            pooled = jnp.tanh(nn.Dense(self.width, dtype=self.dtype, name="pooler")(pooled))
+        return TextOutput(pooled, x)
+
+
+_medium: dict[str, Any] = dict(width=768, heads=12, embed_dim=768)
+_large: dict[str, Any] = dict(width=1024, layers=24, heads=16)
+_so400m: dict[str, Any] = dict(width=1152, layers=27, heads=16, mlp_dim=4304, embed_dim=1152)
+_gelu: dict[str, Any] = dict(activation="gelu")
+_gemma: dict[str, Any] = dict(vocab_size=256_000)
+
+PRESETS: dict[str, tuple[type[TextTower], dict[str, Any]]] = {
+    **dict.fromkeys(("clip_vitb32", "clip_vitb16", "clip_rn101"), (CLIPText, {})),
+    **dict.fromkeys(("clip_vitl14", "clip_vitl14_336", "clip_rn50x16"), (CLIPText, _medium)),
+    "clip_rn50": (CLIPText, dict(embed_dim=1024)),
+    "clip_rn50x4": (CLIPText, dict(width=640, heads=10, embed_dim=640)),
+    "clip_rn50x64": (CLIPText, _large | dict(layers=12, embed_dim=1024)),
+    "eva01_clip_g14": (CLIPText, _medium | _gelu | dict(embed_dim=1024)),
+    "eva02_clip_b16": (CLIPText, _gelu),
+    **dict.fromkeys(("eva02_clip_l14", "eva02_clip_l14_336"), (CLIPText, _medium | _gelu)),
+    "eva02_clip_e14": (CLIPText, _large | _gelu | dict(embed_dim=1024)),
+    "eva02_clip_e14_plus": (CLIPText, _gelu | dict(width=1280, layers=32, heads=20, embed_dim=1024)),
+    "siglip_base": (SiglipText, {}),
+    "siglip_large": (SiglipText, _large | dict(embed_dim=1024)),
+    "siglip_so400m": (SiglipText, _so400m),
+    "siglip_so400m_224": (SiglipText, _so400m | dict(length=16)),
+    "siglip2_base": (SiglipText, _gemma),
+    "siglip2_large": (SiglipText, _large | _gemma | dict(embed_dim=1024)),
+    "siglip2_so400m": (SiglipText, _so400m | _gemma),
+    "siglip2_giant": (SiglipText, _so400m | _gemma | dict(embed_dim=1536)),
+    "bert_base": (Bert, {}),
+    "bert_large": (Bert, _large),
+}
+
+
+def text_tower(name: str, **fields: Any) -> TextTower:
+    """A published tower, random, with some of its fields changed.
+
+    Args:
+      name: a key of PRESETS.
+      **fields: such as `dtype`, `remat`, or `activation="gelu"` for weights that were trained without OpenAI's.
+
+    Raises:
+      UserError: another name.
+    """
+    if name not in PRESETS:
+        raise UserError(f"no text tower is called {name!r}; known are {', '.join(PRESETS)}")
+    tower, published = PRESETS[name]
+    return tower(**(published | fields))

@@ -1,0 +1,315 @@
+"""The Vision Transformer (Dosovitskiy et al. 2020) as DINO, MAE, CLIP, SigLIP and big_vision publish it.
+
+Parameters have the names and layouts of big_vision's ViT: `embedding`, `pos_embedding`, `cls`,
+`Transformer/encoderblock_{i}`, `Transformer/encoder_norm`, `MAPHead_0`, `head`. What it lacks: CLIP's `pre_norm`, and
+a first row of `pos_embedding` for a class token that has a position of its own.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.models.positions import resize_positions
+from ovseg_jax.models.remat import rematerialise
+from ovseg_jax.models.tower import TowerOutput
+
+Fields = dict[str, Any]
+
+GELUS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "exact": lambda x: nn.gelu(x, approximate=False),
+    "tanh": lambda x: nn.gelu(x, approximate=True),
+    "quick": lambda x: x * nn.sigmoid(1.702 * x),
+}
+CLS = ("none", "plain", "placed")
+POOLS = ("cls", "mean", "map")
+
+kernel_init = nn.initializers.xavier_uniform()
+
+
+class Attention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017); parameters like those of Flax's MultiHeadDotProductAttention.
+
+    Attributes:
+      heads: number of heads; divides the width.
+      dtype: compute type.
+    """
+
+    heads: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, queries: Float[Array, "b q d"], values: Float[Array, "b n d"]
+    ) -> Float[Array, "b q d"]:
+        """Each query gathers from all values."""
+        width = queries.shape[-1]
+
+        def project(x: jax.Array, name: str) -> jax.Array:
+            shape = (self.heads, width // self.heads)
+            return nn.DenseGeneral(shape, dtype=self.dtype, kernel_init=kernel_init, name=name)(x)
+
+        gathered = jax.nn.dot_product_attention(
+            project(queries, "query"), project(values, "key"), project(values, "value")
+        )
+        return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, kernel_init=kernel_init, name="out")(
+            gathered
+        )
+
+
+class MlpBlock(nn.Module):
+    """Dense, GELU, dense back to the width of the input.
+
+    Attributes:
+      mlp_dim: width inside.
+      gelu: see `ViT`.
+      dtype: compute type.
+    """
+
+    mlp_dim: int
+    gelu: str
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """Maps each token."""
+        inits: Fields = dict(
+            kernel_init=kernel_init, bias_init=nn.initializers.normal(1e-6), dtype=self.dtype
+        )
+        y = GELUS[self.gelu](nn.Dense(self.mlp_dim, name="Dense_0", **inits)(x))
+        return nn.Dense(x.shape[-1], name="Dense_1", **inits)(y)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to its input. Attributes: see `ViT`."""
+
+    heads: int
+    mlp_dim: int
+    gelu: str
+    epsilon: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """Maps tokens to tokens."""
+        y = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="LayerNorm_0")(x)
+        x = x + Attention(self.heads, self.dtype, name="MultiHeadDotProductAttention_0")(y, y)
+        y = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="LayerNorm_1")(x)
+        return x + MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")(y)
+
+
+class Transformer(nn.Module):
+    """Blocks and a final norm. Attributes: see `ViT`."""
+
+    depth: int
+    heads: int
+    mlp_dim: int
+    gelu: str
+    epsilon: float
+    taps: tuple[int, ...]
+    remat: str
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n d"]
+    ) -> tuple[Float[Array, "b n d"], dict[int, Float[Array, "b n d"]]]:
+        """The normed tokens behind the last block, and the tokens behind each block of `taps`."""
+        block_type = rematerialise(Block, self.remat)
+        tapped = {}
+        for i in range(self.depth):
+            name = f"encoderblock_{i}"
+            x = block_type(self.heads, self.mlp_dim, self.gelu, self.epsilon, self.dtype, name=name)(x)
+            if i in self.taps:
+                tapped[i] = x
+        return nn.LayerNorm(self.epsilon, dtype=self.dtype, name="encoder_norm")(x), tapped
+
+
+class MAPHead(nn.Module):
+    """Pooling by one learned query (Zhai et al., Scaling Vision Transformers, 2021). Attributes: see `ViT`."""
+
+    heads: int
+    mlp_dim: int
+    gelu: str
+    epsilon: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
+        """Gathers all tokens into one."""
+        probe = self.param("probe", kernel_init, (1, 1, x.shape[-1]))
+        probe = jnp.broadcast_to(probe.astype(self.dtype), (x.shape[0], 1, x.shape[-1]))
+        x = Attention(self.heads, self.dtype, name="MultiHeadDotProductAttention_0")(probe, x)
+        y = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="LayerNorm_0")(x)
+        return (x + MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")(y))[:, 0]
+
+
+class ViT(nn.Module):
+    """A Vision Transformer for images of any size.
+
+    Attributes:
+      patch: side of a patch in pixels.
+      width: channels of a token.
+      depth: number of blocks.
+      heads: number of attention heads; divides `width`.
+      mlp_dim: width inside the MLPs.
+      grid: rows and columns of the position table; for other images it is resized.
+      resize: how, see `resize_positions`.
+      cls: the class token: "none"; "plain", which has no position (big_vision); "placed", for which the position
+        table has a row in front of the others (DINO, MAE, CLIP).
+      pool: what the image's embedding is made of: "cls", the class token; "mean", that of the patch tokens; "map", a
+        learned query's answer (`MAPHead`). All behind the final norm.
+      pre_norm: CLIP's: a norm in front of the blocks, and patches without a bias.
+      gelu: "exact"; "tanh", its approximation; "quick", x sigmoid(1.702 x).
+      epsilon: of all layer norms.
+      embed_dim: channels of the embedding, by the projection `head`; 0 is none, and the embedding has `width`.
+      head_bias: whether that projection has a bias (big_vision: yes, CLIP: no).
+      taps: numbers of the blocks, from 0, whose tokens are returned.
+      remat: what the backward pass computes again of each block, see `rematerialise`.
+      dtype: compute type; parameters are float32.
+    """
+
+    patch: int = 16
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_dim: int = 3072
+    grid: tuple[int, int] = (14, 14)
+    resize: str = "bicubic"
+    cls: str = "placed"
+    pool: str = "cls"
+    pre_norm: bool = False
+    gelu: str = "exact"
+    epsilon: float = 1e-6
+    embed_dim: int = 0
+    head_bias: bool = True
+    taps: tuple[int, ...] = ()
+    remat: str = "none"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "b h w 3"], train: bool = False) -> TowerOutput:
+        """Computes the embedding, the tokens and the taps.
+
+        Args:
+          image: normalised images; their sides are multiples of `patch`.
+          train: makes no difference: none of these models is published with dropout.
+
+        Raises:
+          UserError: sides that are no multiples of the patch, or fields that do not fit each other.
+        """
+        self._check_fields()
+        _check_sides(image.shape[1], image.shape[2], self.patch)
+        x = nn.Conv(
+            self.width,
+            (self.patch, self.patch),
+            strides=self.patch,
+            padding="VALID",
+            use_bias=not self.pre_norm,
+            dtype=self.dtype,
+            name="embedding",
+        )(image.astype(self.dtype))
+        b, h, w, _ = x.shape
+
+        first = int(self.cls == "placed")
+        rows, columns = self.grid
+        table_init = nn.initializers.normal(self.width**-0.5)
+        table = self.param("pos_embedding", table_init, (1, first + rows * columns, self.width))
+        patches = table[0, first:].reshape(rows, columns, self.width)
+        x = x + resize_positions(patches, (h, w), self.resize).astype(self.dtype)
+        x = x.reshape(b, h * w, self.width)
+        if self.cls != "none":
+            cls = self.param("cls", nn.initializers.zeros, (1, 1, self.width))
+            cls = cls + table[:, :1] if self.cls == "placed" else cls
+            x = jnp.concatenate([jnp.broadcast_to(cls.astype(self.dtype), (b, 1, self.width)), x], axis=1)
+        if self.pre_norm:
+            x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="pre_norm")(x)
+
+        same = (self.heads, self.mlp_dim, self.gelu, self.epsilon)
+        x, tapped = Transformer(
+            self.depth, *same, self.taps, self.remat, dtype=self.dtype, name="Transformer"
+        )(x)
+
+        def places(tokens: jax.Array) -> jax.Array:
+            return tokens[:, int(self.cls != "none") :].reshape(b, h, w, self.width)
+
+        if self.pool == "map":
+            pooled = MAPHead(*same, dtype=self.dtype, name="MAPHead_0")(x)
+        else:
+            pooled = x[:, 0] if self.pool == "cls" else places(x).mean((1, 2))
+        if self.embed_dim:
+            pooled = nn.Dense(self.embed_dim, use_bias=self.head_bias, dtype=self.dtype, name="head")(pooled)
+        return TowerOutput(pooled, places(x), {i: places(tokens) for i, tokens in tapped.items()})
+
+    def _check_fields(self) -> None:
+        _check("cls", self.cls, CLS)
+        _check("pool", self.pool, POOLS)
+        _check("gelu", self.gelu, tuple(GELUS))
+        if self.pool != "mean" and (self.pool == "cls") != (self.cls != "none"):
+            raise UserError(f"pool={self.pool!r} of the ViT does not go with cls={self.cls!r}")
+        if self.width % self.heads:
+            raise UserError(f"the ViT's width {self.width} is no multiple of its {self.heads} heads")
+        if missing := [i for i in self.taps if i not in range(self.depth)]:
+            raise UserError(f"taps of the ViT name blocks {missing}; there are 0 to {self.depth - 1}")
+
+
+def _check(field: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"{field} of the ViT is {value!r}; known are {', '.join(known)}")
+
+
+def _check_sides(height: int, width: int, patch: int) -> None:
+    if height % patch or width % patch:
+        raise UserError(
+            f"an image of {height} x {width} pixels cannot be cut into patches of {patch} x {patch}: "
+            f"resize or pad it to multiples of {patch}"
+        )
+
+
+_S: Fields = dict(width=384, depth=12, heads=6, mlp_dim=1536)
+_B: Fields = dict(width=768, depth=12, heads=12, mlp_dim=3072)
+_L: Fields = dict(width=1024, depth=24, heads=16, mlp_dim=4096)
+_H: Fields = dict(width=1280, depth=32, heads=16, mlp_dim=5120)
+_SO400M: Fields = dict(width=1152, depth=27, heads=16, mlp_dim=4304)
+_DINO: Fields = dict(resize="dino")
+_CLIP: Fields = dict(pre_norm=True, gelu="quick", epsilon=1e-5, head_bias=False)
+# open_clip's own models (LAION, DataComp) are CLIP's but for the GELU.
+_OPEN_CLIP: Fields = dict(_CLIP, gelu="exact")
+_SIGLIP: Fields = dict(gelu="tanh", resize="bilinear", cls="none", pool="map")
+
+# Fields of `ViT` by model: `ViT(**PRESETS["dino_vits8"])`. A number at the end is the image's side, if not 224. 384 is
+# no multiple of so400m's patch: the published model leaves the last pixels out and sees 378.
+PRESETS: dict[str, Fields] = {
+    # Caron et al., Emerging Properties in Self-Supervised Vision Transformers, 2021.
+    "dino_vits8": dict(_S, **_DINO, patch=8, grid=(28, 28)),
+    "dino_vits16": dict(_S, **_DINO, patch=16, grid=(14, 14)),
+    "dino_vitb8": dict(_B, **_DINO, patch=8, grid=(28, 28)),
+    "dino_vitb16": dict(_B, **_DINO, patch=16, grid=(14, 14)),
+    # He et al., Masked Autoencoders Are Scalable Vision Learners, 2022: the encoder, which sees all patches.
+    "mae_vitb16": dict(_B, patch=16, grid=(14, 14)),
+    "mae_vitl16": dict(_L, patch=16, grid=(14, 14)),
+    "mae_vith14": dict(_H, patch=14, grid=(16, 16)),
+    # Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021.
+    "clip_vitb32": dict(_B, **_CLIP, patch=32, grid=(7, 7), embed_dim=512),
+    "clip_vitb16": dict(_B, **_CLIP, patch=16, grid=(14, 14), embed_dim=512),
+    "clip_vitl14": dict(_L, **_CLIP, patch=14, grid=(16, 16), embed_dim=768),
+    "clip_vitl14_336": dict(_L, **_CLIP, patch=14, grid=(24, 24), embed_dim=768),
+    # Cherti et al., Reproducible Scaling Laws for Contrastive Language-Image Learning, 2023.
+    "openclip_vitb32": dict(_B, **_OPEN_CLIP, patch=32, grid=(7, 7), embed_dim=512),
+    "openclip_vitb16": dict(_B, **_OPEN_CLIP, patch=16, grid=(14, 14), embed_dim=512),
+    "openclip_vitl14": dict(_L, **_OPEN_CLIP, patch=14, grid=(16, 16), embed_dim=768),
+    "openclip_vith14": dict(_H, **_OPEN_CLIP, patch=14, grid=(16, 16), embed_dim=1024),
+    # Zhai et al., Sigmoid Loss for Language Image Pre-Training, 2023; SigLIP 2 (2025) has the same image towers.
+    "siglip_vitb16": dict(_B, **_SIGLIP, patch=16, grid=(14, 14)),
+    "siglip_vitb16_256": dict(_B, **_SIGLIP, patch=16, grid=(16, 16)),
+    "siglip_vitb16_384": dict(_B, **_SIGLIP, patch=16, grid=(24, 24)),
+    "siglip_vitb16_512": dict(_B, **_SIGLIP, patch=16, grid=(32, 32)),
+    "siglip_vitl16_256": dict(_L, **_SIGLIP, patch=16, grid=(16, 16)),
+    "siglip_vitl16_384": dict(_L, **_SIGLIP, patch=16, grid=(24, 24)),
+    "siglip_so400m14": dict(_SO400M, **_SIGLIP, patch=14, grid=(16, 16)),
+    "siglip_so400m14_384": dict(_SO400M, **_SIGLIP, patch=14, grid=(27, 27)),
+}

@@ -1,0 +1,48 @@
+"""Names of published ResNets: torchvision's, which timm shares, and transformers'."""
+
+from ovseg_jax.pretrained.rename import Rename, conv
+
+
+def batch_norm(pattern: str, target: str) -> list[Rename]:
+    """The arrays of a PyTorch batch norm; `target` is our path within a collection."""
+    return [
+        Rename(rf"{pattern}\.weight", f"params/{target}/scale"),
+        Rename(rf"{pattern}\.bias", f"params/{target}/bias"),
+        Rename(rf"{pattern}\.running_mean", f"batch_stats/{target}/mean"),
+        Rename(rf"{pattern}\.running_var", f"batch_stats/{target}/var"),
+        Rename(rf"{pattern}\.num_batches_tracked", ""),
+    ]
+
+
+def from_torchvision_resnet() -> list[Rename]:
+    """ResNet-50 or 101 of torchvision or timm (`layer1.0.conv1.weight`) for `models.resnet.ResNet`; no classifier."""
+    block, ours = r"layer(\d)\.(\d+)", r"layer\1_\2"
+    return [
+        Rename(r"conv1\.weight", "params/conv1/kernel", conv),
+        *batch_norm("bn1", "norm1"),
+        Rename(rf"{block}\.conv(\d)\.weight", rf"params/{ours}/conv\3/kernel", conv),
+        *batch_norm(rf"{block}\.bn(\d)", rf"{ours}/norm\3"),
+        Rename(rf"{block}\.downsample\.0\.weight", f"params/{ours}/downsample_conv/kernel", conv),
+        *batch_norm(rf"{block}\.downsample\.1", f"{ours}/downsample_norm"),
+        Rename(r"fc\..*", ""),
+    ]
+
+
+def from_hf_resnet() -> list[Rename]:
+    """A transformers ResNetModel with bottlenecks, or the classifier around one, for `models.resnet.ResNet`."""
+    stem = r"(?:resnet\.)?embedder\.embedder"
+    renames = [
+        Rename(rf"{stem}\.convolution\.weight", "params/conv1/kernel", conv),
+        *batch_norm(rf"{stem}\.normalization", "norm1"),
+        Rename(r"classifier\..*", ""),
+    ]
+    # Both count stages and layers, they from 0 and we from 1.
+    for stage in range(4):
+        block, ours = rf"(?:resnet\.)?encoder\.stages\.{stage}\.layers\.(\d+)", rf"layer{stage + 1}_\1"
+        parts = {rf"layer\.{i}": (f"conv{i + 1}", f"norm{i + 1}") for i in range(3)}
+        parts["shortcut"] = ("downsample_conv", "downsample_norm")
+        for theirs, (conv_name, norm_name) in parts.items():
+            kernel = f"params/{ours}/{conv_name}/kernel"
+            renames.append(Rename(rf"{block}\.{theirs}\.convolution\.weight", kernel, conv))
+            renames += batch_norm(rf"{block}\.{theirs}\.normalization", f"{ours}/{norm_name}")
+    return renames

@@ -1,0 +1,117 @@
+"""Names of published Swin Transformers, for `models.swin.Swin`: timm's, the authors' and transformers'.
+
+`heads` are those of the model, by stage. The classifiers have one final norm, our `out_norm5`: they fit a model with
+out_norms=(5,), and one with more where `fit` may miss `out_norm[234]`.
+"""
+
+import re
+from collections.abc import Sequence
+
+from ovseg_jax.pretrained.rename import Rename, conv, dense, heads_in, heads_out, heads_qkv
+
+# Recomputed from sizes by everyone.
+_INDICES = Rename(r".*(?:relative_position_index|attn_mask)", "")
+
+
+def _norm(pattern: str, target: str) -> list[Rename]:
+    return [
+        Rename(rf"{pattern}\.weight", f"params/{target}/scale"),
+        Rename(rf"{pattern}\.bias", f"params/{target}/bias"),
+    ]
+
+
+def _dense(pattern: str, target: str) -> list[Rename]:
+    return [
+        Rename(rf"{pattern}\.weight", f"params/{target}/kernel", dense),
+        Rename(rf"{pattern}\.bias", f"params/{target}/bias"),
+    ]
+
+
+def _merge(pattern: str, target: str) -> list[Rename]:
+    return [
+        *_norm(rf"{pattern}\.norm", f"{target}/norm"),
+        Rename(rf"{pattern}\.reduction\.weight", f"params/{target}/reduction/kernel", dense),
+    ]
+
+
+def _stem(prefix: str, proj: str, norm: str) -> list[Rename]:
+    return [
+        Rename(rf"{prefix}{proj}\.weight", "params/patch_embed/kernel", conv),
+        Rename(rf"{prefix}{proj}\.bias", "params/patch_embed/bias"),
+        *_norm(rf"{prefix}{norm}", "patch_norm"),
+    ]
+
+
+def _timm_blocks(heads: Sequence[int], prefix: str = "") -> list[Rename]:
+    renames = _stem(prefix, r"patch_embed\.proj", r"patch_embed\.norm")
+    for stage, count in enumerate(heads):
+        block, ours = rf"{prefix}layers\.{stage}\.blocks\.(\d+)", rf"stage{stage + 1}_\1"
+        table = rf"{block}\.attn\.relative_position_bias_table"
+        renames += [
+            *_norm(rf"{block}\.norm1", f"{ours}/norm1"),
+            *_norm(rf"{block}\.norm2", f"{ours}/norm2"),
+            Rename(rf"{block}\.attn\.qkv\.weight", f"params/{ours}/attn/{{}}/kernel", heads_qkv(count)),
+            Rename(rf"{block}\.attn\.qkv\.bias", f"params/{ours}/attn/{{}}/bias", heads_qkv(count)),
+            Rename(rf"{block}\.attn\.proj\.weight", f"params/{ours}/attn/out/kernel", heads_out(count)),
+            Rename(rf"{block}\.attn\.proj\.bias", f"params/{ours}/attn/out/bias"),
+            Rename(table, f"params/{ours}/attn/relative_position_bias"),
+            *_dense(rf"{block}\.mlp\.fc1", f"{ours}/fc1"),
+            *_dense(rf"{block}\.mlp\.fc2", f"{ours}/fc2"),
+        ]
+    return [*renames, _INDICES]
+
+
+def from_timm_swin(heads: Sequence[int]) -> list[Rename]:
+    """timm's `swin_*` classifiers, where merging begins a stage (`layers.1.downsample`)."""
+    renames = _timm_blocks(heads) + _norm("norm", "out_norm5")
+    for stage in range(1, len(heads)):
+        renames += _merge(rf"layers\.{stage}\.downsample", f"merge{stage + 1}")
+    return [*renames, Rename(r"head\..*", "")]
+
+
+def from_microsoft_swin(heads: Sequence[int], prefix: str = "") -> list[Rename]:
+    """The authors' checkpoints, where merging ends a stage (`layers.0.downsample`): the classifiers (`norm`), and the
+    detectors and Mask2Former's backbones (`norm0` to `norm3`, names behind a `prefix` such as "backbone.")."""
+    prefix = re.escape(prefix)
+    renames = _timm_blocks(heads, prefix) + _norm(rf"{prefix}norm", "out_norm5")
+    for stage in range(len(heads)):
+        renames += _norm(rf"{prefix}norm{stage}", f"out_norm{stage + 2}")
+    for stage in range(len(heads) - 1):
+        renames += _merge(rf"{prefix}layers\.{stage}\.downsample", f"merge{stage + 2}")
+    return [*renames, Rename(r"head\..*", "")]
+
+
+def from_hf_swin(heads: Sequence[int], backbone: bool = False) -> list[Rename]:
+    """transformers' SwinModel or the classifier around one; with `backbone` SwinBackbone, which has four norms.
+
+    Names inside of a block are those of the files on the hub or, since transformers 5, those of the modules.
+    """
+    top = r"(?:swin\.)?"
+    renames = _stem(rf"{top}embeddings\.", r"patch_embeddings\.projection", "norm")
+    for stage, count in enumerate(heads):
+        theirs, ours = rf"{top}encoder\.layers\.{stage}", rf"stage{stage + 1}_\1"
+        block = rf"{theirs}\.blocks\.(\d+)"
+        for name in ("query", "key", "value"):
+            pattern, target = (
+                rf"{block}\.attention\.(?:self\.{name}|{name[0]}_proj)",
+                f"params/{ours}/attn/{name}",
+            )
+            renames.append(Rename(rf"{pattern}\.weight", f"{target}/kernel", heads_in(count)))
+            renames.append(Rename(rf"{pattern}\.bias", f"{target}/bias", heads_in(count)))
+        out = rf"{block}\.attention\.(?:output\.dense|o_proj)"
+        table = rf"{block}\.attention\.(?:self|relative_position_bias)\.relative_position_bias_table"
+        renames += [
+            *_norm(rf"{block}\.layernorm_before", f"{ours}/norm1"),
+            *_norm(rf"{block}\.layernorm_after", f"{ours}/norm2"),
+            Rename(rf"{out}\.weight", f"params/{ours}/attn/out/kernel", heads_out(count)),
+            Rename(rf"{out}\.bias", f"params/{ours}/attn/out/bias"),
+            Rename(table, f"params/{ours}/attn/relative_position_bias"),
+            *_dense(rf"{block}\.(?:intermediate\.dense|mlp\.fc1)", f"{ours}/fc1"),
+            *_dense(rf"{block}\.(?:output\.dense|mlp\.fc2)", f"{ours}/fc2"),
+        ]
+        if stage < len(heads) - 1:
+            renames += _merge(rf"{theirs}\.downsample", f"merge{stage + 2}")
+        if backbone:
+            renames += _norm(rf"hidden_states_norms\.stage{stage + 1}", f"out_norm{stage + 2}")
+    final = [Rename(rf"{top}layernorm\..*", "")] if backbone else _norm(rf"{top}layernorm", "out_norm5")
+    return [*renames, *final, _INDICES, Rename(r"classifier\..*", "")]

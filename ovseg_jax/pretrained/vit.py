@@ -1,0 +1,174 @@
+"""Published Vision Transformers under the names of `ovseg_jax.models.vit.ViT`.
+
+Each function returns the renames of one format; `heads` is the model's number of attention heads. Text towers,
+temperatures, classifiers, decoders and counters of positions are known and not needed.
+"""
+
+import numpy as np
+
+from ovseg_jax.pretrained.rename import Layout, Rename, conv, dense, heads_in, heads_out, heads_qkv
+
+ATTENTION = "MultiHeadDotProductAttention_0"
+BLOCK = r"params/Transformer/encoderblock_\1"
+NORM = "params/Transformer/encoder_norm"
+POOL = "params/MAPHead_0"
+
+
+def row_vectors(x: np.ndarray) -> np.ndarray:
+    """A position table [n d] to [1 n d], a class token [d] to [1 1 d]; what has three axes stays."""
+    return x.reshape(1, -1, x.shape[-1])
+
+
+def heads_kv(heads: int) -> Layout:
+    """Key and value joined, [2*heads*d in] or [2*heads*d], as two."""
+    split = heads_in(heads)
+    return lambda x: {name: split(part) for name, part in zip(("key", "value"), np.split(x, 2), strict=True)}
+
+
+def from_hf_clip(heads: int) -> list[Rename]:
+    """transformers' CLIPVisionModelWithProjection, and the vision half of CLIPModel."""
+    v = r"(?:vision_model\.)?"
+    return [
+        *_hf_encoder(heads),
+        Rename(v + r"embeddings\.class_embedding", "params/cls", row_vectors),
+        # The misspelling is published.
+        *_norm(v + "pre_layrnorm", "params/pre_norm"),
+        Rename(r"visual_projection\.weight", "params/head/kernel", dense),
+    ]
+
+
+def from_hf_siglip(heads: int) -> list[Rename]:
+    """transformers' SiglipVisionModel with its pooling head, and the vision half of SiglipModel (SigLIP 2 too)."""
+    pool = r"(?:vision_model\.)?head\."
+    return [
+        *_hf_encoder(heads),
+        Rename(pool + "probe", f"{POOL}/probe"),
+        Rename(pool + r"attention\.in_proj_weight", f"{POOL}/{ATTENTION}/{{}}/kernel", heads_qkv(heads)),
+        Rename(pool + r"attention\.in_proj_bias", f"{POOL}/{ATTENTION}/{{}}/bias", heads_qkv(heads)),
+        *_product(pool + r"attention\.out_proj", f"{POOL}/{ATTENTION}/out", heads_out(heads)),
+        *_norm(pool + "layernorm", f"{POOL}/LayerNorm_0"),
+        *_product(pool + r"mlp\.fc1", f"{POOL}/MlpBlock_0/Dense_0"),
+        *_product(pool + r"mlp\.fc2", f"{POOL}/MlpBlock_0/Dense_1"),
+    ]
+
+
+def from_hf_vit(heads: int) -> list[Rename]:
+    """transformers' ViTModel (facebook/dino-vits16) and the encoder of ViTMAE (facebook/vit-mae-base).
+
+    The hub's files have the names of transformers 4, a state dict of transformers 5 has its own: both are read.
+    """
+    v = r"(?:vit\.)?"
+    layer = v + r"(?:encoder\.layer|layers)\.(\d+)\."
+    renames = [
+        Rename(v + r"embeddings\.cls_token", "params/cls"),
+        Rename(v + r"embeddings\.position_embeddings", "params/pos_embedding"),
+        *_patches(v + r"embeddings\.patch_embeddings\.projection"),
+        *_norm(layer + "layernorm_before", f"{BLOCK}/LayerNorm_0"),
+        *_norm(layer + "layernorm_after", f"{BLOCK}/LayerNorm_1"),
+        *_norm(v + "layernorm", NORM),
+        Rename(v + r"pooler\..*|classifier\..*|decoder\..*", ""),
+    ]
+    for ours, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
+        source = layer + rf"attention\.(?:attention\.{ours}|{theirs})"
+        renames += _product(source, f"{BLOCK}/{ATTENTION}/{ours}", heads_in(heads))
+    return [
+        *renames,
+        *_product(
+            layer + r"attention\.(?:output\.dense|o_proj)", f"{BLOCK}/{ATTENTION}/out", heads_out(heads)
+        ),
+        *_product(layer + r"(?:intermediate\.dense|mlp\.fc1)", f"{BLOCK}/MlpBlock_0/Dense_0"),
+        *_product(layer + r"(?:output\.dense|mlp\.fc2)", f"{BLOCK}/MlpBlock_0/Dense_1"),
+    ]
+
+
+def from_openai_clip(heads: int) -> list[Rename]:
+    """`visual.…` of OpenAI's files (ViT-B-16.pt) and of open_clip's state dicts."""
+    block = r"visual\.transformer\.resblocks\.(\d+)\."
+    return [
+        Rename(r"visual\.class_embedding", "params/cls", row_vectors),
+        Rename(r"visual\.positional_embedding", "params/pos_embedding", row_vectors),
+        *_patches(r"visual\.conv1"),
+        *_norm(r"visual\.ln_pre", "params/pre_norm"),
+        *_norm(block + "ln_1", f"{BLOCK}/LayerNorm_0"),
+        Rename(block + r"attn\.in_proj_weight", f"{BLOCK}/{ATTENTION}/{{}}/kernel", heads_qkv(heads)),
+        Rename(block + r"attn\.in_proj_bias", f"{BLOCK}/{ATTENTION}/{{}}/bias", heads_qkv(heads)),
+        *_product(block + r"attn\.out_proj", f"{BLOCK}/{ATTENTION}/out", heads_out(heads)),
+        *_norm(block + "ln_2", f"{BLOCK}/LayerNorm_1"),
+        *_product(block + r"mlp\.c_fc", f"{BLOCK}/MlpBlock_0/Dense_0"),
+        *_product(block + r"mlp\.c_proj", f"{BLOCK}/MlpBlock_0/Dense_1"),
+        *_norm(r"visual\.ln_post", NORM),
+        # Alone among the products, the projection is published as [in out].
+        Rename(r"visual\.proj", "params/head/kernel"),
+        # The text tower, and numbers that OpenAI's traced models carry.
+        Rename(r"(?:text|transformer|token_embedding|ln_final)\..*|positional_embedding|text_projection", ""),
+        Rename(r"logit_scale|logit_bias|attn_mask|input_resolution|context_length|vocab_size", ""),
+    ]
+
+
+def from_timm_vit(heads: int) -> list[Rename]:
+    """timm's VisionTransformer, with its attention pooling too, and the files of DINO and MAE themselves.
+
+    An open_clip model that has such a tower (SigLIP) calls it `visual.trunk`.
+    """
+    v = r"(?:visual\.trunk\.)?"
+    block, pool = v + r"blocks\.(\d+)\.", v + r"attn_pool\."
+    return [
+        Rename(v + "cls_token", "params/cls"),
+        Rename(v + "pos_embed", "params/pos_embedding"),
+        *_patches(v + r"patch_embed\.proj"),
+        *_norm(block + "norm1", f"{BLOCK}/LayerNorm_0"),
+        *_product(block + r"attn\.qkv", f"{BLOCK}/{ATTENTION}/{{}}", heads_qkv(heads)),
+        *_product(block + r"attn\.proj", f"{BLOCK}/{ATTENTION}/out", heads_out(heads)),
+        *_norm(block + "norm2", f"{BLOCK}/LayerNorm_1"),
+        *_product(block + r"mlp\.fc1", f"{BLOCK}/MlpBlock_0/Dense_0"),
+        *_product(block + r"mlp\.fc2", f"{BLOCK}/MlpBlock_0/Dense_1"),
+        *_norm(v + "norm", NORM),
+        Rename(pool + "latent", f"{POOL}/probe"),
+        *_product(pool + "q", f"{POOL}/{ATTENTION}/query", heads_in(heads)),
+        *_product(pool + "kv", f"{POOL}/{ATTENTION}/{{}}", heads_kv(heads)),
+        *_product(pool + "proj", f"{POOL}/{ATTENTION}/out", heads_out(heads)),
+        *_norm(pool + "norm", f"{POOL}/LayerNorm_0"),
+        *_product(pool + r"mlp\.fc1", f"{POOL}/MlpBlock_0/Dense_0"),
+        *_product(pool + r"mlp\.fc2", f"{POOL}/MlpBlock_0/Dense_1"),
+        Rename(r"head\..*|decoder_.*|mask_token|text\..*|logit_scale|logit_bias", ""),
+    ]
+
+
+def _hf_encoder(heads: int) -> list[Rename]:
+    """What CLIP and SigLIP share in transformers, and their text halves."""
+    v = r"(?:vision_model\.)?"
+    layer = v + r"encoder\.layers\.(\d+)\."
+    renames = [
+        Rename(v + r"embeddings\.position_embedding\.weight", "params/pos_embedding", row_vectors),
+        *_patches(v + r"embeddings\.patch_embedding"),
+        *_norm(layer + "layer_norm1", f"{BLOCK}/LayerNorm_0"),
+        *_norm(layer + "layer_norm2", f"{BLOCK}/LayerNorm_1"),
+        *_product(layer + r"self_attn\.out_proj", f"{BLOCK}/{ATTENTION}/out", heads_out(heads)),
+        *_product(layer + r"mlp\.fc1", f"{BLOCK}/MlpBlock_0/Dense_0"),
+        *_product(layer + r"mlp\.fc2", f"{BLOCK}/MlpBlock_0/Dense_1"),
+        *_norm(v + "post_layernorm", NORM),
+        Rename(v + r"embeddings\.position_ids|text_(?:model|projection)\..*|logit_scale|logit_bias", ""),
+    ]
+    for name in ("query", "key", "value"):
+        source = layer + rf"self_attn\.{name[0]}_proj"
+        renames += _product(source, f"{BLOCK}/{ATTENTION}/{name}", heads_in(heads))
+    return renames
+
+
+def _patches(source: str) -> list[Rename]:
+    return [
+        Rename(rf"{source}\.weight", "params/embedding/kernel", conv),
+        Rename(rf"{source}\.bias", "params/embedding/bias"),
+    ]
+
+
+def _norm(source: str, target: str) -> list[Rename]:
+    return [Rename(rf"{source}\.weight", f"{target}/scale"), Rename(rf"{source}\.bias", f"{target}/bias")]
+
+
+def _product(source: str, target: str, layout: Layout = dense) -> list[Rename]:
+    # These layouts tell a bias by its one axis; `dense` leaves it as it is.
+    return [
+        Rename(rf"{source}\.weight", f"{target}/kernel", layout),
+        Rename(rf"{source}\.bias", f"{target}/bias", layout),
+    ]

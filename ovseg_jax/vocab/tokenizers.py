@@ -1,0 +1,294 @@
+"""Tokenisers of published text towers, from their files on disk or on the Hugging Face hub.
+
+  clip       byte-level BPE of CLIP: bpe_simple_vocab_16e6.txt.gz, vocab.json with merges.txt, or tokenizer.json
+  wordpiece  lower-case BERT: vocab.txt or tokenizer.json
+  siglip     SentencePiece of SigLIP: *.model or tokenizer.json; lower case, punctuation taken away
+  siglip2    SentencePiece of SigLIP 2 (Gemma's vocabulary): the same files; lower case
+
+A text holds no special tokens: "<|endoftext|>" or "[SEP]" in a caption are split like any other letters.
+"""
+
+import gzip
+import html
+import importlib
+import json
+import string
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from ovseg_jax.errors import UserError
+
+# Of BERT, which takes up to 512, it is ours: names and captions are short.
+LENGTHS = {"clip": 77, "wordpiece": 64, "siglip": 64, "siglip2": 64}
+BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
+
+_CLIP_SPECIALS = ("<|startoftext|>", "<|endoftext|>")
+_CLIP_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+_CLIP_MERGES = (
+    49152 - 256 - 2
+)  # The file goes on; CLIP has 49,152 pieces with bytes and their word-final twins.
+
+
+class Tokenizer(Protocol):
+    """Texts to token ids of one length.
+
+    Attributes:
+      length: tokens in each row.
+      vocab_size: ids are below it.
+    """
+
+    length: int
+    vocab_size: int
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "n l"], Bool[np.ndarray, "n l"]]:
+        """Ids (int32), and which of them are no padding."""
+        ...
+
+
+@dataclass(eq=False)
+class PieceTokenizer:
+    """Start, pieces, end, padding; a text that is too long loses its last pieces.
+
+    Attributes:
+      clean: what a text goes through before it is split.
+      encode: ids of the pieces of a clean text.
+      start: ids before them.
+      end: id behind them.
+      pad: id that fills a row.
+      length: tokens in each row.
+      vocab_size: ids are below it.
+    """
+
+    clean: Callable[[str], str]
+    encode: Callable[[str], list[int]]
+    start: tuple[int, ...]
+    end: int
+    pad: int
+    length: int
+    vocab_size: int
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "n l"], Bool[np.ndarray, "n l"]]:
+        """Ids (int32), and which of them are no padding: pieces with start and end.
+
+        Raises:
+          UserError: one text in place of a list of them.
+        """
+        if isinstance(texts, str):
+            raise UserError(f"a tokenizer takes a list of texts, not one text: {texts!r}")
+        ids = np.full((len(texts), self.length), self.pad, np.int32)
+        valid = np.zeros(ids.shape, bool)
+        for i, text in enumerate(texts):
+            # Halves of surrogate pairs, as broken JSON has them, are no text to the libraries.
+            whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            pieces = self.encode(self.clean(whole))[: self.length - len(self.start) - 1]
+            row = [*self.start, *pieces, self.end]
+            ids[i, : len(row)], valid[i, : len(row)] = row, True
+        return ids, valid
+
+
+def load_tokenizer(source: str | Path, kind: str | None = None, length: int | None = None) -> PieceTokenizer:
+    """Loads a published tokeniser.
+
+    Args:
+      source: a file, a folder that holds one, or `hf:owner/name`, which is downloaded from the hub.
+      kind: clip, wordpiece, siglip or siglip2; found out from the files where it is None.
+      length: tokens in each row; of the published model where it is None, see LENGTHS.
+
+    Raises:
+      UserError: no such file, one of another kind, or a package that is not installed.
+    """
+    if kind not in (None, *LENGTHS):
+        raise UserError(f"kind={kind} of a tokenizer: known are {', '.join(LENGTHS)}")
+    if length is not None and length < 3:
+        raise UserError(f"length={length} has no room for a text between its start and its end")
+    path = download(str(source)[3:]) if str(source).startswith("hf:") else Path(source)
+    if not path.exists():
+        raise UserError(f"no such file or folder: {path}")
+    file = _find(path, kind) if path.is_dir() else path
+    try:
+        if file.suffix == ".model":
+            return _sentencepiece(file, kind, length)
+        if file.name.endswith(".gz") or file.name in ("vocab.json", "merges.txt"):
+            _agree(file, kind, "clip")
+            return _clip(*_read_bpe(file), file, length)
+        if file.suffix == ".txt":
+            _agree(file, kind, "wordpiece")
+            words = file.read_text("utf-8").split("\n")
+            return _wordpiece({word: i for i, word in enumerate(words) if word}, file, length)
+        if file.suffix == ".json":
+            return _tokenizer_json(file, kind, length)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{file} cannot be read as a tokenizer: {type(error).__name__}: {error}") from error
+    raise UserError(
+        f"{file} is no tokenizer; known are *.model, {BPE_FILE}, vocab.json, vocab.txt, tokenizer.json"
+    )
+
+
+def download(name: str) -> Path:
+    """Brings the tokeniser's files of a repository of the Hugging Face hub, or finds them in its cache.
+
+    Raises:
+      UserError: huggingface_hub is missing, or there is no such repository or no network.
+    """
+    hub = _require("huggingface_hub")
+    files = ["*.model", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.json"]
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=files))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"hf:{name} cannot be downloaded, and is not in the cache of huggingface_hub: copy its files "
+            f"from elsewhere and name their folder ({error})"
+        ) from error
+
+
+def clean_clip(text: str) -> str:
+    """What CLIP's tokeniser does to a text before it splits it.
+
+    OpenAI's runs ftfy, whose result depends on its version. Here is always the same part of that: curly quotes
+    straightened, ligatures and full-width forms resolved, control characters dropped, NFC. Text in a wrong encoding
+    ("â€™") is not mended.
+    """
+    text = html.unescape(html.unescape(text)).translate(_MENDED)
+    return " ".join(unicodedata.normalize("NFC", text).split()).lower()
+
+
+def clean_siglip(text: str) -> str:
+    """big_vision's canonical form: lower case, `_` is a space, other ASCII punctuation goes."""
+    return " ".join(text.translate(_NO_PUNCTUATION).lower().split())
+
+
+_NO_PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
+_LIGATURES = (0x132, 0x133, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB05), 0xFB06)
+_CONTROLS = (*range(9), 0xB, *range(0xE, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD))
+_QUOTES: dict[str, str | None] = {**dict.fromkeys("ʼ‘’‚‛", "'"), **dict.fromkeys("“”„‟", '"')}
+_MENDED: dict[int, str | None] = {
+    **{c: unicodedata.normalize("NFKC", chr(c)) for c in (*_LIGATURES, *range(0xFF01, 0xFFF0), 0x3000)},
+    **str.maketrans({**_QUOTES, "ŉ": "'n", "ﬅ": "ſt"}),
+    **dict.fromkeys(_CONTROLS),
+}
+
+
+def _encode(model: Any, text: str) -> list[int]:
+    return model.encode(text, add_special_tokens=False).ids
+
+
+_SIGLIP_CLEAN: dict[str, Callable[[str], str]] = {"siglip": clean_siglip, "siglip2": str.lower}
+
+
+def _clip(
+    vocab: dict[str, int], merges: list[tuple[str, str]], file: Path, length: int | None
+) -> PieceTokenizer:
+    library = _require("tokenizers")
+    missing = [piece for piece in (*_CLIP_SPECIALS, *_alphabet(library)) if piece not in vocab]
+    if missing:
+        raise UserError(f"{file} is not CLIP's vocabulary: it lacks {', '.join(missing[:4])}")
+    model = library.Tokenizer(library.models.BPE(vocab, merges, end_of_word_suffix="</w>"))
+    split = library.pre_tokenizers.Split(library.Regex(_CLIP_WORDS), "removed", invert=True)
+    bytes_ = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.pre_tokenizer = library.pre_tokenizers.Sequence([split, bytes_])
+    start, end = (vocab[piece] for piece in _CLIP_SPECIALS)
+    encode, size = partial(_encode, model), max(vocab.values()) + 1
+    return PieceTokenizer(clean_clip, encode, (start,), end, 0, length or LENGTHS["clip"], size)
+
+
+def _alphabet(library: Any) -> list[str]:
+    """A printable character for each byte, in the order of CLIP's ids."""
+    return sorted(library.pre_tokenizers.ByteLevel.alphabet())
+
+
+def _read_bpe(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    if file.suffix == ".gz":
+        lines = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")
+        merges = _pairs(lines[1 : _CLIP_MERGES + 1])
+        letters = _alphabet(_require("tokenizers"))
+        pieces = [*letters, *(c + "</w>" for c in letters), *(a + b for a, b in merges), *_CLIP_SPECIALS]
+        return {piece: i for i, piece in enumerate(pieces)}, merges
+    vocab = json.loads(file.with_name("vocab.json").read_text("utf-8"))
+    lines = file.with_name("merges.txt").read_text("utf-8").split("\n")
+    return vocab, _pairs(line for line in lines if not line.startswith("#version"))
+
+
+def _pairs(lines: Iterable[Any]) -> list[tuple[str, str]]:
+    """Merges, each as "a b" or [a, b]."""
+    pairs = (line.split(" ") if isinstance(line, str) else line for line in lines if line)
+    return [(first, second) for first, second in pairs]
+
+
+def _wordpiece(vocab: dict[str, int], file: Path, length: int | None) -> PieceTokenizer:
+    library = _require("tokenizers")
+    missing = [piece for piece in ("[CLS]", "[SEP]", "[PAD]", "[UNK]") if piece not in vocab]
+    if missing:
+        raise UserError(f"{file} is not BERT's vocabulary: it lacks {', '.join(missing)}")
+    model = library.Tokenizer(library.models.WordPiece(vocab, unk_token="[UNK]"))
+    model.normalizer = library.normalizers.BertNormalizer(lowercase=True)
+    model.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
+    start, end, pad = vocab["[CLS]"], vocab["[SEP]"], vocab["[PAD]"]
+    encode, size = partial(_encode, model), max(vocab.values()) + 1
+    return PieceTokenizer(str, encode, (start,), end, pad, length or LENGTHS["wordpiece"], size)
+
+
+def _sentencepiece(file: Path, kind: str | None, length: int | None) -> PieceTokenizer:
+    model = _require("sentencepiece").SentencePieceProcessor(model_file=str(file))
+    end = model.eos_id()
+    if end < 0:
+        raise UserError(f"{file} has no end-of-text piece: it is not a vocabulary of SigLIP")
+    kind = _agree(file, kind, "siglip2" if model.id_to_piece(end) == "<eos>" else "siglip")
+    # SigLIP pads with the end; big_vision: pad_value=1, eos="sticky".
+    pad = model.pad_id() if kind == "siglip2" else end
+    clean, size = _SIGLIP_CLEAN[kind], model.get_piece_size()
+    return PieceTokenizer(clean, model.encode, (), end, pad, length or LENGTHS[kind], size)
+
+
+def _tokenizer_json(file: Path, kind: str | None, length: int | None) -> PieceTokenizer:
+    text = file.read_text("utf-8")
+    data = json.loads(text)
+    model = data["model"]
+    if model.get("end_of_word_suffix") == "</w>":
+        _agree(file, kind, "clip")
+        return _clip(model["vocab"], _pairs(model["merges"]), file, length)
+    if "max_input_chars_per_word" in model:
+        _agree(file, kind, "wordpiece")
+        if not (data.get("normalizer") or {}).get("lowercase", True):
+            raise UserError(f"{file} is a cased BERT's; only lower-case ones are known")
+        return _wordpiece(model["vocab"], file, length)
+    kind = _agree(file, kind, "siglip2" if model.get("byte_fallback") and "merges" in model else "siglip")
+    whole = _require("tokenizers").Tokenizer.from_str(text)
+    whole.no_padding(), whole.no_truncation()
+    whole.encode_special_tokens = True
+    end = whole.token_to_id("<eos>" if kind == "siglip2" else "</s>")
+    pad = whole.token_to_id("<pad>") if kind == "siglip2" else end
+    if end is None or pad is None:
+        raise UserError(f"{file} has no end-of-text or padding piece: it is not a vocabulary of SigLIP")
+    encode, size = partial(_encode, whole), whole.get_vocab_size()
+    return PieceTokenizer(_SIGLIP_CLEAN[kind], encode, (), end, pad, length or LENGTHS[kind], size)
+
+
+def _find(folder: Path, kind: str | None) -> Path:
+    names = {"clip": (BPE_FILE, "vocab.json"), "wordpiece": ("vocab.txt",)}.get(kind or "", ("*.model",))
+    if kind is None:
+        names = ("*.model", BPE_FILE, "vocab.json", "vocab.txt")
+    for name in (*names, "tokenizer.json"):
+        if found := sorted(folder.glob(name)):
+            return found[0]
+    raise UserError(f"{folder} holds none of {', '.join((*names, 'tokenizer.json'))}")
+
+
+def _agree(file: Path, kind: str | None, found: str) -> str:
+    """The kind that was asked for, if it can be; nothing in a SentencePiece file tells its cleaning for sure."""
+    if kind in (None, found) or {kind, found} == {"siglip", "siglip2"}:
+        return kind or found
+    raise UserError(f"{file} is a tokenizer of kind {found}, not {kind}")
+
+
+def _require(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(f"this needs a package that is not installed: pip install {package}") from error

@@ -1,0 +1,107 @@
+"""A frozen text tower in OpenSeg, from a folder as it is published, against transformers and open_clip's tokeniser."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.models import text_towers
+from ovseg_jax.train.sharding import make_mesh
+from tests.extras import require
+from tests.methods.test_openseg import WORDS, batch, make
+
+WIDTH, EMBED = 32, 24
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A small CLIP text tower with CLIP's real vocabulary; `tiny_clip` names its shape."""
+    torch, transformers = require("torch"), require("transformers")
+    open_clip = require("open_clip")
+    fields = dict(width=WIDTH, layers=2, heads=2, embed_dim=EMBED)
+    monkeypatch.setitem(text_towers.PRESETS, "tiny_clip", (text_towers.CLIPText, fields))
+    torch.manual_seed(0)
+    config = transformers.CLIPTextConfig(
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=EMBED,
+    )
+    model = transformers.CLIPTextModelWithProjection(config).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2)
+    model.save_pretrained(tmp_path)
+    shutil.copy(Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz", tmp_path)
+
+    def reference(texts):
+        with torch.no_grad():
+            out = model(input_ids=open_clip.SimpleTokenizer()(list(texts))).text_embeds
+        return (out / out.norm(dim=-1, keepdim=True)).numpy()
+
+    return tmp_path, reference
+
+
+def frozen(path, **changes):
+    return make(text=dict(tower="tiny_clip", init=str(path)), frozen=("^text/",), embed_dim=EMBED, **changes)
+
+
+def test_texts_and_the_table_of_words(folder):
+    path, reference = folder
+    method = frozen(path)
+    variables = method.init(jax.random.key(0))
+    texts = ["red ball", "a photo of two Polar Bears!", "grass"]
+    np.testing.assert_allclose(method.embed_text(variables, texts), reference(texts), atol=2e-6)
+    table = method.pretrained()["params"]["text"]["table"]
+    assert table.shape == variables["params"]["text"]["table"].shape
+    np.testing.assert_allclose(table[1:], reference(WORDS.words[1:]), atol=2e-6)
+    assert not table[0].any()
+
+
+def test_more_texts_than_go_through_at_once(folder):
+    path, reference = folder
+    texts = [f"thing number {i}" for i in range(130)]
+    np.testing.assert_allclose(
+        frozen(path).embed_text({"params": {"text": {}}}, texts), reference(texts), atol=2e-6
+    )
+
+
+def test_under_a_mesh_and_within_a_trace(folder):
+    path, reference = folder
+    method = frozen(path)
+    with jax.set_mesh(make_mesh()):
+        traced = jax.jit(lambda x: method.embed_text({"params": {"text": {}}}, ["red ball"]) * x)
+        np.testing.assert_allclose(traced(jnp.float32(2)), 2 * reference(["red ball"]), atol=4e-6)
+        assert traced.lower(jnp.float32(2)).as_text().count("dot_general") == 0  # The tower is no part of it.
+
+
+@pytest.mark.parametrize("name", ["openseg", "lseg"])
+def test_a_loss_with_it(folder, name):
+    method = frozen(folder[0], method=name)
+    variables = method.init(jax.random.key(0))
+    variables["params"]["text"] = method.pretrained()["params"]["text"]
+    loss, _ = jax.jit(method.loss)(variables, batch(), jax.random.key(1))
+    assert np.isfinite(loss)
+
+
+def test_what_is_wrong_is_said(folder):
+    path, _ = folder
+    with pytest.raises(UserError, match=r"gives 24 numbers: set model.embed_dim=24"):
+        make(text=dict(tower="tiny_clip", init=str(path)), frozen=("^text/",), embed_dim=10)
+    with pytest.raises(UserError, match=r"text.tower=tiny_clip needs text.init"):
+        make(text=dict(tower="tiny_clip"), frozen=("^text/",), embed_dim=EMBED)
+    with pytest.raises(UserError, match=r"no text tower is called 'gpt'"):
+        make(text=dict(tower="gpt", init="x"), frozen=("^text/",))
+    with pytest.raises(UserError, match=r"would be trained"):
+        make(text=dict(tower="tiny_clip", init=str(path)), embed_dim=EMBED)
+    method = frozen(path)
+    for texts in ([], ["dog", " "]):
+        with pytest.raises(UserError, match=r"no labels were given|an empty label"):
+            method.embed_text({"params": {"text": {}}}, texts)
+    (path / "bpe_simple_vocab_16e6.txt.gz").unlink()
+    with pytest.raises(UserError, match=r"holds none of"):
+        frozen(path).embed_text({"params": {"text": {}}}, ["dog"])
