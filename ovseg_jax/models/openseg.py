@@ -12,7 +12,6 @@ from ovseg_jax.models.fpn import ConvHead, FusedPyramid, resize
 from ovseg_jax.models.mask_decoder import RegionDecoder
 from ovseg_jax.models.remat import rematerialise
 
-
 LEVELS = ("c2", "c3", "c4", "c5")
 
 
