@@ -25,6 +25,9 @@ from ovseg_jax.pretrained.rename import Rename, fit, rename
 # Which half of an image-text model of big_vision is meant.
 TOWERS: dict[type[nn.Module], str] = {ViT: "img", SiglipText: "txt"}
 
+# Norms of its own for each map, which classifiers never had.
+FRESH: dict[type[nn.Module], Sequence[str]] = {Swin: (r"out_norm[234]",)}
+
 
 def load(
     init: str, module: nn.Module, shapes: Mapping[str, Any], *, may_miss: Sequence[str] = ()
@@ -35,7 +38,8 @@ def load(
       init: see `hub.find`.
       module: what they are for.
       shapes: its variables, {"params": ..., "batch_stats": ...}, as arrays or shapes.
-      may_miss: regexes of paths that the weights may lack; these are left out of the result.
+      may_miss: regexes of paths that the weights may lack; these are left out of the result. A Swin may always lack
+        the norms of its finer maps, which published classifiers do not have.
 
     Returns:
       NumPy arrays in a tree like `shapes`, in its dtypes.
@@ -52,7 +56,7 @@ def load(
         format_, renames = recognise(arrays, formats(module), path)
     try:
         ours = arrays if renames is None else rename(arrays, renames)
-        return fit(ours, shapes, may_miss=may_miss)
+        return fit(ours, shapes, may_miss=(*may_miss, *FRESH.get(type(module), ())))
     except UserError as error:
         raise UserError(f"init={init}, read as {format_}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Tokenisers of published text towers, from their files on disk or on the Hugging Face hub.
+"""Tokenisers of published text towers, from their files.
 
   clip       byte-level BPE of CLIP: bpe_simple_vocab_16e6.txt.gz, vocab.json with merges.txt, or tokenizer.json
   wordpiece  lower-case BERT: vocab.txt or tokenizer.json
@@ -97,7 +97,7 @@ def load_tokenizer(source: str | Path, kind: str | None = None, length: int | No
     """Loads a published tokeniser.
 
     Args:
-      source: a file, a folder that holds one, or `hf:owner/name`, which is downloaded from the hub.
+      source: a file, or a folder that holds one; `pretrained.hub.find` brings folders from the hub.
       kind: clip, wordpiece, siglip or siglip2; found out from the files where it is None.
       length: tokens in each row; of the published model where it is None, see LENGTHS.
 
@@ -108,7 +108,7 @@ def load_tokenizer(source: str | Path, kind: str | None = None, length: int | No
         raise UserError(f"kind={kind} of a tokenizer: known are {', '.join(LENGTHS)}")
     if length is not None and length < 3:
         raise UserError(f"length={length} has no room for a text between its start and its end")
-    path = download(str(source)[3:]) if str(source).startswith("hf:") else Path(source)
+    path = Path(source)
     if not path.exists():
         raise UserError(f"no such file or folder: {path}")
     file = _find(path, kind) if path.is_dir() else path
@@ -129,23 +129,6 @@ def load_tokenizer(source: str | Path, kind: str | None = None, length: int | No
     raise UserError(
         f"{file} is no tokenizer; known are *.model, {BPE_FILE}, vocab.json, vocab.txt, tokenizer.json"
     )
-
-
-def download(name: str) -> Path:
-    """Brings the tokeniser's files of a repository of the Hugging Face hub, or finds them in its cache.
-
-    Raises:
-      UserError: huggingface_hub is missing, or there is no such repository or no network.
-    """
-    hub = _require("huggingface_hub")
-    files = ["*.model", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.json"]
-    try:
-        return Path(hub.snapshot_download(name, allow_patterns=files))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"hf:{name} cannot be downloaded, and is not in the cache of huggingface_hub: copy its files "
-            f"from elsewhere and name their folder ({error})"
-        ) from error
 
 
 def clean_clip(text: str) -> str:

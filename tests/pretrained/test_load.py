@@ -74,3 +74,14 @@ def test_one_name_too_many_or_too_few_is_named(folder, tmp_path):
     )
     with pytest.raises(UserError, match=r"has 1 names \(adapter.weight\) that this model does not know"):
         load(str(tmp_path / "more.safetensors"), module, shapes_of(module))
+
+
+def test_a_classifier_is_a_backbone_whose_finer_norms_are_new(tmp_path):
+    torch, timm = require("torch"), require("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3)
+    write_safetensors(tmp_path / "model.safetensors", {k: v.numpy() for k, v in model.state_dict().items()})
+    module = build_backbone({"name": "swin_tiny"})
+    found = load(f"timm:{tmp_path}", module, shapes_of(module))["params"]
+    np.testing.assert_array_equal(found["out_norm5"]["scale"], model.norm.weight.detach().numpy())
+    assert not {"out_norm2", "out_norm3", "out_norm4"} & set(found)

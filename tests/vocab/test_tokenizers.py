@@ -17,7 +17,6 @@ from ovseg_jax.vocab.tokenizers import (
     LENGTHS,
     clean_clip,
     clean_siglip,
-    download,
     load_tokenizer,
 )
 from tests.extras import require
@@ -332,20 +331,3 @@ def test_missing_package(package, source, request, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"pip install {package}"):
         load_tokenizer(folder)
-
-
-def test_hub(siglip, monkeypatch):
-    hub = require("huggingface_hub")
-    folders = {"owner/name": str(siglip)}
-    monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: folders[name])
-    assert load_tokenizer("hf:owner/name").vocab_size == 500
-
-    def offline(name, **_):
-        raise hub.errors.LocalEntryNotFoundError("no network")
-
-    monkeypatch.setattr(hub, "snapshot_download", offline)
-    with pytest.raises(UserError, match=r"hf:owner/name.*copy its files"):
-        load_tokenizer("hf:owner/name")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match="pip install huggingface_hub"):
-        download("owner/name")
