@@ -12,6 +12,8 @@ EXTRAS = {
     "prepare": ["tensorflow-datasets>=4.9.10", "array_record", "tensorflow"],
     # Tokenisers of published text towers, and the hub that the weights are on.
     "pretrained": ["huggingface_hub", "sentencepiece", "tokenizers"],
+    # JAX's own format of exported programs.
+    "export": ["flatbuffers"],
     # References that the towers are held to. torchvision belongs to exactly one version of torch.
     "torch": [
         "torch==2.13.0",

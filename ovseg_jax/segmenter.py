@@ -6,9 +6,8 @@ result.labels, result.scores, result.masks
 result.overlay().save("photo.png")
 """
 
-import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -23,12 +22,10 @@ from ovseg_jax.images import fit_canvas, read_image
 from ovseg_jax.methods.base import Method, Prediction, Variables
 from ovseg_jax.result import PixelFeatures, Result
 from ovseg_jax.tiles import Blender, Span, View, spans
-from ovseg_jax.vocab.classes import ClassList, load_labels, parse_labels
+from ovseg_jax.vocab.classes import ClassList, Labels, as_classes
 from ovseg_jax.vocab.words import WordList
 
 UNKNOWN_BELOW = 0.04  # the released demo's threshold
-
-Labels = str | os.PathLike | ClassList | Sequence[str | Sequence[str]]
 
 
 class Segmenter:
@@ -240,29 +237,4 @@ def _as_maps(
     return prediction.mask_logits[0], weights
 
 
-def as_classes(labels: Labels) -> ClassList:
-    """Categories from whatever way a person writes them; see `Segmenter.segment`.
-
-    Raises:
-      UserError: no labels, an empty one, or a label file that cannot be read.
-    """
-    if isinstance(labels, ClassList):
-        return labels
-    if isinstance(labels, os.PathLike):
-        from ovseg_jax.vocab.classes import read_label_file
-
-        return read_label_file(labels)
-    if isinstance(labels, str):
-        return load_labels(labels)
-    names: list[tuple[str, ...]] = []
-    for category in labels:
-        if isinstance(category, str):
-            names.extend(parse_labels(category).names)
-        else:
-            names.append(tuple(category))
-    if not names or any(not group or not all(name.strip() for name in group) for group in names):
-        raise UserError(f"the labels {list(labels)!r} hold an empty category: each takes at least one word")
-    return ClassList(tuple(names), tuple(range(len(names))), (True,) * len(names))
-
-
-__all__ = ["PixelFeatures", "Result", "Segmenter", "as_classes"]
+__all__ = ["PixelFeatures", "Result", "Segmenter"]

@@ -84,7 +84,7 @@ def test_teacher_student_and_prediction(tmp_path, capsys):
     assert pseudo_label.main(request) == 0
     assert "0 masks written" in capsys.readouterr().out
 
-    student = shrunk(f"data=folder,data_dir={folder}")
+    student = shrunk(f"data=folder,data_dir={folder},init=scratch,text=learned")
     train(student, tmp_path / "student")
     metrics = [json.loads(line) for line in (tmp_path / "student/metrics.jsonl").read_text().splitlines()]
     assert all(m["grounding_loss"] > 0 for m in metrics if "loss" in m)

@@ -25,7 +25,7 @@ from ovseg_jax.train.sharding import active_batch_axes
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 
-_NET_FIELDS = (
+NET_FIELDS = (
     "width embed_dim num_queries decoder_layers decoder_heads head_convs pyramid_output_conv position_grid "
     "mask_scale mask_bias detach_masks remat"
 ).split()
@@ -34,13 +34,13 @@ _NET_FIELDS = (
 def build_net(config: ConfigDict, **overrides) -> OpenSegNet:
     """The image network of a config's `model` section; an unknown key is an error."""
     model = config.model.to_dict()
-    known = {*_NET_FIELDS, "backbone", "mean", "std", "dtype"}
+    known = {*NET_FIELDS, "backbone", "mean", "std", "dtype"}
     if unknown := set(model) - known:
         raise UserError(
             f"unknown model keys: {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}"
         )
     dtype = jnp.dtype(model.get("dtype", "float32"))
-    fields = {k: model[k] for k in _NET_FIELDS if k in model} | overrides
+    fields = {k: model[k] for k in NET_FIELDS if k in model} | overrides
     backbone = build_backbone(config.model.backbone, dtype)
     return OpenSegNet(backbone, tuple(model["mean"]), tuple(model["std"]), dtype=dtype, **fields)
 

@@ -1,6 +1,5 @@
 """A table of word vectors as a text encoder: learned, or frozen and filled from a file."""
 
-import difflib
 from collections.abc import Sequence
 
 import jax
@@ -12,8 +11,8 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.text import embed_phrases
-from ovseg_jax.vocab.lexicon import FUNCTION_WORDS
-from ovseg_jax.vocab.words import WordList, split_words
+from ovseg_jax.vocab.phrases import word_ids
+from ovseg_jax.vocab.words import WordList
 
 
 class TextTable:
@@ -72,46 +71,17 @@ class TextTable:
     def tokenize(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "k l"], Bool[np.ndarray, "k l"]]:
         """Word ids of texts, padded to the longest.
 
-        A whole text that stands in the vocabulary is one word; otherwise it is split, plurals fall back to
-        singulars, and words that the vocabulary never holds (articles, prepositions) are passed over.
-
         Raises:
-          UserError: no text, an empty one, or one with no known word (the message suggests near ones).
+          UserError: no text, or what `vocab.phrases.word_ids` raises.
         """
         if not len(texts):
             raise UserError("no labels were given: name at least one, for example --labels='dog; grass,lawn'")
-        rows = [self._ids(text) for text in texts]
+        rows = [word_ids(text, self.words.index) for text in texts]
         width = max(map(len, rows))
         ids, valid = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
         for i, row in enumerate(rows):
             ids[i, : len(row)], valid[i, : len(row)] = row, True
         return ids, valid
-
-    def _ids(self, text: str) -> list[int]:
-        phrase = " ".join(text.lower().split())
-        if not phrase:
-            raise UserError("an empty label was given: every label needs at least one word")
-        index = self.words.index
-        if phrase in index:
-            return [index[phrase]]
-        found, unknown = [], []
-        for token in split_words(phrase):
-            if token in FUNCTION_WORDS:
-                continue
-            known = next((form for form in _forms(token) if form in index), None)
-            if known is not None:
-                found.append(index[known])
-            else:
-                unknown.append(token)
-        if unknown or not found:
-            word = (unknown or [phrase])[0]
-            close = difflib.get_close_matches(word, self.words.words[1:], 3, 0.6)
-            hint = f"; close ones are: {', '.join(close)}" if close else ""
-            raise UserError(
-                f"label '{text}': this model's text side has never seen '{word}' (it knows {len(self.words) - 1} words"
-                f"{hint})"
-            )
-        return found
 
     def encode(self, params: dict[str, Array], texts: Sequence[str]) -> Float[Array, "k d"]:
         """Unit vectors of texts; raises what `tokenize` does."""
@@ -121,15 +91,3 @@ class TextTable:
     def pretrained(self) -> dict[str, np.ndarray]:
         """Nothing: what a file holds, `init` reads."""
         return {}
-
-
-def _forms(token: str) -> list[str]:
-    """The token, then what it may be the plural of."""
-    forms = [token]
-    if token.endswith("ies"):
-        forms.append(token[:-3] + "y")
-    if token.endswith("es"):
-        forms.append(token[:-2])
-    if token.endswith("s"):
-        forms.append(token[:-1])
-    return forms

@@ -30,6 +30,14 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps=1e-6)
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation by running statistics; it does not count batches, for Flax does not."""
+
+    def __init__(self, channels: int, eps: float):
+        super().__init__(channels, eps=eps)
+        self.num_batches_tracked = None
+
+
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation with Flax's epsilon."""
 

@@ -7,10 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ovseg_jax.errors import UserError
+from ovseg_jax.torch import efficientnet, resnet
+from ovseg_jax.torch.efficientnet import EfficientNet
 from ovseg_jax.torch.layers import Conv, GroupNorm, LayerNorm, resize
+from ovseg_jax.torch.resnet import ResNet
 from ovseg_jax.torch.small import SmallBackbone
 
-BACKBONES = {"small": SmallBackbone}
+# Name -> (module, what the name stands for), as in `ovseg_jax/models/backbones.py`.
+BACKBONES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "small": (SmallBackbone, {}),
+    **{name: (ResNet, {"stage_sizes": sizes}) for name, sizes in resnet.STAGES.items()},
+    **{name: (EfficientNet, {"width": w, "depth": d}) for name, (w, d) in efficientnet.SCALING.items()},
+}
+# What a backbone's section of a config says about training alone.
+TRAINING = ("init", "remat", "drop_rate")
 
 
 class FusedPyramid(nn.Module):
@@ -121,16 +132,18 @@ class OpenSegNet(nn.Module):
 
     def __init__(self, model: Mapping[str, Any]):
         super().__init__()
-        options = dict(model["backbone"])
+        options = {key: value for key, value in model["backbone"].items() if key not in TRAINING}
         name = options.pop("name")
         if name not in BACKBONES:
-            raise ValueError(f"backbone {name!r} has no PyTorch form; known are {', '.join(BACKBONES)}")
-        self.backbone = BACKBONES[name](**options)
+            raise UserError(f"backbone {name!r} has no PyTorch form; known are {', '.join(BACKBONES)}")
+        module, settled = BACKBONES[name]
+        backbone: Any = module(**settled, **options)
+        self.backbone = backbone
         self.mask_scale, self.detach_masks = model["mask_scale"], model["detach_masks"]
         self.num_queries, width = model["num_queries"], model["width"]
         self.register_buffer("mean", torch.tensor(model["mean"])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(model["std"])[:, None, None], persistent=False)
-        self.pyramid = FusedPyramid(self.backbone.channels, width, model["pyramid_output_conv"])
+        self.pyramid = FusedPyramid(backbone.channels, width, model["pyramid_output_conv"])
         self.head_z = ConvHead(width, model["head_convs"], model["embed_dim"])
         if self.num_queries:
             self.head_s = ConvHead(width, model["head_convs"], width)

@@ -8,6 +8,7 @@ number.
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -188,3 +189,30 @@ def _split_names(text: str) -> tuple[str, ...]:
     """Names between commas, without doubles; a comma inside parentheses belongs to the name."""
     parts: Iterable[str] = re.split(r",(?![^(]*\))", text)
     return tuple(dict.fromkeys(name for part in parts if (name := " ".join(part.split()))))
+
+
+# Whatever way a person writes categories, see `as_classes`.
+Labels = str | os.PathLike | ClassList | Sequence[str | Sequence[str]]
+
+
+def as_classes(labels: Labels) -> ClassList:
+    """Categories from whatever way a person writes them; see `Segmenter.segment`.
+
+    Raises:
+      UserError: no labels, an empty one, or a label file that cannot be read.
+    """
+    if isinstance(labels, ClassList):
+        return labels
+    if isinstance(labels, os.PathLike):
+        return read_label_file(labels)
+    if isinstance(labels, str):
+        return load_labels(labels)
+    names: list[tuple[str, ...]] = []
+    for category in labels:
+        if isinstance(category, str):
+            names.extend(parse_labels(category).names)
+        else:
+            names.append(tuple(category))
+    if not names or any(not group or not all(name.strip() for name in group) for group in names):
+        raise UserError(f"the labels {list(labels)!r} hold an empty category: each takes at least one word")
+    return ClassList(tuple(names), tuple(range(len(names))), (True,) * len(names))

@@ -111,7 +111,7 @@ def torch_side(config, folder: Path, batches, device: str, compiled: bool):
     """The same, in PyTorch: OpenSeg's losses (papers/004, eq. 1-5) and AdamW behind a global clip."""
     import torch
 
-    from ovseg_jax.torch.convert import to_torch
+    from ovseg_jax.pretrained.to_torch import to_torch
     from ovseg_jax.torch.layers import resize, unit
     from ovseg_jax.torch.openseg import OpenSegNet
     from ovseg_jax.train.optimizer import make_schedule

@@ -119,7 +119,9 @@ def test_build_by_name():
     b7 = build_backbone({"name": "efficientnet_b7", "remat": "all"})
     assert b7 == EfficientNet(width=2.0, depth=3.1, remat="all")
     efficientnets = {f"efficientnet_b{i}" for i in range(8)}
-    assert set(BACKBONES) == {"small", "resnet50", "resnet101"} | efficientnets
+    clip = {f"clip_{name}" for name in ("rn50", "rn101", "rn50x4", "rn50x16", "rn50x64")}
+    swin = {f"swin_{name}" for name in ("tiny", "small", "base", "base_384", "large", "large_384")}
+    assert set(BACKBONES) == {"small", "resnet50", "resnet101"} | efficientnets | clip | swin
 
 
 def test_build_says_what_is_known():

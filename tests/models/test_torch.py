@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ovseg_jax.errors import UserError
 from ovseg_jax.models.openseg import OpenSegNet
 from ovseg_jax.models.small import SmallBackbone
 from ovseg_jax.train.sharding import path_name
@@ -50,7 +51,7 @@ def flax_net(model):
 )
 def test_equals_flax(size, change):
     torch = require("torch")
-    from ovseg_jax.torch.convert import to_torch
+    from ovseg_jax.pretrained.to_torch import to_torch
     from ovseg_jax.torch.openseg import OpenSegNet as TorchNet
 
     model, rng = MODEL | change, np.random.default_rng(0)
@@ -80,11 +81,11 @@ def test_a_backbone_without_a_torch_form_is_named():
     require("torch")
     from ovseg_jax.torch.openseg import OpenSegNet as TorchNet
 
-    with pytest.raises(ValueError, match=r"swin_t.*known are small"):
+    with pytest.raises(UserError, match=r"swin_t.*known are small"):
         TorchNet(MODEL | {"backbone": {"name": "swin_t"}})
 
 
 def test_the_package_does_not_import_jax():
     require("torch")
-    code = "import sys, ovseg_jax.torch.openseg, ovseg_jax.torch.convert; assert not {'jax', 'flax'} & set(sys.modules)"
+    code = "import sys, ovseg_jax.torch, ovseg_jax.pretrained.to_torch; assert not {'jax', 'flax'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,186 @@
+"""Writes a trained model for others: `python -m ovseg_jax.export --checkpoint=WORKDIR --to=torch --out=DIR`."""
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ovseg_jax.console import complain, quieten
+from ovseg_jax.errors import UserError
+from ovseg_jax.methods.openseg import NET_FIELDS
+from ovseg_jax.pretrained.files import write_safetensors
+from ovseg_jax.pretrained.to_torch import to_torch
+from ovseg_jax.segmenter import Segmenter
+from ovseg_jax.train.sharding import path_name
+
+_DESCRIPTION = """\
+Writes a trained model for programs that do not have JAX, or not this library.
+
+  python -m ovseg_jax.export --checkpoint=runs/openseg --to=torch --out=exported
+
+  torch      model.safetensors and config.json, which `ovseg_jax.torch.load(DIR)` runs without JAX
+  stablehlo  model.stablehlo, which takes any number of images and names on CPU, CUDA and TPU, and its
+             parameters in model.safetensors; example.py shows how it is run with JAX alone
+
+--dtype=bfloat16 or float16 halves the file; how much the prediction changes by that is measured and printed.
+"""
+EXAMPLE = '''"""Runs model.stablehlo with JAX and safetensors alone: python example.py DIR"""
+
+import sys
+
+import jax
+import numpy as np
+from safetensors.numpy import load_file
+
+folder = sys.argv[1]
+run = jax.export.deserialize(open(f"{folder}/model.stablehlo", "rb").read()).call
+parameters = load_file(f"{folder}/model.safetensors")
+images = np.zeros((2, SIZE, SIZE, 3), np.uint8)  # at the top left of the canvas, the rest is padding
+sizes = np.full((2, 2), SIZE, np.int32)  # height and width of each on it
+names = np.ones((5, WIDTH), np.float32) / WIDTH**0.5  # unit vectors of the text tower
+mask_logits, scores, pixels = run(parameters, images, sizes, names)
+print(mask_logits.shape, scores.shape, pixels.shape)
+'''
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; its exit status: 0, or 2 for a wrong request."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ovseg_jax.export",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="WORKDIR", help="the folder of a training run")
+    parser.add_argument("--to", required=True, choices=("torch", "stablehlo"))
+    parser.add_argument("--out", required=True, metavar="DIR", help="where to write; made if missing")
+    parser.add_argument(
+        "--step", type=int, help="of the checkpoints, that of this step; the latest by default"
+    )
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    arguments = parser.parse_args(argv)
+    quieten()
+    try:
+        segmenter = Segmenter.from_checkpoint(arguments.checkpoint, arguments.step)
+        out = Path(arguments.out)
+        out.mkdir(parents=True, exist_ok=True)
+        write = to_folder if arguments.to == "torch" else to_stablehlo
+        write(segmenter, out, np.dtype(jnp.dtype(arguments.dtype)))
+        if arguments.dtype != "float32":
+            change = difference(segmenter, np.dtype(jnp.dtype(arguments.dtype)))
+            print(
+                f"as {arguments.dtype}, mask logits or features change by {change:.2e} of their largest value"
+            )
+    except UserError as error:
+        return complain(error)
+    except OSError as error:
+        return complain(UserError(f"--out={arguments.out} cannot be written: {error}"))
+    print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} in {out}")
+    return 0
+
+
+def by_path(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The image network's variables by path, `backbone/stem_conv/kernel`, statistics among them; and `text/table`."""
+    trees = [variables["params"]["image"], *(tree for name, tree in variables.items() if name != "params")]
+    flat = {path_name(path): np.asarray(x) for tree in trees for path, x in jax.tree.leaves_with_path(tree)}
+    return flat | {"text/table": np.asarray(variables["params"]["text"]["table"])}
+
+
+def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
+    """Writes what `ovseg_jax.torch.load` reads.
+
+    Raises:
+      UserError: a backbone that has no PyTorch form.
+    """
+    method: Any = segmenter.method
+    config = segmenter.config
+    name = config.model.backbone.name
+    if name not in PORTED:
+        raise UserError(f"backbone {name!r} has no PyTorch form yet; known are {', '.join(PORTED)}")
+    arrays = to_torch(by_path(segmenter.variables))
+    if not hasattr(method.text, "words") or config.text.get("tower"):
+        del arrays["text.table"]
+    # With all defaults, so that nobody else needs to know them.
+    model = {field: getattr(method.net, field) for field in NET_FIELDS} | config.model.to_dict()
+    model["num_queries"] = method.net.num_queries
+    text = {key: value for key, value in config.text.to_dict().items() if key in ("tower", "init")}
+    described = {
+        "method": config.method,
+        "model": model,
+        "image_size": int(config.data.image_size),
+        "text": text,
+        "words": list(method.text.words.words),
+        "classes": json.loads((segmenter.classes).to_json()),  # type: ignore[union-attr]
+    }
+    (out / "config.json").write_text(json.dumps(described, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    cast = {k: v.astype(dtype) if v.dtype == np.float32 else v for k, v in arrays.items()}
+    write_safetensors(out / "model.safetensors", cast, {"format": "pt"})
+
+
+def to_stablehlo(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
+    """Writes a program of (parameters, images u8 [b S S 3], sizes i32 [b 2], names f32 [t D]).
+
+    It returns mask logits [b N h w], scores of names for proposals [b t N] and pixel features [b h w D]; of a method
+    without proposals, scores of names for pixels [b t h w] and the features.
+    """
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise UserError("--to=stablehlo needs flatbuffers: pip install -e '.[export]'")
+    method: Any = segmenter.method
+    size, width = int(segmenter.config.data.image_size), int(method.net.embed_dim)
+    flat = {path_name(path): x for path, x in jax.tree.leaves_with_path(segmenter.variables)}
+    cast = {k: np.asarray(x, dtype) if x.dtype == jnp.float32 else np.asarray(x) for k, x in flat.items()}
+    structure = jax.tree.structure(segmenter.variables)
+
+    def run(parameters: Mapping[str, Any], images: Any, sizes: Any, names: Any) -> Any:
+        leaves = [jnp.asarray(parameters[path]).astype(x.dtype) for path, x in flat.items()]
+        prediction = method.predict(jax.tree.unflatten(structure, leaves), images, sizes)
+        if prediction.mask_logits is None:
+            features = prediction.pixel_embed
+            unit = features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-6)
+            return jnp.einsum("bhwd,td->bthw", unit, names), features
+        scores = jnp.einsum("td,bnd->btn", names, prediction.region_embed)
+        return prediction.mask_logits, scores, prediction.pixel_embed
+
+    b, t = jax.export.symbolic_shape("b, t")
+    shapes = (
+        {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in cast.items()},
+        jax.ShapeDtypeStruct((b, size, size, 3), np.uint8),
+        jax.ShapeDtypeStruct((b, 2), np.int32),
+        jax.ShapeDtypeStruct((t, width), np.float32),
+    )
+    exported = jax.export.export(jax.jit(run), platforms=("cpu", "cuda", "tpu"))(*shapes)
+    (out / "model.stablehlo").write_bytes(exported.serialize())
+    write_safetensors(out / "model.safetensors", cast)
+    (out / "example.py").write_text(EXAMPLE.replace("SIZE", str(size)).replace("WIDTH", str(width)))
+
+
+def difference(segmenter: Segmenter, dtype: np.dtype) -> float:
+    """How far rounding the parameters moves mask logits, or pixel features: error over largest value, random image."""
+    size = int(segmenter.config.data.image_size)
+    image = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
+    rounded = jax.tree.map(
+        lambda x: x.astype(dtype).astype(x.dtype) if x.dtype == jnp.float32 else x, segmenter.variables
+    )
+    predict = jax.jit(segmenter.method.predict)
+
+    def maps(variables: Any) -> np.ndarray:
+        prediction = predict(variables, image, np.full((1, 2), size, np.int32))
+        logits = prediction.mask_logits
+        return np.asarray(prediction.pixel_embed if logits is None else logits)
+
+    exact = maps(segmenter.variables)
+    return float(np.abs(maps(rounded) - exact).max() / np.abs(exact).max())
+
+
+# Backbones of ovseg_jax/torch/openseg.py, which is not imported here: exporting needs no PyTorch.
+PORTED = ("small", "resnet50", "resnet101", *(f"efficientnet_b{i}" for i in range(8)))
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Parameters of our modules as PyTorch has them, and back: names stay, layouts change, no bit is lost.
+
+Convolutions [h w c d] become [d c h w], dense kernels [c d] become [d c], maps of positions [h w d] become [d h w], and
+the axis of heads of attention is joined.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+# Flax's last name -> PyTorch's.
+_NAMES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+_HEADS = ("query", "key", "value", "out")
+
+
+def to_torch(parameters: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Parameters by path, `decoder/query_0/kernel`, as a state dictionary, `decoder.query_0.weight`."""
+    out = {}
+    for path, value in parameters.items():
+        order, joined = _layout(path, np.shape(value))
+        out[torch_name(path)] = np.array(np.reshape(value, joined).transpose(order), order="C")
+    return out
+
+
+def from_torch(state: Mapping[str, np.ndarray], shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+    """The inverse of `to_torch`, for parameters of these shapes by path."""
+    out = {}
+    for path, shape in shapes.items():
+        order, _ = _layout(path, shape)
+        out[path] = np.array(
+            np.asarray(state[torch_name(path)]).transpose(np.argsort(order)).reshape(shape), order="C"
+        )
+    return out
+
+
+def torch_name(path: str) -> str:
+    """`a/b/kernel` as `a.b.weight`."""
+    *scope, last = path.split("/")
+    return ".".join([*scope, _NAMES.get(last, last)])
+
+
+def _layout(path: str, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How to permute the axes, after those of heads are joined to this shape."""
+    *scope, last = path.split("/")
+    shape = tuple(shape)
+    part = scope[-1].rpartition("_")[0] if scope else ""
+    if part in _HEADS and last == "kernel" and len(shape) == 3:
+        a, b, c = shape
+        shape = (a * b, c) if part == "out" else (a, b * c)
+    elif part in _HEADS and last == "bias":
+        shape = (int(np.prod(shape)),)
+    orders = {4: (3, 2, 0, 1), 3: (2, 0, 1), 2: (1, 0)} if last == "kernel" else {3: (2, 0, 1)}
+    return orders.get(len(shape), tuple(range(len(shape)))), shape

@@ -1,0 +1,97 @@
+"""EfficientNet-B0 to B7 for inference, see `ovseg_jax/models/efficientnet.py`."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ovseg_jax.torch.layers import BatchNorm, Conv
+
+# Blocks, kernel, stride, expansion, channels of each stage of B0; then (width, depth) of each model.
+STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+SCALING = {
+    "efficientnet_b0": (1.0, 1.0),
+    "efficientnet_b1": (1.0, 1.1),
+    "efficientnet_b2": (1.1, 1.2),
+    "efficientnet_b3": (1.2, 1.4),
+    "efficientnet_b4": (1.4, 1.8),
+    "efficientnet_b5": (1.6, 2.2),
+    "efficientnet_b6": (1.8, 2.6),
+    "efficientnet_b7": (2.0, 3.1),
+}
+
+
+def round_channels(channels: int, width: float) -> int:
+    """Scales to the nearest multiple of 8, but never below 90% of what was asked for."""
+    scaled = channels * width
+    rounded = max(8, int(scaled + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * scaled else rounded
+
+
+class MBConv(nn.Module):
+    """Inverted bottleneck with squeeze-and-excite."""
+
+    def __init__(self, inputs: int, features: int, kernel: int, stride: int, expand: int):
+        super().__init__()
+        inner = inputs * expand
+        if expand != 1:
+            self.expand_conv, self.expand_norm = Conv(inputs, inner, 1, bias=False), norm(inner)
+        self.depthwise_conv = Conv(inner, inner, kernel, stride, groups=inner, bias=False)
+        self.depthwise_norm = norm(inner)
+        self.se_reduce = Conv(inner, max(1, inputs // 4), 1)
+        self.se_expand = Conv(max(1, inputs // 4), inner, 1)
+        self.project_conv, self.project_norm = Conv(inner, features, 1, bias=False), norm(features)
+        self.expands, self.adds = expand != 1, stride == 1 and inputs == features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [b c h w] to [b features ceil(h/stride) ceil(w/stride)]."""
+        y = F.silu(self.expand_norm(self.expand_conv(x))) if self.expands else x
+        y = F.silu(self.depthwise_norm(self.depthwise_conv(y)))
+        gate = self.se_expand(F.silu(self.se_reduce(y.mean((2, 3), keepdim=True))))
+        y = self.project_norm(self.project_conv(y * torch.sigmoid(gate)))
+        return x + y if self.adds else y
+
+
+class EfficientNet(nn.Module):
+    """Feature maps `c2` to `c5`; `channels` holds their widths."""
+
+    def __init__(self, width: float, depth: float):
+        super().__init__()
+        inputs = round_channels(32, width)
+        self.stem_conv, self.stem_norm = Conv(3, inputs, 3, 2, bias=False), norm(inputs)
+        self.levels: list[str] = []
+        self.channels: dict[str, int] = {}
+        level = 1
+        for count, kernel, stride, expand, features in STAGES:
+            level += stride == 2
+            features = round_channels(features, width)
+            for i in range(math.ceil(depth * count)):
+                block = MBConv(inputs, features, kernel, stride if i == 0 else 1, expand)
+                self.add_module(f"block_{len(self.levels)}", block)
+                self.levels.append(f"c{level}")
+                inputs = features
+            self.channels[f"c{level}"] = features
+        del self.channels["c1"]
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Maps normalised images [b 3 h w] to the pyramid: the last block's output at each stride."""
+        x = F.silu(self.stem_norm(self.stem_conv(x)))
+        features = {}
+        for i, level in enumerate(self.levels):
+            x = features[level] = self.get_submodule(f"block_{i}")(x)
+        del features["c1"]
+        return features
+
+
+def norm(channels: int) -> BatchNorm:
+    """Batch norm with TensorFlow's epsilon."""
+    return BatchNorm(channels, eps=1e-3)

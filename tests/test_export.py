@@ -1,0 +1,116 @@
+"""Exported models beside the one that they come from."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from ovseg_jax import export
+from ovseg_jax.errors import UserError
+from ovseg_jax.pretrained.files import read_arrays
+from ovseg_jax.pretrained.to_torch import from_torch, to_torch
+from ovseg_jax.segmenter import Segmenter
+from tests.extras import require
+from tests.methods.test_openseg import CLASSES, make
+
+RNG = np.random.default_rng(0)
+IMAGE = RNG.integers(0, 256, (53, 71, 3), np.uint8)
+LABELS = "red ball,ball; grass; blue"
+
+
+def make_segmenter(method="openseg", **model):
+    method = make(method, mask_bias=0.2, mask_scale=30.0, **model)
+    variables = jax.tree.map(np.asarray, method.init(jax.random.key(0)))
+    # Everything that an initialiser leaves at 0 or 1 must matter.
+    variables = jax.tree.map(lambda x: (x + RNG.normal(0, 0.05, x.shape)).astype(x.dtype), variables)
+    return Segmenter(method, variables, method.config, CLASSES)
+
+
+@pytest.mark.parametrize("method", ["openseg", "lseg"])
+def test_pytorch_gives_the_same_labels(tmp_path, method):
+    require("torch")
+    import ovseg_jax.torch
+
+    segmenter = make_segmenter(method)
+    export.to_folder(segmenter, tmp_path, np.dtype("float32"))
+    loaded = ovseg_jax.torch.load(tmp_path)
+    for labels in (LABELS, None):
+        ours, theirs = segmenter.segment(IMAGE, labels), loaded.segment(IMAGE, labels)
+        assert len(np.unique(ours.label_map)) > 1
+        assert (ours.label_map == theirs.label_map).mean() > 0.999
+        np.testing.assert_allclose(theirs.confidence, ours.confidence, atol=1e-4)
+        assert theirs.classes.names == ours.classes.names
+    with pytest.raises(UserError, match="has never seen 'zebra'"):
+        loaded.segment(IMAGE, "zebra")
+    vectors = np.asarray(segmenter.embed(LABELS))
+    given = loaded.segment(IMAGE, LABELS, vectors=vectors)
+    assert (given.label_map == segmenter.segment(IMAGE, LABELS).label_map).mean() > 0.999
+    loaded.table = None
+    with pytest.raises(UserError, match="give the vectors"):
+        loaded.segment(IMAGE, LABELS)
+
+
+def test_the_way_to_pytorch_and_back_loses_no_bit(tmp_path):
+    segmenter = make_segmenter(backbone=dict(name="efficientnet_b0"))
+    flat = export.by_path(segmenter.variables)
+    assert any(path.endswith("/var") for path in flat)  # Statistics too.
+    export.to_folder(segmenter, tmp_path, np.dtype("float32"))
+    back = from_torch(read_arrays(tmp_path), {path: x.shape for path, x in flat.items()})
+    for path, x in flat.items():
+        np.testing.assert_array_equal(back[path], x)
+    assert len(to_torch(flat)) == len(flat)
+
+
+def test_half_precision_and_what_it_changes(tmp_path):
+    segmenter = make_segmenter()
+    export.to_folder(segmenter, tmp_path, np.dtype("float16"))
+    assert {x.dtype for x in read_arrays(tmp_path).values()} == {np.dtype("float16")}
+    half, brain = (
+        export.difference(segmenter, np.dtype(jax.numpy.dtype(d))) for d in ("float16", "bfloat16")
+    )
+    assert 0 < half < brain < 0.2
+
+
+def test_stablehlo_takes_any_number_of_images_and_names(tmp_path):
+    require("flatbuffers")
+    segmenter = make_segmenter()
+    export.to_stablehlo(segmenter, tmp_path, np.dtype("float32"))
+    exported = jax.export.deserialize(bytearray((tmp_path / "model.stablehlo").read_bytes()))
+    assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
+    parameters = read_arrays(tmp_path)
+    for b, t in ((1, 2), (3, 5)):
+        images = RNG.integers(0, 256, (b, 32, 32, 3), np.uint8)
+        sizes, names = np.full((b, 2), 32, np.int32), RNG.normal(size=(t, 24)).astype(np.float32)
+        logits, scores, pixels = exported.call(parameters, images, sizes, names)
+        expected = segmenter.method.predict(segmenter.variables, *map(jax.numpy.asarray, (images, sizes)))
+        np.testing.assert_allclose(logits, expected.mask_logits, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(pixels, expected.pixel_embed, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(scores, names @ np.swapaxes(expected.region_embed, 1, 2), atol=1e-4)
+    example = subprocess.run(
+        [sys.executable, tmp_path / "example.py", tmp_path], capture_output=True, text=True, timeout=300
+    )
+    assert example.stdout.split() == "(2, 6, 8, 8) (2, 5, 6) (2, 8, 8, 24)".split(), example.stderr
+
+
+def test_what_cannot_be_exported_is_said(tmp_path, capsys):
+    with pytest.raises(UserError, match=r"'clip_rn50' has no PyTorch form yet; known are small"):
+        export.to_folder(make_segmenter(backbone=dict(name="clip_rn50")), tmp_path, np.dtype("float32"))
+    assert export.main([f"--checkpoint={tmp_path}", "--to=torch", f"--out={tmp_path}"]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_none_of_ours(tmp_path):
+    require("torch")
+    import ovseg_jax.torch
+
+    with pytest.raises(UserError, match="holds no exported model"):
+        ovseg_jax.torch.load(tmp_path)
+    segmenter = make_segmenter()
+    export.to_folder(segmenter, tmp_path, np.dtype("float32"))
+    (tmp_path / "config.json").write_text(
+        (tmp_path / "config.json").read_text().replace('"width": 16', '"width": 32', 1)
+    )
+    with pytest.raises(UserError, match=r"does not fit config.json"):
+        ovseg_jax.torch.load(tmp_path)
