@@ -11,5 +11,5 @@ on_workers all 'set -e
 mkdir -p ovseg_jax && tar -xzf ovseg_jax.tar.gz -C ovseg_jax && cd ovseg_jax
 command -v ~/.local/bin/uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
 ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 .venv
-~/.local/bin/uv pip install --quiet --python .venv -e ".[tpu]"
+~/.local/bin/uv pip install --quiet --python .venv -e ".[tpu,pretrained]"
 .venv/bin/python -c "import ovseg_jax; print(\"installed\", ovseg_jax.__version__)"'
