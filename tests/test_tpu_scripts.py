@@ -83,7 +83,10 @@ def test_setup_sends_what_git_tracks_and_installs_on_all_workers(call):
     code, _, (copy, install) = call("setup")
     assert code == 0
     assert copy[2:4] == ["tpu-vm", "scp"] and copy[5] == "pod:ovseg_jax.tar.gz" and "--worker=all" in copy
-    assert "--worker=all" in install and 'pip install --quiet --python .venv -e ".[tpu,pretrained]"' in install[-1]
+    assert (
+        "--worker=all" in install
+        and 'pip install --quiet --python .venv -e ".[tpu,pretrained]"' in install[-1]
+    )
 
 
 def test_launch_gives_all_workers_the_same_command(call):

@@ -30,12 +30,22 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps=1e-6)
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation by running statistics; it does not count batches, for Flax does not."""
+class BatchNorm(nn.Module):
+    """Batch normalisation by running statistics. PyTorch's own would also want to count batches."""
+
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, channels: int, eps: float):
-        super().__init__(channels, eps=eps)
-        self.num_batches_tracked = None
+        super().__init__()
+        self.eps = eps
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Keeps the shape."""
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 class LayerNorm(nn.LayerNorm):

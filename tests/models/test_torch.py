@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.models.backbones import build_backbone
 from ovseg_jax.models.openseg import OpenSegNet
 from ovseg_jax.models.small import SmallBackbone
 from ovseg_jax.train.sharding import path_name
@@ -89,3 +90,38 @@ def test_the_package_does_not_import_jax():
     require("torch")
     code = "import sys, ovseg_jax.torch, ovseg_jax.pretrained.to_torch; assert not {'jax', 'flax'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"name": "resnet50"},
+        {"name": "resnet50", "norm": "group", "width": 32, "remat": "all"},
+        {"name": "efficientnet_b0"},
+        {"name": "efficientnet_b1", "drop_rate": 0.5},
+    ],
+    ids=str,
+)
+def test_backbones_equal_flax(config):
+    torch = require("torch")
+    from ovseg_jax.pretrained.to_torch import to_torch
+    from ovseg_jax.torch.openseg import OpenSegNet as TorchNet
+
+    rng = np.random.default_rng(0)
+    ours, theirs = build_backbone(config), TorchNet(MODEL | {"backbone": config}).backbone.eval()
+    x = jnp.asarray(rng.normal(size=(2, 75, 106, 3)), jnp.float32)
+    variables = reference.init(ours, x)
+    variables = jax.tree.map(lambda v: v * rng.uniform(0.7, 1.3, v.shape).astype(v.dtype), variables)
+    flat = {
+        path_name(path): np.asarray(v)
+        for tree in variables.values()
+        for path, v in jax.tree.leaves_with_path(tree)
+    }
+    theirs.load_state_dict({name: torch.from_numpy(v) for name, v in to_torch(flat).items()}, strict=True)
+    expected = jax.jit(ours.apply)(variables, x)
+    with torch.no_grad():
+        found = theirs(torch.from_numpy(np.array(x)).permute(0, 3, 1, 2))
+    assert expected.keys() == found.keys() == theirs.channels.keys()
+    for name, value in expected.items():
+        assert theirs.channels[name] == value.shape[-1]
+        assert reference.relative_error(found[name].permute(0, 2, 3, 1).numpy(), value) < 1e-4
