@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.models import clip_resnet, efficientnet, resnet, swin
+from ovseg_jax.models import clip_resnet, resnet, swin
 from ovseg_jax.models.clip_resnet import ClipResNet
 from ovseg_jax.models.efficientnet import EfficientNet
+from ovseg_jax.models.efficientnet_scaling import SCALING
 from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.small import SmallBackbone
 from ovseg_jax.models.swin import Swin
@@ -25,7 +26,7 @@ from ovseg_jax.models.swin import Swin
 BACKBONES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "small": (SmallBackbone, {}),
     **{name: (ResNet, {"stage_sizes": sizes}) for name, sizes in resnet.STAGES.items()},
-    **{name: (EfficientNet, {"width": w, "depth": d}) for name, (w, d) in efficientnet.SCALING.items()},
+    **{name: (EfficientNet, {"width": w, "depth": d}) for name, (w, d) in SCALING.items()},
     **{name: (ClipResNet, fields) for name, fields in clip_resnet.PRESETS.items()},
     **{name: (Swin, fields) for name, fields in swin.PRESETS.items()},
 }

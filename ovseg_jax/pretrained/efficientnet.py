@@ -1,7 +1,7 @@
 """Names of published EfficientNets: timm's `tf_efficientnet_b0` to `b7`, which hold noisy student's weights, and
 transformers'. Top convolution and classifier are known and not needed."""
 
-from ovseg_jax.models.efficientnet import STAGES, round_blocks
+from ovseg_jax.models.efficientnet_scaling import STAGES, round_blocks
 from ovseg_jax.pretrained.rename import Rename, conv
 from ovseg_jax.pretrained.resnet import batch_norm
 

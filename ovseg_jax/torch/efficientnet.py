@@ -1,40 +1,11 @@
 """EfficientNet-B0 to B7 for inference, see `ovseg_jax/models/efficientnet.py`."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ovseg_jax.models.efficientnet_scaling import STAGES, STEM_CHANNELS, round_blocks, round_channels
 from ovseg_jax.torch.layers import BatchNorm, Conv
-
-# Blocks, kernel, stride, expansion, channels of each stage of B0; then (width, depth) of each model.
-STAGES = (
-    (1, 3, 1, 1, 16),
-    (2, 3, 2, 6, 24),
-    (2, 5, 2, 6, 40),
-    (3, 3, 2, 6, 80),
-    (3, 5, 1, 6, 112),
-    (4, 5, 2, 6, 192),
-    (1, 3, 1, 6, 320),
-)
-SCALING = {
-    "efficientnet_b0": (1.0, 1.0),
-    "efficientnet_b1": (1.0, 1.1),
-    "efficientnet_b2": (1.1, 1.2),
-    "efficientnet_b3": (1.2, 1.4),
-    "efficientnet_b4": (1.4, 1.8),
-    "efficientnet_b5": (1.6, 2.2),
-    "efficientnet_b6": (1.8, 2.6),
-    "efficientnet_b7": (2.0, 3.1),
-}
-
-
-def round_channels(channels: int, width: float) -> int:
-    """Scales to the nearest multiple of 8, but never below 90% of what was asked for."""
-    scaled = channels * width
-    rounded = max(8, int(scaled + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * scaled else rounded
 
 
 class MBConv(nn.Module):
@@ -66,16 +37,17 @@ class EfficientNet(nn.Module):
 
     def __init__(self, width: float, depth: float):
         super().__init__()
-        inputs = round_channels(32, width)
+        inputs = round_channels(STEM_CHANNELS, width)
         self.stem_conv, self.stem_norm = Conv(3, inputs, 3, 2, bias=False), norm(inputs)
         self.levels: list[str] = []
         self.channels: dict[str, int] = {}
         level = 1
-        for count, kernel, stride, expand, features in STAGES:
-            level += stride == 2
-            features = round_channels(features, width)
-            for i in range(math.ceil(depth * count)):
-                block = MBConv(inputs, features, kernel, stride if i == 0 else 1, expand)
+        for stage in STAGES:
+            level += stage.stride == 2
+            features = round_channels(stage.channels, width)
+            for i in range(round_blocks(stage.blocks, depth)):
+                stride = stage.stride if i == 0 else 1
+                block = MBConv(inputs, features, stage.kernel, stride, stage.expand)
                 self.add_module(f"block_{len(self.levels)}", block)
                 self.levels.append(f"c{level}")
                 inputs = features

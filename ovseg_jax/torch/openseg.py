@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.torch import efficientnet, resnet
+from ovseg_jax.models.efficientnet_scaling import SCALING
+from ovseg_jax.torch import resnet
 from ovseg_jax.torch.efficientnet import EfficientNet
 from ovseg_jax.torch.layers import Conv, GroupNorm, LayerNorm, resize
 from ovseg_jax.torch.resnet import ResNet
@@ -18,7 +19,7 @@ from ovseg_jax.torch.small import SmallBackbone
 BACKBONES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "small": (SmallBackbone, {}),
     **{name: (ResNet, {"stage_sizes": sizes}) for name, sizes in resnet.STAGES.items()},
-    **{name: (EfficientNet, {"width": w, "depth": d}) for name, (w, d) in efficientnet.SCALING.items()},
+    **{name: (EfficientNet, {"width": w, "depth": d}) for name, (w, d) in SCALING.items()},
 }
 # What a backbone's section of a config says about training alone.
 TRAINING = ("init", "remat", "drop_rate")

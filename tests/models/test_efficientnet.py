@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ovseg_jax.models.efficientnet import SCALING, STAGES, EfficientNet, round_blocks, round_channels
+from ovseg_jax.models.efficientnet import EfficientNet
+from ovseg_jax.models.efficientnet_scaling import SCALING, STAGES, round_blocks, round_channels
 from ovseg_jax.pretrained.efficientnet import from_hf_efficientnet
 from tests.extras import require
 from tests.models import reference

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.efficientnet import SCALING, EfficientNet
+from ovseg_jax.models.efficientnet import EfficientNet
+from ovseg_jax.models.efficientnet_scaling import SCALING
 from ovseg_jax.models.resnet import STAGES, ResNet
 from ovseg_jax.pretrained.efficientnet import from_hf_efficientnet, from_timm_efficientnet
 from ovseg_jax.pretrained.rename import fit, rename
