@@ -1,7 +1,9 @@
 """Manners of the entry modules: what the libraries may print, and a user's mistake as one sentence."""
 
 import logging
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,6 +40,13 @@ def _known(text: str, said: set[str]) -> bool:
     known = text in said
     said.add(text)
     return known
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "ovseg_jax" / "xla"))
 
 
 def complain(error: UserError) -> int:

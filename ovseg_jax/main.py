@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from ovseg_jax.command import chosen_config, launch
-from ovseg_jax.console import speak
+from ovseg_jax.console import speak, use_compilation_cache
 from ovseg_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string(
@@ -100,13 +100,6 @@ def use_all_cores(batch_size: int) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         count = max(n for n in range(1, min(cores, 16) + 1) if batch_size % n == 0)
         jax.config.update("jax_num_cpu_devices", count)
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "ovseg_jax" / "xla"))
 
 
 def main() -> None:

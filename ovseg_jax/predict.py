@@ -12,7 +12,7 @@ from etils import epath
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from ovseg_jax.console import complain, quieten
+from ovseg_jax.console import complain, quieten, use_compilation_cache
 from ovseg_jax.errors import UserError
 from ovseg_jax.images import SUFFIXES, read_image
 from ovseg_jax.segmenter import UNKNOWN_BELOW, Segmenter
@@ -189,4 +189,5 @@ def _tell(records: list[dict], out: epath.Path, skipped: int) -> None:
 
 
 if __name__ == "__main__":
+    use_compilation_cache()
     sys.exit(main())
