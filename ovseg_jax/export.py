@@ -45,8 +45,10 @@ parameters = load_file(f"{folder}/model.safetensors")
 images = np.zeros((2, SIZE, SIZE, 3), np.uint8)  # at the top left of the canvas, the rest is padding
 sizes = np.full((2, 2), SIZE, np.int32)  # height and width of each on it
 names = np.ones((5, WIDTH), np.float32) / WIDTH**0.5  # unit vectors of the text tower
-mask_logits, scores, pixels = run(parameters, images, sizes, names)
-print(mask_logits.shape, scores.shape, pixels.shape)
+# Mask logits, scores of names for proposals, pixel features; of a method without proposals, scores of names for pixels
+# and the features.
+for result in run(parameters, images, sizes, names):
+    print(result.shape)
 '''
 
 
@@ -105,7 +107,7 @@ def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     if name not in PORTED:
         raise UserError(f"backbone {name!r} has no PyTorch form yet; known are {', '.join(PORTED)}")
     arrays = to_torch(by_path(segmenter.variables))
-    if not hasattr(method.text, "words") or config.text.get("tower"):
+    if config.text.get("tower"):
         del arrays["text.table"]
     # With all defaults, so that nobody else needs to know them.
     model = {field: getattr(method.net, field) for field in NET_FIELDS} | config.model.to_dict()

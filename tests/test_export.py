@@ -91,7 +91,7 @@ def test_stablehlo_takes_any_number_of_images_and_names(tmp_path):
     example = subprocess.run(
         [sys.executable, tmp_path / "example.py", tmp_path], capture_output=True, text=True, timeout=300
     )
-    assert example.stdout.split() == "(2, 6, 8, 8) (2, 5, 6) (2, 8, 8, 24)".split(), example.stderr
+    assert example.stdout.splitlines() == ["(2, 6, 8, 8)", "(2, 5, 6)", "(2, 8, 8, 24)"], example.stderr
 
 
 def test_what_cannot_be_exported_is_said(tmp_path, capsys):

@@ -45,7 +45,7 @@ class FrozenText:
         width = jax.eval_shape(self._forward)[1].pooled.shape[-1]
         if width != dim:
             raise UserError(f"text.tower={config.tower} gives {width} numbers: set model.embed_dim={width}")
-        self._encode: Any = None
+        self._loaded: Any = None
 
     def init(self, rng: jax.Array) -> dict[str, Array]:
         """The table of words before `pretrained` fills it."""
@@ -74,10 +74,17 @@ class FrozenText:
             raise UserError("no labels were given: name at least one, for example --labels='dog; grass,lawn'")
         if not all(text.strip() for text in texts):
             raise UserError("an empty label was given: every label needs at least one word")
-        if self._encode is None:
-            self._encode = self._load()
-        parts = [texts[at : at + BATCH] for at in range(0, len(texts), BATCH)]
-        return np.concatenate([self._encode(part) for part in parts])
+        if self._loaded is None:
+            self._loaded = self._load()
+        tokenizer, apply, weights = self._loaded
+        weights = jax.device_put(weights)  # On the device for as long as this takes.
+        rows = []
+        for at in range(0, len(texts), BATCH):
+            part = texts[at : at + BATCH]
+            ids, valid = (np.pad(x, ((0, BATCH - len(part)), (0, 0))) for x in tokenizer(part))
+            valid[len(part) :, 0] = True  # A row of nothing but padding would divide by zero.
+            rows.append(np.asarray(apply(weights, ids, valid))[: len(part)])
+        return np.concatenate(rows)
 
     def _forward(self) -> tuple[Any, TextOutput]:
         ids, valid = jnp.zeros((1, 8), jnp.int32), jnp.ones((1, 8), bool)
@@ -85,7 +92,8 @@ class FrozenText:
         out: Any = self.tower.apply(variables, ids, valid)
         return variables, out
 
-    def _load(self) -> Any:
+    def _load(self) -> tuple[Any, Any, Any]:
+        """Tokeniser, compiled tower, and its weights, which stay on the host."""
         from ovseg_jax.pretrained.hub import find
         from ovseg_jax.pretrained.load import load
         from ovseg_jax.vocab.tokenizers import load_tokenizer
@@ -94,12 +102,4 @@ class FrozenText:
         variables = load(self.source, self.tower, jax.eval_shape(self._forward)[0])
         tower: Any = self.tower
         apply = jax.jit(lambda variables, ids, valid: unit(tower.apply(variables, ids, valid).pooled))
-        variables = jax.device_put(variables)
-
-        def encode(texts: Sequence[str]) -> np.ndarray:
-            ids, valid = tokenizer(texts)
-            ids, valid = (np.pad(x, ((0, BATCH - len(texts)), (0, 0))) for x in (ids, valid))
-            valid[len(texts) :, 0] = True  # A row of nothing but padding would divide by zero.
-            return np.asarray(apply(variables, ids, valid))[: len(texts)]
-
-        return encode
+        return tokenizer, apply, variables

@@ -108,7 +108,7 @@ class ResNet(nn.Module):
     dtype: Any = jnp.float32
 
     def stem(self, x: Float[Array, "b h w 3"], train: bool) -> Float[Array, "b h4 w4 c"]:
-        """From pixels to stride 4. A ResNet with another stem (CLIP's: three convolutions) overrides this."""
+        """From pixels to stride 4."""
         x = nn.Conv(
             self.width,
             (7, 7),

@@ -117,16 +117,17 @@ def recognise(
     """The format that knows most of the names.
 
     Raises:
-      UserError: none knows a fifth of them (of a two-tower file, each tower has about half).
+      UserError: none of them knows most of the names.
     """
 
-    def share(renames: list[Rename]) -> float:
-        patterns = [re.compile(r.pattern) for r in renames if r.target]
-        return sum(any(p.fullmatch(name) for p in patterns) for name in arrays) / max(len(arrays), 1)
+    def count(renames: list[Rename]) -> int:
+        patterns = [re.compile(r.pattern) for r in renames]
+        return sum(any(p.fullmatch(name) for p in patterns) for name in arrays)
 
-    shares = {name: share(renames) for name, renames in known.items()}
-    best = max(shares, key=lambda name: shares[name])
-    if shares[best] < 0.2:
+    wanted = {name: count([r for r in renames if r.target]) for name, renames in known.items()}
+    best = max(wanted, key=lambda name: wanted[name])
+    # In a file of two towers those of the other one are known too, and may be many more.
+    if not wanted[best] or count(known[best]) < len(arrays) / 2:
         some = ", ".join(list(arrays)[:4])
         raise UserError(f"{path} is none of {', '.join(known)}: it holds {some}, ...")
     return best, known[best]

@@ -6,8 +6,9 @@ import pytest
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.backbones import build_backbone
+from ovseg_jax.models.text_towers import CLIPText
 from ovseg_jax.pretrained.files import read_arrays, write_safetensors
-from ovseg_jax.pretrained.load import load
+from ovseg_jax.pretrained.load import formats, load, recognise
 from tests.extras import require
 from tests.methods.test_openseg import make
 
@@ -85,3 +86,12 @@ def test_a_classifier_is_a_backbone_whose_finer_norms_are_new(tmp_path):
     found = load(f"timm:{tmp_path}", module, shapes_of(module))["params"]
     np.testing.assert_array_equal(found["out_norm5"]["scale"], model.norm.weight.detach().numpy())
     assert not {"out_norm2", "out_norm3", "out_norm4"} & set(found)
+
+
+def test_a_small_tower_is_recognised_beside_a_large_one(tmp_path):
+    renames = formats(CLIPText(heads=2))
+    text = ["token_embedding.weight", "positional_embedding", "ln_final.weight"]
+    arrays = {name: np.zeros(1) for name in [*text, *(f"visual.layer1.{i}.bn1.weight" for i in range(97))]}
+    assert recognise(arrays, renames, tmp_path)[0] == "OpenAI's or open_clip's CLIP"
+    with pytest.raises(UserError, match=r"is none of transformers' CLIP"):
+        recognise({name: np.zeros(1) for name in arrays if name not in text}, renames, tmp_path)
