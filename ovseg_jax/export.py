@@ -14,10 +14,11 @@ import numpy as np
 
 from ovseg_jax.console import complain, quieten
 from ovseg_jax.errors import UserError
-from ovseg_jax.methods.openseg import NET_FIELDS
+from ovseg_jax.models.frozen_text import FrozenText
 from ovseg_jax.pretrained.files import write_safetensors
-from ovseg_jax.pretrained.to_torch import to_torch
+from ovseg_jax.pretrained.to_torch import describe, to_torch
 from ovseg_jax.segmenter import Segmenter
+from ovseg_jax.train.checkpoints import TEXT_TOWER
 from ovseg_jax.train.sharding import path_name
 
 _DESCRIPTION = """\
@@ -66,11 +67,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--step", type=int, help="of the checkpoints, that of this step; the latest by default"
     )
+    parser.add_argument(
+        "--last",
+        action="store_true",
+        help="the last parameters of a run with optimizer.ema, not their average",
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     arguments = parser.parse_args(argv)
     quieten()
     try:
-        segmenter = Segmenter.from_checkpoint(arguments.checkpoint, arguments.step)
+        segmenter = Segmenter.from_checkpoint(
+            arguments.checkpoint, arguments.step, averaged=not arguments.last
+        )
         out = Path(arguments.out)
         out.mkdir(parents=True, exist_ok=True)
         write = to_folder if arguments.to == "torch" else to_stablehlo
@@ -96,28 +104,16 @@ def by_path(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
-    """Writes what `ovseg_jax.torch.load` reads.
-
-    Raises:
-      UserError: a backbone that has no PyTorch form.
-    """
+    """Writes what `ovseg_jax.torch.load` reads; a frozen text tower in a folder of its own."""
     method: Any = segmenter.method
-    config = segmenter.config
-    name = config.model.backbone.name
-    if name not in PORTED:
-        raise UserError(f"backbone {name!r} has no PyTorch form yet; known are {', '.join(PORTED)}")
     arrays = to_torch(by_path(segmenter.variables))
-    if config.text.get("tower"):
+    if isinstance(method.text, FrozenText):
         del arrays["text.table"]
-    # With all defaults, so that nobody else needs to know them.
-    model = {field: getattr(method.net, field) for field in NET_FIELDS} | config.model.to_dict()
-    model["num_queries"] = method.net.num_queries
-    text = {key: value for key, value in config.text.to_dict().items() if key in ("tower", "init")}
+        method.text.save(out / TEXT_TOWER)
     described = {
-        "method": config.method,
-        "model": model,
-        "image_size": int(config.data.image_size),
-        "text": text,
+        "method": segmenter.config.method,
+        "model": describe(method.net),
+        "image_size": int(segmenter.config.data.image_size),
         "words": list(method.text.words.words),
         "classes": json.loads((segmenter.classes).to_json()),  # type: ignore[union-attr]
     }
@@ -180,9 +176,6 @@ def difference(segmenter: Segmenter, dtype: np.dtype) -> float:
     exact = maps(segmenter.variables)
     return float(np.abs(maps(rounded) - exact).max() / np.abs(exact).max())
 
-
-# Backbones of ovseg_jax/torch/openseg.py, which is not imported here: exporting needs no PyTorch.
-PORTED = ("small", "resnet50", "resnet101", *(f"efficientnet_b{i}" for i in range(8)))
 
 if __name__ == "__main__":
     sys.exit(main())

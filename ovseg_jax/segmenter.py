@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.images import fit_canvas, read_image
+from ovseg_jax.kernels.cpu_convs import fast_on_cpu
 from ovseg_jax.methods.base import Method, Prediction, Variables
 from ovseg_jax.result import PixelFeatures, Result
 from ovseg_jax.tiles import Blender, Span, View, spans
@@ -52,14 +53,21 @@ class Segmenter:
             raise UserError(f"batch_size={batch_size}: it takes at least 1")
         self.method, self.config, self.classes, self.batch_size = method, config, classes, batch_size
         self.variables = jax.device_put(variables)
-        self._predict = jax.jit(method.predict)
+        self._predict = jax.jit(fast_on_cpu(method.predict))
         self._texts: dict[tuple[tuple[str, ...], ...], Float[Array, "t d"]] = {}
 
     @classmethod
     def from_checkpoint(
-        cls, workdir: epath.PathLike, step: int | None = None, *, batch_size: int = 8
+        cls,
+        workdir: epath.PathLike,
+        step: int | None = None,
+        *,
+        averaged: bool = True,
+        batch_size: int = 8,
     ) -> "Segmenter":
         """Loads a run: its config, words, classes and, of its checkpoints, the latest or that of `step`.
+
+        Of a run with `optimizer.ema` it takes the averaged parameters, or the last ones where `averaged` is False.
 
         Raises:
           UserError: the folder holds no run, or no such checkpoint.
@@ -67,7 +75,7 @@ class Segmenter:
         from ovseg_jax.methods import build
         from ovseg_jax.train.checkpoints import load_variables
 
-        config, variables, _ = load_variables(workdir, step)
+        config, variables, _ = load_variables(workdir, step, averaged=averaged)
         folder = epath.Path(workdir)
         words = WordList.load(folder / "words.json")
         try:

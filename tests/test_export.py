@@ -47,9 +47,6 @@ def test_pytorch_gives_the_same_labels(tmp_path, method):
     vectors = np.asarray(segmenter.embed(LABELS))
     given = loaded.segment(IMAGE, LABELS, vectors=vectors)
     assert (given.label_map == segmenter.segment(IMAGE, LABELS).label_map).mean() > 0.999
-    loaded.table = None
-    with pytest.raises(UserError, match="give the vectors"):
-        loaded.segment(IMAGE, LABELS)
 
 
 def test_the_way_to_pytorch_and_back_loses_no_bit(tmp_path):
@@ -95,8 +92,6 @@ def test_stablehlo_takes_any_number_of_images_and_names(tmp_path):
 
 
 def test_what_cannot_be_exported_is_said(tmp_path, capsys):
-    with pytest.raises(UserError, match=r"'clip_rn50' has no PyTorch form yet; known are small"):
-        export.to_folder(make_segmenter(backbone=dict(name="clip_rn50")), tmp_path, np.dtype("float32"))
     assert export.main([f"--checkpoint={tmp_path}", "--to=torch", f"--out={tmp_path}"]) == 2
     assert "holds no run" in capsys.readouterr().err
 

@@ -2,7 +2,7 @@
 
 `module(x: Float[Array, "b h w 3"], train) -> {"c2": ..., "c3": ..., "c4": ..., "c5": ...}`: maps at strides
 4, 8, 16, 32, of ceil(h/stride) x ceil(w/stride). A module with fewer levels leaves out the coarse ones; one that gives
-more than maps, such as CLIP's pooled embedding, has other names for it.
+more than maps, such as CLIP's pooled embedding, has other names for it. ViT and EVA stand in a `TowerPyramid`.
 """
 
 import dataclasses
@@ -14,13 +14,16 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.models import clip_resnet, resnet, swin
+from ovseg_jax.models import clip_resnet, eva, resnet, swin, vit
 from ovseg_jax.models.clip_resnet import ClipResNet
 from ovseg_jax.models.efficientnet import EfficientNet
 from ovseg_jax.models.efficientnet_scaling import SCALING
+from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.small import SmallBackbone
 from ovseg_jax.models.swin import Swin
+from ovseg_jax.models.tower_pyramid import TowerPyramid
+from ovseg_jax.models.vit import ViT
 
 # Name -> (module, what the name stands for).
 BACKBONES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
@@ -29,6 +32,9 @@ BACKBONES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     **{name: (EfficientNet, {"width": w, "depth": d}) for name, (w, d) in SCALING.items()},
     **{name: (ClipResNet, fields) for name, fields in clip_resnet.PRESETS.items()},
     **{name: (Swin, fields) for name, fields in swin.PRESETS.items()},
+    "vit": (ViT, {}),
+    **{name: (ViT, fields) for name, fields in vit.PRESETS.items()},
+    **{name: (Eva, fields) for name, fields in eva.PRESETS.items()},
 }
 
 
@@ -54,4 +60,5 @@ def build_backbone(cfg: ConfigDict | Mapping[str, Any], dtype: Any = jnp.float32
     if unknown:
         wrong = ", ".join(sorted(map(repr, unknown)))
         raise UserError(f"backbone {name!r} has no {wrong}; known are {', '.join(sorted(known))}.")
-    return module(**settled, **options, dtype=dtype)
+    built = module(**settled, **options, dtype=dtype)
+    return TowerPyramid(built, dtype) if module in (ViT, Eva) else built

@@ -1,7 +1,10 @@
 """A published text tower that is never trained, as OpenSeg uses one (papers/004, 3.2 and 4.1)."""
 
+import json
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +16,7 @@ from ml_collections import ConfigDict
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.text import unit
 from ovseg_jax.models.text_towers import TextOutput, text_tower
+from ovseg_jax.train.sharding import path_name
 from ovseg_jax.vocab.words import WordList
 
 BATCH = 64
@@ -74,9 +78,7 @@ class FrozenText:
             raise UserError("no labels were given: name at least one, for example --labels='dog; grass,lawn'")
         if not all(text.strip() for text in texts):
             raise UserError("an empty label was given: every label needs at least one word")
-        if self._loaded is None:
-            self._loaded = self._load()
-        tokenizer, apply, weights = self._loaded
+        tokenizer, apply, weights = self._all()
         weights = jax.device_put(weights)  # On the device for as long as this takes.
         rows = []
         for at in range(0, len(texts), BATCH):
@@ -92,14 +94,46 @@ class FrozenText:
         out: Any = self.tower.apply(variables, ids, valid)
         return variables, out
 
+    def save(self, folder: Path) -> None:
+        """Writes the tower, unless it is there, where it can be loaded from without the place that it came from.
+
+        That is `model.safetensors` by the names of `pretrained.to_torch`, `config.json`, and the tokeniser's files.
+        """
+        from ovseg_jax.pretrained.files import write_safetensors
+        from ovseg_jax.pretrained.hub import find
+        from ovseg_jax.pretrained.to_torch import describe, to_torch
+        from ovseg_jax.vocab.tokenizers import tokenizer_files
+
+        if (folder / "config.json").exists():
+            return
+        files = tokenizer_files(_folder(find(self.source)))
+        weights = {path_name(path): x for path, x in jax.tree.leaves_with_path(self._all()[2]["params"])}
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            shutil.copyfile(file, folder / file.name)
+        write_safetensors(folder / "model.safetensors", to_torch(weights), {"format": "pt"})
+        # Last: a folder with it is whole.
+        (folder / "config.json").write_text(json.dumps(describe(self.tower), indent=1) + "\n")
+
+    def _all(self) -> tuple[Any, Any, Any]:
+        """Tokeniser, compiled tower, and its weights, which stay on the host; read once."""
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
+
     def _load(self) -> tuple[Any, Any, Any]:
-        """Tokeniser, compiled tower, and its weights, which stay on the host."""
         from ovseg_jax.pretrained.hub import find
         from ovseg_jax.pretrained.load import load
         from ovseg_jax.vocab.tokenizers import load_tokenizer
 
-        tokenizer = load_tokenizer(find(self.source), length=min(self.tower.length, LENGTH))
+        path = find(self.source)
+        tokenizer = load_tokenizer(_folder(path), length=min(self.tower.length, LENGTH))
         variables = load(self.source, self.tower, jax.eval_shape(self._forward)[0])
         tower: Any = self.tower
         apply = jax.jit(lambda variables, ids, valid: unit(tower.apply(variables, ids, valid).pooled))
         return tokenizer, apply, variables
+
+
+def _folder(path: Path) -> Path:
+    """Where a tokeniser lies: beside its tower's weights."""
+    return path if path.is_dir() else path.parent

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax
 import flax.linen as nn
 import numpy as np
 
@@ -15,12 +16,14 @@ from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.swin import Swin
 from ovseg_jax.models.text_towers import Bert, CLIPText, SiglipText
+from ovseg_jax.models.tower_pyramid import TowerPyramid
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.pretrained import clip_resnet, efficientnet, eva, resnet, swin, text, vit
 from ovseg_jax.pretrained.big_vision import read_big_vision
 from ovseg_jax.pretrained.files import read_arrays
 from ovseg_jax.pretrained.hub import find
 from ovseg_jax.pretrained.rename import Rename, fit, rename
+from ovseg_jax.pretrained.to_torch import from_torch, torch_name
 
 # Which half of an image-text model of big_vision is meant.
 TOWERS: dict[type[nn.Module], str] = {ViT: "img", SiglipText: "txt"}
@@ -47,18 +50,36 @@ def load(
     Raises:
       UserError: weights that are not there, cannot be read, are of another architecture or of another shape.
     """
-    path = find(init)
+    if isinstance(module, TowerPyramid):
+        # The tower's weights are published; what makes a pyramid of it is new.
+        inner = {name: tree["tower"] for name, tree in shapes.items() if "tower" in tree}
+        found = load(init, module.tower, inner, may_miss=may_miss)
+        return {name: {"tower": tree} for name, tree in found.items()}
+    path, format_ = find(init), "big_vision's"
     if path.suffix == ".npz":
-        format_, renames = "big_vision's", None
         arrays = read_big_vision(path, TOWERS.get(type(module), ""))
     else:
         arrays = read_arrays(path)
-        format_, renames = recognise(arrays, formats(module), path)
+        if (own := from_ours(arrays, shapes)) is not None:
+            format_, arrays = "ours", own
+        else:
+            format_, renames = recognise(arrays, formats(module), path)
     try:
-        ours = arrays if renames is None else rename(arrays, renames)
-        return fit(ours, shapes, may_miss=(*may_miss, *FRESH.get(type(module), ())))
+        if format_ not in ("big_vision's", "ours"):
+            arrays = rename(arrays, renames)
+        return fit(arrays, shapes, may_miss=(*may_miss, *FRESH.get(type(module), ())))
     except UserError as error:
         raise UserError(f"init={init}, read as {format_}: {error}") from error
+
+
+def from_ours(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
+    """What `to_torch` made of such variables, by path; None where the names are others."""
+    flat = flax.traverse_util.flatten_dict(dict(shapes), sep="/")
+    inner = {path.partition("/")[2]: path for path in flat}
+    if arrays.keys() != {torch_name(path) for path in inner}:
+        return None
+    found = from_torch(arrays, {path: flat[whole].shape for path, whole in inner.items()})
+    return {inner[path]: array for path, array in found.items()}
 
 
 def formats(module: nn.Module) -> dict[str, list[Rename]]:

@@ -4,13 +4,21 @@ Convolutions [h w c d] become [d c h w], dense kernels [c d] become [d c], maps 
 the axis of heads of attention is joined.
 """
 
+import dataclasses
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 # Flax's last name -> PyTorch's.
-_NAMES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
-_HEADS = ("query", "key", "value", "out")
+_NAMES = {
+    **dict.fromkeys(("kernel", "scale", "embedding"), "weight"),
+    **{"mean": "running_mean", "var": "running_var"},
+}
+# Fields of our modules that say nothing about what is computed in inference.
+_TRAINING = ("parent", "name", "dtype", "remat", "drop_rate")
+_HEADS = re.compile(r"(query|key|value|out)(_\d+)?")
 
 
 def to_torch(parameters: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -33,6 +41,17 @@ def from_torch(state: Mapping[str, np.ndarray], shapes: Mapping[str, Sequence[in
     return out
 
 
+def describe(module: Any) -> dict[str, Any]:
+    """What a module of ours is, for JSON and for its PyTorch form: `kind`, the name of its class, and its fields."""
+    fields = {
+        field.name: getattr(module, field.name)
+        for field in dataclasses.fields(module)
+        if field.name not in _TRAINING
+    }
+    inner = {k: describe(v) if dataclasses.is_dataclass(v) else v for k, v in fields.items()}
+    return {"kind": type(module).__name__, **inner}
+
+
 def torch_name(path: str) -> str:
     """`a/b/kernel` as `a.b.weight`."""
     *scope, last = path.split("/")
@@ -43,11 +62,13 @@ def _layout(path: str, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int
     """How to permute the axes, after those of heads are joined to this shape."""
     *scope, last = path.split("/")
     shape = tuple(shape)
-    part = scope[-1].rpartition("_")[0] if scope else ""
-    if part in _HEADS and last == "kernel" and len(shape) == 3:
+    attention = _HEADS.fullmatch(scope[-1]) if scope else None
+    if attention and last == "kernel" and len(shape) == 3:
         a, b, c = shape
-        shape = (a * b, c) if part == "out" else (a, b * c)
-    elif part in _HEADS and last == "bias":
+        shape = (a * b, c) if attention[1] == "out" else (a, b * c)
+    elif attention and last == "bias":
         shape = (int(np.prod(shape)),)
-    orders = {4: (3, 2, 0, 1), 3: (2, 0, 1), 2: (1, 0)} if last == "kernel" else {3: (2, 0, 1)}
+    orders = (
+        {4: (3, 2, 0, 1), 2: (1, 0)} if last == "kernel" else {3: (2, 0, 1)} if last == "position" else {}
+    )
     return orders.get(len(shape), tuple(range(len(shape)))), shape

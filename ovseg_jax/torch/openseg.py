@@ -8,21 +8,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.efficientnet_scaling import SCALING
-from ovseg_jax.torch import resnet
+from ovseg_jax.torch.clip_resnet import ClipResNet
 from ovseg_jax.torch.efficientnet import EfficientNet
+from ovseg_jax.torch.eva import Eva
 from ovseg_jax.torch.layers import Conv, GroupNorm, LayerNorm, resize
 from ovseg_jax.torch.resnet import ResNet
 from ovseg_jax.torch.small import SmallBackbone
+from ovseg_jax.torch.swin import Swin
+from ovseg_jax.torch.tower_pyramid import TowerPyramid
+from ovseg_jax.torch.vit import ViT
 
-# Name -> (module, what the name stands for), as in `ovseg_jax/models/backbones.py`.
-BACKBONES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
-    "small": (SmallBackbone, {}),
-    **{name: (ResNet, {"stage_sizes": sizes}) for name, sizes in resnet.STAGES.items()},
-    **{name: (EfficientNet, {"width": w, "depth": d}) for name, (w, d) in SCALING.items()},
+KINDS: dict[str, type[nn.Module]] = {
+    kind.__name__: kind
+    for kind in (SmallBackbone, ResNet, EfficientNet, ClipResNet, Swin, TowerPyramid, ViT, Eva)
 }
-# What a backbone's section of a config says about training alone.
-TRAINING = ("init", "remat", "drop_rate")
+
+
+def build_backbone(described: Mapping[str, Any]) -> nn.Module:
+    """A backbone from its description: `kind`, the name of its class, and its arguments.
+
+    Raises:
+      UserError: another kind.
+    """
+    options = {k: build_backbone(v) if isinstance(v, dict) else v for k, v in described.items()}
+    kind = options.pop("kind", None)
+    if kind not in KINDS:
+        raise UserError(f"a backbone of kind {kind!r} has no PyTorch form; known are {', '.join(KINDS)}")
+    return KINDS[kind](**options)
 
 
 class FusedPyramid(nn.Module):
@@ -125,7 +137,7 @@ class OpenSegNet(nn.Module):
     """The image network.
 
     Args:
-      model: the `model` section of a config, as a dictionary.
+      model: the Flax module's fields, as `pretrained.to_torch.describe` gives it.
     """
 
     mean: Tensor
@@ -133,12 +145,7 @@ class OpenSegNet(nn.Module):
 
     def __init__(self, model: Mapping[str, Any]):
         super().__init__()
-        options = {key: value for key, value in model["backbone"].items() if key not in TRAINING}
-        name = options.pop("name")
-        if name not in BACKBONES:
-            raise UserError(f"backbone {name!r} has no PyTorch form; known are {', '.join(BACKBONES)}")
-        module, settled = BACKBONES[name]
-        backbone: Any = module(**settled, **options)
+        backbone: Any = build_backbone(model["backbone"])
         self.backbone = backbone
         self.mask_scale, self.detach_masks = model["mask_scale"], model["detach_masks"]
         self.num_queries, width = model["num_queries"], model["width"]

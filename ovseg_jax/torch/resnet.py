@@ -1,11 +1,11 @@
 """ResNet-50 and 101 for inference, see `ovseg_jax/models/resnet.py`."""
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovseg_jax.torch.layers import BatchNorm
-
-STAGES = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 
 
 def make_norm(kind: str, channels: int) -> nn.Module:
@@ -44,7 +44,7 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Feature maps `c2` to `c5`; `channels` holds their widths."""
 
-    def __init__(self, stage_sizes: tuple[int, ...], width: int = 64, norm: str = "batch"):
+    def __init__(self, stage_sizes: Sequence[int], width: int = 64, norm: str = "batch"):
         super().__init__()
         self.conv1, self.norm1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), make_norm(norm, width)
         self.stage_sizes, self.channels = stage_sizes, {}

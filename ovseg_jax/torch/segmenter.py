@@ -1,22 +1,27 @@
 """Exported models: images and texts in, label maps out, as `ovseg_jax.Segmenter` gives them."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.images import fit_canvas, read_image
 from ovseg_jax.pretrained.files import read_arrays
 from ovseg_jax.torch.layers import unit
 from ovseg_jax.torch.openseg import OpenSegNet
+from ovseg_jax.torch.text_towers import Bert, CLIPText, SiglipText
 from ovseg_jax.vocab.classes import ClassList, Labels, as_classes
 from ovseg_jax.vocab.phrases import word_ids
+from ovseg_jax.vocab.tokenizers import load_tokenizer
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, TEXT_TOWER = "model.safetensors", "config.json", "text_tower"
+TEXT_KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (CLIPText, SiglipText, Bert)}
+BATCH, LENGTH = 64, 77  # as `FrozenText` has them
 STRIP = 64  # rows of an image that are scored at once
 
 
@@ -39,13 +44,14 @@ class Segmenter:
 
     Attributes:
       net: the image network.
-      table: [V D] vectors of the words of `index`; None where the text tower is another model's.
+      table: [V D] vectors of the words of `index`; None where a text tower stands in its place.
+      text: a frozen text tower and its tokeniser, or None.
       canvas: side of the square that the network sees.
       classes: the categories of the training data.
     """
 
-    def __init__(self, net: OpenSegNet, table: Tensor | None, config: dict[str, Any]):
-        self.net, self.table, self.canvas = net.eval(), table, int(config["image_size"])
+    def __init__(self, net: OpenSegNet, table: Tensor | None, text: "Text | None", config: dict[str, Any]):
+        self.net, self.table, self.text, self.canvas = net.eval(), table, text, int(config["image_size"])
         self.index = {word: i for i, word in enumerate(config["words"])}
         self.classes = ClassList.from_json(json.dumps(config["classes"]))
 
@@ -58,12 +64,11 @@ class Segmenter:
         Args:
           image: a path, a PIL image or an array.
           labels: as `ovseg_jax.Segmenter.segment` takes them; those of the training data by default.
-          vectors: [T D], embeddings of all names of the labels in their order, from the text tower that the model was
-            trained with; needed where `table` is None.
+          vectors: [T D], embeddings of all names of the labels in their order, in place of those of `embed`.
           threshold: pixels with a lower confidence are unknown.
 
         Raises:
-          UserError: an image that cannot be read, empty labels, an unknown word, vectors that are missing.
+          UserError: an image that cannot be read, empty labels, an unknown word.
         """
         classes = self.classes if labels is None else as_classes(labels)
         names, owner = classes.flat()
@@ -93,12 +98,32 @@ class Segmenter:
         label_map = np.where(confidence >= threshold, owner[best], -1).astype(np.int32)
         return Segmentation(classes, label_map, confidence)
 
-    def embed(self, names: Any) -> Tensor:
-        """Unit vectors [T D] of names: the normalised sums of their words' unit vectors."""
-        if self.table is None:
-            raise UserError("this model's text tower is not part of it: give the vectors of the labels")
+    def embed(self, names: Sequence[str]) -> Tensor:
+        """Unit vectors [T D] of names, by the text tower; or the normalised sums of their words' unit vectors."""
+        if self.text is not None:
+            return self.text(names)
+        assert self.table is not None
         rows = [word_ids(name, self.index) for name in names]
         return torch.stack([unit(unit(self.table[row]).sum(0)) for row in rows])
+
+
+class Text:
+    """A frozen text tower and its tokeniser, from the folder that `FrozenText.save` writes."""
+
+    def __init__(self, folder: Path, device: str):
+        described = read_json(folder / CONFIG)
+        kind = TEXT_KINDS[described.pop("kind")]
+        self.tower, self.device = fill(kind(**described), folder).to(device).eval(), device
+        self.tokenizer = load_tokenizer(folder, length=min(described["length"], LENGTH))
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors [T D]."""
+        rows = []
+        for at in range(0, len(texts), BATCH):
+            ids, valid = self.tokenizer(texts[at : at + BATCH])
+            rows.append(unit(self.tower(*(torch.from_numpy(x).to(self.device) for x in (ids, valid)))))
+        return torch.cat(rows)
 
 
 def upsampling(pixels: int, cells: int, canvas: int, fitted: int, device: Any) -> Tensor:
@@ -116,18 +141,48 @@ def load(folder: str | Path, device: str = "cpu") -> Segmenter:
       UserError: the folder holds none, or a damaged one.
     """
     folder = Path(folder)
+    config = read_json(folder / CONFIG)
     try:
-        config = json.loads((folder / CONFIG).read_text("utf-8"))
-        net = OpenSegNet(config["model"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        described = {key: value for key, value in config["model"].items() if key != "kind"}
+        net = OpenSegNet(described)
+        arrays = read_tensors(folder)
+        table = arrays.pop("text.table", None)
+        text = Text(folder / TEXT_TOWER, device) if table is None else None
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder} holds no exported model: {error}") from error
-    arrays = {k: torch.from_numpy(np.array(v, np.float32)) for k, v in read_arrays(folder / WEIGHTS).items()}
-    table = arrays.pop("text.table", None)
+    fill(net, folder, arrays)
+    return Segmenter(net.to(device), table, text, config)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+      UserError: no such file, or another content.
+    """
     try:
-        net.load_state_dict(arrays, strict=True)
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path.parent} holds no exported model: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path.parent} holds no exported model: {path.name} is no JSON object")
+    return found
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """A folder's arrays in float32, whatever they are kept in."""
+    return {k: torch.from_numpy(np.array(v, np.float32)) for k, v in read_arrays(folder / WEIGHTS).items()}
+
+
+def fill(module: nn.Module, folder: Path, arrays: dict[str, Tensor] | None = None) -> nn.Module:
+    """The module, with a folder's parameters.
+
+    Raises:
+      UserError: they are not its own.
+    """
+    try:
+        module.load_state_dict(read_tensors(folder) if arrays is None else arrays, strict=True)
     except RuntimeError as error:
-        raise UserError(
-            f"{folder / WEIGHTS} does not fit {CONFIG}: {' '.join(str(error).split())}"
-        ) from error
-    net.to(device)
-    return Segmenter(net, table, config)
+        text = " ".join(str(error).split())
+        raise UserError(f"{folder / WEIGHTS} does not fit {CONFIG}: {text}") from error
+    return module

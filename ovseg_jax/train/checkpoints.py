@@ -3,6 +3,7 @@
     WORKDIR/config.json                     the resolved config
     WORKDIR/checkpoints/<step>/variables    {"params": ..., other collections}: all that inference reads
     WORKDIR/checkpoints/<step>/optimizer    optax's state
+    WORKDIR/checkpoints/<step>/average      averaged parameters, where the run keeps them
 
 The position in the data is the step (see `data.pipeline`), so that a checkpoint restores on any mesh and with any
 number of processes.
@@ -31,6 +32,7 @@ from ovseg_jax.train.sharding import DEFAULT_RULES, leaf_sharding, path_name
 from ovseg_jax.train.state import TrainState
 
 CONFIG_FILE = "config.json"
+TEXT_TOWER = "text_tower"  # the folder of a run in which `FrozenText.save` leaves a frozen tower
 # What a checkpoint takes beside its arrays, at most.
 METADATA_BYTES = 1 << 20
 
@@ -80,6 +82,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     variables=ocp.args.StandardSave(state.variables),
                     optimizer=ocp.args.StandardSave(state.opt_state),
+                    **({} if state.average is None else {"average": ocp.args.StandardSave(state.average)}),
                 ),
                 force=True,
             )
@@ -99,11 +102,16 @@ class Checkpoints:
             raise UserError(f"{self.directory} holds no checkpoint.")
         _check_same(self.directory / str(step) / "variables", target.variables)
         _check_same(self.directory / str(step) / "optimizer", target.opt_state)
+        average = {}
+        if target.average is not None:
+            _check_same(self.directory / str(step) / "average", target.average)
+            average["average"] = ocp.args.StandardRestore(target.average)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 variables=ocp.args.StandardRestore(target.variables),
                 optimizer=ocp.args.StandardRestore(target.opt_state),
+                **average,
             ),
         )
         variables = dict(restored["variables"])
@@ -112,6 +120,7 @@ class Checkpoints:
             params=variables.pop("params"),
             model_state=variables,
             opt_state=restored["optimizer"],
+            average=restored["average"] if average else None,
         )
 
     def wait(self) -> None:
@@ -149,6 +158,7 @@ def load_variables(
     *,
     mesh: Mesh | None = None,
     rules: Iterable[Sequence[str]] = DEFAULT_RULES,
+    averaged: bool = True,
 ) -> tuple[ConfigDict, dict[str, Any], int]:
     """Reads what inference needs from a run: its config and its variables, without the optimiser's state.
 
@@ -157,9 +167,10 @@ def load_variables(
       step: which checkpoint; the latest where nothing is said.
       mesh: where to put the variables; as numpy arrays where nothing is said.
       rules: the sharding rules on that mesh.
+      averaged: take the averaged parameters of a run that keeps them.
 
     Returns:
-      (config, variables, step).
+      (config, variables, step); of a run that left its frozen text tower beside it, the config names that one.
 
     Raises:
       UserError: where the folder holds no run, or not that step.
@@ -184,11 +195,19 @@ def load_variables(
             sharding = leaf_sharding(path_name(path[1:]), leaf.shape, mesh, rules)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    saved = _saved_arrays(directory / str(step) / "variables")
-    with ocp.StandardCheckpointer() as checkpointer:
-        variables = checkpointer.restore(
-            directory / str(step) / "variables", jax.tree_util.tree_map_with_path(target, saved)
-        )
+    def restore(item: epath.Path, prefix: tuple[Any, ...] = ()) -> dict[str, Any]:
+        with ocp.StandardCheckpointer() as checkpointer:
+            shapes = jax.tree.map_with_path(
+                lambda path, leaf: target((*prefix, *path), leaf), _saved_arrays(item)
+            )
+            return checkpointer.restore(item, shapes)
+
+    variables = restore(directory / str(step) / "variables")
+    average = directory / str(step) / "average"
+    if averaged and average.exists():
+        variables["params"] = restore(average, (jax.tree_util.DictKey("params"),))
+    if (workdir / TEXT_TOWER / CONFIG_FILE).exists():
+        config.text.init = str(workdir / TEXT_TOWER)
     return config, jax.device_get(variables) if mesh is None else variables, step
 
 

@@ -130,7 +130,7 @@ def fit(
                 if due and not writer.has(step, evaluator.name + "/"):
                     log.drain()
                     with log.pause():
-                        scores = evaluator.run(state.variables)
+                        scores = evaluator.run(state.averaged)
                     writer.scalars(step, {f"{evaluator.name}/{key}": value for key, value in scores.items()})
                     progress.say(f"step {step}, {evaluator.name}: {_line(scores)}")
 

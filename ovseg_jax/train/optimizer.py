@@ -25,11 +25,13 @@ class Optimizer(NamedTuple):
       transform: init and update over the whole parameter tree; frozen parameters get no state and no update.
       schedule: step -> learning rate, for the log.
       trainable: a tree like the parameters, True where they are trained.
+      ema: how much of the parameters' moving average a step keeps; 0 where none is kept.
     """
 
     transform: optax.GradientTransformation
     schedule: optax.Schedule
     trainable: Any
+    ema: float = 0.0
 
 
 def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
@@ -67,12 +69,13 @@ def make_optimizer(config: ConfigDict, params: Any, steps: int) -> Optimizer:
         `warmup_steps`, `final_fraction`, `weight_decay` (on arrays of two or more dimensions, so never on
         biases, scales and temperatures), `clip_norm` (0 = off), `b1`, `b2`, `momentum` (sgd), `nesterov`,
         `multipliers` ((regex, factor) pairs: the first that is found in a parameter's path scales its rate),
-        `frozen` (regexes).
+        `frozen` (regexes), `ema` (the decay of the parameters' moving average, min(ema, (1 + t) / (10 + t)) at
+        step t, which is then what is evaluated and exported; 0 = none).
       params: the parameter tree; arrays or their shapes.
       steps: length of the run, for the schedule.
 
     Raises:
-      UserError: for an unknown name, or a regex that finds no parameter.
+      UserError: for an unknown name, a regex that finds no parameter, or an `ema` outside [0, 1).
     """
     name = config.get("name", "adamw")
     if name not in RULES:
@@ -82,6 +85,10 @@ def make_optimizer(config: ConfigDict, params: Any, steps: int) -> Optimizer:
     frozen, multipliers = tuple(config.get("frozen", ())), tuple(config.get("multipliers", ()))
     _check_found("frozen", frozen, names)
     _check_found("multipliers", [pattern for pattern, _ in multipliers], names)
+
+    ema = float(config.get("ema", 0.0))
+    if not 0 <= ema < 1:
+        raise UserError(f"optimizer.ema={ema}: it takes a number from 0 to below 1")
 
     b1, b2 = float(config.get("b1", 0.9)), float(config.get("b2", 0.99 if name == "lion" else 0.999))
     rule = {
@@ -111,7 +118,7 @@ def make_optimizer(config: ConfigDict, params: Any, steps: int) -> Optimizer:
         # The partition is outermost, so that neither clipping nor any state sees a frozen parameter.
         labels = jax.tree.map(lambda moves: "trained" if moves else "frozen", trainable)
         transform = optax.partition({"trained": transform, "frozen": optax.set_to_zero()}, labels)
-    return Optimizer(transform, schedule, trainable)
+    return Optimizer(transform, schedule, trainable, ema)
 
 
 def _check_found(key: str, patterns: Sequence[str], names: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,9 @@ from ovseg_jax import config as config_lib
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.runner import Evaluator
 from ovseg_jax.methods.base import Method, Variables
+from ovseg_jax.models.frozen_text import FrozenText
 from ovseg_jax.train.checkpoints import (
+    TEXT_TOWER,
     disk_full_message,
     is_disk_full,
     load_variables,
@@ -126,13 +129,13 @@ def _train(config: ConfigDict, workdir: epath.Path, finish: Finish | None) -> di
             print(f"{workdir} has already made its {result.step} steps; a new run needs another --workdir")
             _show(workdir, before)
         return before
-    scores, tables = run_evaluators(final_evaluators(config, parts), result.state.variables)
+    scores, tables = run_evaluators(final_evaluators(config, parts), result.state.averaged)
     summary = _summary(result, scores)
     if jax.process_index() == 0:
         write_tables(workdir, tables)
         (workdir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
         if finish is not None:
-            finish(config, workdir, parts, result.state.variables)
+            finish(config, workdir, parts, result.state.averaged)
         _show(workdir, summary)
     return summary
 
@@ -196,7 +199,12 @@ def make_parts(config: ConfigDict, workdir: epath.Path, source: Any) -> Parts:
             words.save(workdir / WORDS_FILE)
             (workdir / CLASSES_FILE).write_text(source.classes.to_json())
         multihost_utils.sync_global_devices("vocabulary")
-    return load_parts(config, workdir, make_mesh(config.get("mesh")))
+    parts = load_parts(config, workdir, make_mesh(config.get("mesh")))
+    text = getattr(parts.method, "text", None)
+    local = "://" not in str(workdir)  # A tokeniser reads local files.
+    if isinstance(text, FrozenText) and local and jax.process_index() == 0:
+        text.save(Path(workdir) / TEXT_TOWER)
+    return parts
 
 
 def load_parts(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Parts:

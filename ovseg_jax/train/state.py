@@ -27,17 +27,24 @@ class TrainState:
       params: what the gradient moves.
       model_state: the other collections, such as `batch_stats`: {collection: tree}.
       opt_state: optax's state.
+      average: the parameters' moving average, None where `optimizer.ema` is 0.
     """
 
     step: Any
     params: Any
     model_state: dict[str, Any]
     opt_state: Any
+    average: Any = None
 
     @property
     def variables(self) -> dict[str, Any]:
         """What a method takes: the parameters and the other collections in one dict."""
         return {"params": self.params, **self.model_state}
+
+    @property
+    def averaged(self) -> dict[str, Any]:
+        """The variables with averaged parameters, where they are averaged: what is evaluated."""
+        return self.variables if self.average is None else {**self.variables, "params": self.average}
 
 
 def abstract_variables(method: Method, seed: int) -> Variables:
@@ -67,11 +74,13 @@ def state_shardings(
 
     kept = jax.eval_shape(optimizer.transform.init, params)
     model_state = {name: tree for name, tree in variables.items() if name != "params"}
+    placed = jax.tree.map(place, params, paths)
     return TrainState(
         step=replicated(mesh),
-        params=jax.tree.map(place, params, paths),
+        params=placed,
         model_state=jax.tree.map(place, model_state, tree_paths(model_state)),
         opt_state=jax.tree.map(place_kept, kept, tree_paths(kept)),
+        average=placed if optimizer.ema else None,
     )
 
 
@@ -95,15 +104,20 @@ def start_from(state: TrainState, parts: Mapping[str, Any]) -> TrainState:
     """
     if not parts:
         return state
-    variables = flax.traverse_util.flatten_dict(state.variables, keep_empty_nodes=True)
-    for path, array in flax.traverse_util.flatten_dict(parts).items():
-        before = variables[path]
+    variables = _replace(state.variables, parts)
+    average = None if state.average is None else _replace(state.averaged, parts)["params"]
+    return dataclasses.replace(state, params=variables.pop("params"), model_state=variables, average=average)
+
+
+def _replace(variables: Variables, parts: Mapping[str, Any]) -> dict[str, Any]:
+    flat = flax.traverse_util.flatten_dict(dict(variables), keep_empty_nodes=True)
+    for path, array in flax.traverse_util.flatten_dict(dict(parts)).items():
+        before = flat[path]
         whole = np.asarray(array, before.dtype)
         if whole.shape != before.shape:
             raise ValueError(f"{'/'.join(path)} is {whole.shape}, not {before.shape}")
-        variables[path] = jax.make_array_from_callback(whole.shape, before.sharding, whole.__getitem__)
-    tree = flax.traverse_util.unflatten_dict(variables)
-    return dataclasses.replace(state, params=tree.pop("params"), model_state=tree)
+        flat[path] = jax.make_array_from_callback(whole.shape, before.sharding, whole.__getitem__)
+    return flax.traverse_util.unflatten_dict(flat)
 
 
 def abstract_state(method: Method, optimizer: Optimizer, seed: int, shardings: TrainState) -> TrainState:
@@ -115,4 +129,5 @@ def abstract_state(method: Method, optimizer: Optimizer, seed: int, shardings: T
 def _create(method: Method, optimizer: Optimizer, seed: int) -> TrainState:
     variables = dict(method.init(jax.random.key(seed)))
     params = variables.pop("params")
-    return TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer.transform.init(params))
+    average = jax.tree.map(jnp.copy, params) if optimizer.ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer.transform.init(params), average)

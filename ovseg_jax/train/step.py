@@ -36,11 +36,18 @@ def make_step(method: Method, optimizer: Optimizer, seed: int, shardings: TrainS
 
         (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = state.average
+        if average is not None:
+            # Short at first, so that it soon forgets where the run began.
+            share = 1 - jnp.minimum(optimizer.ema, (1 + state.step) / (10 + state.step))
+            average = optax.incremental_update(params, average, share)
         new = TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             model_state={**state.model_state, **aux.mutated},
             opt_state=opt_state,
+            average=average,
         )
         one = jnp.ones((), jnp.float32)
         metrics = {

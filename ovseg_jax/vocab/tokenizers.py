@@ -131,6 +131,16 @@ def load_tokenizer(source: str | Path, kind: str | None = None, length: int | No
     )
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files that `load_tokenizer` reads of a folder.
+
+    Raises:
+      UserError: it holds none.
+    """
+    file = _find(folder, None)
+    return [file, folder / "merges.txt"] if file.name == "vocab.json" else [file]
+
+
 def clean_clip(text: str) -> str:
     """What CLIP's tokeniser does to a text before it splits it.
 

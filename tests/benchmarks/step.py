@@ -15,6 +15,7 @@ GPU: `--device=cuda`; memory is then the allocator's peak. PyTorch needs `pip in
 
 import argparse
 import itertools
+import json
 import multiprocessing
 import os
 import resource
@@ -35,6 +36,7 @@ def prepare(config, count: int, folder: Path) -> None:
 
     from ovseg_jax.data.pipeline import make_source, train_iterator, words_for
     from ovseg_jax.methods import build
+    from ovseg_jax.pretrained.to_torch import describe
     from ovseg_jax.train.sharding import path_name
 
     source = make_source(config.data.train)
@@ -45,7 +47,9 @@ def prepare(config, count: int, folder: Path) -> None:
     for i, batch in enumerate(itertools.islice(iterator, count)):
         np.savez(folder / f"batch{i}.npz", **batch)
     iterator.close()
-    params = build(config, words, source.classes).init(jax.random.key(config.seed))["params"]
+    method = build(config, words, source.classes)
+    (folder / "net.json").write_text(json.dumps(describe(method.net)))
+    params = method.init(jax.random.key(config.seed))["params"]
     flat = {path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(params)}
     np.savez(folder / "params.npz", **flat)
 
@@ -119,7 +123,7 @@ def torch_side(config, folder: Path, batches, device: str, compiled: bool):
     loss_config, optimizer = config.loss, config.optimizer
     saved = dict(np.load(folder / "params.npz"))
     image = {k.removeprefix("image/"): v for k, v in saved.items() if k.startswith("image/")}
-    net = OpenSegNet(config.model.to_dict())
+    net = OpenSegNet(json.loads((folder / "net.json").read_text()))
     net.load_state_dict({name: torch.from_numpy(x) for name, x in to_torch(image).items()})
     net = net.to(device, memory_format=torch.channels_last)
     table, region_raw, pair_raw = (

@@ -12,7 +12,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models import text_towers
 from ovseg_jax.train.sharding import make_mesh
 from tests.extras import require
-from tests.methods.test_openseg import WORDS, batch, make
+from tests.methods.test_openseg import CLASSES, WORDS, batch, make
 
 WIDTH, EMBED = 32, 24
 
@@ -105,3 +105,27 @@ def test_what_is_wrong_is_said(folder):
     (path / "bpe_simple_vocab_16e6.txt.gz").unlink()
     with pytest.raises(UserError, match=r"holds none of"):
         frozen(path).embed_text({"params": {"text": {}}}, ["dog"])
+
+
+def test_an_export_and_a_run_carry_the_tower(folder, tmp_path_factory):
+    import ovseg_jax.torch
+    from ovseg_jax import export
+    from ovseg_jax.segmenter import Segmenter
+
+    path, reference = folder
+    method = frozen(path, mask_bias=0.2, mask_scale=30.0)
+    variables = jax.tree.map(np.asarray, method.init(jax.random.key(0)))
+    out = tmp_path_factory.mktemp("export")
+    segmenter = Segmenter(method, variables, method.config, CLASSES)
+    export.to_folder(segmenter, out, np.dtype("float32"))
+    shutil.rmtree(path)
+
+    loaded = ovseg_jax.torch.load(out)
+    labels = "polar bear,bear; grass; a photo of a Wedding Cake"
+    np.testing.assert_allclose(loaded.embed(["polar bear"]).numpy(), reference(["polar bear"]), atol=2e-6)
+    image = np.random.default_rng(0).integers(0, 256, (40, 32, 3), np.uint8)
+    ours, theirs = segmenter.segment(image, labels), loaded.segment(image, labels)
+    assert len(np.unique(ours.label_map)) > 1 and (ours.label_map == theirs.label_map).mean() > 0.999
+
+    again = frozen(out / "text_tower")
+    np.testing.assert_array_equal(again.text.encode({}, ["zebra"]), method.text.encode({}, ["zebra"]))

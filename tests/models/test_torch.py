@@ -1,5 +1,6 @@
 """The PyTorch network beside the Flax one, with the same parameters."""
 
+import json
 import subprocess
 import sys
 
@@ -34,6 +35,9 @@ MODEL = dict(
 )
 
 
+TINY_VIT = dict(name="vit", width=32, depth=1, heads=2, mlp_dim=48, grid=(3, 3))
+
+
 def flax_net(model):
     backbone = {k: v for k, v in model["backbone"].items() if k != "name"}
     rest = {k: v for k, v in model.items() if k != "backbone"}
@@ -52,7 +56,7 @@ def flax_net(model):
 )
 def test_equals_flax(size, change):
     torch = require("torch")
-    from ovseg_jax.pretrained.to_torch import to_torch
+    from ovseg_jax.pretrained.to_torch import describe, to_torch
     from ovseg_jax.torch.openseg import OpenSegNet as TorchNet
 
     model, rng = MODEL | change, np.random.default_rng(0)
@@ -64,7 +68,7 @@ def test_equals_flax(size, change):
     out = jax.jit(net.apply)({"params": params}, jnp.asarray(image), jnp.asarray(image_size))
 
     flat = {path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(params)}
-    twin = TorchNet(model)
+    twin = TorchNet(describe(net))
     twin.load_state_dict({name: torch.from_numpy(x) for name, x in to_torch(flat).items()}, strict=True)
     with torch.no_grad():
         got = twin(torch.from_numpy(image).permute(0, 3, 1, 2), torch.from_numpy(image_size))
@@ -82,8 +86,8 @@ def test_a_backbone_without_a_torch_form_is_named():
     require("torch")
     from ovseg_jax.torch.openseg import OpenSegNet as TorchNet
 
-    with pytest.raises(UserError, match=r"swin_t.*known are small"):
-        TorchNet(MODEL | {"backbone": {"name": "swin_t"}})
+    with pytest.raises(UserError, match=r"'AlexNet'.*known are SmallBackbone"):
+        TorchNet(MODEL | {"backbone": {"kind": "AlexNet"}})
 
 
 def test_the_package_does_not_import_jax():
@@ -97,19 +101,21 @@ def test_the_package_does_not_import_jax():
     [
         {"name": "resnet50"},
         {"name": "resnet50", "norm": "group", "width": 32, "remat": "all"},
-        {"name": "efficientnet_b0"},
         {"name": "efficientnet_b1", "drop_rate": 0.5},
+        TINY_VIT | {"patch": 8},
+        TINY_VIT | {"patch": 32, "cls": "none", "pool": "map"},
     ],
     ids=str,
 )
 def test_backbones_equal_flax(config):
     torch = require("torch")
-    from ovseg_jax.pretrained.to_torch import to_torch
-    from ovseg_jax.torch.openseg import OpenSegNet as TorchNet
+    from ovseg_jax.pretrained.to_torch import describe, to_torch
+    from ovseg_jax.torch.openseg import build_backbone as build_torch
 
     rng = np.random.default_rng(0)
-    ours, theirs = build_backbone(config), TorchNet(MODEL | {"backbone": config}).backbone.eval()
-    x = jnp.asarray(rng.normal(size=(2, 75, 106, 3)), jnp.float32)
+    ours = build_backbone(config)
+    theirs = build_torch(json.loads(json.dumps(describe(ours)))).eval()
+    x = jnp.asarray(rng.normal(size=(2, 64, 96, 3) if "patch" in config else (2, 75, 106, 3)), jnp.float32)
     variables = reference.init(ours, x)
     variables = jax.tree.map(lambda v: v * rng.uniform(0.7, 1.3, v.shape).astype(v.dtype), variables)
     flat = {

@@ -1,0 +1,117 @@
+"""CLIP's and SigLIP's text towers and BERT for inference, see `ovseg_jax/models/text_towers.py`."""
+
+import torch
+from torch import Tensor, nn
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.torch.transformer import Encoder
+
+# `CLIPText.activation` -> `gelu` of the encoder.
+ACTIVATIONS = {"gelu": "exact", "gelu_tanh": "tanh", "quick_gelu": "quick"}
+
+
+class TextTower(nn.Module):
+    """Tables of tokens and of positions: what the towers below have in common."""
+
+    def __init__(self, vocab_size: int, length: int, width: int):
+        super().__init__()
+        self.Embed_0 = nn.Embedding(vocab_size, width)
+        self.pos_embedding = nn.Parameter(torch.zeros(1, length, width))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Tokens with their positions, [b l d]."""
+        length = self.pos_embedding.shape[1]
+        if ids.shape[1] > length:
+            raise UserError(f"texts of {ids.shape[1]} tokens: this text tower takes {length} at most")
+        return self.Embed_0(ids) + self.pos_embedding[:, : ids.shape[1]]
+
+
+class CLIPText(TextTower):
+    """CLIP's text tower, which open_clip's and EVA-CLIP's are too."""
+
+    def __init__(
+        self,
+        vocab_size: int = 49408,
+        length: int = 77,
+        width: int = 512,
+        layers: int = 12,
+        heads: int = 8,
+        mlp_dim: int | None = None,
+        embed_dim: int = 512,
+        activation: str = "quick_gelu",
+    ):
+        super().__init__(vocab_size, length, width)
+        gelu = ACTIVATIONS[activation]
+        self.Encoder_0 = Encoder(layers, width, heads, mlp_dim or 4 * width, gelu, 1e-5, causal=True)
+        self.head = nn.Linear(width, embed_dim, bias=False)
+
+    def forward(self, ids: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Embeds texts [b l], each at its end, which is the first of the highest id; `valid` is not read.
+
+        Raises:
+          UserError: texts too long.
+        """
+        x, _ = self.Encoder_0(self.embed(ids))
+        end = ids.argmax(-1)[:, None, None].expand(-1, 1, x.shape[2])
+        return self.head(x.gather(1, end)[:, 0])
+
+
+class SiglipText(TextTower):
+    """SigLIP's text tower, and SigLIP 2's."""
+
+    def __init__(
+        self,
+        vocab_size: int = 32_000,
+        length: int = 64,
+        width: int = 768,
+        layers: int = 12,
+        heads: int = 12,
+        mlp_dim: int | None = None,
+        embed_dim: int = 768,
+    ):
+        super().__init__(vocab_size, length, width)
+        self.Encoder_0 = Encoder(layers, width, heads, mlp_dim or 4 * width, "tanh", 1e-6)
+        self.head = nn.Linear(width, embed_dim)
+
+    def forward(self, ids: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Embeds texts [b l], each at its last position, padding or not; `valid` is not read.
+
+        Raises:
+          UserError: texts too long.
+        """
+        x, _ = self.Encoder_0(self.embed(ids))
+        return self.head(x[:, -1])
+
+
+class Bert(TextTower):
+    """BERT for single texts: the token type is 0 throughout."""
+
+    def __init__(
+        self,
+        vocab_size: int = 30_522,
+        length: int = 512,
+        width: int = 768,
+        layers: int = 12,
+        heads: int = 12,
+        mlp_dim: int | None = None,
+        pool: str = "cls",
+    ):
+        super().__init__(vocab_size, length, width)
+        self.pool = pool
+        self.type_embedding = nn.Parameter(torch.zeros(2, width))
+        self.embedding_norm = nn.LayerNorm(width, 1e-12)
+        self.Encoder_0 = Encoder(layers, width, heads, mlp_dim or 4 * width, "exact", 1e-12, post_norm=True)
+        self.pooler = nn.Linear(width, width) if pool == "pooler" else None
+
+    def forward(self, ids: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Embeds texts [b l]; `valid` [b l] says which tokens are no padding, all where it is None.
+
+        Raises:
+          UserError: texts too long.
+        """
+        x, _ = self.Encoder_0(self.embedding_norm(self.embed(ids) + self.type_embedding[0]), valid)
+        if self.pool == "mean":
+            seen = torch.ones_like(ids) if valid is None else valid
+            weights = seen.float() / seen.float().sum(1, keepdim=True)
+            return (weights[:, None] @ x.float())[:, 0].to(x.dtype)
+        return x[:, 0] if self.pooler is None else torch.tanh(self.pooler(x[:, 0]))

@@ -1,0 +1,42 @@
+"""What an image tower made of transformer blocks gives back, see `ovseg_jax/models/tower.py`."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ovseg_jax.errors import UserError
+
+
+class TowerOutput(NamedTuple):
+    """Every resolution of a tower's view of an image.
+
+    Attributes:
+      pooled: [b e], the embedding of the whole image, as the published model gives it.
+      tokens: [b d h w], the patch tokens behind the final norm, in their places; no class token.
+      taps: block number (from 0) -> its patch tokens, for the blocks that were asked for.
+    """
+
+    pooled: Tensor
+    tokens: Tensor
+    taps: dict[int, Tensor]
+
+
+def count_patches(image: Tensor, patch: int) -> tuple[int, int]:
+    """Rows and columns of patches of images [b c h w].
+
+    Raises:
+      UserError: sides that are no multiples of the patch.
+    """
+    height, width = image.shape[2:]
+    if height % patch or width % patch:
+        raise UserError(
+            f"an image of {height} x {width} pixels cannot be cut into patches of {patch} x {patch}: "
+            f"resize or pad it to multiples of {patch}"
+        )
+    return height // patch, width // patch
+
+
+def places(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The last rows * columns of tokens [b n d], those of the patches, as a map [b d rows columns]."""
+    rows, columns = grid
+    return tokens[:, tokens.shape[1] - rows * columns :].transpose(1, 2).unflatten(2, grid)

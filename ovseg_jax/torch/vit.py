@@ -1,0 +1,84 @@
+"""The Vision Transformer for inference, see `ovseg_jax/models/vit.py`."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ovseg_jax.torch.positions import resize_positions
+from ovseg_jax.torch.tower import TowerOutput, count_patches, places
+from ovseg_jax.torch.transformer import Attention, Encoder, MlpBlock
+
+
+class MAPHead(nn.Module):
+    """Pooling by one learned query."""
+
+    def __init__(self, width: int, heads: int, mlp_dim: int, gelu: str, epsilon: float):
+        super().__init__()
+        self.probe = nn.Parameter(torch.zeros(1, 1, width))
+        self.MultiHeadDotProductAttention_0 = Attention(width, heads)
+        self.LayerNorm_0 = nn.LayerNorm(width, epsilon)
+        self.MlpBlock_0 = MlpBlock(width, mlp_dim, gelu)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gathers all tokens [b n d] into one [b d]."""
+        x = self.MultiHeadDotProductAttention_0(self.probe.expand(x.shape[0], -1, -1), x)
+        return (x + self.MlpBlock_0(self.LayerNorm_0(x)))[:, 0]
+
+
+class ViT(nn.Module):
+    """A Vision Transformer for images of any size; the arguments are the Flax module's fields."""
+
+    def __init__(
+        self,
+        patch: int = 16,
+        width: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        mlp_dim: int = 3072,
+        grid: Sequence[int] = (14, 14),
+        resize: str = "bicubic",
+        cls: str = "placed",
+        pool: str = "cls",
+        pre_norm: bool = False,
+        gelu: str = "exact",
+        epsilon: float = 1e-6,
+        embed_dim: int = 0,
+        head_bias: bool = True,
+        taps: Sequence[int] = (),
+    ):
+        super().__init__()
+        self.patch, self.grid, self.resize, self.pool, self.taps = patch, tuple(grid), resize, pool, taps
+        self.first = int(cls == "placed")  # rows of the position table that belong to no patch
+        self.embedding = nn.Conv2d(3, width, patch, patch, bias=not pre_norm)
+        self.pos_embedding = nn.Parameter(torch.zeros(1, self.first + grid[0] * grid[1], width))
+        self.cls = nn.Parameter(torch.zeros(1, 1, width)) if cls != "none" else None
+        self.pre_norm = nn.LayerNorm(width, epsilon) if pre_norm else None
+        self.Transformer = Encoder(depth, width, heads, mlp_dim, gelu, epsilon)
+        self.MAPHead_0 = MAPHead(width, heads, mlp_dim, gelu, epsilon) if pool == "map" else None
+        self.head = nn.Linear(width, embed_dim, head_bias) if embed_dim else None
+
+    def forward(self, image: Tensor) -> TowerOutput:
+        """Computes the embedding, the tokens and the taps of normalised images [b 3 h w].
+
+        Raises:
+          UserError: sides that are no multiples of the patch.
+        """
+        grid = count_patches(image, self.patch)
+        x = self.embedding(image.to(self.embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        table = self.pos_embedding[0, self.first :].unflatten(0, self.grid)
+        x = x + resize_positions(table, grid, self.resize).flatten(0, 1)
+        if self.cls is not None:
+            cls = self.cls + self.pos_embedding[:, :1] if self.first else self.cls
+            x = torch.cat([cls.expand(x.shape[0], -1, -1), x], 1)
+        if self.pre_norm is not None:
+            x = self.pre_norm(x)
+        x, tapped = self.Transformer(x, taps=self.taps)
+        tokens = places(x, grid)
+        if self.MAPHead_0 is not None:
+            pooled = self.MAPHead_0(x)
+        else:
+            pooled = x[:, 0] if self.pool == "cls" else tokens.mean((2, 3))
+        if self.head is not None:
+            pooled = self.head(pooled)
+        return TowerOutput(pooled, tokens, {i: places(tap, grid) for i, tap in tapped.items()})

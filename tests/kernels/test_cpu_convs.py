@@ -1,0 +1,77 @@
+"""Convolutions for a CPU beside XLA's."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ovseg_jax.kernels import cpu_convs
+from ovseg_jax.kernels.cpu_convs import fast_on_cpu
+
+RNG = np.random.default_rng(0)
+
+
+def run(conv, shape):
+    x = jnp.asarray(RNG.normal(size=shape), jnp.float32)
+    variables = conv.init(jax.random.key(0), x)
+    variables = jax.tree.map(lambda v: v + 0.1 * jnp.asarray(RNG.normal(size=v.shape), v.dtype), variables)
+    with jax.default_matmul_precision("float32"):
+        return conv.apply(variables, x), fast_on_cpu(conv.apply)(variables, x)
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 20, 64), (1, 17, 23, 64), (1, 3, 1, 70)])
+@pytest.mark.parametrize("padding", ["SAME", 1, "VALID"])
+def test_winograd(shape, padding, monkeypatch):
+    if padding == "VALID" and min(shape[1:3]) < 3:
+        pytest.skip("nothing is left of it")
+    calls = spy(monkeypatch, "winograd")
+    expected, found = run(nn.Conv(66, (3, 3), padding=padding), shape)
+    assert calls == [shape] and found.shape == expected.shape
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("size", [3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("padding", ["SAME", 1])
+def test_depthwise(size, stride, padding, monkeypatch):
+    calls = spy(monkeypatch, "depthwise")
+    conv = nn.Conv(6, (size, size), stride, padding, feature_group_count=6, use_bias=False)
+    expected, found = run(conv, (2, 11, 14, 6))
+    assert calls and found.shape == expected.shape
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv(5, (1, 1)),
+        nn.Conv(5, (1, 1), 2),
+        nn.Conv(5, (1, 1), padding=1),
+        nn.Conv(6, (3, 3), feature_group_count=2),
+        nn.Conv(66, (3, 3), 2),
+        nn.Conv(66, (3, 3), kernel_dilation=2),
+        nn.Conv(66, (3, 3), padding=((1, 2), (0, 1))),
+        nn.Conv(66, (3, 3), padding="CIRCULAR"),
+        nn.Conv(66, (3, 3), dtype=jnp.bfloat16),
+        nn.Conv(6, (3,)),
+    ],
+)
+def test_all_others(conv, monkeypatch):
+    calls = [spy(monkeypatch, name) for name in ("winograd", "depthwise")]
+    channels = 64 if conv.features == 66 else 6
+    shape = (2, 9, channels) if len(conv.kernel_size) == 1 else (2, 9, 12, channels)
+    expected, found = run(conv, shape)
+    assert calls == [[], []] and found.shape == expected.shape and found.dtype == expected.dtype
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_only_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert fast_on_cpu(len) is len
+
+
+def spy(monkeypatch, name):
+    calls, real = [], getattr(cpu_convs, name)
+    monkeypatch.setattr(cpu_convs, name, lambda x, *rest: calls.append(x.shape) or real(x, *rest))
+    return calls
