@@ -14,6 +14,8 @@ EXTRAS = {
     "pretrained": ["huggingface_hub", "sentencepiece", "tokenizers"],
     # JAX's own format of exported programs.
     "export": ["flatbuffers"],
+    # With the extra "torch".
+    "onnx": ["onnx", "onnxruntime", "onnxscript"],
     # References that the towers are held to. torchvision belongs to exactly one version of torch.
     "torch": [
         "torch==2.13.0",

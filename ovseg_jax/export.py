@@ -12,10 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ovseg_jax.console import complain, quieten
+from ovseg_jax.console import complain, quieten, use_compilation_cache
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.frozen_text import FrozenText
+from ovseg_jax.models.text_towers import SiglipText
+from ovseg_jax.models.vit import ViT
+from ovseg_jax.pretrained.big_vision import write_big_vision
 from ovseg_jax.pretrained.files import write_safetensors
+from ovseg_jax.pretrained.hf_clip import is_clip, write_hf_clip
 from ovseg_jax.pretrained.to_torch import describe, to_torch
 from ovseg_jax.segmenter import Segmenter
 from ovseg_jax.train.checkpoints import TEXT_TOWER
@@ -26,9 +30,13 @@ Writes a trained model for programs that do not have JAX, or not this library.
 
   python -m ovseg_jax.export --checkpoint=runs/openseg --to=torch --out=exported
 
-  torch      model.safetensors and config.json, which `ovseg_jax.torch.load(DIR)` runs without JAX
-  stablehlo  model.stablehlo, which takes any number of images and names on CPU, CUDA and TPU, and its
-             parameters in model.safetensors; example.py shows how it is run with JAX alone
+  torch       model.safetensors and config.json, which `ovseg_jax.torch.load(DIR)` runs without JAX; a frozen text
+              tower in text_tower/; of a CLIP's two towers also clip/, for transformers.CLIPModel.from_pretrained
+  onnx        the same, and its network as model.onnx, for any number of images
+  stablehlo   model.stablehlo, which takes any number of images and names on CPU, CUDA and TPU, and its
+              parameters in model.safetensors; example.py shows how it is run with JAX alone
+  big_vision  model.npz, all parameters by their paths; of a ViT and a SigLIP text tower also towers.npz, as
+              big_vision's two-tower models load it
 
 --dtype=bfloat16 or float16 halves the file; how much the prediction changes by that is measured and printed.
 """
@@ -62,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--checkpoint", required=True, metavar="WORKDIR", help="the folder of a training run")
-    parser.add_argument("--to", required=True, choices=("torch", "stablehlo"))
+    parser.add_argument("--to", required=True, choices=tuple(WRITERS))
     parser.add_argument("--out", required=True, metavar="DIR", help="where to write; made if missing")
     parser.add_argument(
         "--step", type=int, help="of the checkpoints, that of this step; the latest by default"
@@ -81,8 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         out = Path(arguments.out)
         out.mkdir(parents=True, exist_ok=True)
-        write = to_folder if arguments.to == "torch" else to_stablehlo
-        write(segmenter, out, np.dtype(jnp.dtype(arguments.dtype)))
+        WRITERS[arguments.to](segmenter, out, np.dtype(jnp.dtype(arguments.dtype)))
         if arguments.dtype != "float32":
             change = difference(segmenter, np.dtype(jnp.dtype(arguments.dtype)))
             print(
@@ -110,6 +117,9 @@ def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     if isinstance(method.text, FrozenText):
         del arrays["text.table"]
         method.text.save(out / TEXT_TOWER)
+        vision, text = getattr(method.net.backbone, "tower", None), method.text.tower
+        if is_clip(vision, text):
+            write_hf_clip(out / "clip", vision, text, *towers(segmenter))  # type: ignore[arg-type]
     described = {
         "method": segmenter.config.method,
         "model": describe(method.net),
@@ -120,6 +130,67 @@ def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     (out / "config.json").write_text(json.dumps(described, indent=1, ensure_ascii=False) + "\n", "utf-8")
     cast = {k: v.astype(dtype) if v.dtype == np.float32 else v for k, v in arrays.items()}
     write_safetensors(out / "model.safetensors", cast, {"format": "pt"})
+
+
+def towers(segmenter: Segmenter) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Parameters by path of the image tower in a pyramid and of a frozen text tower; {} of what the run has not."""
+    image = segmenter.variables["params"]["image"]["backbone"].get("tower", {})
+    text: Any = segmenter.method.text  # type: ignore[attr-defined]
+    frozen = text.weights()["params"] if isinstance(text, FrozenText) else {}
+    seen, read = (
+        {path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(tree)}
+        for tree in (image, frozen)
+    )
+    return seen, read
+
+
+def to_big_vision(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
+    """Writes npz files of parameters by path."""
+    method: Any = segmenter.method
+    flat = {path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(segmenter.variables)}
+    cast = lambda arrays: {k: x.astype(dtype) if x.dtype == np.float32 else x for k, x in arrays.items()}
+    write_big_vision(out / "model.npz", cast(flat))
+    seen, read = towers(segmenter)
+    both = {f"params/img/{path}": x for path, x in seen.items() if isinstance(method.net.backbone.tower, ViT)}
+    if read and isinstance(method.text.tower, SiglipText):
+        both |= {f"params/txt/{path}": x for path, x in read.items()}
+    if both:
+        write_big_vision(out / "towers.npz", cast(both))
+
+
+def to_onnx(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
+    """Writes a program of (image u8 [b 3 S S], image_size i32 [b 2]), and what `to_folder` writes.
+
+    It returns mask logits [b N h w], the sums of F_z under the masks [b N D] and F_z [b D h w]; of a method without
+    proposals only the last.
+
+    Raises:
+      UserError: PyTorch, onnx or onnxscript is missing.
+    """
+    if missing := [
+        name for name in ("torch", "onnx", "onnxscript") if importlib.util.find_spec(name) is None
+    ]:
+        raise UserError(f"--to=onnx needs {', '.join(missing)}: pip install -e '.[torch,onnx]'")
+    import torch
+
+    import ovseg_jax.torch
+
+    to_folder(segmenter, out, dtype)
+    loaded = ovseg_jax.torch.load(out)
+    size = torch.full((2, 2), loaded.canvas, dtype=torch.int32)
+    image = torch.zeros(2, 3, loaded.canvas, loaded.canvas, dtype=torch.uint8)
+    any_number = {0: torch.export.Dim("batch")}
+    names = ["mask_logits", "region_sum", "pixel_embed"][0 if loaded.net.num_queries else 2 :]
+    torch.onnx.export(
+        loaded.net,
+        (image, size),
+        out / "model.onnx",
+        input_names=["image", "image_size"],
+        output_names=names,
+        dynamic_shapes=(any_number, any_number),
+        dynamo=True,
+        verbose=False,
+    )
 
 
 def to_stablehlo(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
@@ -177,5 +248,8 @@ def difference(segmenter: Segmenter, dtype: np.dtype) -> float:
     return float(np.abs(maps(rounded) - exact).max() / np.abs(exact).max())
 
 
+WRITERS = {"torch": to_folder, "onnx": to_onnx, "stablehlo": to_stablehlo, "big_vision": to_big_vision}
+
 if __name__ == "__main__":
+    use_compilation_cache()
     sys.exit(main())

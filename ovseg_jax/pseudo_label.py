@@ -15,6 +15,7 @@ from jaxtyping import Float, Int32
 from PIL import Image
 from tqdm import tqdm
 
+from ovseg_jax.console import use_compilation_cache
 from ovseg_jax.errors import UserError
 from ovseg_jax.images import SUFFIXES
 from ovseg_jax.result import PixelFeatures, sigmoid
@@ -115,4 +116,5 @@ def _run(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    use_compilation_cache()
     sys.exit(main())

@@ -91,6 +91,24 @@ def test_stablehlo_takes_any_number_of_images_and_names(tmp_path):
     assert example.stdout.splitlines() == ["(2, 6, 8, 8)", "(2, 5, 6)", "(2, 8, 8, 24)"], example.stderr
 
 
+@pytest.mark.parametrize("method", ["openseg", "lseg"])
+def test_onnx_takes_any_number_of_images(tmp_path, method):
+    torch, runtime = require("torch"), require("onnxruntime")
+    require("onnxscript")
+    import ovseg_jax.torch
+
+    export.to_onnx(make_segmenter(method), tmp_path, np.dtype("float32"))
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    images = RNG.integers(0, 256, (3, 3, 32, 32), np.uint8)
+    sizes = np.array([[32, 32], [20, 28], [9, 32]], np.int32)
+    found = session.run(None, {"image": images, "image_size": sizes})
+    with torch.no_grad():
+        expected = ovseg_jax.torch.load(tmp_path).net(*map(torch.from_numpy, (images, sizes)))
+    expected = [x.numpy() for x in expected if x is not None]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
+
+
 def test_what_cannot_be_exported_is_said(tmp_path, capsys):
     assert export.main([f"--checkpoint={tmp_path}", "--to=torch", f"--out={tmp_path}"]) == 2
     assert "holds no run" in capsys.readouterr().err

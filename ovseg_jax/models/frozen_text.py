@@ -107,13 +107,17 @@ class FrozenText:
         if (folder / "config.json").exists():
             return
         files = tokenizer_files(_folder(find(self.source)))
-        weights = {path_name(path): x for path, x in jax.tree.leaves_with_path(self._all()[2]["params"])}
+        weights = {path_name(path): x for path, x in jax.tree.leaves_with_path(self.weights()["params"])}
         folder.mkdir(parents=True, exist_ok=True)
         for file in files:
             shutil.copyfile(file, folder / file.name)
         write_safetensors(folder / "model.safetensors", to_torch(weights), {"format": "pt"})
         # Last: a folder with it is whole.
         (folder / "config.json").write_text(json.dumps(describe(self.tower), indent=1) + "\n")
+
+    def weights(self) -> dict[str, Any]:
+        """The tower's variables."""
+        return self._all()[2]
 
     def _all(self) -> tuple[Any, Any, Any]:
         """Tokeniser, compiled tower, and its weights, which stay on the host; read once."""

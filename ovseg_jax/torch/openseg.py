@@ -103,7 +103,7 @@ class RegionDecoder(nn.Module):
         """Queries [b n d] after all blocks, from pixels [b p d], of which `seen` [b p] are no padding."""
         layer = self.get_submodule
         keys = self.image_norm(features)
-        q = self.queries.to(features.dtype).expand(len(features), -1, -1)
+        q = self.queries.to(features.dtype).expand(features.shape[0], -1, -1)
         split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         for t in range(self.layers):
             x = layer(f"query_norm_{t}")(q)

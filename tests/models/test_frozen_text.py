@@ -129,3 +129,26 @@ def test_an_export_and_a_run_carry_the_tower(folder, tmp_path_factory):
 
     again = frozen(out / "text_tower")
     np.testing.assert_array_equal(again.text.encode({}, ["zebra"]), method.text.encode({}, ["zebra"]))
+
+
+def test_a_clip_is_exported_for_transformers_and_for_big_vision(folder, tmp_path_factory):
+    transformers = require("transformers")
+    from ovseg_jax import export
+    from ovseg_jax.pretrained.load import load
+    from ovseg_jax.segmenter import Segmenter
+
+    path, _ = folder
+    tower = dict(width=32, depth=1, heads=2, mlp_dim=48, grid=(2, 2), embed_dim=EMBED, head_bias=False)
+    method = frozen(path, backbone=dict(name="vit", pre_norm=True, gelu="quick", epsilon=1e-5, **tower))
+    variables = jax.tree.map(np.asarray, method.init(jax.random.key(0)))
+    segmenter = Segmenter(method, variables, method.config, CLASSES)
+    out = tmp_path_factory.mktemp("export")
+    export.to_folder(segmenter, out, np.dtype("float32"))
+    transformers.CLIPModel.from_pretrained(out / "clip")
+    export.to_big_vision(segmenter, out, np.dtype("float32"))
+    own = variables["params"]["image"]["backbone"]
+    for source in (out / "clip", f"big_vision:{out / 'towers.npz'}"):
+        found = load(str(source), method.net.backbone, {"params": own})
+        jax.tree.map(np.testing.assert_array_equal, found["params"]["tower"], own["tower"])
+    whole = np.load(out / "model.npz")
+    np.testing.assert_array_equal(whole["params/text/table"], variables["params"]["text"]["table"])

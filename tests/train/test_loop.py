@@ -224,3 +224,41 @@ def test_published_weights_are_where_a_run_starts_and_only_there(tmp_path, shape
     assert shardings(first) == shardings(plain)
     moved = run(tmp_path / "own", method=Pretrained(), steps=5, mesh=make_mesh(shape))
     assert moved.started == 0 and len(asked) == 1
+
+
+def test_averaged_parameters(tmp_path):
+    """They follow the formula, are what is evaluated, and go through a checkpoint to a restart and to inference."""
+
+    class Remember(CountingEvaluator):
+        def run(self, variables):
+            seen.append(jax.device_get(variables["params"]))
+            return {}
+
+    def changes(ema, steps=6):
+        return dict(optimizer=dict(make_config().optimizer, ema=ema, schedule="constant"), steps=steps)
+
+    seen = []
+    raw = run(tmp_path / "raw", [Remember(every=1)], **changes(0.0))
+    expected, averages = LinearMethod().init(jax.random.key(3))["params"], []
+    for t, params in enumerate(seen):
+        share = min(0.3, (1 + t) / (10 + t))
+        expected = jax.tree.map(lambda a, p, s=share: s * a + (1 - s) * p, expected, params)
+        averages.append(expected)
+
+    seen = []
+    run(tmp_path / "two", [Remember(every=1)], **changes(0.3, steps=3))
+    whole = run(tmp_path / "two", [Remember(every=1)], **changes(0.3))
+    assert whole.started == 3 and len(seen) == 7
+    assert_same(
+        *map(jax.tree.leaves, (seen[2], seen.pop(3)))
+    )  # What was evaluated before it stopped, and after.
+    for ours, theirs in zip(seen, averages, strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours, theirs)
+    assert_same(leaves(whole), leaves(raw))
+
+    write_config(tmp_path / "two", make_config())
+    for averaged, params in ((True, whole.state.average), (False, whole.state.params)):
+        variables = load_variables(tmp_path / "two", averaged=averaged)[1]
+        assert_same(jax.tree.leaves(variables["params"]), jax.tree.leaves(jax.device_get(params)))
+    with pytest.raises(UserError, match=r"ema=1.0: it takes a number from 0 to below 1"):
+        run(tmp_path / "bad", **changes(1.0))
