@@ -27,6 +27,12 @@ WEIGHTS = {
     "efficientnet_b7": "timm:tf_efficientnet_b7.ns_jft_in1k",
     "resnet101": "timm:resnet101.tv_in1k",
     "resnet50": "timm:resnet50.tv_in1k",
+    "clip_vitb32": "hf:openai/clip-vit-base-patch32",
+    "clip_vitb16": "hf:openai/clip-vit-base-patch16",
+    "clip_vitl14": "hf:openai/clip-vit-large-patch14",
+    "dino_vits8": "hf:facebook/dino-vits8",
+    "dino_vits16": "hf:facebook/dino-vits16",
+    "mae_vitb16": "hf:facebook/vit-mae-base",
 }
 TEXT_TOWERS = {
     "clip": ("clip_vitl14_336", "hf:openai/clip-vit-large-patch14-336", 768),  # of the released model

@@ -6,7 +6,9 @@ import pytest
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.backbones import build_backbone
-from ovseg_jax.models.text_towers import CLIPText
+from ovseg_jax.models.text_towers import Bert, CLIPText, SiglipText, TextTower
+from ovseg_jax.models.tower_pyramid import TowerPyramid
+from ovseg_jax.models.vit import ViT
 from ovseg_jax.pretrained.files import read_arrays, write_safetensors
 from ovseg_jax.pretrained.load import formats, load, recognise
 from tests.extras import require
@@ -95,3 +97,59 @@ def test_a_small_tower_is_recognised_beside_a_large_one(tmp_path):
     assert recognise(arrays, renames, tmp_path)[0] == "OpenAI's or open_clip's CLIP"
     with pytest.raises(UserError, match=r"is none of transformers' CLIP"):
         recognise({name: np.zeros(1) for name in arrays if name not in text}, renames, tmp_path)
+
+
+TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+VIT = ViT(patch=8, width=32, depth=2, heads=2, mlp_dim=64, grid=(4, 4))
+CLIP_VIT = VIT.clone(pre_norm=True, gelu="quick", epsilon=1e-5, embed_dim=24, head_bias=False)
+TEXT = dict(vocab_size=60, length=12, width=32, layers=2, heads=2, mlp_dim=64)
+
+
+def save_tower(kind, path):
+    """A published model with random weights as its library saves it, and our modules that are in it."""
+    transformers = require("transformers")
+    vision = TINY | dict(patch_size=8, image_size=32)
+    text = TINY | dict(vocab_size=60, max_position_embeddings=12)
+    if kind == "clip":
+        config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=24)
+        transformers.CLIPModel(config).save_pretrained(path)
+        return CLIP_VIT, CLIPText(**TEXT, embed_dim=24)
+    if kind == "siglip":
+        vision |= dict(hidden_act="gelu_pytorch_tanh")
+        transformers.SiglipModel(
+            transformers.SiglipConfig(vision_config=vision, text_config=text)
+        ).save_pretrained(path)
+        return VIT.clone(cls="none", pool="map", gelu="tanh"), SiglipText(**TEXT, embed_dim=32)
+    if kind == "dino":
+        transformers.ViTModel(transformers.ViTConfig(**vision), add_pooling_layer=False).save_pretrained(path)
+        return (TowerPyramid(VIT),)
+    if kind == "mae":
+        transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**vision)).save_pretrained(path)
+        return (VIT,)
+    if kind == "bert":
+        transformers.BertModel(transformers.BertConfig(**text)).save_pretrained(path)
+        return (Bert(**TEXT),)
+    open_clip = require("open_clip")
+    model = open_clip.model.CLIP(
+        24,
+        dict(image_size=32, patch_size=8, width=32, layers=2, head_width=16, mlp_ratio=2),
+        dict(context_length=12, vocab_size=60, width=32, layers=2, heads=2, mlp_ratio=2),
+    )
+    arrays = {k: np.array(v.numpy()) for k, v in model.state_dict().items()}
+    write_safetensors(path / "open_clip_model.safetensors", arrays)
+    return CLIP_VIT, CLIPText(**TEXT, embed_dim=24)
+
+
+@pytest.mark.parametrize("kind", ["clip", "open_clip", "siglip", "dino", "mae", "bert"])
+def test_folders_of_towers(kind, tmp_path):
+    require("torch")
+    for module in save_tower(kind, tmp_path):
+        text = isinstance(module, TextTower)
+        inputs = np.zeros((1, 8), np.int32) if text else np.zeros((1, 32, 32, 3), np.float32)
+        shapes = jax.eval_shape(module.init, jax.random.key(0), inputs)
+        found = load(str(tmp_path), module, shapes)
+        expected = {"tower": shapes["params"]["tower"]} if kind == "dino" else shapes["params"]
+        assert jax.tree.map(np.shape, found["params"]) == jax.tree.map(lambda x: x.shape, expected)
+        with pytest.raises(UserError, match=r"does not fit the model: it has a wrong shape|none of|lacks"):
+            other = module.clone(tower=VIT.clone(mlp_dim=48)) if kind == "dino" else module.clone(mlp_dim=48)
+            load(str(tmp_path), other, jax.eval_shape(other.init, jax.random.key(0), inputs))
