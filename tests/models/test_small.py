@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.models import eva, vit
 from ovseg_jax.models.backbones import BACKBONES, build_backbone
 from ovseg_jax.models.efficientnet import EfficientNet
 from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.small import STEMS, GroupNorm, SmallBackbone, space_to_depth
+from ovseg_jax.models.tower_pyramid import TowerPyramid
+from ovseg_jax.models.vit import ViT
 from tests.models import reference
 
 
@@ -121,7 +124,11 @@ def test_build_by_name():
     efficientnets = {f"efficientnet_b{i}" for i in range(8)}
     clip = {f"clip_{name}" for name in ("rn50", "rn101", "rn50x4", "rn50x16", "rn50x64")}
     swin = {f"swin_{name}" for name in ("tiny", "small", "base", "base_384", "large", "large_384")}
-    assert set(BACKBONES) == {"small", "resnet50", "resnet101"} | efficientnets | clip | swin
+    towers = {"vit", *vit.PRESETS, *eva.PRESETS}
+    assert set(BACKBONES) == {"small", "resnet50", "resnet101"} | efficientnets | clip | swin | towers
+    tower = ViT(**vit.PRESETS["clip_vitb16"], remat="all", dtype=jnp.bfloat16)
+    built = build_backbone({"name": "clip_vitb16", "remat": "all", "init": "hf:x"}, jnp.bfloat16)
+    assert built == TowerPyramid(tower, jnp.bfloat16)
 
 
 def test_build_says_what_is_known():
