@@ -116,7 +116,7 @@ def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     arrays = to_torch(by_path(segmenter.variables))
     if isinstance(method.text, FrozenText):
         del arrays["text.table"]
-        method.text.save(out / TEXT_TOWER)
+        method.text.save(out / TEXT_TOWER, dtype)
         vision, text = getattr(method.net.backbone, "tower", None), method.text.tower
         if is_clip(vision, text):
             write_hf_clip(out / "clip", vision, text, *towers(segmenter))  # type: ignore[arg-type]

@@ -94,8 +94,8 @@ class FrozenText:
         out: Any = self.tower.apply(variables, ids, valid)
         return variables, out
 
-    def save(self, folder: Path) -> None:
-        """Writes the tower, unless it is there, where it can be loaded from without the place that it came from.
+    def save(self, folder: Path, dtype: Any = np.float32) -> None:
+        """Writes the tower where it can be loaded from again without the place that it came from.
 
         That is `model.safetensors` by the names of `pretrained.to_torch`, `config.json`, and the tokeniser's files.
         """
@@ -104,14 +104,13 @@ class FrozenText:
         from ovseg_jax.pretrained.to_torch import describe, to_torch
         from ovseg_jax.vocab.tokenizers import tokenizer_files
 
-        if (folder / "config.json").exists():
-            return
         files = tokenizer_files(_folder(find(self.source)))
         weights = {path_name(path): x for path, x in jax.tree.leaves_with_path(self.weights()["params"])}
         folder.mkdir(parents=True, exist_ok=True)
         for file in files:
             shutil.copyfile(file, folder / file.name)
-        write_safetensors(folder / "model.safetensors", to_torch(weights), {"format": "pt"})
+        cast = {name: x.astype(dtype) for name, x in to_torch(weights).items()}
+        write_safetensors(folder / "model.safetensors", cast, {"format": "pt"})
         # Last: a folder with it is whole.
         (folder / "config.json").write_text(json.dumps(describe(self.tower), indent=1) + "\n")
 

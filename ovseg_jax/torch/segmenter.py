@@ -22,7 +22,7 @@ from ovseg_jax.vocab.tokenizers import load_tokenizer
 WEIGHTS, CONFIG, TEXT_TOWER = "model.safetensors", "config.json", "text_tower"
 TEXT_KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (CLIPText, SiglipText, Bert)}
 BATCH, LENGTH = 64, 77  # as `FrozenText` has them
-STRIP = 64  # rows of an image that are scored at once
+STRIP, NAMES = 64, 256  # rows of an image, and names, that are scored at once
 
 
 class Segmentation(NamedTuple):
@@ -91,7 +91,11 @@ class Segmenter:
         for at in range(0, height, STRIP):
             x = torch.einsum("rh,nhw,cw->nrc", down[at : at + STRIP], maps, across)
             x = torch.sigmoid(x) if masks else x
-            score, name = torch.einsum("tn,nrc->trc", weights, x).max(0)
+            score, name = torch.full_like(x[0], -torch.inf), torch.zeros_like(x[0], dtype=torch.long)
+            for first in range(0, len(weights), NAMES):
+                top, index = torch.einsum("tn,nrc->trc", weights[first : first + NAMES], x).max(0)
+                better = top > score
+                score, name = torch.where(better, top, score), torch.where(better, first + index, name)
             if masks:
                 score = score / x.sum(0).clamp(min=1)
             best[at : at + STRIP], confidence[at : at + STRIP] = name.cpu().numpy(), score.cpu().numpy()

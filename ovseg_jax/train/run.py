@@ -25,6 +25,7 @@ from ovseg_jax.evals.runner import Evaluator
 from ovseg_jax.methods.base import Method, Variables
 from ovseg_jax.models.frozen_text import FrozenText
 from ovseg_jax.train.checkpoints import (
+    CONFIG_FILE,
     TEXT_TOWER,
     disk_full_message,
     is_disk_full,
@@ -203,7 +204,9 @@ def make_parts(config: ConfigDict, workdir: epath.Path, source: Any) -> Parts:
     text = getattr(parts.method, "text", None)
     local = "://" not in str(workdir)  # A tokeniser reads local files.
     if isinstance(text, FrozenText) and local and jax.process_index() == 0:
-        text.save(Path(workdir) / TEXT_TOWER)
+        folder = Path(workdir) / TEXT_TOWER
+        if not (folder / CONFIG_FILE).exists():
+            text.save(folder)
     return parts
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models import text_towers
+from ovseg_jax.pretrained.files import read_arrays
 from ovseg_jax.train.sharding import make_mesh
 from tests.extras import require
 from tests.methods.test_openseg import CLASSES, WORDS, batch, make
@@ -118,6 +119,9 @@ def test_an_export_and_a_run_carry_the_tower(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("export")
     segmenter = Segmenter(method, variables, method.config, CLASSES)
     export.to_folder(segmenter, out, np.dtype("float32"))
+    half = tmp_path_factory.mktemp("half")
+    export.to_folder(segmenter, half, np.dtype("float16"))
+    assert {x.dtype for x in read_arrays(half / "text_tower").values()} == {np.dtype("float16")}
     shutil.rmtree(path)
 
     loaded = ovseg_jax.torch.load(out)
