@@ -35,8 +35,8 @@ Writes a trained model for programs that do not have JAX, or not this library.
   onnx        the same, and its network as model.onnx, for any number of images
   stablehlo   model.stablehlo, which takes any number of images and names on CPU, CUDA and TPU, and its
               parameters in model.safetensors; example.py shows how it is run with JAX alone
-  big_vision  model.npz, all parameters by their paths; of a ViT and a SigLIP text tower also towers.npz, as
-              big_vision's two-tower models load it
+  big_vision  model.npz, all parameters by their paths; of a ViT and a SigLIP text tower also towers.npz, by the
+              names of big_vision's two-tower models (which have none for CLIP's norm before the blocks)
 
 --dtype=bfloat16 or float16 halves the file; how much the prediction changes by that is measured and printed.
 """
@@ -136,12 +136,8 @@ def towers(segmenter: Segmenter) -> tuple[dict[str, np.ndarray], dict[str, np.nd
     """Parameters by path of the image tower in a pyramid and of a frozen text tower; {} of what the run has not."""
     image = segmenter.variables["params"]["image"]["backbone"].get("tower", {})
     text: Any = segmenter.method.text  # type: ignore[attr-defined]
-    frozen = text.weights()["params"] if isinstance(text, FrozenText) else {}
-    seen, read = (
-        {path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(tree)}
-        for tree in (image, frozen)
-    )
-    return seen, read
+    seen = {path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(image)}
+    return seen, text.weights() if isinstance(text, FrozenText) else {}
 
 
 def to_big_vision(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:

@@ -1,8 +1,8 @@
 """Convolutions in the forms that are fastest on a CPU, for inference.
 
 XLA leaves convolutions on a CPU to a general routine. Three kinds are faster as what XLA compiles well, sums and
-matrix products: depthwise ones (10 to 60 times), 3x3 of many channels by Winograd's F(4x4, 3x3) (Lavin and Gray 2016;
-twice, with a quarter of the multiplications and errors of 2e-5 of the largest value), and 1x1 (up to twice). GPUs and
+matrix products: depthwise ones (13 to 49 times), 3x3 of many channels by Winograd's F(4x4, 3x3) (Lavin and Gray 2016;
+twice, with a quarter of the multiplications and errors of 2e-5 of the largest value), and most 1x1. GPUs and
 TPUs have convolutions of their own, and float16 has too few digits for Winograd's.
 """
 

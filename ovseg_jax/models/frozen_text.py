@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,6 @@ from ml_collections import ConfigDict
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.text import unit
 from ovseg_jax.models.text_towers import TextOutput, text_tower
-from ovseg_jax.train.sharding import path_name
 from ovseg_jax.vocab.words import WordList
 
 BATCH = 64
@@ -105,18 +105,17 @@ class FrozenText:
         from ovseg_jax.vocab.tokenizers import tokenizer_files
 
         files = tokenizer_files(_folder(find(self.source)))
-        weights = {path_name(path): x for path, x in jax.tree.leaves_with_path(self.weights()["params"])}
         folder.mkdir(parents=True, exist_ok=True)
         for file in files:
             shutil.copyfile(file, folder / file.name)
-        cast = {name: x.astype(dtype) for name, x in to_torch(weights).items()}
+        cast = {name: x.astype(dtype) for name, x in to_torch(self.weights()).items()}
         write_safetensors(folder / "model.safetensors", cast, {"format": "pt"})
         # Last: a folder with it is whole.
         (folder / "config.json").write_text(json.dumps(describe(self.tower), indent=1) + "\n")
 
-    def weights(self) -> dict[str, Any]:
-        """The tower's variables."""
-        return self._all()[2]
+    def weights(self) -> dict[str, np.ndarray]:
+        """The tower's parameters by path."""
+        return flax.traverse_util.flatten_dict(self._all()[2]["params"], sep="/")
 
     def _all(self) -> tuple[Any, Any, Any]:
         """Tokeniser, compiled tower, and its weights, which stay on the host; read once."""
