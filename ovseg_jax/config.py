@@ -2,12 +2,15 @@
 
 import difflib
 import json
+from collections.abc import Callable
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 
+BEFORE = "before:"
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
@@ -70,3 +73,26 @@ def to_json(config: ConfigDict) -> str:
 def from_json(text: str) -> ConfigDict:
     """The config that `to_json` wrote."""
     return ConfigDict(json.loads(text))
+
+
+def resolved(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
+    """The config with each "before:PATH" as that path in the folder of the run: what a stage of `before` has left."""
+    return ConfigDict(_replaced(config.to_dict(), lambda path: str(epath.Path(workdir) / path)))
+
+
+def needed(config: ConfigDict) -> set[str]:
+    """The stages that a config speaks of."""
+    paths: list[str] = []
+    _replaced(config.to_dict(), lambda path: paths.append(path))
+    return {path.split("/")[0] for path in paths}
+
+
+def _replaced(value: Any, replace: Callable[[str], Any]) -> Any:
+    """A tree with `replace(PATH)` in the place of each "before:PATH"."""
+    if isinstance(value, dict):
+        return {key: _replaced(inner, replace) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_replaced(inner, replace) for inner in value)
+    if isinstance(value, str) and value.startswith(BEFORE):
+        return replace(value.removeprefix(BEFORE))
+    return value

@@ -29,7 +29,6 @@ def curves(metrics: epath.PathLike, path: epath.PathLike | None = None) -> Image
         if panel is not None:
             panels.setdefault(panel, {})[name] = points
     # The object interface leaves matplotlib's global state alone.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -37,9 +36,16 @@ def curves(metrics: epath.PathLike, path: epath.PathLike | None = None) -> Image
     down = -(-len(panels) // across)
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
     figure = Figure(figsize=(4.6 * across, 3.2 * down), dpi=120, facecolor="white", layout=layout)
-    canvas = FigureCanvasAgg(figure)
     for i, ((_, title), lines) in enumerate(sorted(panels.items())):
         _plot(figure.add_subplot(down, across, i + 1), title, lines)
+    return render(figure, path)
+
+
+def render(figure: Any, path: epath.PathLike | None) -> Image.Image:
+    """A matplotlib figure as an image, also written as a PNG where there is a path."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     if path is not None:
@@ -91,6 +97,8 @@ def _panel(key: str) -> tuple[tuple[int, str] | None, str]:
     if slash:
         if "chance" in metric or "_gt" in metric:
             return None, metric
+        if metric.startswith(("alignment", "uniformity")):
+            return (1, f"{evaluation}: alignment, uniformity"), metric
         return (1, f"{evaluation}: {'mIoU' if 'miou' in metric else 'recall, accuracy'} (%)"), metric
     if key == "seconds":
         return None, key

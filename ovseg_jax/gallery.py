@@ -1,4 +1,7 @@
-"""What a person wants to see of a finished run: predictions for each evaluation, and training curves."""
+"""What a person wants to see of a finished run: predictions or features for each evaluation, and training curves."""
+
+import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,23 +13,28 @@ from ovseg_jax.curves import curves
 from ovseg_jax.data.sources import Source, make_source
 from ovseg_jax.data.transforms import class_map
 from ovseg_jax.draw import GridRow, prediction_grid
+from ovseg_jax.draw_features import PromptPoint, prompts_picture, sphere_picture
 from ovseg_jax.errors import UserError
-from ovseg_jax.methods.base import Method, Variables
+from ovseg_jax.methods.base import Classifier, Variables
 from ovseg_jax.segmenter import Segmenter
+from ovseg_jax.train.sharding import make_mesh
+from ovseg_jax.vocab.templates import read_templates
 
 
 def draw_run(
-    config: ConfigDict, workdir: epath.PathLike, method: Method, variables: Variables, *, images: int = 6
+    config: ConfigDict, workdir: epath.PathLike, method: Any, variables: Variables, *, images: int = 6
 ) -> list[epath.Path]:
     """Writes `pictures/<evaluation>.png` for each of `config.final_evals` (or `evals`), and `curves.png`.
 
-    Each picture shows `images` examples, evenly spread over the source, with all of the source's classes
-    asked for (argmax, nothing unknown). Classes of the group "held_out" are marked.
+    Of a segmentation, a picture shows `images` examples, evenly spread over the source, with all of the source's
+    classes asked for (argmax, nothing unknown). Classes of the group "held_out" are marked. Of a classification it
+    shows features of a few classes on a sphere, and `pictures/<evaluation>-prompts.png` compares its prompts by what
+    `summary.json` says of them.
 
     Args:
       config: of the run.
       workdir: of the run, with its `metrics.jsonl`.
-      method: as built for the run.
+      method: as built for the run, a `Method` for segmentations and a `Classifier` for classifications.
       variables: trained, on whatever devices of this process.
       images: examples in a picture.
 
@@ -36,12 +44,24 @@ def draw_run(
     workdir = epath.Path(workdir)
     folder = workdir / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
-    segmenter = Segmenter(method, jax.device_get(variables), config)
     paths = []
-    for name, evaluation in (config.get("final_evals") or config.evals).items():
+    evaluations = config.get("final_evals") or config.evals
+    for name, evaluation in evaluations.items():
         paths.append(folder / f"{name}.png")
+        if evaluation.get("type") == "classification":
+            _features(config, evaluation, method, variables, name, paths[-1])
+            if points := _prompt_points(workdir, name, evaluation):
+                paths.append(folder / f"{name}-prompts.png")
+                prompts_picture(points, name, paths[-1])
+            continue
+        source: Any = make_source(evaluation.source)
+        transferred = evaluation.get("type") == "transfer"
+        if transferred:
+            segmenter = _transferred(config, evaluation, method, variables, source)
+        else:
+            segmenter = Segmenter(method, jax.device_get(variables), config)
         with paths[-1].open("wb") as f:
-            _picture(segmenter, make_source(evaluation.source), name, images).save(f, "PNG")
+            _picture(segmenter, source, name, images, proposals=not transferred).save(f, "PNG")
     try:
         curves(workdir / "metrics.jsonl", workdir / "curves.png")
     except UserError:  # a run too short to have logged anything
@@ -49,16 +69,82 @@ def draw_run(
     return [*paths, workdir / "curves.png"]
 
 
-def _picture(segmenter: Segmenter, source: Source, name: str, images: int) -> Image.Image:
+def _transferred(
+    config: ConfigDict, evaluation: ConfigDict, method: Classifier, variables: Variables, source: Source
+) -> Segmenter:
+    """Segments with the masks of another run and this run's classifier, as the evaluation of type "transfer" does."""
+    from ovseg_jax.evals.transfer import load_stage, rules_of, seen_names
+    from ovseg_jax.methods.base import Segmenting
+    from ovseg_jax.methods.zsseg import TwoStage
+
+    mesh = make_mesh({"data": 1, "fsdp": 1}, jax.local_devices()[:1])
+    stage = load_stage(evaluation.proposals, mesh, Segmenting, "proposals", "proposes no masks")
+    rules = rules_of(stage, config, evaluation.get("ensemble", 0.8), evaluation.get("threshold", 0.5))
+    both = {"proposals": jax.device_get(stage.variables), "classifier": jax.device_get(variables)}
+    return Segmenter(
+        TwoStage(stage.method, method, rules, seen=seen_names(source.classes)), both, stage.config
+    )
+
+
+def _picture(
+    segmenter: Segmenter, source: Source, name: str, images: int, *, proposals: bool = True
+) -> Image.Image:
     classes = source.classes
     where = np.linspace(0, len(source) - 1, min(images, len(source))).round().astype(int)
     examples = [source[int(i)] for i in where]
     pictures = [np.ascontiguousarray(example["image"]) for example in examples]
-    results = segmenter.stream(pictures, classes, threshold=-np.inf, features=True)
+    results = segmenter.stream(pictures, classes, threshold=-np.inf, features=proposals)
     rows = []
     for example, result in zip(examples, results, strict=True):
         truth = class_map(example["segments"], example["class_ids"])
-        proposals = result.features.proposals() if result.features else None
-        rows.append(GridRow(result.image, truth, result.label_map, proposals))
+        found = result.features.proposals() if result.features else None
+        rows.append(GridRow(result.image, truth, result.label_map, found))
     names = [classes.display(k) for k in range(len(classes))]
     return prediction_grid(rows, names, marked=classes.groups.get("held_out", ()), title=name)
+
+
+def _features(
+    config: ConfigDict,
+    evaluation: ConfigDict,
+    method: Classifier,
+    variables: Variables,
+    name: str,
+    path: epath.Path,
+    classes: int = 6,
+    images: int = 48,
+) -> None:
+    """Fig. 6 of papers/000 for a few classes, evenly spread over those that occur, and a few images of each."""
+    from ovseg_jax.data.classification import ClassifyEval
+    from ovseg_jax.evals.classification import class_features
+
+    source: Any = make_source(evaluation.source)
+    labels = np.asarray(source.labels)
+    found = np.unique(labels)
+    chosen = found[np.linspace(0, len(found) - 1, min(classes, len(found))).round().astype(int)]
+    where = np.concatenate([np.flatnonzero(labels == k)[:images] for k in chosen])
+    size = {"image_size": evaluation.get("image_size") or config.data.image_size}
+    rows = [ClassifyEval.from_config(size, source)(int(i)) for i in where]
+    variables, embed = jax.device_get(variables), jax.jit(method.embed_image)
+    if "feature" in rows[0]:
+        seen = np.stack([row["feature"] for row in rows])
+    else:
+        pictures = np.stack([row["image"] for row in rows])
+        parts = [embed(variables, pictures[i : i + images]) for i in range(0, len(pictures), images)]
+        seen = np.concatenate([np.asarray(part) for part in parts])
+    names = [source.classes.display(int(k)) for k in chosen]
+    prompts = {"own": None} | {k: read_templates(v) for k, v in (evaluation.get("prompts") or {}).items()}
+    rays = {k: np.asarray(class_features(method, variables, names, v)) for k, v in prompts.items()}
+    sphere_picture(seen, np.searchsorted(chosen, labels[where]), rays, names, name, path)
+
+
+def _prompt_points(workdir: epath.Path, name: str, evaluation: ConfigDict) -> list[PromptPoint]:
+    """Fig. 5 of papers/000: what the run's summary says of each prompt of an evaluation."""
+    summary = workdir / "summary.json"
+    scores = json.loads(summary.read_text()) if summary.exists() else {}
+    points = []
+    for prompt in ("", *(evaluation.get("prompts") or {})):
+        suffix = f"[{prompt}]" if prompt else ""
+        keys = [f"{name}/{metric}{suffix}" for metric in ("uniformity", "alignment", "accuracy")]
+        if all(key in scores for key in keys):
+            points.append(PromptPoint(prompt or "own", *(scores[key] for key in keys)))
+    return points

@@ -112,3 +112,16 @@ def fit_canvas(
     canvas = np.zeros((size, size, 3), np.uint8)
     canvas[: fitted[0], : fitted[1]] = image
     return canvas, fitted
+
+
+def centre_square(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "s s 3"]:
+    """The middle of the image as an S x S square, as CLIP sees an image: its shorter side is scaled to S,
+    bicubically, and the longer one cropped."""
+    height, width = image.shape[:2]
+    short = min(height, width)
+    scaled = (size * height // short, size * width // short)
+    if scaled != (height, width):
+        image = np.asarray(Image.fromarray(image).resize(scaled[::-1], Image.Resampling.BICUBIC))
+    # Halves are rounded to even numbers, as in torchvision.
+    top, left = (round((length - size) / 2) for length in scaled)
+    return image[top : top + size, left : left + size]

@@ -42,11 +42,15 @@ from ovseg_jax.train.sharding import (
 )
 from ovseg_jax.train.state import abstract_state, abstract_variables, state_shardings
 from ovseg_jax.train.step import make_step
+from ovseg_jax.vocab.classes import ClassList
 
 _TOPOLOGY = flags.DEFINE_string(
     "topology", "v3:4x8", "<chip>:<shape> of TPUs, or h100:<count>, h200:<count>."
 )
 _WORDS = flags.DEFINE_integer("words", 10_000, "Size of the vocabulary that stands for that of the captions.")
+_CLASSES = flags.DEFINE_integer(
+    "classes", 10_451, "How many classes stand for those of a classification: names of one to five words."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print the plans as JSON.")
 _SEARCH = flags.DEFINE_bool("search", False, "Where it does not fit, try what may make it fit.")
 _LARGEST = flags.DEFINE_bool("largest_batch", False, "Also find the largest batch that fits.")
@@ -141,14 +145,15 @@ class Plan(NamedTuple):
         return max(self.compute_seconds, self.memory_seconds or 0.0, self.network_seconds or 0.0)
 
 
-def plan(config: ConfigDict, topology: str, *, words: int = 10_000) -> Plan:
+def plan(config: ConfigDict, topology: str, *, words: int = 10_000, classes: int = 10_451) -> Plan:
     """Compiles, or counts, the train step of a config.
 
     Args:
       config: as `main` takes it. Its data is not read: a vocabulary of `words` words stands for that of the
-        captions, and COCO's 133 classes for the classes.
+        captions, and 133 classes, COCO's number, for the classes; of a classification `classes`.
       topology: `<chip>:<shape>` of TPUs, such as `v3:4x8` (32 chips, 64 cores), or `h100:<count>`.
       words: size of the vocabulary.
+      classes: see above.
 
     Raises:
       UserError: an unknown topology, a missing TPU compiler, a batch that the devices cannot share.
@@ -157,7 +162,7 @@ def plan(config: ConfigDict, topology: str, *, words: int = 10_000) -> Plan:
     counts_only = isinstance(mesh, AbstractMesh)
     check_batch_size(config.batch_size, mesh, parts=config.get("accumulate", 1))
     # Before the mesh is in use: nothing can be computed on devices that are not there.
-    method, optimizer, state, batch, shardings = _abstract(config, mesh, words)
+    method, optimizer, state, batch, shardings = _abstract(config, mesh, words, classes)
     with jax.sharding.use_abstract_mesh(mesh) if counts_only else jax.set_mesh(mesh):
         step: Any = make_step(method, optimizer, config.seed, shardings)
         flops = count_flops(jax.make_jaxpr(step)(state, batch).jaxpr, mesh.size) / mesh.size
@@ -239,17 +244,20 @@ def devices_of(topology: str, config: ConfigDict) -> tuple[Chip, Any]:
     return CHIPS[name], make_mesh(config.get("mesh"), devices)
 
 
-def _abstract(config: ConfigDict, mesh: Any, words: int) -> tuple[Any, Any, Any, dict, Any]:
+def _abstract(config: ConfigDict, mesh: Any, words: int, classes: int) -> tuple[Any, Any, Any, dict, Any]:
     """Method, optimiser, and the shapes of state and batch, all that `make_step` and `lower` take."""
-    from ovseg_jax.data.training import TrainTransform
+    from ovseg_jax.data.pipeline import TASKS
     from ovseg_jax.methods import build
-    from ovseg_jax.vocab.classes import ClassList
     from ovseg_jax.vocab.words import WordList
 
     vocabulary = WordList([f"word{i}" for i in range(words)])
-    count = min(133, words)
-    classes = ClassList(tuple((f"word{i}",) for i in range(count)), tuple(range(count)), (True,) * count)
-    method = build(config, vocabulary, classes)
+    task = config.data.get("task", "segmentation")
+    if "towers" in config:
+        config = ConfigDict(config.to_dict())
+        config.towers.update(dict(init="", tokenizer="words"))
+    method = build(
+        config, vocabulary, _stand_ins(words, classes if task == "classification" else min(133, words))
+    )
     variables = abstract_variables(method, config.seed)
     optimizer = make_optimizer(config.optimizer, variables["params"], int(config.steps))
     shardings = state_shardings(optimizer, variables, mesh, config.get("sharding", DEFAULT_RULES))
@@ -263,14 +271,23 @@ def _abstract(config: ConfigDict, mesh: Any, words: int) -> tuple[Any, Any, Any,
         "isthing": np.ones(1, bool),
         "boxes": np.array([[0, 0, size, size]], np.float32),
         "captions": ["word1"],
+        "label": 0,
     }
-    row = TrainTransform.from_config(config, vocabulary)(0, example)
+    if config.data.get("cache_features", 0):
+        example["feature"] = np.zeros((1, method.clip.dim), np.float32)
+    row = TASKS[task].from_config(config, vocabulary)(0, example)
     rows = batch_sharding(mesh)
     batch = {
         name: jax.ShapeDtypeStruct((config.batch_size, *np.shape(x)), np.asarray(x).dtype, sharding=rows)
         for name, x in row.items()
     }
     return method, optimizer, state, batch, shardings
+
+
+def _stand_ins(words: int, count: int) -> ClassList:
+    """So many classes, of one to five words each as often as another: with [EOT] 4 tokens in the mean."""
+    names = ((" ".join(f"word{(k + i) % words}" for i in range(1 + k % 5)),) for k in range(count))
+    return ClassList(tuple(names), tuple(range(count)), (True,) * count)
 
 
 def _share(tree: Any) -> int:
@@ -314,7 +331,9 @@ def _too_large(error: Exception, counted: dict[str, Any]) -> Plan:
     )
 
 
-def largest_batch(config: ConfigDict, topology: str, *, words: int = 10_000) -> Plan | None:
+def largest_batch(
+    config: ConfigDict, topology: str, *, words: int = 10_000, classes: int = 10_451
+) -> Plan | None:
     """The plan of the largest batch that fits, in steps of what devices, parts and groups allow; None if none does."""
     mesh = devices_of(topology, config)[1]
     unit = math.lcm(mesh.size * config.get("accumulate", 1), config.get("loss", {}).get("group", 1))
@@ -322,7 +341,7 @@ def largest_batch(config: ConfigDict, topology: str, *, words: int = 10_000) -> 
     def attempt(units: int) -> Plan:
         changed = ConfigDict(config.to_dict())
         changed.batch_size = units * unit
-        return plan(changed, topology, words=words)
+        return plan(changed, topology, words=words, classes=classes)
 
     low, best = 0, None
     high = max(1, int(config.batch_size) // unit)
@@ -335,7 +354,9 @@ def largest_batch(config: ConfigDict, topology: str, *, words: int = 10_000) -> 
     return best
 
 
-def search(config: ConfigDict, topology: str, *, words: int = 10_000) -> Iterator[tuple[str, Plan]]:
+def search(
+    config: ConfigDict, topology: str, *, words: int = 10_000, classes: int = 10_451
+) -> Iterator[tuple[str, Plan]]:
     """Tries what may make a config fit, cheapest first, until one does: (the flags that do it, its plan)."""
     mesh = devices_of(topology, config)[1]
     flags: dict[str, Any] = {}
@@ -352,7 +373,7 @@ def search(config: ConfigDict, topology: str, *, words: int = 10_000) -> Iterato
         flags |= change
         changed = ConfigDict(config.to_dict())
         changed.update_from_flattened_dict(flags)
-        found = plan(changed, topology, words=words)
+        found = plan(changed, topology, words=words, classes=classes)
         yield " ".join(f"--config.{key}={value}" for key, value in flags.items()), found
         if found.fits:
             return
@@ -394,18 +415,18 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise UserError(f"unexpected arguments {argv[1:]}; a setting is --config.key=value.")
     config = chosen_config()
-    words, topology = _WORDS.value, _TOPOLOGY.value
-    plans = [("", plan(config, topology, words=words))]
+    words, classes, topology = _WORDS.value, _CLASSES.value, _TOPOLOGY.value
+    plans = [("", plan(config, topology, words=words, classes=classes))]
     if not _JSON.value:
         print(report(plans[0][1]), flush=True)
-    if _LARGEST.value and (found := largest_batch(config, topology, words=words)):
+    if _LARGEST.value and (found := largest_batch(config, topology, words=words, classes=classes)):
         plans.append((f"--config.batch_size={found.batch_size}", found))
         if not _JSON.value:
             print(
                 f"the largest batch that fits, to an eighth: {found.batch_size}\n{report(found)}", flush=True
             )
     if _SEARCH.value and not plans[0][1].fits:
-        for change, found in search(config, topology, words=words):
+        for change, found in search(config, topology, words=words, classes=classes):
             plans.append((change, found))
             if not _JSON.value:
                 print(f"with {change}\n{report(found)}", flush=True)

@@ -157,7 +157,11 @@ class PixelFeatures:
     def of(
         cls, prediction: Prediction, canvas: int, fitted: tuple[int, int], size: tuple[int, int]
     ) -> "PixelFeatures":
-        """From a prediction of one image that fills `fitted` pixels of its canvas."""
+        """From a prediction of one image that fills `fitted` pixels of its canvas.
+
+        Raises:
+          UserError: regions and pixels are not of one space (`methods.zsseg`).
+        """
         embedding = np.asarray(prediction.pixel_embed[0], np.float32)
         stride = canvas // embedding.shape[0]
         h, w = (-(-pixels // stride) for pixels in fitted)
@@ -167,6 +171,10 @@ class PixelFeatures:
             return cls(size, fitted, stride, embedding / np.maximum(norm, 1e-6), embedding, None, None)
         logits = np.asarray(prediction.mask_logits[0], np.float32)[:, :h, :w]
         regions = np.asarray(prediction.region_embed[0], np.float32)
+        if regions.shape[-1] != embedding.shape[-1]:
+            raise UserError(
+                "two stages have no common features: ask the run that proposes the masks for its own"
+            )
         return cls(size, fitted, stride, _mean_over_masks(logits, regions), embedding, logits, regions)
 
     @property

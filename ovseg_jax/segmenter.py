@@ -6,6 +6,7 @@ result.labels, result.scores, result.masks
 result.overlay().save("photo.png")
 """
 
+import functools
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -14,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.evals.segment import RegionScores, region_scores_of
 from ovseg_jax.images import fit_canvas, read_image
 from ovseg_jax.kernels.cpu_convs import fast_on_cpu
-from ovseg_jax.methods.base import Method, Prediction, Variables
+from ovseg_jax.methods.base import Prediction, Segmenting, Variables
 from ovseg_jax.result import PixelFeatures, Result
 from ovseg_jax.tiles import Blender, Span, View, spans
 from ovseg_jax.vocab.classes import ClassList, Labels, as_classes
@@ -42,7 +44,7 @@ class Segmenter:
 
     def __init__(
         self,
-        method: Method,
+        method: Segmenting,
         variables: Variables,
         config: ConfigDict,
         classes: ClassList | None = None,
@@ -135,10 +137,11 @@ class Segmenter:
             )
         classes = self._categories(labels)
         text, owner = self.embed(classes), classes.flat()[1]
+        scores = region_scores_of(self.method)
         blender: Blender | None = None
         for job, fitted, prediction in self._predictions(images, tile):
             blender = blender or Blender(job.rows, job.columns)
-            maps, weights = _as_maps(prediction, text)
+            maps, weights = _as_maps(prediction, text, owner, region_scores=scores)
             logits = prediction.mask_logits is not None
             view = View(job.row, job.column, self._canvas, fitted, maps, weights, logits)
             if not blender.add(view):
@@ -231,9 +234,9 @@ def _jobs(images: Iterable[Any], tile: tuple[int, int] | None) -> Iterator[_Job]
                 yield _Job(image, rows, columns, row, column)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="region_scores")
 def _as_maps(
-    prediction: Prediction, text: Float[Array, "t d"]
+    prediction: Prediction, text: Float[Array, "t d"], owner: Int[Array, "t"], *, region_scores: RegionScores
 ) -> tuple[Float[Array, "n h w"], Float[Array, "t n"]]:
     """The maps of one image, and what each says about each name: mask logits and cosines, or features and
     names."""
@@ -241,8 +244,7 @@ def _as_maps(
         features = prediction.pixel_embed[0]
         norm = jnp.sqrt(jnp.maximum(jnp.square(features).sum(-1, keepdims=True), 1e-12))
         return jnp.moveaxis(features / norm, -1, 0), text
-    weights = jnp.matmul(text, prediction.region_embed[0].T, precision=jax.lax.Precision.HIGHEST)
-    return prediction.mask_logits[0], weights
+    return prediction.mask_logits[0], region_scores(jax.tree.map(lambda x: x[0], prediction), text, owner)
 
 
 __all__ = ["PixelFeatures", "Result", "Segmenter"]

@@ -10,8 +10,8 @@ import pytest
 
 def require(module: str) -> ModuleType:
     """Imports `module`; where it is missing, skips the test, or fails it where the variable CI is set."""
-    if module.split(".")[0] in ("open_clip", "timm", "transformers"):
-        # They import torchvision, whose operators a CPU build of PyTorch lacks; nobody here needs their shapes.
+    if module.split(".")[0] in ("open_clip", "timm", "torchvision", "transformers"):
+        # Their torchvision has operators that a CPU build of PyTorch lacks; nobody here needs their shapes.
         name = "torchvision._meta_registrations"
         sys.modules.setdefault(name, ModuleType(name))
     try:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ovseg_jax.curves import curves
+from ovseg_jax.curves import _panel, curves
 from ovseg_jax.draw import GridRow, enlarge_labels, overlay, paint, palette, prediction_grid
 from ovseg_jax.errors import UserError
 
@@ -112,3 +112,8 @@ def test_curves_of_a_run_that_was_killed_while_writing(tmp_path):
         curves(file)
     with pytest.raises(UserError, match="does not exist"):
         curves(tmp_path / "none.jsonl")
+
+
+def test_what_is_no_percentage_has_a_panel_of_its_own():
+    assert _panel("val/accuracy[hard]")[0] == _panel("val/per_class")[0]
+    assert _panel("val/alignment")[0] == _panel("val/uniformity[hard]")[0] != _panel("val/accuracy")[0]

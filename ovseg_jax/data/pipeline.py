@@ -24,6 +24,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from ovseg_jax.data.classification import CaptionTransform, ClassifyEval, ClassifyTransform
 from ovseg_jax.data.evaluation import EvalTransform
 from ovseg_jax.data.mixing import MixingOrder
 from ovseg_jax.data.sources import Mixture, Source, make_source
@@ -32,7 +33,14 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.lexicon import FUNCTION_WORDS
 from ovseg_jax.vocab.words import WordList, build_words, keep_of, split_words
 
-__all__ = ["eval_batches", "make_source", "train_iterator", "words_for"]
+__all__ = ["eval_batches", "make_source", "train_iterator", "view_batches", "words_for"]
+
+TASKS: dict[str, Any] = {
+    "segmentation": TrainTransform,
+    "classification": ClassifyTransform,
+    "captions": CaptionTransform,
+}
+"""What a training row holds, by `data.task`."""
 
 
 def train_iterator(
@@ -47,8 +55,9 @@ def train_iterator(
     """This process's part of an endless stream of training batches.
 
     Args:
-      config: `seed`, `steps`, `batch_size` (over all processes) and `data`, see `TrainTransform`; of `data`
-        also `train` (see `make_source`), `workers` (processes that decode and augment; 0 = threads of this
+      config: `seed`, `steps`, `batch_size` (over all processes) and `data`, see the transform of its `task` in
+        `TASKS`; of `data` also `train` (see `make_source`), `views` (consecutive rows that show one example,
+        each augmented anew; 1 by default), `workers` (processes that decode and augment; 0 = threads of this
         one), `threads` (0 = none: batches are made when they are asked for) and `prefetch` (batches kept
         ready, by each worker).
       words: what `word_ids` index.
@@ -84,8 +93,59 @@ def train_rows(config: Any, words: WordList, source: Source) -> grain.MapDataset
     """
     if not len(source):
         raise UserError(f"the training source {source.name!r} holds no example")
-    transform = TrainTransform.from_config(config, words)
-    return _places(source, int(config["seed"])).map_with_index(_Rows(source, transform))
+    data = config["data"]
+    transform = TASKS[_task(data, source)].from_config(config, words)
+    places, views = _places(source, int(config["seed"])), int(data.get("views", 1))
+    if views < 1:
+        raise UserError(f"data.views={views} is less than 1")
+    if views > 1:
+        places = grain.MapDataset.select_from_datasets([places], _Views(views))
+    return places.map_with_index(_Rows(source, transform))
+
+
+def view_batches(
+    config: Any,
+    words: WordList,
+    source: Source,
+    views: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """One pass over all views of all examples, augmented as in training: row r is view r mod `views` of its example.
+
+    The last batch is filled up with rows of the last example. Each process gets its consecutive part of each batch.
+    """
+    batch_size = int(config["batch_size"]) // process_count
+    transform = TASKS[_task(config["data"], source)].from_config(config, words)
+    count = len(source) * views
+    steps = -(-count // (batch_size * process_count))
+    rows = (
+        np.arange(steps * batch_size * process_count)
+        .reshape(steps, process_count, -1)[:, process_index]
+        .ravel()
+    )
+    places = grain.MapDataset.source(np.minimum(rows, count - 1).tolist())
+    made = places.map(lambda row: transform(row, source[row // views]))
+    return iter(_in_background(made.batch(batch_size), {**_background(config["data"]), "workers": 0}))
+
+
+def _task(data: Any, source: Source) -> str:
+    """`data.task`, which the source can serve."""
+    task = data.get("task", "segmentation")
+    if task not in TASKS:
+        raise UserError(f"data.task={task!r} is not one of {', '.join(TASKS)}")
+    labelled = hasattr(source, "labels")
+    if task == "classification" and not labelled:
+        raise UserError(
+            f"classification needs images with a label each, which the source {source.name!r} has not: "
+            "{name: 'crops', of: ...} cuts its segments out"
+        )
+    if task == "segmentation" and labelled:
+        raise UserError(
+            f"the source {source.name!r} has images with a label each and no segments, for data.task='classification'"
+        )
+    return task
 
 
 def words_for(config: Any, source: Source) -> WordList:
@@ -96,20 +156,29 @@ def words_for(config: Any, source: Source) -> WordList:
     source's class names are listed in any case, so that every class has an embedding; `data.count_captions`
     bounds the number of captions that are counted.
 
+    With `data.task` "captions" all words of captions and names are listed, by alphabet; with "classification"
+    those of the names alone.
+
     Raises:
       UserError: there is no caption, although the grounding loss needs some (`loss.grounding_weight` is not 0).
     """
     data = config["data"]
     if data.get("words"):
         return WordList.load(data["words"])
-    names = (
-        word for name in source.classes.flat()[0] for word in split_words(name) if word not in FUNCTION_WORDS
-    )
+    names = [word for name in source.classes.flat()[0] for word in split_words(name)]
+    if (task := data.get("task", "segmentation")) != "segmentation":
+        captions = source.captions() if task == "captions" else ()
+        spoken = {
+            word
+            for text in itertools.islice(captions, data.get("count_captions"))
+            for word in split_words(text)
+        }
+        return WordList([*sorted(spoken | set(names)), *(data.get("extra_words") or ())])
     words = build_words(
         source.captions(),
         keep_of(data.get("caption_filter", "noun+adj")),
         int(data.get("min_count", 1)),
-        [*(data.get("extra_words") or ()), *names],
+        [*(data.get("extra_words") or ()), *(word for word in names if word not in FUNCTION_WORDS)],
         tagger=data.get("tagger", "pattern"),
         limit=data.get("count_captions"),
     )
@@ -139,23 +208,27 @@ def eval_batches(
     Batch i of all processes together holds the examples from i * batch_size * process_count on, in order.
 
     Args:
-      source: what to read.
-      config: of `data`: `image_size`; `label_size` (height, width of the label canvas) and `max_segments`, by
-        default what the source's largest example needs; `threads`.
+      source: what to read; the rows are those of `ClassifyEval` for a classification source, else of
+        `EvalTransform`.
+      config: of `data`: `task`, `image_size`; `label_size` (height, width of the label canvas) and
+        `max_segments`, by default what the source's largest example needs; `threads`.
       batch_size: rows of each process's batch.
       process_index: of this process.
       process_count: number of processes.
       limit: look at the first so many examples only.
 
     Raises:
-      UserError: a file is wrong, or a label is larger than `data.label_size`.
+      UserError: the source cannot serve `data.task`; a file is wrong, or a label is larger than
+        `data.label_size`.
     """
     data = config["data"]
+    _task(data, source)
     count = len(source) if limit is None else min(int(limit), len(source))
     per_step = batch_size * process_count
     numbers = np.arange(math.ceil(count / per_step) * per_step)
     numbers = np.where(numbers < count, numbers, -1).reshape(-1, process_count, batch_size)[:, process_index]
-    rows = grain.MapDataset.source(numbers.ravel().tolist()).map(EvalTransform.from_config(data, source))
+    transform = ClassifyEval if hasattr(source, "labels") else EvalTransform
+    rows = grain.MapDataset.source(numbers.ravel().tolist()).map(transform.from_config(data, source))
     return iter(_in_background(rows.batch(batch_size), {**_background(data), "workers": 0}))
 
 
@@ -186,12 +259,25 @@ class _Share(grain.transforms.DatasetSelectionMap):
         return 0, self._first + batch * self._batch_size + row
 
 
+class _Views(grain.transforms.DatasetSelectionMap):
+    """Each place several times over."""
+
+    def __init__(self, views: int):
+        self._views = views
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return 0, index // self._views
+
+
 @dataclasses.dataclass(frozen=True)
 class _Rows:
     """Reads and transforms in one step, because grain measures whatever passes between two steps."""
 
     source: Source
-    transform: TrainTransform
+    transform: Any
 
     def __call__(self, index: int, place: int) -> dict[str, np.ndarray]:
         return self.transform(index, self.source[int(place)])

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int32, UInt8
 
 from ovseg_jax.data import scenes_layout, scenes_render
 from ovseg_jax.data.scenes_text import Speaker
@@ -60,18 +61,9 @@ class Scenes:
         seed: int = 0,
         num_captions: int = 2,
     ):
-        if split not in SPLITS:
-            raise UserError(f"scenes: split {split!r} is not one of {', '.join(SPLITS)}.")
-        if image_size < 32:
-            raise UserError(
-                f"scenes: image_size {image_size} is less than 32, too small to show the patterns."
-            )
+        self.world = open_world("scenes", split, size, image_size)
         if num_examples is not None and num_examples < 1:
             raise UserError(f"scenes: num_examples {num_examples} is less than 1.")
-        try:
-            self.world = World.of_size(size)
-        except ValueError as e:
-            raise UserError(f"{e}.") from e
         self.split = split
         self.image_size = image_size
         self.seed = seed
@@ -86,7 +78,7 @@ class Scenes:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One example: image, segments, class_ids, isthing, iscrowd, boxes, and the texts."""
         layout = self.layout(index)
-        image, segments = self._draw(layout, self._rng(index, _PIXELS))
+        image, segments = draw(self.world, layout, self.image_size, self._rng(index, _PIXELS))
         class_ids = [self.world.stuff_class(k) for k in layout.stuff]
         class_ids += [self.world.thing_class(t.noun, t.colour, t.pattern) for t in layout.things]
         isthing = np.arange(len(class_ids)) >= len(layout.stuff)
@@ -130,30 +122,49 @@ class Scenes:
     def _rng(self, index: int, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, SPLITS[self.split], self._index(index), stream])
 
-    def _draw(self, layout: scenes_layout.Layout, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        world, size = self.world, self.image_size
-        image = scenes_render.background(world.stuff[layout.stuff[0]][0], size, rng)
-        segments = np.ones((size, size), np.int32)
-        if layout.horizon is not None:
-            lower = scenes_layout.lower_part(layout, size)
-            image[lower] = scenes_render.background(world.stuff[layout.stuff[1]][0], size, rng)[lower]
-            segments[lower] = 2
-        for number, thing in enumerate(layout.things, start=len(layout.stuff) + 1):
-            window, u, v, mask = scenes_layout.thing_window(world, thing, size)
-            noun = world.nouns[thing.noun]
-            texture = world.patterns[thing.pattern] if world.patterns else noun
-            paint = (world.colours[thing.colour][1] + PAINT * rng.standard_normal(3)).astype(np.float32)
-            unit = 32 * thing.radius  # of u and v, in 1/64 of the side
-            figure = scenes_render.pattern(texture.pattern, u * unit, v * unit, rng)[..., None]
-            tone = scenes_render.tone(texture.tone, paint, rng)
-            shade = 1 + SHADE * rng.uniform(-1, 1) * v[..., None]
-            image[window][mask] = ((paint + figure * (tone - paint)) * shade)[mask]
-            segments[window][mask] = number
-        x, y = scenes_render.grid(size)
-        gain, across, down = rng.uniform(-1, 1, 3) * (GAIN, SLOPE, SLOPE)
-        light = (np.float32(1 + gain) + np.float32(across) * x + np.float32(down) * y)[..., None]
-        image = image * light + np.float32(NOISE) * rng.standard_normal(image.shape, np.float32)
-        return np.clip(image, 0, 255).astype(np.uint8), segments
+
+def open_world(source: str, split: str, size: str, image_size: int) -> World:
+    """The world of `size`, for a source of that name.
+
+    Raises:
+      UserError: an unknown split or size, or an image size under 32.
+    """
+    if split not in SPLITS:
+        raise UserError(f"{source}: split {split!r} is not one of {', '.join(SPLITS)}.")
+    if image_size < 32:
+        raise UserError(f"{source}: image_size {image_size} is less than 32, too small to show the patterns.")
+    try:
+        return World.of_size(size)
+    except ValueError as e:
+        raise UserError(f"{e}.") from e
+
+
+def draw(
+    world: World, layout: scenes_layout.Layout, size: int, rng: np.random.Generator
+) -> tuple[UInt8[np.ndarray, "s s 3"], Int32[np.ndarray, "s s"]]:
+    """Paints a layout: a square image of `size`, and its segments (1-based; backgrounds, then things)."""
+    image = scenes_render.background(world.stuff[layout.stuff[0]][0], size, rng)
+    segments = np.ones((size, size), np.int32)
+    if layout.horizon is not None:
+        lower = scenes_layout.lower_part(layout, size)
+        image[lower] = scenes_render.background(world.stuff[layout.stuff[1]][0], size, rng)[lower]
+        segments[lower] = 2
+    for number, thing in enumerate(layout.things, start=len(layout.stuff) + 1):
+        window, u, v, mask = scenes_layout.thing_window(world, thing, size)
+        noun = world.nouns[thing.noun]
+        texture = world.patterns[thing.pattern] if world.patterns else noun
+        paint = (world.colours[thing.colour][1] + PAINT * rng.standard_normal(3)).astype(np.float32)
+        unit = 32 * thing.radius  # of u and v, in 1/64 of the side
+        figure = scenes_render.pattern(texture.pattern, u * unit, v * unit, rng)[..., None]
+        tone = scenes_render.tone(texture.tone, paint, rng)
+        shade = 1 + SHADE * rng.uniform(-1, 1) * v[..., None]
+        image[window][mask] = ((paint + figure * (tone - paint)) * shade)[mask]
+        segments[window][mask] = number
+    x, y = scenes_render.grid(size)
+    gain, across, down = rng.uniform(-1, 1, 3) * (GAIN, SLOPE, SLOPE)
+    light = (np.float32(1 + gain) + np.float32(across) * x + np.float32(down) * y)[..., None]
+    image = image * light + np.float32(NOISE) * rng.standard_normal(image.shape, np.float32)
+    return np.clip(image, 0, 255).astype(np.uint8), segments
 
 
 def _boxes(segments: np.ndarray, count: int) -> np.ndarray:

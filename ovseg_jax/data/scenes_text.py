@@ -24,6 +24,7 @@ SYNONYM = 0.15
 _VERBS = ("lies", "sits", "rests", "is", "stays", "waits")
 _OPENINGS = ("there is", "we see", "one can see", "you can see", "here is")
 _WRAPS = ("a photo of", "a picture of", "a picture with", "an image of")
+_PROMPTS = ("a photo of", "a picture of", "an image of", "")
 
 
 class Speaker:
@@ -125,3 +126,35 @@ class Speaker:
         return [[self.world.stuff[k][0]] for k in self.layout.stuff] + [
             self.thing_tags(t) for t in self.layout.things
         ]
+
+
+class ObjectSpeaker(Speaker):
+    """Speaks about an image of one class: by its bare name, in the form of a prompt, or in a whole sentence.
+
+    People leave out what is plain to see: half of the names lose some of their adjectives. Without that, colour and
+    pattern tell almost all images of a batch apart, and the nouns are hardly learned.
+    """
+
+    def __init__(self, world: World, layout: Layout, names: Sequence[str], rng: np.random.Generator):
+        """As `Speaker`; `names` are the class's names, of which each is as likely as another."""
+        super().__init__(world, layout, rng)
+        self.names = names
+
+    def caption(self) -> str:
+        """One caption: "spotty red ball", "a photo of a spotty red ball on grass", or a sentence."""
+        form = self.rng.random()
+        if self.layout.things and form < 0.25:
+            return super().caption()
+        said = self._pick(self.names)
+        if self.rng.random() < 0.5:
+            *adjectives, noun = said.split()
+            said = " ".join([word for word in adjectives if self.rng.random() < 0.5] + [noun])
+        if form < 0.5:
+            return said
+        first, ground = "", ""
+        if self.layout.things:
+            first = "an" if said[0] in "aeiou" else "a"
+            if self.rng.random() < 0.3:
+                ground = f"on {self.stuff_name(self.layout.stuff[0])}"
+        parts = (self._pick(_PROMPTS), self._pick((first, "the")), said, ground)
+        return " ".join(part for part in parts if part)

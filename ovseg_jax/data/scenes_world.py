@@ -151,6 +151,12 @@ class World:
         """Class index of a thing (`pattern` is 0 where the world has no pattern adjectives)."""
         return (colour * len(self.nouns) + noun) * max(1, len(self.patterns)) + pattern
 
+    def thing_of(self, label: int) -> tuple[int, int, int]:
+        """The noun, colour and pattern of a thing class: the inverse of `thing_class`."""
+        pair, pattern = divmod(label, max(1, len(self.patterns)))
+        colour, noun = divmod(pair, len(self.nouns))
+        return noun, colour, pattern
+
     def stuff_class(self, stuff: int) -> int:
         """Class index of a background."""
         return self.num_things + stuff

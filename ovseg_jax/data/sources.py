@@ -18,6 +18,10 @@ SOURCES = {
     "scenes": "ovseg_jax.data.scenes:Scenes",
     "coco": "ovseg_jax.data.coco:Coco",
     "folder": "ovseg_jax.data.folder:Folder",
+    "scene_objects": "ovseg_jax.data.scene_objects:SceneObjects",
+    "image_folder": "ovseg_jax.data.image_folder:ImageFolder",
+    "tfds": "ovseg_jax.data.tfds_images:TfdsImages",
+    "crops": "ovseg_jax.data.crops:Crops",
 }
 """Where each kind of source lives; it is imported when it is asked for."""
 
@@ -30,7 +34,12 @@ class Source(Protocol):
     `class_ids` i32 [n] (-1 = unlabelled); `isthing`, `iscrowd` bool [n]; `boxes` f32 [n 4] (x0, y0, x1, y1 in
     pixels, exclusive ends); `captions` list of str, maybe empty; `image_id` str.
 
-    A source may also have `extent() -> Extent`, what the largest of its examples needs.
+    A source may also have `extent() -> Extent`, what the largest of its examples needs, and
+    `regions() -> Regions`, its segments without their pixels.
+
+    A classification source has examples of one class each: `image` (or `feature`, f32 [D], in its place),
+    `label` (int), `image_id`, maybe `captions`; and the attribute `labels`, i32 [n], the class of every
+    example.
     """
 
     name: str
@@ -52,13 +61,26 @@ class Extent(NamedTuple):
     segments: int
 
 
+class Regions(NamedTuple):
+    """The segments of a source that have a class and are no crowds, one a row.
+
+    `image` i32 [n] and `segment` i32 [n] (from 0) say where, `class_id` i32 [n] what, `box` f32 [n 4] how
+    large (as `boxes` of an example).
+    """
+
+    image: np.ndarray
+    segment: np.ndarray
+    class_id: np.ndarray
+    box: np.ndarray
+
+
 def make_source(cfg: Any) -> Source:
     """Makes what a config asks for.
 
     Args:
       cfg: a mapping with `name` (a key of `SOURCES`), the arguments of that source, and optionally `cache`
-        (keep decoded examples in memory) and `weight` (its share in a mixture); or a list of such, which is a
-        mixture.
+        (keep decoded examples in memory), `weight` (its share in a mixture), and for a classification source
+        `shots`, `seed` and `group` (see `FewShot`); or a list of such, which is a mixture.
 
     Raises:
       UserError: an unknown name or argument, or data that cannot be read.
@@ -83,16 +105,29 @@ def _make_one(cfg: dict[str, Any]) -> Source:
     module, _, attribute = SOURCES[name].partition(":")
     kind = getattr(importlib.import_module(module), attribute)
     known = inspect.signature(kind).parameters
+    few = {}
+    if any(key in cfg and key not in known for key in ("shots", "group")):
+        few = {key: cfg.pop(key) for key in ("shots", "group", "seed") if key in cfg and key not in known}
     if unknown := sorted(set(cfg) - set(known)):
         raise UserError(f"the data source {name!r} has no argument {unknown[0]!r}; it has {', '.join(known)}")
     if missing := [k for k, p in known.items() if p.default is p.empty and k not in cfg]:
         raise UserError(f"the data source {name!r} needs {missing[0]}=")
     source = kind(**cfg)
+    if few:
+        from ovseg_jax.data.few_shot import FewShot  # which is built on this module
+
+        if not hasattr(source, "labels"):
+            raise UserError(
+                f"the data source {name!r} has no argument {next(iter(few))!r}: its images have no labels"
+            )
+        source = FewShot(source, **few)
     return Cached(source) if cache else source
 
 
 class Mixture:
     """Several sources as one: their examples one after another, their classes joined by first name.
+
+    All are classification sources, or none is.
 
     Training draws from the parts by `weights`, whatever their sizes (OpenSeg, 4.1: equal probability).
 
@@ -107,8 +142,16 @@ class Mixture:
             raise UserError(
                 f"a mixture needs a weight above 0 for each of its {len(sources)} sources, not {weights}"
             )
+        labelled = [hasattr(source, "labels") for source in sources]
+        if len(set(labelled)) > 1:
+            one, other = sources[labelled.index(True)], sources[labelled.index(False)]
+            raise UserError(
+                f"{one.name!r} and {other.name!r} cannot be mixed: one has images with a label each, the other segments"
+            )
         self.classes = union([source.classes for source in sources])
         self.sources = [_Relabelled(source, self.classes) for source in sources]
+        if all(labelled):
+            self.labels = np.concatenate([source.labels for source in self.sources])
         self.weights = weights
         self.name = "+".join(source.name for source in sources)
         self._ends = np.cumsum([len(source) for source in sources])
@@ -132,12 +175,14 @@ class Mixture:
         return Extent(*(max(sizes) for sizes in zip(*(extent_of(s) for s in self.sources), strict=True)))
 
 
-class _Wrapped:
+class Wrapped:
     """A source that stands before another and answers for it."""
 
     def __init__(self, source: Source):
         self.source = source
         self.name, self.classes = source.name, source.classes
+        if hasattr(source, "labels"):
+            self.labels = source.labels
 
     def __len__(self) -> int:
         return len(self.source)
@@ -151,7 +196,7 @@ class _Wrapped:
         return extent_of(self.source)
 
 
-class _Relabelled(_Wrapped):
+class _Relabelled(Wrapped):
     """A part of a mixture, with the mixture's class ids."""
 
     def __init__(self, source: Source, classes: ClassList):
@@ -160,13 +205,17 @@ class _Relabelled(_Wrapped):
         # The last entry answers for -1, unlabelled.
         self._ids = np.array([*(index[names[0]] for names in source.classes.names), -1], np.int32)
         self.classes = classes
+        if hasattr(source, "labels"):
+            self.labels = self._ids[source.labels]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.source[index]
+        if "label" in example:
+            return {**example, "label": int(self._ids[example["label"]])}
         return {**example, "class_ids": self._ids[example["class_ids"]]}
 
 
-class Cached(_Wrapped):
+class Cached(Wrapped):
     """Keeps each example in memory once it was made: for sources that draw or decode slowly and fit into
     memory.
 

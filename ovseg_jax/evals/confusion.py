@@ -93,6 +93,8 @@ def scores(counts: Counts, groups: Mapping[str, Sequence[int]] | None = None) ->
       `chance_miou_gt` is the mean over the classes in the truth.
     - for each group, `miou/<group>`, `miou_gt/<group>` and the chance levels: the mean over the group's
       classes only, predictions being made over all classes.
+    - `hiou`, `hiou_gt`: the harmonic mean of `miou/seen` and `miou/unseen` (or `miou/held_out`), and of their
+      `miou_gt` (papers/000, appendix C).
 
     A score whose divisor is zero (a group that never occurs, no labelled pixel) is left out.
     """
@@ -118,6 +120,11 @@ def scores(counts: Counts, groups: Mapping[str, Sequence[int]] | None = None) ->
             result[f"miou_gt{suffix}"] = float(each[member & truth].mean())
             result[f"chance_miou{suffix}"] = float(chance[member].mean())
             result[f"chance_miou_gt{suffix}"] = float(chance[member & truth].mean())
+    for divisor in ("", "_gt"):
+        names = [f"miou{divisor}/{group}" for group in ("seen", "unseen", "held_out")]
+        both = [result[name] for name in names if name in result]
+        if len(both) == 2:
+            result[f"hiou{divisor}"] = 2 * both[0] * both[1] / sum(both) if sum(both) else 0.0
     return result
 
 

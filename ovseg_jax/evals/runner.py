@@ -5,9 +5,10 @@ label maps and counts, the counts are summed over all devices of all processes, 
 divides once. Every process returns the same numbers.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,13 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals import confusion, proposals
-from ovseg_jax.evals.segment import MODES, Mode, view_maps
-from ovseg_jax.methods.base import Method, Prediction, Variables
-from ovseg_jax.train.sharding import AXES, put_batch, replicated
+from ovseg_jax.evals.classification import ClassificationEvaluator
+from ovseg_jax.evals.passes import each_batch, embed_in_chunks
+from ovseg_jax.evals.segment import MODES, Mode, cosines, region_scores_of, view_maps
+from ovseg_jax.methods.base import Classifier, Method, Prediction, Segmenting, Trainable, Variables
+from ovseg_jax.train.sharding import AXES, replicated
 from ovseg_jax.vocab.classes import ClassList
-
-TEXT_CHUNK = 1024
+from ovseg_jax.vocab.templates import read_templates
 
 
 @runtime_checkable
@@ -33,12 +35,12 @@ class Evaluator(Protocol):
     Attributes:
       name: prefix of its metrics in metrics.jsonl and summary.json.
       every: steps between two runs during training; 0 for the end only.
-      tables: after `run`, the rows of each per-class table ("iou", and "iou@<mode>" for further modes).
+      tables: after `run`, the rows of each per-class table: "accuracy", or "iou" and "iou@<mode>" for further modes.
     """
 
     name: str
     every: int
-    tables: dict[str, list[confusion.ClassRow]]
+    tables: dict[str, list[Any]]
 
     def run(self, variables: Variables) -> dict[str, float]:
         """The metrics, without the prefix."""
@@ -72,7 +74,7 @@ class SegmentationEvaluator:
     def __init__(
         self,
         name: str,
-        method: Method,
+        method: Segmenting,
         classes: ClassList,
         batches: Callable[[], Iterable[Mapping[str, np.ndarray]]],
         mesh: Mesh,
@@ -96,10 +98,15 @@ class SegmentationEvaluator:
         if unknown or not modes:
             raise UserError(f"evals.{name}.masks is {', '.join(unknown) or 'empty'}: use {', '.join(MODES)}")
         self.name, self.every = name, every
-        self.tables: dict[str, list[confusion.ClassRow]] = {}
+        self.tables: dict[str, list[Any]] = {}
         self._method, self._classes, self._batches, self._mesh = method, classes, batches, mesh
         self._modes = tuple(mode for mode in dict.fromkeys(modes) if mode in MODES)
         self._names, self._owner = classes.flat()
+        self._region_scores = region_scores_of(method)
+        if self._region_scores is not cosines and self._modes != ("predicted",):
+            raise UserError(
+                f"evals.{name}.masks: {type(method).__name__} scores its own proposals: use predicted"
+            )
         self._step = jax.jit(self._counts)
 
     def run(self, variables: Variables) -> dict[str, float]:
@@ -108,22 +115,37 @@ class SegmentationEvaluator:
         Raises:
           UserError: there is no image, or no pixel with a label.
         """
-        total: Sums | None = None
         with jax.set_mesh(self._mesh):
-            text = jax.device_put(embed_names(self._method, variables, self._names), replicated(self._mesh))
-            waiting: Sums | None = None
-            for batch in self._batches():
-                rows = _pad_to_multiple(batch, len(self._mesh.local_devices))
-                sums = self._step(variables, text, put_batch(rows, self._mesh))
-                # The host adds up one batch while the devices work on the next, and never runs further ahead.
-                total = total if waiting is None else confusion.add(total, waiting)
-                waiting = sums
-            total = total if waiting is None else confusion.add(total, waiting)
-        if total is None or not total.every_class[self._modes[0]].truth.sum():
-            raise UserError(f"evals.{self.name}: there is no image with a labelled pixel to evaluate on")
-        return self._summarise(total)
+            text = embed_in_chunks(partial(self._method.embed_text, variables), self._names)
+        return self.compare(variables, {"": text})[""]
 
-    def _counts(self, variables: Variables, text: Float[Array, "t d"], batch: dict[str, Array]) -> Sums:
+    def compare(
+        self, variables: Variables, texts: Mapping[str, Float[Array, "t d"]]
+    ) -> dict[str, dict[str, float]]:
+        """The metrics under each of several text sides, in one pass over the images.
+
+        Fills `tables`; those of a text side have the suffix `[<its key>]`, if it has a key.
+
+        Args:
+          variables: the method's variables.
+          texts: embeddings of all names of the classes, as `embed_text` of the method gives them.
+
+        Raises:
+          UserError: there is no image, or no pixel with a label.
+        """
+        total: dict[str, Sums] | None = None
+        with jax.set_mesh(self._mesh):
+            step = partial(self._step, variables, jax.device_put(dict(texts), replicated(self._mesh)))
+            for sums in each_batch(self._batches(), step, self._mesh):
+                total = confusion.add(total, sums)
+        if total is None or not next(iter(total.values())).every_class[self._modes[0]].truth.sum():
+            raise UserError(f"evals.{self.name}: there is no image with a labelled pixel to evaluate on")
+        self.tables = {}
+        return {key: self._summarise(total[key], f"[{key}]" if key else "") for key in texts}
+
+    def _counts(
+        self, variables: Variables, texts: dict[str, Float[Array, "t d"]], batch: dict[str, Array]
+    ) -> dict[str, Sums]:
         prediction = self._method.predict(variables, batch["image"], batch["image_size"])
         seen = prediction.mask_logits, prediction.region_embed, prediction.pixel_embed
         split, whole = PartitionSpec(AXES), PartitionSpec()
@@ -136,9 +158,9 @@ class SegmentationEvaluator:
             # demand.
             check_vma=False,
         )
-        return count(seen, {k: v for k, v in batch.items() if k != "image"}, text)
+        return count(seen, {k: v for k, v in batch.items() if k != "image"}, texts)
 
-    def _count_shard(self, seen, batch, text, *, canvas: int) -> Sums:
+    def _count_shard(self, seen, batch, texts, *, canvas: int) -> dict[str, Sums]:
         """Counts of one device's images, summed over all devices."""
         prediction = Prediction(*seen)
         k, owner = len(self._classes), jnp.asarray(self._owner)
@@ -146,24 +168,7 @@ class SegmentationEvaluator:
         valid = batch["segment_valid"] & batch["example_mask"][:, None]
         asked = confusion.present_classes(label, k)
         views = jnp.stack([jnp.ones_like(asked), asked], 1)[:, :, owner]
-        sums = Sums({}, {}, None)
-        for mode in self._modes:
-            masks: Mode = "none" if mode == "predicted" and prediction.mask_logits is None else mode
-            category = view_maps(
-                prediction,
-                text,
-                owner,
-                batch["image_size"],
-                batch["label_size"],
-                views,
-                canvas=canvas,
-                shape=(label.shape[1], label.shape[2]),
-                mode=masks,
-                segments=batch["segments"],
-                max_segments=valid.shape[1],
-            ).category
-            sums.every_class[mode] = confusion.count(label, category[:, 0], k)
-            sums.own_classes[mode] = confusion.count(label, category[:, 1], k)
+        recalled = None
         if prediction.mask_logits is not None:
             iou = proposals.best_iou(
                 prediction.mask_logits,
@@ -173,19 +178,37 @@ class SegmentationEvaluator:
                 valid.shape[1],
                 canvas=canvas,
             )
-            sums = sums._replace(recalled=proposals.count_recalled(iou, valid))
+            recalled = proposals.count_recalled(iou, valid)
+        sums = {key: Sums({}, {}, recalled) for key in texts}
+        for mode, key in itertools.product(self._modes, texts):
+            masks: Mode = "none" if mode == "predicted" and prediction.mask_logits is None else mode
+            category = view_maps(
+                prediction,
+                texts[key],
+                owner,
+                batch["image_size"],
+                batch["label_size"],
+                views,
+                canvas=canvas,
+                shape=(label.shape[1], label.shape[2]),
+                mode=masks,
+                segments=batch["segments"],
+                max_segments=valid.shape[1],
+                region_scores=self._region_scores,
+            ).category
+            sums[key].every_class[mode] = confusion.count(label, category[:, 0], k)
+            sums[key].own_classes[mode] = confusion.count(label, category[:, 1], k)
         return jax.lax.psum(sums, AXES)
 
-    def _summarise(self, total: Sums) -> dict[str, float]:
+    def _summarise(self, total: Sums, mark: str) -> dict[str, float]:
         result: dict[str, float] = {}
-        self.tables = {}
         for mode in self._modes:
             suffix = "" if mode == self._modes[0] else f"@{mode}"
             for metric, value in confusion.scores(total.every_class[mode], self._classes.groups).items():
                 if not (suffix and metric.startswith("chance")):  # chance knows no mode
                     result[metric + suffix] = value
             result["grounding_miou" + suffix] = confusion.scores(total.own_classes[mode])["miou"]
-            self.tables["iou" + suffix] = confusion.table(total.every_class[mode], self._classes)
+            self.tables["iou" + suffix + mark] = confusion.table(total.every_class[mode], self._classes)
         if total.recalled is not None and total.recalled[-1]:
             *hits, segments = total.recalled.tolist()
             for threshold, hit in zip(proposals.THRESHOLDS, hits, strict=True):
@@ -193,67 +216,94 @@ class SegmentationEvaluator:
         return result
 
 
-def embed_names(method: Method, variables: Variables, names: Sequence[str]) -> Float[Array, "t d"]:
-    """Embeddings of any number of names, a bounded number at a time and in equal shapes (one compilation)."""
-    if len(names) <= TEXT_CHUNK:
-        return method.embed_text(variables, list(names))
-    padded = [*names, *[names[0]] * (-len(names) % TEXT_CHUNK)]
-    chunks = [
-        method.embed_text(variables, padded[i : i + TEXT_CHUNK]) for i in range(0, len(padded), TEXT_CHUNK)
-    ]
-    return jnp.concatenate(chunks)[: len(names)]
+TYPES: dict[str, tuple[type, Any, tuple[str, ...]]] = {
+    "segmentation": (Method, SegmentationEvaluator, ("image_size", "label_size", "max_segments")),
+    "classification": (Classifier, ClassificationEvaluator, ("image_size",)),
+    "transfer": (Classifier, None, ("label_size", "max_segments")),
+}
+"""For each type of evaluation: what it takes of a method, its class, and keys of `config.data` that it may change."""
 
 
-def make_evaluators(config: ConfigDict, method: Method, mesh: Mesh, key: str = "evals") -> list[Evaluator]:
+def make_evaluators(config: ConfigDict, method: Trainable, mesh: Mesh, key: str = "evals") -> list[Evaluator]:
     """The evaluators of `config.evals`, or of `config.final_evals` with that `key`, in alphabetical order.
 
-    Each is `name: {type: "segmentation", source: {...}, masks: "predicted" | "none" | "truth" | a tuple of
-    them,
-    batch_size: images over all processes, every: steps, limit: images or None}`; with `image_size`,
-    `label_size` or `max_segments` it differs from what `config.data` says.
+    Each is `name: {type: a key of TYPES, source: {...}, batch_size: images over all processes, every: steps, limit:
+    images or None}`, with what `TYPES` lists to differ from `config.data`, and
+
+    - of a segmentation `masks: "predicted" | "none" | "truth" | a tuple of them`;
+    - of a classification `prompts: {name: what templates.read_templates takes}` and `metric: the one that is "score"`;
+    - of a transfer `proposals: the folder of a run that proposes masks`, `prompts`, and of `zsseg.Rules` `ensemble` and
+      `threshold`.
 
     Raises:
-      UserError: an unknown type or mode, or a source that cannot be read.
+      UserError: an unknown type or mode, a type that is not the method's, or a source that cannot be read.
     """
     from ovseg_jax.data.pipeline import eval_batches, make_source  # grain's import takes long
 
     evaluators: list[Evaluator] = []
     for name, cfg in sorted((config.get(key) or {}).items()):
-        if cfg.get("type", "segmentation") != "segmentation":
-            raise UserError(f"{key}.{name}.type is {cfg.type!r}: the only type is 'segmentation'")
+        kind = cfg.get("type", "segmentation")
+        if kind not in TYPES:
+            raise UserError(f"{key}.{name}.type is {kind!r}: the types are {', '.join(TYPES)}")
+        needed, make, own = TYPES[kind]
+        if not isinstance(method, needed):
+            raise UserError(
+                f"{key}.{name}.type is {kind!r}, which the method {type(method).__name__} cannot do"
+            )
         processes = jax.process_count()
         if cfg.batch_size % processes:
             raise UserError(
                 f"{key}.{name}.batch_size={cfg.batch_size} does not divide by {processes} processes"
             )
         source = make_source(cfg.source)
-        own = {k: cfg[k] for k in ("image_size", "label_size", "max_segments") if cfg.get(k)}
+        if hasattr(source, "labels") != (kind == "classification"):
+            have = "a label each" if hasattr(source, "labels") else "segments"
+            raise UserError(
+                f"{key}.{name}.type is {kind!r}, but images of the source {source.name!r} have {have}"
+            )
+        data = {**config.data, **{k: cfg[k] for k in own if cfg.get(k)}}
+        options: dict[str, Any] = {"every": int(cfg.get("every", 0) or 0)}
+        if kind != "segmentation":
+            prompts = (cfg.get("prompts") or {}).items()
+            options["prompts"] = {k: read_templates(v) for k, v in prompts}
+        if kind == "transfer":
+            make = partial(_transfer, cfg, config, data)
         batches = partial(
             eval_batches,
             source,
-            {"data": {**config.data, **own}},
+            {"data": data},
             batch_size=cfg.batch_size // processes,
             process_index=jax.process_index(),
             process_count=processes,
             limit=cfg.get("limit"),
         )
-        modes = cfg.get("masks", "predicted")
-        evaluators.append(
-            SegmentationEvaluator(
-                name,
-                method,
-                source.classes,
-                batches,
-                mesh,
-                modes=(modes,) if isinstance(modes, str) else tuple(modes),
-                every=int(cfg.get("every", 0) or 0),
-            )
-        )
+        if kind == "classification":
+            options["metric"] = cfg.get("metric")
+        elif kind == "segmentation":
+            modes = cfg.get("masks", "predicted")
+            options["modes"] = (modes,) if isinstance(modes, str) else tuple(modes)
+        evaluators.append(make(name, method, source.classes, batches, mesh, **options))
     return evaluators
 
 
-def _pad_to_multiple(batch: Mapping[str, np.ndarray], multiple: int) -> dict[str, np.ndarray]:
-    """Adds empty examples (`example_mask` False) until the devices share the batch evenly."""
-    batch = {key: np.asarray(value) for key, value in batch.items()}
-    extra = -len(batch["example_mask"]) % multiple
-    return {key: np.pad(v, [(0, extra)] + [(0, 0)] * (v.ndim - 1)) for key, v in batch.items()}
+def _transfer(
+    cfg: ConfigDict,
+    config: ConfigDict,
+    data: dict[str, Any],
+    name: str,
+    method,
+    classes,
+    batches,
+    mesh,
+    **options,
+) -> Evaluator:
+    """An evaluation of type "transfer"; `data` gets the size of the images that the proposals' run knows."""
+    from ovseg_jax.evals.transfer import TransferEvaluator, load_stage, rules_of
+
+    if not cfg.get("proposals"):
+        raise UserError(f"the evaluation {name!r} of type 'transfer' needs proposals=WORKDIR")
+    proposals = load_stage(cfg.proposals, mesh, Segmenting, f"{name}.proposals", "proposes no masks")
+    data |= {"task": "segmentation", "image_size": proposals.config.data.image_size}
+    rules = rules_of(proposals, config, cfg.get("ensemble", 0.8), cfg.get("threshold", 0.5))
+    options["prompts"] = {"learned": None, **options["prompts"]}
+    return TransferEvaluator(name, proposals, method, classes, batches, mesh, rules=rules, **options)

@@ -9,7 +9,8 @@ mask loss does it: a border then lies where the logits cross zero between two ce
 grid's width. (The paper has s of H x W and does not say how it came to that size.)
 """
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,22 @@ MODES: tuple[Mode, ...] = ("predicted", "none", "truth")
 NAME_BLOCK = 128
 # The accelerators' default for float32 products is a bfloat16 or TF32 pass, enough to swap two near names.
 _PRECISION = jax.lax.Precision.HIGHEST
+
+RegionScores = Callable[[Prediction, Float[Array, "t d"], Int[Array, "t"]], Float[Array, "t n"]]
+"""(what the method saw in one image, without the axis of images; its text side; the category of each name) -> the
+score of each name for each proposal. Jittable, and a pure function of these."""
+
+
+def cosines(prediction: Prediction, text: Float[Array, "t d"], owner: Int[Array, "t"]) -> Float[Array, "t n"]:
+    """<w, z> of equation 6, of every name and every proposal of one image."""
+    del owner
+    assert prediction.region_embed is not None
+    return jnp.matmul(text, prediction.region_embed.T, precision=_PRECISION)
+
+
+def region_scores_of(method: Any) -> RegionScores:
+    """The method's own `region_scores`, or `cosines`."""
+    return getattr(method, "region_scores", cosines)
 
 
 class LabelMaps(NamedTuple):
@@ -106,12 +123,14 @@ def view_maps(
     mode: Mode = "predicted",
     segments: Int[Array, "b hl wl"] | None = None,
     max_segments: int = 0,
+    region_scores: RegionScores = cosines,
 ) -> LabelMaps:
     """`label_maps` for several sets of allowed names at once: maps [b v h w], at little more than one's cost.
 
     Args:
       prediction: as in `label_maps`, and so are the arguments not listed here.
       views: the names that may be chosen in each image and view.
+      region_scores: what proposals say about names in mode "predicted".
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
@@ -137,7 +156,7 @@ def view_maps(
             # <w, up(z)> = up(<w, z>): with channels in the place of masks, this upsamples the logits too.
             name, score, _ = best_names(text, jnp.moveaxis(_unit(pixels), -1, 0), rows, cols, views)
             return name, score, score
-        weights = jnp.matmul(text, regions.T, precision=_PRECISION)
+        weights = region_scores(Prediction(masks, regions, pixels), text, owner)
         name, score, total = best_names(weights, masks, rows, cols, views, logits=True)
         return name, score, score / jnp.maximum(total, 1e-6)
 

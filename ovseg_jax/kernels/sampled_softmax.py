@@ -92,6 +92,7 @@ def sampled_softmax(
     correction: Correction = "log10",
     log_weights: Float[Array, " n"] | None = None,
     per_device: bool = False,
+    views: int = 1,
     batch_axes: tuple[str, ...] = (),
 ) -> Contrast:
     """Local contrast with local correction, eq. 4: an image's class against K - 1 sampled ones.
@@ -113,6 +114,7 @@ def sampled_softmax(
       log_weights: proposal of the negatives, see `sample_classes`.
       per_device: every device draws negatives of its own for its images, and encodes all of them, as the original
         does. Otherwise all images share one sample, whose encoding is spread over the devices.
+      views: each `views` neighbours of a device's share of the batch are of one class, which is encoded once.
       batch_axes: mesh axes over which the batch is sharded.
 
     Returns:
@@ -135,8 +137,9 @@ def sampled_softmax(
             each = -(-count // devices)
             padded = jnp.pad(ids, (0, each * devices - count))
             own = jax.lax.dynamic_slice_in_dim(padded, jax.lax.axis_index(batch_axes) * each, each)
-        features = _unit(encode(params, _take(tokens, jnp.concatenate([own, labels]))))
-        negative, positive = features[: own.shape[0]], features[own.shape[0] :]
+        features = _unit(encode(params, _take(tokens, jnp.concatenate([own, labels[::views]]))))
+        negative = features[: own.shape[0]]
+        positive = jnp.repeat(features[own.shape[0] :], views, 0)[: labels.shape[0]]
         if devices > 1:
             negative = jax.lax.all_gather(negative, batch_axes, tiled=True)[:count]
 

@@ -1,4 +1,7 @@
-"""What a method is: a handful of pure functions. Step, loop, evaluators and segmenter know only this."""
+"""What a method is: a handful of pure functions. Step, loop, evaluators and segmenter know only this.
+
+Step and loop take any `Trainable`; a `Method` also segments, a `Classifier` also classifies whole images.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -32,8 +35,12 @@ class Aux(NamedTuple):
 
 
 @runtime_checkable
-class Method(Protocol):
-    """A model, its loss, its prediction and its text side."""
+class Trainable(Protocol):
+    """A model and its loss: all that step and loop know.
+
+    What a run is to leave behind beside its checkpoints, an `artifacts(variables)` gives: {file name: what writes it}.
+    All processes call it.
+    """
 
     def init(self, rng: jax.Array) -> Variables:
         """Makes the variables: `params`, and other collections such as `batch_stats`."""
@@ -44,6 +51,14 @@ class Method(Protocol):
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
         """The training loss of one global batch: a scalar, and `Aux`."""
 
+
+@runtime_checkable
+class Segmenting(Protocol):
+    """What segments: it predicts masks and pixels, and has a text side. All that evaluators and segmenter know.
+
+    Regions are scored by cosine, unless there is a `region_scores`, see `evals.segment.RegionScores`.
+    """
+
     def predict(
         self, variables: Variables, image: UInt8[Array, "b s s 3"], image_size: Int[Array, "b 2"]
     ) -> Prediction:
@@ -51,3 +66,30 @@ class Method(Protocol):
 
     def embed_text(self, variables: Variables, texts: Sequence[str]) -> Float[Array, "k d"]:
         """Unit-norm embeddings of texts."""
+
+
+@runtime_checkable
+class Method(Trainable, Segmenting, Protocol):
+    """What is trained to segment."""
+
+
+@runtime_checkable
+class Classifier(Trainable, Protocol):
+    """What classifies whole images by their similarity to class names in a prompt.
+
+    One whose names can stand in any learned prompt also has an `embed_prompt(variables, prompt, texts)`. One whose own
+    prompt differs between images has `embed_text_for(variables, texts, image: [d]) -> [k d]`, jittable, and its
+    `embed_text` is a UserError.
+    """
+
+    def embed_image(self, variables: Variables, image: UInt8[Array, "b s s 3"]) -> Float[Array, "b d"]:
+        """Unit-norm embeddings of images. Jittable."""
+
+    def embed_text(self, variables: Variables, texts: Sequence[str]) -> Float[Array, "k d"]:
+        """Unit-norm embeddings of class names, each put into the method's own prompt."""
+
+    def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Float[Array, "k d"]:
+        """Unit-norm embeddings of whole texts as they stand, without the method's own prompt."""
+
+    def logit_scale(self, variables: Variables) -> Float[Array, ""]:
+        """1/τ: what a cosine is multiplied by to be a logit."""

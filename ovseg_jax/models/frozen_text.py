@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.models.prompt_file import FILE, Prompt, load_prompt, save_prompt
 from ovseg_jax.models.text import unit
-from ovseg_jax.models.text_towers import TextOutput, text_tower
+from ovseg_jax.models.text_towers import CLIPText, TextOutput, text_tower
 from ovseg_jax.vocab.words import WordList
 
 BATCH = 64
@@ -29,12 +31,13 @@ class FrozenText:
     The tower is no part of the variables: on the devices of a training run it would take memory for nothing.
 
     Args:
-      config: `tower`, a name of `text_towers.PRESETS`; `init`, its weights and its tokeniser, see `pretrained.hub`.
+      config: `tower`, a name of `text_towers.PRESETS`; `init`, its weights and its tokeniser, see `pretrained.hub`; for
+        towers of CLIP's kind `prompt`, the file of a learned prompt around every text (`models.prompt_file`), or "".
       words: the vocabulary.
       dim: D of the text space.
 
     Raises:
-      UserError: an unknown tower, no init, another dimension than the tower's.
+      UserError: an unknown tower, no init, another dimension than the tower's; a prompt that is not the tower's.
     """
 
     learned = False
@@ -49,7 +52,23 @@ class FrozenText:
         width = jax.eval_shape(self._forward)[1].pooled.shape[-1]
         if width != dim:
             raise UserError(f"text.tower={config.tower} gives {width} numbers: set model.embed_dim={width}")
+        self.prompt = self._read_prompt(config.tower, str(config.get("prompt", "") or ""))
         self._loaded: Any = None
+
+    def _read_prompt(self, name: str, path: str) -> Prompt | None:
+        if not path:
+            return None
+        prompt = load_prompt(path)
+        if not isinstance(self.tower, CLIPText):
+            raise UserError(
+                f"text.prompt={path}: the text tower {name} takes no prompt; towers of CLIP's kind do"
+            )
+        prompt.check_width(self.tower.width)
+        if prompt.layout.specific:
+            raise UserError(
+                f"text.prompt={path} has a context for each of some classes, and none for other texts"
+            )
+        return prompt
 
     def init(self, rng: jax.Array) -> dict[str, Array]:
         """The table of words before `pretrained` fills it."""
@@ -62,7 +81,7 @@ class FrozenText:
         return {"table": np.concatenate([np.zeros((1, self.dim), np.float32), table])}
 
     def encode(self, params: Any, texts: Sequence[str]) -> Float[Array, "k d"]:
-        """Unit vectors of texts, each as it stands: no template (as the released model has it).
+        """Unit vectors of texts, each as it stands: no template (as the released model has it); or in the prompt.
 
         Raises:
           UserError: no text, or an empty one; weights or tokeniser that cannot be read.
@@ -97,7 +116,8 @@ class FrozenText:
     def save(self, folder: Path, dtype: Any = np.float32) -> None:
         """Writes the tower where it can be loaded from again without the place that it came from.
 
-        That is `model.safetensors` by the names of `pretrained.to_torch`, `config.json`, and the tokeniser's files.
+        That is `model.safetensors` by the names of `pretrained.to_torch`, `config.json`, the tokeniser's files, and
+        `prompt.safetensors` where there is a prompt.
         """
         from ovseg_jax.pretrained.files import write_safetensors
         from ovseg_jax.pretrained.hub import find
@@ -110,6 +130,9 @@ class FrozenText:
             shutil.copyfile(file, folder / file.name)
         cast = {name: x.astype(dtype) for name, x in to_torch(self.weights()).items()}
         write_safetensors(folder / "model.safetensors", cast, {"format": "pt"})
+        (folder / FILE).unlink(missing_ok=True)
+        if self.prompt:
+            save_prompt(folder / FILE, self.prompt)
         # Last: a folder with it is whole.
         (folder / "config.json").write_text(json.dumps(describe(self.tower), indent=1) + "\n")
 
@@ -132,8 +155,18 @@ class FrozenText:
         tokenizer = load_tokenizer(_folder(path), length=min(self.tower.length, LENGTH))
         variables = load(self.source, self.tower, jax.eval_shape(self._forward)[0])
         tower: Any = self.tower
-        apply = jax.jit(lambda variables, ids, valid: unit(tower.apply(variables, ids, valid).pooled))
-        return tokenizer, apply, variables
+        if self.prompt is None:
+            apply = jax.jit(lambda variables, ids, valid: unit(tower.apply(variables, ids, valid).pooled))
+            return tokenizer, apply, variables
+        context = jnp.asarray(self.prompt.context[0])
+
+        @jax.jit
+        def apply_prompt(variables, ids, valid):
+            x = tower.apply(variables, jnp.maximum(ids, 0), method="embed")
+            x = jnp.where(ids[..., None] < 0, context[jnp.maximum(-1 - ids, 0)].astype(x.dtype), x)
+            return unit(tower.apply(variables, ids, valid, x).pooled)
+
+        return partial(self.prompt.layout.whole, tokenizer), apply_prompt, variables
 
 
 def _folder(path: Path) -> Path:

@@ -28,6 +28,10 @@ class TextTable:
         self.words, self.dim = words, dim
         self.vectors = str(config.get("vectors", "") or "")
         self.learned = bool(config.get("learned", True))
+        if prompt := config.get("prompt", ""):
+            raise UserError(
+                f"text.prompt={prompt} needs a text tower to stand in: text.tower=clip_vitb16, for example"
+            )
         if not self.learned and not self.vectors:
             raise UserError(
                 "text.learned=False needs text.vectors, an .npz file with 'words' and 'vectors' of a text tower"

@@ -116,12 +116,17 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n d"]
+        self, x: Float[Array, "b n d"], prompts: Float[Array, "j m d"] | None = None
     ) -> tuple[Float[Array, "b n d"], dict[int, Float[Array, "b n d"]]]:
-        """The normed tokens behind the last block, and the tokens behind each block of `taps`."""
+        """The normed tokens behind the last block, and the tokens behind each block of `taps`.
+
+        In front of block i, from 1, prompts[i] take the places of the last M tokens, as long as there are any.
+        """
         block_type = rematerialise(Block, self.remat)
         tapped = {}
         for i in range(self.depth):
+            if prompts is not None and 1 <= i < len(prompts):
+                x = _append(x[:, : -prompts.shape[1]], prompts[i])
             name = f"encoderblock_{i}"
             x = block_type(self.heads, self.mlp_dim, self.gelu, self.epsilon, self.dtype, name=name)(x)
             if i in self.taps:
@@ -192,12 +197,20 @@ class ViT(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, image: Float[Array, "b h w 3"], train: bool = False) -> TowerOutput:
+    def __call__(
+        self,
+        image: Float[Array, "b h w 3"],
+        train: bool = False,
+        prompts: Float[Array, "j m d"] | None = None,
+    ) -> TowerOutput:
         """Computes the embedding, the tokens and the taps.
 
         Args:
           image: normalised images; their sides are multiples of `patch`.
           train: makes no difference: none of these models is published with dropout.
+          prompts: learned tokens, which are in none of the outputs (VPT, Jia et al. 2022). prompts[0] stand beside
+            the patches, in front of `pre_norm` as in muzairkhattak/multimodal-prompt-learning; each of the others
+            takes the place of those before it in front of its block. Behind the last of them the tokens go on.
 
         Raises:
           UserError: sides that are no multiples of the patch, or fields that do not fit each other.
@@ -226,16 +239,20 @@ class ViT(nn.Module):
             cls = self.param("cls", nn.initializers.zeros, (1, 1, self.width))
             cls = cls + table[:, :1] if self.cls == "placed" else cls
             x = jnp.concatenate([jnp.broadcast_to(cls.astype(self.dtype), (b, 1, self.width)), x], axis=1)
+        count = x.shape[1]
+        if prompts is not None:
+            x = _append(x, prompts[0])
         if self.pre_norm:
             x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="pre_norm")(x)
 
         same = (self.heads, self.mlp_dim, self.gelu, self.epsilon)
         x, tapped = Transformer(
             self.depth, *same, self.taps, self.remat, dtype=self.dtype, name="Transformer"
-        )(x)
+        )(x, prompts)
+        x = x[:, :count]
 
         def places(tokens: jax.Array) -> jax.Array:
-            return tokens[:, int(self.cls != "none") :].reshape(b, h, w, self.width)
+            return tokens[:, int(self.cls != "none") : count].reshape(b, h, w, self.width)
 
         if self.pool == "map":
             pooled = MAPHead(*same, dtype=self.dtype, name="MAPHead_0")(x)
@@ -255,6 +272,12 @@ class ViT(nn.Module):
             raise UserError(f"the ViT's width {self.width} is no multiple of its {self.heads} heads")
         if missing := [i for i in self.taps if i not in range(self.depth)]:
             raise UserError(f"taps of the ViT name blocks {missing}; there are 0 to {self.depth - 1}")
+
+
+def _append(x: Float[Array, "b n d"], tokens: Float[Array, "m d"]) -> Float[Array, "b n+m d"]:
+    """The same tokens behind those of every image."""
+    tokens = jnp.broadcast_to(tokens.astype(x.dtype), (len(x), *tokens.shape))
+    return jnp.concatenate([x, tokens], axis=1)
 
 
 def _check(field: str, value: str, known: tuple[str, ...]) -> None:

@@ -5,9 +5,11 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
 from ovseg_jax.errors import UserError
 
@@ -66,7 +68,7 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def write_safetensors(
-    path: str | Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] = {}
+    path: epath.PathLike, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] = {}
 ) -> None:
     """Writes what `read_arrays` reads; rows in the order of their names."""
     kinds = {np.dtype(kind): name for name, kind in _TYPES.items()}
@@ -83,18 +85,28 @@ def write_safetensors(
         parts.append(part)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with Path(path).open("wb") as file:
+    with epath.Path(path).open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for part in parts:
             file.write(part.tobytes())
 
 
-def _safetensors(path: Path) -> dict[str, np.ndarray]:
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors that `read_arrays` reads says beside its arrays."""
+    return _header(path)[0].get("__metadata__", {})
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header and its size in bytes."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > path.stat().st_size:
             raise ValueError("its header is cut off")
-        header = json.loads(file.read(size))
+        return json.loads(file.read(size)), size
+
+
+def _safetensors(path: Path) -> dict[str, np.ndarray]:
+    header, size = _header(path)
     header.pop("__metadata__", None)
     data = (
         np.memmap(path, np.uint8, "r", offset=8 + size)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.images import fit_canvas, read_image
+from ovseg_jax.models.prompt_file import FILE, load_prompt
 from ovseg_jax.pretrained.files import read_arrays
 from ovseg_jax.torch.layers import unit
 from ovseg_jax.torch.openseg import OpenSegNet
@@ -112,21 +114,26 @@ class Segmenter:
 
 
 class Text:
-    """A frozen text tower and its tokeniser, from the folder that `FrozenText.save` writes."""
+    """A frozen text tower with its tokeniser and its prompt, if any, from the folder that `FrozenText.save` writes."""
 
     def __init__(self, folder: Path, device: str):
         described = read_json(folder / CONFIG)
         kind = TEXT_KINDS[described.pop("kind")]
         self.tower, self.device = fill(kind(**described), folder).to(device).eval(), device
-        self.tokenizer = load_tokenizer(folder, length=min(described["length"], LENGTH))
+        self.tokenizer: Any = load_tokenizer(folder, length=min(described["length"], LENGTH))
+        self.context: tuple[Tensor, ...] = ()
+        if (folder / FILE).exists():
+            prompt = load_prompt(folder / FILE)
+            self.context = (torch.from_numpy(prompt.context[0]).to(device),)
+            self.tokenizer = partial(prompt.layout.whole, self.tokenizer)
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors [T D]."""
         rows = []
         for at in range(0, len(texts), BATCH):
-            ids, valid = self.tokenizer(texts[at : at + BATCH])
-            rows.append(unit(self.tower(*(torch.from_numpy(x).to(self.device) for x in (ids, valid)))))
+            ids, valid = (torch.from_numpy(x).to(self.device) for x in self.tokenizer(texts[at : at + BATCH]))
+            rows.append(unit(self.tower(ids, valid, *self.context)))
         return torch.cat(rows)
 
 

@@ -18,12 +18,15 @@ class TextTower(nn.Module):
         self.Embed_0 = nn.Embedding(vocab_size, width)
         self.pos_embedding = nn.Parameter(torch.zeros(1, length, width))
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Tokens with their positions, [b l d]."""
+    def embed(self, ids: Tensor, context: Tensor | None = None) -> Tensor:
+        """Tokens with their positions, [b l d]; -1 - i is vector i of a learned `context` [m d]."""
         length = self.pos_embedding.shape[1]
         if ids.shape[1] > length:
             raise UserError(f"texts of {ids.shape[1]} tokens: this text tower takes {length} at most")
-        return self.Embed_0(ids) + self.pos_embedding[:, : ids.shape[1]]
+        x = self.Embed_0(ids.clamp(min=0))
+        if context is not None:
+            x = torch.where(ids[..., None] < 0, context[(-1 - ids).clamp(min=0)].to(x.dtype), x)
+        return x + self.pos_embedding[:, : ids.shape[1]]
 
 
 class CLIPText(TextTower):
@@ -45,13 +48,15 @@ class CLIPText(TextTower):
         self.Encoder_0 = Encoder(layers, width, heads, mlp_dim or 4 * width, gelu, 1e-5, causal=True)
         self.head = nn.Linear(width, embed_dim, bias=False)
 
-    def forward(self, ids: Tensor, valid: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, valid: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """Embeds texts [b l], each at its end, which is the first of the highest id; `valid` is not read.
+
+        `context` is that of a learned prompt, see `embed`.
 
         Raises:
           UserError: texts too long.
         """
-        x, _ = self.Encoder_0(self.embed(ids))
+        x, _ = self.Encoder_0(self.embed(ids, context))
         end = ids.argmax(-1)[:, None, None].expand(-1, 1, x.shape[2])
         return self.head(x.gather(1, end)[:, 0])
 

@@ -28,6 +28,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decis
 
 from ovseg_jax import config as config_lib
 from ovseg_jax.errors import UserError
+from ovseg_jax.models.prompt_file import FILE as PROMPT_FILE
 from ovseg_jax.train.sharding import DEFAULT_RULES, leaf_sharding, path_name
 from ovseg_jax.train.state import TrainState
 
@@ -170,7 +171,8 @@ def load_variables(
       averaged: take the averaged parameters of a run that keeps them.
 
     Returns:
-      (config, variables, step); of a run that left its frozen text tower beside it, the config names that one.
+      (config, variables, step); of a run that left its frozen text tower beside it, the config names that one, and its
+      prompt.
 
     Raises:
       UserError: where the folder holds no run, or not that step.
@@ -179,6 +181,7 @@ def load_variables(
     config = read_config(workdir)
     if config is None:
         raise UserError(f"{workdir} holds no run: {CONFIG_FILE} is missing.")
+    config = config_lib.resolved(config, workdir)
     directory = workdir.absolute() / "checkpoints"
     if not directory.exists():
         raise UserError(f"{workdir} holds no checkpoint yet: there is no folder {directory}.")
@@ -208,6 +211,8 @@ def load_variables(
         variables["params"] = restore(average, (jax.tree_util.DictKey("params"),))
     if (workdir / TEXT_TOWER / CONFIG_FILE).exists():
         config.text.init = str(workdir / TEXT_TOWER)
+        if config.text.get("prompt", ""):
+            config.text.prompt = str(workdir / TEXT_TOWER / PROMPT_FILE)
     return config, jax.device_get(variables) if mesh is None else variables, step
 
 

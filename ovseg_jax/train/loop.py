@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.runner import Evaluator
-from ovseg_jax.methods.base import Method
+from ovseg_jax.methods.base import Trainable
 from ovseg_jax.train import metrics as metrics_lib
 from ovseg_jax.train.checkpoints import Checkpoints
 from ovseg_jax.train.metrics import MetricWriter
@@ -67,7 +67,7 @@ class Fit(NamedTuple):
 def fit(
     config: ConfigDict,
     workdir: epath.PathLike,
-    method: Method,
+    method: Trainable,
     batches: Batches,
     evaluators: Sequence[Evaluator],
     mesh: Mesh,

@@ -39,24 +39,29 @@ def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
 
     Linear warm-up over `warmup_steps`, (t + 1) / warmup_steps, so that the first step already moves; then,
     with p the share of the remaining steps that is done and f = `final_fraction`, constant: 1; linear:
-    1 - (1 - f) p; cosine: f + (1 - f) (1 + cos(pi p)) / 2; all times `learning_rate`.
+    1 - (1 - f) p; cosine: f + (1 - f) (1 + cos(pi p)) / 2; all times `learning_rate`. `warmup_rate` is a constant
+    rate in place of the linear warm-up; `decay_steps`, over how many steps p goes from 0 to 1; `hold_steps`, for how
+    many steps the rate stays that of the first of them, as where it is set once an epoch.
     """
     name = config.get("schedule", "cosine")
     if name not in SCHEDULES:
         raise UserError(f'optimizer.schedule="{name}" is unknown; the schedules are {", ".join(SCHEDULES)}.')
     peak, warmup = float(config["learning_rate"]), int(config.get("warmup_steps", 0))
     final = float(config.get("final_fraction", 0.0))
+    hold, decay_steps = int(config.get("hold_steps", 1)), int(config.get("decay_steps", steps - warmup))
+    first_rate = config.get("warmup_rate")
 
     def schedule(step: Any) -> jax.Array:
-        step = jnp.asarray(step, jnp.float32)
-        done = jnp.clip((step - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+        step = hold * (jnp.asarray(step, jnp.float32) // hold)
+        done = jnp.clip((step - warmup) / max(decay_steps, 1), 0.0, 1.0)
         if name == "constant":
             decay = jnp.ones_like(done)
         elif name == "linear":
             decay = 1.0 - (1.0 - final) * done
         else:
             decay = final + (1.0 - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
-        return peak * jnp.where(step < warmup, (step + 1.0) / max(warmup, 1), decay)
+        rising = (step + 1.0) / max(warmup, 1) if first_rate is None else float(first_rate) / peak
+        return peak * jnp.where(step < warmup, rising, decay)
 
     return schedule
 
@@ -66,8 +71,9 @@ def make_optimizer(config: ConfigDict, params: Any, steps: int) -> Optimizer:
 
     Args:
       config: `config.optimizer`. `name` (adamw, adam, sgd, lamb, lion), `learning_rate`, `schedule`,
-        `warmup_steps`, `final_fraction`, `weight_decay` (on arrays of two or more dimensions, so never on
-        biases, scales and temperatures), `clip_norm` (0 = off), `b1`, `b2`, `momentum` (sgd), `nesterov`,
+        `warmup_steps`, `final_fraction`, `warmup_rate`, `decay_steps`, `hold_steps` (see `make_schedule`),
+        `weight_decay` (on arrays of two or more dimensions, so never on biases, scales and temperatures), `clip_norm`
+        (0 = off), `b1`, `b2`, `momentum` (sgd), `nesterov`,
         `multipliers` ((regex, factor) pairs: the first that is found in a parameter's path scales its rate),
         `frozen` (regexes), `ema` (the decay of the parameters' moving average, min(ema, (1 + t) / (10 + t)) at
         step t, which is then what is evaluated and exported; 0 = none).

@@ -4,9 +4,12 @@ WORKDIR/config.json     the resolved config            WORKDIR/metrics.jsonl   o
 WORKDIR/words.json      the caption vocabulary         WORKDIR/summary.json    final scores
 WORKDIR/classes.json    the training data's classes    WORKDIR/tables/*.csv    IoU of each class
 WORKDIR/checkpoints/    see `train.checkpoints`
+WORKDIR/<stage>/        the run of each stage of `config.before`, which comes first
+WORKDIR/...             what else a method leaves, see `methods.base.Trainable`
 """
 
 import csv
+import dataclasses
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -22,7 +26,7 @@ from ml_collections import ConfigDict
 from ovseg_jax import config as config_lib
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.runner import Evaluator
-from ovseg_jax.methods.base import Method, Variables
+from ovseg_jax.methods.base import Classifier, Segmenting, Trainable, Variables
 from ovseg_jax.models.frozen_text import FrozenText
 from ovseg_jax.train.checkpoints import (
     CONFIG_FILE,
@@ -33,6 +37,7 @@ from ovseg_jax.train.checkpoints import (
     read_config,
     write_config,
 )
+from ovseg_jax.train.features import cached_features
 from ovseg_jax.train.loop import Fit, fit
 from ovseg_jax.train.progress import clock
 from ovseg_jax.train.sharding import DEFAULT_RULES, make_mesh
@@ -61,7 +66,7 @@ SUMMARY_FILE, WORDS_FILE, CLASSES_FILE = "summary.json", "words.json", "classes.
 class Parts(NamedTuple):
     """What a config stands for, assembled."""
 
-    method: Method
+    method: Any
     words: WordList
     classes: ClassList
     mesh: Mesh
@@ -115,10 +120,15 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
 
 def _train(config: ConfigDict, workdir: epath.Path, finish: Finish | None) -> dict[str, Any]:
     prepare_workdir(workdir, config)
+    if not _train_before(config, workdir):
+        return {"steps": 0, "stopped": True}
+    config = config_lib.resolved(config, workdir)
     from ovseg_jax.data.pipeline import make_source, train_iterator
 
     source = make_source(config.data.train)
     parts = make_parts(config, workdir, source)
+    if config.data.get("cache_features", 0):
+        source = cached_features(config, workdir, parts, source)
     process = dict(process_index=jax.process_index(), process_count=jax.process_count())
     batches = lambda start: train_iterator(config, parts.words, start=start, source=source, **process)
     result = fit(config, workdir, parts.method, batches, _evaluators(config, parts), parts.mesh)
@@ -128,17 +138,45 @@ def _train(config: ConfigDict, workdir: epath.Path, finish: Finish | None) -> di
     if before is not None and before["steps"] == result.step and result.started == result.step:
         if jax.process_index() == 0:
             print(f"{workdir} has already made its {result.step} steps; a new run needs another --workdir")
-            _show(workdir, before)
+            _show(workdir, before, parts.method)
         return before
     scores, tables = run_evaluators(final_evaluators(config, parts), result.state.averaged)
     summary = _summary(result, scores)
+    artifacts = getattr(parts.method, "artifacts", _no_artifacts)(result.state.averaged)
     if jax.process_index() == 0:
+        for name, write in artifacts.items():
+            write(workdir / name)
         write_tables(workdir, tables)
         (workdir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
         if finish is not None:
             finish(config, workdir, parts, result.state.averaged)
-        _show(workdir, summary)
+        _show(workdir, summary, parts.method)
     return summary
+
+
+def _no_artifacts(variables: Variables) -> dict[str, Callable[[epath.Path], None]]:
+    return {}
+
+
+def _train_before(config: ConfigDict, workdir: epath.Path) -> bool:
+    """Trains the stages of `config.before` that are not there yet; False where one was told to stop.
+
+    A stage that speaks of another one ("before:NAME") comes after it.
+    """
+    waiting = dict((config.get("before") or {}).items())
+    while waiting:
+        free = [name for name, stage in waiting.items() if not config_lib.needed(stage) & waiting.keys()]
+        if not free:
+            raise UserError(f"config.before: each of {', '.join(waiting)} waits for another one of them")
+        stage = waiting.pop(free[0])
+        done = _read_summary(workdir / free[0])
+        if done is not None and done["steps"] >= stage.steps:
+            continue
+        if jax.process_index() == 0:
+            print(f"first: {free[0]}, in {workdir / free[0]}", flush=True)
+        if train(config_lib.resolved(stage, workdir), workdir / free[0]).get("stopped"):
+            return False
+    return True
 
 
 def prepare_workdir(workdir: epath.Path, config: ConfigDict) -> None:
@@ -198,7 +236,7 @@ def make_parts(config: ConfigDict, workdir: epath.Path, source: Any) -> Parts:
         words = words_for(config, source)
         if jax.process_index() == 0:
             words.save(workdir / WORDS_FILE)
-            (workdir / CLASSES_FILE).write_text(source.classes.to_json())
+            (workdir / CLASSES_FILE).write_text(_counted(source).to_json())
         multihost_utils.sync_global_devices("vocabulary")
     parts = load_parts(config, workdir, make_mesh(config.get("mesh")))
     text = getattr(parts.method, "text", None)
@@ -208,6 +246,14 @@ def make_parts(config: ConfigDict, workdir: epath.Path, source: Any) -> Parts:
         if not (folder / CONFIG_FILE).exists():
             text.save(folder)
     return parts
+
+
+def _counted(source: Any) -> ClassList:
+    """The classes of a source, with their numbers of examples where each example is of one class."""
+    if not hasattr(source, "labels"):
+        return source.classes
+    counts = np.bincount(source.labels, minlength=len(source.classes)).tolist()
+    return dataclasses.replace(source.classes, examples=tuple(counts))
 
 
 def load_parts(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Parts:
@@ -263,6 +309,9 @@ def score_table(scores: Mapping[str, float]) -> str:
         own = {
             k.removeprefix(f"{evaluation}/"): v for k, v in scores.items() if k.startswith(f"{evaluation}/")
         }
+        if not any("miou" in name for name in own) or any("[" in name for name in own):
+            lines += _prompt_table(evaluation, own)
+            continue
         lines.append(f"  {evaluation:<24}{'mIoU':>8}{'mIoU_gt':>10}{'chance':>9}")
         for name in [name for name in own if name.split("/")[0] == "miou" or name.startswith("miou@")]:
             row = [own.get(name.replace("miou", column, 1)) for column in ("miou", "miou_gt", "chance_miou")]
@@ -273,6 +322,20 @@ def score_table(scores: Mapping[str, float]) -> str:
         rest = [name for name in own if "miou" not in name or name.startswith("grounding")]
         lines += [f"    {name:<22}{own[name]:8.2f}" for name in rest]
     return "\n".join(lines)
+
+
+def _prompt_table(evaluation: str, scores: Mapping[str, float]) -> list[str]:
+    """Of a classification: a line for each metric, a column for each prompt ("accuracy", "accuracy[hard]")."""
+    cells: dict[str, dict[str, float]] = {}
+    for key, value in scores.items():
+        name, _, prompt = key.removesuffix("]").partition("[")
+        cells.setdefault(name, {})[prompt] = value
+    prompts = list(dict.fromkeys(prompt for row in cells.values() for prompt in row))
+    lines = [f"  {evaluation:<26}" + "".join(f"{prompt:>13}" for prompt in prompts)]
+    for name, row in cells.items():
+        numbers = (f"{row[prompt]:>13.2f}" if prompt in row else " " * 13 for prompt in prompts)
+        lines.append(f"    {name:<24}" + "".join(numbers))
+    return lines
 
 
 def _evaluators(config: ConfigDict, parts: Parts, key: str = "evals") -> list[Any]:
@@ -300,11 +363,14 @@ def _summary(result: Fit, scores: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
-def _show(workdir: epath.Path, summary: Mapping[str, Any]) -> None:
+def _show(workdir: epath.Path, summary: Mapping[str, Any], method: Trainable) -> None:
     rate, waited = summary["images_per_second"], summary["data_wait_seconds"]
     took = clock(summary["seconds"])
     print(f"{summary['steps']} steps in {took}, {rate:.1f} images/s, {waited:.1f} s waiting for data")
     print(score_table({name: value for name, value in summary.items() if "/" in name}))
-    print(
-        f'next: python -m ovseg_jax.predict --checkpoint={workdir} --images=FILE --labels="WORDS" --out=DIR'
-    )
+    if isinstance(method, Segmenting):
+        print(
+            f'next: python -m ovseg_jax.predict --checkpoint={workdir} --images=FILE --labels="WORDS" --out=DIR'
+        )
+    elif isinstance(method, Classifier):
+        print(f"next: python -m ovseg_jax.prompts --checkpoint={workdir} --classes=FILE --out=vectors.npy")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ovseg_jax.methods.base import Method, Variables
+from ovseg_jax.methods.base import Trainable, Variables
 from ovseg_jax.train.optimizer import Optimizer
 from ovseg_jax.train.sharding import DEFAULT_RULES, leaf_sharding, replicated, tree_paths
 
@@ -47,7 +47,7 @@ class TrainState:
         return self.variables if self.average is None else {**self.variables, "params": self.average}
 
 
-def abstract_variables(method: Method, seed: int) -> Variables:
+def abstract_variables(method: Trainable, seed: int) -> Variables:
     """Shapes and dtypes of a method's variables, without computing them."""
     return jax.eval_shape(method.init, jax.random.key(seed))
 
@@ -84,7 +84,7 @@ def state_shardings(
     )
 
 
-def create_state(method: Method, optimizer: Optimizer, seed: int, shardings: TrainState) -> TrainState:
+def create_state(method: Trainable, optimizer: Optimizer, seed: int, shardings: TrainState) -> TrainState:
     """The state before the first step, each device computing only the shards that it keeps."""
     on_cpu = shardings.step.mesh.devices.flat[0].platform == "cpu"
     # Runs once: a CPU would spend more time on optimising this program than on running it.
@@ -120,13 +120,13 @@ def _replace(variables: Variables, parts: Mapping[str, Any]) -> dict[str, Any]:
     return flax.traverse_util.unflatten_dict(flat)
 
 
-def abstract_state(method: Method, optimizer: Optimizer, seed: int, shardings: TrainState) -> TrainState:
+def abstract_state(method: Trainable, optimizer: Optimizer, seed: int, shardings: TrainState) -> TrainState:
     """Shapes, dtypes and shardings of a state, without computing it: what a checkpoint is restored onto."""
     shapes = jax.eval_shape(lambda: _create(method, optimizer, seed))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def _create(method: Method, optimizer: Optimizer, seed: int) -> TrainState:
+def _create(method: Trainable, optimizer: Optimizer, seed: int) -> TrainState:
     variables = dict(method.init(jax.random.key(seed)))
     params = variables.pop("params")
     average = jax.tree.map(jnp.copy, params) if optimizer.ema else None

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ovseg_jax.methods.base import Batch, Method
+from ovseg_jax.methods.base import Batch, Trainable
 from ovseg_jax.train.optimizer import Optimizer
 from ovseg_jax.train.state import TrainState
 
@@ -16,7 +16,7 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def make_step(method: Method, optimizer: Optimizer, seed: int, shardings: TrainState) -> Step:
+def make_step(method: Trainable, optimizer: Optimizer, seed: int, shardings: TrainState) -> Step:
     """Compiles `(state, batch) -> (state, metrics)`; the state that goes in is donated.
 
     The step's random key is fold_in(key(seed), step), so that it depends on nothing that came before. Beside

@@ -30,14 +30,18 @@ class ClassList:
       ids: the data set's own number of each category, in the same order.
       isthing: whether each category is countable (a thing) rather than stuff.
       groups: named subsets of class indices over which scores are reported, such as "seen" and "held_out".
+      examples: how many training examples each category has; () where nobody counted.
     """
 
     names: tuple[tuple[str, ...], ...]
     ids: tuple[int, ...]
     isthing: tuple[bool, ...]
     groups: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    examples: tuple[int, ...] = ()
 
     def __post_init__(self):
+        if self.examples and len(self.examples) != len(self.names):
+            raise ValueError(f"{len(self.examples)} numbers of examples for {len(self.names)} categories")
         if not len(self.names) == len(self.ids) == len(self.isthing):
             raise ValueError(
                 f"names, ids and isthing differ in length: {len(self.names)}, {len(self.ids)}, "
@@ -77,6 +81,7 @@ class ClassList:
             "ids": self.ids,
             "isthing": self.isthing,
             "groups": dict(self.groups),
+            "examples": self.examples,
         }
         return json.dumps(fields, indent=1)
 
@@ -89,6 +94,7 @@ class ClassList:
             ids=tuple(fields["ids"]),
             isthing=tuple(fields["isthing"]),
             groups={group: tuple(members) for group, members in fields["groups"].items()},
+            examples=tuple(fields.get("examples", ())),
         )
 
 
@@ -98,7 +104,7 @@ def parse_labels(text: str) -> ClassList:
     Raises:
       UserError: no category, or a category without a name.
     """
-    categories = [_split_names(part) for part in text.split(";")]
+    categories = [split_names(part) for part in text.split(";")]
     if categories and not categories[-1]:  # a closing ";" ends the last category, it does not start another
         categories.pop()
     if not categories:
@@ -130,7 +136,7 @@ def read_label_file(path: epath.PathLike) -> ClassList:
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         head, colon, tail = line.partition(":")
-        names = _split_names(tail)
+        names = split_names(tail)
         if not colon or not head.strip().isdigit() or not names:
             raise UserError(f'{path}, line {number}: expected "id:name,name,...", got {line.strip()!r}')
         if names[0] == UNUSED:
@@ -185,7 +191,7 @@ def union(class_lists: Sequence[ClassList]) -> ClassList:
     )
 
 
-def _split_names(text: str) -> tuple[str, ...]:
+def split_names(text: str) -> tuple[str, ...]:
     """Names between commas, without doubles; a comma inside parentheses belongs to the name."""
     parts: Iterable[str] = re.split(r",(?![^(]*\))", text)
     return tuple(dict.fromkeys(name for part in parts if (name := " ".join(part.split()))))

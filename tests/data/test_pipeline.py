@@ -13,7 +13,7 @@ from PIL import Image
 
 from ovseg_jax.data import batch_augment
 from ovseg_jax.data.mixing import MixingOrder
-from ovseg_jax.data.pipeline import eval_batches, make_source, train_iterator, words_for
+from ovseg_jax.data.pipeline import eval_batches, make_source, train_iterator, view_batches, words_for
 from ovseg_jax.data.sources import Cached, Mixture, extent_of
 from ovseg_jax.data.training import TrainTransform
 from ovseg_jax.errors import UserError
@@ -343,7 +343,7 @@ def test_make_source():
     assert isinstance(cached, Cached) and cached[1] is cached[1] and len(cached) == 3
     mixture = make_source([scenes, {**scenes, "seed": 1, "weight": 2.0}])
     assert mixture.weights == [1.0, 2.0] and len(mixture) == 6
-    with pytest.raises(UserError, match="'cocoa' is not one of scenes, coco, folder"):
+    with pytest.raises(UserError, match="'cocoa' is not one of scenes, coco, folder, "):
         make_source({"name": "cocoa"})
     with pytest.raises(UserError, match="has no argument 'colour'"):
         make_source({**scenes, "colour": 1})
@@ -445,3 +445,121 @@ def test_flags_are_left_to_the_program():
     before = flags.FLAGS.is_parsed()
     batches(make_config(), Pictures(), 1)
     assert flags.FLAGS.is_parsed() == before
+
+
+class Labelled:
+    """Pictures whose every pixel is the example's number; the class is its remainder."""
+
+    def __init__(self, count=6, names=("cat", "dog"), name="labelled"):
+        self.name, self.count = name, count
+        self.classes = ClassList(tuple((n,) for n in names), tuple(range(len(names))), (True,) * len(names))
+        self.labels = (np.arange(count) % len(names)).astype(np.int32)
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        image = np.full((12, 18, 3), index, np.uint8)
+        label = int(self.labels[index])
+        captions = [f"a {self.classes.display(label)}"]
+        return {"image": image, "label": label, "image_id": str(index), "captions": captions}
+
+    def captions(self):
+        return (self[index]["captions"][0] for index in range(self.count))
+
+
+def labels_config(task="classification", **data):
+    return make_config(task=task, augment={"randaugment": 0}, **data)
+
+
+@pytest.mark.parametrize("views", [1, 4])
+def test_classification_batches(views):
+    config, source = labels_config(views=views), Labelled()
+    stream = batches(config, source, 3 * views)
+    assert {k: (v.dtype.name, v.shape) for k, v in stream[0].items()} == {
+        "image": ("uint8", (4, 16, 16, 3)), "label": ("int32", (4,)), "example_mask": ("bool", (4,)),
+    }  # fmt: skip
+    numbers = np.concatenate([b["image"].max((1, 2, 3)) for b in stream])
+    labels = np.concatenate([b["label"] for b in stream])
+    np.testing.assert_array_equal(labels, numbers % 2)
+    shown = numbers.reshape(-1, views)
+    assert (shown == shown[:, :1]).all()  # the views of an example stand together
+    epochs = shown[:, 0].reshape(2, 6)
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(6))
+    for a, b in zip(stream[views:], batches(config, source, 2 * views, start=views), strict=True):
+        assert_same(a, b)
+
+
+def test_views_differ():
+    class Noisy(Labelled):
+        def __getitem__(self, index):
+            image = np.random.default_rng(index).integers(0, 255, (20, 20, 3), np.uint8)
+            return {**super().__getitem__(index), "image": image}
+
+    (batch,) = batches(labels_config(views=4), Noisy(), 1)
+    assert len({image.tobytes() for image in batch["image"]}) == 4
+
+
+def test_one_pass_of_views_in_order():
+    source, config = Labelled(5), labels_config(threads=2)
+    numbers = [b["image"].max((1, 2, 3)).tolist() for b in view_batches(config, WordList([]), source, 3)]
+    assert np.concatenate(numbers).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 4]
+    assert {len(row) for row in numbers} == {4}
+
+
+def test_caption_batches_and_their_words():
+    source = Labelled(names=("cat", "dog of the sea"))
+    config = labels_config("captions", text_length=7, extra_words=("photo",), min_count=99)
+    words = words_for(config, source)
+    assert words.words == ("<pad>", "a", "cat", "dog", "of", "sea", "the", "photo")
+    (batch,) = batches(config, source, 1)
+    assert {k: v.shape for k, v in batch.items()} == {
+        "image": (4, 16, 16, 3), "ids": (4, 7), "valid": (4, 7), "example_mask": (4,),
+    }  # fmt: skip
+    for image, ids in zip(batch["image"], batch["ids"], strict=True):
+        assert (words.id("cat") in ids) == (image.max() % 2 == 0) and words.id("a") in ids
+    # A source of scenes has captions too.
+    (batch,) = batches(config, Pictures(), 1)
+    assert batch["valid"].any(1).all()
+    assert words_for(labels_config(), source).words == ("<pad>", "cat", "dog", "of", "sea", "the")
+
+
+def test_mixture_of_classification_sources():
+    one, other = Labelled(6, ("cat", "dog"), "one"), Labelled(4, ("dog", "owl"), "other")
+    mixture = Mixture([one, other])
+    assert mixture.classes.names == (("cat",), ("dog",), ("owl",))
+    assert mixture.labels.tolist() == [0, 1, 0, 1, 0, 1, 1, 2, 1, 2]
+    assert [mixture[k]["label"] for k in range(10)] == mixture.labels.tolist()
+    assert Cached(mixture).labels is mixture.labels and Cached(mixture)[7]["label"] == 2
+    images = np.concatenate([b["image"] for b in batches(labels_config(batch_size=32), mixture, 3)])
+    labels = np.concatenate([b["label"] for b in batches(labels_config(batch_size=32), mixture, 3)])
+    # Half of the rows are of each part, whose six or four examples come in turn.
+    assert np.bincount(labels).tolist() == [24, 48, 24]
+    assert set(zip(images.max((1, 2, 3)).tolist(), labels.tolist(), strict=True)) == {
+        (0, 0), (1, 1), (2, 0), (3, 1), (4, 0), (5, 1), (0, 1), (1, 2), (2, 1), (3, 2),
+    }  # fmt: skip
+    with pytest.raises(UserError, match="'one' and 'pictures' cannot be mixed"):
+        Mixture([Pictures(), one])
+
+
+def test_a_task_needs_its_kind_of_source():
+    with pytest.raises(UserError, match="'detection' is not one of segmentation, classification, captions"):
+        batches(labels_config("detection"), Labelled(), 1)
+    for run in (batches, lambda config, source, _: list(eval_batches(source, config, batch_size=1))):
+        with pytest.raises(UserError, match="'pictures' has not"):
+            run(labels_config(), Pictures(), 1)
+        with pytest.raises(UserError, match="'labelled' has images with a label each and no segments"):
+            run(labels_config("segmentation"), Labelled(), 1)
+    with pytest.raises(UserError, match="views=0"):
+        batches(labels_config(views=0), Labelled(), 1)
+
+
+def test_classification_eval_batches():
+    source = Labelled(5)
+    first, second = eval_batches(source, labels_config(), batch_size=3)
+    assert {k: (v.dtype.name, v.shape) for k, v in first.items()} == {
+        "image": ("uint8", (3, 16, 16, 3)), "label": ("int32", (3,)), "index": ("int32", (3,)),
+        "example_mask": ("bool", (3,)),
+    }  # fmt: skip
+    assert first["label"].tolist() == [0, 1, 0] and first["image"].max((1, 2, 3)).tolist() == [0, 1, 2]
+    assert second["example_mask"].tolist() == [True, True, False] and second["index"].tolist() == [3, 4, -1]

@@ -58,6 +58,34 @@ def test_groups_average_their_own_classes():
     assert confusion.scores(Counts(*[np.zeros(4, np.int64)] * 3)) == {}
 
 
+@pytest.mark.parametrize("novel", ["unseen", "held_out"])
+def test_harmonic_mean_of_seen_and_unseen_under_both_divisors(novel):
+    rng = np.random.default_rng(4)
+    k, groups = 8, {"seen": (0, 1, 4, 6), novel: (2, 3, 5, 7), "stuff": (1, 2)}
+    label = rng.integers(0, k - 2, (2, 30, 20))  # one class of each group occurs in predictions only
+    predicted = np.where(rng.random(label.shape) < 0.6, label, rng.integers(0, k, label.shape))
+    got = confusion.scores(counted(label, predicted, k), groups)
+    for name, divisor in (("hiou", lambda t, g: t | g), ("hiou_gt", lambda t, g: t)):
+        means = []
+        for members in (groups["seen"], groups[novel]):
+            ious = []
+            for c in members:
+                t, g = label == c, predicted == c
+                if divisor(t.any(), g.any()):
+                    ious.append(np.float64((t & g).sum()) / (t | g).sum())
+            means.append(100 * np.mean(ious))
+        assert got[name] == pytest.approx(2 / (1 / means[0] + 1 / means[1]), rel=1e-12)
+    assert got["hiou"] < got["hiou_gt"]
+
+
+def test_the_harmonic_mean_with_nothing_right_on_one_side():
+    counts = Counts(np.array([4, 0]), np.array([4, 2]), np.array([6, 0]))
+    assert confusion.scores(counts, {"seen": (0,), "unseen": (1,)})["hiou"] == 0
+    assert "hiou" not in confusion.scores(counts, {"seen": (0, 1)})
+    absent = Counts(np.array([4, 0]), np.array([4, 0]), np.array([4, 0]))
+    assert "hiou" not in confusion.scores(absent, {"seen": (0,), "unseen": (1,)})
+
+
 def test_chance_level_is_what_random_predictions_get():
     rng = np.random.default_rng(0)
     label = rng.choice(5, (4, 300, 300), p=[0.6, 0.25, 0.1, 0.05, 0.0])

@@ -8,13 +8,16 @@ import sys
 from pathlib import Path
 
 import jax
+import pytest
 
 
 def worker(port: int, process: int, count: int) -> None:
     if count > 1:
         jax.distributed.initialize(f"localhost:{port}", count, process)
+    import test_classification as whole
     from test_eval_runner import CLASSES, VARIABLES, PatchMethod, batches, examples
 
+    from ovseg_jax.evals.classification import ClassificationEvaluator
     from ovseg_jax.evals.runner import SegmentationEvaluator
     from ovseg_jax.train.sharding import make_mesh, replicated
 
@@ -22,7 +25,12 @@ def worker(port: int, process: int, count: int) -> None:
     variables = jax.device_put(VARIABLES, replicated(mesh))
     share = batches(examples()[process::count], 4 // count)
     evaluator = SegmentationEvaluator("x", PatchMethod(), CLASSES, share, mesh, modes=("predicted", "truth"))
-    print("scores " + json.dumps(evaluator.run(variables)))
+    scores = evaluator.run(variables)
+    share = whole.batches(whole.examples()[process::count], 8 // count)
+    method = whole.RandomMethod()
+    evaluator = ClassificationEvaluator("x", method, whole.CLASSES, share, mesh, prompts=whole.PROMPTS)
+    variables = jax.device_put(whole.VARIABLES, replicated(mesh))
+    print("scores " + json.dumps(scores | evaluator.run(variables)))
 
 
 def start(port, process, count):
@@ -54,8 +62,8 @@ def test_every_process_returns_the_numbers_of_one():
         for p in running:
             p.kill()
     alone = finish(start(port, 0, 1))
-    assert several == [alone, alone]
-    assert 0 < alone["miou"] < 100
+    assert several[0] == several[1] == pytest.approx(alone, rel=1e-6)
+    assert 0 < alone["miou"] < 100 and 0 < alone["accuracy"] < 100
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.data.sources import make_source
 from ovseg_jax.errors import UserError
-from ovseg_jax.evals import runner
+from ovseg_jax.evals import passes, runner
 from ovseg_jax.evals.runner import SegmentationEvaluator, make_evaluators
 from ovseg_jax.methods.base import Prediction
 from ovseg_jax.train.sharding import make_mesh
@@ -212,7 +212,7 @@ def test_a_per_pixel_method_has_no_recall_and_is_scored_per_pixel():
 
 def test_names_are_embedded_once_a_run_in_chunks_of_one_shape(monkeypatch):
     whole, _ = evaluate()
-    monkeypatch.setattr(runner, "TEXT_CHUNK", 3)
+    monkeypatch.setattr(passes, "TEXT_CHUNK", 3)
     method = PatchMethod()
     assert evaluate(method)[0] == whole
     assert method.asked == [3, 3, 3]  # seven names

@@ -10,8 +10,11 @@ import pytest
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models import text_towers
+from ovseg_jax.models.frozen_text import FrozenText
+from ovseg_jax.models.prompt_file import Prompt, save_prompt
 from ovseg_jax.pretrained.files import read_arrays
 from ovseg_jax.train.sharding import make_mesh
+from ovseg_jax.vocab.prompt_layout import Layout
 from tests.extras import require
 from tests.methods.test_openseg import CLASSES, WORDS, batch, make
 
@@ -47,8 +50,9 @@ def folder(tmp_path, monkeypatch):
     return tmp_path, reference
 
 
-def frozen(path, **changes):
-    return make(text=dict(tower="tiny_clip", init=str(path)), frozen=("^text/",), embed_dim=EMBED, **changes)
+def frozen(path, prompt="", **changes):
+    text = dict(tower="tiny_clip", init=str(path), prompt=prompt)
+    return make(text=text, frozen=("^text/",), embed_dim=EMBED, **changes)
 
 
 def test_texts_and_the_table_of_words(folder):
@@ -133,6 +137,82 @@ def test_an_export_and_a_run_carry_the_tower(folder, tmp_path_factory):
 
     again = frozen(out / "text_tower")
     np.testing.assert_array_equal(again.text.encode({}, ["zebra"]), method.text.encode({}, ["zebra"]))
+
+
+def in_words(path, position):
+    """The prompt of the token vectors of "big red", and what a text in it then is."""
+    method = frozen(path)
+    table = method.text.weights()["Embed_0/embedding"]
+    ids = method.text._all()[0](["big red"])[0][0, 1:3]
+    return Prompt(table[ids][None], Layout(2, position)), {"end": "big red {}.", "middle": "big {} red."}[
+        position
+    ]
+
+
+@pytest.mark.parametrize("position", ["end", "middle"])
+def test_a_learned_prompt_around_every_text(folder, position):
+    path, reference = folder
+    prompt, written = in_words(path, position)
+    save_prompt(path / "mine.safetensors", prompt)
+    method = frozen(path, prompt=str(path / "mine.safetensors"))
+    expected = reference([written.format(name) for name in ("polar bear", "cake")])
+    np.testing.assert_allclose(method.text.encode({}, ["polar_bear", "cake"]), expected, atol=2e-6)
+    table = method.pretrained()["params"]["text"]["table"]
+    np.testing.assert_allclose(table[1:], reference([written.format(w) for w in WORDS.words[1:]]), atol=2e-6)
+
+
+def test_an_export_and_a_run_carry_the_prompt(folder, tmp_path_factory):
+    import ovseg_jax.torch
+    from ovseg_jax import export
+    from ovseg_jax.segmenter import Segmenter
+    from ovseg_jax.train.checkpoints import Checkpoints, load_variables, write_config
+    from ovseg_jax.train.state import TrainState
+
+    path, reference = folder
+    prompt, written = in_words(path, "middle")
+    save_prompt(path / "mine.safetensors", prompt)
+    method = frozen(path, prompt=str(path / "mine.safetensors"))
+    variables = jax.tree.map(np.asarray, method.init(jax.random.key(0)))
+    out, workdir = tmp_path_factory.mktemp("export"), tmp_path_factory.mktemp("run")
+    export.to_folder(Segmenter(method, variables, method.config, CLASSES), out, np.dtype("float32"))
+    write_config(workdir, method.config)
+    checkpoints = Checkpoints(workdir, every=0, keep=1)
+    checkpoints.save(
+        1, TrainState(jnp.int32(1), {"temperature": jnp.zeros(1)}, {}, {"none": jnp.zeros(1)}, None)
+    )
+    checkpoints.close()
+    method.text.save(workdir / "text_tower")
+    shutil.rmtree(path)
+
+    expected = reference([written.format(name) for name in ("polar bear", "cake")])
+    loaded = ovseg_jax.torch.load(out)
+    np.testing.assert_allclose(loaded.embed(["polar_bear", "cake"]).numpy(), expected, atol=2e-6)
+    again = FrozenText(load_variables(workdir)[0].text, WORDS, EMBED)
+    np.testing.assert_allclose(again.encode({}, ["polar_bear", "cake"]), expected, atol=2e-6)
+    # A tower without a prompt that is saved over it leaves none behind.
+    frozen(workdir / "text_tower").text.save(out / "text_tower")
+    assert not (out / "text_tower" / "prompt.safetensors").exists()
+
+
+def test_a_prompt_that_is_not_the_tower_s(folder):
+    path, _ = folder
+    file = path / "prompt.safetensors"
+
+    def build(prompt, **text):
+        save_prompt(file, prompt)
+        make(text=dict(init=str(path), prompt=str(file)) | text, frozen=("^text/",), embed_dim=EMBED)
+
+    context = np.ones((2, 3, WIDTH), np.float32)
+    with pytest.raises(UserError, match=f"has vectors of 8 numbers; those of the text tower have {WIDTH}"):
+        build(Prompt(context[:1, :, :8], Layout(3)), tower="tiny_clip")
+    with pytest.raises(UserError, match="a context for each of some classes"):
+        build(Prompt(context, Layout(3, specific=True), ("a", "b")), tower="tiny_clip")
+    with pytest.raises(UserError, match="bert_base takes no prompt"):
+        make(text=dict(tower="bert_base", init="x", prompt=str(file)), frozen=("^text/",), embed_dim=768)
+    with pytest.raises(UserError, match="needs a text tower to stand in"):
+        make(text=dict(prompt=str(file)))
+    method = make(text=dict(tower="tiny_clip", init=str(path)), frozen=("^text/",), embed_dim=EMBED)
+    assert method.text.prompt is None
 
 
 def test_a_clip_is_exported_for_transformers_and_for_big_vision(folder, tmp_path_factory):

@@ -33,6 +33,14 @@ def test_schedules(name):
     np.testing.assert_allclose([rate(9), rate(14), rate(99)], [0.2 * middle, 0.2 * end, 0.2 * end], rtol=1e-6)
 
 
+def test_a_rate_set_once_an_epoch():
+    """CoOp's: the first epoch at a constant rate, then a cosine as long as the run, a step an epoch."""
+    settings = dict(learning_rate=0.002, schedule="cosine", warmup_steps=5, warmup_rate=1e-5)
+    rate = make_schedule(ConfigDict(dict(settings, hold_steps=5, decay_steps=20)), 20)
+    epochs = [1e-5, *(0.001 * (1 + np.cos(np.pi * e / 4)) for e in range(3))]
+    np.testing.assert_allclose([rate(t) for t in range(20)], np.repeat(epochs, 5), rtol=1e-5)
+
+
 def test_sgd_is_momentum_over_the_gradient_plus_decay():
     moved = updates(2, name="sgd", momentum=0.9, weight_decay=0.01)
     w, v = 2.0, 0.0

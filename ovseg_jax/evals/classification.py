@@ -1,0 +1,302 @@
+"""Classification of whole images by names: accuracies, and the geometry of the features behind them.
+
+One pass over the images gives everything, for the method's own prompt and for any number of hand-written ones:
+the images are embedded on the mesh, each device finds the classes nearest to its images, and what an image comes
+to is a few numbers, which every process gathers and the host counts.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.evals.nearest import names_of, nearest_classes
+from ovseg_jax.evals.passes import each_batch, embed_in_chunks
+from ovseg_jax.evals.uniformity import distances, uniformity
+from ovseg_jax.methods.base import Classifier, Variables
+from ovseg_jax.models.prompt_file import Prompt
+from ovseg_jax.models.text import unit
+from ovseg_jax.train.sharding import AXES, replicated
+from ovseg_jax.vocab.classes import ClassList
+from ovseg_jax.vocab.templates import fill
+
+PAIRS = (("base", "new"), ("seen", "held_out"))
+"""Groups that are also scored among their own classes only, and together as a harmonic mean."""
+
+
+class Outcomes(NamedTuple):
+    """What images come to under each of P prompts.
+
+    Attributes:
+      label: the true class; -1 for padding.
+      predicted: the nearest of all classes.
+      within_five: whether the true class is among the five nearest.
+      own: the nearest class within each of V groups.
+      distance: ||x - w_y||² of the image to its class's first name.
+    """
+
+    label: Int[np.ndarray, "b"]
+    predicted: Int[np.ndarray, "p b"]
+    within_five: Bool[np.ndarray, "p b"]
+    own: Int[np.ndarray, "p v b"]
+    distance: Float[np.ndarray, "p b"]
+
+
+class AccuracyRow(NamedTuple):
+    """A line of the per-class table, of the method's own prompt.
+
+    Attributes:
+      name: the class's first name.
+      group: the groups that it is in, with "+" between several.
+      images: how many there are.
+      correct: how many are taken for it.
+      accuracy: in percent; None without images.
+      taken_for: what the others are taken for most often; None without any.
+    """
+
+    name: str
+    group: str
+    images: int
+    correct: int
+    accuracy: float | None
+    taken_for: str | None
+
+
+class ClassificationEvaluator:
+    """Accuracy over all classes of a source, in percent, and alignment and uniformity.
+
+    Metrics: those of `scores`, and `uniformity` (papers/000, eq. 7, over the classes' first names). They are of
+    the method's own prompt; each further prompt has the same ones with the suffix `[<prompt>]`. `score` is the
+    one that `metric` names: the data set's own measure.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        method: Classifier,
+        classes: ClassList,
+        batches: Callable[[], Iterable[Mapping[str, np.ndarray]]],
+        mesh: Mesh,
+        *,
+        prompts: Mapping[str, Sequence[str] | Prompt] | None = None,
+        metric: str | None = None,
+        every: int = 0,
+    ):
+        """Makes an evaluator that compiles once and runs many times.
+
+        Args:
+          name: see `runner.Evaluator`.
+          method: what to evaluate.
+          classes: the classes that `label` indexes.
+          batches: starts a pass over this process's share of the images, or of their unit-norm features (`feature`
+            in place of `image`), in equal shapes and numbers on all processes.
+          mesh: the devices.
+          prompts: hand-written or learned prompts by name; of several templates the unit features are averaged and
+            normalised (CLIP's prompt ensemble).
+          metric: which metric is repeated as `score`, such as "accuracy" or "per_class"; none by default.
+          every: see `runner.Evaluator`.
+        """
+        self.name, self.every = name, every
+        self.tables: dict[str, list[Any]] = {}
+        self._method, self._classes, self._batches, self._mesh = method, classes, batches, mesh
+        self._text_for: Any = getattr(method, "embed_text_for", None)
+        self._prompts, self._metric = dict(prompts or {}), metric
+        self._groups = own_groups(classes)
+        self._names, self._texts = names_of(classes), classes.flat()[0]
+        everything = np.arange(len(classes))
+        own = [np.isin(everything, classes.groups[group]) for group in self._groups]
+        self._allowed = np.stack([everything >= 0, *own])
+        self._step = jax.jit(self._outcomes, out_shardings=replicated(mesh))
+
+    def run(self, variables: Variables) -> dict[str, float]:
+        """Evaluates; fills `tables`.
+
+        Raises:
+          UserError: there is no image with a class, or no such `metric`.
+        """
+        with jax.set_mesh(self._mesh):
+            text = jax.device_put(self._text(variables), replicated(self._mesh))
+            step = partial(self._step, variables, text)
+            outcomes = list(each_batch(self._batches(), step, self._mesh))
+            spread = [uniformity(features[self._names[:, 0]], self._mesh) for features in text]
+            if self._text_for is not None:
+                spread[0] = None
+        if not outcomes or not (known := np.concatenate([o.label for o in outcomes]) >= 0).any():
+            raise UserError(f"evals.{self.name}: there is no image with a class to evaluate on")
+        total = Outcomes(*(np.concatenate(part, -1)[..., known] for part in zip(*outcomes, strict=True)))
+        result: dict[str, float] = {}
+        for p, prompt in enumerate(["", *self._prompts]):
+            suffix = f"[{prompt}]" if prompt else ""
+            found = scores(total, p, self._classes)
+            if (uniform := spread[p]) is not None:
+                found["uniformity"] = uniform
+            if self._metric is not None:
+                if self._metric not in found:
+                    raise UserError(
+                        f"evals.{self.name}.metric is {self._metric!r}: here are {', '.join(found)}"
+                    )
+                found["score"] = found[self._metric]
+            # Chance knows no prompt.
+            result |= {k + suffix: v for k, v in found.items() if not (suffix and k.startswith("chance"))}
+        self.tables = {"accuracy": table(total, self._classes)}
+        return result
+
+    def _text(self, variables: Variables) -> Float[Array, "p t d"]:
+        """Features of every name under every prompt; zeros for a prompt that differs between images."""
+        under = lambda templates: class_features(self._method, variables, self._texts, templates)
+        if self._text_for is None:
+            own = under(None)
+        else:
+            width = self._method.embed_phrases(variables, self._texts[:1]).shape[1]
+            own = jnp.zeros((len(self._texts), width))
+        return jnp.stack([own, *(under(templates) for templates in self._prompts.values())])
+
+    def _outcomes(
+        self, variables: Variables, text: Float[Array, "p t d"], batch: dict[str, Array]
+    ) -> Outcomes:
+        cached = batch.get("feature")
+        image = self._method.embed_image(variables, batch["image"]) if cached is None else cached
+        label = jnp.where(batch["example_mask"], batch["label"], -1)
+        split = PartitionSpec(AXES)
+        of_prompts = PartitionSpec(None, AXES)
+        judge: Any = jax.shard_map(
+            self._judge,
+            mesh=self._mesh,
+            in_specs=(split, split, PartitionSpec(), PartitionSpec()),
+            out_specs=(split, of_prompts, of_prompts, PartitionSpec(None, None, AXES), of_prompts),
+            # A scan's constant start is not marked as differing between devices, which the check would demand.
+            check_vma=False,
+        )
+        return Outcomes(*judge(image, label, text, None if self._text_for is None else variables))
+
+    def _judge(self, image, label, text, variables) -> tuple[Array, ...]:
+        """The outcomes of one device's images, in the order of `Outcomes`."""
+
+        def under(text, image=image, label=label):
+            near = nearest_classes(image, text, self._names, self._allowed, 5)
+            distance = distances(image, text[self._names[:, 0]], jnp.maximum(label, 0))
+            return near[0, :, 0], (near[0] == label[:, None]).any(-1), near[1:, :, 0], distance
+
+        def of_image(example):
+            image, label = example
+            return under(self._text_for(variables, self._texts, image), image[None], label[None])
+
+        found = jax.lax.map(under, text)
+        if self._text_for is not None:
+            own = jax.lax.map(of_image, (image, label))
+            found = jax.tree.map(lambda x, y: x.at[0].set(jnp.moveaxis(y[..., 0], 0, -1)), found, own)
+        return (label, *found)
+
+
+def class_features(
+    method: Any,
+    variables: Variables,
+    names: Sequence[str],
+    templates: Sequence[str] | Prompt | None = None,
+) -> Float[Array, "t d"]:
+    """Unit-norm features of names in the method's own prompt or another learned one, or their mean over templates.
+
+    Args:
+      method: a Classifier; or, where templates are given, what has its `embed_phrases` and `embed_prompt`, as `Clip`.
+      variables: what those take.
+      names: the names.
+      templates: hand-written prompts, a learned one, or None for the method's own.
+
+    Raises:
+      UserError: a learned prompt of another text tower, or for a method that has no place for one.
+    """
+    if templates is None:
+        return embed_in_chunks(partial(method.embed_text, variables), names)
+    if isinstance(templates, Prompt):
+        if not hasattr(method, "embed_prompt"):
+            raise UserError(
+                f"the method {type(method).__name__} has no place for the prompt {templates.source}"
+            )
+        return embed_in_chunks(partial(method.embed_prompt, variables, templates), names)
+    phrases = partial(method.embed_phrases, variables)
+    total = sum(embed_in_chunks(phrases, [fill(template, name) for name in names]) for template in templates)
+    return unit(jnp.asarray(total))
+
+
+def own_groups(classes: ClassList) -> list[str]:
+    """The groups that are scored among their own classes: those of the first of `PAIRS` that the list has."""
+    for pair in PAIRS:
+        if all(classes.groups.get(group) for group in pair):
+            return list(pair)
+    return []
+
+
+def scores(outcomes: Outcomes, p: int, classes: ClassList) -> dict[str, float]:
+    """The scores under prompt `p`, in percent but for the last.
+
+    - `accuracy`: share of images whose class is the nearest of all. `accuracy@5`: ... among the five nearest; left
+      out where there are no more than five classes.
+    - `per_class`: mean over the classes that occur of the share of their images that are right, the measure of
+      Caltech101, Pets, Flowers102 and Aircraft (papers/000, table 11).
+    - for each group, `accuracy@<group>`: of the group's images, among all classes.
+    - of base and new, or seen and held_out: `accuracy@<group>@own`, among the group's classes only, and
+      `harmonic`, the harmonic mean of these two (CoCoOp's protocol of base and new classes).
+    - `chance`, `chance@<group>@own`: what an answer at random gets.
+    - `alignment`: mean of ||x - w_y||² (papers/000, eq. 6), lower is better.
+
+    A score whose divisor is zero is left out.
+    """
+    label, right = outcomes.label, outcomes.predicted[p] == outcomes.label
+    n = len(classes)
+    images, correct = np.bincount(label, minlength=n), np.bincount(label[right], minlength=n)
+    result = {"accuracy": _percent(right)}
+    if n > 5:
+        result["accuracy@5"] = _percent(outcomes.within_five[p])
+    result["per_class"] = 100.0 * float((correct[images > 0] / images[images > 0]).mean())
+    own = own_groups(classes)
+    both = []
+    for group, members in classes.groups.items():
+        inside = np.isin(label, list(members))
+        if not inside.any():
+            continue
+        result[f"accuracy@{group}"] = _percent(right[inside])
+        if group in own:
+            both.append(_percent((outcomes.own[p, own.index(group)] == label)[inside]))
+            result[f"accuracy@{group}@own"] = both[-1]
+            result[f"chance@{group}@own"] = 100.0 / len(members)
+    if len(both) == 2:
+        result["harmonic"] = 2 * both[0] * both[1] / sum(both) if sum(both) else 0.0
+    result["chance"] = 100.0 / n
+    result["alignment"] = float(outcomes.distance[p].astype(np.float64).mean())
+    return result
+
+
+def table(outcomes: Outcomes, classes: ClassList) -> list[AccuracyRow]:
+    """A row for each class, under the method's own prompt."""
+    label, predicted, n = outcomes.label, outcomes.predicted[0], len(classes)
+    images, correct = np.bincount(label, minlength=n), np.bincount(label[predicted == label], minlength=n)
+    wrong = (predicted != label) & (predicted >= 0)
+    mistakes, times = np.unique(label[wrong].astype(np.int64) * n + predicted[wrong], return_counts=True)
+    taken_for: dict[int, int] = {}
+    for mistake in mistakes[np.argsort(-times, kind="stable")]:
+        taken_for.setdefault(int(mistake // n), int(mistake % n))
+    groups: list[list[str]] = [[] for _ in range(n)]
+    for group, members in classes.groups.items():
+        for k in members:
+            groups[k].append(group)
+    return [
+        AccuracyRow(
+            classes.display(k),
+            "+".join(groups[k]),
+            int(images[k]),
+            int(correct[k]),
+            100.0 * float(correct[k] / images[k]) if images[k] else None,
+            classes.display(taken_for[k]) if k in taken_for else None,
+        )
+        for k in range(n)
+    ]
+
+
+def _percent(right: Bool[np.ndarray, "n"]) -> float:
+    return 100.0 * int(right.sum()) / len(right)

@@ -1,0 +1,60 @@
+"""The classes whose names are nearest to an image, out of any number of classes, in bounded memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from ovseg_jax.evals.resize import row_block, split_rows
+from ovseg_jax.vocab.classes import ClassList
+
+
+def names_of(classes: ClassList) -> Int[np.ndarray, "n l"]:
+    """For each class the positions of its names in `classes.flat()`; the first repeats where there are fewer."""
+    most = max(len(names) for names in classes.names)
+    starts = np.cumsum([0, *(len(names) for names in classes.names[:-1])])
+    counts = np.array([len(names) for names in classes.names])
+    column = np.arange(most)
+    return (starts[:, None] + np.where(column < counts[:, None], column, 0)).astype(np.int32)
+
+
+def nearest_classes(
+    image: Float[Array, "b d"],
+    text: Float[Array, "t d"],
+    names: Int[np.ndarray, "n l"],
+    allowed: Bool[np.ndarray, "v n"],
+    count: int,
+) -> Int[Array, "v b count"]:
+    """The classes of the highest cosines, the nearest first, for several choices of classes. Jittable.
+
+    A class scores as its best name (papers/004; FACTS: evaluation traps). Of equal classes the first is nearer.
+    Where fewer than `count` classes are allowed, or a cosine is not a number, the rest is -1. Worked through in
+    blocks of classes: [B N] never exists.
+
+    Args:
+      image: unit-norm features of images.
+      text: unit-norm features of names.
+      names: positions in `text` of each class's names, see `names_of`.
+      allowed: the choices: which classes may be an answer.
+      count: how many answers.
+    """
+    n, width = names.shape
+    block = row_block(n, width * sum(image.shape))
+
+    def merge(top, part):
+        scores, classes = top
+        names, number, allowed = part
+        cosine = jnp.einsum("bd,cld->bcl", image, text[names], precision=jax.lax.Precision.HIGHEST).max(-1)
+        # Also false for NaN.
+        cosine = jnp.where(allowed.T[:, None] & (cosine > -jnp.inf), cosine, -jnp.inf)
+        number = jnp.broadcast_to(number, cosine.shape)
+        scores, place = jax.lax.top_k(jnp.concatenate([scores, cosine], -1), count)
+        classes = jnp.take_along_axis(jnp.concatenate([classes, number], -1), place, -1)
+        return (scores, jnp.where(scores > -jnp.inf, classes, -1)), None
+
+    shape = (len(allowed), len(image), count)
+    start = jnp.full(shape, -jnp.inf), jnp.full(shape, -1, jnp.int32)
+    # The zeros that fill the last block are not allowed.
+    parts = names, np.arange(n, dtype=np.int32), allowed.T
+    blocks = jax.tree.map(lambda x: split_rows(jnp.asarray(x), block), parts)
+    return jax.lax.scan(merge, start, blocks)[0][1]

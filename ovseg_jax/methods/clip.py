@@ -1,0 +1,90 @@
+"""CLIP trained from nothing (Radford et al. 2021): images and captions, a symmetric contrastive loss over the batch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+from ml_collections import ConfigDict
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.kernels.contrastive import contrastive_loss
+from ovseg_jax.methods.base import Aux, Batch, Variables
+from ovseg_jax.models.clip import Clip, from_training
+from ovseg_jax.models.packed_text import unstacked
+from ovseg_jax.models.prompt_file import Prompt
+from ovseg_jax.models.text import unit
+from ovseg_jax.train.sharding import active_batch_axes
+from ovseg_jax.vocab.classes import ClassList
+from ovseg_jax.vocab.words import WordList
+
+# What CLIP bounds 1/τ by (2.5).
+MAX_SCALE = 100.0
+
+
+class ClipTraining:
+    """Both towers and the temperature are trained on batches of images and captions.
+
+    Args:
+      config: `towers`, see `models.clip.Clip`. An image tower with batch statistics is not trained.
+      words: the vocabulary of the captions.
+      classes: not read.
+    """
+
+    def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
+        del classes
+        self.clip = Clip(config.towers, words)
+
+    def init(self, rng: jax.Array) -> Variables:
+        """`params` {"image", "text", "scale"}; the text tower's have the names of `CLIPText`."""
+        return self._trained(self.clip.init(rng))
+
+    def pretrained(self) -> dict[str, Any]:
+        """What `towers.init` gives."""
+        found = self.clip.pretrained()
+        return self._trained(found) if found else {}
+
+    def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
+        """Mean over the pairs of the cross-entropies of both directions."""
+        del rng
+        params = variables["params"]
+        image = self.embed_image(variables, batch["image"])
+        text: Any = self.clip.text.apply({"params": params["text"]}, batch["ids"])
+        scale = self.logit_scale(variables)
+        axes = active_batch_axes()
+        out = contrastive_loss(image, unit(text.pooled), batch["example_mask"], 1 / scale, batch_axes=axes)
+        loss = out.loss / jnp.maximum(2 * out.pairs, 1)
+        one = jnp.ones(())
+        metrics = {
+            "loss": (loss, one),
+            "caption_accuracy": (out.correct, out.pairs),
+            "logit_scale": (scale, one),
+        }
+        return loss, Aux(metrics, {})
+
+    def embed_image(self, variables: Variables, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b d"]:
+        """Unit vectors of images."""
+        return self.clip.embed_image({"image": {"params": variables["params"]["image"]}}, image)
+
+    def embed_text(self, variables: Variables, texts: Sequence[str]) -> Float[Array, "k d"]:
+        """Unit vectors of class names in "a photo of a {}."."""
+        return self.embed_phrases(variables, [f"a photo of a {text}." for text in texts])
+
+    def embed_prompt(self, variables: Variables, prompt: Prompt, texts: Sequence[str]) -> Float[Array, "k d"]:
+        """Unit vectors of class names in a learned prompt; raises what `Clip.embed_prompt` does."""
+        return self.clip.embed_prompt(from_training(variables), prompt, texts)
+
+    def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Float[Array, "k d"]:
+        """Unit vectors of texts as they stand."""
+        return self.clip.embed_phrases(from_training(variables), texts)
+
+    def logit_scale(self, variables: Variables) -> Float[Array, ""]:
+        """1/τ, learned, at most 100."""
+        return jnp.minimum(jnp.exp(variables["params"]["scale"]), MAX_SCALE)
+
+    def _trained(self, weights: dict[str, Any]) -> dict[str, Any]:
+        if rest := weights["image"].keys() - {"params"}:
+            raise UserError(f"method=clip cannot train an image tower that keeps {', '.join(sorted(rest))}")
+        params = {"image": weights["image"]["params"], "text": unstacked(weights["text"])}
+        return {"params": params | ({"scale": weights["scale"]} if "scale" in weights else {})}

@@ -1,0 +1,86 @@
+"""MaPLe (Khattak et al. 2023; papers/000, tables 1 and 2): prompts in both towers, the images' made of the texts'.
+
+    text    [SOS] [context x M] [fixed words] [name] [.] [EOT], the context anew in front of each of the first J blocks
+    image   [class token] [patches] [M tokens], likewise; those of block j are a learned linear map of context j
+
+As in muzairkhattak/multimodal-prompt-learning: of `config.prompt.init`, "a photo of a", the first M words are what the
+context starts from, and the others stay as they are ("of a"); deeper contexts start from noise, and all their linear
+maps from the same values. `config.prompt`: `length` M, `depth` J, `init`. `config.loss` is that of `PromptTuning`: the
+original takes all classes in every step (`sample=0`).
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Float, UInt8
+from ml_collections import ConfigDict
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.methods.base import Variables
+from ovseg_jax.methods.prompt_tuning import NOISE, PromptTuning
+from ovseg_jax.methods.vpt import prompted_tower
+from ovseg_jax.models.linear import linear, linear_init
+from ovseg_jax.models.prompt_file import is_prompt_file
+from ovseg_jax.vocab.classes import ClassList
+from ovseg_jax.vocab.prompt_layout import NameTokens
+from ovseg_jax.vocab.words import WordList
+
+
+class MaPLe(PromptTuning):
+    """Trains contexts and the maps between them for frozen towers; see `PromptTuning`.
+
+    Raises:
+      UserError: an image tower that is no ViT, or values that cannot be.
+    """
+
+    def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
+        super().__init__(config, words, classes)
+        self.depth, self._image_width = int(config.prompt.depth), prompted_tower(config, self.clip).width
+        if self.depth > self.clip.text.layers:
+            raise UserError(f"prompt.depth={self.depth}: the text tower has {self.clip.text.layers} blocks")
+        if self.layout.position != "end" or self.layout.specific:
+            raise UserError(
+                "MaPLe has one context in front of all names: prompt.position=end, prompt.specific=False"
+            )
+        init = config.prompt.get("init", "")
+        self._fixed = "" if is_prompt_file(init) else " ".join(init.split()[self.layout.length :])
+
+    def init(self, rng: jax.Array) -> Variables:
+        """`params` {"prompt": {"context" [1 M d], "deep" [J-1 M d]}, "coupling": [J ...] linear maps}, and `towers`."""
+        rng, deep_rng, first, rest = jax.random.split(rng, 4)
+        variables = super().init(rng)
+        prompt = dict(variables["params"]["prompt"])
+        _, m, width = prompt["context"].shape
+        if self.depth > 1:
+            prompt["deep"] = NOISE * jax.random.normal(deep_rng, (self.depth - 1, m, width))
+        maps = [linear_init(key, width, self._image_width) for key in (first, rest)]
+        coupling = jax.tree.map(lambda a, b: jnp.stack([a, *[b] * (self.depth - 1)]), *maps)
+        return {**variables, "params": {"prompt": prompt, "coupling": coupling}}
+
+    def _from_words(self, words: str, table: np.ndarray) -> np.ndarray:
+        return super()._from_words(" ".join(words.split()[: self.layout.length]), table)
+
+    def _tokens(self, names: Sequence[str]) -> NameTokens:
+        blank = lambda name: not name.replace("_", " ").strip()
+        return super()._tokens([name if blank(name) else f"{self._fixed} {name}" for name in names])
+
+    def embed_image(self, variables: Variables, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b d"]:
+        """Unit vectors of images."""
+        prompt = variables["params"]["prompt"]
+        contexts = jnp.concatenate([prompt[key] for key in ("context", "deep") if key in prompt])
+        tokens = jax.vmap(linear)(variables["params"]["coupling"], contexts)
+        return self.clip.embed_image(variables["towers"], image, tokens)
+
+    def embed_text(self, variables: Variables, texts: Sequence[str]) -> Float[Array, "k d"]:
+        """Unit vectors of class names in the learned prompt."""
+        prompt, tokens = variables["params"]["prompt"], self._tokens(texts)
+        return self.clip.embed_names(
+            variables["towers"], prompt["context"], self.layout, tokens, prompt.get("deep")
+        )
+
+    def artifacts(self, variables: Variables) -> dict[str, Callable[[epath.Path], None]]:
+        """None: the prompt of the text tower's input is of no use without the others."""
+        return {}

@@ -1,0 +1,278 @@
+"""Soft prompts for frozen CLIP towers: POMP (papers/000) and, with every class in every step, CoOp.
+
+`config.loss`: `sample` is K, the classes that an image is told apart from in a step; 0 takes all N, exactly, which is
+CoOp. `correction` (eq. 5), `proposal` (E.1) and `per_device` are those of `kernels.sampled_softmax`; `chunk` classes go
+through the text tower at once where all N do.
+`config.prompt`: `length` M, `position`, `specific` (a context for each class), see `vocab.prompt_layout.Layout`;
+`init`, words to start from in place of noise, or the file of a prompt (`models.prompt_file`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Float, UInt8
+from ml_collections import ConfigDict
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.kernels.sampled_softmax import (
+    Correction,
+    frequency_proposal,
+    full_softmax,
+    sampled_softmax,
+    similarity_proposal,
+)
+from ovseg_jax.methods.base import Aux, Batch, Variables
+from ovseg_jax.models.clip import Clip
+from ovseg_jax.models.prompt import even_order, likely_size, window_size
+from ovseg_jax.models.prompt_file import FILE, Prompt, is_prompt_file, load_prompt, save_prompt
+from ovseg_jax.train.accumulate import in_parts
+from ovseg_jax.train.sharding import active_batch_axes
+from ovseg_jax.vocab.classes import ClassList
+from ovseg_jax.vocab.prompt_layout import POSITIONS, Layout, NameTokens
+from ovseg_jax.vocab.words import WordList
+
+PROPOSALS = ("uniform", "frequency", "similarity")
+NOISE = 0.02  # appendix A
+HARD_PROMPT = "a photo of a {}."  # E.1, and the zero-shot row of Table 1
+
+
+def read_correction(value: str | float) -> Correction:
+    """`loss.correction`: "log10", "log", or a number, which may be written as text."""
+    if value in ("log10", "log"):
+        return value  # type: ignore[return-value]
+    try:
+        return float(value)
+    except ValueError:
+        raise UserError(f"loss.correction is {value!r}: it is log10, log or a number") from None
+
+
+class PromptTuning:
+    """Trains a context for frozen towers. `config` is the whole config of a run.
+
+    Args:
+      config: `towers` (see `models.clip.Clip`), `prompt` and `loss` (see above).
+      words: the vocabulary, where the tokeniser is one of words.
+      classes: those of them that have training examples are the N; a class goes by its first name.
+
+    Raises:
+      UserError: values that cannot be.
+    """
+
+    def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
+        self.config, self.loss_config = config, config.loss
+        self.examples = np.array([n for n in classes.examples if n] or [1] * len(classes))
+        self.trained = np.flatnonzero(classes.examples or np.ones(len(classes)))
+        self.names = [classes.display(k) for k in self.trained.tolist()]
+        count = len(self.names)
+        self.clip = Clip(config.towers, words)
+        prompt = config.prompt
+        self.layout = Layout(
+            int(prompt.length), prompt.get("position", "end"), bool(prompt.get("specific", False))
+        )
+        if self.layout.position not in POSITIONS:
+            raise UserError(f"prompt.position is {self.layout.position!r}: known are {', '.join(POSITIONS)}")
+        if self.layout.length < 1:
+            raise UserError(f"prompt.length={self.layout.length}: a prompt has at least 1 vector")
+        proposal = self.loss_config.get("proposal", "uniform")
+        if proposal not in PROPOSALS:
+            raise UserError(f"loss.proposal is {proposal!r}: known are {', '.join(PROPOSALS)}")
+        self.proposal = proposal
+        sample = int(self.loss_config.get("sample", 0))
+        if sample and not 2 <= sample <= count:
+            raise UserError(
+                f"loss.sample={sample}: K is 2 to {count}, the number of classes, or 0 for all of them"
+            )
+        self.sample = sample
+        self.correction = read_correction(self.loss_config.get("correction", "log10"))
+
+    @functools.cached_property
+    def table(self) -> tuple[NameTokens, np.ndarray]:
+        """Tokens of the N classes in an even order (see `even_order`), and that order."""
+        tokens = self._tokens(self.names)
+        order = even_order(tokens.length)
+        return NameTokens(*(x[order] for x in tokens)), order
+
+    @functools.cached_property
+    def place(self) -> np.ndarray:
+        """Where each class of the source stands in the table."""
+        place = np.zeros(int(self.trained[-1]) + 1, np.int32)
+        place[self.trained[self.table[1]]] = np.arange(len(self.names))
+        return place
+
+    def init(self, rng: jax.Array) -> Variables:
+        """`params` {"prompt": {"context"}} and `towers`, which no gradient reaches."""
+        towers_rng, rng = jax.random.split(rng)
+        towers = self.clip.init(towers_rng)
+        if self.proposal == "similarity":
+            towers["hard"] = jnp.zeros((len(self.names), self.clip.dim))
+        rows = len(self.names) if self.layout.specific else 1
+        context = NOISE * jax.random.normal(rng, (rows, self.layout.length, self.clip.text.width))
+        return {"params": {"prompt": {"context": context}}, "towers": towers}
+
+    def pretrained(self) -> dict[str, Any]:
+        """The towers' weights, and what a prompt that starts from words or a file starts from."""
+        towers = self.clip.pretrained()
+        found: dict[str, Any] = {"towers": towers} if towers else {}
+        if towers and self.proposal == "similarity":
+            hard = self.clip.embed_phrases(towers, [HARD_PROMPT.format(name) for name in self.names])
+            towers["hard"] = np.asarray(hard)[self.table[1]]
+        init = self.config.prompt.get("init", "")
+        if is_prompt_file(init):
+            found["params"] = {"prompt": {"context": self._from_file(init)}}
+        elif init and towers:
+            context = self._from_words(init, towers["text"]["Embed_0"]["embedding"])
+            found["params"] = {"prompt": {"context": context}}
+        return found
+
+    def _from_file(self, path: str) -> np.ndarray:
+        prompt, own = load_prompt(path), self.layout
+        prompt.check_width(self.clip.text.width)
+        if prompt.layout[:2] != own[:2]:
+            length, position, _ = prompt.layout
+            raise UserError(f"prompt.init={path}: set prompt.length={length} and prompt.position={position}")
+        if not prompt.layout.specific:
+            return np.repeat(prompt.context, len(self.names) if own.specific else 1, 0)
+        if not own.specific:
+            raise UserError(f"prompt.init={path} has a context for each class: set prompt.specific=True")
+        return prompt.context[prompt.rows(self.names)]
+
+    def _from_words(self, words: str, table: np.ndarray) -> np.ndarray:
+        tokenizer = self.clip.tokenizer
+        ids, valid = tokenizer([words])
+        ids = ids[0, len(tokenizer.start) : int(valid.sum()) - 1]
+        if len(ids) != self.layout.length:
+            raise UserError(f"prompt.init={words!r} has {len(ids)} tokens: set prompt.length={len(ids)}")
+        rows = len(self.names) if self.layout.specific else 1
+        return np.broadcast_to(np.asarray(table)[ids], (rows, *table[ids].shape)).copy()
+
+    def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
+        """Eq. 4 with eq. 5, or eq. 2 where `sample` is 0; the mean over the images."""
+        tokens = self.table[0]
+        image = self._features(variables, batch, rng)
+        valid, labels = batch["example_mask"], jnp.asarray(self.place)[batch["label"]]
+        weights = {"text": variables["towers"]["text"]}
+        params = variables["params"]["prompt"], weights
+        axes = active_batch_axes()
+        if not self.sample:
+            chunk = min(int(self.loss_config.get("chunk", 256)), len(self.names))
+            size = window_size(tokens.length, chunk)
+            encode = lambda p, tokens: self._encode(p[0], p[1], tokens, size)
+            out = full_softmax(
+                encode,
+                params,
+                tokens,
+                image,
+                labels,
+                valid,
+                self.logit_scale(variables),
+                chunk=chunk,
+                batch_axes=axes,
+            )
+        else:
+            log_weights, share = self._proposal(variables, image, valid)
+            views = int(self.config.data.get("views", 1))
+
+            def encode(p, tokens_):
+                size = likely_size(tokens.length, len(tokens_.length), share)
+                return self._encode(p[0], p[1], tokens_, size, may_exceed=True)
+
+            out = sampled_softmax(
+                encode,
+                params,
+                tokens,
+                image,
+                labels,
+                valid,
+                rng,
+                self.logit_scale(variables),
+                sample=self.sample,
+                correction=self.correction,
+                log_weights=log_weights,
+                per_device=bool(self.loss_config.get("per_device", False)),
+                views=views
+                if labels.shape[0] % (views * max(1, jax.sharding.get_abstract_mesh().size)) == 0
+                else 1,
+                batch_axes=axes,
+            )
+        loss = out.loss / jnp.maximum(out.pairs, 1)
+        return loss, Aux({"loss": (out.loss, out.pairs), "accuracy": (out.correct, out.pairs)}, {})
+
+    def _tokens(self, names: Sequence[str]) -> NameTokens:
+        return self.layout.tokens(self.clip.tokenizer, names)
+
+    def _encode(
+        self, prompt: Mapping[str, Array], weights: Any, tokens: NameTokens, size: int, **how: Any
+    ) -> Array:
+        return self.clip.encode(
+            weights, prompt["context"], self.layout, tokens, size, prompt.get("deep"), **how
+        )
+
+    def _features(self, variables: Variables, batch: Batch, rng: jax.Array) -> Float[Array, "b d"]:
+        if "feature" in batch:
+            return batch["feature"]
+        see = in_parts(self._see, self.config.get("accumulate", 1))
+        return see(variables, {"image": batch["image"]}, rng)[0]
+
+    def _see(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[Array, tuple, dict]:
+        del rng
+        return self.embed_image(variables, batch["image"]), (), {}
+
+    def _proposal(
+        self, variables: Variables, image: Array, valid: Array
+    ) -> tuple[Array | None, np.ndarray | None]:
+        """Logits of the negatives' proposal, and the shares behind them where they are the same in every step."""
+        if self.proposal == "frequency":
+            count = self.examples[self.table[1]]
+            return frequency_proposal(jnp.asarray(count)), count / count.sum()
+        if self.proposal == "similarity":
+            return similarity_proposal(
+                image, variables["towers"]["hard"], valid, self.logit_scale(variables)
+            ), None
+        return None, None
+
+    def embed_image(self, variables: Variables, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b d"]:
+        """Unit vectors of images."""
+        return self.clip.embed_image(variables["towers"], image)
+
+    def embed_text(self, variables: Variables, texts: Sequence[str]) -> Float[Array, "k d"]:
+        """Unit vectors of class names in the learned prompt.
+
+        Raises:
+          UserError: a class-specific prompt is asked for another class.
+        """
+        return self.embed_prompt(variables, self.prompt(variables), texts)
+
+    def embed_prompt(self, variables: Variables, prompt: Prompt, texts: Sequence[str]) -> Float[Array, "k d"]:
+        """Unit vectors of class names in another learned prompt.
+
+        Raises:
+          UserError: see `Clip.embed_prompt`.
+        """
+        return self.clip.embed_prompt(variables["towers"], prompt, texts)
+
+    def artifacts(self, variables: Variables) -> dict[str, Callable[[epath.Path], None]]:
+        """The learned prompt as a file, see `methods.base.Trainable`."""
+        prompt = self.prompt(variables)
+        whole = np.asarray(multihost_utils.process_allgather(prompt.context, tiled=True))
+        return {FILE: lambda path: save_prompt(path, dataclasses.replace(prompt, context=whole))}
+
+    def prompt(self, variables: Variables) -> Prompt:
+        """The learned prompt."""
+        names = tuple(self.names) if self.layout.specific else ()
+        context = variables["params"]["prompt"]["context"]
+        return Prompt(context, self.layout, names, self.config.towers.text.name)
+
+    def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Float[Array, "k d"]:
+        """Unit vectors of texts as they stand, without the prompt."""
+        return self.clip.embed_phrases(variables["towers"], texts)
+
+    def logit_scale(self, variables: Variables) -> Float[Array, ""]:
+        """1/τ of the towers."""
+        return jnp.exp(variables["towers"]["scale"])

@@ -1,0 +1,116 @@
+"""Visual prompt tuning (Jia et al. 2022; "VPT" of papers/000, tables 1 and 2): learned tokens in the image tower.
+
+`config.prompt`: `length` n, tokens in front of a block; `depth` J, blocks that have tokens of their own, from the first
+on, in which those of the block before are dropped. Where n stand beside the patches, see `models.vit.ViT`. Classes are
+"a photo of a {}.", whose features are computed once: a step is the image tower, forth and back, and one matrix product
+with all N of them. What the tokens change is the image side, so nothing of it can be computed beforehand.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+from ml_collections import ConfigDict
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.methods.base import Aux, Batch, Variables
+from ovseg_jax.methods.linear_probe import cross_entropy
+from ovseg_jax.methods.prompt_tuning import HARD_PROMPT, NOISE
+from ovseg_jax.models.clip import Clip
+from ovseg_jax.models.vit import ViT
+from ovseg_jax.train.accumulate import in_parts
+from ovseg_jax.vocab.classes import ClassList
+from ovseg_jax.vocab.templates import fill
+from ovseg_jax.vocab.words import WordList
+
+
+class VPT:
+    """Trains tokens for a frozen image tower. `config` is the whole config of a run.
+
+    Args:
+      config: `towers` (see `models.clip.Clip`), `prompt` (see above).
+      words: the vocabulary, where the tokeniser is one of words.
+      classes: those of them that have training examples are the N; a class goes by its first name.
+
+    Raises:
+      UserError: an image tower that is no ViT, or values that cannot be.
+    """
+
+    def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
+        self.config = config
+        self.clip = Clip(config.towers, words)
+        trained = np.array(classes.examples or [1] * len(classes)) > 0
+        self.names = [classes.display(k) for k in np.flatnonzero(trained).tolist()]
+        self._place = np.cumsum(trained) - 1
+        self.length, self.depth = int(config.prompt.length), int(config.prompt.depth)
+        self.width = prompted_tower(config, self.clip).width
+        if self.length < 1:
+            raise UserError(f"prompt.length={self.length}: a prompt has at least 1 token")
+
+    def init(self, rng: jax.Array) -> Variables:
+        """`params` {"prompt": {"image" [J n d]}}, and `towers` with "hard" [N D], which no gradient reaches."""
+        towers_rng, rng = jax.random.split(rng)
+        towers = self.clip.init(towers_rng)
+        hard = jnp.zeros((len(self.names), self.clip.dim))
+        if not self.config.towers.get("init", ""):
+            hard = self.embed_text({"towers": towers}, self.names)
+        tokens = NOISE * jax.random.normal(rng, (self.depth, self.length, self.width))
+        return {"params": {"prompt": {"image": tokens}}, "towers": {**towers, "hard": hard}}
+
+    def pretrained(self) -> dict[str, Any]:
+        """The towers' weights, and what the text tower says of the classes."""
+        towers = self.clip.pretrained()
+        if not towers:
+            return {}
+        return {"towers": {**towers, "hard": np.asarray(self.embed_text({"towers": towers}, self.names))}}
+
+    def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
+        """Eq. 1 of papers/000 over all N classes; the mean over the images."""
+        see = in_parts(self._see, self.config.get("accumulate", 1))
+        image, _, _ = see(variables, {"image": batch["image"]}, rng)
+        logits = self.logit_scale(variables) * image @ variables["towers"]["hard"].T
+        return cross_entropy(logits, jnp.asarray(self._place)[batch["label"]], batch["example_mask"])
+
+    def _see(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[Array, tuple, dict]:
+        del rng
+        return self.embed_image(variables, batch["image"]), (), {}
+
+    def embed_image(self, variables: Variables, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b d"]:
+        """Unit vectors of images."""
+        return self.clip.embed_image(variables["towers"], image, variables["params"]["prompt"]["image"])
+
+    def embed_text(self, variables: Variables, texts: Sequence[str]) -> Float[Array, "k d"]:
+        """Unit vectors of class names in "a photo of a {}."."""
+        return self.embed_phrases(variables, [fill(HARD_PROMPT, text) for text in texts])
+
+    def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Float[Array, "k d"]:
+        """Unit vectors of texts as they stand."""
+        return self.clip.embed_phrases(variables["towers"], texts)
+
+    def logit_scale(self, variables: Variables) -> Float[Array, ""]:
+        """1/τ of the towers."""
+        return jnp.exp(variables["towers"]["scale"])
+
+
+def prompted_tower(config: ConfigDict, clip: Clip) -> ViT:
+    """The image tower, if tokens can be put into its first `config.prompt.depth` blocks.
+
+    Raises:
+      UserError: it is no ViT or has fewer blocks, or features are kept that the tokens would change.
+    """
+    tower, depth = clip.image, int(config.prompt.depth)
+    if not isinstance(tower, ViT):
+        raise UserError(
+            f"method={config.method} puts tokens into a ViT, and towers.image.name={config.towers.image.name!r} is none"
+        )
+    if not 1 <= depth <= tower.depth:
+        raise UserError(f"prompt.depth={depth}: the image tower has blocks for 1 to {tower.depth}")
+    if config.data.get("cache_features", 0):
+        raise UserError(
+            f"data.cache_features={config.data.cache_features}: method={config.method} changes the images' features "
+            "in each step; set 0"
+        )
+    return tower

@@ -1,0 +1,192 @@
+"""CLIP's text tower for very many short texts that begin alike, computing nothing twice and no padding.
+
+A learned prompt reads [SOS][context][name][EOT] (papers/000, 3.1). The tower is causal: what stands before the name
+has the same hidden states for all classes, and what stands behind [EOT] changes nothing. Here the common beginning
+goes through the tower once, and the rest of all texts lies end to end in one stream of tokens that fills every row of
+the matrix products; a token attends to the beginning and to its own text. Features and gradients are those of the
+tower applied to each text in full.
+
+The stream is cut into windows at least as long as the longest text, so that a text lies in one window or in two
+neighbours: attention looks at a token's window and the one before. Blocks are scanned and computed again in the
+backward pass, which keeps one vector a token and block.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from ovseg_jax.models.text_towers import ACTIVATIONS, CLIPText
+
+EPSILON = 1e-5
+
+
+class Packed(NamedTuple):
+    """Texts end to end.
+
+    Attributes:
+      ids: the token at each place of the stream.
+      text: which text it belongs to; the number of texts where it is padding.
+      place: its place in that text.
+      end: where each text's last token stands in the stream.
+    """
+
+    ids: Int[Array, " t"]
+    text: Int[Array, " t"]
+    place: Int[Array, " t"]
+    end: Int[Array, " k"]
+
+
+def pack(ids: Int[Array, "k l"], length: Int[Array, " k"], size: int) -> Packed:
+    """Lays texts end to end.
+
+    Args:
+      ids: tokens of each text, from the left.
+      length: how many there are of each, at least 1.
+      size: of the stream; what goes beyond it is lost, so it is at least the sum of `length`.
+    """
+    after = jnp.cumsum(length)
+    t = jnp.arange(size)
+    text = jnp.searchsorted(after, t, side="right").astype(jnp.int32)
+    row = jnp.minimum(text, ids.shape[0] - 1)
+    place = jnp.clip(t - (after - length)[row], 0, ids.shape[1] - 1)
+    return Packed(ids[row, place], text, place, after - 1)
+
+
+def stacked(params: Mapping[str, Any]) -> dict[str, Any]:
+    """`CLIPText`'s parameters with those of all blocks but the last in common arrays, [layers - 1 ...]."""
+    encoder = params["Encoder_0"]
+    blocks = [encoder[f"encoderblock_{i}"] for i in range(len(encoder) - 1)]
+    rest = {key: value for key, value in params.items() if key != "Encoder_0"}
+    stack = lambda *x: (jnp if isinstance(x[0], jax.Array) else np).stack(x)
+    return {
+        **rest,
+        "blocks": jax.tree.map(stack, *blocks[:-1]) if len(blocks) > 1 else {},
+        "last": blocks[-1],
+        "norm": encoder["encoder_norm"],
+    }
+
+
+def unstacked(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `stacked`."""
+    count = jax.tree.leaves(weights["blocks"])[0].shape[0] if weights["blocks"] else 0
+    blocks = [jax.tree.map(lambda x, i=i: x[i], weights["blocks"]) for i in range(count)]
+    encoder = {f"encoderblock_{i}": block for i, block in enumerate([*blocks, weights["last"]])}
+    rest = {key: value for key, value in weights.items() if key not in ("blocks", "last", "norm")}
+    return {**rest, "Encoder_0": {**encoder, "encoder_norm": weights["norm"]}}
+
+
+def encode_packed(
+    tower: CLIPText,
+    weights: Mapping[str, Any],
+    prefix: Float[Array, "p d"],
+    stream: Float[Array, "t d"],
+    packed: Packed,
+    window: int,
+    deep: Float[Array, "j m d"] | None = None,
+) -> Float[Array, "k e"]:
+    """Embeddings of packed texts, as `CLIPText` pools them; not normalised.
+
+    Args:
+      tower: its shape, activation and compute type.
+      weights: `stacked` parameters.
+      prefix: token vectors that all texts begin with, [SOS] included, without positions.
+      stream: token vectors of the rest of the texts, in the order of `packed`.
+      packed: where they belong; `ids` is not read.
+      window: at least as many tokens as the longest rest has.
+      deep: vectors that take the places of prefix tokens 1 to M again behind each of the first j blocks (MaPLe).
+    """
+    p, dtype = prefix.shape[0], tower.dtype
+    windows = -(-stream.shape[0] // window)
+    padding = windows * window - stream.shape[0]
+    positions = weights["pos_embedding"][0]
+    place = jnp.minimum(p + packed.place, tower.length - 1)
+    stream = jnp.pad(stream + positions[place], ((0, padding), (0, 0)))
+    x = jnp.concatenate([prefix + positions[:p], stream]).astype(dtype)
+    mask = _own_text(jnp.pad(packed.text, (0, padding), constant_values=-1), windows, window)
+    attend = lambda block, x: _attend(tower, block, x, mask, p)
+
+    @jax.checkpoint
+    def layer(x, inputs):
+        block, vectors = inputs
+        if vectors is not None:
+            replaced, vectors = vectors
+            x = jnp.where(replaced, x.at[1 : 1 + vectors.shape[0]].set(vectors.astype(dtype)), x)
+        return _finish(tower, block, x, attend(block, x)), None
+
+    if weights["blocks"]:
+        x, _ = jax.lax.scan(layer, x, (weights["blocks"], _per_block(tower.layers - 1, deep)))
+    if (
+        deep is not None and 1 < tower.layers <= len(deep) + 1
+    ):  # The last block is not among the scanned ones.
+        x = x.at[1 : 1 + deep.shape[1]].set(deep[tower.layers - 2].astype(dtype))
+    # Of the last block only the ends are wanted.
+    end = p + packed.end
+    x = _finish(tower, weights["last"], x[end], attend(weights["last"], x)[end])
+    return _norm(weights["norm"], x).astype(dtype) @ weights["head"]["kernel"].astype(dtype)
+
+
+def _per_block(blocks: int, deep: Array | None) -> Any:
+    """For each scanned block whether it replaces the context, and by what; the first block has it from the input."""
+    if deep is None:
+        return None
+    j = min(deep.shape[0], blocks - 1)
+    vectors = jnp.pad(deep[:j], ((1, blocks - 1 - j), (0, 0), (0, 0)))
+    return (jnp.arange(blocks) >= 1) & (jnp.arange(blocks) <= j), vectors
+
+
+def _own_text(text: Int[Array, " t"], windows: int, window: int) -> Bool[Array, "n w v"]:
+    """Which tokens of its window and of the one before a token may see."""
+    here = text.reshape(windows, window)
+    before = jnp.concatenate([jnp.full((1, window), -2, here.dtype), here[:-1]])
+    same = here[:, :, None] == jnp.concatenate([before, here], 1)[:, None]
+    earlier = jnp.arange(2 * window) <= window + jnp.arange(window)[:, None]
+    return same & earlier
+
+
+def _attend(
+    tower: CLIPText, block: Mapping[str, Any], x: Float[Array, "n d"], mask: Bool[Array, "w c d2"], p: int
+) -> Float[Array, "n h e"]:
+    """What attention gathers for each of the first p tokens and of the stream behind them, before `out`."""
+    own = block["MultiHeadDotProductAttention_0"]
+    y = _norm(block["LayerNorm_0"], x).astype(tower.dtype)
+    q, k, v = (
+        jnp.einsum("nd,dhe->nhe", y, own[name]["kernel"].astype(y.dtype)) + own[name]["bias"].astype(y.dtype)
+        for name in ("query", "key", "value")
+    )
+    q = q * (q.shape[-1] ** -0.5)
+    causal = jnp.tril(jnp.ones((p, p), bool))
+    scores = jnp.einsum("qhe,khe->hqk", q[:p], k[:p], preferred_element_type=jnp.float32)
+    share = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), -1).astype(v.dtype)
+    first = jnp.einsum("hqk,khe->qhe", share, v[:p])
+
+    windows, window, _ = mask.shape
+    cut = lambda x: x[p:].reshape(windows, window, *x.shape[1:])
+    both = lambda x: jnp.concatenate([jnp.pad(x[:-1], ((1, 0), (0, 0), (0, 0), (0, 0))), x], 1)
+    to_prefix = jnp.einsum("wqhe,khe->whqk", cut(q), k[:p], preferred_element_type=jnp.float32)
+    to_own = jnp.einsum("wqhe,wkhe->whqk", cut(q), both(cut(k)), preferred_element_type=jnp.float32)
+    scores = jnp.concatenate([to_prefix, jnp.where(mask[:, None], to_own, -jnp.inf)], -1)
+    share = jax.nn.softmax(scores, -1).astype(v.dtype)
+    rest = jnp.einsum("whqk,khe->wqhe", share[..., :p], v[:p])
+    rest += jnp.einsum("whqk,wkhe->wqhe", share[..., p:], both(cut(v)))
+    return jnp.concatenate([first, rest.reshape(-1, *rest.shape[2:])])
+
+
+def _finish(
+    tower: CLIPText, block: Mapping[str, Any], x: Float[Array, "n d"], gathered: Float[Array, "n h e"]
+) -> Float[Array, "n d"]:
+    """The rest of a block behind its attention."""
+    out, mlp = block["MultiHeadDotProductAttention_0"]["out"], block["MlpBlock_0"]
+    dense = lambda layer, x: x @ layer["kernel"].astype(x.dtype) + layer["bias"].astype(x.dtype)
+    x = x + jnp.einsum("nhe,hed->nd", gathered, out["kernel"].astype(x.dtype)) + out["bias"].astype(x.dtype)
+    y = _norm(block["LayerNorm_1"], x).astype(x.dtype)
+    return x + dense(mlp["Dense_1"], ACTIVATIONS[tower.activation](dense(mlp["Dense_0"], y)))
+
+
+def _norm(layer: Mapping[str, Array], x: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPSILON) * layer["scale"] + layer["bias"]

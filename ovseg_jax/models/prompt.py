@@ -1,0 +1,127 @@
+"""Soft prompts (CoOp; papers/000, 3.1) through the text tower: learned token vectors around the names of classes."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.models.packed_text import encode_packed, pack
+from ovseg_jax.models.text_towers import CLIPText
+from ovseg_jax.vocab.prompt_layout import Layout, NameTokens
+from ovseg_jax.vocab.tokenizers import PieceTokenizer
+
+# A stream of texts is cut for attention into windows of a multiple of so many tokens.
+_ROUND = 8
+
+
+def phrase_tokens(tokenizer: PieceTokenizer, texts: Sequence[str]) -> NameTokens:
+    """Tokens of whole texts as they stand, for a context of length 0.
+
+    Raises:
+      UserError: no text, or an empty one.
+    """
+    if not len(texts) or not all(text.strip() for text in texts):
+        raise UserError("no labels were given, or an empty one: every label needs at least one word")
+    ids, valid = tokenizer(list(texts))
+    skip = len(tokenizer.start)
+    length = valid.sum(1).astype(np.int32) - skip
+    return NameTokens(ids[:, skip : skip + int(length.max())], length, np.zeros(len(texts), np.int32))
+
+
+def encode_names(
+    tower: CLIPText,
+    weights: Mapping[str, Any],
+    start: int,
+    context: Float[Array, "n m d"],
+    layout: Layout,
+    tokens: NameTokens,
+    size: int,
+    deep: Float[Array, "j m d"] | None = None,
+    *,
+    may_exceed: bool = False,
+) -> Float[Array, "k e"]:
+    """Features of classes under a prompt, not normalised.
+
+    Args:
+      tower: see `encode_packed`.
+      weights: see `encode_packed`.
+      start: the token [SOS].
+      context: of each class, or [1 M d], that of all.
+      layout: where it stands.
+      tokens: of the classes.
+      size: tokens that are computed at once, at least those of all classes together.
+      deep: see `encode_packed`.
+      may_exceed: the classes may have more tokens than `size`, though seldom (`likely_size`); they then go through the
+        tower in parts.
+    """
+    table, tokens = weights["Embed_0"]["embedding"], NameTokens(*map(jnp.asarray, tokens))
+    prefix = jnp.concatenate([table[start][None], context[0, : layout.shared].astype(table.dtype)])
+    width = tokens.ids.shape[1]
+    window = -(-width // _ROUND) * _ROUND
+
+    def once(tokens: NameTokens, size: int) -> Array:
+        packed = pack(tokens.ids, tokens.length, size)
+        stream = table[jnp.maximum(packed.ids, 0)]
+        if layout.shared < layout.length:
+            row = tokens.row[jnp.minimum(packed.text, tokens.row.shape[0] - 1)]
+            own = context[row, jnp.clip(-1 - packed.ids, 0, layout.length - 1)]
+            stream = jnp.where(packed.ids[:, None] < 0, own.astype(stream.dtype), stream)
+        return encode_packed(tower, weights, prefix, stream, packed, window, deep)
+
+    count = tokens.ids.shape[0]
+    if size >= count * width or not may_exceed:
+        return once(tokens, min(size, count * width))
+
+    def in_parts(tokens: NameTokens) -> Array:
+        each = max(1, size // width)
+        parts = -(-count // each)
+        padded = jax.tree.map(lambda x: jnp.resize(x, (parts * each, *x.shape[1:])), tokens)
+        split = jax.tree.map(lambda x: x.reshape(parts, each, *x.shape[1:]), padded)
+        out = jax.lax.map(jax.checkpoint(lambda part: once(part, each * width)), split)
+        return out.reshape(parts * each, -1)[:count]
+
+    return jax.lax.cond(tokens.length.sum() <= size, lambda t: once(t, size), in_parts, tokens)
+
+
+def likely_size(
+    length: Int[np.ndarray, " n"], count: int, share: Float[np.ndarray, " n"] | None = None
+) -> int:
+    """Tokens that `count` drawn classes take, but for one draw in millions: six standard deviations above the mean.
+
+    Args:
+      length: tokens of each class.
+      count: how many are drawn.
+      share: the chance of each class to be drawn; uniform by default.
+    """
+    length = np.asarray(length, np.float64)
+    mean = np.average(length, weights=share)
+    spread = math.sqrt(np.average((length - mean) ** 2, weights=share) * count)
+    size = math.ceil((count * mean + 6 * spread) / _ROUND) * _ROUND
+    return min(size, count * int(length.max()))
+
+
+def even_order(length: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """An order of the classes in which neighbours together take about the same number of tokens wherever one looks.
+
+    Steps of the golden ratio through the classes sorted by length; the shortest comes last.
+    """
+    ranked = np.argsort(length, kind="stable")
+    place = (np.arange(len(length)) * (math.sqrt(5) - 1) / 2) % 1
+    order = np.empty(len(length), np.int64)
+    order[:] = ranked[np.argsort(np.argsort(place, kind="stable"), kind="stable")]
+    last = int(np.argmin(length[order]))
+    order[[last, -1]] = order[[-1, last]]
+    return order
+
+
+def window_size(length: Int[np.ndarray, " n"], count: int) -> int:
+    """Tokens of any `count` neighbours at most, the last class repeated behind the end."""
+    padded = np.concatenate([length, np.full(count, length[-1])]).astype(np.int64)
+    sums = np.cumsum(padded)
+    most = (sums[count - 1 :] - np.concatenate([[0], sums[:-count]])).max()
+    return int(-(-most // _ROUND) * _ROUND)

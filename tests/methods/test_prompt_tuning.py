@@ -1,0 +1,232 @@
+"""Prompt tuning against the tower applied to every class in full, with float64 sums, on one and eight devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.methods import build
+from ovseg_jax.models.packed_text import unstacked
+from ovseg_jax.train.sharding import make_mesh, put_batch
+from ovseg_jax.vocab.classes import ClassList
+from ovseg_jax.vocab.words import WordList
+
+WORDS = WordList(
+    "a photo of red blue green spotty plain striped old small kite ball house moon very big".split()
+)
+B, D, SIZE = 16, 12, 16
+
+
+def class_list(count=40):
+    rng = np.random.default_rng(0)
+    names, words = set(), WORDS.words[4:]
+    while len(names) < count:
+        names.add(" ".join(rng.choice(words, rng.integers(1, 6), replace=False)))
+    names = tuple((name,) for name in sorted(names))
+    return ClassList(names, tuple(range(count)), (True,) * count, {"seen": tuple(range(count // 2))})
+
+
+CLASSES = class_list()
+
+
+def config(**changes):
+    base = ConfigDict(
+        dict(
+            method="pomp",
+            batch_size=B,
+            accumulate=1,
+            towers=dict(
+                image=dict(name="small", width=16, levels=2, embed_dim=D),
+                text=dict(name="clip", width=16, heads=2, layers=3, embed_dim=D, length=16),
+                init="",
+                tokenizer="words",
+                image_size=SIZE,
+                logit_scale=9.0,
+            ),
+            prompt=dict(length=4, position="end", specific=False, init=""),
+            loss=dict(sample=12, correction="log10", proposal="uniform", per_device=False, chunk=8),
+            data=dict(image_size=SIZE),
+        )
+    )
+    base.update_from_flattened_dict(changes)
+    return base
+
+
+def random_batch(seed=0):
+    rng = np.random.default_rng(seed)
+    batch = {
+        "image": rng.integers(0, 256, (B, SIZE, SIZE, 3), np.uint8),
+        "label": rng.integers(0, len(CLASSES), B).astype(np.int32),
+        "example_mask": np.arange(B) != 3,
+    }
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def variables_of(method):
+    """Random, with more spread than the initial values have."""
+    rng = np.random.default_rng(1)
+    noisy = lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32)
+    variables = jax.tree.map(noisy, method.init(jax.random.key(0)))
+    variables["towers"]["scale"] = jnp.log(jnp.float32(9.0))
+    return variables
+
+
+def full_features(method, variables, context):
+    """[N D] features: for each class its whole text, token by token, through Flax's tower."""
+    weights = {"params": unstacked(variables["towers"]["text"])}
+    table = weights["params"]["Embed_0"]["embedding"]
+    tokenizer, layout = method.clip.tokenizer, method.layout
+    rows, ends = [], []
+    for k in range(len(CLASSES)):
+        (ids,), (valid,) = tokenizer([CLASSES.display(k)])
+        name, end = table[ids[1 : valid.sum() - 1]], table[tokenizer.end][None]
+        own = context[k if layout.specific else 0]
+        m = {"end": 4, "middle": 2, "front": 0}[layout.position]
+        x = jnp.concatenate([table[tokenizer.start[0]][None], own[:m], name, own[m:], end])
+        ends.append(len(x))
+        rows.append(jnp.pad(x, ((0, 16 - len(x)), (0, 0))))
+    valid = np.arange(16) < np.array(ends)[:, None]
+    f = method.clip.text.apply(weights, None, jnp.asarray(valid), jnp.stack(rows)).pooled
+    return f / jnp.linalg.norm(f, axis=-1, keepdims=True)
+
+
+def exact_loss(method, variables, batch, context):
+    """Eq. 2 over all classes."""
+    f = full_features(method, variables, context)
+    logits = 9.0 * method.embed_image(variables, batch["image"]) @ f.T
+    nll = -jax.nn.log_softmax(logits)[jnp.arange(B), batch["label"]]
+    return nll[batch["example_mask"]].mean()
+
+
+def value_and_grad(method, variables, batch, rng=None):
+    rng = jax.random.key(7) if rng is None else rng
+
+    def loss(params):
+        return method.loss({**variables, "params": params}, batch, rng)[0]
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(variables["params"])
+    return value, grads["prompt"]["context"]
+
+
+def close(a, b, rtol):
+    np.testing.assert_allclose(a, b, atol=rtol * np.abs(b).max())
+
+
+@pytest.mark.parametrize("specific", [False, True])
+@pytest.mark.parametrize("position", ["end", "middle", "front"])
+def test_all_classes_exactly(position, specific):
+    method = build(
+        config(**{"loss.sample": 0, "prompt.position": position, "prompt.specific": specific}), WORDS, CLASSES
+    )
+    variables, batch = variables_of(method), random_batch()
+    value, grad = value_and_grad(method, variables, batch)
+    context = variables["params"]["prompt"]["context"]
+    expected, expected_grad = jax.value_and_grad(lambda c: exact_loss(method, variables, batch, c))(context)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    close(grad, expected_grad, 2e-5)
+    names = [CLASSES.display(k) for k in range(len(CLASSES))]
+    close(method.embed_text(variables, names), full_features(method, variables, context), 1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"loss.proposal": "similarity"}, {"loss.sample": 40}])
+def test_a_sample_of_the_classes(changes):
+    method = build(config(**changes), WORDS, CLASSES)
+    variables, batch = variables_of(method), random_batch()
+    if "hard" in variables["towers"]:
+        hard = np.random.default_rng(2).normal(size=(len(CLASSES), D)).astype(np.float32)
+        variables["towers"]["hard"] = jnp.asarray(hard / np.linalg.norm(hard, axis=1, keepdims=True))
+    value, grad = value_and_grad(method, variables, batch)
+    context = variables["params"]["prompt"]["context"]
+
+    from ovseg_jax.kernels.sampled_softmax import sampled_softmax
+
+    image = method.embed_image(variables, batch["image"])
+    valid = jnp.asarray(batch["example_mask"])
+    log_weights = method._proposal(variables, image, valid)[0]
+
+    def reference(context):
+        # The kernel has a reference of its own; here only the encoder is another: it looks up full texts' features.
+        f = full_features(method, variables, context)[method.table[1]]
+        out = sampled_softmax(
+            lambda f, ids: f[ids],
+            f,
+            jnp.arange(len(CLASSES)),
+            image,
+            jnp.asarray(method.place)[batch["label"]],
+            valid,
+            jax.random.key(7),
+            9.0,
+            sample=method.sample,
+            log_weights=log_weights,
+        )
+        return out.loss / out.pairs
+
+    expected, expected_grad = jax.value_and_grad(reference)(context)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    close(grad, expected_grad, 2e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"loss.sample": 0}, {"prompt.specific": True}])
+def test_eight_devices_agree_with_one(changes):
+    method = build(config(**changes), WORDS, CLASSES)
+    variables, batch = variables_of(method), random_batch()
+    value, grad = value_and_grad(method, variables, batch)
+    mesh = make_mesh({"data": 4, "fsdp": 2})
+    with jax.set_mesh(mesh):
+        many, many_grad = value_and_grad(method, variables, put_batch(batch, mesh))
+    np.testing.assert_allclose(many, value, rtol=1e-5)
+    close(many_grad, grad, 2e-5)
+
+
+def test_more_tokens_than_expected():
+    """A draw of long names that the stream has no room for is computed in parts."""
+    from ovseg_jax.models.prompt import encode_names
+
+    method = build(config(), WORDS, CLASSES)
+    variables = variables_of(method)
+    tokens, _ = method.table
+    context, weights = variables["params"]["prompt"]["context"], variables["towers"]["text"]
+    run = lambda size, **how: encode_names(
+        method.clip.text, weights, method.clip.tokenizer.start[0], context, method.layout, tokens, size, **how
+    )
+    close(run(32, may_exceed=True), run(10_000), 1e-5)
+
+
+def test_features_in_place_of_images():
+    method = build(config(), WORDS, CLASSES)
+    variables, batch = variables_of(method), random_batch()
+    value, grad = value_and_grad(method, variables, batch)
+    image = batch.pop("image")
+    batch["feature"] = method.embed_image(variables, image)
+    again, again_grad = value_and_grad(method, variables, batch)
+    np.testing.assert_allclose(again, value, rtol=1e-5)
+    close(again_grad, grad, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"prompt.position": "left"}, "left"),
+        ({"prompt.length": 0}, "at least 1"),
+        ({"loss.sample": 41}, "2 to 40"),
+        ({"loss.proposal": "random"}, "uniform, frequency, similarity"),
+        ({"towers.image.embed_dim": 8}, "8"),
+        ({"towers.text.name": "bert_base"}, "bert_base"),
+    ],
+)
+def test_what_cannot_be(changes, said):
+    with pytest.raises(UserError, match=said):
+        build(config(**changes), WORDS, CLASSES)
+
+
+def test_names_that_cannot_be():
+    method = build(config(), WORDS, CLASSES)
+    variables = variables_of(method)
+    with pytest.raises(UserError, match="zebra"):
+        method.embed_text(variables, ["a zebra"])
+    with pytest.raises(UserError, match="empty"):
+        method.embed_text(variables, ["red ball", " "])
+    with pytest.raises(UserError, match="no class names"):
+        method.embed_text(variables, [])

@@ -1,0 +1,149 @@
+"""The command, on a tiny folder, with proposals and a classifier whose answers are known."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fake_method import CLASSES, COLOURS, ColourClassifier, ColourMethod, blocks
+from ml_collections import ConfigDict
+from PIL import Image
+
+from ovseg_jax import methods, transfer
+from ovseg_jax.errors import UserError
+from ovseg_jax.evals.transfer import seen_names
+from ovseg_jax.train.checkpoints import Checkpoints, write_config
+from ovseg_jax.train.run import CLASSES_FILE, WORDS_FILE
+from ovseg_jax.train.state import TrainState
+from ovseg_jax.vocab.classes import parse_labels
+from ovseg_jax.vocab.words import WordList
+
+SIDE = 16
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Runs of fake methods, as training leaves them, and a folder of three colours side by side."""
+    root = tmp_path_factory.mktemp("transfer")
+    data = root / "data"
+    (data / "images").mkdir(parents=True)
+    (data / "masks").mkdir()
+    orders = (["red", "green", "blue"], ["blue", "red", "green"], ["green", "green", "red"])
+    for i, order in enumerate(orders):
+        Image.fromarray(blocks(10, 15, order)).save(data / "images" / f"{i}.png")
+        ids = np.array([list(COLOURS).index(name) + 1 for name in order], np.uint8)
+        Image.fromarray(np.tile(np.repeat(ids, 5), (10, 1))).save(data / "masks" / f"{i}.png")
+    (data / "classes.txt").write_text("".join(f"{k}:{name}\n" for k, name in enumerate(COLOURS, 1)))
+    evaluation = {"source": {"name": "folder", "data_dir": str(data), "kind": "semantic"}, "batch_size": 2}
+    for name in ("masks", "pixels", "colours"):
+        workdir = root / name
+        workdir.mkdir()
+        config = {"method": name, "data": {"image_size": SIDE}}
+        write_config(
+            workdir, ConfigDict(config | ({"final_evals": {"test": evaluation}} if name == "masks" else {}))
+        )
+        WordList(list(COLOURS)).save(workdir / WORDS_FILE)
+        (workdir / CLASSES_FILE).write_text(CLASSES.to_json())
+        checkpoints = Checkpoints(workdir, every=0, keep=1)
+        params = ColourMethod().init(None)["params"]
+        checkpoints.save(3, TrainState(jnp.int32(3), params, {}, {"none": jnp.zeros(1)}, None))
+        checkpoints.close()
+    return root
+
+
+@pytest.fixture
+def run(root, monkeypatch, capsys):
+    fakes = {
+        "colours": lambda *_: ColourClassifier(),
+        "masks": lambda *_: ColourMethod(),
+        "pixels": lambda *_: ColourMethod(masks=False),
+    }
+    monkeypatch.setattr(methods, "METHODS", fakes)
+
+    def call(**flags):
+        known = {"proposals": root / "masks", "checkpoint": root / "colours"}
+        code = transfer.main([f"--{name}={value}" for name, value in (known | flags).items()])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def rows(out):
+    title, *lines = out.splitlines()
+    cells = {line.split()[0]: [float(cell) for cell in line.split()[1:]] for line in lines}
+    return {name: dict(zip(title.split()[1:], cell, strict=True)) for name, cell in cells.items()}
+
+
+def test_a_line_for_each_prompt(run):
+    """The classifier's own prompt takes green for blue; a hand-written one, and the proposals, know better."""
+    code, out, _ = run(ensemble=0, prompts="single; vild; learned")
+    found = rows(out)
+    assert code == 0 and list(found) == ["single", "vild", "learned"]
+    assert found["single"]["pACC"] == found["vild"]["mIoU"] == 100 and found["learned"]["mIoU"] < 50
+    assert "hIoU" not in found["single"] and found["single"]["chance"] < 10  # nothing is said to be unseen
+
+
+def test_seen_and_unseen_classes_trust_different_stages(run):
+    found = rows(run(ensemble=1, prompts="learned; single", split="green; blue")[1])
+    assert found["single"]["hIoU"] == found["single"]["unseen"] == found["single"]["hIoU_gt"] == 100
+    # Red is the proposals' to say, green and blue are the classifier's, which takes the one for the other.
+    assert found["learned"]["seen"] == 100 and found["learned"]["unseen"] == pytest.approx(100 / 3, abs=0.01)
+    assert found["learned"]["hIoU"] == pytest.approx(50, abs=0.01)
+
+
+def test_other_data(run, root):
+    given = f"folder,data_dir={root / 'data'},kind=semantic"
+    assert run(data=given, prompts="single", batch=3, limit=2)[1] == run(prompts="single", limit=2)[1]
+
+
+def test_a_prompt_whose_words_are_not_known_is_left_out(run, monkeypatch):
+    embed = ColourClassifier.embed_phrases
+
+    def choosy(self, variables, texts):
+        if any("scene" in text for text in texts):
+            raise UserError("what is a scene?")
+        return embed(self, variables, texts)
+
+    monkeypatch.setattr(ColourClassifier, "embed_phrases", choosy)
+    code, out, err = run(prompts="single; vild")
+    assert (
+        code == 0 and list(rows(out)) == ["single"] and "without the prompt 'vild': what is a scene?" in err
+    )
+    assert run(prompts="vild")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"proposals": "colours"}, "proposes no masks"),
+        ({"proposals": "pixels", "data": "folder,data_dir=data,kind=semantic"}, "proposes no masks"),
+        ({"proposals": "pixels"}, "evaluated on nothing"),
+        ({"checkpoint": "masks"}, "classifies no images"),
+        ({"prompts": " ; "}, "names no prompt"),
+        ({"prompts": "a photo"}, "no {} for the name"),
+        ({"ensemble": 2}, "between 0"),
+        ({"split": "zebra"}, "'zebra' is none of the 6"),
+        ({"data": "folder,here"}, "not of the form key=value"),
+        ({"data": "nothing"}, "'nothing' is not one of"),
+        ({"batch": 0}, "--batch=0"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence(run, root, monkeypatch, flags, message):
+    monkeypatch.chdir(root)
+    code, out, err = run(**flags)
+    assert code == 2 and not out and message in err and err.count("\n") == 1
+
+
+def test_sources_as_a_person_writes_them():
+    assert transfer.read_source("coco,data_dir=a,b,split=val2017,cache=true,limit=30") == {
+        "name": "coco",
+        "data_dir": "a,b",
+        "split": "val2017",
+        "cache": True,
+        "limit": 30,
+    }
+
+
+def test_without_a_group_of_unseen_classes_none_is_seen():
+    classes = parse_labels("cow,bull; dog; sky")
+    assert seen_names(classes) == []
+    assert seen_names(transfer.load_split(classes, "dog")) == ["cow", "bull", "sky"]
