@@ -24,6 +24,32 @@ TOWERS = {
     "clip_vitb16": "hf:openai/clip-vit-base-patch16",  # 4.1
 }
 
+# The baselines of Tables 1 to 3, as the repositories of their authors run them. P: amazon-science/prompt-pretraining,
+# C: KaiyangZhou/CoOp, M: muzairkhattak/multimodal-prompt-learning. All with SGD, momentum 0.9, weight decay 5e-4, a
+# cosine set once an epoch, one epoch of constant warm-up, 16 shots, one view without RandAugment.
+BASELINES = {
+    # P scripts/coop/main.sh, vit_b16_ep50 (Table 3)
+    "coop": dict(length=16, epochs=50, images=32, learning_rate=0.002, warmup_rate=1e-5),
+    # C configs/trainers/CoCoOp/vit_b16_c4_ep10_batch1_ctxv1.yaml
+    "cocoop": dict(
+        length=4, words="a photo of a", epochs=10, images=1, learning_rate=0.002, warmup_rate=1e-5
+    ),
+    # P and M configs/trainers/VPT/vit_b16_c2_ep5_batch4_4.yaml
+    "vpt": dict(length=8, depth=12, epochs=5, images=4, learning_rate=0.0025, warmup_rate=1e-5),
+    # P and M configs/trainers/MaPLe/vit_b16_c2_ep5_batch4_2ctx_cross_datasets.yaml
+    "maple": dict(
+        length=2,
+        depth=3,
+        words="a photo of a",
+        epochs=2,
+        images=4,
+        learning_rate=0.0026,
+        warmup_rate=1e-5,
+    ),
+    # P configs/trainers/MLP/vit_b16_ep20.yaml, scripts/mlp/main.sh
+    "linear_probe": dict(length=1, epochs=20, images=256, learning_rate=0.2, warmup_rate=1e-3),
+}
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Keys of `arg`: see `parse_arg` below; unknown ones are an error that lists them."""
@@ -36,11 +62,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
         val_split="val",
         towers="clip_vitb16",  # 4.1; clip_vitb32 and clip_rn50 in Table 1
         weights="",  # where they are, if not on the hub: a folder or file
-        method="pomp",  # coop: all classes in every step (Table 3)
+        method="pomp",  # the baselines of Tables 1 to 3: coop | cocoop | vpt | maple | linear_probe
         length=16,  # M; 4.1. 4 in appendix E.2 and Table 2's best
         position="end",  # of the class name: end | middle | front
         specific=False,  # a context for each class (CoOp)
         words="",  # words to start from, as "a photo of a", in place of noise
+        classes=10_451,  # of the data: a run's length is counted in epochs
         shots=16,  # 4.1
         sample=1000,  # K; 4.1
         correction="log10",  # Table 9 and the code; log, as eq. 5 is written, or a number
@@ -51,20 +78,20 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     if args.data == "scenes":
         config = scenes(args.seed)
+        if args.method != "pomp":
+            raise UserError(
+                f"method={args.method}: on scenes POMP is trained, and CoOp beside it; say data=folder"
+            )
     elif args.data == "folder":
         config = paper(args)
     else:
         raise UserError(f"data={args.data}: known are scenes, folder")
-    if args.method not in ("pomp", "coop"):
-        raise UserError(f"method={args.method}: known are pomp, coop")
-    if args.method == "coop":
-        config.loss.sample = 0
     config.seed = args.seed
     return config
 
 
 def scenes(seed: int) -> ConfigDict:
-    """POMP on the embedded data: 32 px images of 2,412 classes, three quarters of them seen (ours)."""
+    """POMP on the embedded data: 32 px images of 2,412 classes, of which a third is held out (ours)."""
     clip = small_clip(seed)
     config = on_scenes(seed, clip)
     config.before = dict(
@@ -208,12 +235,21 @@ def paper(args: ConfigDict) -> ConfigDict:
     """4.1 and appendix A, and what the code adds to them."""
     if args.towers not in TOWERS:
         raise UserError(f"towers={args.towers}: known are {', '.join(TOWERS)}")
-    classes, images, epochs = (
-        10_451,
-        32 * 8,
-        20 if args.length > 4 else 5,
-    )  # appendix A; M=4 has 5 in the code
-    epoch = classes * args.shots // images
+    if args.method not in ("pomp", *BASELINES):
+        raise UserError(f"method={args.method}: known are pomp, {', '.join(BASELINES)}")
+    own = ConfigDict(
+        BASELINES.get(args.method)
+        or dict(
+            length=args.length,
+            epochs=20 if args.length > 4 else 5,  # appendix A; M = 4 has 5 in the code
+            images=32 * 8,  # appendix A: on each of 8 GPUs
+            learning_rate=0.002,  # appendix A
+            warmup_rate=1e-5,  # code: constant
+        )
+    )
+    pomp = args.method == "pomp"
+    views = 4 if pomp else 1  # code
+    epoch = max(1, args.classes * args.shots // own.images)
     source = dict(name="image_folder", data_dir=args.data_dir, names=args.names)
     validation = dict(
         type="classification",
@@ -224,10 +260,10 @@ def paper(args: ConfigDict) -> ConfigDict:
     )
     return ConfigDict(
         dict(
-            method="pomp",
+            method="pomp" if args.method == "coop" else args.method,
             seed=0,
-            steps=epochs * epoch,
-            batch_size=images * 4,  # appendix A: 32 images on each of 8 GPUs; 4 views of each (code)
+            steps=own.epochs * epoch,
+            batch_size=own.images * views,
             accumulate=1,
             profile="",
             mesh=dict(data=-1, fsdp=1),
@@ -240,9 +276,15 @@ def paper(args: ConfigDict) -> ConfigDict:
                 logit_scale=100.0,  # of OpenAI's weights
                 dtype="float32",
             ),
-            prompt=dict(length=args.length, position=args.position, specific=args.specific, init=args.words),
+            prompt=dict(
+                length=own.length,
+                position=args.position,
+                specific=args.specific,
+                init=args.words or own.get("words", ""),
+                **({"depth": own.depth} if "depth" in own else {}),
+            ),
             loss=dict(
-                sample=args.sample,
+                sample=args.sample if pomp else 0,
                 correction=args.correction,
                 proposal=args.proposal,
                 per_device=args.per_device,
@@ -250,13 +292,13 @@ def paper(args: ConfigDict) -> ConfigDict:
             ),
             optimizer=dict(
                 name="sgd",  # appendix A
-                learning_rate=0.002,  # appendix A
+                learning_rate=own.learning_rate,
                 schedule="cosine",  # appendix A
                 hold_steps=epoch,  # code: the rate changes once an epoch
                 warmup_steps=epoch,  # code
-                warmup_rate=1e-5,  # code: constant
-                decay_steps=epochs
-                * epoch,  # code: the cosine is as long as the run, and starts after the warm-up
+                warmup_rate=own.warmup_rate,
+                # code: the cosine is as long as the run, and starts behind the warm-up
+                decay_steps=own.epochs * epoch,
                 momentum=0.9,  # code
                 weight_decay=5e-4,  # code
             ),
@@ -264,9 +306,11 @@ def paper(args: ConfigDict) -> ConfigDict:
                 task="classification",
                 train=[dict(source, split=args.split, shots=args.shots)],
                 image_size=224,
-                views=4,  # code
+                views=views,
                 cache_features=args.cache,
-                augment=dict(crop=(0.08, 1.0), flip=True, randaugment=2, policy="dassl"),  # code
+                augment=dict(
+                    crop=(0.08, 1.0), flip=True, randaugment=2 if pomp else 0, policy="dassl"
+                ),  # code
                 workers=8,
             ),
             evals={},

@@ -49,13 +49,17 @@ def prompts_picture(
         zorder=3,
     )
     axes.margins(0.25, 0.2)
-    for point in points:
-        # Words lie towards the middle, so that none leaves the picture.
+    written: list[tuple[bool, float]] = []
+    height = 0.04 * max(float(np.ptp(y)), 1e-6)  # of a line, about
+    for point in sorted(points, key=lambda point: -point.alignment):
+        # Words lie towards the middle, so that none leaves the picture, and below others that would cover them.
         right = point.uniformity <= (x.min() + x.max()) / 2
+        lines = sum(side == right and abs(other - point.alignment) < height for side, other in written)
+        written.append((right, point.alignment))
         axes.annotate(
             f"{point.name}  {point.accuracy:.1f}",
             (point.uniformity, point.alignment),
-            xytext=(11 if right else -11, 0),
+            xytext=(11 if right else -11, -13 * lines),
             textcoords="offset points",
             ha="left" if right else "right",
             va="center",

@@ -47,6 +47,10 @@ def draw_run(
     paths = []
     evaluations = config.get("final_evals") or config.evals
     for name, evaluation in evaluations.items():
+        if hasattr(
+            method, "embed_text_for"
+        ):  # Class features that differ from image to image have no picture.
+            continue
         paths.append(folder / f"{name}.png")
         if evaluation.get("type") == "classification":
             _features(config, evaluation, method, variables, name, paths[-1])

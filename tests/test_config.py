@@ -63,6 +63,28 @@ def test_configs_build_and_survive_json(arg):
     assert config.to_json(again) == config.to_json(out)
 
 
+@pytest.mark.parametrize("arg", [None, *(f"data=folder,data_dir=x,method={m}" for m in ("pomp", "vpt"))])
+def test_pomp_builds_and_survives_json(arg):
+    out = load("pomp", arg)
+    assert config.to_json(config.from_json(config.to_json(out))) == config.to_json(out)
+
+
+def test_the_numbers_of_pomp():
+    out = load("pomp", "data=folder,data_dir=x")
+    assert (out.batch_size, out.data.views, out.data.train[0]["shots"]) == (32 * 8 * 4, 4, 16)
+    assert (out.prompt.length, out.loss.sample, out.loss.correction) == (16, 1000, "log10")
+    assert (out.optimizer.name, out.optimizer.learning_rate, out.optimizer.warmup_rate) == ("sgd", 2e-3, 1e-5)
+    assert out.steps == 20 * out.optimizer.hold_steps == 20 * (10_451 * 16 // 256)
+    assert load("pomp", "data=folder,data_dir=x,length=4").steps == out.steps // 4
+    coop = load("pomp", "data=folder,data_dir=x,method=coop")
+    assert (coop.method, coop.loss.sample, coop.batch_size, coop.data.augment.randaugment) == (
+        "pomp",
+        0,
+        32,
+        0,
+    )
+
+
 def test_the_papers_numbers():
     out = load("openseg", "data=coco,data_dir=x,narratives=y")
     assert (out.model.width, out.model.num_queries, out.model.decoder_layers) == (640, 128, 3)
@@ -116,3 +138,11 @@ def test_a_frozen_text_side_is_not_trained():
     out.optimizer.frozen = ()
     with pytest.raises(UserError, match=r"optimizer\.frozen"):
         build(out, words, classes)
+
+
+@pytest.mark.parametrize(
+    "arg", ["data=imagenet", "data=folder,towers=vit", "data=folder,method=lseg", "method=vpt"]
+)
+def test_a_wrong_choice_of_pomp_is_a_sentence(arg):
+    with pytest.raises(UserError):
+        load("pomp", arg)

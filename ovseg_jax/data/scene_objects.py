@@ -19,8 +19,8 @@ from ovseg_jax.data.scenes_text import ObjectSpeaker
 from ovseg_jax.errors import UserError
 
 CAPTIONS = 3  # of each image
-RADIUS = (0.55, 0.8)  # of half the image's side
-CENTRE = 0.2  # centres lie within +-0.2
+RADIUS = (0.7, 0.95)  # of half the image's side
+CENTRE = 0.1  # centres lie within +-0.1
 
 # Streams of random numbers of one example, as in `scenes`.
 _LAYOUT, _PIXELS, _TEXT = range(3)

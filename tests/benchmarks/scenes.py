@@ -1,9 +1,10 @@
-"""OpenSeg on `scenes` beside its ceiling and chance, over seeds: the table of the README.
+"""A method on `scenes` beside what it is compared with, over seeds: the tables of the README.
 
-    python tests/benchmarks/scenes.py --out=runs/benchmark [--seeds=0,1,2] [--config.KEY=VALUE ...]
+    python tests/benchmarks/scenes.py --out=runs/benchmark [--method=pomp] [--seeds=0,1,2] [--config.KEY=VALUE ...]
 
-The ceiling is LSeg+: the same network, steps and data, supervised by the class of every pixel. Each run is the
-command that a user types; one that is finished is read, not repeated.
+OpenSeg stands beside its ceiling and chance: LSeg+ is the same network, steps and data, supervised by the class of
+every pixel. POMP's prompt stands beside others of the same towers. Each run is the command that a user types; one that is
+finished is read, not repeated.
 """
 
 import argparse
@@ -23,13 +24,31 @@ METRICS = {
     "recall@0.7": "test/recall@0.7",
     "recall@0.9": "test/recall@0.9",
 }
+PROMPT_METRICS = {
+    "seen": "test/accuracy@seen",
+    "held out": "test/accuracy@held_out",
+    "all": "test/accuracy",
+    "alignment": "test/alignment",
+    "uniformity": "test/uniformity",
+    "segmentation, mIoU": "segmentation/miou",
+    "hIoU": "segmentation/hiou",
+    "pACC": "segmentation/pacc",
+}
+PROMPTS = {
+    "POMP": "",
+    "POMP without correction": "[uncorrected]",
+    "CoOp on 100 classes": "[coop]",
+    "hard prompt": "[hard]",
+    "prompt ensemble": "[ensemble]",
+}
 ROOT = Path(__file__).parents[2]
 
 
 def run(method: str, seed: int, out: Path, overrides: list[str]) -> dict[str, float]:
     """Trains one model and returns its summary."""
     workdir = out / f"{method}-{seed}"
-    config = ROOT / f"configs/openseg.py:method={method},seed={seed}"
+    file = "pomp" if method == "pomp" else "openseg"
+    config = ROOT / f"configs/{file}.py:method={method},seed={seed}"
     command = [
         sys.executable,
         "-m",
@@ -52,10 +71,34 @@ def row(name: str, runs: list[dict[str, float]], keys: list[str]) -> str:
             cells.append("-")
             continue
         spread = (max(values) - min(values)) / 2
-        cells.append(
-            f"{statistics.mean(values):.1f} ± {spread:.1f}" if len(values) > 1 else f"{values[0]:.1f}"
-        )
+        digits = 2 if "alignment" in key or "uniformity" in key else 1
+        mean = f"{statistics.mean(values):.{digits}f}"
+        cells.append(f"{mean} ± {spread:.{digits}f}" if len(values) > 1 else mean)
     return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def prompt_lines(runs: list[dict[str, float]]) -> list[str]:
+    """A line for each prompt."""
+    lines = [f"| test, {len(runs)} seeds | " + " | ".join(PROMPT_METRICS) + " |"]
+    lines.append("|---" * (len(PROMPT_METRICS) + 1) + "|")
+    for name, suffix in PROMPTS.items():
+        lines.append(row(name, runs, [key + suffix for key in PROMPT_METRICS.values()]))
+    chance = [
+        "test/chance"
+        if key == "test/accuracy"
+        else key.replace("/miou", "/chance_miou")
+        if "miou" in key
+        else ""
+        for key in PROMPT_METRICS.values()
+    ]
+    return [*lines, row("chance", runs[:1], chance)]
+
+
+def write(out: Path, lines: list[str], summaries: dict[str, list[dict[str, float]]]) -> None:
+    """Leaves the table and the summaries in OUT."""
+    (out / "table.md").write_text("\n".join(lines) + "\n")
+    (out / "summaries.json").write_text(json.dumps(summaries, indent=1) + "\n")
+    print("\n".join(lines))
 
 
 def main() -> None:
@@ -63,8 +106,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--method", default="openseg", choices=("openseg", "pomp"))
     args, overrides = parser.parse_known_args()
     seeds, out = [int(s) for s in args.seeds.split(",")], args.out.absolute()
+    if args.method == "pomp":
+        summaries = {"pomp": [run("pomp", seed, out, overrides) for seed in seeds]}
+        write(out, prompt_lines(summaries["pomp"]), summaries)
+        return
     summaries = {m: [run(m, seed, out, overrides) for seed in seeds] for m in ("openseg", "lseg")}
 
     keys = list(METRICS.values())
@@ -81,9 +129,7 @@ def main() -> None:
         f"\nOpenSeg reaches {share[0]:.0%} of the ceiling on seen and {share[1]:.0%} on held-out pairs;"
     )
     lines.append(f"wall seconds of each run, OpenSeg then LSeg+: {', '.join(map(str, seconds))}.")
-    (out / "table.md").write_text("\n".join(lines) + "\n")
-    (out / "summaries.json").write_text(json.dumps(summaries, indent=1) + "\n")
-    print("\n".join(lines))
+    write(out, lines, summaries)
 
 
 if __name__ == "__main__":
