@@ -143,8 +143,7 @@ def on_scenes(
             profile="",
             mesh=dict(data=-1, fsdp=1),
             towers=dict(clip.towers.to_dict(), init="before:clip", tokenizer="before:clip"),
-            # Noise, the paper's start, ends below the hand-written prompt here: this CLIP was trained on such captions.
-            prompt=dict(length=4, position="end", specific=False, init="a photo of a"),
+            prompt=dict(length=4, position="end", specific=False, init=""),
             loss=dict(sample=sample, correction=correction, proposal="uniform", per_device=False, chunk=256),
             optimizer=dict(
                 name="sgd",

@@ -3,8 +3,8 @@
     python tests/benchmarks/scenes.py --out=runs/benchmark [--method=pomp] [--seeds=0,1,2] [--config.KEY=VALUE ...]
 
 OpenSeg stands beside its ceiling and chance: LSeg+ is the same network, steps and data, supervised by the class of
-every pixel. POMP's prompt stands beside others of the same towers. Each run is the command that a user types; one that is
-finished is read, not repeated.
+every pixel. POMP's prompt stands beside others of the same towers. Each run is the command that a user types; one that
+is finished is read, not repeated.
 """
 
 import argparse

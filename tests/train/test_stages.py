@@ -100,7 +100,9 @@ def test_towers_of_another_shape(run, tmp_path):
     config = resolved(tiny(), workdir)
     del config["before"]
     config.towers.image.width = 32
-    with pytest.raises(UserError, match=r"clip has other towers.*kernel is \(3, 3, 16, 24\) there, \(3, 3, 32, 48\)"):
+    with pytest.raises(
+        UserError, match=r"clip has other towers.*kernel is \(3, 3, 16, 24\) there, \(3, 3, 32, 48\)"
+    ):
         train(config, tmp_path)
 
 
