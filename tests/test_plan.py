@@ -112,6 +112,17 @@ def test_gpus_by_count():
     assert one["parameters"] / 4 <= spread["parameters"] < one["parameters"] / 2
 
 
+def test_the_exact_softmax_takes_no_more_memory_for_twice_the_classes():
+    exact = ("--config=configs/pomp.py:data=folder,data_dir=x,sample=0,cache=1", "--topology=h100:1")
+    exact += ("--config.batch_size=32", "--config.data.views=1")
+    (one,), (two,) = (plans(*exact, f"--classes={n}") for n in (10_451, 20_902))
+    assert two["flops"] > 1.9 * one["flops"]
+    # The chunks' sums and what goes with the prompt are kept, never the chunks.
+    assert two["activations"] < 1.1 * one["activations"] < 2**28
+    (sampled,) = plans(*exact, "--classes=10451", "--config.loss.sample=1000")
+    assert sampled["flops"] < one["flops"] / 3
+
+
 def test_the_largest_batch_fits_and_an_eighth_more_does_not():
     large = (TINY, "--topology=h100:1", "--config.data.image_size=1024", "--config.data.mask_stride=4")
     first, found = plans(*large, "--config.batch_size=64", "--largest_batch")

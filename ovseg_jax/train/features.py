@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-import flax
 import jax
 import numpy as np
 from etils import epath
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from ovseg_jax.methods.base import Classifier
 from ovseg_jax.train.sharding import DEFAULT_RULES, leaf_sharding, put_batch, replicated, tree_paths
+from ovseg_jax.train.state import abstract_variables, replaced
 
 FOLDER = "features"
 
@@ -83,11 +83,8 @@ def _compute(config: ConfigDict, parts: Any, batches: Any, count: int) -> np.nda
 
 def _start(method: Classifier, seed: int, mesh: Any, rules: Any) -> Any:
     """The variables that a run starts from."""
-    variables = flax.traverse_util.flatten_dict(dict(jax.jit(method.init)(jax.random.key(seed))))
-    variables.update(flax.traverse_util.flatten_dict(dict(method.pretrained())))
-    tree = flax.traverse_util.unflatten_dict(variables)
-    return jax.tree.map(
-        lambda x, path: jax.device_put(x, leaf_sharding(path, np.shape(x), mesh, rules)),
-        tree,
-        tree_paths(tree),
-    )
+    shapes = abstract_variables(method, seed)
+    place = lambda leaf, path: leaf_sharding(path, leaf.shape, mesh, rules)
+    placed = {name: jax.tree.map(place, tree, tree_paths(tree)) for name, tree in shapes.items()}
+    variables = jax.jit(method.init, out_shardings=placed)(jax.random.key(seed))
+    return replaced(variables, method.pretrained())

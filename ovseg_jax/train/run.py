@@ -176,6 +176,7 @@ def _train_before(config: ConfigDict, workdir: epath.Path) -> bool:
             print(f"first: {free[0]}, in {workdir / free[0]}", flush=True)
         if train(config_lib.resolved(stage, workdir), workdir / free[0]).get("stopped"):
             return False
+        multihost_utils.sync_global_devices("the first process has written all of a stage")
     return True
 
 
@@ -232,7 +233,9 @@ def make_parts(config: ConfigDict, workdir: epath.Path, source: Any) -> Parts:
     """Assembles a run that may be new: its vocabulary is built from the captions once, and kept."""
     from ovseg_jax.data.pipeline import words_for
 
-    if not (workdir / WORDS_FILE).exists() or not (workdir / CLASSES_FILE).exists():
+    new = not (workdir / WORDS_FILE).exists() or not (workdir / CLASSES_FILE).exists()
+    multihost_utils.sync_global_devices("all have looked before one writes")
+    if new:
         words = words_for(config, source)
         if jax.process_index() == 0:
             words.save(workdir / WORDS_FILE)

@@ -104,12 +104,13 @@ def start_from(state: TrainState, parts: Mapping[str, Any]) -> TrainState:
     """
     if not parts:
         return state
-    variables = _replace(state.variables, parts)
-    average = None if state.average is None else _replace(state.averaged, parts)["params"]
+    variables = replaced(state.variables, parts)
+    average = None if state.average is None else replaced(state.averaged, parts)["params"]
     return dataclasses.replace(state, params=variables.pop("params"), model_state=variables, average=average)
 
 
-def _replace(variables: Variables, parts: Mapping[str, Any]) -> dict[str, Any]:
+def replaced(variables: Variables, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables with `parts` in the places of their leaves, see `start_from`; each stays where it was."""
     flat = flax.traverse_util.flatten_dict(dict(variables), keep_empty_nodes=True)
     for path, array in flax.traverse_util.flatten_dict(dict(parts)).items():
         before = flat[path]
