@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ovseg_jax.data.scenes import SPLITS, draw, open_world
-from ovseg_jax.data.scenes_layout import TILT, Layout, Thing
+from ovseg_jax.data.scenes_layout import Layout, place
 from ovseg_jax.data.scenes_text import ObjectSpeaker
 from ovseg_jax.errors import UserError
 
@@ -105,18 +105,8 @@ class SceneObjects:
         world, rng, label = self.world, self._rng(index, _LAYOUT), int(self.labels[index])
         if label >= world.num_things:
             return Layout((label - world.num_things,), None, ())
-        noun, colour, pattern = world.thing_of(label)
-        stuff, place = int(rng.integers(len(world.stuff))), rng.random(4)
-        thing = Thing(
-            noun,
-            colour,
-            pattern,
-            x=float((2 * place[0] - 1) * CENTRE),
-            y=float((2 * place[1] - 1) * CENTRE),
-            radius=float(RADIUS[0] + (RADIUS[1] - RADIUS[0]) * place[2]),
-            angle=float((2 * place[3] - 1) * TILT),
-        )
-        return Layout((stuff,), None, (thing,))
+        stuff = int(rng.integers(len(world.stuff)))
+        return Layout((stuff,), None, (place(world.thing_of(label), rng, CENTRE, RADIUS),))
 
     def _captions(self, index: int) -> list[str]:
         names = self.classes.names[int(self.labels[index])]

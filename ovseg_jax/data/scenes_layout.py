@@ -77,6 +77,20 @@ def thing_window(
     return window, u, v, scenes_render.inside(outline, u, v)
 
 
+def place(
+    kind: tuple[int, int, int], rng: np.random.Generator, centre: float, radius: tuple[float, float]
+) -> Thing:
+    """A thing of a kind (noun, colour, pattern) somewhere within +-centre, of a radius between two, tilted."""
+    x, y, size, angle = rng.random(4).tolist()
+    return Thing(
+        *kind,
+        x=(2 * x - 1) * centre,
+        y=(2 * y - 1) * centre,
+        radius=radius[0] + (radius[1] - radius[0]) * size,
+        angle=(2 * angle - 1) * TILT,
+    )
+
+
 def draw_layout(world: World, rng: np.random.Generator, *, allow_held_out: bool) -> Layout:
     """Draws a scene; without `allow_held_out` no thing is of a held-out class.
 
@@ -99,16 +113,7 @@ def draw_layout(world: World, rng: np.random.Generator, *, allow_held_out: bool)
         pattern = int(rng.random() * len(world.patterns)) if world.patterns else 0
         if not allow_held_out and world.is_held_out(noun, colour, pattern):
             continue
-        place = rng.random(4)
-        thing = Thing(
-            noun,
-            colour,
-            pattern,
-            x=float((2 * place[0] - 1) * CENTRE),
-            y=float((2 * place[1] - 1) * CENTRE),
-            radius=float(RADIUS[0] + (RADIUS[1] - RADIUS[0]) * place[2]),
-            angle=float((2 * place[3] - 1) * TILT),
-        )
+        thing = place((noun, colour, pattern), rng, CENTRE, RADIUS)
         window, _, _, mask = thing_window(world, thing, COARSE)
         area = int(mask.sum())
         if area < MIN_AREA * cells:
