@@ -84,7 +84,13 @@ class Segmenter:
             classes = ClassList.from_json((folder / "classes.json").read_text())
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{folder / 'classes.json'} cannot be read: {error}") from error
-        return cls(build(config, words, classes), variables, config, classes, batch_size=batch_size)
+        method = build(config, words, classes)
+        if not isinstance(method, Segmenting):
+            raise UserError(
+                f"{workdir}: a model of method={config.method} does not segment; where it classifies images, python -m "
+                "ovseg_jax.transfer segments with it and with the masks of another run"
+            )
+        return cls(method, variables, config, classes, batch_size=batch_size)
 
     def segment(
         self,

@@ -108,6 +108,7 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
     mesh are used.
     """
     workdir = epath.Path(workdir)
+    config = config_lib.resolved(config, workdir)
     mesh = make_mesh(config.get("mesh"))
     trained, variables, step = load_variables(workdir, mesh=mesh, rules=config.get("sharding", DEFAULT_RULES))
     parts = load_parts(trained, workdir, mesh)

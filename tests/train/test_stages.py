@@ -11,6 +11,7 @@ from etils import epath
 
 from ovseg_jax.config import needed, resolved
 from ovseg_jax.errors import UserError
+from ovseg_jax.segmenter import Segmenter
 from ovseg_jax.train.run import evaluate, train
 
 ROOT = Path(__file__).parents[2]
@@ -82,9 +83,15 @@ def test_a_second_start_does_nothing_again(run, capsys):
 
 def test_evaluation_by_itself(run):
     config, workdir, summary = run
-    again = evaluate(resolved(config, workdir), workdir)
+    again = evaluate(config, workdir)
     assert again["test/accuracy"] == pytest.approx(summary["test/accuracy"])
     assert again["segmentation/miou[hard]"] == pytest.approx(summary["segmentation/miou[hard]"])
+
+
+def test_a_classifier_does_not_segment(run):
+    _, workdir, _ = run
+    with pytest.raises(UserError, match=r"method=pomp does not segment.*ovseg_jax\.transfer"):
+        Segmenter.from_checkpoint(workdir)
 
 
 def test_stages_that_wait_for_each_other(tmp_path):
