@@ -118,7 +118,7 @@ def test_the_exact_softmax_takes_no_more_memory_for_twice_the_classes():
     (one,), (two,) = (plans(*exact, f"--classes={n}") for n in (10_451, 20_902))
     assert two["flops"] > 1.9 * one["flops"]
     # The chunks' sums and what goes with the prompt are kept, never the chunks.
-    assert two["activations"] < 1.1 * one["activations"] < 2**28
+    assert two["activations"] < 1.1 * one["activations"] < 2**29
     (sampled,) = plans(*exact, "--classes=10451", "--config.loss.sample=1000")
     assert sampled["flops"] < one["flops"] / 3
 

@@ -14,7 +14,7 @@ import pytest
 def worker(port: int, process: int, count: int) -> None:
     if count > 1:
         jax.distributed.initialize(f"localhost:{port}", count, process)
-    import test_classification as whole
+    import test_classification_eval as whole
     from test_eval_runner import CLASSES, VARIABLES, PatchMethod, batches, examples
 
     from ovseg_jax.evals.classification import ClassificationEvaluator
