@@ -5,6 +5,10 @@
       on a subset of the classes and POMP without its correction, then POMP; the summary compares them.
   python -m ovseg_jax.main --config=configs/pomp.py:data=folder,data_dir=DIR,names=FILE
       the paper's recipe on DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg, ImageNet-21K as Ridnik et al. process it.
+  python -m ovseg_jax.main --config=configs/pomp.py:data=masks,data_dir=DIR,unseen=coco_stuff,init=prompt.safetensors
+      tables 4 and 5: that prompt, or one from noise, goes on learning from the cut-out segments of a data set's seen
+      classes. DIR has images/, masks/ and classes.txt (kind "semantic"); data=coco takes COCO's panoptic layout, and
+      data=scenes,tune=runs/pomp what `scenes` has, for the CLIP, the prompt and the masks of that run.
 
 Numbers with a section, table or appendix are the paper's, "code" that of its authors' repository. What neither says is
 marked "ours".
@@ -17,6 +21,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.config import parse_arg
 from ovseg_jax.errors import UserError
+from ovseg_jax.models.prompt_file import FILE
 
 TOWERS = {
     "clip_rn50": "hf:timm/resnet50_clip.openai",
@@ -55,8 +60,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """Keys of `arg`: see `parse_arg` below; unknown ones are an error that lists them."""
     args = parse_arg(
         arg,
-        data="scenes",  # scenes | folder
+        data="scenes",  # scenes | folder: images by class | masks, coco: segments of images
         data_dir="",
+        val_dir="",  # data=masks: where to evaluate; none where it is not said
+        unseen="",  # of segments: coco_stuff | voc | "cow; giraffe; ..." | FILE.json, which are left out (appendix B)
+        tune="",  # data=scenes: a finished run of this config, whose prompt (or init=noise) is tuned on segments
+        proposals="",  # of segments: a run whose masks the prompts are then tried on
+        group="",  # data=folder: base, to train on the first half of the classes and score both (CoCoOp)
         names="",  # data=folder: a file of the folders' class names
         split="train",
         val_split="val",
@@ -66,7 +76,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         length=16,  # M; 4.1. 4 in appendix E.2 and Table 2's best
         position="end",  # of the class name: end | middle | front
         specific=False,  # a context for each class (CoOp)
-        words="",  # words to start from, as "a photo of a", in place of noise
+        init="",  # what the context starts from: words, as "a photo of a", or a prompt's file; noise by default
         classes=10_451,  # of the data: a run's length is counted in epochs
         shots=16,  # 4.1
         sample=1000,  # K; 4.1
@@ -76,7 +86,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         cache=0,  # augmented views of each image whose features are kept; 0: images are seen anew in each epoch
         seed=0,
     )
-    if args.data == "scenes":
+    if args.data == "scenes" and args.tune:
+        config = tuned_on_scenes(args)
+    elif args.data == "scenes":
         config = scenes(args.seed)
         if args.method != "pomp":
             raise UserError(
@@ -84,8 +96,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
             )
     elif args.data == "folder":
         config = paper(args)
+    elif args.data in ("masks", "coco"):
+        config = segments(args)
     else:
-        raise UserError(f"data={args.data}: known are scenes, folder")
+        raise UserError(f"data={args.data}: known are scenes, folder, masks, coco")
     config.seed = args.seed
     return config
 
@@ -230,6 +244,82 @@ def small_clip(seed: int) -> ConfigDict:
     )
 
 
+# Steps, and segments of each class: of the 156 seen classes of COCO-Stuff, of the 15 of VOC.
+ZSSEG = {"coco_stuff": (16_000, 32), "voc": (3_200, 128)}
+
+
+def segments(args: ConfigDict) -> ConfigDict:
+    """A prompt that goes on learning from segments of its source data's seen classes (tables 4 and 5, appendix B).
+
+    Numbers are those of P third_party/zsseg.baseline/configs/*/zero_shot_proposal_classification_learn_prompt_pomp_*.
+    """
+    if args.data == "coco":
+        common = dict(name="coco", data_dir=args.data_dir)
+        train, validation = dict(common, split="train2017"), dict(common, split="val2017")
+    else:
+        common = dict(name="folder", kind="semantic")
+        train = dict(common, data_dir=args.data_dir)
+        validation = dict(common, data_dir=args.val_dir) if args.val_dir else None
+    config = on_segments(paper(args), args, train, validation)
+    config.steps, shots = ZSSEG.get(args.unseen, ZSSEG["coco_stuff"])
+    config.data.train[0]["shots"] = shots
+    config.batch_size, config.checkpoint.every = 32, 1000
+    config.optimizer = dict(
+        name="sgd",
+        learning_rate=0.02,
+        schedule="cosine",
+        warmup_steps=100,
+        warmup_rate=0.02 * 0.005,  # constant
+        decay_steps=config.steps,
+        momentum=0.9,
+        weight_decay=5e-4,
+    )
+    for evaluation in config.final_evals.values():
+        evaluation.prompts.update(single="a sculpture of a {}.", vild="vild", imagenet="imagenet")  # table 13
+    return config
+
+
+def tuned_on_scenes(args: ConfigDict) -> ConfigDict:
+    """The same on `scenes`: what a finished run of this config has learned meets segments of whole scenes (ours)."""
+    args.init = "" if args.init == "noise" else args.init or f"{args.tune}/{FILE}"
+    args.proposals = args.proposals or f"{args.tune}/proposals"
+    config = on_scenes(args.seed, small_clip(args.seed))
+    config.towers.init = config.towers.tokenizer = f"{args.tune}/clip"
+    scenes = dict(name="scenes", image_size=64, size="small")
+    train = dict(scenes, split="train", num_examples=1000)
+    config = on_segments(config, args, train, dict(scenes, split="test", num_examples=200))
+    for evaluation in config.final_evals.values():
+        evaluation.prompts.hard = "a photo of a {}"
+    return config
+
+
+def on_segments(config: ConfigDict, args: ConfigDict, train: dict, validation: dict | None) -> ConfigDict:
+    """`config` with segments, cut out of the images of two sources, to learn from and to classify."""
+    mean = config.towers.get("mean", (0.48145466, 0.4578275, 0.40821073))  # of CLIP's images
+    cut = dict(name="crops", fill=tuple(255 * x for x in mean), unseen=args.unseen, min_size=1)
+    config.prompt.init = args.init
+    config.loss.sample = 0  # all classes
+    config.data.train = [dict(cut, of=train, shots=32, group="seen" if args.unseen else "")]
+    config.data.update(views=1, augment=dict(crop=(0.08, 1.0), flip=True, randaugment=0))
+    before = dict(before=args.init) if args.init.endswith((".safetensors", ".tar")) else {}
+    config.final_evals = {}
+    if validation:
+        config.final_evals.validation = dict(
+            type="classification", source=dict(cut, of=validation), batch_size=256, prompts=before
+        )
+    if validation and args.proposals:
+        config.final_evals.segmentation = dict(
+            type="transfer",
+            source=validation,
+            split=args.unseen,
+            proposals=args.proposals,
+            ensemble=0.0 if args.tune else 0.7 if args.unseen == "voc" else 0.8,
+            batch_size=8,
+            prompts=before,
+        )
+    return config
+
+
 def paper(args: ConfigDict) -> ConfigDict:
     """4.1 and appendix A, and what the code adds to them."""
     if args.towers not in TOWERS:
@@ -248,11 +338,15 @@ def paper(args: ConfigDict) -> ConfigDict:
     )
     pomp = args.method == "pomp"
     views = 4 if pomp else 1  # code
-    epoch = max(1, args.classes * args.shots // own.images)
+    classes = args.classes if args.group == "" else -(-args.classes // 2)
+    epoch = max(1, classes * args.shots // own.images)
     source = dict(name="image_folder", data_dir=args.data_dir, names=args.names)
+    if args.group not in ("", "base", "new"):
+        raise UserError(f"group={args.group}: known are base, new")
+    group, halves = (dict(group=args.group), dict(group="base+new")) if args.group else ({}, {})
     validation = dict(
         type="classification",
-        source=dict(source, split=args.val_split),
+        source=dict(source, split=args.val_split, **halves),
         batch_size=256,
         every=0,
         prompts=dict(hard="a photo of a {}.", ensemble="imagenet"),  # Table 1
@@ -279,7 +373,7 @@ def paper(args: ConfigDict) -> ConfigDict:
                 length=own.length,
                 position=args.position,
                 specific=args.specific,
-                init=args.words or own.get("words", ""),
+                init=args.init or own.get("words", ""),
                 **({"depth": own.depth} if "depth" in own else {}),
             ),
             loss=dict(
@@ -303,7 +397,7 @@ def paper(args: ConfigDict) -> ConfigDict:
             ),
             data=dict(
                 task="classification",
-                train=[dict(source, split=args.split, shots=args.shots)],
+                train=[dict(source, split=args.split, shots=args.shots, **group)],
                 image_size=224,
                 views=views,
                 cache_features=args.cache,

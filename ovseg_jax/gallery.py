@@ -18,6 +18,8 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.methods.base import Classifier, Variables
 from ovseg_jax.segmenter import Segmenter
 from ovseg_jax.train.sharding import make_mesh
+from ovseg_jax.vocab.classes import ClassList
+from ovseg_jax.vocab.splits import load_split
 from ovseg_jax.vocab.templates import read_templates
 
 
@@ -27,9 +29,9 @@ def draw_run(
     """Writes `pictures/<evaluation>.png` for each of `config.final_evals` (or `evals`), and `curves.png`.
 
     Of a segmentation, a picture shows `images` examples, evenly spread over the source, with all of the source's
-    classes asked for (argmax, nothing unknown). Classes of the group "held_out" are marked. Of a classification it
-    shows features of a few classes on a sphere, and `pictures/<evaluation>-prompts.png` compares its prompts by what
-    `summary.json` says of them.
+    classes asked for (argmax, nothing unknown); those of the groups "unseen" and "held_out" are marked. Of a
+    classification it shows features of a few classes on a sphere, and `pictures/<evaluation>-prompts.png` compares its
+    prompts by what `summary.json` says of them.
 
     Args:
       config: of the run.
@@ -59,13 +61,14 @@ def draw_run(
                 prompts_picture(points, name, paths[-1])
             continue
         source: Any = make_source(evaluation.source)
-        transferred = evaluation.get("type") == "transfer"
+        classes, transferred = source.classes, evaluation.get("type") == "transfer"
         if transferred:
-            segmenter = _transferred(config, evaluation, method, variables, source)
+            classes = load_split(classes, evaluation.split) if evaluation.get("split") else classes
+            segmenter = _transferred(config, evaluation, method, variables, classes)
         else:
             segmenter = Segmenter(method, jax.device_get(variables), config)
         with paths[-1].open("wb") as f:
-            _picture(segmenter, source, name, images, proposals=not transferred).save(f, "PNG")
+            _picture(segmenter, source, classes, name, images, proposals=not transferred).save(f, "PNG")
     try:
         curves(workdir / "metrics.jsonl", workdir / "curves.png")
     except UserError:  # a run too short to have logged anything
@@ -74,7 +77,7 @@ def draw_run(
 
 
 def _transferred(
-    config: ConfigDict, evaluation: ConfigDict, method: Classifier, variables: Variables, source: Source
+    config: ConfigDict, evaluation: ConfigDict, method: Classifier, variables: Variables, classes: ClassList
 ) -> Segmenter:
     """Segments with the masks of another run and this run's classifier, as the evaluation of type "transfer" does."""
     from ovseg_jax.evals.transfer import load_stage, rules_of, seen_names
@@ -85,15 +88,18 @@ def _transferred(
     stage = load_stage(evaluation.proposals, mesh, Segmenting, "proposals", "proposes no masks")
     rules = rules_of(stage, config, evaluation.get("ensemble", 0.8), evaluation.get("threshold", 0.5))
     both = {"proposals": jax.device_get(stage.variables), "classifier": jax.device_get(variables)}
-    return Segmenter(
-        TwoStage(stage.method, method, rules, seen=seen_names(source.classes)), both, stage.config
-    )
+    return Segmenter(TwoStage(stage.method, method, rules, seen=seen_names(classes)), both, stage.config)
 
 
 def _picture(
-    segmenter: Segmenter, source: Source, name: str, images: int, *, proposals: bool = True
+    segmenter: Segmenter,
+    source: Source,
+    classes: ClassList,
+    name: str,
+    images: int,
+    *,
+    proposals: bool = True,
 ) -> Image.Image:
-    classes = source.classes
     where = np.linspace(0, len(source) - 1, min(images, len(source))).round().astype(int)
     examples = [source[int(i)] for i in where]
     pictures = [np.ascontiguousarray(example["image"]) for example in examples]
@@ -104,7 +110,7 @@ def _picture(
         found = result.features.proposals() if result.features else None
         rows.append(GridRow(result.image, truth, result.label_map, found))
     names = [classes.display(k) for k in range(len(classes))]
-    return prediction_grid(rows, names, marked=classes.groups.get("held_out", ()), title=name)
+    return prediction_grid(rows, names, marked=classes.withheld(), title=name)
 
 
 def _features(
@@ -136,7 +142,9 @@ def _features(
         parts = [embed(variables, pictures[i : i + images]) for i in range(0, len(pictures), images)]
         seen = np.concatenate([np.asarray(part) for part in parts])
     names = [source.classes.display(int(k)) for k in chosen]
-    prompts = {"own": None} | {k: read_templates(v) for k, v in (evaluation.get("prompts") or {}).items()}
+    # As in the paper, the method's own prompt and one to compare it with: more hide one another.
+    others = list((evaluation.get("prompts") or {}).items())[:1]
+    prompts = {"own": None} | {k: read_templates(v) for k, v in others}
     rays = {k: np.asarray(class_features(method, variables, names, v)) for k, v in prompts.items()}
     sphere_picture(seen, np.searchsorted(chosen, labels[where]), rays, names, name, path)
 

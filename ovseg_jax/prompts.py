@@ -209,7 +209,7 @@ def _convert(arguments: argparse.Namespace, prompt: Prompt | Sequence[str] | Non
             raise UserError(
                 f"--checkpoint={arguments.checkpoint}: method={stage.config.method} learns no such prompt"
             )
-        prompt = stage.method.prompt(stage.variables)
+        prompt = stage.method.whole_prompt(stage.variables)
     if not isinstance(prompt, Prompt):
         raise UserError(f"--out={out} is a prompt: say --checkpoint=WORKDIR or --prompt=FILE, whose it is")
     (save_prompt if out.suffix == ".safetensors" else save_original)(out, prompt)

@@ -63,7 +63,15 @@ def test_configs_build_and_survive_json(arg):
     assert config.to_json(again) == config.to_json(out)
 
 
-@pytest.mark.parametrize("arg", [None, *(f"data=folder,data_dir=x,method={m}" for m in ("pomp", "vpt"))])
+@pytest.mark.parametrize(
+    "arg",
+    [
+        None,
+        "tune=runs/pomp",
+        "data=coco,data_dir=x,unseen=cow; giraffe,proposals=y",
+        *(f"data=folder,data_dir=x,method={m}" for m in ("pomp", "vpt")),
+    ],
+)
 def test_pomp_builds_and_survives_json(arg):
     out = load("pomp", arg)
     assert config.to_json(config.from_json(config.to_json(out))) == config.to_json(out)
@@ -83,6 +91,32 @@ def test_the_numbers_of_pomp():
         32,
         0,
     )
+
+
+def test_a_prompt_goes_on_learning_from_segments():
+    """ZSSeg's numbers, and which classes are withheld from what."""
+    out = load("pomp", "data=masks,data_dir=x,val_dir=y,unseen=coco_stuff,init=p.safetensors,proposals=z")
+    (source,) = out.data.train
+    assert (out.steps, out.batch_size, source["shots"], source["group"]) == (16_000, 32, 32, "seen")
+    assert (out.optimizer.learning_rate, out.optimizer.warmup_steps, out.loss.sample) == (0.02, 100, 0)
+    assert out.optimizer.warmup_rate == pytest.approx(1e-4) and source["fill"][0] == pytest.approx(
+        122.77, abs=0.01
+    )
+    assert (source["of"]["data_dir"], out.final_evals.validation.source.of.data_dir) == ("x", "y")
+    assert out.final_evals.segmentation.split == source["unseen"] == "coco_stuff"
+    assert {"single", "vild", "imagenet", "before"} == set(out.final_evals.segmentation.prompts)
+    voc = load("pomp", "data=masks,data_dir=x,val_dir=y,unseen=voc,proposals=z")
+    assert (voc.steps, voc.data.train[0]["shots"], voc.final_evals.segmentation.ensemble) == (3_200, 128, 0.7)
+    assert voc.prompt.init == "" and "before" not in voc.final_evals.segmentation.prompts
+    assert not load("pomp", "data=masks,data_dir=x").final_evals
+    tuned = load("pomp", "tune=runs/a,init=noise")
+    assert (tuned.prompt.init, tuned.towers.init) == ("", "runs/a/clip")
+
+
+def test_base_classes_alone():
+    out = load("pomp", "data=folder,data_dir=x,group=base,classes=101,shots=16,method=coop")
+    assert out.data.train[0]["group"] == "base" and out.final_evals.validation.source.group == "base+new"
+    assert out.optimizer.hold_steps == 51 * 16 // 32
 
 
 def test_the_papers_numbers():
@@ -141,7 +175,14 @@ def test_a_frozen_text_side_is_not_trained():
 
 
 @pytest.mark.parametrize(
-    "arg", ["data=imagenet", "data=folder,towers=vit", "data=folder,method=lseg", "method=vpt"]
+    "arg",
+    [
+        "data=imagenet",
+        "data=folder,group=odd",
+        "data=folder,towers=vit",
+        "data=folder,method=lseg",
+        "method=vpt",
+    ],
 )
 def test_a_wrong_choice_of_pomp_is_a_sentence(arg):
     with pytest.raises(UserError):

@@ -1,12 +1,13 @@
 """Segments as images: each labelled segment of any segmentation source, cut out with its surroundings."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from ovseg_jax.data.sources import Regions, Source, make_source
 from ovseg_jax.errors import UserError
+from ovseg_jax.vocab.splits import load_split
 
 
 class Crops:
@@ -20,6 +21,9 @@ class Crops:
       context: share of the box's width and height that is added on each side, as far as the image goes.
       min_size: the shortest side of a box in pixels, before context is added.
       things_only: leave stuff out.
+      fill: colour (red, green, blue; 0..255) of what does not belong to the segment, as ZSSeg cuts masks out; by
+        default all that the box shows stays.
+      unseen: the classes of the groups "unseen" and "seen", see `vocab.splits.load_split`; "" for no such groups.
 
     Attributes:
       classes: those of the source.
@@ -29,15 +33,27 @@ class Crops:
       UserError: a value that cannot be, a classification source, or nothing to cut out.
     """
 
-    def __init__(self, of: Any, context: float = 0.0, min_size: int = 16, things_only: bool = False):
+    def __init__(
+        self,
+        of: Any,
+        context: float = 0.0,
+        min_size: int = 16,
+        things_only: bool = False,
+        fill: Sequence[float] | None = None,
+        unseen: str = "",
+    ):
         if context < 0 or min_size < 1:
             raise UserError(f"crops: context={context} is less than 0 or min_size={min_size} less than 1")
+        if fill is not None and (len(fill) != 3 or not all(0 <= x <= 255 for x in fill)):
+            raise UserError(f"crops: fill={tuple(fill)} is not three numbers from 0 to 255")
         self.name, self._source, self._context = "crops", make_source(of), context
+        self._fill = None if fill is None else np.round(np.asarray(fill)).astype(np.uint8)
         if hasattr(self._source, "labels"):
             raise UserError(
                 f"crops: the source {self._source.name!r} has whole images with labels, no segments"
             )
-        self.classes = self._source.classes
+        classes = self._source.classes
+        self.classes = load_split(classes, unseen) if unseen else classes
         find = getattr(self._source, "regions", None)
         regions = find() if find else _look_through(self._source)
         sides = regions.box[:, 2:] - regions.box[:, :2]
@@ -66,8 +82,12 @@ class Crops:
         across, down = self._context * (x1 - x0), self._context * (y1 - y0)
         rows = slice(max(0, round(y0 - down)), min(height, round(y1 + down)))
         columns = slice(max(0, round(x0 - across)), min(width, round(x1 + across)))
+        image = np.ascontiguousarray(example["image"][rows, columns])
+        if self._fill is not None:
+            own = example["segments"][rows, columns] == segment + 1
+            image = np.where(own[..., None], image, self._fill)
         return {
-            "image": np.ascontiguousarray(example["image"][rows, columns]),
+            "image": image,
             "label": int(self.labels[index]),
             "image_id": f"{example['image_id']}-{segment + 1}",
         }

@@ -1,6 +1,8 @@
 """A few examples of each class, of some classes: few-shot training, and scores of base and new classes."""
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,8 @@ from jaxtyping import Int
 from ovseg_jax.data.sources import Wrapped
 from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.classes import ClassList
+
+BOTH = "base+new"
 
 
 class FewShot(Wrapped):
@@ -19,7 +23,8 @@ class FewShot(Wrapped):
       shots: at most so many examples of each class, drawn by `seed`; 0 takes all.
       seed: another one draws other examples.
       group: a group of the source's `ClassList`, or "base" or "new", the first and the second half of the
-        classes (CoCoOp, 4.1; the odd one is a base class); "" takes all classes.
+        classes (CoCoOp, 4.1; the odd one is a base class); "" takes all classes, and so does "base+new", which makes
+        the halves groups of `classes`, so that they are also scored apart.
 
     Raises:
       UserError: the group is unknown or has no example, or `shots` is negative.
@@ -35,7 +40,14 @@ class FewShot(Wrapped):
         by_class = np.argsort(labels, kind="stable")
         ends = np.searchsorted(labels[by_class], np.arange(len(self.classes) + 1))
         kept = []
-        for k in _members(self.classes, group, self.name):
+        groups = _groups(self.classes)
+        if group not in groups:
+            known = ", ".join(name for name in groups if name)
+            raise UserError(f"group={group!r} of the source {self.name!r} is not one of {known}")
+        if group == BOTH:
+            halves = {half: tuple(groups[half]) for half in BOTH.split("+")}
+            self.classes = dataclasses.replace(self.classes, groups={**self.classes.groups, **halves})
+        for k in groups[group]:
             own = by_class[ends[k] : ends[k + 1]]
             if shots and len(own) > shots:
                 own = np.random.default_rng([seed, k]).choice(own, shots, replace=False)
@@ -55,10 +67,8 @@ class FewShot(Wrapped):
         return self.source[int(self._kept[index])]
 
 
-def _members(classes: ClassList, group: str, name: str) -> tuple[int, ...]:
-    half = math.ceil(len(classes) / 2)
-    halves = {"base": range(half), "new": range(half, len(classes))}
-    groups = {"": range(len(classes)), **halves, **classes.groups}
-    if group not in groups:
-        raise UserError(f"group={group!r} of the source {name!r} is not one of {', '.join(list(groups)[1:])}")
-    return tuple(groups[group])
+def _groups(classes: ClassList) -> dict[str, Sequence[int]]:
+    """The classes of everything that `group` may be."""
+    everything, half = range(len(classes)), math.ceil(len(classes) / 2)
+    halves = {"base": everything[:half], "new": everything[half:], BOTH: everything}
+    return {"": everything, **halves, **classes.groups}

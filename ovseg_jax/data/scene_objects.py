@@ -8,7 +8,7 @@ split, nor in its captions.
     source[0]["label"], source.classes.display(source[0]["label"])
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,8 @@ class SceneObjects:
       seed: of the whole data set.
       group: "seen", "held_out" or "stuff" for these classes alone; "" for all that the split may show.
       count: so many of these classes, spread evenly over their list; 0 for all of them.
+      fill: colour (red, green, blue; 0..255) that things stand on in place of a background, so that images look
+        otherwise than those that a CLIP was trained on.
 
     Attributes:
       classes: the whole world's, whatever is shown.
@@ -59,6 +61,7 @@ class SceneObjects:
         seed: int = 0,
         group: str = "",
         count: int = 0,
+        fill: Sequence[float] | None = None,
     ):
         self.name = "scene_objects"
         self.world = open_world(self.name, split, size, image_size)
@@ -79,6 +82,7 @@ class SceneObjects:
         some = np.linspace(0, len(shown) - 1, count or len(shown)).round().astype(int)
         self.labels = np.repeat(np.array(shown, np.int32)[some], shots)
         self.split, self.shots, self.image_size, self.seed = split, shots, image_size, seed
+        self._fill = None if fill is None else np.asarray(fill).astype(np.uint8)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -88,7 +92,10 @@ class SceneObjects:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: example {index} of {len(self)}")
         label, shot = int(self.labels[index]), index % self.shots
-        image, _ = draw(self.world, self.layout(index), self.image_size, self._rng(index, _PIXELS))
+        layout = self.layout(index)
+        image, segments = draw(self.world, layout, self.image_size, self._rng(index, _PIXELS))
+        if self._fill is not None and layout.things:
+            image[segments == 1] = self._fill
         return {
             "image": image,
             "label": label,

@@ -26,7 +26,7 @@ from ovseg_jax.train.sharding import AXES, replicated
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.templates import fill
 
-PAIRS = (("base", "new"), ("seen", "held_out"))
+PAIRS = (("base", "new"), ("seen", "unseen"), ("seen", "held_out"))
 """Groups that are also scored among their own classes only, and together as a harmonic mean."""
 
 
@@ -113,6 +113,7 @@ class ClassificationEvaluator:
         own = [np.isin(everything, classes.groups[group]) for group in self._groups]
         self._allowed = np.stack([everything >= 0, *own])
         self._step = jax.jit(self._outcomes, out_shardings=replicated(mesh))
+        self._kept: Any = None
 
     def run(self, variables: Variables) -> dict[str, float]:
         """Evaluates; fills `tables`.
@@ -155,7 +156,12 @@ class ClassificationEvaluator:
         else:
             width = self._method.embed_phrases(variables, self._texts[:1]).shape[1]
             own = jnp.zeros((len(self._texts), width))
-        return jnp.stack([own, *(under(templates) for templates in self._prompts.values())])
+        others = self._kept
+        if others is None:
+            others = [under(templates) for templates in self._prompts.values()]
+        if getattr(self._method, "frozen_towers", False):
+            self._kept = others
+        return jnp.stack([own, *others])
 
     def _outcomes(
         self, variables: Variables, text: Float[Array, "p t d"], batch: dict[str, Array]
@@ -240,7 +246,7 @@ def scores(outcomes: Outcomes, p: int, classes: ClassList) -> dict[str, float]:
     - `per_class`: mean over the classes that occur of the share of their images that are right, the measure of
       Caltech101, Pets, Flowers102 and Aircraft (papers/000, table 11).
     - for each group, `accuracy@<group>`: of the group's images, among all classes.
-    - of base and new, or seen and held_out: `accuracy@<group>@own`, among the group's classes only, and
+    - of base and new, or seen and held_out or unseen: `accuracy@<group>@own`, among the group's classes only, and
       `harmonic`, the harmonic mean of these two (CoCoOp's protocol of base and new classes).
     - `chance`, `chance@<group>@own`: what an answer at random gets.
     - `alignment`: mean of ||x - w_y||² (papers/000, eq. 6), lower is better.

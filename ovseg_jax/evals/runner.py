@@ -25,6 +25,7 @@ from ovseg_jax.evals.segment import MODES, Mode, cosines, region_scores_of, view
 from ovseg_jax.methods.base import Classifier, Method, Prediction, Segmenting, Trainable, Variables
 from ovseg_jax.train.sharding import AXES, replicated
 from ovseg_jax.vocab.classes import ClassList
+from ovseg_jax.vocab.splits import load_split
 from ovseg_jax.vocab.templates import read_templates
 
 
@@ -232,8 +233,8 @@ def make_evaluators(config: ConfigDict, method: Trainable, mesh: Mesh, key: str 
 
     - of a segmentation `masks: "predicted" | "none" | "truth" | a tuple of them`;
     - of a classification `prompts: {name: what templates.read_templates takes}` and `metric: the one that is "score"`;
-    - of a transfer `proposals: the folder of a run that proposes masks`, `prompts`, and of `zsseg.Rules` `ensemble` and
-      `threshold`.
+    - of a transfer `proposals: the folder of a run that proposes masks`, `prompts`, `split: the unseen classes, see
+      vocab.splits.load_split`, and of `zsseg.Rules` `ensemble` and `threshold`.
 
     Raises:
       UserError: an unknown type or mode, a type that is not the method's, or a source that cannot be read.
@@ -304,6 +305,8 @@ def _transfer(
         raise UserError(f"the evaluation {name!r} of type 'transfer' needs proposals=WORKDIR")
     proposals = load_stage(cfg.proposals, mesh, Segmenting, f"{name}.proposals", "proposes no masks")
     data |= {"task": "segmentation", "image_size": proposals.config.data.image_size}
+    if cfg.get("split"):
+        classes = load_split(classes, cfg.split)
     rules = rules_of(proposals, config, cfg.get("ensemble", 0.8), cfg.get("threshold", 0.5))
     options["prompts"] = {"learned": None, **options["prompts"]}
     return TransferEvaluator(name, proposals, method, classes, batches, mesh, rules=rules, **options)

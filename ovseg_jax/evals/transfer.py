@@ -143,5 +143,5 @@ def rules_of(proposals: Stage, config: ConfigDict, ensemble: float = 0.8, thresh
 
 def seen_names(classes: ClassList) -> list[str]:
     """All names of the classes that are in no group "unseen" or "held_out"; none where there is no such group."""
-    withheld = {k for group in ("unseen", "held_out") for k in classes.groups.get(group, ())}
-    return [name for k, names in enumerate(classes.names) if withheld and k not in withheld for name in names]
+    unseen = classes.withheld()
+    return [name for k, names in enumerate(classes.names) if unseen and k not in unseen for name in names]

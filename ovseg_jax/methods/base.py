@@ -79,7 +79,8 @@ class Classifier(Trainable, Protocol):
 
     One whose names can stand in any learned prompt also has an `embed_prompt(variables, prompt, texts)`. One whose own
     prompt differs between images has `embed_text_for(variables, texts, image: [d]) -> [k d]`, jittable, and its
-    `embed_text` is a UserError.
+    `embed_text` is a UserError. One whose towers never change says `frozen_towers = True`: what it makes of prompts
+    other than its own is then computed once in a run.
     """
 
     def embed_image(self, variables: Variables, image: UInt8[Array, "b s s 3"]) -> Float[Array, "b d"]:

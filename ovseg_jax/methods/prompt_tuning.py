@@ -65,6 +65,8 @@ class PromptTuning:
       UserError: values that cannot be.
     """
 
+    frozen_towers = True
+
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         self.config, self.loss_config = config, config.loss
         self.examples = np.array([n for n in classes.examples if n] or [1] * len(classes))
@@ -125,15 +127,17 @@ class PromptTuning:
             towers["hard"] = np.asarray(hard)[self.table[1]]
         init = self.config.prompt.get("init", "")
         if is_prompt_file(init):
-            found["params"] = {"prompt": {"context": self._from_file(init)}}
+            found["params"] = {"prompt": {"context": self._from_file(init, towers)}}
         elif init and towers:
             context = self._from_words(init, towers["text"]["Embed_0"]["embedding"])
             found["params"] = {"prompt": {"context": context}}
         return found
 
-    def _from_file(self, path: str) -> np.ndarray:
+    def _from_file(self, path: str, towers: Mapping[str, Any]) -> np.ndarray:
         prompt, own = load_prompt(path), self.layout
         prompt.check_width(self.clip.text.width)
+        if towers:
+            prompt.check_tower(self.clip.anchor(towers))
         if prompt.layout[:2] != own[:2]:
             length, position, _ = prompt.layout
             raise UserError(f"prompt.init={path}: set prompt.length={length} and prompt.position={position}")
@@ -259,9 +263,14 @@ class PromptTuning:
 
     def artifacts(self, variables: Variables) -> dict[str, Callable[[epath.Path], None]]:
         """The learned prompt as a file, see `methods.base.Trainable`."""
+        prompt = self.whole_prompt(variables)
+        return {FILE: lambda path: save_prompt(path, prompt)}
+
+    def whole_prompt(self, variables: Variables) -> Prompt:
+        """The learned prompt as files hold it: all of it on every process, with what its tower is known by."""
         prompt = self.prompt(variables)
-        whole = np.asarray(multihost_utils.process_allgather(prompt.context, tiled=True))
-        return {FILE: lambda path: save_prompt(path, dataclasses.replace(prompt, context=whole))}
+        context = np.asarray(multihost_utils.process_allgather(prompt.context, tiled=True))
+        return dataclasses.replace(prompt, context=context, anchor=self.clip.anchor(variables["towers"]))
 
     def prompt(self, variables: Variables) -> Prompt:
         """The learned prompt."""

@@ -39,6 +39,8 @@ class VPT:
       UserError: an image tower that is no ViT, or values that cannot be.
     """
 
+    frozen_towers = True
+
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         self.config = config
         self.clip = Clip(config.towers, words)

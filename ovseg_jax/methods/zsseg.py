@@ -10,9 +10,11 @@ temperature), a class scores
 and a pixel gets the class with the largest sum over n of score times sigmoid mask. A proposal that covers no pixel
 is not put to the classifier: q_n = 1, and for w = 0 it is left out.
 
-Where this differs from the published code: crops are rounded to bytes, as a classifier takes images; masks are
-upsampled to the label's own size before the sigmoid rather than the sum after it (see `evals.segment`); and there is
-no "no object" among the classes, an embedding that its MaskFormer learns and proposals in general do not have.
+Proposals that know "no object", as ZSSeg's MaskFormer, which learns an embedding for it, have a `no_object(variables)
+-> [d]`: the softmax of p is then over one class more, which is dropped.
+
+Where this differs from the published code: crops are rounded to bytes, as a classifier takes images; and masks are
+upsampled to the label's own size before the sigmoid rather than the sum after it (see `evals.segment`).
 """
 
 import dataclasses
@@ -31,6 +33,7 @@ from ovseg_jax.models.prompt_file import Prompt
 from ovseg_jax.train.sharding import active_batch_axes
 
 _PRECISION = jax.lax.Precision.HIGHEST
+_NEVER = -1e9  # a logit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +68,9 @@ class TwoStage:
     """Proposals of one trained method, classified by another; for evaluators and `Segmenter`, not for training.
 
     Its variables are {"proposals": ..., "classifier": ...}. What it calls embeddings are both stages' side by side,
-    which `region_scores` tells apart: of a region the proposals' times 1/τ, the classifier's times its 1/τ, and
-    whether there was anything to classify; of a name the proposals' text side (nothing for w = 0, when it is not
-    asked), the prompt's, and whether it is of a seen class.
+    which `region_scores` tells apart: of a region the proposals' times 1/τ, the classifier's times its 1/τ, the logit
+    of "no object", and whether there was anything to classify; of a name the proposals' text side (nothing for w = 0,
+    when it is not asked), the prompt's, and whether it is of a seen class.
 
     Args:
       proposals: what proposes masks.
@@ -102,7 +105,12 @@ class TwoStage:
             raise UserError(f"{type(self.proposals).__name__} is a per-pixel method, which proposes no masks")
         embed, cut = self._classify(variables["classifier"], image, image_size, found.mask_logits)
         scale = self.classifier.logit_scale(variables["classifier"])
-        both = (self.rules.scale * found.region_embed, scale * embed, cut[..., None])
+        own = self.rules.scale * found.region_embed
+        nothing = jnp.full(cut.shape, _NEVER)
+        if hasattr(self.proposals, "no_object"):
+            vector = self.proposals.no_object(variables["proposals"])
+            nothing = jnp.matmul(own, vector, precision=_PRECISION)
+        both = (own, scale * embed, nothing[..., None], cut[..., None])
         return found._replace(region_embed=jnp.concatenate(both, -1))
 
     def _classify(
@@ -152,20 +160,23 @@ class TwoStage:
         regions, w = prediction.region_embed, self.rules.ensemble
         assert regions is not None
         d = prediction.pixel_embed.shape[-1]
-        e = regions.shape[-1] - d - 1
-        cut, seen = regions[:, -1] > 0, text[:, -1:] > 0
-        q = _log_probability(text[:, -e - 1 : -1], regions[:, d:-1], owner)
+        e = regions.shape[-1] - d - 2
+        nothing, cut, seen = regions[:, -2], regions[:, -1] > 0, text[:, -1:] > 0
+        q = _log_probability(text[:, -e - 1 : -1], regions[:, d:-2], owner)
         if not w:
             return jnp.where(cut, jnp.exp(q), 0)
-        p = _log_probability(text[:, :d], regions[:, :d], owner)
+        p = _log_probability(text[:, :d], regions[:, :d], owner, nothing)
         share = jnp.where(seen, 1 - w, w)
         return jnp.exp((1 - share) * p + share * jnp.where(cut, q, 0))
 
 
 def _log_probability(
-    text: Float[Array, "t d"], regions: Float[Array, "n d"], owner: Int[Array, "t"]
+    text: Float[Array, "t d"],
+    regions: Float[Array, "n d"],
+    owner: Int[Array, "t"],
+    nothing: Float[Array, "n"] | float = _NEVER,
 ) -> Float[Array, "t n"]:
-    """Log of each name's probability for each region, if every class stands by its best name."""
+    """Log of each name's probability for each region, if every class stands by its best name, beside "no object"."""
     logits = jnp.matmul(text, regions.T, precision=_PRECISION)
     classes = jax.ops.segment_max(logits, owner, num_segments=len(text))
-    return logits - jax.nn.logsumexp(classes, axis=0)
+    return logits - jnp.logaddexp(jax.nn.logsumexp(classes, axis=0), nothing)

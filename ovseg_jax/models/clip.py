@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
@@ -18,7 +19,7 @@ from ovseg_jax.models import clip_resnet, vit
 from ovseg_jax.models.clip_resnet import ClipResNet
 from ovseg_jax.models.packed_text import stacked
 from ovseg_jax.models.prompt import encode_names, even_order, phrase_tokens, window_size
-from ovseg_jax.models.prompt_file import Prompt
+from ovseg_jax.models.prompt_file import ANCHOR, Prompt
 from ovseg_jax.models.small import SmallBackbone
 from ovseg_jax.models.text import unit
 from ovseg_jax.models.text_towers import PRESETS, CLIPText, text_tower
@@ -214,11 +215,19 @@ class Clip:
         """Unit vectors of names under a learned prompt.
 
         Raises:
-          UserError: it was learned for a text tower of another width, or for other classes.
+          UserError: it was learned for another text tower, or for other classes.
         """
         prompt.check_width(self.text.width)
+        prompt.check_tower(self.anchor(weights))
         tokens = prompt.tokens(self.tokenizer, names)
         return self.embed_names(weights, jnp.asarray(prompt.context), prompt.layout, tokens)
+
+    def anchor(self, weights: Mapping[str, Any]) -> tuple[float, ...]:
+        """What this text tower is known by, see `Prompt.anchor`; the same on all processes."""
+        first = weights["text"]["pos_embedding"][0, 0, :ANCHOR]
+        if isinstance(first, jax.Array) and not first.is_fully_addressable:
+            first = multihost_utils.process_allgather(first, tiled=True)
+        return tuple(float(x) for x in np.asarray(first))
 
     def embed_phrases(self, weights: Mapping[str, Any], texts: Sequence[str]) -> Float[Array, "k e"]:
         """Unit vectors of texts as they stand."""

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.prompt_file import FILE, Prompt, load_prompt, save_prompt
+from ovseg_jax.models.prompt_file import ANCHOR, FILE, Prompt, load_prompt, save_prompt
 from ovseg_jax.models.text import unit
 from ovseg_jax.models.text_towers import CLIPText, TextOutput, text_tower
 from ovseg_jax.vocab.words import WordList
@@ -158,6 +158,7 @@ class FrozenText:
         if self.prompt is None:
             apply = jax.jit(lambda variables, ids, valid: unit(tower.apply(variables, ids, valid).pooled))
             return tokenizer, apply, variables
+        self.prompt.check_tower(variables["params"]["pos_embedding"].ravel()[:ANCHOR].tolist())
         context = jnp.asarray(self.prompt.context[0])
 
         @jax.jit

@@ -1,7 +1,8 @@
 """Learned prompts as files: a small safetensors of ours, and the checkpoints of the repository of POMP's authors.
 
     prompt.safetensors                `context` [M d], or [N M d] where each class has its own; as metadata `format`,
-                                      `position`, `tower` and, of classes with contexts of their own, `names` (JSON)
+                                      `position`, `tower`, `anchor` (see `Prompt`; JSON) and, of classes with contexts
+                                      of their own, `names` (JSON)
     prompt_learner/model.pth.tar-20   theirs (amazon-science/prompt-pretraining, trainers/pomp.py; CoOp's are alike):
                                       of PyTorch, {"state_dict": {"ctx": [M d] or [N M d], ...}, "epoch": 20, ...}
 
@@ -13,7 +14,7 @@ import json
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from ovseg_jax.vocab.prompt_layout import POSITIONS, Layout, NameTokens
 from ovseg_jax.vocab.tokenizers import PieceTokenizer
 
 FILE = "prompt.safetensors"
+ANCHOR = 8  # numbers of a text tower that are kept with a prompt
+# What two precisions of the same weights differ by at most, as a share of the largest number.
+_ROUNDING = 0.01
 _FORMAT = "ovseg_jax.prompt"
 _ORIGINAL = re.compile(r"\.pth\.tar(-\d+)?$")
 # What `load_model` of theirs leaves out too: token vectors of the class names of that time.
@@ -43,6 +47,8 @@ class Prompt:
       names: the N classes with contexts of their own, in order; () where all share one, or the file does not say.
       tower: the name of the text tower that it was learned for, where that is known.
       source: the file that it was read from.
+      anchor: the first numbers of that tower's first position, by which it is known again: towers of one width are not
+        told apart by shapes. () where the file does not say.
     """
 
     context: Float[Any, "n m d"]
@@ -50,6 +56,7 @@ class Prompt:
     names: tuple[str, ...] = ()
     tower: str = ""
     source: str = ""
+    anchor: tuple[float, ...] = ()
 
     def check_width(self, width: int) -> None:
         """Raises a UserError unless these are vectors of a text tower of that width."""
@@ -58,6 +65,18 @@ class Prompt:
             raise UserError(
                 f"the prompt {self.source}{learned} has vectors of {self.context.shape[-1]} numbers; those of the text "
                 f"tower have {width}"
+            )
+
+    def check_tower(self, anchor: Sequence[float]) -> None:
+        """Raises a UserError if it is known to be learned for another text tower than the one with this anchor."""
+        if not self.anchor:
+            return
+        apart = max(abs(a - b) for a, b in zip(anchor, self.anchor, strict=False))
+        if apart > _ROUNDING * max(map(abs, self.anchor)):
+            learned = f" ({self.tower!r})" if self.tower else ""
+            raise UserError(
+                f"the prompt {self.source} was learned for another text tower{learned} of the same width: it means "
+                "nothing to this one"
             )
 
     def tokens(self, tokenizer: PieceTokenizer, names: Sequence[str]) -> NameTokens:
@@ -95,6 +114,8 @@ def save_prompt(path: epath.PathLike, prompt: Prompt) -> None:
     """Writes a prompt in our form."""
     context = np.asarray(prompt.context, np.float32)
     metadata = {"format": _FORMAT, "position": prompt.layout.position, "tower": prompt.tower}
+    if prompt.anchor:
+        metadata["anchor"] = json.dumps(prompt.anchor)
     if prompt.layout.specific:
         metadata["names"] = json.dumps(list(prompt.names), ensure_ascii=False)
     write_safetensors(path, {"context": context if prompt.layout.specific else context[0]}, metadata)
@@ -118,7 +139,8 @@ def load_prompt(path: str | Path) -> Prompt:
         if metadata.get("format") != _FORMAT or arrays.keys() != {"context"}:
             raise UserError(f"{path} is no prompt: it holds {_listed(arrays)}, not a 'context' alone")
         context = np.array(arrays["context"], np.float32)
-    position, names = metadata.get("position"), _names(path, metadata.get("names", "[]"))
+    position, names = metadata.get("position"), tuple(_listing(path, metadata, "names", str))
+    anchor = tuple(_listing(path, metadata, "anchor", float))
     if position not in POSITIONS:
         raise UserError(f"{path}: its 'position' is {position!r}, not one of {', '.join(POSITIONS)}")
     if context.ndim not in (2, 3) or 0 in context.shape or not np.isfinite(context).all():
@@ -129,7 +151,7 @@ def load_prompt(path: str | Path) -> Prompt:
         raise UserError(f"{path}: 'names' has {len(names)} classes, and 'context' is {list(context.shape)}")
     layout = Layout(context.shape[-2], position, specific=context.ndim == 3)
     rows = context.reshape(-1, *context.shape[-2:])
-    return Prompt(rows, layout, names, metadata.get("tower", ""), str(path))
+    return Prompt(rows, layout, names, metadata.get("tower", ""), str(path), anchor)
 
 
 def save_original(path: str | Path, prompt: Prompt) -> None:
@@ -182,14 +204,15 @@ def _torch(path: str | Path) -> Any:
     return torch
 
 
-def _names(path: Path, text: str) -> tuple[str, ...]:
+def _listing(path: Path, metadata: Mapping[str, str], key: str, kind: type) -> list[Any]:
+    """The JSON list of one kind that stands under a key of the metadata, if it does."""
     try:
-        names = json.loads(text)
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError("no list of texts")
+        found = json.loads(metadata.get(key, "[]"))
+        if not isinstance(found, list) or not all(isinstance(x, kind) for x in found):
+            raise ValueError(f"no list of {kind.__name__}")
     except ValueError as error:
-        raise UserError(f"{path}: its 'names' cannot be read: {error}") from error
-    return tuple(names)
+        raise UserError(f"{path}: its {key!r} cannot be read: {error}") from error
+    return found
 
 
 def _listed(names: Iterable[str]) -> str:

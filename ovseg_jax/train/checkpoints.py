@@ -209,11 +209,19 @@ def load_variables(
     average = directory / str(step) / "average"
     if averaged and average.exists():
         variables["params"] = restore(average, (jax.tree_util.DictKey("params"),))
-    if (workdir / TEXT_TOWER / CONFIG_FILE).exists():
-        config.text.init = str(workdir / TEXT_TOWER)
-        if config.text.get("prompt", ""):
-            config.text.prompt = str(workdir / TEXT_TOWER / PROMPT_FILE)
-    return config, jax.device_get(variables) if mesh is None else variables, step
+    return with_own_text(config, workdir), jax.device_get(variables) if mesh is None else variables, step
+
+
+def with_own_text(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
+    """The config with the frozen text tower and prompt that the run has kept, in place of where they came from."""
+    folder = epath.Path(workdir) / TEXT_TOWER
+    if not (folder / CONFIG_FILE).exists():
+        return config
+    config = ConfigDict(config.to_dict())
+    config.text.init = str(folder)
+    if config.text.get("prompt", ""):
+        config.text.prompt = str(folder / PROMPT_FILE)
+    return config
 
 
 def read_config(workdir: epath.PathLike) -> ConfigDict | None:

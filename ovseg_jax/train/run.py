@@ -28,6 +28,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.evals.runner import Evaluator
 from ovseg_jax.methods.base import Classifier, Segmenting, Trainable, Variables
 from ovseg_jax.models.frozen_text import FrozenText
+from ovseg_jax.models.prompt_file import FILE as PROMPT_FILE
 from ovseg_jax.train.checkpoints import (
     CONFIG_FILE,
     TEXT_TOWER,
@@ -35,6 +36,7 @@ from ovseg_jax.train.checkpoints import (
     is_disk_full,
     load_variables,
     read_config,
+    with_own_text,
     write_config,
 )
 from ovseg_jax.train.features import cached_features
@@ -242,7 +244,7 @@ def make_parts(config: ConfigDict, workdir: epath.Path, source: Any) -> Parts:
             words.save(workdir / WORDS_FILE)
             (workdir / CLASSES_FILE).write_text(_counted(source).to_json())
         multihost_utils.sync_global_devices("vocabulary")
-    parts = load_parts(config, workdir, make_mesh(config.get("mesh")))
+    parts = load_parts(with_own_text(config, workdir), workdir, make_mesh(config.get("mesh")))
     text = getattr(parts.method, "text", None)
     local = "://" not in str(workdir)  # A tokeniser reads local files.
     if isinstance(text, FrozenText) and local and jax.process_index() == 0:
@@ -376,5 +378,7 @@ def _show(workdir: epath.Path, summary: Mapping[str, Any], method: Trainable) ->
         print(
             f'next: python -m ovseg_jax.predict --checkpoint={workdir} --images=FILE --labels="WORDS" --out=DIR'
         )
-    elif isinstance(method, Classifier):
+    elif (workdir / PROMPT_FILE).exists():
         print(f"next: python -m ovseg_jax.prompts --checkpoint={workdir} --classes=FILE --out=vectors.npy")
+    elif isinstance(method, Classifier):
+        print(f"next: python -m ovseg_jax.score --checkpoint={workdir} --suite=pomp --data_dir=DIR")

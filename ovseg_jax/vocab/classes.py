@@ -66,6 +66,10 @@ class ClassList:
         owner = np.repeat(np.arange(len(self.names), dtype=np.int32), [len(names) for names in self.names])
         return flat, owner
 
+    def withheld(self) -> tuple[int, ...]:
+        """The categories of the groups "unseen" and "held_out", which training does not know."""
+        return tuple(sorted({k for group in ("unseen", "held_out") for k in self.groups.get(group, ())}))
+
     @property
     def index(self) -> dict[str, int]:
         """The index of each category by its first name; the first of equal names wins."""

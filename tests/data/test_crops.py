@@ -10,6 +10,7 @@ from PIL import Image
 from ovseg_jax.data.coco import Coco
 from ovseg_jax.data.crops import Crops
 from ovseg_jax.data.scenes import Scenes
+from ovseg_jax.data.sources import make_source
 from ovseg_jax.errors import UserError
 
 SAMPLE = Path(__file__).parents[2] / "../shared/data/coco_sample"
@@ -50,6 +51,37 @@ def test_context_and_choice():
     big = Crops(SCENES, min_size=30)
     assert 0 < len(big) < len(Crops(SCENES, min_size=1))
     assert all(min(big[k]["image"].shape[:2]) >= 30 for k in range(len(big)))
+
+
+def test_what_is_not_the_segment_is_filled():
+    """ZSSeg's cut-out masks: the pixels of the segment, and one colour."""
+    shown, filled = Crops(SCENES, min_size=1), Crops(SCENES, min_size=1, fill=(10.4, 200.0, 30.0))
+    scenes = Scenes("test", 12, 64)
+    some = 0
+    for index in range(len(filled)):
+        name, number = filled[index]["image_id"].rsplit("-", 1)
+        example = scenes[int(name.rsplit("-", 1)[-1])]
+        x0, y0, x1, y1 = example["boxes"][int(number) - 1].astype(int)
+        own = example["segments"][y0:y1, x0:x1] == int(number)
+        np.testing.assert_array_equal(filled[index]["image"][own], shown[index]["image"][own])
+        assert (filled[index]["image"][~own] == (10, 200, 30)).all() and filled[index][
+            "image"
+        ].dtype == np.uint8
+        some += int((~own).sum())
+    assert some > 100
+    with pytest.raises(UserError, match="three numbers from 0 to 255"):
+        Crops(SCENES, fill=(1.0, 2.0, 300.0))
+
+
+def test_unseen_classes_are_groups():
+    crops = Crops(SCENES, min_size=1, unseen="grass; red ball")
+    assert {crops.classes.display(k) for k in crops.classes.groups["unseen"]} == {"red ball", "grass"}
+    few = make_source(
+        {"name": "crops", "of": SCENES, "unseen": "grass; red ball", "group": "seen", "shots": 2}
+    )
+    assert not set(few.labels) & set(crops.classes.groups["unseen"])
+    with pytest.raises(UserError, match="unseen class 'zebra'"):
+        Crops(SCENES, unseen="zebra")
 
 
 def write_coco(root, boxes=True):

@@ -53,16 +53,19 @@ def test_the_seed_draws_and_nothing_else():
 
 
 @pytest.mark.parametrize(
-    ("group", "labels"), [("base", {0, 1, 2}), ("new", {3}), ("vowel", {0}), ("", {0, 1, 2, 3})]
+    ("group", "labels"),
+    [("base", {0, 1, 2}), ("new", {3}), ("vowel", {0}), ("", {0, 1, 2, 3}), ("base+new", {0, 1, 2, 3})],
 )
 def test_groups(group, labels):
     few = FewShot(Numbers(), 0, 0, group)
     assert set(few.labels) == labels
     assert len(few) == np.isin(Numbers().labels, list(labels)).sum()
+    named = {"base": (0, 1, 2), "new": (3, 4)} if group == "base+new" else {}
+    assert few.classes.groups == {"vowel": (0, 4), **named}
 
 
 def test_errors():
-    with pytest.raises(UserError, match="group='odd' of the source 'numbers' is not one of base, new, vowel"):
+    with pytest.raises(UserError, match=r"group=.odd. of .* is not one of base, new, base\+new, vowel"):
         FewShot(Numbers(), group="odd")
     with pytest.raises(UserError, match="shots=-1"):
         FewShot(Numbers(), -1)

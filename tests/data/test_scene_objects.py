@@ -39,6 +39,23 @@ def test_each_split_shows_its_classes(size):
             assert shown == [source.labels[index]] == [source[index]["label"]]
 
 
+def test_things_on_one_colour():
+    """The same things, and stuff as it was."""
+    plain, filled = (SceneObjects("test", 2, size="tiny", fill=fill) for fill in (None, (0.0, 0.0, 9.0)))
+    stuff = 0
+    for index in range(len(plain)):
+        a, b = plain[index]["image"], filled[index]["image"]
+        background = (b == (0, 0, 9)).all(-1)
+        np.testing.assert_array_equal(a[~background], b[~background])
+        if plain.layout(index).things:
+            # A thing of about 0.83 of half the side, wherever its outline leaves the square.
+            assert 0.1 < background.mean() < 0.9
+        else:
+            stuff += 1
+            assert not background.any()
+    assert stuff == 2 * len(plain.classes.groups["stuff"])
+
+
 def test_an_image_follows_from_class_and_shot():
     few = SceneObjects("test", 2, size="small", group="held_out")
     many = SceneObjects("test", 5, size="small")

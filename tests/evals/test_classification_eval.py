@@ -187,6 +187,16 @@ def test_templates_are_whole_texts():
     ] + ["one red fox."]
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_prompts_of_frozen_towers_are_computed_once(frozen):
+    method = RandomMethod()
+    method.frozen_towers = frozen
+    first, evaluator = evaluate(method)
+    assert evaluator.run(VARIABLES) == first
+    # The method's own prompt, and three templates.
+    assert len(method.asked) == (1 + 3) + (1 if frozen else 1 + 3)
+
+
 def test_per_class_weighs_classes_and_the_table_says_what_was_taken_for_what():
     """Three classes whose images say which class is predicted; the third never occurs."""
     classes = ClassList((("a",), ("b", "B"), ("c",)), (0, 1, 2), (True,) * 3, {"base": (0,), "new": (1, 2)})

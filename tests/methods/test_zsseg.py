@@ -144,13 +144,13 @@ def bicubic(region):
     return np.clip(np.round(out), 0, 255)
 
 
-def softmax_of_best(logits):
-    """Of each name, if a class stands by its best name."""
-    best = np.array([logits[k == OWNER].max() for k in range(len(CLASSES))])
+def softmax_of_best(logits, *others):
+    """Of each name, if a class stands by its best name; `others` are logits of further classes."""
+    best = np.array([*(logits[k == OWNER].max() for k in range(len(CLASSES))), *others])
     return np.exp(logits) / np.exp(best).sum()
 
 
-def slow_scores(image, image_size, found, w, threshold=0.4, seen=SEEN, prompt="learned {}"):
+def slow_scores(image, image_size, found, w, threshold=0.4, seen=SEEN, prompt="learned {}", no_object=None):
     """[t n]: ZSSeg's rules for one image."""
     h, wide = image_size
     own, text = (unit([vector(f.format(t), d) for t in NAMES]) for f, d in (("{}", D), (prompt, E)))
@@ -159,7 +159,8 @@ def slow_scores(image, image_size, found, w, threshold=0.4, seen=SEEN, prompt="l
     for n in range(N):
         mask = 1 / (1 + np.exp(-bilinear(np.asarray(found.mask_logits[n], np.float64), h, wide, image_size)))
         inside = mask > threshold
-        p = softmax_of_best(3.0 * own @ np.asarray(found.region_embed[n], np.float64)[:D])
+        region = np.asarray(found.region_embed[n], np.float64)[:D]
+        p = softmax_of_best(3.0 * own @ region, *([] if no_object is None else [3.0 * no_object @ region]))
         q = np.ones(len(NAMES))
         if inside.any():
             rows, columns = np.nonzero(inside.any(1))[0], np.nonzero(inside.any(0))[0]
@@ -192,6 +193,26 @@ def test_scores_of_proposals_are_zssegs(w):
         want = slow_scores(image[i], sizes[i], one(slow), w)
         np.testing.assert_allclose(got, want, atol=2e-4)  # a byte that is rounded the other way
         assert bool(got[:, -1].any()) == (w > 0)
+
+
+def test_proposals_may_know_no_object(monkeypatch):
+    """ZSSeg's MaskFormer learns an embedding of it, which takes its share of p and is no answer."""
+    image, sizes = case()
+    vector_ = unit(vector("nothing", D))
+    plain = make(0.8)
+    text = plain.embed_text(VARIABLES, NAMES)
+    without = plain.predict(VARIABLES, jnp.asarray(image), jnp.asarray(sizes))
+    monkeypatch.setattr(
+        Proposals, "no_object", lambda self, variables: jnp.asarray(vector_, jnp.float32), raising=False
+    )
+    found = make(0.8).predict(VARIABLES, jnp.asarray(image), jnp.asarray(sizes))
+    slow = first_stage(image, sizes)
+    for i in range(len(image)):
+        one = lambda tree, i=i: jax.tree.map(lambda x: x[i], tree)
+        got = plain.region_scores(one(found), text, jnp.asarray(OWNER))
+        want = slow_scores(image[i], sizes[i], one(slow), 0.8, no_object=vector_)
+        np.testing.assert_allclose(got, want, atol=2e-4)
+        assert (got < plain.region_scores(one(without), text, jnp.asarray(OWNER))).all()
 
 
 def test_where_nothing_is_seen_w_is_the_classifiers():

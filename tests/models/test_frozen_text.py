@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models import text_towers
@@ -166,6 +167,7 @@ def test_an_export_and_a_run_carry_the_prompt(folder, tmp_path_factory):
     from ovseg_jax import export
     from ovseg_jax.segmenter import Segmenter
     from ovseg_jax.train.checkpoints import Checkpoints, load_variables, write_config
+    from ovseg_jax.train.run import make_parts
     from ovseg_jax.train.state import TrainState
 
     path, reference = folder
@@ -182,11 +184,16 @@ def test_an_export_and_a_run_carry_the_prompt(folder, tmp_path_factory):
     )
     checkpoints.close()
     method.text.save(workdir / "text_tower")
+    WORDS.save(workdir / "words.json")
+    (workdir / "classes.json").write_text(CLASSES.to_json())
     shutil.rmtree(path)
 
     expected = reference([written.format(name) for name in ("polar bear", "cake")])
     loaded = ovseg_jax.torch.load(out)
     np.testing.assert_allclose(loaded.embed(["polar_bear", "cake"]).numpy(), expected, atol=2e-6)
+    # A run that goes on needs the folder of its tower no more than one that is read.
+    going_on = make_parts(method.config, epath.Path(workdir), None).method.text
+    np.testing.assert_allclose(going_on.encode({}, ["polar_bear", "cake"]), expected, atol=2e-6)
     again = FrozenText(load_variables(workdir)[0].text, WORDS, EMBED)
     np.testing.assert_allclose(again.encode({}, ["polar_bear", "cake"]), expected, atol=2e-6)
     # A tower without a prompt that is saved over it leaves none behind.
@@ -213,6 +220,14 @@ def test_a_prompt_that_is_not_the_tower_s(folder):
         make(text=dict(prompt=str(file)))
     method = make(text=dict(tower="tiny_clip", init=str(path)), frozen=("^text/",), embed_dim=EMBED)
     assert method.text.prompt is None
+    for anchor, known in ((method.text.weights()["pos_embedding"][0, 0, :8], True), (np.ones(8), False)):
+        save_prompt(file, Prompt(context[:1], Layout(3), anchor=tuple(anchor.tolist())))
+        other = frozen(path, prompt=str(file))
+        if known:
+            other.text.encode({}, ["zebra"])
+        else:
+            with pytest.raises(UserError, match="learned for another text tower of the same width"):
+                other.text.encode({}, ["zebra"])
 
 
 def test_a_clip_is_exported_for_transformers_and_for_big_vision(folder, tmp_path_factory):

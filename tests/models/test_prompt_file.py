@@ -1,5 +1,6 @@
 """Prompts as files: ours, the original's as its trainer saves them, and what a run does with them."""
 
+import dataclasses
 import json
 from collections import OrderedDict
 
@@ -54,11 +55,16 @@ def test_ours_and_back(tmp_path):
     specific = Prompt(
         random_prompt(2).context, Layout(4, specific=True), ("red ball", "Zürich"), "clip_vitb16"
     )
-    for prompt in (shared, specific):
+    known = dataclasses.replace(shared, anchor=(0.25, -1.0, 1 / 3))
+    for prompt in (shared, specific, known):
         save_prompt(tmp_path / "p.safetensors", prompt)
         again = load_prompt(tmp_path / "p.safetensors")
         same(again, prompt)
-        assert again.tower == prompt.tower and again.source == str(tmp_path / "p.safetensors")
+        assert (
+            again.anchor == prompt.anchor
+            and again.tower == prompt.tower
+            and again.source == str(tmp_path / "p.safetensors")
+        )
 
 
 def test_the_original_s_and_back(tmp_path):
@@ -105,6 +111,7 @@ def test_what_is_no_prompt(tmp_path):
     wrong("left.safetensors", "'position' is 'left'", {"context": context}, position="left")
     wrong("names.safetensors", "'names' has 1 classes", {"context": context}, names='["a"]')
     wrong("json.safetensors", "'names' cannot be read", {"context": context}, names="{")
+    wrong("anchor.safetensors", "'anchor' cannot be read", {"context": context}, anchor='["a"]')
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     wrong("cut.safetensors", "cannot be read")
 
@@ -183,6 +190,17 @@ def test_an_evaluation_under_the_prompt_of_another_run(tmp_path):
     towers = learned["towers"]
     params = {"image": towers["image"]["params"], "text": unstacked(towers["text"]), "scale": towers["scale"]}
     close(class_features(clip, {"params": params}, NAMES, read_templates(path)), expected, 1e-6)
+
+    # Towers of one width are told apart, in whatever precision they are.
+    half = jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16), towers)
+    class_features(mine, {**variables, "towers": half}, NAMES, read_templates(path))
+    with pytest.raises(UserError, match=r"learned for another text tower \('clip'\) of the same width"):
+        class_features(
+            mine,
+            variables_of(mine) | {"towers": mine.init(jax.random.key(9))["towers"]},
+            NAMES,
+            read_templates(path),
+        )
 
     with pytest.raises(UserError, match="ColourClassifier has no place for the prompt"):
         class_features(ColourClassifier(), {}, NAMES, read_templates(path))
