@@ -56,6 +56,12 @@ BASELINES = {
 }
 
 
+CLIP_MEAN = (122.77, 116.75, 104.09)
+# What a thing of `scenes` stands on where a prompt is learned. The small CLIP has seen none like it: a prompt is of use
+# where images look otherwise than those that its CLIP knows.
+BLACK = (0.0, 0.0, 0.0)
+
+
 def get_config(arg: str | None = None) -> ConfigDict:
     """Keys of `arg`: see `parse_arg` below; unknown ones are an error that lists them."""
     args = parse_arg(
@@ -105,7 +111,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def scenes(seed: int) -> ConfigDict:
-    """POMP on the embedded data: 32 px images of 2,412 classes, of which a third is held out (ours)."""
+    """POMP on the embedded data: things of 2,412 classes on black, 32 px, of which a third is held out (ours)."""
     clip = small_clip(seed)
     config = on_scenes(seed, clip)
     config.before = dict(
@@ -123,7 +129,7 @@ def scenes(seed: int) -> ConfigDict:
     config.final_evals = dict(
         test=dict(
             type="classification",
-            source=dict(name="scene_objects", image_size=32, size="large", split="test", shots=2),
+            source=dict(name="scene_objects", image_size=32, size="large", split="test", shots=2, fill=BLACK),
             batch_size=512,
             prompts=prompts,
         ),
@@ -133,6 +139,7 @@ def scenes(seed: int) -> ConfigDict:
             source=dict(name="scenes", split="test", num_examples=200, image_size=64, size="small"),
             proposals="before:proposals",
             ensemble=0.0,
+            fill="zero",
             batch_size=50,
             prompts=prompts,
         ),
@@ -145,13 +152,20 @@ def on_scenes(
 ) -> ConfigDict:
     """A prompt for the small CLIP, on its seen classes or `count` of them (ours)."""
     source = dict(
-        name="scene_objects", image_size=32, size="large", split="train", shots=4, count=count, seed=1
+        name="scene_objects",
+        image_size=32,
+        size="large",
+        split="train",
+        shots=4,
+        count=count,
+        seed=1,
+        fill=BLACK,
     )
     return ConfigDict(
         dict(
             method="pomp",
             seed=seed,
-            steps=400,
+            steps=1000,
             batch_size=256,
             accumulate=1,
             profile="",
@@ -179,7 +193,7 @@ def on_scenes(
             ),
             evals={},
             final_evals={},
-            checkpoint=dict(every=200, keep=1),
+            checkpoint=dict(every=500, keep=1),
             log_every=20,
         )
     )
@@ -295,8 +309,7 @@ def tuned_on_scenes(args: ConfigDict) -> ConfigDict:
 
 def on_segments(config: ConfigDict, args: ConfigDict, train: dict, validation: dict | None) -> ConfigDict:
     """`config` with segments, cut out of the images of two sources, to learn from and to classify."""
-    mean = config.towers.get("mean", (0.48145466, 0.4578275, 0.40821073))  # of CLIP's images
-    cut = dict(name="crops", fill=tuple(255 * x for x in mean), unseen=args.unseen, min_size=1)
+    cut = dict(name="crops", fill=BLACK if args.tune else CLIP_MEAN, unseen=args.unseen, min_size=1)
     config.prompt.init = args.init
     config.loss.sample = 0  # all classes
     config.data.train = [dict(cut, of=train, shots=32, group="seen" if args.unseen else "")]
@@ -313,6 +326,7 @@ def on_segments(config: ConfigDict, args: ConfigDict, train: dict, validation: d
             source=validation,
             split=args.unseen,
             proposals=args.proposals,
+            fill="zero" if args.tune else "mean",
             ensemble=0.0 if args.tune else 0.7 if args.unseen == "voc" else 0.8,
             batch_size=8,
             prompts=before,

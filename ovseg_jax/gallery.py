@@ -80,13 +80,13 @@ def _transferred(
     config: ConfigDict, evaluation: ConfigDict, method: Classifier, variables: Variables, classes: ClassList
 ) -> Segmenter:
     """Segments with the masks of another run and this run's classifier, as the evaluation of type "transfer" does."""
-    from ovseg_jax.evals.transfer import load_stage, rules_of, seen_names
+    from ovseg_jax.evals.transfer import RULES, load_stage, rules_of, seen_names
     from ovseg_jax.methods.base import Segmenting
     from ovseg_jax.methods.zsseg import TwoStage
 
     mesh = make_mesh({"data": 1, "fsdp": 1}, jax.local_devices()[:1])
     stage = load_stage(evaluation.proposals, mesh, Segmenting, "proposals", "proposes no masks")
-    rules = rules_of(stage, config, evaluation.get("ensemble", 0.8), evaluation.get("threshold", 0.5))
+    rules = rules_of(stage, config, **{k: evaluation[k] for k in RULES if k in evaluation})
     both = {"proposals": jax.device_get(stage.variables), "classifier": jax.device_get(variables)}
     return Segmenter(TwoStage(stage.method, method, rules, seen=seen_names(classes)), both, stage.config)
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.console import complain, quieten, use_compilation_cache
 from ovseg_jax.errors import UserError
-from ovseg_jax.evals.transfer import TransferEvaluator, load_stage, rules_of
+from ovseg_jax.evals.transfer import FILLS, TransferEvaluator, load_stage, rules_of
 from ovseg_jax.methods.base import Classifier, Segmenting
 from ovseg_jax.models.prompt_file import Prompt
 from ovseg_jax.train.sharding import make_mesh
@@ -91,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
         help="mask value of a crop's pixels (default %(default)s)",
     )
     add(
+        "--fill",
+        default="mean",
+        choices=FILLS,
+        help="colour around a crop: the mean of the classifier's images, or black (default %(default)s)",
+    )
+    add(
         "--batch",
         type=int,
         metavar="N",
@@ -126,7 +132,7 @@ def _run(arguments: argparse.Namespace) -> int:
         process_count=processes,
         limit=arguments.limit if arguments.limit is not None else evaluation.get("limit"),
     )
-    rules = rules_of(proposals, classifier.config, arguments.ensemble, arguments.threshold)
+    rules = rules_of(proposals, classifier.config, arguments.ensemble, arguments.threshold, arguments.fill)
     evaluator = TransferEvaluator(
         "transfer", proposals, classifier.method, classes, batches, mesh, rules=rules, prompts=prompts
     )

@@ -234,7 +234,7 @@ def make_evaluators(config: ConfigDict, method: Trainable, mesh: Mesh, key: str 
     - of a segmentation `masks: "predicted" | "none" | "truth" | a tuple of them`;
     - of a classification `prompts: {name: what templates.read_templates takes}` and `metric: the one that is "score"`;
     - of a transfer `proposals: the folder of a run that proposes masks`, `prompts`, `split: the unseen classes, see
-      vocab.splits.load_split`, and of `zsseg.Rules` `ensemble` and `threshold`.
+      vocab.splits.load_split`, and arguments of `evals.transfer.rules_of`: `ensemble`, `threshold`, `fill`.
 
     Raises:
       UserError: an unknown type or mode, a type that is not the method's, or a source that cannot be read.
@@ -299,7 +299,7 @@ def _transfer(
     **options,
 ) -> Evaluator:
     """An evaluation of type "transfer"; `data` gets the size of the images that the proposals' run knows."""
-    from ovseg_jax.evals.transfer import TransferEvaluator, load_stage, rules_of
+    from ovseg_jax.evals.transfer import RULES, TransferEvaluator, load_stage, rules_of
 
     if not cfg.get("proposals"):
         raise UserError(f"the evaluation {name!r} of type 'transfer' needs proposals=WORKDIR")
@@ -307,6 +307,6 @@ def _transfer(
     data |= {"task": "segmentation", "image_size": proposals.config.data.image_size}
     if cfg.get("split"):
         classes = load_split(classes, cfg.split)
-    rules = rules_of(proposals, config, cfg.get("ensemble", 0.8), cfg.get("threshold", 0.5))
+    rules = rules_of(proposals, config, **{k: cfg[k] for k in RULES if k in cfg})
     options["prompts"] = {"learned": None, **options["prompts"]}
     return TransferEvaluator(name, proposals, method, classes, batches, mesh, rules=rules, **options)

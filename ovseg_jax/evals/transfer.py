@@ -21,6 +21,13 @@ from ovseg_jax.models.prompt_file import Prompt
 from ovseg_jax.train.checkpoints import load_variables
 from ovseg_jax.vocab.classes import ClassList
 
+FILLS = {"mean": 255.0, "zero": 0.0}
+"""Colours of what does not belong to a crop, in units of the mean pixel."""
+
+
+RULES = ("ensemble", "threshold", "fill")
+"""What an evaluation may say of the rules, see `rules_of`."""
+
 
 class Stage(NamedTuple):
     """A finished run, or one that is going on."""
@@ -124,11 +131,19 @@ def load_stage(workdir: epath.PathLike, mesh: Mesh, kind: type, key: str, lackin
     return Stage(config, method, variables)
 
 
-def rules_of(proposals: Stage, config: ConfigDict, ensemble: float = 0.8, threshold: float = 0.5) -> Rules:
+def rules_of(
+    proposals: Stage, config: ConfigDict, ensemble: float = 0.8, threshold: float = 0.5, fill: str = "mean"
+) -> Rules:
     """The rules that the run of the proposals and the config of the classifier imply.
 
-    Each is taken at the temperature that it learned; crops are as the classifier knows images.
+    Each is taken at the temperature that it learned; crops are as the classifier knows images. What does not belong to
+    a crop is, as in ZSSeg's code, of the colour `fill`: the "mean" of the classifier's images, or "zero", black.
+
+    Raises:
+      UserError: another `fill`, or see `Rules`.
     """
+    if fill not in FILLS:
+        raise UserError(f"fill={fill!r} is not one of {', '.join(FILLS)}")
     scale = Rules.scale
     if hasattr(proposals.method, "temperatures"):
         scale = 1 / float(proposals.method.temperatures(proposals.variables["params"])[0])
@@ -137,7 +152,7 @@ def rules_of(proposals: Stage, config: ConfigDict, ensemble: float = 0.8, thresh
         ensemble=float(ensemble),
         threshold=float(threshold),
         scale=scale,
-        fill=tuple(255.0 * channel for channel in config.get("towers", {}).get("mean", MEAN)),
+        fill=tuple(FILLS[fill] * channel for channel in config.get("towers", {}).get("mean", MEAN)),
     )
 
 

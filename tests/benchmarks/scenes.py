@@ -3,8 +3,9 @@
     python tests/benchmarks/scenes.py --out=runs/benchmark [--method=pomp] [--seeds=0,1,2] [--config.KEY=VALUE ...]
 
 OpenSeg stands beside its ceiling and chance: LSeg+ is the same network, steps and data, supervised by the class of
-every pixel. POMP's prompt stands beside others of the same towers. Each run is the command that a user types; one that
-is finished is read, not repeated.
+every pixel. POMP's prompt stands beside others of the same towers, and beside what it becomes, and a prompt from noise
+does, where they are tuned on segments of the segmentation's own training data (papers/000, table 4). Each run is the
+command that a user types; one that is finished is read, not repeated.
 """
 
 import argparse
@@ -44,11 +45,10 @@ PROMPTS = {
 ROOT = Path(__file__).parents[2]
 
 
-def run(method: str, seed: int, out: Path, overrides: list[str]) -> dict[str, float]:
+def run(name: str, config: str, seed: int, out: Path, overrides: list[str]) -> dict[str, float]:
     """Trains one model and returns its summary."""
-    workdir = out / f"{method}-{seed}"
-    file = "pomp" if method == "pomp" else "openseg"
-    config = ROOT / f"configs/{file}.py:method={method},seed={seed}"
+    workdir = out / f"{name}-{seed}"
+    config = f"{ROOT}/configs/{config},seed={seed}"
     command = [
         sys.executable,
         "-m",
@@ -110,10 +110,24 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     seeds, out = [int(s) for s in args.seeds.split(",")], args.out.absolute()
     if args.method == "pomp":
-        summaries = {"pomp": [run("pomp", seed, out, overrides) for seed in seeds]}
-        write(out, prompt_lines(summaries["pomp"]), summaries)
+        summaries = {"pomp": [run("pomp", "pomp.py:method=pomp", seed, out, overrides) for seed in seeds]}
+        for init in ("prompt", "noise"):
+            tune = lambda seed, init=init: (
+                f"pomp.py:tune={out}/pomp-{seed}" + ",init=noise" * (init == "noise")
+            )
+            summaries[f"tuned-{init}"] = [
+                run(f"tuned-{init}", tune(seed), seed, out, overrides) for seed in seeds
+            ]
+        lines = prompt_lines(summaries["pomp"])
+        segmentation = [key if key.startswith("segmentation") else "" for key in PROMPT_METRICS.values()]
+        for init, name in (("prompt", "POMP, tuned on segments"), ("noise", "noise, tuned on segments")):
+            lines.insert(-1, row(name, summaries[f"tuned-{init}"], segmentation))
+        write(out, lines, summaries)
         return
-    summaries = {m: [run(m, seed, out, overrides) for seed in seeds] for m in ("openseg", "lseg")}
+    summaries = {
+        m: [run(m, f"openseg.py:method={m}", seed, out, overrides) for seed in seeds]
+        for m in ("openseg", "lseg")
+    }
 
     keys = list(METRICS.values())
     chance = [key.replace("test/miou", "test/chance_miou") if "test/miou" in key else "" for key in keys]
