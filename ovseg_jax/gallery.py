@@ -15,9 +15,9 @@ from ovseg_jax.data.transforms import class_map
 from ovseg_jax.draw import GridRow, prediction_grid
 from ovseg_jax.draw_features import PromptPoint, prompts_picture, sphere_picture
 from ovseg_jax.errors import UserError
+from ovseg_jax.evals.transfer import RULES, Stage
 from ovseg_jax.methods.base import Classifier, Variables
 from ovseg_jax.segmenter import Segmenter
-from ovseg_jax.train.sharding import make_mesh
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.splits import load_split
 from ovseg_jax.vocab.templates import read_templates
@@ -64,7 +64,9 @@ def draw_run(
         classes, transferred = source.classes, evaluation.get("type") == "transfer"
         if transferred:
             classes = load_split(classes, evaluation.split) if evaluation.get("split") else classes
-            segmenter = _transferred(config, evaluation, method, variables, classes)
+            own = Stage(config, method, variables)
+            rules = {key: evaluation[key] for key in RULES if key in evaluation}
+            segmenter = Segmenter.from_two_stages(evaluation.proposals, own, classes, **rules)
         else:
             segmenter = Segmenter(method, jax.device_get(variables), config)
         with paths[-1].open("wb") as f:
@@ -74,21 +76,6 @@ def draw_run(
     except UserError:  # a run too short to have logged anything
         return paths
     return [*paths, workdir / "curves.png"]
-
-
-def _transferred(
-    config: ConfigDict, evaluation: ConfigDict, method: Classifier, variables: Variables, classes: ClassList
-) -> Segmenter:
-    """Segments with the masks of another run and this run's classifier, as the evaluation of type "transfer" does."""
-    from ovseg_jax.evals.transfer import RULES, load_stage, rules_of, seen_names
-    from ovseg_jax.methods.base import Segmenting
-    from ovseg_jax.methods.zsseg import TwoStage
-
-    mesh = make_mesh({"data": 1, "fsdp": 1}, jax.local_devices()[:1])
-    stage = load_stage(evaluation.proposals, mesh, Segmenting, "proposals", "proposes no masks")
-    rules = rules_of(stage, config, **{k: evaluation[k] for k in RULES if k in evaluation})
-    both = {"proposals": jax.device_get(stage.variables), "classifier": jax.device_get(variables)}
-    return Segmenter(TwoStage(stage.method, method, rules, seen=seen_names(classes)), both, stage.config)
 
 
 def _picture(

@@ -73,6 +73,22 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SIZE[,OVERLAP]",
         help="see larger images in overlapping tiles of SIZE pixels, in more detail (overlap: a quarter)",
     )
+    add(
+        "--proposals",
+        metavar="WORKDIR",
+        help="a run that proposes masks, for a --checkpoint that classifies images, such as a prompt's",
+    )
+    add(
+        "--ensemble",
+        type=float,
+        metavar="W",
+        help="with --proposals: see python -m ovseg_jax.transfer --help; 0: --checkpoint alone names (default 0.8)",
+    )
+    add(
+        "--fill",
+        choices=("mean", "zero"),
+        help="with --proposals: colour around a cut-out mask (default mean)",
+    )
     add("--features", action="store_true", help="also write text-aligned features; not with --tile")
     add("--batch", type=int, default=8, metavar="N", help="images or tiles at once (default %(default)s)")
     add("--step", type=int, metavar="N", help="the checkpoint of this step (default: the latest)")
@@ -88,6 +104,19 @@ def _tile(text: str) -> tuple[int, int]:
     return parts[0], parts[1]
 
 
+def _segmenter(arguments: argparse.Namespace) -> Segmenter:
+    rules = {key: value for key in ("ensemble", "fill") if (value := getattr(arguments, key)) is not None}
+    if not arguments.proposals:
+        if rules:
+            raise UserError(f"--{next(iter(rules))} is of use with --proposals alone")
+        return Segmenter.from_checkpoint(arguments.checkpoint, arguments.step, batch_size=arguments.batch)
+    if arguments.step is not None:
+        raise UserError("--step does not go with --proposals: the latest checkpoints are taken")
+    return Segmenter.from_two_stages(
+        arguments.proposals, arguments.checkpoint, batch_size=arguments.batch, **rules
+    )
+
+
 def _predict(arguments: argparse.Namespace) -> int:
     # What can be wrong with the request is found before the model is loaded.
     if arguments.features and arguments.tile:
@@ -101,7 +130,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out={out} cannot be made: {error.strerror or error}") from error
-    segmenter = Segmenter.from_checkpoint(arguments.checkpoint, arguments.step, batch_size=arguments.batch)
+    segmenter = _segmenter(arguments)
 
     reader = _Reader(paths)
     records = []

@@ -87,10 +87,60 @@ class Segmenter:
         method = build(config, words, classes)
         if not isinstance(method, Segmenting):
             raise UserError(
-                f"{workdir}: a model of method={config.method} does not segment; where it classifies images, python -m "
-                "ovseg_jax.transfer segments with it and with the masks of another run"
+                f"{workdir}: a model of method={config.method} does not segment; where it classifies images, "
+                "--proposals=WORKDIR takes the masks of another run (in Python, Segmenter.from_two_stages)"
             )
         return cls(method, variables, config, classes, batch_size=batch_size)
+
+    @classmethod
+    def from_two_stages(
+        cls,
+        proposals: Any,
+        classifier: Any,
+        classes: ClassList | None = None,
+        *,
+        templates: Any = None,
+        batch_size: int = 8,
+        **rules: Any,
+    ) -> "Segmenter":
+        """The masks of one run, named by the classifier of another: ZSSeg's two stages, see `methods.zsseg.TwoStage`.
+
+        Args:
+          proposals: the folder of a run that proposes masks, or an `evals.transfer.Stage`.
+          classifier: the folder of a run that classifies images, such as a prompt's, or a `Stage`.
+          classes: the labels to use where none are given, by default those that the proposals were trained with. Names
+            of classes that are in no group "unseen" or "held_out" are seen, where there is such a group.
+          templates: hand-written prompts or the file of a learned one, see `vocab.templates.read_templates`; by default
+            the classifier's own.
+          batch_size: images, or tiles of large ones, that go through the models together.
+          **rules: see `evals.transfer.rules_of`.
+
+        Raises:
+          UserError: a folder holds no run, or one that does something else; and see `rules_of`.
+        """
+        from ovseg_jax.evals.transfer import Stage, load_stage, rules_of, seen_names
+        from ovseg_jax.methods.base import Classifier
+        from ovseg_jax.methods.zsseg import TwoStage
+        from ovseg_jax.train.sharding import make_mesh
+        from ovseg_jax.vocab.templates import read_templates
+
+        mesh = make_mesh({"data": 1, "fsdp": 1}, jax.local_devices()[:1])
+
+        def stage(given: Any, kind: type, key: str, lacking: str) -> Stage:
+            return given if isinstance(given, Stage) else load_stage(given, mesh, kind, key, lacking)
+
+        first = stage(proposals, Segmenting, "--proposals", "proposes no masks")
+        second = stage(classifier, Classifier, "--checkpoint", "classifies no images")
+        classes = classes or ClassList.from_json((epath.Path(proposals) / "classes.json").read_text())
+        method = TwoStage(
+            first.method,
+            second.method,
+            rules_of(first, second.config, **rules),
+            seen=seen_names(classes),
+            templates=None if templates is None else read_templates(templates),
+        )
+        both = {"proposals": first.variables, "classifier": second.variables}
+        return cls(method, jax.device_get(both), first.config, classes, batch_size=batch_size)
 
     def segment(
         self,

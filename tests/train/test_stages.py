@@ -1,6 +1,7 @@
 """A run that begins with other runs: the embedded POMP, made tiny, from CLIP to segmentation."""
 
 import json
+import re
 from pathlib import Path
 from runpy import run_path
 
@@ -8,8 +9,12 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 
+from ovseg_jax import predict
 from ovseg_jax.config import needed, resolved
+from ovseg_jax.data.pipeline import make_source
+from ovseg_jax.data.transforms import class_map
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmenter import Segmenter
 from ovseg_jax.train.run import evaluate, train
@@ -58,7 +63,7 @@ def test_the_summary_compares_prompts(run):
 
 
 def test_features_are_those_of_the_clip_that_came_first(run):
-    from ovseg_jax.data.pipeline import make_source, view_batches
+    from ovseg_jax.data.pipeline import view_batches
     from ovseg_jax.train.checkpoints import load_variables
     from ovseg_jax.train.run import load_parts
     from ovseg_jax.train.sharding import make_mesh
@@ -88,10 +93,45 @@ def test_evaluation_by_itself(run):
     assert again["segmentation/miou[hard]"] == pytest.approx(summary["segmentation/miou[hard]"])
 
 
-def test_a_classifier_does_not_segment(run):
-    _, workdir, _ = run
-    with pytest.raises(UserError, match=r"method=pomp does not segment.*ovseg_jax\.transfer"):
+def test_a_classifier_segments_with_the_masks_of_another_run(run, tmp_path, capsys):
+    """In Python and on the command line, by the rules of the evaluation: the same pixels as it counted."""
+    config, workdir, summary = run
+    with pytest.raises(UserError, match=r"method=pomp does not segment.*--proposals"):
         Segmenter.from_checkpoint(workdir)
+    evaluation = config.final_evals.segmentation
+    source = make_source(evaluation.source)
+    segmenter = Segmenter.from_two_stages(workdir / "proposals", workdir, ensemble=0.0, fill="zero")
+    right = total = 0
+    for index in range(len(source)):
+        example = source[index]
+        found = segmenter.segment(example["image"], source.classes, threshold=-1.0).label_map
+        right += (found == class_map(example["segments"], example["class_ids"])).sum()
+        total += found.size
+    assert 100 * right / total == pytest.approx(summary["segmentation/pacc"], abs=0.01)
+    other = Segmenter.from_two_stages(
+        workdir / "proposals", workdir, templates="a photo of a {}", ensemble=0.0
+    )
+    embed = lambda s: np.asarray(s.embed("red ball"))
+    assert not np.allclose(embed(segmenter), embed(other))
+
+    Image.fromarray(source[0]["image"]).save(tmp_path / "a.png")
+    flags = [f"--checkpoint={workdir}", f"--images={tmp_path}", f"--out={tmp_path / 'out'}"]
+    stages = [f"--proposals={workdir / 'proposals'}", "--ensemble=0", "--fill=zero"]
+    assert predict.main([*flags, *stages, "--labels=red ball; grass", "--threshold=-1"]) == 0
+    segments = json.loads((tmp_path / "out/a.json").read_text())["segments"]
+    assert {segment["category"] for segment in segments} <= {"red ball", "grass"} and segments
+    for wrong, message in (
+        ([flags[0], *flags[1:], "--fill=zero"], "--fill is of use with --proposals alone"),
+        ([*flags, *stages, "--step=2"], "--step does not go with --proposals"),
+        ([*flags, f"--proposals={workdir}"], "--proposals=.* proposes no masks"),
+        (
+            [f"--checkpoint={workdir / 'proposals'}", *flags[1:], stages[0]],
+            "--checkpoint=.* classifies no images",
+        ),
+    ):
+        capsys.readouterr()
+        assert predict.main(wrong) == 2
+        assert re.search(message, capsys.readouterr().err)
 
 
 def test_stages_that_wait_for_each_other(tmp_path):
