@@ -1,9 +1,12 @@
-"""The notebook runs from top to bottom, shrunk by its parameters cell."""
+"""The notebooks run from top to bottom, shrunk."""
 
 import json
+import runpy
 from pathlib import Path
 
 from PIL import Image
+
+from tests.train.test_stages import tiny
 
 REPO = Path(__file__).parents[1]
 SMALL = {
@@ -18,21 +21,36 @@ SMALL = {
 }
 
 
-def test_notebook_runs(tmp_path):
-    cells = json.loads((REPO / "notebooks" / "openseg.ipynb").read_text())["cells"]
+def execute(name, workdir, settings, behind_each_cell=lambda space: None):
+    """Runs all cells of a notebook; gives the pictures that it displays."""
+    cells = json.loads((REPO / "notebooks" / name).read_text())["cells"]
     assert all(not cell.get("outputs") and not cell.get("execution_count") for cell in cells)
     shown = []
     space = {"display": shown.append, "__name__": "notebook"}
     for cell in cells:
         if cell["cell_type"] != "code":
             continue
-        exec(compile("".join(cell["source"]), "notebooks/openseg.ipynb", "exec"), space)
+        exec(compile("".join(cell["source"]), f"notebooks/{name}", "exec"), space)
         if "parameters" in cell["metadata"].get("tags", ()):
-            space.update(REPO=str(REPO), WORKDIR=str(tmp_path / "run"), SETTINGS=SMALL)
+            space.update(REPO=str(REPO), WORKDIR=str(workdir), SETTINGS=settings)
+        behind_each_cell(space)
+    assert all(isinstance(picture, Image.Image) for picture in shown)
+    assert (workdir / "summary.json").exists()
+    return shown
+
+
+def test_openseg(tmp_path):
+    def shrink(space):
         if "config" in space and "summary" not in space:
             config = space["config"]
             config.data.train[0]["num_examples"] = 800  # all words occur
             config.evals.validation.source.num_examples = 8
             config.final_evals.test.source.num_examples = 8
-    assert len(shown) == 5 and all(isinstance(picture, Image.Image) for picture in shown)
-    assert (tmp_path / "run" / "summary.json").exists()
+
+    assert len(execute("openseg.ipynb", tmp_path / "run", SMALL, shrink)) == 5
+
+
+def test_pomp(tmp_path, monkeypatch):
+    config = tiny()
+    monkeypatch.setattr(runpy, "run_path", lambda path: {"get_config": lambda: config})
+    assert len(execute("pomp.ipynb", tmp_path / "run", {})) == 5
