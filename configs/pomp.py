@@ -5,10 +5,7 @@
       on a subset of the classes and POMP without its correction, then POMP; the summary compares them.
   python -m ovseg_jax.main --config=configs/pomp.py:data=folder,data_dir=DIR,names=FILE
       the paper's recipe on DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg, ImageNet-21K as Ridnik et al. process it.
-  python -m ovseg_jax.main --config=configs/pomp.py:data=masks,data_dir=DIR,unseen=coco_stuff,init=prompt.safetensors
-      tables 4 and 5: that prompt, or one from noise, goes on learning from the cut-out segments of a data set's seen
-      classes. DIR has images/, masks/ and classes.txt (kind "semantic"); data=coco takes COCO's panoptic layout, and
-      data=scenes,tune=runs/pomp what `scenes` has, for the CLIP, the prompt and the masks of that run.
+configs/pomp_segments.py takes the prompt on to segments.
 
 Numbers with a section, table or appendix are the paper's, "code" that of its authors' repository. What neither says is
 marked "ours".
@@ -21,7 +18,6 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.config import parse_arg
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.prompt_file import FILE
 
 TOWERS = {
     "clip_rn50": "hf:timm/resnet50_clip.openai",
@@ -56,7 +52,6 @@ BASELINES = {
 }
 
 
-CLIP_MEAN = (122.77, 116.75, 104.09)
 # What a thing of `scenes` stands on where a prompt is learned. The small CLIP has seen none like it: a prompt is of use
 # where images look otherwise than those that its CLIP knows.
 BLACK = (0.0, 0.0, 0.0)
@@ -66,13 +61,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """Keys of `arg`: see `parse_arg` below; unknown ones are an error that lists them."""
     args = parse_arg(
         arg,
-        data="scenes",  # scenes | folder: images by class | masks, coco: segments of images
+        data="scenes",  # scenes | folder
         data_dir="",
-        val_dir="",  # data=masks: where to evaluate; none where it is not said
-        unseen="",  # of segments: coco_stuff | voc | "cow; giraffe; ..." | FILE.json, which are left out (appendix B)
-        tune="",  # data=scenes: a finished run of this config, whose prompt (or init=noise) is tuned on segments
-        proposals="",  # of segments: a run whose masks the prompts are then tried on
-        group="",  # data=folder: base, to train on the first half of the classes and score both (CoCoOp)
+        group="",  # base: trains on the first half of the classes, and scores both (CoCoOp, 4.1)
         names="",  # data=folder: a file of the folders' class names
         split="train",
         val_split="val",
@@ -92,9 +83,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         cache=0,  # augmented views of each image whose features are kept; 0: images are seen anew in each epoch
         seed=0,
     )
-    if args.data == "scenes" and args.tune:
-        config = tuned_on_scenes(args)
-    elif args.data == "scenes":
+    if args.data == "scenes":
         config = scenes(args.seed)
         if args.method != "pomp":
             raise UserError(
@@ -102,10 +91,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
             )
     elif args.data == "folder":
         config = paper(args)
-    elif args.data in ("masks", "coco"):
-        config = segments(args)
     else:
-        raise UserError(f"data={args.data}: known are scenes, folder, masks, coco")
+        raise UserError(f"data={args.data}: known are scenes, folder")
     config.seed = args.seed
     return config
 
@@ -258,82 +245,6 @@ def small_clip(seed: int) -> ConfigDict:
     )
 
 
-# Steps, and segments of each class: of the 156 seen classes of COCO-Stuff, of the 15 of VOC.
-ZSSEG = {"coco_stuff": (16_000, 32), "voc": (3_200, 128)}
-
-
-def segments(args: ConfigDict) -> ConfigDict:
-    """A prompt that goes on learning from segments of its source data's seen classes (tables 4 and 5, appendix B).
-
-    Numbers are those of P third_party/zsseg.baseline/configs/*/zero_shot_proposal_classification_learn_prompt_pomp_*.
-    """
-    if args.data == "coco":
-        common = dict(name="coco", data_dir=args.data_dir)
-        train, validation = dict(common, split="train2017"), dict(common, split="val2017")
-    else:
-        common = dict(name="folder", kind="semantic")
-        train = dict(common, data_dir=args.data_dir)
-        validation = dict(common, data_dir=args.val_dir) if args.val_dir else None
-    config = on_segments(paper(args), args, train, validation)
-    config.steps, shots = ZSSEG.get(args.unseen, ZSSEG["coco_stuff"])
-    config.data.train[0]["shots"] = shots
-    config.batch_size, config.checkpoint.every = 32, 1000
-    config.optimizer = dict(
-        name="sgd",
-        learning_rate=0.02,
-        schedule="cosine",
-        warmup_steps=100,
-        warmup_rate=0.02 * 0.005,  # constant
-        decay_steps=config.steps,
-        momentum=0.9,
-        weight_decay=5e-4,
-    )
-    for evaluation in config.final_evals.values():
-        evaluation.prompts.update(single="a sculpture of a {}.", vild="vild", imagenet="imagenet")  # table 13
-    return config
-
-
-def tuned_on_scenes(args: ConfigDict) -> ConfigDict:
-    """The same on `scenes`: what a finished run of this config has learned meets segments of whole scenes (ours)."""
-    args.init = "" if args.init == "noise" else args.init or f"{args.tune}/{FILE}"
-    args.proposals = args.proposals or f"{args.tune}/proposals"
-    config = on_scenes(args.seed, small_clip(args.seed))
-    config.towers.init = config.towers.tokenizer = f"{args.tune}/clip"
-    scenes = dict(name="scenes", image_size=64, size="small")
-    train = dict(scenes, split="train", num_examples=1000)
-    config = on_segments(config, args, train, dict(scenes, split="test", num_examples=200))
-    for evaluation in config.final_evals.values():
-        evaluation.prompts.hard = "a photo of a {}"
-    return config
-
-
-def on_segments(config: ConfigDict, args: ConfigDict, train: dict, validation: dict | None) -> ConfigDict:
-    """`config` with segments, cut out of the images of two sources, to learn from and to classify."""
-    cut = dict(name="crops", fill=BLACK if args.tune else CLIP_MEAN, unseen=args.unseen, min_size=1)
-    config.prompt.init = args.init
-    config.loss.sample = 0  # all classes
-    config.data.train = [dict(cut, of=train, shots=32, group="seen" if args.unseen else "")]
-    config.data.update(views=1, augment=dict(crop=(0.08, 1.0), flip=True, randaugment=0))
-    before = dict(before=args.init) if args.init.endswith((".safetensors", ".tar")) else {}
-    config.final_evals = {}
-    if validation:
-        config.final_evals.validation = dict(
-            type="classification", source=dict(cut, of=validation), batch_size=256, prompts=before
-        )
-    if validation and args.proposals:
-        config.final_evals.segmentation = dict(
-            type="transfer",
-            source=validation,
-            split=args.unseen,
-            proposals=args.proposals,
-            fill="zero" if args.tune else "mean",
-            ensemble=0.0 if args.tune else 0.7 if args.unseen == "voc" else 0.8,
-            batch_size=8,
-            prompts=before,
-        )
-    return config
-
-
 def paper(args: ConfigDict) -> ConfigDict:
     """4.1 and appendix A, and what the code adds to them."""
     if args.towers not in TOWERS:
@@ -352,12 +263,16 @@ def paper(args: ConfigDict) -> ConfigDict:
     )
     pomp = args.method == "pomp"
     views = 4 if pomp else 1  # code
-    classes = args.classes if args.group == "" else -(-args.classes // 2)
+    if args.group not in ("", "base"):
+        raise UserError(f"group={args.group}: known is base")
+    if args.group and (args.specific or args.method == "linear_probe"):
+        raise UserError(
+            "group=base: a context for each class, or a linear probe, has nothing for new classes"
+        )
+    group, halves = (dict(group="base"), dict(group="base+new")) if args.group else ({}, {})
+    classes = -(-args.classes // 2) if args.group else args.classes
     epoch = max(1, classes * args.shots // own.images)
     source = dict(name="image_folder", data_dir=args.data_dir, names=args.names)
-    if args.group not in ("", "base", "new"):
-        raise UserError(f"group={args.group}: known are base, new")
-    group, halves = (dict(group=args.group), dict(group="base+new")) if args.group else ({}, {})
     validation = dict(
         type="classification",
         source=dict(source, split=args.val_split, **halves),

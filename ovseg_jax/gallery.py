@@ -15,11 +15,10 @@ from ovseg_jax.data.transforms import class_map
 from ovseg_jax.draw import GridRow, prediction_grid
 from ovseg_jax.draw_features import PromptPoint, prompts_picture, sphere_picture
 from ovseg_jax.errors import UserError
-from ovseg_jax.evals.transfer import RULES, Stage
+from ovseg_jax.evals.transfer import Stage, rules_in
 from ovseg_jax.methods.base import Classifier, Variables
 from ovseg_jax.segmenter import Segmenter
 from ovseg_jax.vocab.classes import ClassList
-from ovseg_jax.vocab.splits import load_split
 from ovseg_jax.vocab.templates import read_templates
 
 
@@ -63,9 +62,8 @@ def draw_run(
         source: Any = make_source(evaluation.source)
         classes, transferred = source.classes, evaluation.get("type") == "transfer"
         if transferred:
-            classes = load_split(classes, evaluation.split) if evaluation.get("split") else classes
             own = Stage(config, method, variables)
-            rules = {key: evaluation[key] for key in RULES if key in evaluation}
+            rules, classes = rules_in(evaluation, classes)
             segmenter = Segmenter.from_two_stages(evaluation.proposals, own, classes, **rules)
         else:
             segmenter = Segmenter(method, jax.device_get(variables), config)
@@ -129,9 +127,12 @@ def _features(
         parts = [embed(variables, pictures[i : i + images]) for i in range(0, len(pictures), images)]
         seen = np.concatenate([np.asarray(part) for part in parts])
     names = [source.classes.display(int(k)) for k in chosen]
-    # As in the paper, the method's own prompt and one to compare it with: more hide one another.
-    others = list((evaluation.get("prompts") or {}).items())[:1]
-    prompts = {"own": None} | {k: read_templates(v) for k, v in others}
+    # As in the paper, the method's own prompt and one to compare it with, CoOp's if it is there: more hide one another.
+    others = dict((evaluation.get("prompts") or {}).items())
+    other = next((k for k in ("coop", "before", "pomp", "hard", *others) if k in others), None)
+    prompts: dict[str, Any] = {"own": None} | (
+        {} if other is None else {other: read_templates(others[other])}
+    )
     rays = {k: np.asarray(class_features(method, variables, names, v)) for k, v in prompts.items()}
     sphere_picture(seen, np.searchsorted(chosen, labels[where]), rays, names, name, path)
 

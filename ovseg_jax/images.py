@@ -4,6 +4,7 @@ transparent."""
 import io
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -125,3 +126,14 @@ def centre_square(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndar
     # Halves are rounded to even numbers, as in torchvision.
     top, left = (round((length - size) / 2) for length in scaled)
     return image[top : top + size, left : left + size]
+
+
+def colour(name: str, fill: Sequence[float]) -> UInt8[np.ndarray, "3"]:
+    """A colour of bytes, of what a config gives the source `name`.
+
+    Raises:
+      UserError: it is not three numbers from 0 to 255.
+    """
+    if len(fill) != 3 or not all(0 <= x <= 255 for x in fill):
+        raise UserError(f"{name}: fill={tuple(fill)} is not three numbers from 0 to 255")
+    return np.round(np.asarray(fill, np.float64)).astype(np.uint8)

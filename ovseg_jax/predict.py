@@ -63,9 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--threshold",
         type=float,
-        default=UNKNOWN_BELOW,
         metavar="T",
-        help="pixels with a lower confidence are unknown (default %(default)s)",
+        help=f"pixels with a lower confidence are unknown (default {UNKNOWN_BELOW}; with --proposals, whose scores are "
+        "shares of all classes, none are)",
     )
     add(
         "--tile",
@@ -82,7 +82,8 @@ def _parser() -> argparse.ArgumentParser:
         "--ensemble",
         type=float,
         metavar="W",
-        help="with --proposals: see python -m ovseg_jax.transfer --help; 0: --checkpoint alone names (default 0.8)",
+        help="with --proposals: w of ovseg_jax.transfer, where no class is seen unless the run says which are not; "
+        "0: --checkpoint alone names (default 0.8)",
     )
     add(
         "--fill",
@@ -123,6 +124,10 @@ def _predict(arguments: argparse.Namespace) -> int:
         raise UserError(
             "--features are those of the whole image: leave out --tile, or cut the images yourself"
         )
+    if arguments.features and arguments.proposals:
+        raise UserError("--features are those of one model: leave out --proposals")
+    if arguments.threshold is None:
+        arguments.threshold = -1.0 if arguments.proposals else UNKNOWN_BELOW
     labels = load_labels(arguments.labels) if arguments.labels is not None else None
     paths = image_files(arguments.images)
     out = epath.Path(arguments.out)

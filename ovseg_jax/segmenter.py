@@ -108,8 +108,9 @@ class Segmenter:
         Args:
           proposals: the folder of a run that proposes masks, or an `evals.transfer.Stage`.
           classifier: the folder of a run that classifies images, such as a prompt's, or a `Stage`.
-          classes: the labels to use where none are given, by default those that the proposals were trained with. Names
-            of classes that are in no group "unseen" or "held_out" are seen, where there is such a group.
+          classes: the labels to use where none are given; needed with a `Stage` of proposals, else by default those
+            that they were trained with. Classes in no group "unseen" or "held_out" are seen; without such a group none
+            is, as in an evaluation across data sets.
           templates: hand-written prompts or the file of a learned one, see `vocab.templates.read_templates`; by default
             the classifier's own.
           batch_size: images, or tiles of large ones, that go through the models together.
@@ -129,9 +130,12 @@ class Segmenter:
         def stage(given: Any, kind: type, key: str, lacking: str) -> Stage:
             return given if isinstance(given, Stage) else load_stage(given, mesh, kind, key, lacking)
 
+        if classes is None and isinstance(proposals, Stage):
+            raise UserError("say classes=: a Stage of proposals does not know what they were trained with")
         first = stage(proposals, Segmenting, "--proposals", "proposes no masks")
         second = stage(classifier, Classifier, "--checkpoint", "classifies no images")
-        classes = classes or ClassList.from_json((epath.Path(proposals) / "classes.json").read_text())
+        if classes is None:
+            classes = ClassList.from_json((epath.Path(proposals) / "classes.json").read_text())
         method = TwoStage(
             first.method,
             second.method,

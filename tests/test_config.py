@@ -64,16 +64,16 @@ def test_configs_build_and_survive_json(arg):
 
 
 @pytest.mark.parametrize(
-    "arg",
+    ("name", "arg"),
     [
-        None,
-        "tune=runs/pomp",
-        "data=coco,data_dir=x,unseen=cow; giraffe,proposals=y",
-        *(f"data=folder,data_dir=x,method={m}" for m in ("pomp", "vpt")),
+        ("pomp", None),
+        ("pomp_segments", None),
+        ("pomp_segments", "data=coco,data_dir=x,unseen=cow; giraffe,proposals=y"),
+        *(("pomp", f"data=folder,data_dir=x,method={m}") for m in ("pomp", "vpt")),
     ],
 )
-def test_pomp_builds_and_survives_json(arg):
-    out = load("pomp", arg)
+def test_pomp_builds_and_survives_json(name, arg):
+    out = load(name, arg)
     assert config.to_json(config.from_json(config.to_json(out))) == config.to_json(out)
 
 
@@ -95,22 +95,24 @@ def test_the_numbers_of_pomp():
 
 def test_a_prompt_goes_on_learning_from_segments():
     """ZSSeg's numbers, and which classes are withheld from what."""
-    out = load("pomp", "data=masks,data_dir=x,val_dir=y,unseen=coco_stuff,init=p.safetensors,proposals=z")
+    masks = "data=masks,data_dir=x,val_dir=y,proposals=z"
+    out = load("pomp_segments", f"{masks},unseen=coco_stuff,init=model.pth.tar-20")
     (source,) = out.data.train
     assert (out.steps, out.batch_size, source["shots"], source["group"]) == (16_000, 32, 32, "seen")
     assert (out.optimizer.learning_rate, out.optimizer.warmup_steps, out.loss.sample) == (0.02, 100, 0)
-    assert out.optimizer.warmup_rate == pytest.approx(1e-4) and source["fill"][0] == pytest.approx(
-        122.77, abs=0.01
-    )
+    assert out.optimizer.warmup_rate == pytest.approx(1e-4) and out.optimizer.clip_norm == 0.01
+    assert source["fill"] == pytest.approx((122.771, 116.746, 104.094), abs=1e-3)
     assert (source["of"]["data_dir"], out.final_evals.validation.source.of.data_dir) == ("x", "y")
     assert out.final_evals.segmentation.split == source["unseen"] == "coco_stuff"
     assert {"single", "vild", "imagenet", "before"} == set(out.final_evals.segmentation.prompts)
-    voc = load("pomp", "data=masks,data_dir=x,val_dir=y,unseen=voc,proposals=z")
+    voc = load("pomp_segments", f"{masks},unseen=voc")
     assert (voc.steps, voc.data.train[0]["shots"], voc.final_evals.segmentation.ensemble) == (3_200, 128, 0.7)
     assert voc.prompt.init == "" and "before" not in voc.final_evals.segmentation.prompts
-    assert not load("pomp", "data=masks,data_dir=x").final_evals
-    tuned = load("pomp", "tune=runs/a,init=noise")
-    assert (tuned.prompt.init, tuned.towers.init) == ("", "runs/a/clip")
+    assert not load("pomp_segments", "data=masks,data_dir=x").final_evals
+    whole, of_run = load("pomp_segments"), load("pomp_segments", "run=runs/a,init=noise")
+    assert set(whole.before) == {"clip", "pomp", "proposals"} and "before" not in of_run
+    assert (whole.towers.init, whole.prompt.init) == ("before:clip", "before:pomp/prompt.safetensors")
+    assert (of_run.towers.init, of_run.prompt.init) == ("runs/a/clip", "")
 
 
 def test_base_classes_alone():
@@ -175,15 +177,19 @@ def test_a_frozen_text_side_is_not_trained():
 
 
 @pytest.mark.parametrize(
-    "arg",
+    ("name", "arg"),
     [
-        "data=imagenet",
-        "data=folder,group=odd",
-        "data=folder,towers=vit",
-        "data=folder,method=lseg",
-        "method=vpt",
+        ("pomp", "data=imagenet"),
+        ("pomp", "data=folder,group=odd"),
+        ("pomp", "data=folder,group=base,method=linear_probe"),
+        ("pomp", "data=folder,towers=vit"),
+        ("pomp", "data=folder,method=lseg"),
+        ("pomp", "method=vpt"),
+        ("pomp_segments", "data=folder"),
+        ("pomp_segments", "data=coco,data_dir=x,unseen=voc"),
+        ("pomp_segments", "data=masks,data_dir=x,proposals=y"),
     ],
 )
-def test_a_wrong_choice_of_pomp_is_a_sentence(arg):
+def test_a_wrong_choice_of_pomp_is_a_sentence(name, arg):
     with pytest.raises(UserError):
-        load("pomp", arg)
+        load(name, arg)

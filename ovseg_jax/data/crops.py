@@ -5,15 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from ovseg_jax.data.sources import Regions, Source, make_source
+from ovseg_jax.data.sources import Regions, Source, join_regions, make_source
 from ovseg_jax.errors import UserError
+from ovseg_jax.images import colour
 from ovseg_jax.vocab.splits import load_split
 
 
 class Crops:
     """A classification source of the boxes of segments that have a class and are no crowds.
 
-    A source with `regions() -> Regions` (COCO) is indexed without opening an image; of another one each
+    A source with `regions() -> Regions` (COCO, folders) is indexed without opening an image; of another one each
     example is looked at once.
 
     Args:
@@ -26,7 +27,7 @@ class Crops:
       unseen: the classes of the groups "unseen" and "seen", see `vocab.splits.load_split`; "" for no such groups.
 
     Attributes:
-      classes: those of the source.
+      classes: those of the source, with the groups of `unseen`.
       labels: i32 [n], the class of every crop.
 
     Raises:
@@ -44,10 +45,8 @@ class Crops:
     ):
         if context < 0 or min_size < 1:
             raise UserError(f"crops: context={context} is less than 0 or min_size={min_size} less than 1")
-        if fill is not None and (len(fill) != 3 or not all(0 <= x <= 255 for x in fill)):
-            raise UserError(f"crops: fill={tuple(fill)} is not three numbers from 0 to 255")
+        self._fill = None if fill is None else colour("crops", fill)
         self.name, self._source, self._context = "crops", make_source(of), context
-        self._fill = None if fill is None else np.round(np.asarray(fill)).astype(np.uint8)
         if hasattr(self._source, "labels"):
             raise UserError(
                 f"crops: the source {self._source.name!r} has whole images with labels, no segments"
@@ -106,6 +105,4 @@ def _look_through(source: Source) -> Regions:
         found.append(
             Regions(image, kept.astype(np.int32), example["class_ids"][kept], example["boxes"][kept])
         )
-    none = np.zeros(0, np.int32)
-    columns = zip(Regions(none, none, none, np.zeros((0, 4), np.float32)), *found, strict=True)
-    return Regions(*(np.concatenate(column) for column in columns))
+    return join_regions(found)

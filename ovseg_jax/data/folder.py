@@ -24,7 +24,7 @@ from etils import epath
 from jaxtyping import UInt8, UInt16
 from PIL import Image
 
-from ovseg_jax.data.sources import Extent
+from ovseg_jax.data.sources import Extent, Regions, join_regions
 from ovseg_jax.data.transforms import segment_boxes
 from ovseg_jax.errors import UserError
 from ovseg_jax.images import SUFFIXES, read_image
@@ -130,6 +130,18 @@ class Folder:
             sizes.append((*pixels.shape, count))
         self._extent = Extent(*(max(column) for column in zip(*sizes, strict=True)))
         return self._extent
+
+    def regions(self) -> Regions:
+        """The segments that have a class, one a row; reads every mask and no image."""
+        found = []
+        for index, file in enumerate(self._files):
+            if mask := self._masks.get(epath.Path(file).stem):
+                segments, values = self._number(read_mask(mask), mask)
+                class_ids = np.array([self._class_of_value(file, int(v)) for v in values], np.int32)
+                kept = np.flatnonzero(class_ids >= 0).astype(np.int32)
+                boxes = segment_boxes(segments, len(values))
+                found.append(Regions(np.full(len(kept), index, np.int32), kept, class_ids[kept], boxes[kept]))
+        return join_regions(found)
 
     def _number(self, pixels: np.ndarray, path: epath.Path) -> tuple[np.ndarray, np.ndarray]:
         """Segments numbered 1.. without gaps, and the mask's value of each."""

@@ -17,6 +17,7 @@ from ovseg_jax.data.scenes import SPLITS, draw, open_world
 from ovseg_jax.data.scenes_layout import Layout, place
 from ovseg_jax.data.scenes_text import ObjectSpeaker
 from ovseg_jax.errors import UserError
+from ovseg_jax.images import colour
 
 CAPTIONS = 3  # of each image
 RADIUS = (0.7, 0.95)  # of half the image's side
@@ -49,7 +50,7 @@ class SceneObjects:
 
     Raises:
       UserError: an unknown split, size or group, a group that the split does not show, an image size under
-        32, or no shots.
+        32, no shots, or a `fill` that is no colour.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class SceneObjects:
         some = np.linspace(0, len(shown) - 1, count or len(shown)).round().astype(int)
         self.labels = np.repeat(np.array(shown, np.int32)[some], shots)
         self.split, self.shots, self.image_size, self.seed = split, shots, image_size, seed
-        self._fill = None if fill is None else np.asarray(fill).astype(np.uint8)
+        self._fill = None if fill is None else colour(self.name, fill)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -74,6 +74,13 @@ class Regions(NamedTuple):
     box: np.ndarray
 
 
+def join_regions(parts: Sequence[Regions]) -> Regions:
+    """The rows of all parts, of which there may be none."""
+    none = np.zeros(0, np.int32)
+    columns = zip(Regions(none, none, none, np.zeros((0, 4), np.float32)), *parts, strict=True)
+    return Regions(*(np.concatenate(column) for column in columns))
+
+
 def make_source(cfg: Any) -> Source:
     """Makes what a config asks for.
 

@@ -25,7 +25,6 @@ from ovseg_jax.evals.segment import MODES, Mode, cosines, region_scores_of, view
 from ovseg_jax.methods.base import Classifier, Method, Prediction, Segmenting, Trainable, Variables
 from ovseg_jax.train.sharding import AXES, replicated
 from ovseg_jax.vocab.classes import ClassList
-from ovseg_jax.vocab.splits import load_split
 from ovseg_jax.vocab.templates import read_templates
 
 
@@ -299,14 +298,13 @@ def _transfer(
     **options,
 ) -> Evaluator:
     """An evaluation of type "transfer"; `data` gets the size of the images that the proposals' run knows."""
-    from ovseg_jax.evals.transfer import RULES, TransferEvaluator, load_stage, rules_of
+    from ovseg_jax.evals.transfer import TransferEvaluator, load_stage, rules_in, rules_of
 
     if not cfg.get("proposals"):
         raise UserError(f"the evaluation {name!r} of type 'transfer' needs proposals=WORKDIR")
     proposals = load_stage(cfg.proposals, mesh, Segmenting, f"{name}.proposals", "proposes no masks")
     data |= {"task": "segmentation", "image_size": proposals.config.data.image_size}
-    if cfg.get("split"):
-        classes = load_split(classes, cfg.split)
-    rules = rules_of(proposals, config, **{k: cfg[k] for k in RULES if k in cfg})
+    chosen, classes = rules_in(cfg, classes)
+    rules = rules_of(proposals, config, **chosen)
     options["prompts"] = {"learned": None, **options["prompts"]}
     return TransferEvaluator(name, proposals, method, classes, batches, mesh, rules=rules, **options)

@@ -20,13 +20,10 @@ from ovseg_jax.models.clip import MEAN
 from ovseg_jax.models.prompt_file import Prompt
 from ovseg_jax.train.checkpoints import load_variables
 from ovseg_jax.vocab.classes import ClassList
+from ovseg_jax.vocab.splits import load_split
 
 FILLS = {"mean": 255.0, "zero": 0.0}
 """Colours of what does not belong to a crop, in units of the mean pixel."""
-
-
-RULES = ("ensemble", "threshold", "fill")
-"""What an evaluation may say of the rules, see `rules_of`."""
 
 
 class Stage(NamedTuple):
@@ -154,6 +151,12 @@ def rules_of(
         scale=scale,
         fill=tuple(FILLS[fill] * channel for channel in config.get("towers", {}).get("mean", MEAN)),
     )
+
+
+def rules_in(evaluation: Mapping[str, Any], classes: ClassList) -> tuple[dict[str, Any], ClassList]:
+    """What an evaluation of type "transfer" says of the rules, as `rules_of` takes it; the classes with its split."""
+    rules = {key: evaluation[key] for key in ("ensemble", "threshold", "fill") if key in evaluation}
+    return rules, load_split(classes, evaluation["split"]) if evaluation.get("split") else classes
 
 
 def seen_names(classes: ClassList) -> list[str]:

@@ -56,7 +56,8 @@ class Trainable(Protocol):
 class Segmenting(Protocol):
     """What segments: it predicts masks and pixels, and has a text side. All that evaluators and segmenter know.
 
-    Regions are scored by cosine, unless there is a `region_scores`, see `evals.segment.RegionScores`.
+    Regions are scored by cosine, unless there is a `region_scores`, see `evals.segment.RegionScores`. One that learns
+    what is no object may have a `no_object(variables) -> [d]`, its unit vector, see `methods.zsseg`.
     """
 
     def predict(

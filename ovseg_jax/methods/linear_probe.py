@@ -41,6 +41,8 @@ class LinearProbe:
       classes: those of them that have training examples are the N.
     """
 
+    frozen_towers = True
+
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         self.config = config
         self.clip = Clip(config.towers, words)

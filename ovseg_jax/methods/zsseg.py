@@ -10,8 +10,8 @@ temperature), a class scores
 and a pixel gets the class with the largest sum over n of score times sigmoid mask. A proposal that covers no pixel
 is not put to the classifier: q_n = 1, and for w = 0 it is left out.
 
-Proposals that know "no object", as ZSSeg's MaskFormer, which learns an embedding for it, have a `no_object(variables)
--> [d]`: the softmax of p is then over one class more, which is dropped.
+Proposals that know "no object", as ZSSeg's MaskFormer, which learns a unit vector for it, have a `no_object(variables)
+-> [d]`: the softmax of p is then over one class more, which is dropped. OpenSeg's have none.
 
 Where this differs from the published code: crops are rounded to bytes, as a classifier takes images; and masks are
 upsampled to the label's own size before the sigmoid rather than the sum after it (see `evals.segment`).

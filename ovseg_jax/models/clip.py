@@ -218,7 +218,8 @@ class Clip:
           UserError: it was learned for another text tower, or for other classes.
         """
         prompt.check_width(self.text.width)
-        prompt.check_tower(self.anchor(weights))
+        if prompt.anchor:
+            prompt.check_tower(self.anchor(weights))
         tokens = prompt.tokens(self.tokenizer, names)
         return self.embed_names(weights, jnp.asarray(prompt.context), prompt.layout, tokens)
 

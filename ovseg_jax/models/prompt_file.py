@@ -73,9 +73,9 @@ class Prompt:
             return
         apart = max(abs(a - b) for a, b in zip(anchor, self.anchor, strict=False))
         if apart > _ROUNDING * max(map(abs, self.anchor)):
-            learned = f" ({self.tower!r})" if self.tower else ""
+            learned, own = f" ({self.tower!r})" if self.tower else "", f"the prompt {self.source}".rstrip()
             raise UserError(
-                f"the prompt {self.source} was learned for another text tower{learned} of the same width: it means "
+                f"{own} was learned for another text tower{learned} of the same width: it means "
                 "nothing to this one"
             )
 

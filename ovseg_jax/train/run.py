@@ -237,6 +237,7 @@ def make_parts(config: ConfigDict, workdir: epath.Path, source: Any) -> Parts:
     from ovseg_jax.data.pipeline import words_for
 
     new = not (workdir / WORDS_FILE).exists() or not (workdir / CLASSES_FILE).exists()
+    config = with_own_text(config, workdir)
     multihost_utils.sync_global_devices("all have looked before one writes")
     if new:
         words = words_for(config, source)
@@ -244,7 +245,7 @@ def make_parts(config: ConfigDict, workdir: epath.Path, source: Any) -> Parts:
             words.save(workdir / WORDS_FILE)
             (workdir / CLASSES_FILE).write_text(_counted(source).to_json())
         multihost_utils.sync_global_devices("vocabulary")
-    parts = load_parts(with_own_text(config, workdir), workdir, make_mesh(config.get("mesh")))
+    parts = load_parts(config, workdir, make_mesh(config.get("mesh")))
     text = getattr(parts.method, "text", None)
     local = "://" not in str(workdir)  # A tokeniser reads local files.
     if isinstance(text, FrozenText) and local and jax.process_index() == 0:

@@ -112,12 +112,9 @@ def main() -> None:
     if args.method == "pomp":
         summaries = {"pomp": [run("pomp", "pomp.py:method=pomp", seed, out, overrides) for seed in seeds]}
         for init in ("prompt", "noise"):
-            tune = lambda seed, init=init: (
-                f"pomp.py:tune={out}/pomp-{seed}" + ",init=noise" * (init == "noise")
-            )
-            summaries[f"tuned-{init}"] = [
-                run(f"tuned-{init}", tune(seed), seed, out, overrides) for seed in seeds
-            ]
+            tune = f"pomp_segments.py:run={out}/pomp-{{}}" + ",init=noise" * (init == "noise")
+            name = f"tuned-{init}"
+            summaries[name] = [run(name, tune.format(seed), seed, out, []) for seed in seeds]
         lines = prompt_lines(summaries["pomp"])
         segmentation = [key if key.startswith("segmentation") else "" for key in PROMPT_METRICS.values()]
         for init, name in (("prompt", "POMP, tuned on segments"), ("noise", "noise, tuned on segments")):

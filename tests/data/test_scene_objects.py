@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ovseg_jax.data.scene_objects import SceneObjects
+from ovseg_jax.data.scenes import draw
 from ovseg_jax.data.scenes_layout import thing_window
 from ovseg_jax.data.scenes_world import SIZES, World
 from ovseg_jax.errors import UserError
@@ -41,19 +42,17 @@ def test_each_split_shows_its_classes(size):
 
 def test_things_on_one_colour():
     """The same things, and stuff as it was."""
-    plain, filled = (SceneObjects("test", 2, size="tiny", fill=fill) for fill in (None, (0.0, 0.0, 9.0)))
-    stuff = 0
+    plain, filled = (SceneObjects("test", 2, size="tiny", fill=fill) for fill in (None, (0.0, 0.0, 9.4)))
     for index in range(len(plain)):
-        a, b = plain[index]["image"], filled[index]["image"]
-        background = (b == (0, 0, 9)).all(-1)
-        np.testing.assert_array_equal(a[~background], b[~background])
-        if plain.layout(index).things:
-            # A thing of about 0.83 of half the side, wherever its outline leaves the square.
-            assert 0.1 < background.mean() < 0.9
-        else:
-            stuff += 1
-            assert not background.any()
-    assert stuff == 2 * len(plain.classes.groups["stuff"])
+        a, b, layout = plain[index]["image"], filled[index]["image"], plain.layout(index)
+        _, segments = draw(
+            plain.world, layout, 32, np.random.default_rng(0)
+        )  # where things are, whatever the paint
+        thing = segments > len(layout.stuff) if layout.things else np.ones((32, 32), bool)
+        np.testing.assert_array_equal(b[thing], a[thing])
+        assert (b[~thing] == (0, 0, 9)).all()
+    with pytest.raises(UserError, match=r"scene_objects: fill=.* is not three numbers"):
+        SceneObjects(fill=(300.0, 0.0, 0.0))
 
 
 def test_an_image_follows_from_class_and_shot():

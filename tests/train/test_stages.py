@@ -16,15 +16,17 @@ from ovseg_jax.config import needed, resolved
 from ovseg_jax.data.pipeline import make_source
 from ovseg_jax.data.transforms import class_map
 from ovseg_jax.errors import UserError
+from ovseg_jax.models.prompt_file import load_prompt
 from ovseg_jax.segmenter import Segmenter
 from ovseg_jax.train.run import evaluate, train
 
 ROOT = Path(__file__).parents[2]
+get_config = run_path(str(ROOT / "configs" / "pomp.py"))["get_config"]
 
 
 def tiny():
     """configs/pomp.py in the smallest of its worlds, with steps that learn nothing."""
-    config = run_path(str(ROOT / "configs" / "pomp.py"))["get_config"]("seed=3")
+    config = get_config("seed=3")
     text = json.dumps(config.to_dict()).replace('"size": "large"', '"size": "tiny"')
     config = type(config)(json.loads(text))
     del config.before["coop"]
@@ -117,12 +119,13 @@ def test_a_classifier_segments_with_the_masks_of_another_run(run, tmp_path, caps
     Image.fromarray(source[0]["image"]).save(tmp_path / "a.png")
     flags = [f"--checkpoint={workdir}", f"--images={tmp_path}", f"--out={tmp_path / 'out'}"]
     stages = [f"--proposals={workdir / 'proposals'}", "--ensemble=0", "--fill=zero"]
-    assert predict.main([*flags, *stages, "--labels=red ball; grass", "--threshold=-1"]) == 0
+    assert predict.main([*flags, *stages, "--labels=red ball; grass"]) == 0
     segments = json.loads((tmp_path / "out/a.json").read_text())["segments"]
     assert {segment["category"] for segment in segments} <= {"red ball", "grass"} and segments
     for wrong, message in (
         ([flags[0], *flags[1:], "--fill=zero"], "--fill is of use with --proposals alone"),
         ([*flags, *stages, "--step=2"], "--step does not go with --proposals"),
+        ([*flags, *stages, "--features"], "leave out --proposals"),
         ([*flags, f"--proposals={workdir}"], "--proposals=.* proposes no masks"),
         (
             [f"--checkpoint={workdir / 'proposals'}", *flags[1:], stages[0]],
@@ -132,6 +135,29 @@ def test_a_classifier_segments_with_the_masks_of_another_run(run, tmp_path, caps
         capsys.readouterr()
         assert predict.main(wrong) == 2
         assert re.search(message, capsys.readouterr().err)
+
+
+def test_its_prompt_is_tuned_on_segments(run, tmp_path):
+    """The command of papers/000's tables 4 and 5, on what the run has left."""
+    _, workdir, summary = run
+    segments = run_path(str(ROOT / "configs" / "pomp_segments.py"))["get_config"](f"seed=3,run={workdir}")
+    text = json.dumps(segments.to_dict()).replace('"size": "small"', '"size": "tiny"')
+    config = type(segments)(json.loads(text))
+    config.update(steps=2, batch_size=16)
+    config.towers.image.width = 16
+    config.data.train[0].update(shots=2)
+    config.data.train[0]["of"].update(num_examples=12)
+    for evaluation in config.final_evals.values():
+        evaluation.batch_size = 8
+    config.final_evals.validation.source["of"].num_examples = 12
+    config.final_evals.segmentation.source.num_examples = 4
+    tuned = train(config, tmp_path)
+    # What it started from is the prompt of the run, which has met these scenes before.
+    assert tuned["segmentation/miou[pomp]"] == pytest.approx(summary["segmentation/miou"])
+    before, after = (
+        load_prompt(str(folder / "prompt.safetensors")).context for folder in (workdir, tmp_path)
+    )
+    assert 0 < np.abs(after - before).max() < 0.1
 
 
 def test_stages_that_wait_for_each_other(tmp_path):
