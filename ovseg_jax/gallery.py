@@ -15,9 +15,10 @@ from ovseg_jax.data.transforms import class_map
 from ovseg_jax.draw import GridRow, prediction_grid
 from ovseg_jax.draw_features import PromptPoint, prompts_picture, sphere_picture
 from ovseg_jax.errors import UserError
-from ovseg_jax.evals.transfer import Stage, rules_in
-from ovseg_jax.methods.base import Classifier, Variables
+from ovseg_jax.evals.transfer import Stage, load_stage, rules_in
+from ovseg_jax.methods.base import Classifier, Segmenting, Variables
 from ovseg_jax.segmenter import Segmenter
+from ovseg_jax.train.sharding import on_host
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.templates import read_templates
 
@@ -36,17 +37,24 @@ def draw_run(
       config: of the run.
       workdir: of the run, with its `metrics.jsonl`.
       method: as built for the run, a `Method` for segmentations and a `Classifier` for classifications.
-      variables: trained, on whatever devices of this process.
+      variables: trained, on whatever devices. All processes call this, since each may hold a part of them.
       images: examples in a picture.
 
     Returns:
-      The paths written.
+      The paths written, all by the first process.
     """
-    workdir = epath.Path(workdir)
-    folder = workdir / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
+    workdir, variables = epath.Path(workdir), on_host(variables)
     paths = []
     evaluations = config.get("final_evals") or config.evals
+    proposals = {
+        name: load_stage(evaluation.proposals, None, Segmenting, "proposals", "proposes no masks")
+        for name, evaluation in evaluations.items()
+        if evaluation.get("type") == "transfer"
+    }
+    if jax.process_index():
+        return []
+    folder = workdir / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
     for name, evaluation in evaluations.items():
         if hasattr(
             method, "embed_text_for"
@@ -64,9 +72,9 @@ def draw_run(
         if transferred:
             own = Stage(config, method, variables)
             rules, classes = rules_in(evaluation, classes)
-            segmenter = Segmenter.from_two_stages(evaluation.proposals, own, classes, **rules)
+            segmenter = Segmenter.from_two_stages(proposals[name], own, classes, **rules)
         else:
-            segmenter = Segmenter(method, jax.device_get(variables), config)
+            segmenter = Segmenter(method, variables, config)
         with paths[-1].open("wb") as f:
             _picture(segmenter, source, classes, name, images, proposals=not transferred).save(f, "PNG")
     try:
@@ -119,7 +127,7 @@ def _features(
     where = np.concatenate([np.flatnonzero(labels == k)[:images] for k in chosen])
     size = {"image_size": evaluation.get("image_size") or config.data.image_size}
     rows = [ClassifyEval.from_config(size, source)(int(i)) for i in where]
-    variables, embed = jax.device_get(variables), jax.jit(method.embed_image)
+    embed = jax.jit(method.embed_image)
     if "feature" in rows[0]:
         seen = np.stack([row["feature"] for row in rows])
     else:

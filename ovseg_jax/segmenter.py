@@ -122,13 +122,10 @@ class Segmenter:
         from ovseg_jax.evals.transfer import Stage, load_stage, rules_of, seen_names
         from ovseg_jax.methods.base import Classifier
         from ovseg_jax.methods.zsseg import TwoStage
-        from ovseg_jax.train.sharding import make_mesh
         from ovseg_jax.vocab.templates import read_templates
 
-        mesh = make_mesh({"data": 1, "fsdp": 1}, jax.local_devices()[:1])
-
         def stage(given: Any, kind: type, key: str, lacking: str) -> Stage:
-            return given if isinstance(given, Stage) else load_stage(given, mesh, kind, key, lacking)
+            return given if isinstance(given, Stage) else load_stage(given, None, kind, key, lacking)
 
         if classes is None and isinstance(proposals, Stage):
             raise UserError("say classes=: a Stage of proposals does not know what they were trained with")
@@ -144,7 +141,7 @@ class Segmenter:
             templates=None if templates is None else read_templates(templates),
         )
         both = {"proposals": first.variables, "classifier": second.variables}
-        return cls(method, jax.device_get(both), first.config, classes, batch_size=batch_size)
+        return cls(method, both, first.config, classes, batch_size=batch_size)
 
     def segment(
         self,

@@ -19,6 +19,7 @@ from ovseg_jax.methods.zsseg import Rules, TwoStage
 from ovseg_jax.models.clip import MEAN
 from ovseg_jax.models.prompt_file import Prompt
 from ovseg_jax.train.checkpoints import load_variables
+from ovseg_jax.train.sharding import make_mesh
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.splits import load_split
 
@@ -106,12 +107,12 @@ class TransferEvaluator:
         return found
 
 
-def load_stage(workdir: epath.PathLike, mesh: Mesh, kind: type, key: str, lacking: str) -> Stage:
+def load_stage(workdir: epath.PathLike, mesh: Mesh | None, kind: type, key: str, lacking: str) -> Stage:
     """Loads a run.
 
     Args:
       workdir: its folder.
-      mesh: where its variables go.
+      mesh: where its variables go; None for NumPy arrays.
       kind: what its method has to be.
       key: the flag or setting that named it, for errors.
       lacking: what a method of another kind does not do, for errors.
@@ -122,7 +123,7 @@ def load_stage(workdir: epath.PathLike, mesh: Mesh, kind: type, key: str, lackin
     from ovseg_jax.train.run import load_parts
 
     config, variables, _ = load_variables(workdir, mesh=mesh)
-    method = load_parts(config, epath.Path(workdir), mesh).method
+    method = load_parts(config, epath.Path(workdir), make_mesh() if mesh is None else mesh).method
     if not isinstance(method, kind):
         raise UserError(f"{key}={workdir} was trained with method={config.method}, which {lacking}")
     return Stage(config, method, variables)

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
@@ -33,7 +32,7 @@ from ovseg_jax.models.clip import Clip
 from ovseg_jax.models.prompt import even_order, likely_size, window_size
 from ovseg_jax.models.prompt_file import FILE, Prompt, is_prompt_file, load_prompt, save_prompt
 from ovseg_jax.train.accumulate import in_parts
-from ovseg_jax.train.sharding import active_batch_axes
+from ovseg_jax.train.sharding import active_batch_axes, on_host
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.prompt_layout import POSITIONS, Layout, NameTokens
 from ovseg_jax.vocab.words import WordList
@@ -269,8 +268,9 @@ class PromptTuning:
     def whole_prompt(self, variables: Variables) -> Prompt:
         """The learned prompt as files hold it: all of it on every process, with what its tower is known by."""
         prompt = self.prompt(variables)
-        context = np.asarray(multihost_utils.process_allgather(prompt.context, tiled=True))
-        return dataclasses.replace(prompt, context=context, anchor=self.clip.anchor(variables["towers"]))
+        return dataclasses.replace(
+            prompt, context=on_host(prompt.context), anchor=self.clip.anchor(variables["towers"])
+        )
 
     def prompt(self, variables: Variables) -> Prompt:
         """The learned prompt."""

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
@@ -24,6 +23,7 @@ from ovseg_jax.models.small import SmallBackbone
 from ovseg_jax.models.text import unit
 from ovseg_jax.models.text_towers import PRESETS, CLIPText, text_tower
 from ovseg_jax.models.vit import ViT
+from ovseg_jax.train.sharding import on_host
 from ovseg_jax.vocab.prompt_layout import Layout, NameTokens
 from ovseg_jax.vocab.tokenizers import PieceTokenizer, load_tokenizer
 from ovseg_jax.vocab.word_tokenizer import WordTokenizer
@@ -225,10 +225,7 @@ class Clip:
 
     def anchor(self, weights: Mapping[str, Any]) -> tuple[float, ...]:
         """What this text tower is known by, see `Prompt.anchor`; the same on all processes."""
-        first = weights["text"]["pos_embedding"][0, 0, :ANCHOR]
-        if isinstance(first, jax.Array) and not first.is_fully_addressable:
-            first = multihost_utils.process_allgather(first, tiled=True)
-        return tuple(float(x) for x in np.asarray(first))
+        return tuple(on_host(weights["text"]["pos_embedding"][0, 0, :ANCHOR]).tolist())
 
     def embed_phrases(self, weights: Mapping[str, Any], texts: Sequence[str]) -> Float[Array, "k e"]:
         """Unit vectors of texts as they stand."""

@@ -84,7 +84,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, finish: Finish | None 
     Args:
       config: see `configs/`.
       workdir: a folder or a bucket; made where it is missing.
-      finish: called after the final evaluation, on the first process.
+      finish: called after the final evaluation, on all processes.
 
     Returns:
       The summary, which is also in `summary.json`: `steps`, `seconds`, `images_per_second`,
@@ -151,8 +151,9 @@ def _train(config: ConfigDict, workdir: epath.Path, finish: Finish | None) -> di
             write(workdir / name)
         write_tables(workdir, tables)
         (workdir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
-        if finish is not None:
-            finish(config, workdir, parts, result.state.averaged)
+    if finish is not None:
+        finish(config, workdir, parts, result.state.averaged)
+    if jax.process_index() == 0:
         _show(workdir, summary, parts.method)
     return summary
 

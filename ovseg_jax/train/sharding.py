@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -93,6 +94,17 @@ def join_parts(rows: Any) -> Any:
         return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
     return jax.tree.map(join, rows)
+
+
+def on_host(tree: Any) -> Any:
+    """A tree of arrays as NumPy arrays, whole on every process. All processes call this."""
+
+    def whole(x: Any) -> np.ndarray:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            x = multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)
+
+    return jax.tree.map(whole, tree)
 
 
 def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:

@@ -9,7 +9,9 @@ amazon-science/prompt-pretraining) sends all 77 tokens of each of K sampled clas
 nn.MultiheadAttention, and back. Both sides get the same K classes, images and prompt; each is a process of its own, and
 they take turns. Printed are the median time of a step and its ratio to ours, the peak of memory beyond what the process
 held before its first step, the time of that step (compilation), and the relative errors of loss and gradient.
---exact=CHUNK adds our softmax over all classes, CHUNK of them at a time. PyTorch needs `pip install -e '.[torch]'`.
+--exact=CHUNK adds our softmax over all classes, CHUNK of them at a time; --sides=ours,image what the image tower takes
+for the same images, which a step is spared where their features are kept (data.cache_features). PyTorch needs
+`pip install -e '.[torch]'`.
 """
 
 import argparse
@@ -143,10 +145,31 @@ def ours(names: list[str], folder: Path, length: int, batch: int):
     return step
 
 
+def image_tower(names: list[str], folder: Path, length: int, batch: int):
+    """What a step costs beside the text where image features are not kept; it has no loss."""
+    import jax
+    from ml_collections import ConfigDict
+
+    from ovseg_jax.models.clip import Clip
+    from ovseg_jax.vocab.words import WordList
+
+    towers = dict(image=dict(name="clip_vitb16"), text=dict(name="clip_vitb16"), init=str(folder / "clip.pt"))
+    clip = Clip(ConfigDict(dict(towers, tokenizer=str(folder))), WordList([]))
+    weights = jax.device_put({"image": clip.pretrained()["image"]})
+    embed = jax.jit(clip.embed_image)
+    images = np.random.default_rng(0).integers(0, 256, (batch, 224, 224, 3), np.uint8)
+
+    def step(classes: int):
+        np.asarray(embed(weights, images))
+        return 1.0, np.ones((length, 512), np.float32)
+
+    return step
+
+
 def work(side: str, names: list[str], folder: Path, length: int, batch: int, pipe) -> None:
     """Answers each step's arguments with (seconds, loss, gradient, peak of memory in bytes)."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    step = {"original": original, "ours": ours}[side](names, folder, length, batch)
+    step = {"original": original, "ours": ours, "image": image_tower}[side](names, folder, length, batch)
     held = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # The most from here on.
     while (asked := pipe.recv()) is not None:
@@ -217,6 +240,12 @@ def main() -> None:
                 seconds = statistics.median(a[0] for a in answer[1:] or answer)
                 first = first or seconds
                 _, value, grad, held = answer[-1]
+                if side == "image":
+                    print(
+                        f"| image tower | | {seconds:.2f} | | {held / 2**20:.0f} | {answer[0][0]:.1f} | | |",
+                        flush=True,
+                    )
+                    continue
                 off = abs(value - reference[1]) / abs(reference[1])
                 grad_off = np.linalg.norm(grad - reference[2]) / np.linalg.norm(reference[2])
                 print(
