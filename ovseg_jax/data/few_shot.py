@@ -26,6 +26,10 @@ class FewShot(Wrapped):
         classes (CoCoOp, 4.1; the odd one is a base class); "" takes all classes, and so does "base+new", which makes
         the halves groups of `classes`, so that they are also scored apart.
 
+    Attributes:
+      counts: i32 [n], how many examples of each class the whole source has, 0 for those outside the group: how common a
+        class is (papers/000, eq. 8), which its shots do not tell.
+
     Raises:
       UserError: the group is unknown or has no example, or `shots` is negative.
     """
@@ -39,7 +43,7 @@ class FewShot(Wrapped):
         labels = np.asarray(source.labels)
         by_class = np.argsort(labels, kind="stable")
         ends = np.searchsorted(labels[by_class], np.arange(len(self.classes) + 1))
-        kept = []
+        kept, self.counts = [], np.zeros(len(self.classes), np.int32)
         groups = _groups(self.classes)
         if group not in groups:
             known = ", ".join(name for name in groups if name)
@@ -49,6 +53,7 @@ class FewShot(Wrapped):
             self.classes = dataclasses.replace(self.classes, groups={**self.classes.groups, **halves})
         for k in groups[group]:
             own = by_class[ends[k] : ends[k + 1]]
+            self.counts[k] = len(own)
             if shots and len(own) > shots:
                 own = np.random.default_rng([seed, k]).choice(own, shots, replace=False)
             kept.append(own)

@@ -39,7 +39,7 @@ class Source(Protocol):
 
     A classification source has examples of one class each: `image` (or `feature`, f32 [D], in its place),
     `label` (int), `image_id`, maybe `captions`; and the attribute `labels`, i32 [n], the class of every
-    example.
+    example. One that is a part of another may have `counts`, how many examples of each class that has.
     """
 
     name: str
@@ -190,6 +190,8 @@ class Wrapped:
         self.name, self.classes = source.name, source.classes
         if hasattr(source, "labels"):
             self.labels = source.labels
+        if hasattr(source, "counts"):
+            self.counts = source.counts
 
     def __len__(self) -> int:
         return len(self.source)

@@ -260,8 +260,10 @@ def _counted(source: Any) -> ClassList:
     """The classes of a source, with their numbers of examples where each example is of one class."""
     if not hasattr(source, "labels"):
         return source.classes
-    counts = np.bincount(source.labels, minlength=len(source.classes)).tolist()
-    return dataclasses.replace(source.classes, examples=tuple(counts))
+    counts = getattr(source, "counts", None)
+    if counts is None:
+        counts = np.bincount(source.labels, minlength=len(source.classes))
+    return dataclasses.replace(source.classes, examples=tuple(counts.tolist()))
 
 
 def load_parts(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Parts:

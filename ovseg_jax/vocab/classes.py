@@ -30,7 +30,8 @@ class ClassList:
       ids: the data set's own number of each category, in the same order.
       isthing: whether each category is countable (a thing) rather than stuff.
       groups: named subsets of class indices over which scores are reported, such as "seen" and "held_out".
-      examples: how many training examples each category has; () where nobody counted.
+      examples: how many training examples there are of each category, of which a few-shot run sees some; () where
+        nobody counted.
     """
 
     names: tuple[tuple[str, ...], ...]

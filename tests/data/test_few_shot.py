@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from ovseg_jax.data.few_shot import FewShot
-from ovseg_jax.data.sources import make_source
+from ovseg_jax.data.sources import Cached, make_source
 from ovseg_jax.errors import UserError
+from ovseg_jax.train.run import _counted
 from ovseg_jax.vocab.classes import ClassList
 
 
@@ -40,6 +41,14 @@ def test_at_most_so_many_of_each_class():
     assert few.classes is source.classes and few.labels.dtype == np.int32
     with pytest.raises(IndexError):
         few[len(few)]
+
+
+def test_how_common_a_class_is_is_known_beside_its_shots():
+    """Eq. 8 of papers/000 speaks of all examples."""
+    assert FewShot(Numbers(), shots=2).counts.tolist() == [8, 8, 8, 2, 0]
+    vowels = Cached(FewShot(Numbers(), shots=2, group="vowel"))
+    assert vowels.counts.tolist() == [8, 0, 0, 0, 0] and len(vowels) == 2
+    assert _counted(vowels).examples == (8, 0, 0, 0, 0)
 
 
 def test_the_seed_draws_and_nothing_else():
