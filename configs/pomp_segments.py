@@ -39,7 +39,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         val_dir="",  # data=masks: the folder to evaluate on; none where it is not said
         unseen="",  # coco_stuff | voc (of data=masks: their classes are no panoptic ones) | "cow; ..." | FILE.json
         proposals="",  # a run whose masks the prompts are then tried on
-        init="",  # a prompt's file, or words; noise by default, on scenes POMP's prompt by default and "noise" by name
+        init="",  # a prompt's file, words, or noise; by default noise, on scenes POMP's prompt
         run="",  # data=scenes: a finished run of configs/pomp.py
         towers="clip_vitb16",
         weights="",  # where they are, if not on the hub: a folder or file
@@ -70,16 +70,14 @@ def on_scenes(args: ConfigDict, pomp: Any) -> ConfigDict:
     config.towers.init = config.towers.tokenizer = place("clip")
     args.init = "" if args.init == "noise" else args.init or prompt
     args.proposals = args.proposals or place("proposals")
-    scenes = dict(name="scenes", image_size=64, size="small")
-    train, validation = (
-        dict(scenes, split="train", num_examples=1000),
-        dict(scenes, split="test", num_examples=200),
+    scenes = lambda split, count: dict(
+        name="scenes", split=split, num_examples=count, image_size=64, size="small"
     )
     return on_segments(
         config,
         args,
-        train,
-        validation,
+        scenes("train", 1000),
+        scenes("test", 200),
         shots=32,
         fill=pomp["BLACK"],
         rules=dict(fill="zero", ensemble=0.0),
@@ -89,6 +87,7 @@ def on_scenes(args: ConfigDict, pomp: Any) -> ConfigDict:
 
 def on_masks(args: ConfigDict, pomp: Any) -> ConfigDict:
     """Published towers, and the segments of a data set."""
+    args.init = "" if args.init == "noise" else args.init
     if args.data == "coco":
         if args.unseen in UNSEEN:
             raise UserError(
