@@ -50,6 +50,25 @@ def test_named_segments(root):
         Folder(root)
 
 
+def test_regions_are_those_of_the_examples_without_an_image_opened(root):
+    (root / "segments.json").write_text(json.dumps({"a.jpg": {"300": "puppy"}, "b.png": {"7": "sky"}}))
+    save_mask(root, np.uint8, (7, 9), name="b")
+    source = Folder(root)
+    expected = [
+        (index, segment, example["class_ids"][segment], *example["boxes"][segment])
+        for index, example in enumerate(source[k] for k in range(3))
+        for segment in np.flatnonzero(example["class_ids"] >= 0)
+    ]
+    for image in (root / "images").iterdir():
+        image.write_bytes(b"")
+    found = Folder(root).regions()
+    rows = [
+        (*row, *box) for *row, box in zip(found.image, found.segment, found.class_id, found.box, strict=True)
+    ]
+    assert rows == expected and len(rows) == 2
+    assert Folder(root, kind="semantic").regions().box.shape == (0, 4)  # no class is listed
+
+
 def test_semantic(root):
     (root / "classes.txt").write_text("0:invalid_class_id\n2:sky\n7:dog\n")
     save_mask(root, np.uint8, (2, 255))
