@@ -1,12 +1,9 @@
-"""The notebooks run from top to bottom, shrunk."""
+"""A notebook runs from top to bottom, shrunk; the one of POMP in train/test_stages.py, on a run that is there."""
 
 import json
-import runpy
 from pathlib import Path
 
 from PIL import Image
-
-from tests.train.test_stages import tiny
 
 REPO = Path(__file__).parents[1]
 SMALL = {
@@ -48,9 +45,3 @@ def test_openseg(tmp_path):
             config.final_evals.test.source.num_examples = 8
 
     assert len(execute("openseg.ipynb", tmp_path / "run", SMALL, shrink)) == 5
-
-
-def test_pomp(tmp_path, monkeypatch):
-    config = tiny()
-    monkeypatch.setattr(runpy, "run_path", lambda path: {"get_config": lambda: config})
-    assert len(execute("pomp.ipynb", tmp_path / "run", {})) == 5

@@ -112,7 +112,7 @@ def load_stage(workdir: epath.PathLike, mesh: Mesh | None, kind: type, key: str,
 
     Args:
       workdir: its folder.
-      mesh: where its variables go; None for NumPy arrays.
+      mesh: where its variables go; None for this process's own device.
       kind: what its method has to be.
       key: the flag or setting that named it, for errors.
       lacking: what a method of another kind does not do, for errors.
@@ -123,6 +123,7 @@ def load_stage(workdir: epath.PathLike, mesh: Mesh | None, kind: type, key: str,
     from ovseg_jax.train.run import load_parts
 
     config, variables, _ = load_variables(workdir, mesh=mesh)
+    variables = jax.device_put(variables) if mesh is None else variables
     method = load_parts(config, epath.Path(workdir), make_mesh() if mesh is None else mesh).method
     if not isinstance(method, kind):
         raise UserError(f"{key}={workdir} was trained with method={config.method}, which {lacking}")
@@ -154,7 +155,7 @@ def rules_of(
     )
 
 
-def rules_in(evaluation: Mapping[str, Any], classes: ClassList) -> tuple[dict[str, Any], ClassList]:
+def rules_in(evaluation: ConfigDict, classes: ClassList) -> tuple[dict[str, Any], ClassList]:
     """What an evaluation of type "transfer" says of the rules, as `rules_of` takes it; the classes with its split."""
     rules = {key: evaluation[key] for key in ("ensemble", "threshold", "fill") if key in evaluation}
     return rules, load_split(classes, evaluation["split"]) if evaluation.get("split") else classes

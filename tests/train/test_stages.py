@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
 from runpy import run_path
 
@@ -19,6 +20,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.prompt_file import load_prompt
 from ovseg_jax.segmenter import Segmenter
 from ovseg_jax.train.run import evaluate, train
+from tests.test_notebook import execute
 
 ROOT = Path(__file__).parents[2]
 get_config = run_path(str(ROOT / "configs" / "pomp.py"))["get_config"]
@@ -158,6 +160,12 @@ def test_its_prompt_is_tuned_on_segments(run, tmp_path):
         load_prompt(str(folder / "prompt.safetensors")).context for folder in (workdir, tmp_path)
     )
     assert 0 < np.abs(after - before).max() < 0.1
+
+
+def test_the_notebook(run, monkeypatch):
+    config, workdir, _ = run
+    monkeypatch.setattr(runpy, "run_path", lambda path: {"get_config": lambda: config})
+    assert len(execute("pomp.ipynb", Path(workdir), {})) == 5
 
 
 def test_stages_that_wait_for_each_other(tmp_path):
