@@ -157,7 +157,12 @@ def on_scenes(
             accumulate=1,
             profile="",
             mesh=dict(data=-1, fsdp=1),
-            towers=dict(clip.towers.to_dict(), init="before:clip", tokenizer="before:clip"),
+            towers=dict(
+                clip.towers.to_dict(),
+                text=dict(clip.towers.text.to_dict(), remat="all"),
+                init="before:clip",
+                tokenizer="before:clip",
+            ),
             prompt=dict(length=4, position="end", specific=False, init=""),
             loss=dict(sample=sample, correction=correction, proposal="uniform", per_device=False, chunk=256),
             optimizer=dict(
@@ -291,7 +296,7 @@ def paper(args: ConfigDict) -> ConfigDict:
             mesh=dict(data=-1, fsdp=1),
             towers=dict(
                 image=dict(name=args.towers),
-                text=dict(name=args.towers),
+                text=dict(name=args.towers, remat="products"),  # ours
                 init=args.weights or TOWERS[args.towers],
                 tokenizer="",
                 image_size=224,  # appendix A

@@ -7,8 +7,8 @@ the matrix products; a token attends to the beginning and to its own text. Featu
 tower applied to each text in full.
 
 The stream is cut into windows at least as long as the longest text, so that a text lies in one window or in two
-neighbours: attention looks at a token's window and the one before. Blocks are scanned and computed again in the
-backward pass, which keeps one vector a token and block.
+neighbours: attention looks at a token's window and the one before. Blocks are scanned. What the backward pass computes
+again of each is the tower's `remat`; with "all", one vector a token and block is kept.
 """
 
 from collections.abc import Mapping
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ovseg_jax.models.remat import rematerialise_function
 from ovseg_jax.models.text_towers import ACTIVATIONS, CLIPText
 
 EPSILON = 1e-5
@@ -91,7 +92,7 @@ def encode_packed(
     """Embeddings of packed texts, as `CLIPText` pools them; not normalised.
 
     Args:
-      tower: its shape, activation and compute type.
+      tower: its shape, activation, compute type and `remat`.
       weights: `stacked` parameters.
       prefix: token vectors that all texts begin with, [SOS] included, without positions.
       stream: token vectors of the rest of the texts, in the order of `packed`.
@@ -109,7 +110,6 @@ def encode_packed(
     mask = _own_text(jnp.pad(packed.text, (0, padding), constant_values=-1), windows, window)
     attend = lambda block, x: _attend(tower, block, x, mask, p)
 
-    @jax.checkpoint
     def layer(x, inputs):
         block, vectors = inputs
         if vectors is not None:
@@ -118,6 +118,7 @@ def encode_packed(
         return _finish(tower, block, x, attend(block, x)), None
 
     if weights["blocks"]:
+        layer = rematerialise_function(layer, tower.remat)
         x, _ = jax.lax.scan(layer, x, (weights["blocks"], _per_block(tower.layers - 1, deep)))
     if (
         deep is not None and 1 < tower.layers <= len(deep) + 1
@@ -153,10 +154,12 @@ def _attend(
     """What attention gathers for each of the first p tokens and of the stream behind them, before `out`."""
     own = block["MultiHeadDotProductAttention_0"]
     y = _norm(block["LayerNorm_0"], x).astype(tower.dtype)
-    q, k, v = (
-        jnp.einsum("nd,dhe->nhe", y, own[name]["kernel"].astype(y.dtype)) + own[name]["bias"].astype(y.dtype)
-        for name in ("query", "key", "value")
-    )
+    # One product for all three, and matrices: XLA transposes an array of three axes before it multiplies by it.
+    three = [own[name] for name in ("query", "key", "value")]
+    kernel = jnp.concatenate([layer["kernel"].reshape(y.shape[-1], -1) for layer in three], 1)
+    bias = jnp.concatenate([layer["bias"].reshape(-1) for layer in three])
+    qkv = y @ kernel.astype(y.dtype) + bias.astype(y.dtype)
+    q, k, v = (x.reshape(-1, *three[0]["bias"].shape) for x in jnp.split(qkv, 3, -1))
     q = q * (q.shape[-1] ** -0.5)
     causal = jnp.tril(jnp.ones((p, p), bool))
     scores = jnp.einsum("qhe,khe->hqk", q[:p], k[:p], preferred_element_type=jnp.float32)
@@ -180,8 +183,9 @@ def _finish(
 ) -> Float[Array, "n d"]:
     """The rest of a block behind its attention."""
     out, mlp = block["MultiHeadDotProductAttention_0"]["out"], block["MlpBlock_0"]
-    dense = lambda layer, x: x @ layer["kernel"].astype(x.dtype) + layer["bias"].astype(x.dtype)
-    x = x + jnp.einsum("nhe,hed->nd", gathered, out["kernel"].astype(x.dtype)) + out["bias"].astype(x.dtype)
+    matrix = lambda layer: layer["kernel"].reshape(-1, layer["bias"].shape[0])
+    dense = lambda layer, x: x @ matrix(layer).astype(x.dtype) + layer["bias"].astype(x.dtype)
+    x = x + dense(out, gathered.reshape(gathered.shape[0], -1))
     y = _norm(block["LayerNorm_1"], x).astype(x.dtype)
     return x + dense(mlp["Dense_1"], ACTIVATIONS[tower.activation](dense(mlp["Dense_0"], y)))
 

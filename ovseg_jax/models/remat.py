@@ -1,8 +1,10 @@
 """Rematerialisation: what the backward pass computes again instead of storing it."""
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import flax.linen as nn
+import jax
 
 from ovseg_jax.errors import UserError
 
@@ -24,12 +26,21 @@ def rematerialise(module: M, policy: str, static_argnums: tuple[int, ...] = ()) 
     Raises:
       UserError: another policy.
     """
+    again, kept = _read(policy)
+    return nn.remat(module, policy=kept, static_argnums=static_argnums) if again else module
+
+
+def rematerialise_function(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
+    """`function`, inside of which a backward pass keeps only what `policy` says; see `rematerialise`."""
+    again, kept = _read(policy)
+    return jax.checkpoint(function, policy=kept) if again else function
+
+
+def _read(policy: str) -> tuple[bool, Callable[..., bool] | None]:
+    """Whether anything is computed again, and what is not."""
     if policy not in POLICIES:
         raise UserError(f"remat is one of {', '.join(POLICIES)}, not {policy!r}")
-    if policy == "none":
-        return module
-    kept = _is_product if policy == "products" else None
-    return nn.remat(module, policy=kept, static_argnums=static_argnums)
+    return policy != "none", _is_product if policy == "products" else None
 
 
 def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:

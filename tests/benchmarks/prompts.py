@@ -1,7 +1,7 @@
 """A step of prompt tuning: ours against the original's way of computing.
 
   python tests/benchmarks/prompts.py [--classes=64,256] [--length=16] [--batch=32] [--rounds=3] [--names=10450]
-      [--exact=0]
+      [--exact=0] [--remat=products]
 
 CLIP ViT-B/16's text tower with random weights in float32, image features given, M = 16, ImageNet-21K's class names as
 timm lists them (10,450; --names=21841, or a file of others, one a line). The original (PyTorch,
@@ -11,7 +11,7 @@ they take turns. Printed are the median time of a step and its ratio to ours, th
 held before its first step, the time of that step (compilation), and the relative errors of loss and gradient.
 --exact=CHUNK adds our softmax over all classes, CHUNK of them at a time; --sides=ours,image what the image tower takes
 for the same images, which a step is spared where their features are kept (data.cache_features). PyTorch needs
-`pip install -e '.[torch]'`.
+`pip install -e '.[torch]'`. --remat is what our backward pass computes again (`models.remat`).
 """
 
 import argparse
@@ -21,6 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +92,7 @@ def original(names: list[str], folder: Path, length: int, batch: int):
     return step
 
 
-def ours(names: list[str], folder: Path, length: int, batch: int):
+def ours(names: list[str], folder: Path, length: int, batch: int, remat: str):
     """This library: (chosen classes, or 0 for all of them) -> loss and gradient."""
     import jax
     import jax.numpy as jnp
@@ -102,7 +103,8 @@ def ours(names: list[str], folder: Path, length: int, batch: int):
     from ovseg_jax.models.prompt import Layout, NameTokens, even_order, likely_size, window_size
     from ovseg_jax.vocab.words import WordList
 
-    towers = dict(image=dict(name="clip_vitb16"), text=dict(name="clip_vitb16"), init=str(folder / "clip.pt"))
+    text = dict(name="clip_vitb16", remat=remat)
+    towers = dict(image=dict(name="clip_vitb16"), text=text, init=str(folder / "clip.pt"))
     clip = Clip(ConfigDict(dict(towers, tokenizer=str(folder))), WordList([]))
     weights = jax.device_put({"text": clip.pretrained()["text"]})
     layout = Layout(length)
@@ -166,10 +168,11 @@ def image_tower(names: list[str], folder: Path, length: int, batch: int):
     return step
 
 
-def work(side: str, names: list[str], folder: Path, length: int, batch: int, pipe) -> None:
+def work(side: str, names: list[str], folder: Path, length: int, batch: int, remat: str, pipe) -> None:
     """Answers each step's arguments with (seconds, loss, gradient, peak of memory in bytes)."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    step = {"original": original, "ours": ours, "image": image_tower}[side](names, folder, length, batch)
+    how = {"original": original, "ours": partial(ours, remat=remat), "image": image_tower}[side]
+    step = how(names, folder, length, batch)
     held = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # The most from here on.
     while (asked := pipe.recv()) is not None:
@@ -205,6 +208,7 @@ def main() -> None:
     parser.add_argument("--exact", type=int, default=0)
     parser.add_argument("--sides", default="ours,original")
     parser.add_argument("--names", default="10450")
+    parser.add_argument("--remat", default="products")
     args = parser.parse_args()
     names = class_names(args.names)
     context = multiprocessing.get_context("spawn")
@@ -226,7 +230,7 @@ def main() -> None:
             sides = {}
             for side in args.sides.split(",") if len(steps) == 1 else ["ours"]:
                 sides[side], theirs = context.Pipe()
-                args_ = (side, names, folder, args.length, args.batch, theirs)
+                args_ = (side, names, folder, args.length, args.batch, args.remat, theirs)
                 context.Process(target=work, args=args_, daemon=True).start()
                 theirs.close()
             answers = {side: [] for side in sides}

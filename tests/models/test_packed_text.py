@@ -63,6 +63,27 @@ def test_features_and_gradients(layers, window, lengths):
             close(ours, expected)
 
 
+@pytest.mark.parametrize("remat", ["products", "all"])
+def test_what_is_computed_again_changes_nothing_but_what_is_kept(remat):
+    ids, length = names([1, 6, 2, 4])
+    context = jnp.asarray(np.random.default_rng(2).normal(size=(M, WIDTH)), jnp.float32)
+
+    def loss(policy):
+        tower, params = build(4, remat=policy)
+        return lambda c: jnp.square(packed(tower, params, c, ids, length, 13, 6)).sum()
+
+    def kept(policy):
+        _, vjp = jax.vjp(loss(policy), context)
+        return sum(x.size for x in jax.tree.leaves(vjp))
+
+    for ours, expected in zip(
+        jax.value_and_grad(loss(remat))(context), jax.value_and_grad(loss("none"))(context), strict=True
+    ):
+        close(ours, expected, 1e-6)
+    order = [kept(policy) for policy in ("none", "products", "all")]
+    assert order == sorted(order, reverse=True) and len(set(order)) == 3
+
+
 def test_activation_and_compute_type():
     tower, params = build(activation="gelu", dtype=jnp.bfloat16)
     ids, length = names([2, 4, 3])
