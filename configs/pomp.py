@@ -157,12 +157,7 @@ def on_scenes(
             accumulate=1,
             profile="",
             mesh=dict(data=-1, fsdp=1),
-            towers=dict(
-                clip.towers.to_dict(),
-                text=dict(clip.towers.text.to_dict(), remat="all"),
-                init="before:clip",
-                tokenizer="before:clip",
-            ),
+            towers=dict(clip.towers.to_dict(), init="before:clip", tokenizer="before:clip"),
             prompt=dict(length=4, position="end", specific=False, init=""),
             loss=dict(sample=sample, correction=correction, proposal="uniform", per_device=False, chunk=256),
             optimizer=dict(
