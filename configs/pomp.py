@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from ovseg_jax.config import parse_arg
+from ovseg_jax.config import check_read, parse_arg
 from ovseg_jax.errors import UserError
 
 TOWERS = {
@@ -59,8 +59,7 @@ BLACK = (0.0, 0.0, 0.0)
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Keys of `arg`: see `parse_arg` below; unknown ones are an error that lists them."""
-    args = parse_arg(
-        arg,
+    keys = dict(
         data="scenes",  # scenes | folder
         data_dir="",
         group="",  # base: trains on the first half of the classes, and scores both (CoCoOp, 4.1)
@@ -70,7 +69,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         towers="clip_vitb16",  # 4.1; clip_vitb32 and clip_rn50 in Table 1
         weights="",  # where they are, if not on the hub: a folder or file
         method="pomp",  # the baselines of Tables 1 to 3: coop | cocoop | vpt | maple | linear_probe
-        length=16,  # M; 4.1. 4 in appendix E.2 and Table 2's best
+        length=0,  # M; by default 16 (4.1; 4 in appendix E.2 and Table 2's best), or the baseline's own
         position="end",  # of the class name: end | middle | front
         specific=False,  # a context for each class (CoOp)
         init="",  # what the context starts from: words, as "a photo of a", or a prompt's file; noise by default
@@ -83,8 +82,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         cache=0,  # augmented views of each image whose features are kept; 0: images are seen anew in each epoch
         seed=0,
     )
+    args = parse_arg(arg, **keys)
     if args.data == "scenes":
         config = scenes(args.seed)
+        check_read(args, keys, ("data", "method", "seed"), "data=scenes")
         if args.method != "pomp":
             raise UserError(
                 f"method={args.method}: on scenes POMP is trained, and CoOp beside it; say data=folder"
@@ -254,13 +255,21 @@ def paper(args: ConfigDict) -> ConfigDict:
     own = ConfigDict(
         BASELINES.get(args.method)
         or dict(
-            length=args.length,
-            epochs=20 if args.length > 4 else 5,  # appendix A; M = 4 has 5 in the code
+            length=16,
+            epochs=5 if 0 < args.length <= 4 else 20,  # appendix A; M = 4 has 5 in the code
             images=32 * 8,  # appendix A: on each of 8 GPUs
             learning_rate=0.002,  # appendix A
             warmup_rate=1e-5,  # code: constant
         )
     )
+    if args.length:
+        if "words" in own or args.method == "linear_probe":
+            raise UserError(f"length={args.length} means nothing with method={args.method}")
+        own.length = args.length
+    if args.classes < 2 or args.shots < 1:
+        raise UserError(
+            f"classes={args.classes}, shots={args.shots}: at least 2 and 1, by which an epoch is counted"
+        )
     pomp = args.method == "pomp"
     views = 4 if pomp else 1  # code
     if args.group not in ("", "base"):

@@ -18,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ovseg_jax.config import parse_arg
+from ovseg_jax.config import check_read, parse_arg
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.clip import MEAN
 from ovseg_jax.models.prompt_file import FILE, is_prompt_file
@@ -32,8 +32,7 @@ ENSEMBLE = {"coco_stuff": 0.8, "voc": 0.7}
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Keys of `arg`: see `parse_arg` below; unknown ones are an error that lists them."""
-    args = parse_arg(
-        arg,
+    keys = dict(
         data="scenes",  # scenes | masks | coco
         data_dir="",
         val_dir="",  # data=masks: the folder to evaluate on; none where it is not said
@@ -43,14 +42,18 @@ def get_config(arg: str | None = None) -> ConfigDict:
         run="",  # data=scenes: a finished run of configs/pomp.py
         towers="clip_vitb16",
         weights="",  # where they are, if not on the hub: a folder or file
-        length=16,  # M
+        length=0,  # M; 16 by default
         cache=0,  # augmented views of each segment whose features are kept; 0: segments are seen anew in each epoch
         seed=0,
     )
+    args = parse_arg(arg, **keys)
     pomp: Any = runpy.run_path(str(Path(__file__).with_name("pomp.py")))
     if args.data == "scenes":
+        read = ("data", "unseen", "proposals", "init", "run", "seed")
+        check_read(args, keys, read, "data=scenes")
         config = on_scenes(args, pomp)
     elif args.data in ("masks", "coco"):
+        check_read(args, keys, [key for key in keys if key != "run"], f"data={args.data}")
         config = on_masks(args, pomp)
     else:
         raise UserError(f"data={args.data}: known are scenes, masks, coco")

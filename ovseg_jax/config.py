@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from etils import epath
@@ -38,6 +38,20 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
             raise UserError(f"unknown config key '{key}'{hint}; known keys: {', '.join(sorted(defaults))}")
         values[key] = _typed(key, text if "=" in item else "true", defaults[key])
     return ConfigDict(values)
+
+
+def check_read(args: ConfigDict, defaults: Mapping[str, Any], read: Collection[str], when: str) -> None:
+    """Raises a UserError for a key that was set and that nothing reads: a run would silently be another one.
+
+    Args:
+      args: of `parse_arg`.
+      defaults: those that it had.
+      read: the keys that have a meaning here.
+      when: what makes it so, as "data=scenes".
+    """
+    for key, default in defaults.items():
+        if key not in read and args[key] != default:
+            raise UserError(f"{key}={args[key]} means nothing with {when}: known are {', '.join(read)}")
 
 
 def _split(arg: str, known: dict[str, Any]) -> list[str]:

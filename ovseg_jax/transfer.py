@@ -181,6 +181,8 @@ def evaluation_of(config: ConfigDict, arguments: argparse.Namespace) -> dict[str
 def read_source(text: str) -> dict[str, Any]:
     """What `make_source` takes from "coco,data_dir=DIR,split=val2017": whole numbers and true, false are read as such.
 
+    Not in what is text by its nature: paths, splits and names of files.
+
     A value goes on to the next `,key=`, so that a path may hold commas.
     """
     name, *items = text.split(",")
@@ -194,10 +196,15 @@ def read_source(text: str) -> dict[str, Any]:
     if wrong := [key for key, equals, _ in pairs if not equals]:
         raise UserError(f"--data={text}: {wrong[0]!r} is not of the form key=value")
     words = {"true": True, "false": False}
+    read = lambda v: int(v) if v.isdecimal() else words.get(v.lower(), v)
     return {
         "name": name.strip(),
-        **{k.strip(): int(v) if v.isdecimal() else words.get(v.lower(), v) for k, _, v in pairs},
+        **{k.strip(): v if _is_text(k.strip()) else read(v) for k, _, v in pairs},
     }
+
+
+def _is_text(key: str) -> bool:
+    return key.endswith("dir") or key in ("split", "names", "labels", "group")
 
 
 def table(found: Mapping[str, Mapping[str, float]]) -> str:

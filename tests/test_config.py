@@ -93,6 +93,22 @@ def test_the_numbers_of_pomp():
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "arg", "message"),
+    [
+        ("pomp", "sample=0", "sample=0 means nothing with data=scenes: known are data, method, seed"),
+        ("pomp", "data=folder,data_dir=x,method=maple,length=4", "length=4 means nothing with method=maple"),
+        ("pomp", "data=folder,data_dir=x,shots=0", "shots=0: at least 2 and 1"),
+        ("pomp_segments", "towers=clip_rn50", "towers=clip_rn50 means nothing with data=scenes"),
+        ("pomp_segments", "data=masks,data_dir=x,run=y", "run=y means nothing with data=masks"),
+    ],
+)
+def test_a_key_that_nothing_reads(name, arg, message):
+    with pytest.raises(UserError, match=message):
+        load(name, arg)
+    assert load("pomp", "data=folder,data_dir=x,method=coop,length=4").prompt.length == 4
+
+
 def test_a_prompt_goes_on_learning_from_segments():
     """ZSSeg's numbers, and which classes are withheld from what."""
     masks = "data=masks,data_dir=x,val_dir=y,proposals=z"

@@ -134,6 +134,7 @@ def test_a_wrong_request_is_one_sentence(run, root, monkeypatch, flags, message)
 
 
 def test_sources_as_a_person_writes_them():
+    assert transfer.read_source("folder,data_dir=2017,split=1")["data_dir"] == "2017"
     assert transfer.read_source("coco,data_dir=a,b,split=val2017,cache=true,limit=30") == {
         "name": "coco",
         "data_dir": "a,b",

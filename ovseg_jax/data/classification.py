@@ -103,27 +103,37 @@ def random_crop(
 class ClassifyTransform:
     """Turns example number `index` of the infinite stream into a row: `image`, `label`, `example_mask`.
 
-    An example may hold a `feature` in place of an image, [D], or [V D] of V views, of which one is drawn. The
-    row is a function of (seed, index, example) alone.
+    An example may hold a `feature` in place of an image, [D], or [V D] of V views, of which one is drawn; consecutive
+    rows that show one example get different ones. The row is a function of (seed, index, example) alone.
+
+    Attributes:
+      seed: of all draws.
+      augment: of images.
+      views: how many consecutive rows show one example.
     """
 
     seed: int
     augment: Augment
+    views: int = 1
 
     @classmethod
     def from_config(cls, config: Any, words: WordList) -> "ClassifyTransform":
-        """Reads `seed` and, of `data`, `image_size` and `augment`; labels need no words."""
+        """Reads `seed` and, of `data`, `image_size`, `augment` and `views`; labels need no words."""
         del words
-        return cls(int(config["seed"]), Augment.from_config(config["data"]))
+        data = config["data"]
+        return cls(int(config["seed"]), Augment.from_config(data), int(data.get("views", 1)))
 
     def __call__(self, index: int, example: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Makes row number `index` of the stream."""
         row = {"label": np.int32(example["label"]), "example_mask": np.bool_(True)}
-        rng = np.random.default_rng([self.seed, index, _STREAM])
         if "feature" in example:
             feature = np.asarray(example["feature"], np.float32)
-            feature = feature[int(rng.integers(len(feature)))] if feature.ndim == 2 else feature
+            if feature.ndim == 2:
+                group, place = divmod(index, self.views)
+                order = np.random.default_rng([self.seed, group, _STREAM]).permutation(len(feature))
+                feature = feature[order[place % len(order)]]
             return {"feature": feature, **row}  # type: ignore[dict-item]
+        rng = np.random.default_rng([self.seed, index, _STREAM])
         return {"image": self.augment(example["image"], rng), **row}  # type: ignore[dict-item]
 
 

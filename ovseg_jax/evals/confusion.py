@@ -121,8 +121,8 @@ def scores(counts: Counts, groups: Mapping[str, Sequence[int]] | None = None) ->
             result[f"chance_miou{suffix}"] = float(chance[member].mean())
             result[f"chance_miou_gt{suffix}"] = float(chance[member & truth].mean())
     for divisor in ("", "_gt"):
-        names = [f"miou{divisor}/{group}" for group in ("seen", "unseen", "held_out")]
-        both = [result[name] for name in names if name in result]
+        other = next((g for g in ("unseen", "held_out") if f"miou{divisor}/{g}" in result), "")
+        both = [result[name] for g in ("seen", other) if (name := f"miou{divisor}/{g}") in result]
         if len(both) == 2:
             result[f"hiou{divisor}"] = 2 * both[0] * both[1] / sum(both) if sum(both) else 0.0
     return result

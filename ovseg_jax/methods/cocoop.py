@@ -84,7 +84,7 @@ class CoCoOp(PromptTuning):
                     key,
                     scale,
                     sample=self.sample or len(self.names),
-                    correction=self.loss_config.get("correction", "log10"),
+                    correction=self.correction,
                     log_weights=log_weights,
                 )
 

@@ -19,7 +19,7 @@ from ovseg_jax.methods.base import Aux, Batch, Variables
 from ovseg_jax.models.clip import Clip
 from ovseg_jax.models.text import unit
 from ovseg_jax.train.accumulate import in_parts
-from ovseg_jax.vocab.classes import ClassList
+from ovseg_jax.vocab.classes import ClassList, rows_of_names
 from ovseg_jax.vocab.words import WordList
 
 FEATURE_LENGTH = 10.0
@@ -47,12 +47,8 @@ class LinearProbe:
         self.config = config
         self.clip = Clip(config.towers, words)
         trained = np.array(classes.examples or [1] * len(classes)) > 0
-        self._place = np.cumsum(trained) - 1
-        self._count = int(trained.sum())
-        self._index: dict[str, int] = {}
-        for k in np.argsort(~trained, kind="stable").tolist():
-            for name in classes.names[k]:
-                self._index.setdefault(name, int(self._place[k]) if trained[k] else self._count)
+        self._names, self._count = classes.names, int(trained.sum())
+        self._place = np.where(trained, np.cumsum(trained) - 1, self._count)
 
     def init(self, rng: jax.Array) -> Variables:
         """`params`, and `towers`, which no gradient reaches."""
@@ -87,19 +83,14 @@ class LinearProbe:
         """Unit vectors of classes by any of their names.
 
         Raises:
-          UserError: a name that no class of the training data has.
+          UserError: see `rows_of_names`.
         """
         if not len(texts):
             raise UserError("no class names were given")
-        if unknown := [text for text in texts if text not in self._index]:
-            raise UserError(
-                f"the linear probe tells the {self._count} classes apart that it was trained with, and "
-                f"{unknown[0]!r} is none of them"
-            )
+        chosen = self._place[rows_of_names(self._names, texts, "the linear probe")]
         rows, longest = self._rows(variables)
         rows = jnp.pad(rows, ((0, 1), (0, 0))).at[-1, -1].set(-longest)
         rest = jnp.sqrt(jnp.maximum(longest**2 - jnp.square(rows).sum(1, keepdims=True), 0))
-        chosen = np.array([self._index[text] for text in texts], np.int32)
         return (jnp.concatenate([rows, rest], 1) / longest)[chosen]
 
     def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Float[Array, "k d"]:

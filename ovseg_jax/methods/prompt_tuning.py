@@ -70,7 +70,8 @@ class PromptTuning:
         self.config, self.loss_config = config, config.loss
         self.examples = np.array([n for n in classes.examples if n] or [1] * len(classes))
         self.trained = np.flatnonzero(classes.examples or np.ones(len(classes)))
-        self.names = [classes.display(k) for k in self.trained.tolist()]
+        self.all_names = tuple(classes.names[k] for k in self.trained.tolist())
+        self.names = [names[0] for names in self.all_names]
         count = len(self.names)
         self.clip = Clip(config.towers, words)
         prompt = config.prompt
@@ -274,7 +275,7 @@ class PromptTuning:
 
     def prompt(self, variables: Variables) -> Prompt:
         """The learned prompt."""
-        names = tuple(self.names) if self.layout.specific else ()
+        names = self.all_names if self.layout.specific else ()
         context = variables["params"]["prompt"]["context"]
         return Prompt(context, self.layout, names, self.config.towers.text.name)
 

@@ -24,6 +24,7 @@ from jaxtyping import Float
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.pretrained.files import read_arrays, read_metadata, write_safetensors
+from ovseg_jax.vocab.classes import rows_of_names
 from ovseg_jax.vocab.prompt_layout import POSITIONS, Layout, NameTokens
 from ovseg_jax.vocab.tokenizers import PieceTokenizer
 
@@ -44,7 +45,8 @@ class Prompt:
     Attributes:
       context: token vectors of all classes, [1 M d], or of each of N.
       layout: where they stand.
-      names: the N classes with contexts of their own, in order; () where all share one, or the file does not say.
+      names: the names of each of the N classes with contexts of their own; () where all share one, or the file does not
+        say.
       tower: the name of the text tower that it was learned for, where that is known.
       source: the file that it was read from.
       anchor: the first numbers of that tower's first position, by which it is known again: towers of one width are not
@@ -53,7 +55,7 @@ class Prompt:
 
     context: Float[Any, "n m d"]
     layout: Layout
-    names: tuple[str, ...] = ()
+    names: tuple[tuple[str, ...], ...] = ()
     tower: str = ""
     source: str = ""
     anchor: tuple[float, ...] = ()
@@ -92,17 +94,13 @@ class Prompt:
         """Which of the contexts belongs to each name.
 
         Raises:
-          UserError: none does.
+          UserError: the file does not say; and see `rows_of_names`.
         """
         if not self.names:
             raise UserError(
                 f"the prompt {self.source} has a context for each of {len(self.context)} classes, but not their names"
             )
-        index = {name: k for k, name in enumerate(self.names)}
-        if unknown := [name for name in names if name not in index]:
-            own = f"the prompt {self.source}".rstrip()
-            raise UserError(f"{own} is one of {len(index)} classes, and {unknown[0]!r} is none of them")
-        return np.array([index[name] for name in names], np.int32)
+        return rows_of_names(self.names, names, f"the prompt {self.source}".rstrip())
 
 
 def is_prompt_file(value: Any) -> bool:
@@ -117,7 +115,7 @@ def save_prompt(path: epath.PathLike, prompt: Prompt) -> None:
     if prompt.anchor:
         metadata["anchor"] = json.dumps(prompt.anchor)
     if prompt.layout.specific:
-        metadata["names"] = json.dumps(list(prompt.names), ensure_ascii=False)
+        metadata["names"] = json.dumps(prompt.names, ensure_ascii=False)
     write_safetensors(path, {"context": context if prompt.layout.specific else context[0]}, metadata)
 
 
@@ -131,7 +129,7 @@ def load_prompt(path: str | Path) -> Prompt:
     if not path.is_file():
         raise UserError(f"there is no prompt {path}")
     if _ORIGINAL.search(path.name):
-        metadata = {"position": (["end", *re.findall(r"ctp(end|middle|front)", str(path))])[-1]}
+        metadata = {"position": _position(path)}
         context = _original(path)
     else:
         arrays = read_arrays(path)
@@ -139,7 +137,7 @@ def load_prompt(path: str | Path) -> Prompt:
         if metadata.get("format") != _FORMAT or arrays.keys() != {"context"}:
             raise UserError(f"{path} is no prompt: it holds {_listed(arrays)}, not a 'context' alone")
         context = np.array(arrays["context"], np.float32)
-    position, names = metadata.get("position"), tuple(_listing(path, metadata, "names", str))
+    position, names = metadata.get("position"), tuple(map(tuple, _listing(path, metadata, "names", list)))
     anchor = tuple(_listing(path, metadata, "anchor", float))
     if position not in POSITIONS:
         raise UserError(f"{path}: its 'position' is {position!r}, not one of {', '.join(POSITIONS)}")
@@ -147,6 +145,8 @@ def load_prompt(path: str | Path) -> Prompt:
         raise UserError(
             f"{path}: 'context' is not [M d] or [N M d] finite numbers, but {list(context.shape)}"
         )
+    if not all(of_class and all(isinstance(name, str) for name in of_class) for of_class in names):
+        raise UserError(f"{path}: 'names' is no list of the names of each class")
     if names and (context.ndim == 2 or len(names) != len(context)):
         raise UserError(f"{path}: 'names' has {len(names)} classes, and 'context' is {list(context.shape)}")
     layout = Layout(context.shape[-2], position, specific=context.ndim == 3)
@@ -157,16 +157,28 @@ def load_prompt(path: str | Path) -> Prompt:
 def save_original(path: str | Path, prompt: Prompt) -> None:
     """Writes what their `load_model` reads, and their tool that makes Detic's class vectors.
 
-    In half precision, as they train it and as that tool has its text tower. Names and position are lost.
+    In half precision, as they train it and as that tool has its text tower. Names are lost, and so is the position
+    unless it stands in the path, as in theirs.
 
     Raises:
-      UserError: PyTorch is missing.
+      UserError: PyTorch is missing, or the path would make it a prompt of another position.
     """
+    if (position := prompt.layout.position) != _position(path):
+        raise UserError(
+            f"{path} would be read as a prompt of position {_position(path)}, and this one's is {position}: the "
+            f"original has that in a folder's name, as in nctx{prompt.layout.length}_ctp{position}/{Path(path).name}"
+        )
     torch = _torch(path)
     context = np.asarray(prompt.context, np.float16)
     ctx = torch.from_numpy(context if prompt.layout.specific else context[0].copy())
     rest = dict.fromkeys(("optimizer", "scheduler", "val_result"))
-    torch.save({"state_dict": OrderedDict(ctx=ctx), "epoch": 0, **rest}, path)
+    with Path(path).open("wb") as file:  # PyTorch's own error is no OSError.
+        torch.save({"state_dict": OrderedDict(ctx=ctx), "epoch": 0, **rest}, file)
+
+
+def _position(path: str | Path) -> str:
+    """Where a prompt of the original's form stands, by its path."""
+    return ["end", *re.findall(r"ctp(end|middle|front)", str(path))][-1]
 
 
 def _original(path: Path) -> Float[np.ndarray, "..."]:

@@ -130,10 +130,14 @@ def _train(config: ConfigDict, workdir: epath.Path, finish: Finish | None) -> di
 
     source = make_source(config.data.train)
     parts = make_parts(config, workdir, source)
+    stream = config
     if config.data.get("cache_features", 0):
         source = cached_features(config, workdir, parts, source)
+        # Nothing is left to decode, and each worker would have a copy of all features.
+        stream = config.copy_and_resolve_references()
+        stream.data.workers = 0
     process = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    batches = lambda start: train_iterator(config, parts.words, start=start, source=source, **process)
+    batches = lambda start: train_iterator(stream, parts.words, start=start, source=source, **process)
     result = fit(config, workdir, parts.method, batches, _evaluators(config, parts), parts.mesh)
     if result.stopped:
         return {"steps": result.step, "stopped": True}
@@ -143,12 +147,14 @@ def _train(config: ConfigDict, workdir: epath.Path, finish: Finish | None) -> di
             print(f"{workdir} has already made its {result.step} steps; a new run needs another --workdir")
             _show(workdir, before, parts.method)
         return before
-    scores, tables = run_evaluators(final_evaluators(config, parts), result.state.averaged)
-    summary = _summary(result, scores)
+    # Before the evaluation: whatever happens there, what was learned is there.
     artifacts = getattr(parts.method, "artifacts", _no_artifacts)(result.state.averaged)
     if jax.process_index() == 0:
         for name, write in artifacts.items():
             write(workdir / name)
+    scores, tables = run_evaluators(final_evaluators(config, parts), result.state.averaged)
+    summary = _summary(result, scores)
+    if jax.process_index() == 0:
         write_tables(workdir, tables)
         (workdir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
     if finish is not None:

@@ -227,3 +227,36 @@ def as_classes(labels: Labels) -> ClassList:
     if not names or any(not group or not all(name.strip() for name in group) for group in names):
         raise UserError(f"the labels {list(labels)!r} hold an empty category: each takes at least one word")
     return ClassList(tuple(names), tuple(range(len(names))), (True,) * len(names))
+
+
+def rows_of_names(
+    classes: Sequence[Sequence[str]], asked: Sequence[str], knows: str
+) -> Int[np.ndarray, " k"]:
+    """Which of the classes each asked name is, for what has something of its own for each class and no text.
+
+    Two classes may share a name (1,415 of ImageNet-21K's do), so that where all names are asked in the order of the
+    classes, or all first names are, they are told apart by their places.
+
+    Args:
+      classes: the names of each class.
+      asked: names.
+      knows: what it is that tells the classes apart, for errors.
+
+    Raises:
+      UserError: a name of none of them, or one of several.
+    """
+    owner = [k for k, names in enumerate(classes) for _ in names]
+    flat = [name for names in classes for name in names]
+    if list(asked) == flat:
+        return np.array(owner, np.int32)
+    if list(asked) == [names[0] for names in classes]:
+        return np.arange(len(classes), dtype=np.int32)
+    found: dict[str, set[int]] = {}
+    for k, name in zip(owner, flat, strict=True):
+        found.setdefault(name, set()).add(k)
+    if unknown := [name for name in asked if name not in found]:
+        raise UserError(f"{knows} knows {len(classes)} classes, and {unknown[0]!r} is none of them")
+    if several := [name for name in asked if len(found[name]) > 1]:
+        count = len(found[several[0]])
+        raise UserError(f"{knows} knows {count} classes by the name {several[0]!r}: which one is meant?")
+    return np.array([k for name in asked for k in found[name]], np.int32)

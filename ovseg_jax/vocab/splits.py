@@ -23,7 +23,7 @@ papers/000 (appendix B) keep."""
 
 
 def split(classes: ClassList, unseen: Sequence[str]) -> ClassList:
-    """The classes with the groups "seen" and "unseen" beside their own.
+    """The classes with the groups "seen" and "unseen" beside their own; what they held out already is not seen.
 
     A name fits a class if it equals one of its names but for case, spaces, hyphens and underscores.
 
@@ -34,10 +34,11 @@ def split(classes: ClassList, unseen: Sequence[str]) -> ClassList:
     if unknown := [name for name in unseen if _key(name) not in place]:
         raise UserError(f"the unseen class {unknown[0]!r} is none of the {len(classes)} classes of the data")
     members = {place[_key(name)] for name in unseen}
-    seen = tuple(k for k in range(len(classes)) if k not in members)
+    withheld = members.union(classes.groups.get("held_out", ()))
+    seen = tuple(k for k in range(len(classes)) if k not in withheld)
     if not members or not seen:
         raise UserError(
-            f"{len(members)} of {len(classes)} classes would be unseen: a split has classes on both sides"
+            f"{len(withheld)} of {len(classes)} classes would be unseen: a split has classes on both sides"
         )
     return dataclasses.replace(
         classes, groups={**classes.groups, "seen": seen, "unseen": tuple(sorted(members))}

@@ -107,6 +107,13 @@ def test_features_pass_through():
     example = {"feature": np.stack([feature, -feature]), "label": 1}
     rows = [ClassifyTransform.from_config(make_config(), WORDS)(index, example) for index in range(40)]
     assert {row["feature"][1] for row in rows} == {1, -1} and rows[0]["feature"].shape == (5,)
+    # Consecutive rows that show one example show different views of it.
+    example = {"feature": np.arange(4, dtype=np.float32)[:, None], "label": 1}
+    transform = ClassifyTransform.from_config(
+        make_config() | {"data": {**make_config()["data"], "views": 4}}, WORDS
+    )
+    drawn = np.array([transform(index, example)["feature"][0] for index in range(80)]).reshape(20, 4)
+    assert (np.sort(drawn) == np.arange(4)).all() and len({tuple(group) for group in drawn}) > 5
 
 
 def test_captions_and_sides():

@@ -82,6 +82,10 @@ def test_the_harmonic_mean_with_nothing_right_on_one_side():
     counts = Counts(np.array([4, 0]), np.array([4, 2]), np.array([6, 0]))
     assert confusion.scores(counts, {"seen": (0,), "unseen": (1,)})["hiou"] == 0
     assert "hiou" not in confusion.scores(counts, {"seen": (0, 1)})
+    # A split laid over data that holds out classes of its own.
+    three = Counts(np.array([4, 2, 0]), np.array([4, 4, 2]), np.array([4, 2, 4]))
+    groups = {"seen": (0,), "unseen": (1,), "held_out": (2,)}
+    assert confusion.scores(three, groups)["hiou"] == pytest.approx(2 * 100 * 50 / 150)
     absent = Counts(np.array([4, 0]), np.array([4, 0]), np.array([4, 0]))
     assert "hiou" not in confusion.scores(absent, {"seen": (0,), "unseen": (1,)})
 

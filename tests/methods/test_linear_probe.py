@@ -99,6 +99,19 @@ def test_it_starts_undecided_and_learns():
     np.testing.assert_allclose(text, [[0] * (D + 1) + [1]] * 2, rtol=1e-6)
 
 
+def test_classes_that_share_a_name_are_told_apart():
+    names = (("crane", "bird"), ("dog",), ("crane",), ("dog", "hound"))
+    method = build(torch_clip.config("linear_probe", {}), WORDS, ClassList(names, (0, 1, 2, 3), (True,) * 4))
+    variables = torch_clip.draw(method)
+    every = method.embed_text(variables, ["crane", "bird", "dog", "crane", "dog", "hound"])
+    first = method.embed_text(variables, ["crane", "dog", "crane", "dog"])
+    np.testing.assert_array_equal(every, first[np.array([0, 0, 1, 2, 3, 3])])
+    assert len(np.unique(first, axis=0)) == 4
+    np.testing.assert_array_equal(method.embed_text(variables, ["hound", "bird"]), first[np.array([3, 0])])
+    with pytest.raises(UserError, match="2 classes by the name 'crane'"):
+        method.embed_text(variables, ["crane"])
+
+
 @pytest.mark.parametrize("names,said", [(["dog", "sea"], "'sea' is none of them"), ([], "no class names")])
 def test_names_that_cannot_be(method, variables, names, said):
     with pytest.raises(UserError, match=said):

@@ -53,7 +53,7 @@ def original(path, ctx, **more):
 def test_ours_and_back(tmp_path):
     shared = random_prompt(position="middle")
     specific = Prompt(
-        random_prompt(2).context, Layout(4, specific=True), ("red ball", "Zürich"), "clip_vitb16"
+        random_prompt(2).context, Layout(4, specific=True), (("red ball", "ball"), ("Zürich",)), "clip_vitb16"
     )
     known = dataclasses.replace(shared, anchor=(0.25, -1.0, 1 / 3))
     for prompt in (shared, specific, known):
@@ -77,12 +77,18 @@ def test_the_original_s_and_back(tmp_path):
     same(found, Prompt(context.astype(np.float32), Layout(4, "middle", specific=True)))
     shared = load_prompt(original(tmp_path / "model-best.pth.tar", context[0]))
     same(shared, Prompt(context[:1].astype(np.float32), Layout(4)))
-    for prompt in (found, shared):
-        save_original(tmp_path / "out.pth.tar-3", prompt)
-        read = torch.load(tmp_path / "out.pth.tar-3", weights_only=True)
+    for prompt, path in ((found, folder / "out.pth.tar-3"), (shared, tmp_path / "out.pth.tar-3")):
+        save_original(path, prompt)
+        read = torch.load(path, weights_only=True)
         expected = context if prompt.layout.specific else context[0]
         assert isinstance(read["epoch"], int) and list(read["state_dict"]) == ["ctx"]
         np.testing.assert_array_equal(read["state_dict"]["ctx"].numpy(), expected)
+        same(load_prompt(path), prompt)
+    for prompt, path in ((found, tmp_path / "out.pth.tar"), (shared, folder / "out.pth.tar")):
+        with pytest.raises(UserError, match=f"this one's is {prompt.layout.position}"):
+            save_original(path, prompt)
+    with pytest.raises(FileNotFoundError):
+        save_original(tmp_path / "missing" / "out.pth.tar", shared)
 
 
 def test_which_texts_are_prompt_files():
@@ -109,7 +115,9 @@ def test_what_is_no_prompt(tmp_path):
     wrong("empty.safetensors", r"\[0, 16\]", {"context": context[:0]})
     wrong("nan.safetensors", "finite", {"context": context * np.nan})
     wrong("left.safetensors", "'position' is 'left'", {"context": context}, position="left")
-    wrong("names.safetensors", "'names' has 1 classes", {"context": context}, names='["a"]')
+    wrong("names.safetensors", "'names' has 1 classes", {"context": context}, names='[["a"]]')
+    wrong("text.safetensors", "'names' cannot be read", {"context": context}, names='["a"]')
+    wrong("numbers.safetensors", "no list of the names", {"context": context}, names="[[1]]")
     wrong("json.safetensors", "'names' cannot be read", {"context": context}, names="{")
     wrong("anchor.safetensors", "'anchor' cannot be read", {"context": context}, anchor='["a"]')
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
@@ -144,7 +152,7 @@ def test_a_run_starts_from_a_prompt(tmp_path):
     for context in start(prompt, **{"prompt.specific": True})[1]:
         np.testing.assert_array_equal(context, prompt.context[0])
     # Classes are found by their names, in whatever order the file has them.
-    names = tuple(reversed(method.names))
+    names = tuple(reversed(method.all_names))
     each = Prompt(random_prompt(len(names)).context, Layout(4, specific=True), names)
     np.testing.assert_array_equal(start(each, **{"prompt.specific": True})[1], each.context[::-1])
 
@@ -153,7 +161,11 @@ def test_a_run_starts_from_a_prompt(tmp_path):
         (random_prompt(length=5), {}, "set prompt.length=5 and prompt.position=end"),
         (random_prompt(position="front"), {}, "prompt.position=front"),
         (each, {}, "set prompt.specific=True"),
-        (Prompt(each.context, each.layout, ("a", *names[1:])), {"prompt.specific": True}, "is none of them"),
+        (
+            Prompt(each.context, each.layout, (("a",), *names[1:])),
+            {"prompt.specific": True},
+            "is none of them",
+        ),
         (Prompt(each.context, each.layout), {"prompt.specific": True}, "but not their names"),
     ):
         with pytest.raises(UserError, match=message):
@@ -169,7 +181,7 @@ def test_a_run_leaves_its_prompt(tmp_path, specific):
     found = load_prompt(tmp_path / "prompt.safetensors")
     np.testing.assert_array_equal(found.context, variables["params"]["prompt"]["context"])
     assert found.layout == method.layout and found.tower == "clip"
-    assert found.names == (tuple(method.names) if specific else ())
+    assert found.names == (method.all_names if specific else ())
 
 
 def test_an_evaluation_under_the_prompt_of_another_run(tmp_path):
@@ -207,7 +219,7 @@ def test_an_evaluation_under_the_prompt_of_another_run(tmp_path):
     save_prompt(path, random_prompt(width=12))
     with pytest.raises(UserError, match=r"prompt.safetensors has vectors of 12 numbers"):
         class_features(mine, variables, NAMES, read_templates(path))
-    specific = Prompt(random_prompt(2).context, Layout(4, specific=True), ("red ball", "house"))
+    specific = Prompt(random_prompt(2).context, Layout(4, specific=True), (("red ball",), ("house",)))
     save_prompt(path, specific)
     assert json.dumps(class_features(mine, variables, ["house"], read_templates(path)).shape) == "[1, 12]"
     with pytest.raises(UserError, match="'small kite' is none of them"):

@@ -1,5 +1,6 @@
 """Splits of classes: published ones by name, and files that list categories."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -45,6 +46,9 @@ def test_a_name_fits_however_it_is_spelled_and_other_groups_stay():
     classes = split(classes, ["Wall-Concrete"])
     assert split(classes, ["pottedplant"]).groups == {"seen": (0, 2), "unseen": (1,)}
     assert load_split(classes, "dog; wall_concrete").groups["unseen"] == (0, 2)
+    # What the data holds out already is not seen.
+    held_out = dataclasses.replace(classes, groups={"seen": (0, 1), "held_out": (2,)})
+    assert split(held_out, ["pottedplant"]).groups == {"seen": (0,), "unseen": (1,), "held_out": (2,)}
 
 
 def test_a_file_says_what_is_unseen(tmp_path):
