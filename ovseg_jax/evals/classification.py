@@ -218,13 +218,15 @@ def class_features(
       UserError: a learned prompt of another text tower, or for a method that has no place for one.
     """
     if templates is None:
+        if getattr(method, "by_place", False):
+            return method.embed_text(variables, list(names))
         return embed_in_chunks(partial(method.embed_text, variables), names)
     if isinstance(templates, Prompt):
         if not hasattr(method, "embed_prompt"):
             raise UserError(
                 f"the method {type(method).__name__} has no place for the prompt {templates.source}"
             )
-        return embed_in_chunks(partial(method.embed_prompt, variables, templates), names)
+        return method.embed_prompt(variables, templates, list(names))
     phrases = partial(method.embed_phrases, variables)
     total = sum(embed_in_chunks(phrases, [fill(template, name) for name in names]) for template in templates)
     return unit(jnp.asarray(total))

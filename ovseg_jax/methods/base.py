@@ -81,7 +81,8 @@ class Classifier(Trainable, Protocol):
     One whose names can stand in any learned prompt also has an `embed_prompt(variables, prompt, texts)`. One whose own
     prompt differs between images has `embed_text_for(variables, texts, image: [d]) -> [k d]`, jittable, and its
     `embed_text` is a UserError. One whose towers never change says `frozen_towers = True`: what it makes of prompts
-    other than its own is then computed once in a run.
+    other than its own is then computed once in a run. One that has something of its own for each class says `by_place =
+    True`: its `embed_text` gets the names of all classes at once, since classes of one name differ by their places.
     """
 
     def embed_image(self, variables: Variables, image: UInt8[Array, "b s s 3"]) -> Float[Array, "b d"]:

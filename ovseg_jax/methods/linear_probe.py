@@ -42,6 +42,7 @@ class LinearProbe:
     """
 
     frozen_towers = True
+    by_place = True
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         self.config = config

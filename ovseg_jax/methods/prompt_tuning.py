@@ -65,6 +65,7 @@ class PromptTuning:
     """
 
     frozen_towers = True
+    by_place = True
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         self.config, self.loss_config = config, config.loss

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.evals import passes
+from ovseg_jax.evals.classification import class_features
 from ovseg_jax.methods import build
 from ovseg_jax.methods.base import Classifier
 from ovseg_jax.vocab.classes import ClassList
@@ -99,13 +101,16 @@ def test_it_starts_undecided_and_learns():
     np.testing.assert_allclose(text, [[0] * (D + 1) + [1]] * 2, rtol=1e-6)
 
 
-def test_classes_that_share_a_name_are_told_apart():
+def test_classes_that_share_a_name_are_told_apart(monkeypatch):
+    monkeypatch.setattr(passes, "TEXT_CHUNK", 2)
     names = (("crane", "bird"), ("dog",), ("crane",), ("dog", "hound"))
     method = build(torch_clip.config("linear_probe", {}), WORDS, ClassList(names, (0, 1, 2, 3), (True,) * 4))
     variables = torch_clip.draw(method)
     every = method.embed_text(variables, ["crane", "bird", "dog", "crane", "dog", "hound"])
     first = method.embed_text(variables, ["crane", "dog", "crane", "dog"])
     np.testing.assert_array_equal(every, first[np.array([0, 0, 1, 2, 3, 3])])
+    flat = [name for of_class in names for name in of_class]
+    np.testing.assert_array_equal(class_features(method, variables, flat), every)
     assert len(np.unique(first, axis=0)) == 4
     np.testing.assert_array_equal(method.embed_text(variables, ["hound", "bird"]), first[np.array([3, 0])])
     with pytest.raises(UserError, match="2 classes by the name 'crane'"):

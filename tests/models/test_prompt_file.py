@@ -220,6 +220,12 @@ def test_an_evaluation_under_the_prompt_of_another_run(tmp_path):
     with pytest.raises(UserError, match=r"prompt.safetensors has vectors of 12 numbers"):
         class_features(mine, variables, NAMES, read_templates(path))
     specific = Prompt(random_prompt(2).context, Layout(4, specific=True), (("red ball",), ("house",)))
+    assert specific.rows(["red ball", "house"]).tolist() == [0, 1]
+    twins = dataclasses.replace(specific, names=(("crane", "bird"), ("crane",)))
+    assert twins.rows(["crane", "bird", "crane"]).tolist() == [0, 0, 1]
+    assert twins.rows(["crane", "crane"]).tolist() == [0, 1] and twins.rows(["bird"]).tolist() == [0]
+    with pytest.raises(UserError, match="2 classes by the name 'crane'"):
+        twins.rows(["crane"])
     save_prompt(path, specific)
     assert json.dumps(class_features(mine, variables, ["house"], read_templates(path)).shape) == "[1, 12]"
     with pytest.raises(UserError, match="'small kite' is none of them"):
