@@ -17,6 +17,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.images import SUFFIXES, read_image
 from ovseg_jax.segmenter import UNKNOWN_BELOW, Segmenter
 from ovseg_jax.vocab.classes import ClassList, load_labels
+from ovseg_jax.vocab.vectors import ClassVectors
 
 _DESCRIPTION = """\
 Segments an image, or every image of a folder, by the words you give.
@@ -57,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--labels",
         metavar="TEXT|FILE",
-        help="';' between categories, ',' between the names of one; or a file of lines 'id:name,name,...'; "
+        help="';' between categories, ',' between the names of one; or a file of lines 'id:name,name,...', or "
+        "an .npz of names and vectors (ovseg_jax.prompts); "
         "by default the classes that the model was trained with",
     )
     add(
@@ -128,7 +130,8 @@ def _predict(arguments: argparse.Namespace) -> int:
         raise UserError("--features are those of one model: leave out --proposals")
     if arguments.threshold is None:
         arguments.threshold = -1.0 if arguments.proposals else UNKNOWN_BELOW
-    labels = load_labels(arguments.labels) if arguments.labels is not None else None
+    vectors = ClassVectors.of(arguments.labels)
+    labels = load_labels(arguments.labels) if arguments.labels is not None and vectors is None else None
     paths = image_files(arguments.images)
     out = epath.Path(arguments.out)
     try:
@@ -143,7 +146,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         reader.report = lambda error: (bar.update(), bar.write(f"skipped: {error}", sys.stderr))
         results = segmenter.stream(
             reader,
-            labels,
+            vectors or labels,
             threshold=arguments.threshold,
             tile=arguments.tile,
             features=arguments.features,
@@ -156,7 +159,7 @@ def _predict(arguments: argparse.Namespace) -> int:
                 result.features.save(out / f"{stem}.features.npz")
             records.append({"image": str(path), "stem": stem, **result.record()})
             bar.update()
-    classes = labels or segmenter.classes
+    classes = vectors.classes if vectors else labels or segmenter.classes
     summary = {
         "checkpoint": str(arguments.checkpoint),
         "threshold": arguments.threshold,

@@ -38,7 +38,8 @@ Writes the unit vectors of classes under a learned or a hand-written prompt, for
   python -m ovseg_jax.prompts --checkpoint=runs/pomp --out=prompt.pth.tar
 
 --out=FILE.npy          [C D] float32, a row for each class: Detic's ZEROSHOT_WEIGHT_PATH, which adds the background
---out=FILE.npz          `words` [C] and `vectors` [C D]: text.vectors of a config
+--out=FILE.npz          `words` [C] and `vectors` [C D]: --labels of predict, for a model of the same text tower;
+                        and of single words, text.vectors of a config
 --out=FILE.pth.tar      the prompt itself, as amazon-science/prompt-pretraining has it; .safetensors is our own form
 --classes               a label file, a file with a line for each class, a JSON list, an annotation file of COCO or LVIS
 """

@@ -26,6 +26,7 @@ from ovseg_jax.methods.base import Prediction, Segmenting, Variables
 from ovseg_jax.result import PixelFeatures, Result
 from ovseg_jax.tiles import Blender, Span, View, spans
 from ovseg_jax.vocab.classes import ClassList, Labels, as_classes
+from ovseg_jax.vocab.vectors import ClassVectors
 from ovseg_jax.vocab.words import WordList
 
 UNKNOWN_BELOW = 0.04  # the released demo's threshold
@@ -146,7 +147,7 @@ class Segmenter:
     def segment(
         self,
         image: Any,
-        labels: Labels | None = None,
+        labels: Labels | ClassVectors | None = None,
         *,
         threshold: float = UNKNOWN_BELOW,
         tile: tuple[int, int] | None = None,
@@ -157,8 +158,9 @@ class Segmenter:
         Args:
           image: a path, a PIL image or an array, as `read_image` takes them; or a list of such.
           labels: categories with their names: `"bride,woman in white; groom; cake"`, a list of such
-            categories, the path of a label file, or a ClassList. By default the classes that the model was
-            trained with. A category scores as its best name does; of two equal ones the first wins.
+            categories, the path of a label file, or a ClassList; or the path of an .npz of names with vectors, which
+            `python -m ovseg_jax.prompts` writes, or ClassVectors. By default the classes that the model was trained
+            with. A category scores as its best name does; of two equal ones the first wins.
           threshold: pixels with a lower confidence (see `Result`) are unknown.
           tile: (size, overlap) in pixels of the image. A larger image is cut into overlapping tiles which the
             model sees one by one, in more detail; their scores are blended. By default it sees the whole
@@ -169,8 +171,8 @@ class Segmenter:
           A Result, or for a list of images a list of Results.
 
         Raises:
-          UserError: an image that cannot be read; empty labels; a word that the text side cannot embed;
-            features of tiles.
+          UserError: an image that cannot be read; empty labels; a word that the text side cannot embed; vectors of
+            another width; features of tiles.
         """
         many = isinstance(image, list | tuple)
         results = self.stream(
@@ -181,7 +183,7 @@ class Segmenter:
     def stream(
         self,
         images: Iterable[Any],
-        labels: Labels | None = None,
+        labels: Labels | ClassVectors | None = None,
         *,
         threshold: float = UNKNOWN_BELOW,
         tile: tuple[int, int] | None = None,
@@ -192,12 +194,20 @@ class Segmenter:
             raise UserError(
                 "features are those of the whole image: leave out tile, or cut the image yourself"
             )
-        classes = self._categories(labels)
-        text, owner = self.embed(classes), classes.flat()[1]
-        scores = region_scores_of(self.method)
+        given, scores = ClassVectors.of(labels), region_scores_of(self.method)
+        if given is not None and hasattr(self.method, "region_scores"):
+            raise UserError(
+                "labels with vectors are for one model: masks of one and names of another take words"
+            )
+        classes = self._categories(given or labels)
+        text, owner = self.embed(given or classes), classes.flat()[1]
         blender: Blender | None = None
         for job, fitted, prediction in self._predictions(images, tile):
             blender = blender or Blender(job.rows, job.columns)
+            if given and text.shape[1] != (width := prediction.pixel_embed.shape[-1]):
+                raise UserError(
+                    f"labels: their vectors have {text.shape[1]} numbers, and this model's {width}"
+                )
             maps, weights = _as_maps(prediction, text, owner, region_scores=scores)
             logits = prediction.mask_logits is not None
             view = View(job.row, job.column, self._canvas, fitted, maps, weights, logits)
@@ -222,8 +232,10 @@ class Segmenter:
         for job, fitted, prediction in self._predictions(images, None):
             yield PixelFeatures.of(prediction, self._canvas, fitted, job.image.shape[:2])
 
-    def embed(self, labels: Labels) -> Float[Array, "t d"]:
+    def embed(self, labels: Labels | ClassVectors) -> Float[Array, "t d"]:
         """Unit-norm embeddings of all names, category by category; computed once per set of labels."""
+        if given := ClassVectors.of(labels):
+            return jnp.asarray(given.vectors)
         classes = self._categories(labels)
         if classes.names not in self._texts:
             self._texts[classes.names] = jnp.asarray(
@@ -235,7 +247,9 @@ class Segmenter:
     def _canvas(self) -> int:
         return int(self.config.data.image_size)
 
-    def _categories(self, labels: Labels | None) -> ClassList:
+    def _categories(self, labels: Labels | ClassVectors | None) -> ClassList:
+        if isinstance(labels, ClassVectors):
+            return labels.classes
         if labels is None:
             labels = self.classes
         if labels is None:

@@ -85,6 +85,15 @@ def test_a_label_file_gives_its_ids(run, tmp_path):
     assert {(s["category"], s["category_id"], s["id"]) for s in segments} == {("green", 1, 7), ("red", 2, 12)}
 
 
+def test_labels_with_vectors(run, tmp_path):
+    save(tmp_path / "photo.png", ["red", "green"])
+    np.savez(tmp_path / "v.npz", words=["grass, wet", "brick"], vectors=np.eye(6)[[1, 0]])
+    assert run(images=tmp_path / "photo.png", labels=tmp_path / "v.npz") == 0
+    segments = json.loads((tmp_path / "out" / "photo.json").read_text())["segments"]
+    assert {(s["category"], s["category_id"]) for s in segments} == {("grass, wet", 1), ("brick", 2)}
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["labels"]) == 2
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -94,6 +103,7 @@ def test_a_label_file_gives_its_ids(run, tmp_path):
         ({"images": "photo.png", "labels": " "}, "no labels"),
         ({"images": "photo.png", "labels": "red; unicorn"}, "unicorn"),
         ({"images": "photo.png", "labels": "gone.txt"}, "gone.txt"),
+        ({"images": "photo.png", "labels": "gone.npz"}, "labels: no such file: gone.npz"),
         ({"images": "photo.png", "tile": "8,9"}, "overlap"),
         ({"images": "photo.png", "batch": 0}, "batch_size"),
         ({"images": "photo.png", "features": True, "tile": "40"}, "leave out --tile"),

@@ -16,6 +16,7 @@ from ovseg_jax.images import fit_canvas, read_image
 from ovseg_jax.segmenter import Segmenter
 from ovseg_jax.tiles import Span, shares, spans
 from ovseg_jax.vocab.classes import ClassList, parse_labels
+from ovseg_jax.vocab.vectors import ClassVectors
 
 
 @functools.cache  # one compilation for many tests
@@ -115,6 +116,41 @@ def test_without_labels_of_its_own_it_asks_for_some():
     method = ColourMethod()
     with pytest.raises(UserError, match="no labels were given"):
         Segmenter(method, method.init(None), config()).segment(blocks(8, 8, ["red"]))
+
+
+def test_labels_that_come_with_their_vectors(tmp_path):
+    segmenter, image = make(), blocks(32, 32, ["red", "green", "blue", "black"])
+    path, names = tmp_path / "v.npz", ["stop sign", "a,b;c", "stop sign"]
+    vectors = 3 * np.asarray(segmenter.embed("green; red; blue"))
+    np.savez(path, words=names, vectors=vectors)
+    expected = segmenter.segment(image, "green; red; blue")
+    for labels in (path, str(path), ClassVectors.of(path)):
+        found = segmenter.segment(image, labels)
+        np.testing.assert_array_equal(found.label_map, expected.label_map)
+        np.testing.assert_allclose(found.confidence, expected.confidence, atol=1e-6)
+    assert found.classes.names == (("stop sign",), ("a,b;c",), ("stop sign",))
+    # Words of the same names are still words.
+    np.savez(path, words=["red", "green"], vectors=vectors[:2])
+    assert segmenter.segment(image, path).label_map[0, ::8].tolist() == [1, 0, -1, -1]
+    assert segmenter.segment(image, "red; green").label_map[0, ::8].tolist() == [0, 1, -1, -1]
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [
+        (np.ones((2, 7)), "labels: their vectors have 7 numbers, and this model's"),
+        (np.zeros((2, 3)), "zero or no finite numbers"),
+        (np.ones((0, 3)), "no vectors"),
+        (np.ones((3, 3)), r"\(3, 3\) vectors for \(2,\) words"),
+        (None, "no such file"),
+    ],
+)
+def test_vectors_that_cannot_be(tmp_path, vectors, message):
+    path = tmp_path / "v.npz"
+    if vectors is not None:
+        np.savez(path, words=["red", "green"][: len(vectors)], vectors=vectors)
+    with pytest.raises(UserError, match=message):
+        make().segment(blocks(32, 32, ["red"]), path)
 
 
 def test_images_go_in_batches_and_a_batch_changes_nothing():

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.text import embed_phrases
 from ovseg_jax.vocab.phrases import word_ids
+from ovseg_jax.vocab.vectors import read_vectors
 from ovseg_jax.vocab.words import WordList
 
 
@@ -56,21 +56,13 @@ class TextTable:
         return {"table": jnp.where((np.array(rows) >= 0)[:, None], vectors[rows], table)}
 
     def _read(self) -> tuple[dict[str, int], np.ndarray]:
-        path = epath.Path(self.vectors)
-        if not path.exists():
-            raise UserError(f"text.vectors: no such file: {path}")
-        try:
-            with path.open("rb") as f:
-                data = np.load(f, allow_pickle=False)
-                names, vectors = data["words"], data["vectors"].astype(np.float32)
-        except (ValueError, KeyError, OSError) as e:
-            raise UserError(f"text.vectors: {path} is not an .npz with 'words' and 'vectors' ({e})") from e
-        if vectors.ndim != 2 or vectors.shape != (len(names), self.dim):
+        names, vectors = read_vectors(self.vectors, "text.vectors")
+        if vectors.shape[1] != self.dim:
             raise UserError(
-                f"text.vectors: {path} holds {vectors.shape} vectors for {len(names)} words, expected "
+                f"text.vectors: {self.vectors} holds {vectors.shape} vectors for {len(names)} words, expected "
                 f"({len(names)}, {self.dim}): set model.embed_dim to the tower's width"
             )
-        return {str(n): i for i, n in enumerate(names)}, vectors
+        return {n: i for i, n in enumerate(names)}, vectors
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "k l"], Bool[np.ndarray, "k l"]]:
         """Word ids of texts, padded to the longest.

@@ -1,0 +1,67 @@
+"""Vectors of names in a file, written once by any text tower: an .npz of `words` [C] and `vectors` [C D]."""
+
+import os
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.vocab.classes import ClassList
+
+
+def read_vectors(path: epath.PathLike, key: str) -> tuple[list[str], Float[np.ndarray, "c d"]]:
+    """The names and their vectors, as they stand.
+
+    Args:
+      path: what `python -m ovseg_jax.prompts --out=FILE.npz` writes.
+      key: what named the file, for errors.
+
+    Raises:
+      UserError: no such file, or one that holds something else.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise UserError(f"{key}: no such file: {path}")
+    try:
+        with path.open("rb") as f:
+            data = np.load(f, allow_pickle=False)
+            names, vectors = data["words"], data["vectors"].astype(np.float32)
+    except (ValueError, KeyError, OSError) as e:
+        raise UserError(f"{key}: {path} is not an .npz with 'words' and 'vectors' ({e})") from e
+    if vectors.ndim != 2 or names.shape != vectors.shape[:1]:
+        raise UserError(f"{key}: {path} holds {vectors.shape} vectors for {names.shape} words")
+    return [str(name) for name in names], vectors
+
+
+class ClassVectors(NamedTuple):
+    """Classes that come with their vectors: labels for a model whose features lie in the same space.
+
+    Attributes:
+      classes: a category for each name.
+      vectors: of unit length.
+    """
+
+    classes: ClassList
+    vectors: Float[np.ndarray, "c d"]
+
+    @classmethod
+    def of(cls, labels: Any) -> "ClassVectors | None":
+        """Labels that are such, or the path of an .npz of them; None for labels in words.
+
+        Raises:
+          UserError: as `read_vectors` does, and for no vectors, and for one that has no direction.
+        """
+        if isinstance(labels, cls):
+            return labels
+        if not isinstance(labels, str | os.PathLike) or not os.fspath(labels).strip().endswith(".npz"):
+            return None
+        path = os.fspath(labels).strip()
+        names, vectors = read_vectors(path, "labels")
+        length = np.linalg.norm(vectors, axis=1, keepdims=True)
+        if not len(names) or not (np.isfinite(length) & (length > 0)).all():
+            raise UserError(f"labels: {path} holds no vectors, or some that are zero or no finite numbers")
+        count = len(names)
+        classes = ClassList(tuple((name,) for name in names), tuple(range(count)), (True,) * count)
+        return cls(classes, vectors / length)
