@@ -143,11 +143,19 @@ def test_labels_that_come_with_their_vectors(tmp_path):
         (np.ones((0, 3)), "no vectors"),
         (np.ones((3, 3)), r"\(3, 3\) vectors for \(2,\) words"),
         (None, "no such file"),
+        (b"PK\x03\x04 cut off", "is not an .npz with 'words' and 'vectors'"),
+        (b"hello", "is not an .npz with 'words' and 'vectors'"),
+        ("npy", "is not an .npz with 'words' and 'vectors'"),
     ],
 )
 def test_vectors_that_cannot_be(tmp_path, vectors, message):
     path = tmp_path / "v.npz"
-    if vectors is not None:
+    if isinstance(vectors, bytes):
+        path.write_bytes(vectors)
+    elif isinstance(vectors, str):
+        with path.open("wb") as file:
+            np.save(file, np.ones(3))
+    elif vectors is not None:
         np.savez(path, words=["red", "green"][: len(vectors)], vectors=vectors)
     with pytest.raises(UserError, match=message):
         make().segment(blocks(32, 32, ["red"]), path)

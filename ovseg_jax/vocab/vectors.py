@@ -1,6 +1,7 @@
 """Vectors of names in a file, written once by any text tower: an .npz of `words` [C] and `vectors` [C D]."""
 
 import os
+import zipfile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +29,7 @@ def read_vectors(path: epath.PathLike, key: str) -> tuple[list[str], Float[np.nd
         with path.open("rb") as f:
             data = np.load(f, allow_pickle=False)
             names, vectors = data["words"], data["vectors"].astype(np.float32)
-    except (ValueError, KeyError, OSError) as e:
+    except (ValueError, KeyError, IndexError, OSError, zipfile.BadZipFile) as e:
         raise UserError(f"{key}: {path} is not an .npz with 'words' and 'vectors' ({e})") from e
     if vectors.ndim != 2 or names.shape != vectors.shape[:1]:
         raise UserError(f"{key}: {path} holds {vectors.shape} vectors for {names.shape} words")
