@@ -73,7 +73,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         position="end",  # of the class name: end | middle | front
         specific=False,  # a context for each class (CoOp)
         init="",  # what the context starts from: words, as "a photo of a", or a prompt's file; noise by default
-        classes=10_451,  # of the data: a run's length is counted in epochs
+        classes=10_451,  # folders of the data: a run's length is counted in epochs
         shots=16,  # 4.1
         sample=1000,  # K; 4.1
         correction="log10",  # Table 9 and the code; log, as eq. 5 is written, or a number
@@ -335,7 +335,9 @@ def paper(args: ConfigDict) -> ConfigDict:
             ),
             data=dict(
                 task="classification",
-                train=[dict(source, split=args.split, shots=args.shots, **group)],
+                train=[
+                    dict(source, split=args.split, num_classes=args.classes, shots=args.shots, **group)
+                ],
                 image_size=224,
                 views=views,
                 cache_features=args.cache,

@@ -4,8 +4,10 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from ovseg_jax import config
+from ovseg_jax.data.sources import make_source
 from ovseg_jax.errors import UserError
 from ovseg_jax.methods import build
 from ovseg_jax.vocab.classes import parse_labels
@@ -129,6 +131,19 @@ def test_a_prompt_goes_on_learning_from_segments():
     assert set(whole.before) == {"clip", "pomp", "proposals"} and "before" not in of_run
     assert (whole.towers.init, whole.prompt.init) == ("before:clip", "before:pomp/prompt.safetensors")
     assert (of_run.towers.init, of_run.prompt.init) == ("runs/a/clip", "")
+
+
+def test_the_number_of_classes_is_that_of_the_data(tmp_path):
+    """Or a folder of two classes would be trained as long as ImageNet-21K."""
+    for name in ("train/ant", "train/owl", "val/ant"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "a.png")
+    folder = f"data=folder,data_dir={tmp_path}"
+    with pytest.raises(UserError, match=r"train holds 2 class folders, and num_classes=10451 .*classes=2\)"):
+        make_source(load("pomp", folder).data.train)
+    out = load("pomp", f"{folder},classes=2")
+    assert len(make_source(out.data.train)) == 2 and out.steps == 20
+    assert len(make_source(out.final_evals.validation.source)) == 1
 
 
 def test_base_classes_alone():

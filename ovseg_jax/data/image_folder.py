@@ -38,16 +38,21 @@ class ImageFolder:
       labels: i32 [n], the class of every image.
     """
 
-    def __init__(self, data_dir: epath.PathLike, split: str = "", names: epath.PathLike = ""):
+    def __init__(
+        self, data_dir: epath.PathLike, split: str = "", names: epath.PathLike = "", num_classes: int = 0
+    ):
         """Lists the files; images are read when they are asked for.
 
         Args:
           data_dir: DIR.
           split: the folder of a split in DIR; "" where the class folders lie in DIR itself.
           names: a file with the names of the class folders.
+          num_classes: how many class folders the split must hold; 0 takes any number. A config that counts its steps
+            by epochs says what it counted with.
 
         Raises:
-          UserError: a folder is missing, holds no class or no image, or is none of `names`.
+          UserError: a folder is missing, holds no class or no image, or is none of `names`; or there are not
+            `num_classes` of them.
         """
         root = epath.Path(data_dir)
         self.name, self._folder = "image_folder", root / split if split else root
@@ -56,6 +61,11 @@ class ImageFolder:
         own = _folders(self._folder)
         if not own:
             raise UserError(f"{self._folder} holds no folder: each class has one with its images")
+        if num_classes and len(own) != num_classes:
+            raise UserError(
+                f"{self._folder} holds {len(own)} class folders, and num_classes={num_classes} "
+                f"(of configs/pomp.py, which counts epochs by it: classes={len(own)})"
+            )
         if names:
             by_folder = read_names(epath.Path(names))
             if stray := [folder for folder in own if folder not in by_folder]:
