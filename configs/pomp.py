@@ -335,9 +335,7 @@ def paper(args: ConfigDict) -> ConfigDict:
             ),
             data=dict(
                 task="classification",
-                train=[
-                    dict(source, split=args.split, num_classes=args.classes, shots=args.shots, **group)
-                ],
+                train=[dict(source, split=args.split, num_classes=args.classes, shots=args.shots, **group)],
                 image_size=224,
                 views=views,
                 cache_features=args.cache,

@@ -1,7 +1,8 @@
 """Soft prompts (CoOp; papers/000, 3.1) through the text tower: learned token vectors around the names of classes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -59,33 +60,73 @@ def encode_names(
       may_exceed: the classes may have more tokens than `size`, though seldom (`likely_size`); they then go through the
         tower in parts.
     """
-    table, tokens = weights["Embed_0"]["embedding"], NameTokens(*map(jnp.asarray, tokens))
-    prefix = jnp.concatenate([table[start][None], context[0, : layout.shared].astype(table.dtype)])
-    width = tokens.ids.shape[1]
-    window = -(-width // _ROUND) * _ROUND
-
-    def once(tokens: NameTokens, size: int) -> Array:
-        packed = pack(tokens.ids, tokens.length, size)
-        stream = table[jnp.maximum(packed.ids, 0)]
-        if layout.shared < layout.length:
-            row = tokens.row[jnp.minimum(packed.text, tokens.row.shape[0] - 1)]
-            own = context[row, jnp.clip(-1 - packed.ids, 0, layout.length - 1)]
-            stream = jnp.where(packed.ids[:, None] < 0, own.astype(stream.dtype), stream)
-        return encode_packed(tower, weights, prefix, stream, packed, window, deep)
-
-    count = tokens.ids.shape[0]
+    tokens = NameTokens(*map(jnp.asarray, tokens))
+    count, width = tokens.ids.shape
+    once = partial(_encode, tower, start, layout)
+    inputs = weights, context, deep
     if size >= count * width or not may_exceed:
-        return once(tokens, min(size, count * width))
+        return once(min(size, count * width), inputs, tokens)
+    exceeds = tokens.length.sum() > size
+    # Memory is set aside for what is seldom, too: let it be little.
+    frugal = partial(_encode, tower.clone(remat="all"), start, layout)
+    # Not one or the other: a branch of `cond` would hand on to the backward pass, as copies, what the other one keeps,
+    # all weights among it.
+    parts = _seldom(partial(_in_parts, frugal, size), exceeds, inputs, tokens)
+    return jnp.where(exceeds, parts, once(size, inputs, tokens))
 
-    def in_parts(tokens: NameTokens) -> Array:
-        each = max(1, size // width)
-        parts = -(-count // each)
-        padded = jax.tree.map(lambda x: jnp.resize(x, (parts * each, *x.shape[1:])), tokens)
-        split = jax.tree.map(lambda x: x.reshape(parts, each, *x.shape[1:]), padded)
-        out = jax.lax.map(jax.checkpoint(lambda part: once(part, each * width)), split)
-        return out.reshape(parts * each, -1)[:count]
 
-    return jax.lax.cond(tokens.length.sum() <= size, lambda t: once(t, size), in_parts, tokens)
+def _encode(
+    tower: CLIPText, start: int, layout: Layout, size: int, inputs: tuple[Any, ...], tokens: NameTokens
+) -> Float[Array, "k e"]:
+    """Features of all classes at once; `inputs` are weights, context and deep vectors."""
+    weights, context, deep = inputs
+    table = weights["Embed_0"]["embedding"]
+    prefix = jnp.concatenate([table[start][None], context[0, : layout.shared].astype(table.dtype)])
+    window = -(-tokens.ids.shape[1] // _ROUND) * _ROUND
+    packed = pack(tokens.ids, tokens.length, size)
+    stream = table[jnp.maximum(packed.ids, 0)]
+    if layout.shared < layout.length:
+        row = tokens.row[jnp.minimum(packed.text, tokens.row.shape[0] - 1)]
+        own = context[row, jnp.clip(-1 - packed.ids, 0, layout.length - 1)]
+        stream = jnp.where(packed.ids[:, None] < 0, own.astype(stream.dtype), stream)
+    return encode_packed(tower, weights, prefix, stream, packed, window, deep)
+
+
+def _in_parts(
+    once: Callable[..., Array], size: int, inputs: tuple[Any, ...], tokens: NameTokens
+) -> Float[Array, "k e"]:
+    """Features of as many classes at a time as surely have no more than `size` tokens."""
+    count, width = tokens.ids.shape
+    each = max(1, size // width)
+    parts = -(-count // each)
+    padded = jax.tree.map(lambda x: jnp.resize(x, (parts * each, *x.shape[1:])), tokens)
+    split = jax.tree.map(lambda x: x.reshape(parts, each, *x.shape[1:]), padded)
+    out = jax.lax.map(jax.checkpoint(lambda part: once(each * width, inputs, part)), split)
+    return out.reshape(parts * each, -1)[:count]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _seldom(function: Callable[..., Array], needed: Array, inputs: Any, tokens: Any) -> Array:
+    """`function(inputs, tokens)` where it is `needed`, else zeros; the backward pass keeps the arguments alone."""
+    nothing = lambda *args: _zeros(jax.eval_shape(function, *args))
+    return jax.lax.cond(needed, function, nothing, inputs, tokens)
+
+
+def _seldom_forward(function, needed, inputs, tokens):
+    return _seldom(function, needed, inputs, tokens), (needed, inputs, tokens)
+
+
+def _seldom_backward(function, kept, cotangent):
+    needed, inputs, tokens = kept
+    pull = lambda inputs: jax.vjp(lambda x: function(x, tokens), inputs)[1](cotangent)[0]
+    return None, jax.lax.cond(needed, pull, _zeros, inputs), None
+
+
+_seldom.defvjp(_seldom_forward, _seldom_backward)
+
+
+def _zeros(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
 
 
 def likely_size(

@@ -8,7 +8,9 @@ timm lists them (10,450; --names=21841, or a file of others, one a line). The or
 amazon-science/prompt-pretraining) sends all 77 tokens of each of K sampled classes through the tower, a stack of
 nn.MultiheadAttention, and back. Both sides get the same K classes, images and prompt; each is a process of its own, and
 they take turns. Printed are the median time of a step and its ratio to ours, the peak of memory beyond what the process
-held before its first step, the time of that step (compilation), and the relative errors of loss and gradient.
+held before its first step (ours with XLA's compiler in it, about 400 MiB, unless JAX_COMPILATION_CACHE_DIR holds the
+program from an earlier call), what XLA has planned for the program, the time of the first step (compilation), and the
+relative errors of loss and gradient.
 --exact=CHUNK adds our softmax over all classes, CHUNK of them at a time; --sides=ours,image what the image tower takes
 for the same images, which a step is spared where their features are kept (data.cache_features). PyTorch needs
 `pip install -e '.[torch]'`. --remat is what our backward pass computes again (`models.remat`).
@@ -87,13 +89,13 @@ def original(names: list[str], folder: Path, length: int, batch: int):
         logits = logits + margin * (1 - torch.nn.functional.one_hot(labels, classes))
         loss = torch.nn.functional.cross_entropy(logits, labels)
         loss.backward()
-        return loss.item(), context.grad.numpy()
+        return loss.item(), context.grad.numpy(), 0
 
     return step
 
 
 def ours(names: list[str], folder: Path, length: int, batch: int, remat: str):
-    """This library: (chosen classes, or 0 for all of them) -> loss and gradient."""
+    """This library: (classes, and how many at once if all take part) -> loss, gradient, bytes that XLA plans."""
     import jax
     import jax.numpy as jnp
     from ml_collections import ConfigDict
@@ -128,21 +130,26 @@ def ours(names: list[str], folder: Path, length: int, batch: int, remat: str):
 
     sampled = jax.jit(jax.value_and_grad(loss), static_argnames=("size", "margin"))
     full = jax.jit(jax.value_and_grad(exact), static_argnames=("size", "chunk"))
+    programs = {}
+
+    def run(program, *arguments, **static):
+        key = tuple(static.items())
+        if key not in programs:
+            programs[key] = program.lower(*arguments, **static).compile()
+        value, grad = programs[key](*arguments)
+        return float(value), np.asarray(grad), programs[key].memory_analysis().temp_size_in_bytes
 
     def step(classes: int, chunk: int = 0):
         if chunk:
             _, labels, image, context = problem(len(names), classes, batch, length)
             labels = np.argsort(order)[labels].astype(np.int32)
-            value, grad = full(
-                context, weights, labels, image, size=window_size(even.length, chunk), chunk=chunk
-            )
-        else:
-            chosen, labels, image, context = problem(len(names), classes, batch, length)
-            picked = NameTokens(*(x[chosen] for x in tokens))
-            size = likely_size(tokens.length, classes)
-            margin = float(np.log10((len(names) - 1) / (classes - 1)))
-            value, grad = sampled(context, weights, picked, labels, image, size=size, margin=margin)
-        return float(value), np.asarray(grad)
+            size = window_size(even.length, chunk)
+            return run(full, context, weights, labels, image, size=size, chunk=chunk)
+        chosen, labels, image, context = problem(len(names), classes, batch, length)
+        picked = NameTokens(*(x[chosen] for x in tokens))
+        size = likely_size(tokens.length, classes)
+        margin = float(np.log10((len(names) - 1) / (classes - 1)))
+        return run(sampled, context, weights, picked, labels, image, size=size, margin=margin)
 
     return step
 
@@ -163,13 +170,13 @@ def image_tower(names: list[str], folder: Path, length: int, batch: int):
 
     def step(classes: int):
         np.asarray(embed(weights, images))
-        return 1.0, np.ones((length, 512), np.float32)
+        return 1.0, np.ones((length, 512), np.float32), 0
 
     return step
 
 
 def work(side: str, names: list[str], folder: Path, length: int, batch: int, remat: str, pipe) -> None:
-    """Answers each step's arguments with (seconds, loss, gradient, peak of memory in bytes)."""
+    """Answers each step's arguments with (seconds, loss, gradient, peak of memory and of it planned, in bytes)."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     how = {"original": original, "ours": partial(ours, remat=remat), "image": image_tower}[side]
     step = how(names, folder, length, batch)
@@ -177,8 +184,8 @@ def work(side: str, names: list[str], folder: Path, length: int, batch: int, rem
     Path("/proc/self/clear_refs").write_text("5")  # The most from here on.
     while (asked := pipe.recv()) is not None:
         began = time.perf_counter()
-        value, grad = step(*asked)
-        pipe.send((time.perf_counter() - began, value, grad, memory("VmHWM") - held))
+        value, grad, planned = step(*asked)
+        pipe.send((time.perf_counter() - began, value, grad, memory("VmHWM") - held, planned))
 
 
 def prepare(folder: Path, bpe: str) -> None:
@@ -213,8 +220,10 @@ def main() -> None:
     names = class_names(args.names)
     context = multiprocessing.get_context("spawn")
     print(f"{len(names)} names; batch {args.batch}, M = {args.length}")
-    print("| side | K | s a step | time | memory, MiB | first step, s | loss off by | gradient off by |")
-    print("|---" * 8 + "|")
+    print(
+        "| side | K | s a step | time | memory, MiB | planned | first step, s | loss off by | gradient off by |"
+    )
+    print("|---" * 9 + "|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         making = context.Process(target=prepare, args=(folder, ""))
@@ -243,10 +252,10 @@ def main() -> None:
             for side, answer in answers.items():
                 seconds = statistics.median(a[0] for a in answer[1:] or answer)
                 first = first or seconds
-                _, value, grad, held = answer[-1]
+                _, value, grad, held, planned = answer[-1]
                 if side == "image":
                     print(
-                        f"| image tower | | {seconds:.2f} | | {held / 2**20:.0f} | {answer[0][0]:.1f} | | |",
+                        f"| image tower | | {seconds:.2f} | | {held / 2**20:.0f} | | {answer[0][0]:.1f} | | |",
                         flush=True,
                     )
                     continue
@@ -254,7 +263,7 @@ def main() -> None:
                 grad_off = np.linalg.norm(grad - reference[2]) / np.linalg.norm(reference[2])
                 print(
                     f"| {side} | {steps[0]} | {seconds:.2f} | {seconds / first:.1f} | {held / 2**20:.0f} "
-                    f"| {answer[0][0]:.1f} | {off:.1e} | {grad_off:.1e} |",
+                    f"| {planned / 2**20:.0f} | {answer[0][0]:.1f} | {off:.1e} | {grad_off:.1e} |",
                     flush=True,
                 )
             for pipe in sides.values():

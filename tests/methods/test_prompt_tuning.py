@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from ovseg_jax.errors import UserError
 from ovseg_jax.methods import build
 from ovseg_jax.models.packed_text import unstacked
+from ovseg_jax.models.prompt import encode_names
 from ovseg_jax.train.sharding import make_mesh, put_batch
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
@@ -180,18 +181,42 @@ def test_eight_devices_agree_with_one(changes):
     close(many_grad, grad, 2e-5)
 
 
-def test_more_tokens_than_expected():
-    """A draw of long names that the stream has no room for is computed in parts."""
-    from ovseg_jax.models.prompt import encode_names
+def features_and_grad(method, variables, size):
+    """A compiled step, and its arguments: the gradient of a loss of all classes' features, and these."""
 
+    def loss(context, weights, tokens):
+        start, layout = method.clip.tokenizer.start[0], method.layout
+        out = encode_names(method.clip.text, weights, start, context, layout, tokens, size, may_exceed=True)
+        return jnp.square(out).sum(), out
+
+    # Tokens are arguments, or XLA would know whether they exceed the size.
+    arguments = variables["params"]["prompt"]["context"], variables["towers"]["text"], method.table[0]
+    return jax.jit(jax.grad(loss, has_aux=True)).lower(*arguments).compile(), arguments
+
+
+@pytest.mark.parametrize("specific", [False, True])
+def test_more_tokens_than_expected(specific):
+    """A draw of long names that the stream has no room for is computed in parts; the results are the same."""
+    method = build(config(**{"prompt.specific": specific}), WORDS, CLASSES)
+    variables = variables_of(method)
+    step, arguments = features_and_grad(method, variables, 10_000)
+    grad, features = step(*arguments)
+    assert np.abs(grad).max() > 1e-2
+    total = int(method.table[0].length.sum())
+    for size in (32, total - 1, total):
+        step, arguments = features_and_grad(method, variables, size)
+        again, found = step(*arguments)
+        close(found, features, 1e-5)
+        close(again, grad, 1e-5)
+
+
+def test_room_for_a_seldom_draw_takes_no_copy_of_the_weights():
     method = build(config(), WORDS, CLASSES)
     variables = variables_of(method)
-    tokens, _ = method.table
-    context, weights = variables["params"]["prompt"]["context"], variables["towers"]["text"]
-    run = lambda size, **how: encode_names(
-        method.clip.text, weights, method.clip.tokenizer.start[0], context, method.layout, tokens, size, **how
-    )
-    close(run(32, may_exceed=True), run(10_000), 1e-5)
+    table = variables["towers"]["text"]["Embed_0"]
+    table["embedding"] = jnp.resize(table["embedding"], (100_000, 16))
+    step, _ = features_and_grad(method, variables, 64)
+    assert step.memory_analysis().temp_size_in_bytes < table["embedding"].nbytes / 2
 
 
 def test_features_in_place_of_images():
