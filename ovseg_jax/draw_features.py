@@ -109,6 +109,7 @@ def sphere_picture(
     _draw_globe(axes)
     # In the order of depth, or the last class would cover the others.
     order = np.argsort(points[:, 2])
+    words = []
     x, y, z = points[order].T
     axes.scatter(x, y, c=colours[label[order]], s=14, alpha=0.8 * _clear(z), lw=0, zorder=2)
     for number, (prompt, ends) in enumerate(rays.items()):
@@ -120,13 +121,14 @@ def sphere_picture(
             end = dict(ms=9, mfc=colour, mec="white") if first else dict(ms=6, mfc="white", mec=colour)
             axes.plot(x, y, "o", alpha=alpha, zorder=4, **end)
             if first:
-                _write_beside(axes, names[k], x, y)
+                words.append(_write_beside(axes, names[k], x, y))
         axes.plot([], [], color=_colour(FAINT), label=f"class features, {prompt}", **line)
     axes.plot([], [], "o", ms=4, color=_colour(FAINT), label="image features")
     figure.legend(loc="outside lower center", ncols=min(3, 1 + len(rays)), fontsize=9, frameon=False)
     axes.set_title(title, fontsize=11, loc="left")
     axes.set(xlim=(-1.35, 1.35), ylim=(-1.14, 1.14), aspect="equal")
     axes.set_axis_off()
+    _raise_covered(axes, words)
     return render(figure, path)
 
 
@@ -192,7 +194,7 @@ def _clear(z: Any) -> Any:
     return np.interp(z, [-0.6, 0.0], [0.35, 1.0])
 
 
-def _write_beside(axes: Any, text: str, x: float, y: float) -> None:
+def _write_beside(axes: Any, text: str, x: float, y: float) -> Any:
     """Writes beyond the end of a ray, so that the ray does not cross the word."""
     length = max(np.hypot(x, y), 1e-9)
     dx, dy = x / length, y / length
@@ -200,7 +202,24 @@ def _write_beside(axes: Any, text: str, x: float, y: float) -> None:
     upright = "center" if abs(dy) < 0.3 else "bottom" if dy > 0 else "top"
     box = dict(boxstyle="round,pad=0.1", fc="white", ec="none", alpha=0.65)
     place = (x + 0.08 * dx, y + 0.08 * dy)
-    axes.text(*place, text, ha=sideways, va=upright, fontsize=9.5, color=_colour(INK), bbox=box, zorder=5)
+    return axes.text(
+        *place, text, ha=sideways, va=upright, fontsize=9.5, color=_colour(INK), bbox=box, zorder=5
+    )
+
+
+def _raise_covered(axes: Any, words: Sequence[Any]) -> None:
+    """Moves up, from the lowest on, words that would lie over others."""
+    axes.figure.draw_without_rendering()
+    below: list[Any] = []
+    for word in sorted(words, key=lambda word: word.get_window_extent().y0):
+        start = box = word.get_window_extent()
+        for other in sorted(below, key=lambda other: other.y0):
+            if box.overlaps(other):
+                box = box.translated(0, other.y1 - box.y0 + 4)
+        below.append(box)
+        if box is not start:
+            x, y = axes.transData.transform(word.get_position())
+            word.set_position(axes.transData.inverted().transform((x, y + box.y0 - start.y0)))
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

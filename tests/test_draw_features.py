@@ -2,7 +2,14 @@ import numpy as np
 from PIL import Image
 
 from ovseg_jax.draw import palette
-from ovseg_jax.draw_features import PromptPoint, prompts_picture, sphere_coordinates, sphere_picture
+from ovseg_jax.draw_features import (
+    PromptPoint,
+    _figure,
+    _raise_covered,
+    prompts_picture,
+    sphere_coordinates,
+    sphere_picture,
+)
 
 
 def clouds(seed=0, k=5, n=30, d=32):
@@ -45,3 +52,16 @@ def test_pictures_show_every_class_and_prompt(tmp_path):
     one = prompts_picture(points[:1])
     both = prompts_picture(points, "test", tmp_path / "b.png")
     assert one.size == both.size and (np.asarray(one) != np.asarray(both)).any()
+
+
+def test_words_do_not_cover_each_other():
+    axes = _figure(4.0, 4.0)[1]
+    axes.set(xlim=(-1, 1), ylim=(-1, 1))
+    words = [axes.text(0, y, name, ha="center") for y, name in ((0.03, "a"), (0, "red ball"), (0.02, "kite"))]
+    apart = axes.text(0.8, 0.01, "moon")
+    _raise_covered(axes, [*words, apart])
+    axes.figure.draw_without_rendering()
+    boxes = [word.get_window_extent() for word in words]
+    assert not any(boxes[i].overlaps(boxes[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert words[1].get_position() == (0, 0) and apart.get_position() == (0.8, 0.01)
+    assert words[2].get_position()[1] < words[0].get_position()[1] < 0.5

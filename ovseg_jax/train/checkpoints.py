@@ -270,8 +270,8 @@ def disk_full_message(directory: epath.PathLike) -> str:
 def _saved_arrays(item: epath.Path) -> Any:
     """Shapes and dtypes of one item of a checkpoint, in nested dicts and lists."""
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            saved = checkpointer.metadata(item).item_metadata
+        # A checkpointer would warn that an item has no metadata of a checkpoint.
+        saved: Any = ocp.StandardCheckpointHandler().metadata(item)
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{item} cannot be read as part of a checkpoint ({error}).") from error
     if saved is None:
