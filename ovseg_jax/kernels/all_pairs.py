@@ -120,7 +120,7 @@ def all_pairs(
     if b % block[0] or b % block[1]:
         raise ValueError(f"{b} rows and columns do not divide into blocks of {block}")
     # Made each device's own: the gradients of all devices are then summed.
-    shared = _vary(shared, axes)
+    shared = varying(shared, axes)
     cut = lambda tree, size: jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), tree)
     rows, columns = cut((rows, row_valid), block[0]), cut((columns, column_valid), block[1])
     return _pairs(score, kind, axes, rows, columns, shared)
@@ -158,7 +158,8 @@ def _at_once(score, kind, axes, rows, columns, shared, row_valid, column_valid) 
     return PairSums(jax.nn.logsumexp(scores, 1), column, positive, own)
 
 
-def _vary(x: Any, axes: tuple[str, ...]) -> Any:
+def varying(x: Any, axes: tuple[str, ...]) -> Any:
+    """Inside of `over_batch`: what is the same on all devices, from here on each device's own."""
     return jax.lax.pcast(x, axes, to="varying") if axes else x
 
 
@@ -181,7 +182,7 @@ def _each_block(
     `pair(i, rows, row_sums, j, columns, column_sums)` returns the sums of row block i and column block j with the
     pair of them added. All trees have a leading axis of blocks.
     """
-    number = lambda tree: _vary(jnp.arange(len(jax.tree.leaves(tree)[0])), axes)
+    number = lambda tree: varying(jnp.arange(len(jax.tree.leaves(tree)[0])), axes)
 
     def one_row(column_sums, xs):
         i, rows, row_sums = xs
@@ -225,7 +226,7 @@ class _Running(NamedTuple):
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _pairs(score: Score, kind: Kind, axes: tuple[str, ...], rows, columns, shared) -> PairSums:
     """`rows` and `columns` are (tree, valid), cut into blocks."""
-    vary = partial(_vary, axes=axes)
+    vary = partial(varying, axes=axes)
     row_shape, column_shape = rows[1].shape, columns[1].shape
 
     def step(carry, t):
@@ -285,7 +286,7 @@ def _backward(score, kind, axes, saved, g: PairSums):
     travelling = columns, as_columns(column_total), as_columns(g.column)
     # What all have in common gets a gradient from each block of rows.
     of_shared = jax.tree.map(lambda x: jnp.zeros((row_shape[0], *x.shape)), shared)
-    zeros = lambda tree: _vary(jax.tree.map(lambda x: jnp.zeros(x.shape), tree), axes)
+    zeros = lambda tree: varying(jax.tree.map(lambda x: jnp.zeros(x.shape), tree), axes)
     start = travelling, zeros(columns[0]), zeros((rows[0], of_shared))
     (_, d_columns, (d_rows, d_shared)), _ = jax.lax.scan(step, start, _steps(axes))
     like = lambda d, x: jax.tree.map(lambda d, x: d.astype(x.dtype), d, x)

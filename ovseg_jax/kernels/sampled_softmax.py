@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ovseg_jax.kernels.all_pairs import LOWEST, over_batch
+from ovseg_jax.kernels.all_pairs import LOWEST, over_batch, varying
 from ovseg_jax.kernels.contrastive import Contrast
 
 Encode = Callable[[Any, Any], Float[Array, "k d"]]
@@ -128,6 +128,9 @@ def sampled_softmax(
 
     def local(image, labels, valid, rest) -> Contrast:
         params, tokens, key, scale, log_weights = rest
+        # Gradients are summed over devices here, once, and not inside of `encode`: of a branch there that only some
+        # devices take, they would wait for the others for ever.
+        params = varying(params, batch_axes)
         if per_device and batch_axes:
             key = jax.random.fold_in(key, jax.lax.axis_index(batch_axes))
         ids = sample_classes(key, count, num_classes, log_weights)
@@ -178,6 +181,7 @@ def full_softmax(
 
     def local(image, labels, valid, rest) -> Contrast:
         params, tokens, scale = rest
+        params = varying(params, batch_axes)  # Or gradients would be summed over devices for each chunk.
         start, devices = jnp.zeros((), jnp.int32), 1
         if batch_axes:
             start, devices = jax.lax.axis_index(batch_axes), jax.lax.axis_size(batch_axes)
@@ -199,8 +203,7 @@ def full_softmax(
 
         zeros = jnp.zeros(image.shape[0], jnp.float32)
         empty = (jnp.full_like(zeros, LOWEST), zeros, zeros)
-        if batch_axes:
-            empty = jax.lax.pcast(empty, batch_axes, to="varying")
+        empty = varying(empty, batch_axes)
         (best, total, truth), _ = jax.lax.scan(step, empty, jnp.arange(chunks))
         if batch_axes:
             here, best = best, jax.lax.pmax(best, batch_axes)

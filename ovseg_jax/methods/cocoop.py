@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.kernels.all_pairs import over_batch
+from ovseg_jax.kernels.all_pairs import over_batch, varying
 from ovseg_jax.kernels.sampled_softmax import sampled_softmax
 from ovseg_jax.methods.base import Aux, Batch, Variables
 from ovseg_jax.methods.prompt_tuning import PromptTuning
@@ -70,6 +70,7 @@ class CoCoOp(PromptTuning):
 
         def local(contexts, image, labels, valid, rest):
             weights, key, scale, log_weights = rest
+            weights = varying(weights, axes)
 
             @jax.checkpoint
             def of_image(x):

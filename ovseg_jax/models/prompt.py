@@ -58,7 +58,8 @@ def encode_names(
       size: tokens that are computed at once, at least those of all classes together.
       deep: see `encode_packed`.
       may_exceed: the classes may have more tokens than `size`, though seldom (`likely_size`); they then go through the
-        tower in parts.
+        tower in parts. Inside of a `shard_map`, weights, context and deep vectors have to be each device's own: the sum
+        of their gradients over devices must not stand in a branch that only some of them take.
     """
     tokens = NameTokens(*map(jnp.asarray, tokens))
     count, width = tokens.ids.shape
@@ -106,9 +107,9 @@ def _in_parts(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _seldom(function: Callable[..., Array], needed: Array, inputs: Any, tokens: Any) -> Array:
+def _seldom(function: Callable[..., Array], needed: Array, inputs: Any, tokens: NameTokens) -> Array:
     """`function(inputs, tokens)` where it is `needed`, else zeros; the backward pass keeps the arguments alone."""
-    nothing = lambda *args: _zeros(jax.eval_shape(function, *args))
+    nothing = lambda inputs, tokens: _zeros(jax.eval_shape(function, inputs, tokens), tokens)
     return jax.lax.cond(needed, function, nothing, inputs, tokens)
 
 
@@ -118,15 +119,17 @@ def _seldom_forward(function, needed, inputs, tokens):
 
 def _seldom_backward(function, kept, cotangent):
     needed, inputs, tokens = kept
-    pull = lambda inputs: jax.vjp(lambda x: function(x, tokens), inputs)[1](cotangent)[0]
-    return None, jax.lax.cond(needed, pull, _zeros, inputs), None
+    pull = lambda inputs, tokens: jax.vjp(lambda x: function(x, tokens), inputs)[1](cotangent)[0]
+    return None, jax.lax.cond(needed, pull, _zeros, inputs, tokens), None
 
 
 _seldom.defvjp(_seldom_forward, _seldom_backward)
 
 
-def _zeros(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+def _zeros(tree: Any, tokens: NameTokens) -> Any:
+    """Zeros, which inside of a `shard_map` count as each device's own where the tokens do."""
+    zero = 0 * tokens.length[0]
+    return jax.tree.map(lambda x: jnp.full(x.shape, zero, x.dtype), tree)
 
 
 def likely_size(
