@@ -8,7 +8,8 @@ from typing import Any
 def count_flops(jaxpr: Any, devices: int) -> float:
     """FLOPs of the matrix products and convolutions of a program, of all devices together.
 
-    A `scan` counts as often as it runs, a `while` of unknown length once, of a `cond` the dearest branch.
+    A `scan` counts as often as it runs, a `while` of unknown length once, of a `cond` the cheapest branch: what a step
+    takes at least (in `models.prompt` the other one hardly ever runs).
     """
     total = 0.0
     for eqn in jaxpr.eqns:
@@ -26,7 +27,7 @@ def count_flops(jaxpr: Any, devices: int) -> float:
         else:
             inside = [count_flops(sub, devices) for sub in _subprograms(params)]
             if name == "cond":
-                total += max(inside, default=0.0)
+                total += min(inside, default=0.0)
             else:
                 times = params["length"] if name == "scan" else devices if name == "shard_map" else 1
                 total += times * sum(inside)
