@@ -8,7 +8,7 @@ timm lists them (10,450; --names=21841, or a file of others, one a line). The or
 amazon-science/prompt-pretraining) sends all 77 tokens of each of K sampled classes through the tower, a stack of
 nn.MultiheadAttention, and back. Both sides get the same K classes, images and prompt; each is a process of its own, and
 they take turns. Printed are the median time of a step and its ratio to ours, the peak of memory beyond what the process
-held before its first step (ours with XLA's compiler in it, about 400 MiB, unless JAX_COMPILATION_CACHE_DIR holds the
+held before its first step (ours with XLA's compiler in it, up to 400 MiB, unless JAX_COMPILATION_CACHE_DIR holds the
 program from an earlier call), what XLA has planned for the program, the time of the first step (compilation), and the
 relative errors of loss and gradient.
 --exact=CHUNK adds our softmax over all classes, CHUNK of them at a time; --sides=ours,image what the image tower takes
