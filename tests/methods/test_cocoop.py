@@ -6,8 +6,9 @@ import pytest
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.classification import ClassificationEvaluator
-from ovseg_jax.methods import build
+from ovseg_jax.methods import build, cocoop
 from ovseg_jax.methods.base import Classifier
+from ovseg_jax.models import prompt
 from ovseg_jax.train.sharding import make_mesh, put_batch
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
@@ -81,13 +82,26 @@ def test_loss_gradients_and_evaluation():
     assert "uniformity" not in scores and "uniformity[hard]" in scores
 
 
-def test_a_sample_of_the_classes_on_one_and_on_eight_devices():
+@pytest.mark.parametrize("room", [1_000, 8])
+def test_a_sample_of_the_classes_on_one_and_on_eight_devices(room, monkeypatch):
+    """With room for the tokens of every sample, and of some alone: no device may wait for the others there."""
     method, batch = make(**{"loss.sample": 3}), torch_clip.batch(len(NAMES))
     variables = torch_clip.draw(method)
     one = torch_clip.value_and_grad(method, variables, batch)
+    exceeds: list[bool] = []
+    way = prompt._seldom
+
+    def noted(function, needed, inputs, tokens):
+        jax.debug.callback(lambda x: exceeds.append(bool(x)), needed)
+        return way(function, needed, inputs, tokens)
+
+    monkeypatch.setattr(prompt, "_seldom", noted)
+    monkeypatch.setattr(cocoop, "likely_size", lambda *_: room)
     mesh = make_mesh({"data": 4, "fsdp": 2})
     with jax.set_mesh(mesh):
         many = torch_clip.value_and_grad(method, variables, put_batch(batch, mesh))
+    jax.effects_barrier()
+    assert set(exceeds) == ({False, True} if room == 8 else set())
     jax.tree.map(lambda a, b: torch_clip.close(a, b, 1e-4), many, one)
 
 
