@@ -43,8 +43,14 @@ def _known(text: str, said: set[str]) -> bool:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache folder.
+
+    Not those of several CPU devices: out of the cache they come without the order of their collectives (jaxlib 0.10),
+    and the devices wait for each other for ever. The processes have to be joined before.
+    """
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(base) / "ovseg_jax" / "xla"))
 

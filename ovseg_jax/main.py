@@ -55,6 +55,7 @@ def run(argv: list[str]) -> int:
     asked = _DISTRIBUTED.value
     if asked if asked is not None else "JAX_COORDINATOR_ADDRESS" in os.environ:
         join_processes()
+    use_compilation_cache()
     if jax.process_index() == 0:
         platform, count = jax.devices()[0].platform, jax.device_count()
         print(f"{_MODE.value} in {workdir} on {count} {platform} device{'s' * (count > 1)}", flush=True)
@@ -104,7 +105,6 @@ def use_all_cores(batch_size: int) -> None:
 
 def main() -> None:
     """Runs the command."""
-    use_compilation_cache()
     speak()
     launch(run)
 

@@ -128,7 +128,8 @@ def abstract_state(method: Trainable, optimizer: Optimizer, seed: int, shardings
 
 
 def _create(method: Trainable, optimizer: Optimizer, seed: int) -> TrainState:
-    variables = dict(method.init(jax.random.key(seed)))
+    # A value of weak type would come back from the first step without it, and the step be compiled again.
+    variables = dict(jax.tree.map(lambda x: jnp.asarray(x, x.dtype), method.init(jax.random.key(seed))))
     params = variables.pop("params")
     average = jax.tree.map(jnp.copy, params) if optimizer.ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer.transform.init(params), average)

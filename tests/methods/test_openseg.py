@@ -256,6 +256,7 @@ def test_loss_curves_on_one_and_eight_devices_agree(contrast, form):
             for _ in range(4):
                 state, metrics = step(state, put_batch(data, mesh))
                 curve.append(float(metrics["loss"][0]))
+            assert step._cache_size() == 1
             curves.append(curve)
     np.testing.assert_allclose(*curves, rtol=2e-4)
     assert curves[0][-1] < curves[0][0]

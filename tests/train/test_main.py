@@ -35,7 +35,8 @@ def start(cache):
         "from ovseg_jax.main import main; main()"
     )
     environment = os.environ | {
-        "XLA_FLAGS": "",
+        # One device: programs of several CPU devices are not kept.
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
     }
@@ -173,6 +174,26 @@ def test_mistakes_on_the_command_line(main, arguments, words, tmp_path):
     for word in words:
         assert word in error
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("flag", ["", *(f"--xla_force_host_platform_device_count={n}" for n in (1, 2))])
+def test_programs_of_several_cpu_devices_are_not_kept(flag, tmp_path):
+    """Out of the cache they come without the order of their collectives, and a run that goes on would freeze."""
+    code = (
+        "import jax; from ovseg_jax.main import use_all_cores; from ovseg_jax.console import use_compilation_cache; "
+        "use_all_cores(batch_size=2); use_compilation_cache(); "
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0); "
+        "jax.jit(lambda x: x + 1)(jax.numpy.ones(8)); print(jax.device_count())"
+    )
+    environment = os.environ | {
+        "XLA_FLAGS": flag,
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    devices = int(done.stdout)
+    assert devices == int(flag[-1:] or min(2, len(os.sched_getaffinity(0)))), done.stderr
+    assert bool(list(tmp_path.iterdir())) is (devices == 1)
 
 
 def test_default_workdir():
