@@ -36,6 +36,12 @@ CONFIG_FILE = "config.json"
 TEXT_TOWER = "text_tower"  # the folder of a run in which `FrozenText.save` leaves a frozen tower
 # What a checkpoint takes beside its arrays, at most.
 METADATA_BYTES = 1 << 20
+# An array that all devices hold is written by them in slices, and each shape's slice is a program that is compiled for
+# each device: not for less than this.
+SLICE_BYTES = 1 << 20
+ocp.type_handlers.register_type_handler(
+    jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE_BYTES), override=True
+)
 
 
 class Checkpoints:

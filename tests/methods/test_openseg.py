@@ -35,6 +35,7 @@ def make(method="openseg", backbone=None, loss=None, text=None, frozen=(), **mod
                     width=16,
                     embed_dim=24,
                     num_queries=6,
+                    decoder_layers=1,
                     head_convs=1,
                     position_grid=4,
                 ),

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from fakes import DIM, CountingEvaluator, LinearMethod, make_batches, make_config
@@ -42,6 +43,21 @@ def test_it_learns_logs_evaluates_and_saves(tmp_path):
     assert all("never" not in record for record in result.records)  # Counted nothing, so it has no mean.
     assert {p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()} == {"55", "60"}
     assert result.images_per_second > 0 and not result.stopped
+
+
+def test_a_step_is_compiled_once_and_small_arrays_are_saved_by_no_program(tmp_path, caplog):
+    class Weak(LinearMethod):
+        def init(self, rng):
+            variables = super().init(rng)
+            variables["params"]["layer"]["bias"] = jnp.full(DIM, 0.5)
+            assert variables["params"]["layer"]["bias"].weak_type
+            return variables
+
+    with jax.log_compiles():
+        run(tmp_path, method=Weak(), steps=10)
+    compiled = [m.split()[1] for m in caplog.messages if m.startswith("Compiling jit(")]
+    assert compiled.count("jit(step)") == 1
+    assert "jit(slice)" not in compiled
 
 
 def test_a_run_in_two_parts_equals_one_run(tmp_path):
