@@ -1,5 +1,12 @@
 """The command, on a tiny folder, with proposals and a classifier whose answers are known."""
 
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,13 +17,20 @@ from PIL import Image
 from ovseg_jax import methods, transfer
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.transfer import seen_names
-from ovseg_jax.train.checkpoints import Checkpoints, write_config
+from ovseg_jax.gallery import draw_run
+from ovseg_jax.train.checkpoints import Checkpoints, load_variables, write_config
 from ovseg_jax.train.run import CLASSES_FILE, WORDS_FILE
+from ovseg_jax.train.sharding import make_mesh
 from ovseg_jax.train.state import TrainState
 from ovseg_jax.vocab.classes import parse_labels
 from ovseg_jax.vocab.words import WordList
 
 SIDE = 16
+FAKES = {
+    "colours": lambda *_: ColourClassifier(),
+    "masks": lambda *_: ColourMethod(),
+    "pixels": lambda *_: ColourMethod(masks=False),
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +65,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def run(root, monkeypatch, capsys):
-    fakes = {
-        "colours": lambda *_: ColourClassifier(),
-        "masks": lambda *_: ColourMethod(),
-        "pixels": lambda *_: ColourMethod(masks=False),
-    }
-    monkeypatch.setattr(methods, "METHODS", fakes)
+    monkeypatch.setattr(methods, "METHODS", FAKES)
 
     def call(**flags):
         known = {"proposals": root / "masks", "checkpoint": root / "colours"}
@@ -148,3 +157,44 @@ def test_without_a_group_of_unseen_classes_none_is_seen():
     classes = parse_labels("cow,bull; dog; sky")
     assert seen_names(classes) == []
     assert seen_names(transfer.load_split(classes, "dog")) == ["cow", "bull", "sky"]
+
+
+def draw(root: str, port: str, process: str) -> None:
+    """One of two processes draws a run whose evaluation takes another run's masks."""
+    jax.distributed.initialize(f"localhost:{port}", 2, int(process))
+    methods.METHODS = FAKES
+    workdir = Path(root) / "colours"
+    config, variables, _ = load_variables(workdir, mesh=make_mesh())
+    source = {"name": "folder", "data_dir": f"{root}/data", "kind": "semantic"}
+    evaluation = {"type": "transfer", "proposals": f"{root}/masks", "source": source}
+    config = ConfigDict(config.to_dict() | {"final_evals": {"test": evaluation}})
+    for path in draw_run(config, workdir, ColourClassifier(), variables):
+        print("drew", path.relative_to(workdir))
+
+
+def test_two_processes_draw_one_picture(root):
+    """Both load the run of the masks, which waits for all processes."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    here = Path(__file__).parent
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": os.pathsep.join(map(str, (here.parent, here))),
+    }
+    command = lambda process: [sys.executable, __file__, str(root), str(port), str(process)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen(command(process), env=env, **pipes) for process in range(2)]
+    try:
+        (out, err), (other, _) = (process.communicate(timeout=120) for process in running)
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0], err
+    drawn = [[line for line in text.splitlines() if line.startswith("drew")] for text in (out, other)]
+    assert drawn == [["drew pictures/test.png"], []]
+    assert Image.open(root / "colours/pictures/test.png").width > 3 * 256
+
+
+if __name__ == "__main__":
+    draw(*sys.argv[1:])
