@@ -191,8 +191,9 @@ def test_programs_of_several_cpu_devices_are_not_kept(flag, tmp_path):
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
     }
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     devices = int(done.stdout)
-    assert devices == int(flag[-1:] or min(2, len(os.sched_getaffinity(0)))), done.stderr
+    assert devices == int(flag[-1:] or min(2, len(os.sched_getaffinity(0))))
     assert bool(list(tmp_path.iterdir())) is (devices == 1)
 
 
