@@ -20,8 +20,8 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.config import check_read, parse_arg
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.clip import MEAN
-from ovseg_jax.models.prompt_file import FILE, is_prompt_file
+from ovseg_jax.towers.clip import MEAN
+from ovseg_jax.towers.prompt_file import FILE, is_prompt_file
 from ovseg_jax.vocab.splits import UNSEEN
 
 # Steps, and segments of each class: of the 156 seen classes of COCO-Stuff, of the 15 of VOC.

@@ -7,7 +7,7 @@ __all__ = ["Segmenter", "UserError"]
 def __getattr__(name: str):
     """Public names, imported when asked for: `import ovseg_jax` alone stays cheap."""
     if name == "Segmenter":
-        from ovseg_jax.segmenter import Segmenter
+        from ovseg_jax.inference.segmenter import Segmenter
 
         return Segmenter
     if name == "UserError":

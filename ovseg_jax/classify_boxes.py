@@ -10,13 +10,13 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from ovseg_jax.console import complain, quieten, use_compilation_cache
+from ovseg_jax.cli.console import complain, quieten, use_compilation_cache
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.box_files import average_precision, find_images, is_lvis, read_boxes, read_json
 from ovseg_jax.evals.boxes import class_probability, detect, region_features
-from ovseg_jax.methods.base import Classifier
+from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.prompts import Side, add_flags, chosen_prompt, class_vectors
-from ovseg_jax.train.sharding import make_mesh
+from ovseg_jax.protocols import Classifier
 from ovseg_jax.transfer import load_stage
 from ovseg_jax.vocab.class_files import read_class_file
 from ovseg_jax.vocab.classes import ClassList

@@ -12,18 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ovseg_jax.console import complain, quieten, use_compilation_cache
+from ovseg_jax.cli.console import complain, quieten, use_compilation_cache
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.frozen_text import FrozenText
+from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.models.text_towers import SiglipText
 from ovseg_jax.models.vit import ViT
+from ovseg_jax.parallel.sharding import path_name
 from ovseg_jax.pretrained.big_vision import write_big_vision
 from ovseg_jax.pretrained.files import write_safetensors
 from ovseg_jax.pretrained.hf_clip import is_clip, write_hf_clip
 from ovseg_jax.pretrained.to_torch import describe, to_torch
-from ovseg_jax.segmenter import Segmenter
+from ovseg_jax.towers.frozen_text import FrozenText
 from ovseg_jax.train.checkpoints import TEXT_TOWER
-from ovseg_jax.train.sharding import path_name
 
 _DESCRIPTION = """\
 Writes a trained model for programs that do not have JAX, or not this library.

@@ -1,6 +1,6 @@
 """The entry: `python -m ovseg_jax.main --config=configs/openseg.py [--workdir=DIR] [--mode=train|eval]`.
 
-Logic is in `train.run`; here are flags, several processes, the compilation cache, and errors as sentences.
+Logic is in `experiment.run`; here are flags, several processes, the compilation cache, and errors as sentences.
 """
 
 import os
@@ -13,8 +13,8 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from ovseg_jax.command import chosen_config, launch
-from ovseg_jax.console import speak, use_compilation_cache
+from ovseg_jax.cli.console import speak, use_compilation_cache
+from ovseg_jax.cli.flags import chosen_config, launch
 from ovseg_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string(
@@ -60,7 +60,7 @@ def run(argv: list[str]) -> int:
         platform, count = jax.devices()[0].platform, jax.device_count()
         print(f"{_MODE.value} in {workdir} on {count} {platform} device{'s' * (count > 1)}", flush=True)
 
-    from ovseg_jax.train.run import evaluate, train
+    from ovseg_jax.experiment.run import evaluate, train
 
     if _MODE.value == "eval":
         evaluate(config, workdir)
@@ -71,7 +71,7 @@ def run(argv: list[str]) -> int:
 
 def _draw(config: ConfigDict, workdir: Any, parts: Any, variables: Any) -> None:
     """The pictures of a finished run."""
-    from ovseg_jax.gallery import draw_run
+    from ovseg_jax.inference.pictures import draw_run
 
     for path in draw_run(config, workdir, parts.method, variables):
         print(f"drew {path}")

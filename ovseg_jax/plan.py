@@ -26,13 +26,12 @@ from absl import flags
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
-from ovseg_jax.command import chosen_config, launch
+from ovseg_jax.cli.flags import chosen_config, launch
+from ovseg_jax.costs.flops import count_flops
+from ovseg_jax.costs.hlo import count_traffic
 from ovseg_jax.errors import UserError
-from ovseg_jax.hlo import count_traffic
 from ovseg_jax.models.remat import POLICIES
-from ovseg_jax.train.flops import count_flops
-from ovseg_jax.train.optimizer import make_optimizer
-from ovseg_jax.train.sharding import (
+from ovseg_jax.parallel.sharding import (
     AXES,
     DEFAULT_RULES,
     batch_sharding,
@@ -40,6 +39,7 @@ from ovseg_jax.train.sharding import (
     make_mesh,
     mesh_shape,
 )
+from ovseg_jax.train.optimizer import make_optimizer
 from ovseg_jax.train.state import abstract_state, abstract_variables, state_shardings
 from ovseg_jax.train.step import make_step
 from ovseg_jax.vocab.classes import ClassList

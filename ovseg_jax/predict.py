@@ -12,10 +12,10 @@ from etils import epath
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from ovseg_jax.console import complain, quieten, use_compilation_cache
+from ovseg_jax.cli.console import complain, quieten, use_compilation_cache
+from ovseg_jax.data.images import SUFFIXES, read_image
 from ovseg_jax.errors import UserError
-from ovseg_jax.images import SUFFIXES, read_image
-from ovseg_jax.segmenter import UNKNOWN_BELOW, Segmenter
+from ovseg_jax.inference.segmenter import UNKNOWN_BELOW, Segmenter
 from ovseg_jax.vocab.classes import ClassList, load_labels
 from ovseg_jax.vocab.vectors import ClassVectors
 

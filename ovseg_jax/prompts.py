@@ -13,20 +13,20 @@ import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from ovseg_jax.console import complain, quieten, use_compilation_cache
+from ovseg_jax.cli.console import complain, quieten, use_compilation_cache
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.classification import class_features
-from ovseg_jax.methods.base import Classifier, Variables
-from ovseg_jax.models.clip import Clip
-from ovseg_jax.models.packed_text import stacked
-from ovseg_jax.models.prompt_file import FILE, Prompt, is_prompt_file, load_prompt, save_original, save_prompt
 from ovseg_jax.models.text_towers import CLIPText, text_tower
+from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.pretrained.load import load
-from ovseg_jax.train.sharding import make_mesh
+from ovseg_jax.protocols import Classifier, Variables
+from ovseg_jax.towers.clip import Clip
+from ovseg_jax.towers.packed_text import stacked
+from ovseg_jax.towers.prompt_file import FILE, Prompt, is_prompt_file, load_prompt, save_original, save_prompt
+from ovseg_jax.towers.templates import IMAGENET, read_templates
 from ovseg_jax.transfer import load_stage
 from ovseg_jax.vocab.class_files import read_class_file
 from ovseg_jax.vocab.classes import ClassList
-from ovseg_jax.vocab.templates import IMAGENET, read_templates
 from ovseg_jax.vocab.words import WordList
 
 _DESCRIPTION = """\

@@ -2,8 +2,8 @@
 
 OpenSeg's recipe for caption-only data (papers/004, 3.3, after MuST): a teacher trained with the mask loss alone
 (`--config.loss.grounding_weight=0`) labels the images, and the student trains on human and pseudo-masks together.
-DIR is a folder in the layout of `data.folder`; each image without a mask gets DIR/masks/NAME.png, and nothing that
-is there is touched.
+DIR is a folder in the layout of `data.sources.folder`; each image without a mask gets DIR/masks/NAME.png, and nothing
+that is there is touched.
 """
 
 import argparse
@@ -15,11 +15,11 @@ from jaxtyping import Float, Int32
 from PIL import Image
 from tqdm import tqdm
 
-from ovseg_jax.console import use_compilation_cache
+from ovseg_jax.cli.console import use_compilation_cache
+from ovseg_jax.data.images import SUFFIXES
 from ovseg_jax.errors import UserError
-from ovseg_jax.images import SUFFIXES
-from ovseg_jax.result import PixelFeatures, sigmoid
-from ovseg_jax.segmenter import Segmenter
+from ovseg_jax.inference.result import PixelFeatures, sigmoid
+from ovseg_jax.inference.segmenter import Segmenter
 
 
 def select_masks(

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from ovseg_jax.console import complain, quieten, use_compilation_cache
+from ovseg_jax.cli.console import complain, quieten, use_compilation_cache
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.runner import make_evaluators
-from ovseg_jax.methods.base import Classifier
+from ovseg_jax.experiment.run import load_parts
+from ovseg_jax.parallel.sharding import make_mesh
+from ovseg_jax.protocols import Classifier
+from ovseg_jax.towers.templates import HARD
 from ovseg_jax.train.checkpoints import load_variables
-from ovseg_jax.train.run import load_parts
-from ovseg_jax.train.sharding import make_mesh
-from ovseg_jax.vocab.templates import HARD
 
 _DESCRIPTION = """\
 Scores a trained classifier, zero-shot, on the data sets of a suite, and beside it a hand-written prompt.

@@ -9,14 +9,14 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ovseg_jax.console import complain, quieten, use_compilation_cache
+from ovseg_jax.cli.console import complain, quieten, use_compilation_cache
 from ovseg_jax.errors import UserError
-from ovseg_jax.evals.transfer import FILLS, TransferEvaluator, load_stage, rules_of
-from ovseg_jax.methods.base import Classifier, Segmenting
-from ovseg_jax.models.prompt_file import Prompt
-from ovseg_jax.train.sharding import make_mesh
+from ovseg_jax.experiment.transfer import FILLS, TransferEvaluator, load_stage, rules_of
+from ovseg_jax.parallel.sharding import make_mesh
+from ovseg_jax.protocols import Classifier, Segmenting
+from ovseg_jax.towers.prompt_file import Prompt
+from ovseg_jax.towers.templates import TEMPLATES, read_templates
 from ovseg_jax.vocab.splits import UNSEEN, load_split
-from ovseg_jax.vocab.templates import TEMPLATES, read_templates
 
 _DESCRIPTION = """\
 Segments with the masks of one run and the classifier of another (ZSSeg's two stages; POMP's tables 4, 5 and 13), and

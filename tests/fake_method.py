@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.methods.base import Prediction
+from ovseg_jax.protocols import Prediction
 from ovseg_jax.vocab.classes import parse_labels
 
 COLOURS = {

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from ovseg_jax import classify_boxes, methods
+from ovseg_jax.experiment.run import CLASSES_FILE, WORDS_FILE
 from ovseg_jax.train.checkpoints import Checkpoints, write_config
-from ovseg_jax.train.run import CLASSES_FILE, WORDS_FILE
 from ovseg_jax.train.state import TrainState
 from ovseg_jax.vocab.words import WordList
 from tests.methods.test_prompt_tuning import config

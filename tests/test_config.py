@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ovseg_jax import config
-from ovseg_jax.data.sources import make_source
+from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.errors import UserError
 from ovseg_jax.methods import build
 from ovseg_jax.vocab.classes import parse_labels

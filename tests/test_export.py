@@ -9,9 +9,9 @@ import pytest
 
 from ovseg_jax import export
 from ovseg_jax.errors import UserError
+from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.pretrained.files import read_arrays
 from ovseg_jax.pretrained.to_torch import from_torch, to_torch
-from ovseg_jax.segmenter import Segmenter
 from tests.extras import require
 from tests.methods.test_openseg import CLASSES, make
 

@@ -12,8 +12,8 @@ import pytest
 from extras import require
 from jax.sharding import PartitionSpec as P
 
-from ovseg_jax.train.flops import count_flops
-from ovseg_jax.train.sharding import AXES, make_mesh
+from ovseg_jax.costs.flops import count_flops
+from ovseg_jax.parallel.sharding import AXES, make_mesh
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,7 +100,7 @@ def plans(*arguments, code=0):
     return json.loads(done.stdout)
 
 
-TINY = "--config=tests/train/tiny.py"
+TINY = "--config=tests/tiny.py"
 
 
 def test_gpus_by_count():

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ovseg_jax import predict
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmenter import Segmenter
+from ovseg_jax.inference.segmenter import Segmenter
 
 
 @pytest.fixture

@@ -9,17 +9,17 @@ import pytest
 from ml_collections import ConfigDict
 
 from ovseg_jax import prompts
+from ovseg_jax.experiment.run import CLASSES_FILE, WORDS_FILE
 from ovseg_jax.methods import build
-from ovseg_jax.models.prompt_file import Prompt, load_prompt, save_prompt
-from ovseg_jax.models.text_table import TextTable
+from ovseg_jax.towers.prompt_file import Prompt, load_prompt, save_prompt
+from ovseg_jax.towers.prompt_layout import Layout
+from ovseg_jax.towers.text_table import TextTable
 from ovseg_jax.train.checkpoints import Checkpoints, write_config
-from ovseg_jax.train.run import CLASSES_FILE, WORDS_FILE
 from ovseg_jax.train.state import TrainState
-from ovseg_jax.vocab.prompt_layout import Layout
 from ovseg_jax.vocab.words import WordList
 from tests.extras import require
 from tests.methods.test_prompt_tuning import CLASSES, WORDS, config, variables_of
-from tests.models.test_frozen_text import folder, in_words  # noqa: F401
+from tests.towers.test_frozen_text import folder, in_words  # noqa: F401
 
 CATEGORIES = [
     {"id": 7, "name": "red_ball", "synonyms": ["red_ball", "kite"]},

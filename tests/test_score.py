@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from ovseg_jax import methods, score
+from ovseg_jax.experiment.run import CLASSES_FILE, WORDS_FILE
+from ovseg_jax.towers.templates import HARD
 from ovseg_jax.train.checkpoints import Checkpoints, write_config
-from ovseg_jax.train.run import CLASSES_FILE, WORDS_FILE
 from ovseg_jax.train.state import TrainState
-from ovseg_jax.vocab.templates import HARD
 from ovseg_jax.vocab.words import WordList
 
 

@@ -16,11 +16,11 @@ from PIL import Image
 
 from ovseg_jax import methods, transfer
 from ovseg_jax.errors import UserError
-from ovseg_jax.evals.transfer import seen_names
-from ovseg_jax.gallery import draw_run
+from ovseg_jax.experiment.run import CLASSES_FILE, WORDS_FILE
+from ovseg_jax.experiment.transfer import seen_names
+from ovseg_jax.inference.pictures import draw_run
+from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.train.checkpoints import Checkpoints, load_variables, write_config
-from ovseg_jax.train.run import CLASSES_FILE, WORDS_FILE
-from ovseg_jax.train.sharding import make_mesh
 from ovseg_jax.train.state import TrainState
 from ovseg_jax.vocab.classes import parse_labels
 from ovseg_jax.vocab.words import WordList

@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from ovseg_jax.data.images import centre_square
 from ovseg_jax.data.rand_augment import rand_augment, rand_augment_dassl
-from ovseg_jax.data.sources import Source
+from ovseg_jax.data.sources.build import Source
 from ovseg_jax.errors import UserError
-from ovseg_jax.images import centre_square
 from ovseg_jax.vocab.lexicon import LEXICON
 from ovseg_jax.vocab.word_tokenizer import WordTokenizer
 from ovseg_jax.vocab.words import WordList, split_words

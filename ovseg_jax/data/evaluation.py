@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from ovseg_jax.data.sources import Source, extent_of
+from ovseg_jax.data.images import fit_canvas
+from ovseg_jax.data.sources.build import Source, extent_of
 from ovseg_jax.data.transforms import class_map
 from ovseg_jax.errors import UserError
-from ovseg_jax.images import fit_canvas
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ from absl import flags
 from ovseg_jax.data.classification import CaptionTransform, ClassifyEval, ClassifyTransform
 from ovseg_jax.data.evaluation import EvalTransform
 from ovseg_jax.data.mixing import MixingOrder
-from ovseg_jax.data.sources import Mixture, Source, make_source
+from ovseg_jax.data.sources.build import Mixture, Source, make_source
 from ovseg_jax.data.training import TrainTransform
 from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.lexicon import FUNCTION_WORDS

@@ -11,8 +11,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
+from ovseg_jax.data.images import SUFFIXES
 from ovseg_jax.errors import UserError
-from ovseg_jax.images import SUFFIXES
 
 
 class Proposals(NamedTuple):

@@ -19,10 +19,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
+from ovseg_jax.data.images import read_image
 from ovseg_jax.evals.box_files import Proposals
 from ovseg_jax.evals.passes import each_batch
-from ovseg_jax.images import read_image
-from ovseg_jax.methods.base import Variables
+from ovseg_jax.protocols import Variables
 
 CONTEXT = (1.0, 1.5)
 OVERLAP = 0.5

@@ -19,12 +19,12 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.evals.nearest import names_of, nearest_classes
 from ovseg_jax.evals.passes import each_batch, embed_in_chunks
 from ovseg_jax.evals.uniformity import distances, uniformity
-from ovseg_jax.methods.base import Classifier, Variables
-from ovseg_jax.models.prompt_file import Prompt
-from ovseg_jax.models.text import unit
-from ovseg_jax.train.sharding import AXES, replicated
+from ovseg_jax.parallel.sharding import AXES, replicated
+from ovseg_jax.protocols import Classifier, Variables
+from ovseg_jax.towers.prompt_file import Prompt
+from ovseg_jax.towers.templates import fill
+from ovseg_jax.towers.text import unit
 from ovseg_jax.vocab.classes import ClassList
-from ovseg_jax.vocab.templates import fill
 
 PAIRS = (("base", "new"), ("seen", "unseen"), ("seen", "held_out"))
 """Groups that are also scored among their own classes only, and together as a harmonic mean."""

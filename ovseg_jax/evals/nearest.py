@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ovseg_jax.evals.resize import row_block, split_rows
+from ovseg_jax.kernels.resize import row_block, split_rows
 from ovseg_jax.vocab.classes import ClassList
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from ovseg_jax.train.sharding import put_batch
+from ovseg_jax.parallel.sharding import put_batch
 
 TEXT_CHUNK = 1024
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ovseg_jax.evals.resize import row_block, split_rows, upsampling
+from ovseg_jax.kernels.resize import row_block, split_rows, upsampling
 
 THRESHOLDS = (0.5, 0.7, 0.9)
 

@@ -17,15 +17,15 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
+from ovseg_jax.decisions.segment import MODES, Mode, cosines, region_scores_of, view_maps
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals import confusion, proposals
 from ovseg_jax.evals.classification import ClassificationEvaluator
 from ovseg_jax.evals.passes import each_batch, embed_in_chunks
-from ovseg_jax.evals.segment import MODES, Mode, cosines, region_scores_of, view_maps
-from ovseg_jax.methods.base import Classifier, Method, Prediction, Segmenting, Trainable, Variables
-from ovseg_jax.train.sharding import AXES, replicated
+from ovseg_jax.parallel.sharding import AXES, replicated
+from ovseg_jax.protocols import Classifier, Method, Prediction, Segmenting, Trainable, Variables
+from ovseg_jax.towers.templates import read_templates
 from ovseg_jax.vocab.classes import ClassList
-from ovseg_jax.vocab.templates import read_templates
 
 
 @runtime_checkable
@@ -233,7 +233,7 @@ def make_evaluators(config: ConfigDict, method: Trainable, mesh: Mesh, key: str 
     - of a segmentation `masks: "predicted" | "none" | "truth" | a tuple of them`;
     - of a classification `prompts: {name: what templates.read_templates takes}` and `metric: the one that is "score"`;
     - of a transfer `proposals: the folder of a run that proposes masks`, `prompts`, `split: the unseen classes, see
-      vocab.splits.load_split`, and arguments of `evals.transfer.rules_of`: `ensemble`, `threshold`, `fill`.
+      vocab.splits.load_split`, and arguments of `experiment.transfer.rules_of`: `ensemble`, `threshold`, `fill`.
 
     Raises:
       UserError: an unknown type or mode, a type that is not the method's, or a source that cannot be read.
@@ -298,7 +298,7 @@ def _transfer(
     **options,
 ) -> Evaluator:
     """An evaluation of type "transfer"; `data` gets the size of the images that the proposals' run knows."""
-    from ovseg_jax.evals.transfer import TransferEvaluator, load_stage, rules_in, rules_of
+    from ovseg_jax.experiment.transfer import TransferEvaluator, load_stage, rules_in, rules_of
 
     if not cfg.get("proposals"):
         raise UserError(f"the evaluation {name!r} of type 'transfer' needs proposals=WORKDIR")

@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from ovseg_jax.evals.resize import row_block
-from ovseg_jax.train.sharding import AXES, replicated
+from ovseg_jax.kernels.resize import row_block
+from ovseg_jax.parallel.sharding import AXES, replicated
 
 
 def distances(

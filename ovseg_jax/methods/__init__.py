@@ -29,7 +29,7 @@ METHODS = {
 
 
 def build(config: ConfigDict, words: WordList, classes: ClassList) -> Any:
-    """The method that `config.method` names: a `methods.base.Method`, or a `Classifier`.
+    """The method that `config.method` names: a `protocols.Method`, or a `Classifier`.
 
     Args:
       config: the whole config of a run.

@@ -10,12 +10,12 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.contrastive import contrastive_loss
-from ovseg_jax.methods.base import Aux, Batch, Variables
-from ovseg_jax.models.clip import Clip, from_training
-from ovseg_jax.models.packed_text import unstacked
-from ovseg_jax.models.prompt_file import Prompt
-from ovseg_jax.models.text import unit
-from ovseg_jax.train.sharding import active_batch_axes
+from ovseg_jax.parallel.sharding import active_batch_axes
+from ovseg_jax.protocols import Aux, Batch, Variables
+from ovseg_jax.towers.clip import Clip, from_training
+from ovseg_jax.towers.packed_text import unstacked
+from ovseg_jax.towers.prompt_file import Prompt
+from ovseg_jax.towers.text import unit
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 
@@ -27,7 +27,7 @@ class ClipTraining:
     """Both towers and the temperature are trained on batches of images and captions.
 
     Args:
-      config: `towers`, see `models.clip.Clip`. An image tower with batch statistics is not trained.
+      config: `towers`, see `towers.clip.Clip`. An image tower with batch statistics is not trained.
       words: the vocabulary of the captions.
       classes: not read.
     """

@@ -18,11 +18,11 @@ from ml_collections import ConfigDict
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.all_pairs import over_batch, varying
 from ovseg_jax.kernels.sampled_softmax import sampled_softmax
-from ovseg_jax.methods.base import Aux, Batch, Variables
 from ovseg_jax.methods.prompt_tuning import PromptTuning
 from ovseg_jax.models.linear import linear, linear_init
-from ovseg_jax.models.prompt import likely_size
-from ovseg_jax.train.sharding import active_batch_axes
+from ovseg_jax.parallel.sharding import active_batch_axes
+from ovseg_jax.protocols import Aux, Batch, Variables
+from ovseg_jax.towers.prompt import likely_size
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 

@@ -15,10 +15,10 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.methods.base import Aux, Batch, Variables
-from ovseg_jax.models.clip import Clip
-from ovseg_jax.models.text import unit
-from ovseg_jax.train.accumulate import in_parts
+from ovseg_jax.parallel.accumulate import in_parts
+from ovseg_jax.protocols import Aux, Batch, Variables
+from ovseg_jax.towers.clip import Clip
+from ovseg_jax.towers.text import unit
 from ovseg_jax.vocab.classes import ClassList, rows_of_names
 from ovseg_jax.vocab.words import WordList
 
@@ -36,7 +36,7 @@ class LinearProbe:
     and not comparable to a prompt's.
 
     Args:
-      config: the whole config of a run; `towers` (see `models.clip.Clip`).
+      config: the whole config of a run; `towers` (see `towers.clip.Clip`).
       words: the vocabulary, where the tokeniser is one of words.
       classes: those of them that have training examples are the N.
     """

@@ -19,13 +19,13 @@ from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.methods.base import Variables
 from ovseg_jax.methods.prompt_tuning import NOISE, PromptTuning
 from ovseg_jax.methods.vpt import prompted_tower
 from ovseg_jax.models.linear import linear, linear_init
-from ovseg_jax.models.prompt_file import is_prompt_file
+from ovseg_jax.protocols import Variables
+from ovseg_jax.towers.prompt_file import is_prompt_file
+from ovseg_jax.towers.prompt_layout import NameTokens
 from ovseg_jax.vocab.classes import ClassList
-from ovseg_jax.vocab.prompt_layout import NameTokens
 from ovseg_jax.vocab.words import WordList
 
 

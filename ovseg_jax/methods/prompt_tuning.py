@@ -3,8 +3,8 @@
 `config.loss`: `sample` is K, the classes that an image is told apart from in a step; 0 takes all N, exactly, which is
 CoOp. `correction` (eq. 5), `proposal` (E.1) and `per_device` are those of `kernels.sampled_softmax`; `chunk` classes go
 through the text tower at once where all N do.
-`config.prompt`: `length` M, `position`, `specific` (a context for each class), see `vocab.prompt_layout.Layout`;
-`init`, words to start from in place of noise, or the file of a prompt (`models.prompt_file`).
+`config.prompt`: `length` M, `position`, `specific` (a context for each class), see `towers.prompt_layout.Layout`;
+`init`, words to start from in place of noise, or the file of a prompt (`towers.prompt_file`).
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ from ovseg_jax.kernels.sampled_softmax import (
     sampled_softmax,
     similarity_proposal,
 )
-from ovseg_jax.methods.base import Aux, Batch, Variables
-from ovseg_jax.models.clip import Clip
-from ovseg_jax.models.prompt import even_order, likely_size, window_size
-from ovseg_jax.models.prompt_file import FILE, Prompt, is_prompt_file, load_prompt, save_prompt
-from ovseg_jax.train.accumulate import in_parts
-from ovseg_jax.train.sharding import active_batch_axes, on_host
+from ovseg_jax.parallel.accumulate import in_parts
+from ovseg_jax.parallel.sharding import active_batch_axes, on_host
+from ovseg_jax.protocols import Aux, Batch, Variables
+from ovseg_jax.towers.clip import Clip
+from ovseg_jax.towers.prompt import even_order, likely_size, window_size
+from ovseg_jax.towers.prompt_file import FILE, Prompt, is_prompt_file, load_prompt, save_prompt
+from ovseg_jax.towers.prompt_layout import POSITIONS, Layout, NameTokens
 from ovseg_jax.vocab.classes import ClassList
-from ovseg_jax.vocab.prompt_layout import POSITIONS, Layout, NameTokens
 from ovseg_jax.vocab.words import WordList
 
 PROPOSALS = ("uniform", "frequency", "similarity")
@@ -56,7 +56,7 @@ class PromptTuning:
     """Trains a context for frozen towers. `config` is the whole config of a run.
 
     Args:
-      config: `towers` (see `models.clip.Clip`), `prompt` and `loss` (see above).
+      config: `towers` (see `towers.clip.Clip`), `prompt` and `loss` (see above).
       words: the vocabulary, where the tokeniser is one of words.
       classes: those of them that have training examples are the N; a class goes by its first name.
 
@@ -263,7 +263,7 @@ class PromptTuning:
         return self.clip.embed_prompt(variables["towers"], prompt, texts)
 
     def artifacts(self, variables: Variables) -> dict[str, Callable[[epath.Path], None]]:
-        """The learned prompt as a file, see `methods.base.Trainable`."""
+        """The learned prompt as a file, see `protocols.Trainable`."""
         prompt = self.whole_prompt(variables)
         return {FILE: lambda path: save_prompt(path, prompt)}
 

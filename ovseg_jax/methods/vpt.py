@@ -16,14 +16,14 @@ from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.methods.base import Aux, Batch, Variables
 from ovseg_jax.methods.linear_probe import cross_entropy
 from ovseg_jax.methods.prompt_tuning import HARD_PROMPT, NOISE
-from ovseg_jax.models.clip import Clip
 from ovseg_jax.models.vit import ViT
-from ovseg_jax.train.accumulate import in_parts
+from ovseg_jax.parallel.accumulate import in_parts
+from ovseg_jax.protocols import Aux, Batch, Variables
+from ovseg_jax.towers.clip import Clip
+from ovseg_jax.towers.templates import fill
 from ovseg_jax.vocab.classes import ClassList
-from ovseg_jax.vocab.templates import fill
 from ovseg_jax.vocab.words import WordList
 
 
@@ -31,7 +31,7 @@ class VPT:
     """Trains tokens for a frozen image tower. `config` is the whole config of a run.
 
     Args:
-      config: `towers` (see `models.clip.Clip`), `prompt` (see above).
+      config: `towers` (see `towers.clip.Clip`), `prompt` (see above).
       words: the vocabulary, where the tokeniser is one of words.
       classes: those of them that have training examples are the N; a class goes by its first name.
 

@@ -14,7 +14,7 @@ Proposals that know "no object", as ZSSeg's MaskFormer, which learns a unit vect
 -> [d]`: the softmax of p is then over one class more, which is dropped. OpenSeg's have none.
 
 Where this differs from the published code: crops are rounded to bytes, as a classifier takes images; and masks are
-upsampled to the label's own size before the sigmoid rather than the sum after it (see `evals.segment`).
+upsampled to the label's own size before the sigmoid rather than the sum after it (see `decisions.segment`).
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.classification import class_features
-from ovseg_jax.evals.resize import split_rows, upsampling
 from ovseg_jax.kernels.mask_crops import mask_crops
-from ovseg_jax.methods.base import Classifier, Prediction, Segmenting, Variables
-from ovseg_jax.models.prompt_file import Prompt
-from ovseg_jax.train.sharding import active_batch_axes
+from ovseg_jax.kernels.resize import split_rows, upsampling
+from ovseg_jax.parallel.sharding import active_batch_axes
+from ovseg_jax.protocols import Classifier, Prediction, Segmenting, Variables
+from ovseg_jax.towers.prompt_file import Prompt
 
 _PRECISION = jax.lax.Precision.HIGHEST
 _NEVER = -1e9  # a logit
@@ -152,7 +152,7 @@ class TwoStage:
     def region_scores(
         self, prediction: Prediction, text: Float[Array, "t e"], owner: Int[Array, "t"]
     ) -> Float[Array, "t n"]:
-        """The score of every name for every proposal; see `evals.segment.RegionScores`.
+        """The score of every name for every proposal; see `decisions.segment.RegionScores`.
 
         A class counts in the softmax by its best name. The softmax is over all classes that have a name here, also
         where an evaluator then asks for some of them only.

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ovseg_jax.data.images import fit_canvas, read_image
 from ovseg_jax.errors import UserError
-from ovseg_jax.images import fit_canvas, read_image
-from ovseg_jax.models.prompt_file import FILE, load_prompt
 from ovseg_jax.pretrained.files import read_arrays
 from ovseg_jax.torch.layers import unit
 from ovseg_jax.torch.openseg import OpenSegNet
 from ovseg_jax.torch.text_towers import Bert, CLIPText, SiglipText
+from ovseg_jax.towers.prompt_file import FILE, load_prompt
 from ovseg_jax.vocab.classes import ClassList, Labels, as_classes
 from ovseg_jax.vocab.phrases import word_ids
 from ovseg_jax.vocab.tokenizers import load_tokenizer
@@ -138,7 +138,7 @@ class Text:
 
 
 def upsampling(pixels: int, cells: int, canvas: int, fitted: int, device: Any) -> Tensor:
-    """Bilinear interpolation [pixels cells] from a grid over the canvas to an image, see `evals.resize.upsampling`."""
+    """Bilinear interpolation [pixels cells] from a canvas grid to an image, see `kernels.resize.upsampling`."""
     stride = canvas / cells
     position = (torch.arange(pixels, device=device) + 0.5) * fitted / pixels / stride - 0.5
     position = position.clamp(0, np.ceil(fitted / stride) - 1)

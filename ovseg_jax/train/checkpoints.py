@@ -28,8 +28,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decis
 
 from ovseg_jax import config as config_lib
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.prompt_file import FILE as PROMPT_FILE
-from ovseg_jax.train.sharding import DEFAULT_RULES, leaf_sharding, path_name
+from ovseg_jax.parallel.sharding import DEFAULT_RULES, leaf_sharding, path_name
+from ovseg_jax.towers.prompt_file import FILE as PROMPT_FILE
 from ovseg_jax.train.state import TrainState
 
 CONFIG_FILE = "config.json"

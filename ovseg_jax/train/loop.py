@@ -18,14 +18,14 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.runner import Evaluator
-from ovseg_jax.methods.base import Trainable
+from ovseg_jax.parallel.sharding import DEFAULT_RULES, check_batch_size, put_batch
+from ovseg_jax.protocols import Trainable
 from ovseg_jax.train import metrics as metrics_lib
 from ovseg_jax.train.checkpoints import Checkpoints
 from ovseg_jax.train.metrics import MetricWriter
 from ovseg_jax.train.optimizer import make_optimizer
 from ovseg_jax.train.profile import Profile
 from ovseg_jax.train.progress import Progress
-from ovseg_jax.train.sharding import DEFAULT_RULES, check_batch_size, put_batch
 from ovseg_jax.train.state import (
     TrainState,
     abstract_state,
@@ -78,7 +78,7 @@ def fit(
       config: reads seed, steps, batch_size, accumulate, optimizer, checkpoint.every, checkpoint.keep, log_every,
         sharding, tensorboard, profile ("FIRST:STOP", the steps that a trace in `workdir/profile` covers).
       workdir: gets `checkpoints/` and `metrics.jsonl`.
-      method: see `methods.base`.
+      method: see `protocols`.
       batches: step -> an iterator of this process's share of each batch from that step on.
       evaluators: run at multiples of their `every`.
       mesh: all devices of all processes.

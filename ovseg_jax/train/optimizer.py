@@ -10,7 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.train.sharding import tree_paths
+from ovseg_jax.parallel.sharding import tree_paths
 
 RULES = ("adam", "adamw", "lamb", "lion", "sgd")
 SCHEDULES = ("constant", "cosine", "linear")

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ovseg_jax.methods.base import Trainable, Variables
+from ovseg_jax.parallel.sharding import DEFAULT_RULES, leaf_sharding, replicated, tree_paths
+from ovseg_jax.protocols import Trainable, Variables
 from ovseg_jax.train.optimizer import Optimizer
-from ovseg_jax.train.sharding import DEFAULT_RULES, leaf_sharding, replicated, tree_paths
 
 
 @flax.struct.dataclass

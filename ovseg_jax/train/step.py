@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ovseg_jax.methods.base import Batch, Trainable
+from ovseg_jax.protocols import Batch, Trainable
 from ovseg_jax.train.optimizer import Optimizer
 from ovseg_jax.train.state import TrainState
 

@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from ovseg_jax.hlo import count_traffic
+from ovseg_jax.costs.flops import count_flops
+from ovseg_jax.costs.hlo import count_traffic
 from ovseg_jax.kernels.all_pairs import pick
 from ovseg_jax.kernels.contrastive import contrastive_loss
 from ovseg_jax.kernels.grounding import grounding_loss
-from ovseg_jax.train.flops import count_flops
-from ovseg_jax.train.sharding import AXES, batch_sharding, make_mesh, replicated
+from ovseg_jax.parallel.sharding import AXES, batch_sharding, make_mesh, replicated
 
 REGIONS, WORDS, WIDTH, EMBED = 128, 16, 640, 512
 SIZES = {"grounding": (4 * REGIONS * WORDS, REGIONS / WORDS), "image_text": (4, 1)}

@@ -36,8 +36,8 @@ def build(backbone: str, words: list[str], device: str, saved: Path | None = Non
     """Our segmenter, with random weights or saved ones."""
     import jax
 
+    from ovseg_jax.inference.segmenter import Segmenter
     from ovseg_jax.methods import build
-    from ovseg_jax.segmenter import Segmenter
     from ovseg_jax.vocab.classes import as_classes
     from ovseg_jax.vocab.words import WordList
     from tests.benchmarks.step import load_config

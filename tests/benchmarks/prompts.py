@@ -101,8 +101,8 @@ def ours(names: list[str], folder: Path, length: int, batch: int, remat: str):
     from ml_collections import ConfigDict
 
     from ovseg_jax.kernels.sampled_softmax import full_softmax
-    from ovseg_jax.models.clip import Clip
-    from ovseg_jax.models.prompt import Layout, NameTokens, even_order, likely_size, window_size
+    from ovseg_jax.towers.clip import Clip
+    from ovseg_jax.towers.prompt import Layout, NameTokens, even_order, likely_size, window_size
     from ovseg_jax.vocab.words import WordList
 
     text = dict(name="clip_vitb16", remat=remat)
@@ -159,7 +159,7 @@ def image_tower(names: list[str], folder: Path, length: int, batch: int):
     import jax
     from ml_collections import ConfigDict
 
-    from ovseg_jax.models.clip import Clip
+    from ovseg_jax.towers.clip import Clip
     from ovseg_jax.vocab.words import WordList
 
     towers = dict(image=dict(name="clip_vitb16"), text=dict(name="clip_vitb16"), init=str(folder / "clip.pt"))

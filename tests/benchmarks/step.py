@@ -36,8 +36,8 @@ def prepare(config, count: int, folder: Path) -> None:
 
     from ovseg_jax.data.pipeline import make_source, train_iterator, words_for
     from ovseg_jax.methods import build
+    from ovseg_jax.parallel.sharding import path_name
     from ovseg_jax.pretrained.to_torch import describe
-    from ovseg_jax.train.sharding import path_name
 
     source = make_source(config.data.train)
     words = words_for(config, source)
@@ -59,11 +59,11 @@ def jax_side(config, folder: Path, batches, device: str, count: int):
     import jax
     import jax.numpy as jnp
 
+    from ovseg_jax.costs.flops import count_flops
     from ovseg_jax.main import use_all_cores
     from ovseg_jax.methods import build
-    from ovseg_jax.train.flops import count_flops
+    from ovseg_jax.parallel.sharding import batch_sharding, make_mesh, put_batch
     from ovseg_jax.train.optimizer import make_optimizer
-    from ovseg_jax.train.sharding import batch_sharding, make_mesh, put_batch
     from ovseg_jax.train.state import abstract_variables, create_state, state_shardings
     from ovseg_jax.train.step import make_step
     from ovseg_jax.vocab.classes import ClassList

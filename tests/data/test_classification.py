@@ -11,8 +11,8 @@ from ovseg_jax.data.classification import (
     ClassifyTransform,
     random_crop,
 )
+from ovseg_jax.data.images import centre_square
 from ovseg_jax.errors import UserError
-from ovseg_jax.images import centre_square
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 from tests.extras import require

@@ -14,7 +14,7 @@ from PIL import Image
 from ovseg_jax.data import batch_augment
 from ovseg_jax.data.mixing import MixingOrder
 from ovseg_jax.data.pipeline import eval_batches, make_source, train_iterator, view_batches, words_for
-from ovseg_jax.data.sources import Cached, Mixture, extent_of
+from ovseg_jax.data.sources.build import Cached, Mixture, extent_of
 from ovseg_jax.data.training import TrainTransform
 from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.classes import ClassList

@@ -7,7 +7,7 @@ from pycocotools import mask
 
 from ovseg_jax.evals.box_files import Proposals
 from ovseg_jax.evals.boxes import class_probability, crop, detect, region_features
-from ovseg_jax.train.sharding import make_mesh
+from ovseg_jax.parallel.sharding import make_mesh
 from tests.extras import require
 from tests.fake_method import ColourClassifier, blocks
 

@@ -11,10 +11,10 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.evals import nearest, passes, uniformity
 from ovseg_jax.evals.classification import ClassificationEvaluator
 from ovseg_jax.evals.nearest import names_of, nearest_classes
-from ovseg_jax.evals.resize import row_block
 from ovseg_jax.evals.runner import make_evaluators
-from ovseg_jax.methods.base import Classifier, Method
-from ovseg_jax.train.sharding import make_mesh
+from ovseg_jax.kernels.resize import row_block
+from ovseg_jax.parallel.sharding import make_mesh
+from ovseg_jax.protocols import Classifier, Method
 from ovseg_jax.vocab.classes import ClassList
 
 S, D = 4, 6

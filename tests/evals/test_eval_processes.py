@@ -19,7 +19,7 @@ def worker(port: int, process: int, count: int) -> None:
 
     from ovseg_jax.evals.classification import ClassificationEvaluator
     from ovseg_jax.evals.runner import SegmentationEvaluator
-    from ovseg_jax.train.sharding import make_mesh, replicated
+    from ovseg_jax.parallel.sharding import make_mesh, replicated
 
     mesh = make_mesh()
     variables = jax.device_put(VARIABLES, replicated(mesh))

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from ovseg_jax.data.sources import make_source
+from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals import passes, runner
 from ovseg_jax.evals.runner import SegmentationEvaluator, make_evaluators
-from ovseg_jax.methods.base import Prediction
-from ovseg_jax.train.sharding import make_mesh
+from ovseg_jax.parallel.sharding import make_mesh
+from ovseg_jax.protocols import Prediction
 from ovseg_jax.vocab.classes import ClassList
 
 S, STRIDE, N, D, M, SHAPE = 16, 4, 5, 6, 4, (18, 20)

@@ -2,7 +2,8 @@ import evals_reference as reference
 import jax.numpy as jnp
 import numpy as np
 
-from ovseg_jax.evals import proposals, resize
+from ovseg_jax.evals import proposals
+from ovseg_jax.kernels import resize
 
 
 def test_best_iou_matches_the_float64_reference(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from ovseg_jax.kernels import all_pairs as module
 from ovseg_jax.kernels.all_pairs import pick
 from ovseg_jax.kernels.contrastive import contrastive_loss
-from ovseg_jax.train.sharding import AXES, make_mesh, put_batch
+from ovseg_jax.parallel.sharding import AXES, make_mesh, put_batch
 
 B, D = 32, 12
 TAU, BIAS = 0.3, -0.7

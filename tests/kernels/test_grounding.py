@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ovseg_jax.kernels.grounding import caption_scores, grounding_loss
-from ovseg_jax.train.sharding import AXES, make_mesh, put_batch
+from ovseg_jax.parallel.sharding import AXES, make_mesh, put_batch
 
 B, N, K, D = 16, 5, 3, 8
 TAU, TAU2 = 0.07, 0.11

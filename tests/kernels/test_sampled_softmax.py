@@ -13,7 +13,7 @@ from ovseg_jax.kernels.sampled_softmax import (
     sampled_softmax,
     similarity_proposal,
 )
-from ovseg_jax.train.sharding import AXES, make_mesh, put_batch
+from ovseg_jax.parallel.sharding import AXES, make_mesh, put_batch
 
 B, N, D, E, K = 16, 53, 6, 5, 20
 SCALE = 7.0

@@ -67,7 +67,7 @@ def results(axes, place):
 
 def worker(port: int, process: int) -> None:
     jax.distributed.initialize(f"localhost:{port}", 2, process)
-    from ovseg_jax.train.sharding import AXES, make_mesh, put_batch
+    from ovseg_jax.parallel.sharding import AXES, make_mesh, put_batch
 
     mesh = make_mesh({"data": 4, "fsdp": 2})
     share = lambda x: np.split(np.asarray(x), 2)[process]

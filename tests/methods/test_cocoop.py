@@ -7,9 +7,9 @@ import pytest
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.classification import ClassificationEvaluator
 from ovseg_jax.methods import build, cocoop
-from ovseg_jax.methods.base import Classifier
-from ovseg_jax.models import prompt
-from ovseg_jax.train.sharding import make_mesh, put_batch
+from ovseg_jax.parallel.sharding import make_mesh, put_batch
+from ovseg_jax.protocols import Classifier
+from ovseg_jax.towers import prompt
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 from tests.extras import require

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ovseg_jax.methods import build
-from ovseg_jax.models.prompt import window_size
-from ovseg_jax.models.text import unit
+from ovseg_jax.towers.prompt import window_size
+from ovseg_jax.towers.text import unit
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 from tests.extras import require
@@ -48,7 +48,7 @@ def shared():
 def case(shared, monkeypatch, position, specific):
     """A method, its variables, a batch of features, and the logits of the original as a function of its context."""
     ours, tokenizer, model, towers = shared
-    monkeypatch.setattr("ovseg_jax.models.clip.load_tokenizer", lambda *_, **__: ours)
+    monkeypatch.setattr("ovseg_jax.towers.clip.load_tokenizer", lambda *_, **__: ours)
     shape = (len(NAMES) if specific else 1, M, torch_clip.TEXT["width"])
     context = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     variables = {"params": {"prompt": {"context": jnp.asarray(context)}}, "towers": towers}

@@ -9,7 +9,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.evals import passes
 from ovseg_jax.evals.classification import class_features
 from ovseg_jax.methods import build
-from ovseg_jax.methods.base import Classifier
+from ovseg_jax.protocols import Classifier
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 from tests.methods import torch_clip

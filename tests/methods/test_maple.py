@@ -7,7 +7,7 @@ import pytest
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.methods import build
-from ovseg_jax.train.sharding import make_mesh, put_batch
+from ovseg_jax.parallel.sharding import make_mesh, put_batch
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 from tests.extras import require

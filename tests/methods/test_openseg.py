@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.methods import build
+from ovseg_jax.parallel.sharding import DEFAULT_RULES, make_mesh, put_batch
 from ovseg_jax.train.optimizer import make_optimizer
-from ovseg_jax.train.sharding import DEFAULT_RULES, make_mesh, put_batch
 from ovseg_jax.train.state import abstract_variables, create_state, state_shardings
 from ovseg_jax.train.step import make_step
 from ovseg_jax.vocab.classes import ClassList

@@ -8,10 +8,10 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.methods import build, prompt_tuning
-from ovseg_jax.models import prompt
-from ovseg_jax.models.packed_text import unstacked
-from ovseg_jax.models.prompt import encode_names
-from ovseg_jax.train.sharding import make_mesh, put_batch
+from ovseg_jax.parallel.sharding import make_mesh, put_batch
+from ovseg_jax.towers import prompt
+from ovseg_jax.towers.packed_text import unstacked
+from ovseg_jax.towers.prompt import encode_names
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 

@@ -10,11 +10,11 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.runner import SegmentationEvaluator
+from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.methods import build
-from ovseg_jax.methods.base import Prediction, Segmenting
 from ovseg_jax.methods.zsseg import Rules, TwoStage
-from ovseg_jax.segmenter import Segmenter
-from ovseg_jax.train.sharding import make_mesh
+from ovseg_jax.parallel.sharding import make_mesh
+from ovseg_jax.protocols import Prediction, Segmenting
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 

@@ -6,11 +6,11 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from ovseg_jax.models.clip import MEAN, STD
-from ovseg_jax.models.packed_text import stacked
 from ovseg_jax.pretrained import text as text_names
 from ovseg_jax.pretrained import vit as vit_names
 from ovseg_jax.pretrained.rename import fit, rename
+from ovseg_jax.towers.clip import MEAN, STD
+from ovseg_jax.towers.packed_text import stacked
 from tests.extras import require
 
 SIZE, PATCH, D, SCALE = 16, 8, 32, 9.0

@@ -13,7 +13,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.backbones import build_backbone
 from ovseg_jax.models.openseg import OpenSegNet
 from ovseg_jax.models.small import SmallBackbone
-from ovseg_jax.train.sharding import path_name
+from ovseg_jax.parallel.sharding import path_name
 from tests.extras import require
 from tests.models import reference
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ovseg_jax.parallel.sharding import path_name
 from ovseg_jax.pretrained.to_torch import to_torch
-from ovseg_jax.train.sharding import path_name
 from tests.models import reference
 
 

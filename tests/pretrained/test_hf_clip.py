@@ -7,9 +7,9 @@ import pytest
 
 from ovseg_jax.models.text_towers import CLIPText
 from ovseg_jax.models.vit import ViT
+from ovseg_jax.parallel.sharding import path_name
 from ovseg_jax.pretrained.hf_clip import is_clip, write_hf_clip
 from ovseg_jax.pretrained.load import load
-from ovseg_jax.train.sharding import path_name
 from tests.extras import require
 from tests.models import reference
 

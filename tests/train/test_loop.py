@@ -9,10 +9,10 @@ import pytest
 from fakes import DIM, CountingEvaluator, LinearMethod, make_batches, make_config
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.train.checkpoints import Checkpoints, load_variables, write_config
 from ovseg_jax.train.loop import fit
 from ovseg_jax.train.metrics import read_metrics, series
-from ovseg_jax.train.sharding import make_mesh
 
 
 def run(workdir, evaluators=(), method=None, mesh=None, **changes):

@@ -1,0 +1,60 @@
+"""What the commands that take a config have in common: the flag, and mistakes as sentences."""
+
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from ovseg_jax.cli.console import complain, quieten
+from ovseg_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="FILE.py or FILE.py:key=value,...")
+
+
+def chosen_config() -> ConfigDict:
+    """The config of `--config=FILE.py:ARG`, with what `--config.key=value` changes in it.
+
+    Raises:
+      UserError: there is none, or no such file.
+    """
+    config = _CONFIG.value
+    if isinstance(config, ConfigDict):
+        return config
+    if config is None:
+        raise UserError("say which --config=FILE.py to run, such as configs/openseg.py.")
+    path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
+    raise UserError(f"the config file {path} does not exist or cannot be read.")
+
+
+def launch(run: Callable[[list[str]], int]) -> None:
+    """Parses the flags, runs, and turns a user's mistake into one sentence and exit status 2."""
+    quieten()
+    try:
+        app.run(run, flags_parser=parse)
+    except UserError as error:
+        sys.exit(complain(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def parse(arguments: list[str]) -> list[str]:
+    """Parses the flags, and returns what is left over.
+
+    Raises:
+      UserError: for an unknown flag, an unknown key of the config, a value of the wrong type.
+    """
+    try:
+        return flags.FLAGS(arguments)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        # A config file that is itself wrong is for its author, who wants to see where.
+        frames = traceback.walk_tb(error.__traceback__)
+        if any(frame.f_code.co_name == "get_config" for frame, _ in frames) or "Traceback" in str(error):
+            raise
+        cause: Any = error
+        while isinstance(cause, AttributeError | KeyError) and cause.args:
+            cause = cause.args[0]  # An AttributeError of a KeyError, whose own text would be quoted twice.
+        text = str(cause) if cause is error else f"unknown config key {cause}"
+        raise UserError(" ".join(text.split())) from error

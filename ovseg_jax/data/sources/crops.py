@@ -1,0 +1,108 @@
+"""Segments as images: each labelled segment of any segmentation source, cut out with its surroundings."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ovseg_jax.data.images import colour
+from ovseg_jax.data.sources.build import Regions, Source, join_regions, make_source
+from ovseg_jax.errors import UserError
+from ovseg_jax.vocab.splits import load_split
+
+
+class Crops:
+    """A classification source of the boxes of segments that have a class and are no crowds.
+
+    A source with `regions() -> Regions` (COCO, folders) is indexed without opening an image; of another one each
+    example is looked at once.
+
+    Args:
+      of: the segmentation source, as `make_source` takes it.
+      context: share of the box's width and height that is added on each side, as far as the image goes.
+      min_size: the shortest side of a box in pixels, before context is added.
+      things_only: leave stuff out.
+      fill: colour (red, green, blue; 0..255) of what does not belong to the segment, as ZSSeg cuts masks out; by
+        default all that the box shows stays.
+      unseen: the classes of the groups "unseen" and "seen", see `vocab.splits.load_split`; "" for no such groups.
+
+    Attributes:
+      classes: those of the source, with the groups of `unseen`.
+      labels: i32 [n], the class of every crop.
+
+    Raises:
+      UserError: a value that cannot be, a classification source, or nothing to cut out.
+    """
+
+    def __init__(
+        self,
+        of: Any,
+        context: float = 0.0,
+        min_size: int = 16,
+        things_only: bool = False,
+        fill: Sequence[float] | None = None,
+        unseen: str = "",
+    ):
+        if context < 0 or min_size < 1:
+            raise UserError(f"crops: context={context} is less than 0 or min_size={min_size} less than 1")
+        self._fill = None if fill is None else colour("crops", fill)
+        self.name, self._source, self._context = "crops", make_source(of), context
+        if hasattr(self._source, "labels"):
+            raise UserError(
+                f"crops: the source {self._source.name!r} has whole images with labels, no segments"
+            )
+        classes = self._source.classes
+        self.classes = load_split(classes, unseen) if unseen else classes
+        find = getattr(self._source, "regions", None)
+        regions = find() if find else _look_through(self._source)
+        sides = regions.box[:, 2:] - regions.box[:, :2]
+        kept = (sides >= min_size).all(1)
+        if things_only:
+            kept &= np.asarray(self.classes.isthing, bool)[regions.class_id]
+        if not kept.any():
+            what = "thing" if things_only else "segment"
+            raise UserError(
+                f"crops: the source {self._source.name!r} has no {what} with a class and a box of at least "
+                f"{min_size} x {min_size} pixels"
+            )
+        self._image, self._segment = regions.image[kept], regions.segment[kept]
+        self.labels = regions.class_id[kept]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One example: `image` u8 [H W 3] of the box's own size, `label`, `image_id`."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: example {index} of {len(self)}")
+        example, segment = self._source[int(self._image[index])], int(self._segment[index])
+        height, width = example["image"].shape[:2]
+        x0, y0, x1, y1 = (float(edge) for edge in example["boxes"][segment])
+        across, down = self._context * (x1 - x0), self._context * (y1 - y0)
+        rows = slice(max(0, round(y0 - down)), min(height, round(y1 + down)))
+        columns = slice(max(0, round(x0 - across)), min(width, round(x1 + across)))
+        image = np.ascontiguousarray(example["image"][rows, columns])
+        if self._fill is not None:
+            own = example["segments"][rows, columns] == segment + 1
+            image = np.where(own[..., None], image, self._fill)
+        return {
+            "image": image,
+            "label": int(self.labels[index]),
+            "image_id": f"{example['image_id']}-{segment + 1}",
+        }
+
+    def captions(self) -> Iterator[str]:
+        """None: a caption speaks of the whole image."""
+        return iter(())
+
+
+def _look_through(source: Source) -> Regions:
+    found: list[Regions] = []
+    for index in range(len(source)):
+        example = source[index]
+        kept = np.flatnonzero((example["class_ids"] >= 0) & ~example["iscrowd"])
+        image = np.full(len(kept), index, np.int32)
+        found.append(
+            Regions(image, kept.astype(np.int32), example["class_ids"][kept], example["boxes"][kept])
+        )
+    return join_regions(found)

@@ -1,0 +1,79 @@
+"""A few examples of each class, of some classes: few-shot training, and scores of base and new classes."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from ovseg_jax.data.sources.build import Wrapped
+from ovseg_jax.errors import UserError
+from ovseg_jax.vocab.classes import ClassList
+
+BOTH = "base+new"
+
+
+class FewShot(Wrapped):
+    """A part of a classification source; `classes`, and so the meaning of labels, stay the whole source's.
+
+    Args:
+      source: with `labels`.
+      shots: at most so many examples of each class, drawn by `seed`; 0 takes all.
+      seed: another one draws other examples.
+      group: a group of the source's `ClassList`, or "base" or "new", the first and the second half of the
+        classes (CoCoOp, 4.1; the odd one is a base class); "" takes all classes, and so does "base+new", which makes
+        the halves groups of `classes`, so that they are also scored apart.
+
+    Attributes:
+      counts: i32 [n], how many examples of each class the whole source has, 0 for those outside the group: how common a
+        class is (papers/000, eq. 8), which its shots do not tell.
+
+    Raises:
+      UserError: the group is unknown or has no example, or `shots` is negative.
+    """
+
+    def __init__(self, source: Any, shots: int = 0, seed: int = 0, group: str = ""):
+        super().__init__(source)
+        if shots < 0:
+            raise UserError(
+                f"shots={shots} of the source {self.name!r} is less than 0 (0 takes all examples)"
+            )
+        labels = np.asarray(source.labels)
+        by_class = np.argsort(labels, kind="stable")
+        ends = np.searchsorted(labels[by_class], np.arange(len(self.classes) + 1))
+        kept, self.counts = [], np.zeros(len(self.classes), np.int32)
+        groups = _groups(self.classes)
+        if group not in groups:
+            known = ", ".join(name for name in groups if name)
+            raise UserError(f"group={group!r} of the source {self.name!r} is not one of {known}")
+        if group == BOTH:
+            halves = {half: tuple(groups[half]) for half in BOTH.split("+")}
+            self.classes = dataclasses.replace(self.classes, groups={**self.classes.groups, **halves})
+        for k in groups[group]:
+            own = by_class[ends[k] : ends[k + 1]]
+            self.counts[k] = len(own)
+            if shots and len(own) > shots:
+                own = np.random.default_rng([seed, k]).choice(own, shots, replace=False)
+            kept.append(own)
+        self._kept = np.sort(np.concatenate([np.zeros(0, np.int64), *kept]))
+        if not len(self._kept):
+            raise UserError(f"the source {self.name!r} has no example of group={group!r}")
+        self.labels: Int[np.ndarray, " n"] = labels[self._kept]
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Example `index` of those that were kept, in the source's order."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: example {index} of {len(self)}")
+        return self.source[int(self._kept[index])]
+
+
+def _groups(classes: ClassList) -> dict[str, Sequence[int]]:
+    """The classes of everything that `group` may be."""
+    everything, half = range(len(classes)), math.ceil(len(classes) / 2)
+    halves = {"base": everything[:half], "new": everything[half:], BOTH: everything}
+    return {"": everything, **halves, **classes.groups}

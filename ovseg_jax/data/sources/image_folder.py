@@ -1,0 +1,159 @@
+"""Images sorted into folders, one a class: ImageNet's layout, and torchvision's `ImageFolder`.
+
+    DIR/train/n01440764/n01440764_10026.JPEG      or, without splits, DIR/n01440764/...
+    DIR/val/n01440764/...
+
+A class is called as its folder, `_` read as a space, or as `names` says, a file of one of these forms:
+
+    n01440764: tench, Tinca tinca                 a line each; a tab or a space may stand for the colon
+    {"n01440764": ["tench", "Tinca tinca"]}       JSON; a class of one name may do without the list
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Int
+
+from ovseg_jax.data.images import read_image
+from ovseg_jax.errors import UserError
+from ovseg_jax.vocab.classes import ClassList, split_names
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+class ImageFolder:
+    """A split of a data set in the layout above, sorted by class and file name.
+
+    The classes are those of `names`, in its order, or else the folders of all splits in alphabetical order: a
+    split that lacks a class has the same labels.
+
+    Attributes:
+      name: "image_folder".
+      classes: see above.
+      labels: i32 [n], the class of every image.
+    """
+
+    def __init__(
+        self, data_dir: epath.PathLike, split: str = "", names: epath.PathLike = "", num_classes: int = 0
+    ):
+        """Lists the files; images are read when they are asked for.
+
+        Args:
+          data_dir: DIR.
+          split: the folder of a split in DIR; "" where the class folders lie in DIR itself.
+          names: a file with the names of the class folders.
+          num_classes: how many class folders the split must hold; 0 takes any number. A config that counts its steps
+            by epochs says what it counted with.
+
+        Raises:
+          UserError: a folder is missing, holds no class or no image, or is none of `names`; or there are not
+            `num_classes` of them.
+        """
+        root = epath.Path(data_dir)
+        self.name, self._folder = "image_folder", root / split if split else root
+        if not str(data_dir) or not self._folder.is_dir():
+            raise UserError(f"image_folder: {str(self._folder)!r} is not a folder")
+        own = _folders(self._folder)
+        if not own:
+            raise UserError(f"{self._folder} holds no folder: each class has one with its images")
+        if num_classes and len(own) != num_classes:
+            raise UserError(
+                f"{self._folder} holds {len(own)} class folders, and num_classes={num_classes} "
+                f"(of configs/pomp.py, which counts epochs by it: classes={len(own)})"
+            )
+        if names:
+            by_folder = read_names(epath.Path(names))
+            if stray := [folder for folder in own if folder not in by_folder]:
+                raise UserError(f"{names} has no name for the folder {self._folder / stray[0]}")
+        else:
+            beside = self._folder.parent
+            splits = [beside / other for other in _folders(beside)] if split else [root]
+            found = {folder for other in splits for folder in _folders(other)}
+            by_folder = {folder: (folder.replace("_", " "),) for folder in sorted(found)}
+        self._class_folders = list(by_folder)
+        self.classes = ClassList(
+            tuple(by_folder.values()), tuple(range(len(by_folder))), (True,) * len(by_folder)
+        )
+        self._list_files(own)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Decodes one image: `image` u8 [H W 3], `label`, `image_id`.
+
+        Raises:
+          UserError: the file is damaged.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: example {index} of {len(self)}")
+        label = int(self.labels[index])
+        file = f"{self._class_folders[label]}/{os.fsdecode(bytes(self._files[index]))}"
+        return {"image": read_image(self._folder / file), "label": label, "image_id": file}
+
+    def captions(self) -> Iterator[str]:
+        """None."""
+        return iter(())
+
+    def _list_files(self, folders: list[str]) -> None:
+        position = {folder: k for k, folder in enumerate(self._class_folders)}
+        labels, files = [np.zeros(0, np.int32)], [np.zeros(0, "S1")]
+        for folder in folders:
+            inside = (self._folder / folder).iterdir()
+            names = sorted(path.name for path in inside if path.suffix.lower() in SUFFIXES)
+            if names:
+                # Bytes in one array: as texts, the eleven million of ImageNet-21K would take a gigabyte in each
+                # worker process.
+                files.append(np.array([os.fsencode(name) for name in names]))
+                labels.append(np.full(len(names), position[folder], np.int32))
+        self._files = np.concatenate(files)
+        self.labels: Int[np.ndarray, " n"] = np.concatenate(labels)
+        if not len(self.labels):
+            raise UserError(f"the class folders of {self._folder} hold no image ({', '.join(SUFFIXES)})")
+
+
+def read_names(path: epath.Path) -> dict[str, tuple[str, ...]]:
+    """The names of each class folder, from a file of the forms above.
+
+    Raises:
+      UserError: the file cannot be read, is of another form, or is empty.
+    """
+    try:
+        text = path.read_text()
+        pairs = list(json.loads(text).items()) if path.suffix == ".json" else _lines(text)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"the class names {path} cannot be read: {error}") from error
+    found: dict[str, tuple[str, ...]] = {}
+    for folder, value in pairs:
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{path}: the entry of {folder!r} is neither a name nor a list of names")
+        names = [name for text in texts for name in split_names(text.replace("_", " "))]
+        if not names:
+            raise UserError(f"{path}: the folder {folder!r} has no name")
+        if folder in found:
+            raise UserError(f"{path}: the folder {folder!r} occurs twice")
+        found[folder] = tuple(dict.fromkeys(names))
+    if not found:
+        raise UserError(f"the file {path} holds no class")
+    return found
+
+
+def _lines(text: str) -> list[tuple[str, str]]:
+    """A folder with a space in its name is told from its names by a tab or a colon."""
+    pairs = []
+    for line in text.splitlines():
+        if line.strip():
+            separator = r"\s*[\t:]\s*" if re.search(r"[\t:]", line.strip()) else r"\s+"
+            folder, *rest = re.split(separator, line.strip(), maxsplit=1)
+            pairs.append((folder, rest[0] if rest else ""))
+    return pairs
+
+
+def _folders(folder: epath.Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())

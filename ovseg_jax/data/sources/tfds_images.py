@@ -1,0 +1,91 @@
+"""Classification data sets of TensorFlow Datasets, read from ArrayRecord files without TensorFlow.
+
+`tfds build NAME --file_format=array_record` prepares one.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from ovseg_jax.data.images import read_image
+from ovseg_jax.errors import UserError
+from ovseg_jax.vocab.classes import ClassList
+
+
+class TfdsImages:
+    """A split of a prepared data set with one label an image.
+
+    Attributes:
+      name: the data set's.
+      classes: the names of the label, `_` read as a space.
+      labels: i32 [n], read once without decoding an image.
+    """
+
+    def __init__(
+        self, dataset: str, split: str, data_dir: str = "", image_key: str = "image", label_key: str = "label"
+    ):
+        """Opens the files and reads the labels.
+
+        Args:
+          dataset: its name, such as "caltech101" or "imagenet2012:5.1.0".
+          split: such as "train" or "train[:10%]".
+          data_dir: the folder that holds it; TensorFlow Datasets' own where it is "".
+          image_key: the feature that is the image.
+          label_key: the feature that is the class.
+
+        Raises:
+          UserError: tensorflow_datasets is not installed, the data set is not there or not in ArrayRecord
+            files, or it has no such features.
+        """
+        tfds = _tfds()
+        self.name, self._image_key, self._label_key = dataset, image_key, label_key
+
+        def open_(decoders: Any) -> Any:
+            return tfds.data_source(
+                dataset, split=split, data_dir=data_dir or None, download=False, decoders=decoders
+            )
+
+        try:
+            features = tfds.builder(dataset, data_dir=data_dir or None).info.features
+            self._source = open_(None)
+        except Exception as error:  # of many kinds, whose first line says what is missing
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"tfds: {dataset!r}, split {split!r}, cannot be opened ({reason}); "
+                "tfds build NAME --file_format=array_record prepares a data set"
+            ) from error
+        for key in (image_key, label_key):
+            if key not in features:
+                raise UserError(f"tfds: {dataset} has no feature {key!r}; it has {', '.join(features)}")
+        names = getattr(features[label_key], "names", None)
+        if not names:
+            raise UserError(f"tfds: the feature {label_key!r} of {dataset} is no class with a name")
+        self.classes = ClassList(
+            tuple((name.replace("_", " "),) for name in names), tuple(range(len(names))), (True,) * len(names)
+        )
+        undecoded = open_({image_key: tfds.decode.SkipDecoding()})
+        self.labels: Int[np.ndarray, " n"] = np.array([record[label_key] for record in undecoded], np.int32)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Decodes one image: `image` u8 [H W 3], `label`, `image_id`."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: example {index} of {len(self)}")
+        image = read_image(self._source[index][self._image_key])
+        return {"image": image, "label": int(self.labels[index]), "image_id": str(index)}
+
+    def captions(self) -> Iterator[str]:
+        """None."""
+        return iter(())
+
+
+def _tfds() -> Any:
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise UserError(f"the data source 'tfds' needs pip install tensorflow-datasets ({error})") from error
+    return tensorflow_datasets

@@ -1,0 +1,167 @@
+"""A classifier's prompts put to segmentation, with the masks of another run (`methods.zsseg`)."""
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.evals.passes import embed_in_chunks
+from ovseg_jax.evals.runner import SegmentationEvaluator
+from ovseg_jax.methods.zsseg import Rules, TwoStage
+from ovseg_jax.parallel.sharding import make_mesh
+from ovseg_jax.protocols import Classifier, Variables
+from ovseg_jax.towers.clip import MEAN
+from ovseg_jax.towers.prompt_file import Prompt
+from ovseg_jax.train.checkpoints import load_variables
+from ovseg_jax.vocab.classes import ClassList
+from ovseg_jax.vocab.splits import load_split
+
+FILLS = {"mean": 255.0, "zero": 0.0}
+"""Colours of what does not belong to a crop, in units of the mean pixel."""
+
+
+class Stage(NamedTuple):
+    """A finished run, or one that is going on."""
+
+    config: ConfigDict
+    method: Any
+    variables: Variables
+
+
+class TransferEvaluator:
+    """Segments with the masks of one run and the classifier of another, under each of several prompts.
+
+    Metrics: those of `SegmentationEvaluator`, without a suffix for the classifier's own prompt, with `[<prompt>]` for
+    each other. A prompt with words that the classifier does not know is left out, with a line on stderr.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        proposals: Stage,
+        classifier: Classifier,
+        classes: ClassList,
+        batches: Callable[[], Iterable[Mapping[str, np.ndarray]]],
+        mesh: Mesh,
+        *,
+        rules: Rules,
+        prompts: Mapping[str, Sequence[str] | Prompt | None],
+        every: int = 0,
+    ):
+        """Makes an evaluator that compiles once and runs many times.
+
+        Args:
+          name: see `runner.Evaluator`.
+          proposals: the run that proposes masks.
+          classifier: the method that classifies them; `run` takes its variables.
+          classes: the classes that `label` indexes; those in no group "unseen" or "held_out" are seen.
+          batches: as of `SegmentationEvaluator`.
+          mesh: the devices.
+          rules: how the two are joined.
+          prompts: templates, or a learned prompt, by name; None is the classifier's own.
+          every: see `runner.Evaluator`.
+        """
+        self.name, self.every = name, every
+        self.tables: dict[str, list[Any]] = {}
+        self._proposals, self._classes, self._mesh, self._prompts = proposals, classes, mesh, dict(prompts)
+        self._join = partial(TwoStage, proposals.method, classifier, rules, seen=seen_names(classes))
+        self._evaluator = SegmentationEvaluator(name, self._join(), classes, batches, mesh)
+
+    def run(self, variables: Variables) -> dict[str, float]:
+        """The metrics of all prompts; fills `tables`."""
+        result = {}
+        for prompt, scores in self.compare(variables).items():
+            suffix = f"[{prompt}]" if self._prompts[prompt] is not None else ""
+            # Chance and proposals know no prompt.
+            for metric, value in scores.items():
+                if not (suffix and metric.startswith(("chance", "recall"))):
+                    result[metric + suffix] = value
+        return result
+
+    def compare(self, variables: Variables) -> dict[str, dict[str, float]]:
+        """The metrics by prompt.
+
+        Raises:
+          UserError: there is no image with a label, or none of the prompts can be used.
+        """
+        both = {"proposals": self._proposals.variables, "classifier": variables}
+        texts: dict[str, Any] = {}
+        for prompt, templates in self._prompts.items():
+            try:
+                with jax.set_mesh(self._mesh):
+                    embed = partial(self._join(templates=templates).embed_text, both)
+                    texts[prompt] = embed_in_chunks(embed, self._classes.flat()[0])
+            except UserError as error:  # A small tower does not know the words of every template.
+                if len(self._prompts) == 1 or templates is None:
+                    raise
+                print(f"{self.name} without the prompt {prompt!r}: {error}", file=sys.stderr)
+        found = self._evaluator.compare(both, texts)
+        self.tables = self._evaluator.tables
+        return found
+
+
+def load_stage(workdir: epath.PathLike, mesh: Mesh | None, kind: type, key: str, lacking: str) -> Stage:
+    """Loads a run.
+
+    Args:
+      workdir: its folder.
+      mesh: where its variables go; None for this process's own device.
+      kind: what its method has to be.
+      key: the flag or setting that named it, for errors.
+      lacking: what a method of another kind does not do, for errors.
+
+    Raises:
+      UserError: there is none, or its method is not of this kind.
+    """
+    from ovseg_jax.experiment.run import load_parts
+
+    config, variables, _ = load_variables(workdir, mesh=mesh)
+    variables = jax.device_put(variables) if mesh is None else variables
+    method = load_parts(config, epath.Path(workdir), make_mesh() if mesh is None else mesh).method
+    if not isinstance(method, kind):
+        raise UserError(f"{key}={workdir} was trained with method={config.method}, which {lacking}")
+    return Stage(config, method, variables)
+
+
+def rules_of(
+    proposals: Stage, config: ConfigDict, ensemble: float = 0.8, threshold: float = 0.5, fill: str = "mean"
+) -> Rules:
+    """The rules that the run of the proposals and the config of the classifier imply.
+
+    Each is taken at the temperature that it learned; crops are as the classifier knows images. What does not belong to
+    a crop is, as in ZSSeg's code, of the colour `fill`: the "mean" of the classifier's images, or "zero", black.
+
+    Raises:
+      UserError: another `fill`, or see `Rules`.
+    """
+    if fill not in FILLS:
+        raise UserError(f"fill={fill!r} is not one of {', '.join(FILLS)}")
+    scale = Rules.scale
+    if hasattr(proposals.method, "temperatures"):
+        scale = 1 / float(proposals.method.temperatures(proposals.variables["params"])[0])
+    return Rules(
+        crop_size=int(config.data.image_size),
+        ensemble=float(ensemble),
+        threshold=float(threshold),
+        scale=scale,
+        fill=tuple(FILLS[fill] * channel for channel in config.get("towers", {}).get("mean", MEAN)),
+    )
+
+
+def rules_in(evaluation: ConfigDict, classes: ClassList) -> tuple[dict[str, Any], ClassList]:
+    """What an evaluation of type "transfer" says of the rules, as `rules_of` takes it; the classes with its split."""
+    rules = {key: evaluation[key] for key in ("ensemble", "threshold", "fill") if key in evaluation}
+    return rules, load_split(classes, evaluation["split"]) if evaluation.get("split") else classes
+
+
+def seen_names(classes: ClassList) -> list[str]:
+    """All names of the classes that are in no group "unseen" or "held_out"; none where there is no such group."""
+    unseen = classes.withheld()
+    return [name for k, names in enumerate(classes.names) if unseen and k not in unseen for name in names]

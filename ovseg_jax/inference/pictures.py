@@ -1,0 +1,158 @@
+"""What a person wants to see of a finished run: predictions or features for each evaluation, and training curves."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from PIL import Image
+
+from ovseg_jax.data.sources.build import Source, make_source
+from ovseg_jax.data.transforms import class_map
+from ovseg_jax.errors import UserError
+from ovseg_jax.experiment.transfer import Stage, load_stage, rules_in
+from ovseg_jax.inference.segmenter import Segmenter
+from ovseg_jax.parallel.sharding import on_host
+from ovseg_jax.protocols import Classifier, Segmenting, Variables
+from ovseg_jax.towers.templates import read_templates
+from ovseg_jax.viz.curves import curves
+from ovseg_jax.viz.features import PromptPoint, prompts_picture, sphere_picture
+from ovseg_jax.viz.segments import GridRow, prediction_grid
+from ovseg_jax.vocab.classes import ClassList
+
+
+def draw_run(
+    config: ConfigDict, workdir: epath.PathLike, method: Any, variables: Variables, *, images: int = 6
+) -> list[epath.Path]:
+    """Writes `pictures/<evaluation>.png` for each of `config.final_evals` (or `evals`), and `curves.png`.
+
+    Of a segmentation, a picture shows `images` examples, evenly spread over the source, with all of the source's
+    classes asked for (argmax, nothing unknown); those of the groups "unseen" and "held_out" are marked. Of a
+    classification it shows features of a few classes on a sphere, and `pictures/<evaluation>-prompts.png` compares its
+    prompts by what `summary.json` says of them.
+
+    Args:
+      config: of the run.
+      workdir: of the run, with its `metrics.jsonl`.
+      method: as built for the run, a `Method` for segmentations and a `Classifier` for classifications.
+      variables: trained, on whatever devices. All processes call this, since each may hold a part of them.
+      images: examples in a picture.
+
+    Returns:
+      The paths written, all by the first process.
+    """
+    workdir, variables = epath.Path(workdir), on_host(variables)
+    paths = []
+    evaluations = config.get("final_evals") or config.evals
+    proposals = {
+        name: load_stage(evaluation.proposals, None, Segmenting, "proposals", "proposes no masks")
+        for name, evaluation in evaluations.items()
+        if evaluation.get("type") == "transfer"
+    }
+    if jax.process_index():
+        return []
+    folder = workdir / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, evaluation in evaluations.items():
+        if hasattr(
+            method, "embed_text_for"
+        ):  # Class features that differ from image to image have no picture.
+            continue
+        paths.append(folder / f"{name}.png")
+        if evaluation.get("type") == "classification":
+            _features(config, evaluation, method, variables, name, paths[-1])
+            if points := _prompt_points(workdir, name, evaluation):
+                paths.append(folder / f"{name}-prompts.png")
+                prompts_picture(points, name, paths[-1])
+            continue
+        source: Any = make_source(evaluation.source)
+        classes, transferred = source.classes, evaluation.get("type") == "transfer"
+        if transferred:
+            own = Stage(config, method, variables)
+            rules, classes = rules_in(evaluation, classes)
+            segmenter = Segmenter.from_two_stages(proposals[name], own, classes, **rules)
+        else:
+            segmenter = Segmenter(method, variables, config)
+        with paths[-1].open("wb") as f:
+            _picture(segmenter, source, classes, name, images, proposals=not transferred).save(f, "PNG")
+    try:
+        curves(workdir / "metrics.jsonl", workdir / "curves.png")
+    except UserError:  # a run too short to have logged anything
+        return paths
+    return [*paths, workdir / "curves.png"]
+
+
+def _picture(
+    segmenter: Segmenter,
+    source: Source,
+    classes: ClassList,
+    name: str,
+    images: int,
+    *,
+    proposals: bool = True,
+) -> Image.Image:
+    where = np.linspace(0, len(source) - 1, min(images, len(source))).round().astype(int)
+    examples = [source[int(i)] for i in where]
+    pictures = [np.ascontiguousarray(example["image"]) for example in examples]
+    results = segmenter.stream(pictures, classes, threshold=-np.inf, features=proposals)
+    rows = []
+    for example, result in zip(examples, results, strict=True):
+        truth = class_map(example["segments"], example["class_ids"])
+        found = result.features.proposals() if result.features else None
+        rows.append(GridRow(result.image, truth, result.label_map, found))
+    names = [classes.display(k) for k in range(len(classes))]
+    return prediction_grid(rows, names, marked=classes.withheld(), title=name)
+
+
+def _features(
+    config: ConfigDict,
+    evaluation: ConfigDict,
+    method: Classifier,
+    variables: Variables,
+    name: str,
+    path: epath.Path,
+    classes: int = 6,
+    images: int = 48,
+) -> None:
+    """Fig. 6 of papers/000 for a few classes, evenly spread over those that occur, and a few images of each."""
+    from ovseg_jax.data.classification import ClassifyEval
+    from ovseg_jax.evals.classification import class_features
+
+    source: Any = make_source(evaluation.source)
+    labels = np.asarray(source.labels)
+    found = np.unique(labels)
+    chosen = found[np.linspace(0, len(found) - 1, min(classes, len(found))).round().astype(int)]
+    where = np.concatenate([np.flatnonzero(labels == k)[:images] for k in chosen])
+    size = {"image_size": evaluation.get("image_size") or config.data.image_size}
+    rows = [ClassifyEval.from_config(size, source)(int(i)) for i in where]
+    embed = jax.jit(method.embed_image)
+    if "feature" in rows[0]:
+        seen = np.stack([row["feature"] for row in rows])
+    else:
+        pictures = np.stack([row["image"] for row in rows])
+        parts = [embed(variables, pictures[i : i + images]) for i in range(0, len(pictures), images)]
+        seen = np.concatenate([np.asarray(part) for part in parts])
+    names = [source.classes.display(int(k)) for k in chosen]
+    # As in the paper, the method's own prompt and one to compare it with, CoOp's if it is there: more hide one another.
+    others = dict((evaluation.get("prompts") or {}).items())
+    other = next((k for k in ("coop", "before", "pomp", "hard", *others) if k in others), None)
+    prompts: dict[str, Any] = {"own": None} | (
+        {} if other is None else {other: read_templates(others[other])}
+    )
+    rays = {k: np.asarray(class_features(method, variables, names, v)) for k, v in prompts.items()}
+    sphere_picture(seen, np.searchsorted(chosen, labels[where]), rays, names, name, path)
+
+
+def _prompt_points(workdir: epath.Path, name: str, evaluation: ConfigDict) -> list[PromptPoint]:
+    """Fig. 5 of papers/000: what the run's summary says of each prompt of an evaluation."""
+    summary = workdir / "summary.json"
+    scores = json.loads(summary.read_text()) if summary.exists() else {}
+    points = []
+    for prompt in ("", *(evaluation.get("prompts") or {})):
+        suffix = f"[{prompt}]" if prompt else ""
+        keys = [f"{name}/{metric}{suffix}" for metric in ("uniformity", "alignment", "accuracy")]
+        if all(key in scores for key in keys):
+            points.append(PromptPoint(prompt or "own", *(scores[key] for key in keys)))
+    return points

@@ -1,0 +1,214 @@
+"""Large images as overlapping tiles, and scores blended from tiles at the image's own size, block by block.
+
+Eq. 6 of OpenSeg is linear in the masks, y[k] = sum_n <w_k, z_n> s_n, and so is blending with weights that
+depend on the place alone. All tiles' proposals over a place are therefore one longer list of proposals, each
+under its own interpolation matrices and weights: a block of pixels needs no more than these, whatever the
+size of the image. A per-pixel method is the case in which the "masks" are the channels of its unit-norm
+feature and the weights are the names' embeddings.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ovseg_jax.decisions.segment import best_names
+from ovseg_jax.errors import UserError
+from ovseg_jax.kernels.resize import upsampling
+
+BLOCK_ROWS, BLOCK_COLUMNS = 64, 256  # pixels of the image scored at once
+
+
+class Span(NamedTuple):
+    """A tile's extent along one axis of the image, in pixels; `stop` is exclusive."""
+
+    start: int
+    stop: int
+
+
+class View(NamedTuple):
+    """What one tile contributes: maps on its grid, and what each of them says about each name.
+
+    Attributes:
+      rows: the tile's rows in the image.
+      columns: the tile's columns in the image.
+      canvas: size of the square canvas that the model was given, in pixels.
+      fitted: height and width of the tile on that canvas.
+      maps: [N h w] mask logits of proposals, or channels of a unit-norm pixel feature.
+      weights: [T N] cosine of each name with each proposal, or the names' embeddings.
+      logits: whether the maps are mask logits.
+    """
+
+    rows: Span
+    columns: Span
+    canvas: int
+    fitted: tuple[int, int]
+    maps: Float[Array, "n h w"]
+    weights: Float[Array, "t n"]
+    logits: bool
+
+
+def spans(length: int, tile: tuple[int, int] | None) -> list[Span]:
+    """The fewest spans of `tile` = (size, overlap) that cover an axis, evenly spread; None = one span.
+
+    Raises:
+      UserError: a size that is not positive, or an overlap that is not below it.
+    """
+    if tile is None:
+        return [Span(0, length)]
+    size, overlap = tile
+    if size < 1 or not 0 <= overlap < size:
+        raise UserError(f"a tile of {size} pixels with an overlap of {overlap}: it takes size > overlap >= 0")
+    if length <= size:
+        return [Span(0, length)]
+    count = -(-(length - overlap) // (size - overlap))
+    starts = np.linspace(0, length - size, count).round().astype(int)
+    return [Span(int(s), int(s) + size) for s in starts]
+
+
+def shares(axis: Sequence[Span]) -> list[Float[np.ndarray, "size"]]:
+    """For each span, its weight at each of its pixels: ramps in the overlaps, 1 elsewhere.
+
+    The weights of the spans over a pixel add up to 1.
+    """
+    length = max(span.stop for span in axis)
+    hats = []
+    for i, (start, stop) in enumerate(axis):
+        x = np.arange(start, stop) + 0.5
+        hat = np.ones(stop - start)
+        if i > 0:
+            hat = np.minimum(hat, (x - start) / max(axis[i - 1].stop - start, 1))
+        if i + 1 < len(axis):
+            hat = np.minimum(hat, (stop - x) / max(stop - axis[i + 1].start, 1))
+        hats.append(hat)
+    total = np.zeros(length)
+    for (start, stop), hat in zip(axis, hats, strict=True):
+        total[start:stop] += hat
+    return [hat / total[start:stop] for (start, stop), hat in zip(axis, hats, strict=True)]
+
+
+class Blender:
+    """Turns the views of an image, given row by row of tiles, into the best name of every pixel.
+
+    Only the tiles that can still contribute are kept, so memory is bounded by two rows of tiles (for overlaps
+    up to half a tile), whatever the image's height.
+
+    Attributes:
+      name: i32 [H W], index of the best name.
+      score: f32 [H W], y of eq. 6 for that name.
+      cover: f32 [H W], the sum of the masks: how much the proposals cover a pixel.
+    """
+
+    def __init__(self, rows: Sequence[Span], columns: Sequence[Span]):
+        self.rows, self.columns = rows, columns
+        self._row_share = dict(zip(rows, shares(rows), strict=True))
+        self._column_share = dict(zip(columns, shares(columns), strict=True))
+        size = rows[-1].stop, columns[-1].stop
+        self.name = np.zeros(size, np.int32)
+        self.score = np.zeros(size, np.float32)
+        self.cover = np.zeros(size, np.float32)
+        self._views: list[View] = []
+        self._seen = 0
+
+    def add(self, view: View) -> bool:
+        """Takes the next view, in the order of rows, then columns. True when the image is complete."""
+        self._views.append(view)
+        self._seen += 1
+        row, column = divmod(self._seen, len(self.columns))
+        if column == 0:
+            stop = self.rows[row].start if row < len(self.rows) else self.rows[-1].stop
+            self._finish(Span(self.rows[row - 1].start, stop))
+            self._views = [v for v in self._views if v.rows.stop > stop]
+        return row == len(self.rows)
+
+    def _finish(self, band: Span) -> None:
+        """Scores rows on which every tile has been seen."""
+        width = self.columns[-1].stop
+        across = min(BLOCK_COLUMNS, -(-width // 64) * 64)
+        for y in range(band.start, band.stop, BLOCK_ROWS):
+            for x in range(0, width, across):
+                rows = Span(y, min(y + BLOCK_ROWS, band.stop))
+                columns = Span(x, min(x + across, width))
+                views = [v for v in self._views if _meet(v.rows, rows) and _meet(v.columns, columns)]
+                best = self._score(views, rows, columns, across)
+                at = slice(*rows), slice(*columns)
+                for result, block in zip((self.name, self.score, self.cover), best, strict=True):
+                    result[at] = np.asarray(block)[: rows.stop - y, : columns.stop - x]
+
+    def _score(self, views: list[View], rows: Span, columns: Span, across: int) -> tuple[Array, Array, Array]:
+        # Few different shapes, few compilations: the views added to make a power of two have shares of zero.
+        count = 1 << (len(views) - 1).bit_length()
+        h, w = views[0].maps.shape[1:]
+        down = np.zeros((count, BLOCK_ROWS, h), np.float32)
+        right = np.zeros((count, across, w), np.float32)
+        down_share = np.zeros((count, BLOCK_ROWS), np.float32)
+        right_share = np.zeros((count, across), np.float32)
+        for i, v in enumerate(views):
+            share = self._row_share[v.rows], self._column_share[v.columns]
+            _place(down[i], down_share[i], rows, v.rows, share[0], v.canvas, v.fitted[0])
+            _place(right[i], right_share[i], columns, v.columns, share[1], v.canvas, v.fitted[1])
+        views = views + views[:1] * (count - len(views))
+        weights, maps = tuple(v.weights for v in views), tuple(v.maps for v in views)
+        return _best(weights, maps, down, right, down_share, right_share, logits=views[0].logits)
+
+
+def _meet(a: Span, b: Span) -> bool:
+    return a.start < b.stop and b.start < a.stop
+
+
+def _place(
+    block: np.ndarray,
+    block_share: np.ndarray,
+    extent: Span,
+    tile: Span,
+    share: np.ndarray,
+    canvas: int,
+    fitted: int,
+) -> None:
+    """Writes those rows of a tile's interpolation matrix that fall into a block, and the tile's share there."""
+    start, stop = max(extent.start, tile.start), min(extent.stop, tile.stop)
+    inside = slice(start - tile.start, stop - tile.start)
+    matrix = upsampling_matrix(tile.stop - tile.start, block.shape[1], canvas, fitted)
+    at = slice(start - extent.start, stop - extent.start)
+    block[at], block_share[at] = matrix[inside], share[inside]
+
+
+_compiled = functools.partial(jax.jit, static_argnums=(0, 1, 2))(upsampling)
+
+
+@functools.lru_cache(64)
+def upsampling_matrix(size: int, cells: int, canvas: int, fitted: int) -> Float[np.ndarray, "size cells"]:
+    """`kernels.resize.upsampling` to `size` pixels, on the host, compiled once for many sizes."""
+    padded = -(-size // 256) * 256
+    return np.asarray(_compiled(padded, cells, canvas, jnp.asarray(fitted), jnp.asarray(size)))[:size]
+
+
+@functools.partial(jax.jit, static_argnames="logits")
+def _best(
+    weights: tuple[Float[Array, "t n"], ...],
+    maps: tuple[Float[Array, "n h w"], ...],
+    rows: Float[Array, "views r h"],
+    columns: Float[Array, "views c w"],
+    row_share: Float[Array, "views r"],
+    column_share: Float[Array, "views c"],
+    *,
+    logits: bool,
+) -> tuple[Int[Array, "r c"], Float[Array, "r c"], Float[Array, "r c"]]:
+    """Best name of a block of pixels, its score, and the sum of the masks there."""
+    everything = jnp.ones((1, weights[0].shape[0]), bool)
+    if len(maps) == 1:
+        name, score, cover = best_names(weights[0], maps[0], rows[0], columns[0], everything, logits=logits)
+    else:
+        squash = jax.nn.sigmoid if logits else lambda x: x
+        up = [
+            squash(jnp.einsum("rh,nhw,cw->nrc", r, m, c, precision=jax.lax.Precision.HIGHEST))
+            * (rs[:, None] * cs)
+            for m, r, c, rs, cs in zip(maps, rows, columns, row_share, column_share, strict=True)
+        ]
+        here = jnp.eye(rows.shape[1]), jnp.eye(columns.shape[1])
+        name, score, cover = best_names(jnp.concatenate(weights, 1), jnp.concatenate(up), *here, everything)
+    return name[0], score[0], cover

@@ -1,0 +1,294 @@
+"""CLIP (Radford et al. 2021): an image tower, a text tower and the temperature between them."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax.traverse_util import flatten_dict
+from jaxtyping import Array, Float, UInt8
+from ml_collections import ConfigDict
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.models import clip_resnet, vit
+from ovseg_jax.models.clip_resnet import ClipResNet
+from ovseg_jax.models.small import SmallBackbone
+from ovseg_jax.models.text_towers import PRESETS, CLIPText, text_tower
+from ovseg_jax.models.vit import ViT
+from ovseg_jax.parallel.sharding import on_host
+from ovseg_jax.towers.packed_text import stacked
+from ovseg_jax.towers.prompt import encode_names, even_order, phrase_tokens, window_size
+from ovseg_jax.towers.prompt_file import ANCHOR, Prompt
+from ovseg_jax.towers.prompt_layout import Layout, NameTokens
+from ovseg_jax.towers.text import unit
+from ovseg_jax.vocab.tokenizers import PieceTokenizer, load_tokenizer
+from ovseg_jax.vocab.word_tokenizer import WordTokenizer
+from ovseg_jax.vocab.words import WordList
+
+WORDS_FILE = "words.json"  # in the folder of a run
+# Names that go through the text tower at once where features of many are asked for.
+GROUP = 256
+# Published with the weights (OpenAI's clip.load): pixels in [0, 1].
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class SmallImageTower(nn.Module):
+    """`SmallBackbone`, and a projection of its last map, places and all: for images of 32 pixels, trained in minutes.
+
+    With a mean over the places in its stead, outlines are learned far more slowly.
+
+    Attributes:
+      embed_dim: channels of the embedding.
+      width, levels, blocks, stem: of the backbone.
+      dtype: compute type.
+    """
+
+    embed_dim: int = 64
+    width: int = 48
+    levels: int = 2
+    blocks: int = 1
+    stem: str = "full"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b e"]:
+        """The embedding of each image; all are of one size."""
+        backbone = SmallBackbone(self.width, self.levels, self.blocks, self.stem, self.dtype, name="backbone")
+        last = backbone(x)[f"c{self.levels + 1}"]
+        head = nn.Dense(self.embed_dim, use_bias=False, dtype=self.dtype, name="head")
+        return head(last.reshape(last.shape[0], -1))
+
+
+class Clip:
+    """The towers that a config describes; their weights are passed in.
+
+    Weights are {"image": {"params": ..., other collections}, "text": `packed_text.stacked` parameters, "scale":
+    log(1/τ)}.
+
+    Args:
+      config: `image`, a dict with `name` (a CLIP preset of `models.vit` or `models.clip_resnet`, "vit" or "small") and
+        fields of its module; `text`, likewise of `models.text_towers` ("clip" for a CLIPText of these fields);
+        `init`, where their weights are (`pretrained.hub`, or the folder of a run of method "clip"), "" for random
+        ones; `tokenizer`, where it is if not with the weights: a folder, that of a run, or "words" for the words of
+        this run; `image_size`, of the images, in pixels; `mean` and `std` of pixels; `logit_scale`, 1/τ of weights
+        that come without it; `dtype`.
+      words: the vocabulary, where the tokeniser is one of words.
+
+    Raises:
+      UserError: an unknown tower or field, or two towers of different dimensions.
+    """
+
+    def __init__(self, config: ConfigDict, words: WordList):
+        self.config, self._words = config, words
+        self.dtype = jnp.dtype(config.get("dtype", "float32"))
+        self.image = image_tower(config.image, self.dtype)
+        options = dict(config.text.items())
+        name = options.pop("name")
+        if name != "clip" and not (name in PRESETS and PRESETS[name][0] is CLIPText):
+            raise UserError(f"towers.text.name={name!r} is no text tower of CLIP's kind")
+        self._tokenizer: PieceTokenizer | None = self._of_words()
+        if name == "clip" and self._tokenizer:
+            options["vocab_size"] = self._tokenizer.vocab_size
+        try:
+            made = (
+                CLIPText(**options, dtype=self.dtype)
+                if name == "clip"
+                else text_tower(name, **options, dtype=self.dtype)
+            )
+        except TypeError as error:
+            raise UserError(f"towers.text: {error}") from error
+        assert isinstance(made, CLIPText)
+        self.text = made
+        size = int(config.get("image_size", 224))
+        shape = jax.eval_shape(
+            lambda: self.image.init_with_output(jax.random.key(0), jnp.zeros((1, size, size, 3)))[0]
+        )
+        self.dim = _pooled(shape).shape[-1]
+        if self.dim != self.text.embed_dim:
+            raise UserError(f"the image tower gives {self.dim} numbers, the text tower {self.text.embed_dim}")
+        self._encode_groups = jax.jit(self._groups, static_argnames=("layout", "size"))
+
+    @property
+    def tokenizer(self) -> PieceTokenizer:
+        """The tokeniser; read when it is first asked for."""
+        if self._tokenizer is None:
+            from ovseg_jax.pretrained.hub import find
+
+            where = self.config.get("tokenizer", "") or self.config.get("init", "")
+            if not where:
+                raise UserError(
+                    "towers.tokenizer and towers.init name nothing: where is the tokeniser of the text tower?"
+                )
+            path = find(where)
+            self._tokenizer = load_tokenizer(path if path.is_dir() else path.parent, length=self.text.length)
+        return self._tokenizer
+
+    def _of_words(self) -> WordTokenizer | None:
+        """A tokeniser of the words of this run, or of another one."""
+        where, length = self.config.get("tokenizer", ""), int(self.config.text.get("length", 77))
+        if where == "words":
+            return WordTokenizer(self._words, length)
+        if where and (epath.Path(where) / WORDS_FILE).exists():
+            return WordTokenizer(WordList.load(epath.Path(where) / WORDS_FILE), length)
+        return None
+
+    def init(self, rng: jax.Array) -> dict[str, Any]:
+        """Random weights."""
+        image_rng, text_rng = jax.random.split(rng)
+        size = int(self.config.get("image_size", 224))
+        image = self.image.init(image_rng, jnp.zeros((1, size, size, 3)))
+        text = self.text.init(text_rng, jnp.zeros((1, 2), jnp.int32))["params"]
+        scale = jnp.log(jnp.float32(self.config.get("logit_scale", 100.0)))
+        return {"image": dict(image), "text": stacked(text), "scale": scale}
+
+    def pretrained(self) -> dict[str, Any]:
+        """The weights that `init` of the config names, as NumPy arrays; {} where it names none."""
+        init = self.config.get("init", "")
+        if not init:
+            return {}
+        shapes = jax.eval_shape(self.init, jax.random.key(0))
+        if (epath.Path(init) / "checkpoints").exists():
+            return self._of_run(init)
+        from ovseg_jax.pretrained.load import load
+
+        text = jax.eval_shape(lambda: self.text.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+        return {
+            "image": load(init, self.image, shapes["image"]),
+            "text": stacked(load(init, self.text, text)["params"]),
+        }
+
+    def _of_run(self, workdir: str) -> dict[str, Any]:
+        from ovseg_jax.train.checkpoints import load_variables
+
+        config, variables, _ = load_variables(workdir)
+        if config.method != "clip":
+            raise UserError(f"towers.init={workdir} is a run of method {config.method!r}, not of 'clip'")
+        found = from_training(variables)
+        flat = lambda tree: {path: np.shape(x) for path, x in flatten_dict(tree, sep="/").items()}
+        given, own = flat(found), flat(jax.eval_shape(self.init, jax.random.key(0)))
+        if wrong := sorted(path for path in given | own if given.get(path) != own.get(path)):
+            raise UserError(
+                f"towers.init={workdir} has other towers than this config: {wrong[0]} is {given.get(wrong[0])} there, "
+                f"{own.get(wrong[0])} here"
+            )
+        return found
+
+    def embed_image(
+        self,
+        weights: Mapping[str, Any],
+        image: UInt8[Array, "b h w 3"],
+        prompts: Float[Array, "j m d"] | None = None,
+    ) -> Float[Array, "b d"]:
+        """Unit vectors of images; `prompts` are those of a ViT."""
+        mean, std = (
+            jnp.asarray(self.config.get(k, v), jnp.float32) for k, v in (("mean", MEAN), ("std", STD))
+        )
+        x = (image.astype(jnp.float32) / 255 - mean) / std
+        more: dict[str, Any] = {} if prompts is None else {"prompts": prompts}
+        return unit(_pooled(self.image.apply(weights["image"], x.astype(self.dtype), **more)))
+
+    def embed_names(
+        self,
+        weights: Mapping[str, Any],
+        context: Float[Array, "n m d"],
+        layout: Layout,
+        tokens: NameTokens,
+        deep: Float[Array, "j m d"] | None = None,
+    ) -> Float[Array, "k e"]:
+        """Unit vectors of any number of names under a prompt, in memory that does not grow with their number."""
+        order = even_order(tokens.length)
+        count, group = len(order), min(GROUP, len(order))
+        size = window_size(tokens.length[order], group)
+        padded = np.resize(order, -(-count // group) * group)
+        padded[count:] = order[-1]
+        groups = jax.tree.map(lambda x: np.asarray(x)[padded].reshape(-1, group, *x.shape[1:]), tokens)
+        out = self._encode_groups(weights, context, groups, deep, layout=layout, size=size)
+        return out[np.argsort(order)]
+
+    def embed_prompt(
+        self, weights: Mapping[str, Any], prompt: Prompt, names: Sequence[str]
+    ) -> Float[Array, "k e"]:
+        """Unit vectors of names under a learned prompt.
+
+        Raises:
+          UserError: it was learned for another text tower, or for other classes.
+        """
+        prompt.check_width(self.text.width)
+        if prompt.anchor:
+            prompt.check_tower(self.anchor(weights))
+        tokens = prompt.tokens(self.tokenizer, names)
+        return self.embed_names(weights, jnp.asarray(prompt.context), prompt.layout, tokens)
+
+    def anchor(self, weights: Mapping[str, Any]) -> tuple[float, ...]:
+        """What this text tower is known by, see `Prompt.anchor`; the same on all processes."""
+        return tuple(on_host(weights["text"]["pos_embedding"][0, 0, :ANCHOR]).tolist())
+
+    def embed_phrases(self, weights: Mapping[str, Any], texts: Sequence[str]) -> Float[Array, "k e"]:
+        """Unit vectors of texts as they stand."""
+        nothing = jnp.zeros((1, 0, self.text.width))
+        return self.embed_names(weights, nothing, Layout(0), phrase_tokens(self.tokenizer, texts))
+
+    def encode(
+        self,
+        weights: Mapping[str, Any],
+        context: Float[Array, "n m d"],
+        layout: Layout,
+        tokens: NameTokens,
+        size: int,
+        deep: Float[Array, "j m d"] | None = None,
+        *,
+        may_exceed: bool = False,
+    ) -> Float[Array, "k e"]:
+        """`encode_names` with this text tower."""
+        start = self.tokenizer.start[0]
+        return encode_names(
+            self.text, weights["text"], start, context, layout, tokens, size, deep, may_exceed=may_exceed
+        )
+
+    def _groups(self, weights, context, groups, deep, *, layout, size):
+        one = lambda tokens: self.encode(weights, context, layout, tokens, size, deep)
+        return unit(jax.lax.map(one, groups)).reshape(-1, self.dim)
+
+
+def from_training(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of a trained method "clip"."""
+    params = variables["params"]
+    rest = {name: tree["image"] for name, tree in variables.items() if name != "params"}
+    return {
+        "image": {"params": params["image"], **rest},
+        "text": stacked(params["text"]),
+        "scale": params["scale"],
+    }
+
+
+def image_tower(config: ConfigDict, dtype: Any) -> nn.Module:
+    """An image tower that ends in an embedding.
+
+    Raises:
+      UserError: an unknown name or field.
+    """
+    options = dict(config.items())
+    name = options.pop("name")
+    kinds: dict[str, tuple[type[nn.Module], Mapping[str, Any]]] = {
+        "small": (SmallImageTower, {}),
+        "vit": (ViT, {}),
+        **{n: (ViT, fields) for n, fields in vit.PRESETS.items() if fields.get("embed_dim")},
+        **{n: (ClipResNet, fields) for n, fields in clip_resnet.PRESETS.items()},
+    }
+    if name not in kinds:
+        raise UserError(f"towers.image.name={name!r}: known are {', '.join(kinds)}")
+    kind, published = kinds[name]
+    known = {f.name for f in dataclasses.fields(kind)} - {"parent", "name", "dtype"}
+    if wrong := sorted(options.keys() - known):
+        raise UserError(f"towers.image of {name!r} has no {wrong[0]!r}; known are {', '.join(sorted(known))}")
+    return kind(**{**published, **options}, dtype=dtype)
+
+
+def _pooled(out: Any) -> Any:
+    if isinstance(out, Mapping):
+        return out["pooled"]
+    return getattr(out, "pooled", out)

@@ -1,0 +1,175 @@
+"""A published text tower that is never trained, as OpenSeg uses one (papers/004, 3.2 and 4.1)."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.models.text_towers import CLIPText, TextOutput, text_tower
+from ovseg_jax.towers.prompt_file import ANCHOR, FILE, Prompt, load_prompt, save_prompt
+from ovseg_jax.towers.text import unit
+from ovseg_jax.vocab.words import WordList
+
+BATCH = 64
+LENGTH = 77  # tokens at most: names and captions are short, and BERT would take 512
+
+
+class FrozenText:
+    """Every word of the vocabulary is embedded once and looked up in training; other texts when they are asked for.
+
+    The tower is no part of the variables: on the devices of a training run it would take memory for nothing.
+
+    Args:
+      config: `tower`, a name of `text_towers.PRESETS`; `init`, its weights and its tokeniser, see `pretrained.hub`; for
+        towers of CLIP's kind `prompt`, the file of a learned prompt around every text (`towers.prompt_file`), or "".
+      words: the vocabulary.
+      dim: D of the text space.
+
+    Raises:
+      UserError: an unknown tower, no init, another dimension than the tower's; a prompt that is not the tower's.
+    """
+
+    learned = False
+
+    def __init__(self, config: ConfigDict, words: WordList, dim: int):
+        self.words, self.dim, self.source = words, dim, str(config.get("init", ""))
+        self.tower = text_tower(config.tower)
+        if not self.source:
+            raise UserError(
+                f"text.tower={config.tower} needs text.init, its weights: a folder, or a name of the hub"
+            )
+        width = jax.eval_shape(self._forward)[1].pooled.shape[-1]
+        if width != dim:
+            raise UserError(f"text.tower={config.tower} gives {width} numbers: set model.embed_dim={width}")
+        self.prompt = self._read_prompt(config.tower, str(config.get("prompt", "") or ""))
+        self._loaded: Any = None
+
+    def _read_prompt(self, name: str, path: str) -> Prompt | None:
+        if not path:
+            return None
+        prompt = load_prompt(path)
+        if not isinstance(self.tower, CLIPText):
+            raise UserError(
+                f"text.prompt={path}: the text tower {name} takes no prompt; towers of CLIP's kind do"
+            )
+        prompt.check_width(self.tower.width)
+        if prompt.layout.specific:
+            raise UserError(
+                f"text.prompt={path} has a context for each of some classes, and none for other texts"
+            )
+        return prompt
+
+    def init(self, rng: jax.Array) -> dict[str, Array]:
+        """The table of words before `pretrained` fills it."""
+        del rng
+        return {"table": jnp.zeros((len(self.words), self.dim))}
+
+    def pretrained(self) -> dict[str, np.ndarray]:
+        """The unit vectors of all words; zeros for the first, which stands for padding."""
+        table = np.asarray(self.encode({}, self.words.words[1:]))
+        return {"table": np.concatenate([np.zeros((1, self.dim), np.float32), table])}
+
+    def encode(self, params: Any, texts: Sequence[str]) -> Float[Array, "k d"]:
+        """Unit vectors of texts, each as it stands: no template (as the released model has it); or in the prompt.
+
+        Raises:
+          UserError: no text, or an empty one; weights or tokeniser that cannot be read.
+        """
+        del params
+        # A thread of its own knows neither the mesh in use nor a trace that is going on: this is computed here, at
+        # once, on this process's own device.
+        with ThreadPoolExecutor(1) as thread:
+            return jnp.asarray(thread.submit(self._vectors, texts).result())
+
+    def _vectors(self, texts: Sequence[str]) -> np.ndarray:
+        if not len(texts):
+            raise UserError("no labels were given: name at least one, for example --labels='dog; grass,lawn'")
+        if not all(text.strip() for text in texts):
+            raise UserError("an empty label was given: every label needs at least one word")
+        tokenizer, apply, weights = self._all()
+        weights = jax.device_put(weights)  # On the device for as long as this takes.
+        rows = []
+        for at in range(0, len(texts), BATCH):
+            part = texts[at : at + BATCH]
+            ids, valid = (np.pad(x, ((0, BATCH - len(part)), (0, 0))) for x in tokenizer(part))
+            valid[len(part) :, 0] = True  # A row of nothing but padding would divide by zero.
+            rows.append(np.asarray(apply(weights, ids, valid))[: len(part)])
+        return np.concatenate(rows)
+
+    def _forward(self) -> tuple[Any, TextOutput]:
+        ids, valid = jnp.zeros((1, 8), jnp.int32), jnp.ones((1, 8), bool)
+        variables = self.tower.init(jax.random.key(0), ids, valid)
+        out: Any = self.tower.apply(variables, ids, valid)
+        return variables, out
+
+    def save(self, folder: Path, dtype: Any = np.float32) -> None:
+        """Writes the tower where it can be loaded from again without the place that it came from.
+
+        That is `model.safetensors` by the names of `pretrained.to_torch`, `config.json`, the tokeniser's files, and
+        `prompt.safetensors` where there is a prompt.
+        """
+        from ovseg_jax.pretrained.files import write_safetensors
+        from ovseg_jax.pretrained.hub import find
+        from ovseg_jax.pretrained.to_torch import describe, to_torch
+        from ovseg_jax.vocab.tokenizers import tokenizer_files
+
+        files = tokenizer_files(_folder(find(self.source)))
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            shutil.copyfile(file, folder / file.name)
+        cast = {name: x.astype(dtype) for name, x in to_torch(self.weights()).items()}
+        write_safetensors(folder / "model.safetensors", cast, {"format": "pt"})
+        (folder / FILE).unlink(missing_ok=True)
+        if self.prompt:
+            save_prompt(folder / FILE, self.prompt)
+        # Last: a folder with it is whole.
+        (folder / "config.json").write_text(json.dumps(describe(self.tower), indent=1) + "\n")
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The tower's parameters by path."""
+        return flax.traverse_util.flatten_dict(self._all()[2]["params"], sep="/")
+
+    def _all(self) -> tuple[Any, Any, Any]:
+        """Tokeniser, compiled tower, and its weights, which stay on the host; read once."""
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
+
+    def _load(self) -> tuple[Any, Any, Any]:
+        from ovseg_jax.pretrained.hub import find
+        from ovseg_jax.pretrained.load import load
+        from ovseg_jax.vocab.tokenizers import load_tokenizer
+
+        path = find(self.source)
+        tokenizer = load_tokenizer(_folder(path), length=min(self.tower.length, LENGTH))
+        variables = load(self.source, self.tower, jax.eval_shape(self._forward)[0])
+        tower: Any = self.tower
+        if self.prompt is None:
+            apply = jax.jit(lambda variables, ids, valid: unit(tower.apply(variables, ids, valid).pooled))
+            return tokenizer, apply, variables
+        self.prompt.check_tower(variables["params"]["pos_embedding"].ravel()[:ANCHOR].tolist())
+        context = jnp.asarray(self.prompt.context[0])
+
+        @jax.jit
+        def apply_prompt(variables, ids, valid):
+            x = tower.apply(variables, jnp.maximum(ids, 0), method="embed")
+            x = jnp.where(ids[..., None] < 0, context[jnp.maximum(-1 - ids, 0)].astype(x.dtype), x)
+            return unit(tower.apply(variables, ids, valid, x).pooled)
+
+        return partial(self.prompt.layout.whole, tokenizer), apply_prompt, variables
+
+
+def _folder(path: Path) -> Path:
+    """Where a tokeniser lies: beside its tower's weights."""
+    return path if path.is_dir() else path.parent

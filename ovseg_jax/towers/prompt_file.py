@@ -1,0 +1,232 @@
+"""Learned prompts as files: a small safetensors of ours, and the checkpoints of the repository of POMP's authors.
+
+    prompt.safetensors                `context` [M d], or [N M d] where each class has its own; as metadata `format`,
+                                      `position`, `tower`, `anchor` (see `Prompt`; JSON) and, of classes with contexts
+                                      of their own, `names` (JSON)
+    prompt_learner/model.pth.tar-20   theirs (amazon-science/prompt-pretraining, trainers/pomp.py; CoOp's are alike):
+                                      of PyTorch, {"state_dict": {"ctx": [M d] or [N M d], ...}, "epoch": 20, ...}
+
+Theirs holds no position: by its authors' habit the path does, as in `nctx16_cscFalse_ctpend`.
+"""
+
+import dataclasses
+import json
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.pretrained.files import read_arrays, read_metadata, write_safetensors
+from ovseg_jax.towers.prompt_layout import POSITIONS, Layout, NameTokens
+from ovseg_jax.vocab.classes import rows_of_names
+from ovseg_jax.vocab.tokenizers import PieceTokenizer
+
+FILE = "prompt.safetensors"
+ANCHOR = 8  # numbers of a text tower that are kept with a prompt
+# What two precisions of the same weights differ by at most, as a share of the largest number.
+_ROUNDING = 0.01
+_FORMAT = "ovseg_jax.prompt"
+_ORIGINAL = re.compile(r"\.pth\.tar(-\d+)?$")
+# What `load_model` of theirs leaves out too: token vectors of the class names of that time.
+_IGNORED = re.compile(r"((train|test)_)?token_(prefix|suffix)")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompt:
+    """A learned prompt.
+
+    Attributes:
+      context: token vectors of all classes, [1 M d], or of each of N.
+      layout: where they stand.
+      names: the names of each of the N classes with contexts of their own; () where all share one, or the file does not
+        say.
+      tower: the name of the text tower that it was learned for, where that is known.
+      source: the file that it was read from.
+      anchor: the first numbers of that tower's first position, by which it is known again: towers of one width are not
+        told apart by shapes. () where the file does not say.
+    """
+
+    context: Float[Any, "n m d"]
+    layout: Layout
+    names: tuple[tuple[str, ...], ...] = ()
+    tower: str = ""
+    source: str = ""
+    anchor: tuple[float, ...] = ()
+
+    def check_width(self, width: int) -> None:
+        """Raises a UserError unless these are vectors of a text tower of that width."""
+        if self.context.shape[-1] != width:
+            learned = f", learned for {self.tower!r}," if self.tower else ""
+            raise UserError(
+                f"the prompt {self.source}{learned} has vectors of {self.context.shape[-1]} numbers; those of the text "
+                f"tower have {width}"
+            )
+
+    def check_tower(self, anchor: Sequence[float]) -> None:
+        """Raises a UserError if it is known to be learned for another text tower than the one with this anchor."""
+        if not self.anchor:
+            return
+        apart = max(abs(a - b) for a, b in zip(anchor, self.anchor, strict=False))
+        if apart > _ROUNDING * max(map(abs, self.anchor)):
+            learned, own = f" ({self.tower!r})" if self.tower else "", f"the prompt {self.source}".rstrip()
+            raise UserError(
+                f"{own} was learned for another text tower{learned} of the same width: it means "
+                "nothing to this one"
+            )
+
+    def tokens(self, tokenizer: PieceTokenizer, names: Sequence[str]) -> NameTokens:
+        """Tokens of names under this prompt.
+
+        Raises:
+          UserError: a name that is none of the classes with contexts of their own; and see `Layout.tokens`.
+        """
+        tokens = self.layout.tokens(tokenizer, names)
+        return tokens._replace(row=self.rows(names)) if self.layout.specific else tokens
+
+    def rows(self, names: Sequence[str]) -> np.ndarray:
+        """Which of the contexts belongs to each name.
+
+        Raises:
+          UserError: the file does not say; and see `rows_of_names`.
+        """
+        if not self.names:
+            raise UserError(
+                f"the prompt {self.source} has a context for each of {len(self.context)} classes, but not their names"
+            )
+        return rows_of_names(self.names, names, f"the prompt {self.source}".rstrip())
+
+
+def is_prompt_file(value: Any) -> bool:
+    """Whether a text is the path of a prompt, by its suffix."""
+    return isinstance(value, str) and (value.endswith(".safetensors") or bool(_ORIGINAL.search(value)))
+
+
+def save_prompt(path: epath.PathLike, prompt: Prompt) -> None:
+    """Writes a prompt in our form."""
+    context = np.asarray(prompt.context, np.float32)
+    metadata = {"format": _FORMAT, "position": prompt.layout.position, "tower": prompt.tower}
+    if prompt.anchor:
+        metadata["anchor"] = json.dumps(prompt.anchor)
+    if prompt.layout.specific:
+        metadata["names"] = json.dumps(prompt.names, ensure_ascii=False)
+    write_safetensors(path, {"context": context if prompt.layout.specific else context[0]}, metadata)
+
+
+def load_prompt(path: str | Path) -> Prompt:
+    """Reads a prompt of either form.
+
+    Raises:
+      UserError: no such file, a damaged one, or one that holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no prompt {path}")
+    if _ORIGINAL.search(path.name):
+        metadata = {"position": _position(path)}
+        context = _original(path)
+    else:
+        arrays = read_arrays(path)
+        metadata = read_metadata(path)
+        if metadata.get("format") != _FORMAT or arrays.keys() != {"context"}:
+            raise UserError(f"{path} is no prompt: it holds {_listed(arrays)}, not a 'context' alone")
+        context = np.array(arrays["context"], np.float32)
+    position, names = metadata.get("position"), tuple(map(tuple, _listing(path, metadata, "names", list)))
+    anchor = tuple(_listing(path, metadata, "anchor", float))
+    if position not in POSITIONS:
+        raise UserError(f"{path}: its 'position' is {position!r}, not one of {', '.join(POSITIONS)}")
+    if context.ndim not in (2, 3) or 0 in context.shape or not np.isfinite(context).all():
+        raise UserError(
+            f"{path}: 'context' is not [M d] or [N M d] finite numbers, but {list(context.shape)}"
+        )
+    if not all(of_class and all(isinstance(name, str) for name in of_class) for of_class in names):
+        raise UserError(f"{path}: 'names' is no list of the names of each class")
+    if names and (context.ndim == 2 or len(names) != len(context)):
+        raise UserError(f"{path}: 'names' has {len(names)} classes, and 'context' is {list(context.shape)}")
+    layout = Layout(context.shape[-2], position, specific=context.ndim == 3)
+    rows = context.reshape(-1, *context.shape[-2:])
+    return Prompt(rows, layout, names, metadata.get("tower", ""), str(path), anchor)
+
+
+def save_original(path: str | Path, prompt: Prompt) -> None:
+    """Writes what their `load_model` reads, and their tool that makes Detic's class vectors.
+
+    In half precision, as they train it and as that tool has its text tower. Names are lost, and so is the position
+    unless it stands in the path, as in theirs.
+
+    Raises:
+      UserError: PyTorch is missing, or the path would make it a prompt of another position.
+    """
+    if (position := prompt.layout.position) != _position(path):
+        raise UserError(
+            f"{path} would be read as a prompt of position {_position(path)}, and this one's is {position}: the "
+            f"original has that in a folder's name, as in nctx{prompt.layout.length}_ctp{position}/{Path(path).name}"
+        )
+    torch = _torch(path)
+    context = np.asarray(prompt.context, np.float16)
+    ctx = torch.from_numpy(context if prompt.layout.specific else context[0].copy())
+    rest = dict.fromkeys(("optimizer", "scheduler", "val_result"))
+    with Path(path).open("wb") as file:  # PyTorch's own error is no OSError.
+        torch.save({"state_dict": OrderedDict(ctx=ctx), "epoch": 0, **rest}, file)
+
+
+def _position(path: str | Path) -> str:
+    """Where a prompt of the original's form stands, by its path."""
+    return ["end", *re.findall(r"ctp(end|middle|front)", str(path))][-1]
+
+
+def _original(path: Path) -> Float[np.ndarray, "..."]:
+    """`ctx` of a checkpoint of theirs."""
+    torch = _torch(path)
+    schedules = torch.optim.lr_scheduler
+    # Beside the tensors lies the object of a schedule, and in it the optimizer with its defaultdict.
+    known = [schedules.CosineAnnealingLR, schedules.MultiStepLR, schedules.StepLR, torch.optim.SGD, dict]
+    known.append((lambda *_: {}, "collections.defaultdict"))
+    try:
+        with torch.serialization.safe_globals(known):
+            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        ctx = state["ctx"].float().numpy()
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is no checkpoint of a prompt, or holds more than one does: it was not read"
+        ) from error
+    except (OSError, RuntimeError, EOFError, AttributeError, TypeError, ValueError) as error:
+        first = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path} cannot be read as a checkpoint of a prompt: {first}") from error
+    except KeyError as error:
+        raise UserError(f"{path} is no checkpoint of a prompt: it has no {error}") from error
+    if other := [name for name in state if name != "ctx" and not _IGNORED.fullmatch(name)]:
+        raise UserError(
+            f"{path} holds more than a prompt, whose 'ctx' is of no use without it: {_listed(other)}"
+        )
+    return ctx
+
+
+def _torch(path: str | Path) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"{path} is a file of PyTorch: pip install torch") from error
+    return torch
+
+
+def _listing(path: Path, metadata: Mapping[str, str], key: str, kind: type) -> list[Any]:
+    """The JSON list of one kind that stands under a key of the metadata, if it does."""
+    try:
+        found = json.loads(metadata.get(key, "[]"))
+        if not isinstance(found, list) or not all(isinstance(x, kind) for x in found):
+            raise ValueError(f"no list of {kind.__name__}")
+    except ValueError as error:
+        raise UserError(f"{path}: its {key!r} cannot be read: {error}") from error
+    return found
+
+
+def _listed(names: Iterable[str]) -> str:
+    some = list(names)
+    return ", ".join(some[:4]) + (", ..." if len(some) > 4 else "") or "nothing"

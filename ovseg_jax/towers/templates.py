@@ -1,0 +1,192 @@
+"""Hand-written prompts: texts with a place, `{}`, for the name of a class. A list of them is a prompt ensemble.
+
+Sources: openai/CLIP, notebook "Prompt Engineering for ImageNet" (MIT, Copyright (c) 2021 OpenAI), for `IMAGENET` and
+`CLIP_SIMPLE`; the 14 prompts that ZSSeg and others call ViLD's (MendelXu/zsseg.baseline; papers/000, appendix B) for
+`VILD`; KaiyangZhou/CoOp, trainers/zsclip.py (MIT, Copyright (c) 2021 Kaiyang Zhou), for `HARD`.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.towers.prompt_file import Prompt, is_prompt_file, load_prompt
+
+PLACE = "{}"
+
+CLIP_SIMPLE = (
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
+"""The seven of the eighty that a forward selection chose, in its order."""
+
+VILD = (
+    "a photo of a {}.",
+    "This is a photo of a {}",
+    "There is a {} in the scene",
+    "There is the {} in the scene",
+    "a photo of a {} in the scene",
+    "a photo of a small {}.",
+    "a photo of a medium {}.",
+    "a photo of a large {}.",
+    "This is a photo of a small {}.",
+    "This is a photo of a medium {}.",
+    "This is a photo of a large {}.",
+    "There is a small {} in the scene.",
+    "There is a medium {} in the scene.",
+    "There is a large {} in the scene.",
+)
+"""Those of papers/000, table 13, with things small, medium and large "in the scene"."""
+
+IMAGENET = (
+    "a bad photo of a {}.",
+    "a photo of many {}.",
+    "a sculpture of a {}.",
+    "a photo of the hard to see {}.",
+    "a low resolution photo of the {}.",
+    "a rendering of a {}.",
+    "graffiti of a {}.",
+    "a bad photo of the {}.",
+    "a cropped photo of the {}.",
+    "a tattoo of a {}.",
+    "the embroidered {}.",
+    "a photo of a hard to see {}.",
+    "a bright photo of a {}.",
+    "a photo of a clean {}.",
+    "a photo of a dirty {}.",
+    "a dark photo of the {}.",
+    "a drawing of a {}.",
+    "a photo of my {}.",
+    "the plastic {}.",
+    "a photo of the cool {}.",
+    "a close-up photo of a {}.",
+    "a black and white photo of the {}.",
+    "a painting of the {}.",
+    "a painting of a {}.",
+    "a pixelated photo of the {}.",
+    "a sculpture of the {}.",
+    "a bright photo of the {}.",
+    "a cropped photo of a {}.",
+    "a plastic {}.",
+    "a photo of the dirty {}.",
+    "a jpeg corrupted photo of a {}.",
+    "a blurry photo of the {}.",
+    "a photo of the {}.",
+    "a good photo of the {}.",
+    "a rendering of the {}.",
+    "a {} in a video game.",
+    "a photo of one {}.",
+    "a doodle of a {}.",
+    "a close-up photo of the {}.",
+    "a photo of a {}.",
+    "the origami {}.",
+    "the {} in a video game.",
+    "a sketch of a {}.",
+    "a doodle of the {}.",
+    "a origami {}.",
+    "a low resolution photo of a {}.",
+    "the toy {}.",
+    "a rendition of the {}.",
+    "a photo of the clean {}.",
+    "a photo of a large {}.",
+    "a rendition of a {}.",
+    "a photo of a nice {}.",
+    "a photo of a weird {}.",
+    "a blurry photo of a {}.",
+    "a cartoon {}.",
+    "art of a {}.",
+    "a sketch of the {}.",
+    "a embroidered {}.",
+    "a pixelated photo of a {}.",
+    "itap of the {}.",
+    "a jpeg corrupted photo of the {}.",
+    "a good photo of a {}.",
+    "a plushie {}.",
+    "a photo of the nice {}.",
+    "a photo of the small {}.",
+    "a photo of the weird {}.",
+    "the cartoon {}.",
+    "art of the {}.",
+    "a drawing of the {}.",
+    "a photo of the large {}.",
+    "a black and white photo of a {}.",
+    "the plushie {}.",
+    "a dark photo of a {}.",
+    "itap of a {}.",
+    "graffiti of the {}.",
+    "a toy {}.",
+    "itap of my {}.",
+    "a photo of a cool {}.",
+    "a photo of a small {}.",
+    "a tattoo of the {}.",
+)
+"""CLIP's eighty: the "prompt ensemble" of papers/000, table 1."""
+
+TEMPLATES = {"imagenet": IMAGENET, "simple": CLIP_SIMPLE, "vild": VILD}
+"""The lists that a config can name."""
+
+HARD = {
+    "caltech101": "a photo of a {}.",
+    "oxford_pets": "a photo of a {}, a type of pet.",
+    "stanford_cars": "a photo of a {}.",
+    "flowers102": "a photo of a {}, a type of flower.",
+    "food101": "a photo of {}, a type of food.",
+    "fgvc_aircraft": "a photo of a {}, a type of aircraft.",
+    "sun397": "a photo of a {}.",
+    "dtd": "{} texture.",
+    "eurosat": "a centered satellite photo of {}.",
+    "ucf101": "a photo of a person doing {}.",
+    "imagenet_v2": "a photo of a {}.",
+    "imagenet_sketch": "a photo of a {}.",
+    "imagenet_a": "a photo of a {}.",
+    "imagenet_r": "a photo of a {}.",
+    "imagenet21k": "a photo of a {}.",
+}
+"""The hard prompt of each data set, as in the first row of papers/000, table 2."""
+
+
+def read_templates(prompt: Any) -> tuple[str, ...] | Prompt:
+    """The templates of a prompt as a config writes it, or the learned prompt of a file.
+
+    Args:
+      prompt: a template, such as "a photo of a {}."; a list of them; a key of `TEMPLATES`; the path of a JSON file
+        with a list of them; or that of a learned prompt, see `towers.prompt_file`.
+
+    Raises:
+      UserError: none of these, or a template without `{}`.
+    """
+    if is_prompt_file(prompt):
+        return load_prompt(prompt)
+    templates: Any = prompt
+    if isinstance(prompt, str):
+        if prompt in TEMPLATES:
+            return TEMPLATES[prompt]
+        templates = _read_json(prompt) if prompt.endswith(".json") else (prompt,)
+    if not isinstance(templates, Sequence) or isinstance(templates, str) or not templates:
+        raise UserError(f"the prompt {prompt!r} holds no list of templates")
+    for template in templates:
+        if not isinstance(template, str) or PLACE not in template:
+            raise UserError(
+                f"the template {template!r} has no {PLACE} for the name of a class, as 'a photo of a {PLACE}.' has; "
+                f"the lists that have a name are {', '.join(TEMPLATES)}"
+            )
+    return tuple(templates)
+
+
+def fill(template: str, name: str) -> str:
+    """The template with a class's name in its place; `_` in the name becomes a space, as in CoOp."""
+    return template.replace(PLACE, name.replace("_", " "))
+
+
+def _read_json(path: str) -> Any:
+    try:
+        return json.loads(epath.Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a JSON list of templates: {error}") from error

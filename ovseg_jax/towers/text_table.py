@@ -1,0 +1,89 @@
+"""A table of word vectors as a text encoder: learned, or frozen and filled from a file."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+from ml_collections import ConfigDict
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.towers.text import embed_phrases
+from ovseg_jax.vocab.phrases import word_ids
+from ovseg_jax.vocab.vectors import read_vectors
+from ovseg_jax.vocab.words import WordList
+
+
+class TextTable:
+    """Words are looked up; a phrase is the normalised sum of its words' unit vectors.
+
+    With `vectors` (an .npz of `words` [V] and `vectors` [V D], written once by any text tower) and `learned=False`
+    this is the paper's frozen text encoder: every word of the vocabulary is embedded once and looked up in
+    training. With `learned=True` the vectors are parameters, which is how `scenes` is trained, where no
+    pretrained tower exists.
+    """
+
+    def __init__(self, config: ConfigDict, words: WordList, dim: int):
+        self.words, self.dim = words, dim
+        self.vectors = str(config.get("vectors", "") or "")
+        self.learned = bool(config.get("learned", True))
+        if prompt := config.get("prompt", ""):
+            raise UserError(
+                f"text.prompt={prompt} needs a text tower to stand in: text.tower=clip_vitb16, for example"
+            )
+        if not self.learned and not self.vectors:
+            raise UserError(
+                "text.learned=False needs text.vectors, an .npz file with 'words' and 'vectors' of a text tower"
+            )
+
+    def init(self, rng: jax.Array) -> dict[str, Array]:
+        """The table: standard normal where it is learned from nothing, else the file's vectors.
+
+        Raises:
+          UserError: the file is missing, malformed, of another dimension, or (frozen) lacks a word.
+        """
+        table = jax.random.normal(rng, (len(self.words), self.dim), jnp.float32)
+        if not self.vectors:
+            return {"table": table}
+        known, vectors = self._read()
+        missing = [w for w in self.words.words[1:] if w not in known]
+        if missing and not self.learned:
+            raise UserError(
+                f"{self.vectors} has no vector for {len(missing)} words of the vocabulary: {', '.join(missing[:8])}..."
+            )
+        rows = [known.get(w, -1) for w in self.words.words]
+        return {"table": jnp.where((np.array(rows) >= 0)[:, None], vectors[rows], table)}
+
+    def _read(self) -> tuple[dict[str, int], np.ndarray]:
+        names, vectors = read_vectors(self.vectors, "text.vectors")
+        if vectors.shape[1] != self.dim:
+            raise UserError(
+                f"text.vectors: {self.vectors} holds {vectors.shape} vectors for {len(names)} words, expected "
+                f"({len(names)}, {self.dim}): set model.embed_dim to the tower's width"
+            )
+        return {n: i for i, n in enumerate(names)}, vectors
+
+    def tokenize(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "k l"], Bool[np.ndarray, "k l"]]:
+        """Word ids of texts, padded to the longest.
+
+        Raises:
+          UserError: no text, or what `vocab.phrases.word_ids` raises.
+        """
+        if not len(texts):
+            raise UserError("no labels were given: name at least one, for example --labels='dog; grass,lawn'")
+        rows = [word_ids(text, self.words.index) for text in texts]
+        width = max(map(len, rows))
+        ids, valid = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)], valid[i, : len(row)] = row, True
+        return ids, valid
+
+    def encode(self, params: dict[str, Array], texts: Sequence[str]) -> Float[Array, "k d"]:
+        """Unit vectors of texts; raises what `tokenize` does."""
+        ids, valid = self.tokenize(texts)
+        return embed_phrases(params["table"], jnp.asarray(ids), jnp.asarray(valid))
+
+    def pretrained(self) -> dict[str, np.ndarray]:
+        """Nothing: what a file holds, `init` reads."""
+        return {}

@@ -1,0 +1,109 @@
+"""Training curves: the losses, scores and rates of a run's `metrics.jsonl` over steps."""
+
+import json
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.viz.segments import palette
+
+Series = dict[str, list[tuple[float, float]]]
+
+
+def curves(metrics: epath.PathLike, path: epath.PathLike | None = None) -> Image.Image:
+    """A panel of losses, panels of each evaluation's scores, and one for each other quantity.
+
+    Args:
+      metrics: a `metrics.jsonl`: one JSON object a line, with `step`; `<evaluation>/<metric>` are scores.
+      path: where to write the PNG, if anywhere.
+
+    Raises:
+      UserError: the file is missing or holds no metrics.
+    """
+    panels: dict[tuple[int, str], Series] = {}
+    for key, points in _read(metrics).items():
+        panel, name = _panel(key)
+        if panel is not None:
+            panels.setdefault(panel, {})[name] = points
+    # The object interface leaves matplotlib's global state alone.
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(4.6 * across, 3.2 * down), dpi=120, facecolor="white", layout=layout)
+    for i, ((_, title), lines) in enumerate(sorted(panels.items())):
+        _plot(figure.add_subplot(down, across, i + 1), title, lines)
+    return render(figure, path)
+
+
+def render(figure: Any, path: epath.PathLike | None) -> Image.Image:
+    """A matplotlib figure as an image, also written as a PNG where there is a path."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    if path is not None:
+        with epath.Path(path).open("wb") as f:
+            picture.save(f, "PNG")
+    return picture
+
+
+def _plot(axes: Any, title: str, lines: Series) -> None:
+    for colour, (name, points) in zip(palette(len(lines)), sorted(lines.items()), strict=True):
+        x, y = np.array(points, float).T
+        marker = "o" if len(x) < 30 else None
+        label = f"{name}  {y[-1]:.3g}" if len(lines) > 1 else None
+        axes.plot(x, y, label=label, color=colour / 255, lw=1.5, marker=marker, ms=2.5)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel("step", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(color="0.93")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if "second" in title:
+        axes.set_ylim(bottom=0)
+    if len(lines) > 1:
+        axes.legend(fontsize=7, frameon=False, ncols=1 + (len(lines) > 6))
+
+
+def _read(metrics: epath.PathLike) -> Series:
+    file = epath.Path(metrics)
+    if not file.exists():
+        raise UserError(f"{metrics} does not exist; a run writes it into its workdir")
+    series: Series = {}
+    for line in file.read_text().splitlines():
+        try:
+            record: dict[str, Any] = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the last line of a run that was killed
+        step = record.pop("step", None)
+        for key, value in record.items():
+            if step is not None and isinstance(value, int | float) and not isinstance(value, bool):
+                series.setdefault(key, []).append((float(step), float(value)))
+    if not any(_panel(key)[0] for key in series):
+        raise UserError(f"{metrics} holds no metrics yet")
+    return series
+
+
+def _panel(key: str) -> tuple[tuple[int, str] | None, str]:
+    """Rank and title of the panel that a metric belongs to, and its name there; None for what is no curve."""
+    evaluation, slash, metric = key.partition("/")
+    if slash:
+        if "chance" in metric or "_gt" in metric:
+            return None, metric
+        if metric.startswith(("alignment", "uniformity")):
+            return (1, f"{evaluation}: alignment, uniformity"), metric
+        return (1, f"{evaluation}: {'mIoU' if 'miou' in metric else 'recall, accuracy'} (%)"), metric
+    if key == "seconds":
+        return None, key
+    if key.endswith("loss"):
+        return (0, "loss"), "total" if key == "loss" else key.removesuffix("_loss")
+    if key.endswith("temperature"):
+        return (2, "temperature"), key.removesuffix("_temperature")
+    return (2, key.replace("_", " ")), key

@@ -1,0 +1,112 @@
+"""Data sets of TensorFlow Datasets: a stand-in for the package here, and files that it wrote where it is installed."""
+
+import io
+import pickle
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ovseg_jax.data.sources.tfds_images import TfdsImages
+from ovseg_jax.errors import UserError
+
+LABELS = [1, 0, 1, 1]
+
+
+@pytest.fixture
+def package(monkeypatch):
+    """A module with what is used of tensorflow_datasets, whose images cannot be decoded while labels are read."""
+
+    def data_source(name, *, split, data_dir, download, decoders):
+        assert name == "zoo" and data_dir is None and download is False
+        if split != "train":
+            raise ValueError(f"Unknown split {split!r}.\nAnd a long list.")
+        image = b"not decoded" if decoders else np.full((6, 8, 1), 7, np.uint8)
+        return [{"image": image, "label": np.int64(label), "text": "x"} for label in LABELS]
+
+    module = ModuleType("tensorflow_datasets")
+    features = {
+        "image": None,
+        "label": SimpleNamespace(names=["sea_lion", "zebra"]),
+        "text": SimpleNamespace(),
+    }
+    builder = SimpleNamespace(info=SimpleNamespace(features=features))
+    module.__dict__.update(
+        data_source=data_source,
+        builder=lambda name, data_dir: builder,
+        decode=SimpleNamespace(SkipDecoding=lambda: "skip"),
+    )
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", module)
+
+
+def test_labels_names_and_images(package):
+    source = TfdsImages("zoo", "train")
+    assert source.name == "zoo" and source.classes.names == (("sea lion",), ("zebra",)) and len(source) == 4
+    assert source.labels.tolist() == LABELS and source.labels.dtype == np.int32
+    example = source[1]
+    assert example["label"] == 0 and example["image_id"] == "1"
+    assert (
+        example["image"].shape == (6, 8, 3) and (example["image"] == 7).all()
+    )  # grey ones have three channels too
+    with pytest.raises(IndexError):
+        source[4]
+    assert list(source.captions()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(split="dev"), r"'zoo', split 'dev', cannot be opened \(Unknown split 'dev'\.\); tfds build"),
+        (dict(split="train", image_key="photo"), "no feature 'photo'; it has image, label, text"),
+        (dict(split="train", label_key="text"), "'text' of zoo is no class"),
+    ],
+)
+def test_what_is_wrong_is_named(package, arguments, message):
+    with pytest.raises(UserError, match=message):
+        TfdsImages("zoo", **arguments)
+
+
+def test_the_package_is_asked_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(UserError, match="pip install tensorflow-datasets"):
+        TfdsImages("zoo", "train")
+
+
+def test_real_files(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    def png(value):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 6 + value), (value, value, value)).save(file, "PNG")
+        file.seek(0)
+        return file
+
+    with tfds.core.registered.skip_registration():  # so that the files alone are read
+
+        class Zoo(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("1.0.0")
+
+            def _info(self):
+                label = tfds.features.ClassLabel(names=["sea_lion", "zebra"])
+                features = {"image": tfds.features.Image(shape=(None, None, 3)), "label": label}
+                return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+            def _split_generators(self, dl_manager):
+                return {"train": self._generate_examples()}
+
+            def _generate_examples(self):
+                for value in range(5):
+                    yield value, {"image": png(value), "label": value % 2}
+
+    Zoo(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    source = pickle.loads(pickle.dumps(TfdsImages("zoo", "train", str(tmp_path))))  # as for a worker process
+    assert source.classes.names == (("sea lion",), ("zebra",)) and len(source) == 5
+    examples = [source[index] for index in range(5)]
+    values = [int(example["image"][0, 0, 0]) for example in examples]
+    assert sorted(values) == list(range(5)) and [value % 2 for value in values] == source.labels.tolist()
+    assert [example["image"].shape for example in examples] == [(6 + value, 8, 3) for value in values]
+    assert len(TfdsImages("zoo", "train[:40%]", str(tmp_path))) == 2
+    with pytest.raises(UserError, match="Unknown split 'test'"):
+        TfdsImages("zoo", "test", str(tmp_path))

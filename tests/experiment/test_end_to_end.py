@@ -1,0 +1,129 @@
+"""Through the whole house: the shipped config trains on each kind of data (OpenSeg on `scenes` in tests/train); a
+teacher labels captioned images, a student learns from them, and predicts."""
+
+import json
+from pathlib import Path
+from runpy import run_path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from ovseg_jax import predict, pseudo_label
+from ovseg_jax.data.scenes.source import Scenes
+from ovseg_jax.errors import UserError
+from ovseg_jax.experiment.run import train
+from ovseg_jax.inference.result import PixelFeatures
+from ovseg_jax.vocab.words import WordList
+
+ROOT = Path(__file__).parents[2]
+SAMPLE = ROOT / "../shared/data/coco_sample"
+
+
+def shrunk(arg: str, **loss) -> ConfigDict:
+    """A shipped config with two steps of a network of nothing."""
+    config = run_path(str(ROOT / "configs" / "openseg.py"))["get_config"](arg)
+    config.update(dict(steps=2, batch_size=8, log_every=1))
+    config.model.update(dict(width=16, embed_dim=16, num_queries=4, decoder_layers=1, position_grid=4))
+    config.model.update(dict(head_convs=1, dtype="float32"))
+    config.model.backbone = dict(name="small", width=16, levels=3)
+    config.loss.update(dict(group=8, **loss))
+    config.data.update(dict(image_size=32, max_masks=8, workers=0, min_count=1))
+    config.checkpoint.every = 2
+    for evaluator in config.final_evals.values():
+        evaluator.update(dict(batch_size=8, limit=8, every=0))
+    config.evals = {}
+    if config.data.train[0]["name"] == "scenes":
+        config.data.train[0].update(num_examples=64, image_size=32)
+        config.final_evals.test.source.update(num_examples=8, image_size=32)
+    return config
+
+
+def test_the_baseline_on_scenes(tmp_path):
+    summary = train(shrunk("method=lseg"), tmp_path)
+    assert summary["steps"] == 2
+    assert {"test/miou", "test/miou/held_out", "test/grounding_miou"} <= summary.keys()
+    assert "test/recall@0.5" not in summary  # it proposes no masks
+
+
+@pytest.mark.skipif(not SAMPLE.is_dir(), reason="the shared COCO sample is not here")
+def test_coco(tmp_path):
+    config = shrunk(f"data=coco,data_dir={SAMPLE},size=tiny")
+    config.final_evals.validation.limit = 2
+    config.final_evals.validation.batch_size = 2
+    summary = train(config, tmp_path)
+    assert 0 <= summary["validation/miou"] <= 100
+    rows = (tmp_path / "tables" / "validation-iou.csv").read_text().splitlines()
+    assert len(rows) == 1 + 133
+
+
+def write_folder(root: Path, count: int) -> None:
+    """Images with captions and without masks, in the layout of the README."""
+    source = Scenes(split="train", num_examples=count, image_size=40)
+    (root / "images").mkdir(parents=True)
+    captions = {}
+    for i in range(count):
+        Image.fromarray(source[i]["image"]).save(root / "images" / f"{i}.png")
+        captions[f"{i}.png"] = source[i]["captions"]
+    (root / "captions.json").write_text(json.dumps(captions))
+
+
+def test_teacher_student_and_prediction(tmp_path, capsys):
+    teacher = shrunk("", grounding_weight=0.0)
+    train(teacher, tmp_path / "teacher")
+
+    folder = tmp_path / "mine"
+    write_folder(folder, 8)
+    (folder / "images" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut")
+    request = [f"--checkpoint={tmp_path / 'teacher'}", f"--data_dir={folder}", "--min_area=0"]
+    assert pseudo_label.main(request) == 1  # of the broken image
+    assert "broken.jpg" in capsys.readouterr().out
+    (folder / "images" / "broken.jpg").unlink()
+    assert len(list((folder / "masks").iterdir())) == 8
+    assert pseudo_label.main(request) == 0
+    assert "0 masks written" in capsys.readouterr().out
+
+    student = shrunk(f"data=folder,data_dir={folder},init=scratch,text=learned")
+    train(student, tmp_path / "student")
+    metrics = [json.loads(line) for line in (tmp_path / "student/metrics.jsonl").read_text().splitlines()]
+    assert all(m["grounding_loss"] > 0 for m in metrics if "loss" in m)
+
+    out = tmp_path / "out"
+    image = folder / "images" / "0.png"
+    asked = [f"--checkpoint={tmp_path / 'student'}", f"--images={image}", f"--out={out}"]
+    some = WordList.load(tmp_path / "student" / "words.json").words[1:4]
+    labels = f"--labels=a {some[0]}; {some[1]},{some[2]}"
+    assert predict.main([*asked, labels, "--threshold=-1", "--features"]) == 0
+    assert {p.name for p in out.iterdir()} == {
+        "0.overlay.png",
+        "0.labels.png",
+        "0.json",
+        "0.features.npz",
+        "predictions.json",
+    }
+    assert set(np.unique(Image.open(out / "0.labels.png"))) <= {1, 2}
+
+
+def features(masks) -> PixelFeatures:
+    masks = np.clip(np.asarray(masks, np.float32), 1e-6, 1 - 1e-6)
+    size, logits = masks.shape[1:], np.log(masks / (1 - masks))
+    pixels = np.zeros((*size, 2), np.float32)
+    return PixelFeatures(size, size, 1, pixels, pixels, logits, np.zeros((len(masks), 2), np.float32))
+
+
+def test_pseudo_masks_drop_doubles_and_keep_parts_in_front():
+    whole, part = np.zeros((2, 8, 8), np.float32)
+    whole[1:7, 1:7], part[2:4, 2:4] = 0.9, 0.8
+    double, faint = whole * 0.8, np.full((8, 8), 0.3, np.float32)
+    segments = pseudo_label.segments_of(features([double, part, whole, faint]))
+    assert set(np.unique(segments)) == {0, 1, 2}
+    np.testing.assert_array_equal(segments == 2, part > 0.5)
+    np.testing.assert_array_equal(segments > 0, whole > 0.5)
+
+
+def test_pseudo_masks_need_proposals():
+    with pytest.raises(UserError, match="per-pixel"):
+        pseudo_label.segments_of(
+            PixelFeatures((4, 4), (4, 4), 1, np.zeros((4, 4, 2)), np.zeros((4, 4, 2)), None, None)
+        )

@@ -1,0 +1,54 @@
+"""The pictures that a run leaves."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from fake_method import COLOURS, ColourClassifier, ColourMethod
+from ml_collections import ConfigDict
+from PIL import Image
+
+from ovseg_jax.inference.pictures import draw_run
+
+
+class AnyWords(ColourMethod):
+    def embed_text(self, variables, texts):
+        return jax.numpy.eye(len(COLOURS))[np.arange(len(texts)) % len(COLOURS)]
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_a_run_leaves_a_grid_for_each_evaluation_and_curves(tmp_path, masks):
+    source = {"name": "scenes", "split": "test", "num_examples": 5, "image_size": 32}
+    config = ConfigDict({"data": {"image_size": 32}, "final_evals": {"test": {"source": source}}})
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n")
+    method = AnyWords(stride=2, masks=masks)
+    paths = draw_run(config, tmp_path, method, method.init(None), images=3)
+    assert paths == [tmp_path / "pictures" / "test.png", tmp_path / "curves.png"]
+    grid = Image.open(paths[0])
+    columns = 3 + masks
+    assert grid.width == columns * 256 + (columns - 1) * 10 + 48 and grid.height > 3 * 256
+
+
+def test_a_classification_leaves_features_and_prompts(tmp_path):
+    folder = tmp_path / "data"
+    for name in ("red", "blue", "white"):
+        (folder / name).mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(np.full((9, 9 + i, 3), COLOURS[name], np.uint8)).save(folder / name / f"{i}.png")
+    evaluation = {
+        "type": "classification",
+        "source": {"name": "image_folder", "data_dir": str(folder)},
+        "prompts": {"hard": "a photo of a {}."},
+    }
+    config = ConfigDict({"data": {"image_size": 8}, "final_evals": {"test": evaluation}})
+    scores = {"alignment": 1.0, "uniformity": -1.0, "accuracy": 50.0}
+    summary = {f"test/{key}{prompt}": value for key, value in scores.items() for prompt in ("", "[hard]")}
+    method = ColourClassifier()
+    pictures = tmp_path / "pictures"
+    assert draw_run(config, tmp_path, method, method.init(None)) == [pictures / "test.png"]
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert draw_run(config, tmp_path, method, method.init(None)) == [
+        pictures / "test.png",
+        pictures / "test-prompts.png",
+    ]

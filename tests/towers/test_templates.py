@@ -1,0 +1,47 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.towers.templates import CLIP_SIMPLE, HARD, IMAGENET, TEMPLATES, VILD, fill, read_templates
+
+CLIP = Path(__file__).parents[2] / "../shared/data/clip/clip_imagenet_templates.json"
+
+
+@pytest.mark.skipif(not CLIP.exists(), reason="no copy of CLIP's templates beside the repository")
+def test_the_lists_are_clips():
+    lists = json.loads(CLIP.read_text())["data"]
+    assert [t.replace("{}", "{c}") for t in IMAGENET] == lists["openai_80"]
+    assert [t.replace("{}", "{c}") for t in CLIP_SIMPLE] == lists["simple_7"]
+
+
+def test_every_template_has_one_place():
+    templates = [*IMAGENET, *CLIP_SIMPLE, *VILD, *HARD.values()]
+    assert all(template.count("{}") == 1 for template in templates)
+    assert len(set(IMAGENET)) == 80 and len(set(VILD)) == 14 and set(CLIP_SIMPLE) < set(IMAGENET)
+
+
+def test_a_prompt_is_a_template_a_list_a_name_or_a_file(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text('["my {}.", "your {}."]')
+    assert read_templates("a {}.") == ("a {}.",)
+    assert read_templates(["a {}.", "the {}."]) == ("a {}.", "the {}.")
+    assert read_templates("vild") is TEMPLATES["vild"]
+    assert read_templates(str(file)) == ("my {}.", "your {}.")
+    assert fill("a photo of a {}.", "red_fox") == "a photo of a red fox."
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("a photo", r"'a photo' has no \{\}"),
+        (["a {}.", 3], "3 has no"),
+        ([], "no list"),
+        (None, "no list"),
+        ("gone.json", "gone.json cannot be read"),
+    ],
+)
+def test_a_wrong_prompt_is_said(prompt, message):
+    with pytest.raises(UserError, match=message):
+        read_templates(prompt)
