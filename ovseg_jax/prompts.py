@@ -1,7 +1,6 @@
 """Vectors of class names: `python -m ovseg_jax.prompts --checkpoint=WORKDIR --classes=FILE --out=FILE.npy`."""
 
 import argparse
-import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +14,12 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.cli.console import complain, quieten, use_compilation_cache
 from ovseg_jax.errors import UserError
-from ovseg_jax.evals.classification import class_features
 from ovseg_jax.models.text_towers import CLIPText, text_tower
 from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.pretrained.load import load
-from ovseg_jax.protocols import Classifier, Variables
+from ovseg_jax.protocols import Classifier, Variables, only
 from ovseg_jax.towers.clip import Clip
+from ovseg_jax.towers.features import TextSide, class_features
 from ovseg_jax.towers.packed_text import stacked
 from ovseg_jax.towers.prompt_file import FILE, Prompt, is_prompt_file, load_prompt, save_original, save_prompt
 from ovseg_jax.towers.templates import IMAGENET, read_templates
@@ -50,12 +49,12 @@ class Side(NamedTuple):
     """What makes vectors of names: arguments of `class_features`.
 
     Attributes:
-      method: a classifier, or `Clip` alone.
+      method: a classifier, or a `TextSide`.
       variables: its variables.
       prompt: what the names stand in; None for the method's own prompt.
     """
 
-    method: Any
+    method: Classifier
     variables: Variables
     prompt: Prompt | Sequence[str] | None
 
@@ -174,17 +173,23 @@ def class_vectors(side: Side, classes: ClassList, synonyms: str = "first") -> Fl
       synonyms: of a class with several names, "first" takes the first; "average" the mean of the unit vectors of all,
         normalised.
     """
-    embed = functools.partial(class_features, side.method, side.variables, templates=side.prompt)
+    if not side.method.unit_norm:
+        raise UserError(f"{type(side.method).__name__} has no unit vectors of classes")
+
+    def embed(names: list[str]) -> np.ndarray:
+        found = class_features(side.method, side.variables, names, side.prompt)
+        return np.asarray(only(found), np.float32)
+
     if synonyms == "first":
-        return np.asarray(embed([classes.display(k) for k in range(len(classes))]), np.float32)
+        return embed([classes.display(k) for k in range(len(classes))])
     names, owner = classes.flat()
-    each = np.asarray(embed(names), np.float32)
+    each = embed(names)
     total = np.zeros((len(classes), each.shape[1]), np.float32)
     np.add.at(total, owner, each)
     return total / np.linalg.norm(total, axis=1, keepdims=True)
 
 
-def text_side(name: str, init: str) -> tuple[Clip, dict[str, Any]]:
+def text_side(name: str, init: str) -> tuple[TextSide, dict[str, Any]]:
     """The text half of published CLIP towers, and its weights.
 
     Raises:
@@ -197,7 +202,7 @@ def text_side(name: str, init: str) -> tuple[Clip, dict[str, Any]]:
     image = {"name": "small", "embed_dim": tower.embed_dim}
     clip = Clip(ConfigDict({"image": image, "text": {"name": name}, "init": init}), WordList([]))
     shapes = jax.eval_shape(lambda: clip.text.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
-    return clip, {"text": stacked(load(init, clip.text, shapes)["params"])}
+    return TextSide(clip), {"text": stacked(load(init, clip.text, shapes)["params"])}
 
 
 def _convert(arguments: argparse.Namespace, prompt: Prompt | Sequence[str] | None, out: Path) -> None:
@@ -206,7 +211,7 @@ def _convert(arguments: argparse.Namespace, prompt: Prompt | Sequence[str] | Non
         stage = load_stage(
             arguments.checkpoint, make_mesh(), Classifier, "--checkpoint", "classifies no images"
         )
-        if not hasattr(stage.method, "artifacts") or FILE not in stage.method.artifacts(stage.variables):
+        if FILE not in stage.method.artifacts(stage.variables):
             raise UserError(
                 f"--checkpoint={arguments.checkpoint}: method={stage.config.method} learns no such prompt"
             )

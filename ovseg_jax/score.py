@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.cli.console import complain, quieten, use_compilation_cache
 from ovseg_jax.errors import UserError
-from ovseg_jax.evals.runner import make_evaluators
+from ovseg_jax.evals.registry import make_evaluators
 from ovseg_jax.experiment.run import load_parts
 from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.protocols import Classifier

@@ -25,10 +25,9 @@ from ml_collections import ConfigDict
 
 from ovseg_jax import config as config_lib
 from ovseg_jax.errors import UserError
-from ovseg_jax.evals.runner import Evaluator
 from ovseg_jax.experiment.features import cached_features
 from ovseg_jax.parallel.sharding import DEFAULT_RULES, make_mesh
-from ovseg_jax.protocols import Classifier, Segmenting, Trainable, Variables
+from ovseg_jax.protocols import Classifier, Evaluator, Segmenting, Trainable, Variables
 from ovseg_jax.towers.frozen_text import FrozenText
 from ovseg_jax.towers.prompt_file import FILE as PROMPT_FILE
 from ovseg_jax.train.checkpoints import (
@@ -355,7 +354,7 @@ def _prompt_table(evaluation: str, scores: Mapping[str, float]) -> list[str]:
 
 
 def _evaluators(config: ConfigDict, parts: Parts, key: str = "evals") -> list[Any]:
-    from ovseg_jax.evals.runner import make_evaluators
+    from ovseg_jax.evals.registry import make_evaluators
 
     return make_evaluators(config, parts.method, parts.mesh, key)
 

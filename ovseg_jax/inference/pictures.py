@@ -15,7 +15,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.transfer import Stage, load_stage, rules_in
 from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.parallel.sharding import on_host
-from ovseg_jax.protocols import Classifier, Segmenting, Variables
+from ovseg_jax.protocols import Classifier, Segmenting, Variables, only
 from ovseg_jax.towers.templates import read_templates
 from ovseg_jax.viz.curves import curves
 from ovseg_jax.viz.features import PromptPoint, prompts_picture, sphere_picture
@@ -56,10 +56,8 @@ def draw_run(
     folder = workdir / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     for name, evaluation in evaluations.items():
-        if hasattr(
-            method, "embed_text_for"
-        ):  # Class features that differ from image to image have no picture.
-            continue
+        if isinstance(method, Classifier) and (method.text_per_image or not method.unit_norm):
+            continue  # Class features that differ from image to image, or are no unit vectors, have no picture.
         paths.append(folder / f"{name}.png")
         if evaluation.get("type") == "classification":
             _features(config, evaluation, method, variables, name, paths[-1])
@@ -76,7 +74,15 @@ def draw_run(
         else:
             segmenter = Segmenter(method, variables, config)
         with paths[-1].open("wb") as f:
-            _picture(segmenter, source, classes, name, images, proposals=not transferred).save(f, "PNG")
+            _picture(
+                segmenter,
+                source,
+                classes,
+                name,
+                images,
+                decision=evaluation.get("decision", "argmax"),
+                proposals=not transferred,
+            ).save(f, "PNG")
     try:
         curves(workdir / "metrics.jsonl", workdir / "curves.png")
     except UserError:  # a run too short to have logged anything
@@ -91,12 +97,13 @@ def _picture(
     name: str,
     images: int,
     *,
+    decision: Any = "argmax",
     proposals: bool = True,
 ) -> Image.Image:
     where = np.linspace(0, len(source) - 1, min(images, len(source))).round().astype(int)
     examples = [source[int(i)] for i in where]
     pictures = [np.ascontiguousarray(example["image"]) for example in examples]
-    results = segmenter.stream(pictures, classes, threshold=-np.inf, features=proposals)
+    results = segmenter.stream(pictures, classes, decision=decision, features=proposals)
     rows = []
     for example, result in zip(examples, results, strict=True):
         truth = class_map(example["segments"], example["class_ids"])
@@ -118,7 +125,7 @@ def _features(
 ) -> None:
     """Fig. 6 of papers/000 for a few classes, evenly spread over those that occur, and a few images of each."""
     from ovseg_jax.data.classification import ClassifyEval
-    from ovseg_jax.evals.classification import class_features
+    from ovseg_jax.towers.features import class_features
 
     source: Any = make_source(evaluation.source)
     labels = np.asarray(source.labels)
@@ -141,7 +148,7 @@ def _features(
     prompts: dict[str, Any] = {"own": None} | (
         {} if other is None else {other: read_templates(others[other])}
     )
-    rays = {k: np.asarray(class_features(method, variables, names, v)) for k, v in prompts.items()}
+    rays = {k: np.asarray(only(class_features(method, variables, names, v))) for k, v in prompts.items()}
     sphere_picture(seen, np.searchsorted(chosen, labels[where]), rays, names, name, path)
 
 
