@@ -21,10 +21,13 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
     write_whole(path, "old")
 
     def full(self, data):
-        Path(self).open("wb").write(data[:1])
+        Path(str(self)).write_bytes(data[:1])
         raise OSError(28, os.strerror(28))
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="a.json cannot be written: No space"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match=r"a\.json cannot be written: No space"),
+    ):
         patch.setattr(type(files.epath.Path(path)), "write_bytes", full)
         write_whole(path, "new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
@@ -39,7 +42,7 @@ def test_every_flipped_bit_is_found(tmp_path):
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
-        with pytest.raises(UserError, match="words.json"):
+        with pytest.raises(UserError, match=r"words\.json"):
             read_recorded(path)
     write_recorded(path, "[]")
     assert read_recorded(path) == "[]"
@@ -47,26 +50,32 @@ def test_every_flipped_bit_is_found(tmp_path):
     assert is_recorded(path) is None and read_recorded(path) == "[]"
     for broken in ("[]", "{", b"\xff\xfe"):
         (tmp_path / "checksums.json").write_bytes(broken if isinstance(broken, bytes) else broken.encode())
-        with pytest.raises(UserError, match="checksums.json cannot be read"):
+        with pytest.raises(UserError, match=r"checksums\.json cannot be read"):
             read_recorded(path)
 
 
 def test_a_folder_is_locked_as_long_as_its_process_works(tmp_path):
-    code = "import sys, time; from ovseg_jax.files import locked\nwith locked(sys.argv[1]): print(1, flush=True); time.sleep(60)"
+    code = (
+        "import sys, time; from ovseg_jax.files import locked\n"
+        "with locked(sys.argv[1]): print(1, flush=True); time.sleep(60)"
+    )
     other = subprocess.Popen(
         [sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE, cwd=ROOT, env=os.environ
     )
     try:
         assert other.stdout.readline()
-        with pytest.raises(UserError, match=rf"run is in use by process {other.pid} on .* since 2"), locked(tmp_path / "run"):
+        with (
+            pytest.raises(UserError, match=rf"run is in use by process {other.pid} on .* since 2"),
+            locked(tmp_path / "run"),
+        ):
             pass
     finally:
         other.send_signal(signal.SIGKILL)
         other.communicate()
     assert (tmp_path / "run" / ".lock").exists()  # It could not clean up, and locks nothing.
-    with locked(tmp_path / "run"), pytest.raises(UserError, match=f"process {os.getpid()} on"):
-        with locked(tmp_path / "run"):
-            pass
+    mine = f"process {os.getpid()} on"
+    with locked(tmp_path / "run"), pytest.raises(UserError, match=mine), locked(tmp_path / "run"):
+        pass
     assert not list((tmp_path / "run").iterdir())
 
 

@@ -4,7 +4,7 @@
     WORKDIR/checkpoints/<step>/variables    {"params": ..., other collections}: all that inference reads
     WORKDIR/checkpoints/<step>/optimizer    optax's state
     WORKDIR/checkpoints/<step>/average      averaged parameters, where the run keeps them
-    WORKDIR/checkpoints/<step>/checksums.json   size and CRC-32 of each file, written before the checkpoint gets its name
+    WORKDIR/checkpoints/<step>/checksums.json   size and CRC-32 of each file, written before the folder gets its name
 
 The position in the data is the step (see `data.pipeline`), so that a checkpoint restores on any mesh and with any
 number of processes.
@@ -168,6 +168,18 @@ class Checkpoints:
             raise
 
 
+def read_run(workdir: epath.PathLike) -> ConfigDict:
+    """Reads the config of a run, with the places of its stages, and of its own text tower if it has kept one.
+
+    Raises:
+      UserError: the folder holds no run.
+    """
+    config = read_config(workdir)
+    if config is None:
+        raise UserError(f"{workdir} holds no run: {CONFIG_FILE} is missing.")
+    return with_own_text(config_lib.resolved(config, workdir), workdir)
+
+
 def load_variables(
     workdir: epath.PathLike,
     step: int | None = None,
@@ -175,29 +187,23 @@ def load_variables(
     mesh: Mesh | None = None,
     rules: Iterable[Sequence[str]] = DEFAULT_RULES,
     averaged: bool = True,
-) -> tuple[ConfigDict, dict[str, Any], int]:
-    """Reads what inference needs from a run: its config and its variables, without the optimiser's state.
+) -> tuple[dict[str, Any], int]:
+    """Reads the variables of a run, without the optimiser's state.
 
     Args:
       workdir: the run's folder or bucket.
-      step: which checkpoint; the latest where nothing is said.
+      step: which checkpoint; by default the newest whole one.
       mesh: where to put the variables; as numpy arrays where nothing is said.
       rules: the sharding rules on that mesh.
       averaged: take the averaged parameters of a run that keeps them.
 
     Returns:
-      (config, variables, step); of a run that left its frozen text tower beside it, the config names that one, and its
-      prompt.
+      (variables, step).
 
     Raises:
-      UserError: where the folder holds no run, or not that step.
+      UserError: where there is no checkpoint, or not that of the step.
     """
-    workdir = epath.Path(workdir)
-    config = read_config(workdir)
-    if config is None:
-        raise UserError(f"{workdir} holds no run: {CONFIG_FILE} is missing.")
-    config = config_lib.resolved(config, workdir)
-    directory = workdir.absolute() / "checkpoints"
+    directory = epath.Path(workdir).absolute() / "checkpoints"
     items = ("variables", "average") if averaged else ("variables",)
     step = find_step(directory, step, items)
 
@@ -214,7 +220,7 @@ def load_variables(
     average = directory / str(step) / "average"
     if averaged and average.exists():
         variables["params"] = restore(average, (jax.tree_util.DictKey("params"),))
-    return with_own_text(config, workdir), jax.device_get(variables) if mesh is None else variables, step
+    return jax.device_get(variables) if mesh is None else variables, step
 
 
 def with_own_text(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
@@ -249,7 +255,7 @@ def find_step(directory: epath.Path, step: int | None = None, items: Sequence[st
         if problem := find_damage(directory / str(step), items):
             raise UserError(f"the checkpoint {directory / str(step)} is damaged: {problem}.")
         return step
-    damaged = []
+    damaged: list[str] = []
     for step in reversed(steps):
         if (problem := find_damage(directory / str(step), items)) is None:
             for line in damaged:
@@ -279,7 +285,9 @@ def find_damage(folder: epath.Path, items: Sequence[str] = ITEMS) -> str | None:
             if not (folder / name).is_file():
                 return f"{name} is missing"
             if (found := tuple(checksum(folder / name))) != known:
-                return f"{name} is " + ("altered" if found[0] == known[0] else f"{found[0]} bytes, not {known[0]}")
+                return f"{name} is " + (
+                    "altered" if found[0] == known[0] else f"{found[0]} bytes, not {known[0]}"
+                )
     except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"{SUMS_FILE} cannot be read ({getattr(error, 'strerror', None) or error})"
     return None
