@@ -129,7 +129,9 @@ def _reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: epath.PathLike, remedy: str = "wait for it, stop it, or choose another folder") -> Iterator[None]:
+def locked(
+    folder: epath.PathLike, remedy: str = "wait for it, stop it, or choose another folder"
+) -> Iterator[None]:
     """Makes a folder, and keeps other processes out of it as long as the context lasts.
 
     The operating system holds the lock and drops it with the process, however that ends, so that the file of a killed
@@ -172,7 +174,9 @@ def _lock(path: epath.Path, remedy: str) -> int | None:
             holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
             os.close(descriptor)
             if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-                raise UserError(f"{path.parent} is in use by {holder or 'another process'}: {remedy}") from error
+                raise UserError(
+                    f"{path.parent} is in use by {holder or 'another process'}: {remedy}"
+                ) from error
             return None  # This file system has no locks.
         with contextlib.suppress(OSError):
             # Another process may have removed the file since it was opened: that lock holds nobody off.
