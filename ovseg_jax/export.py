@@ -23,8 +23,7 @@ from ovseg_jax.pretrained.files import write_safetensors
 from ovseg_jax.pretrained.hf_clip import is_clip, write_hf_clip
 from ovseg_jax.pretrained.to_torch import describe, to_torch
 from ovseg_jax.protocols import only
-from ovseg_jax.towers.frozen_text import FrozenText
-from ovseg_jax.train.checkpoints import TEXT_TOWER
+from ovseg_jax.towers.frozen_text import TEXT_TOWER, FrozenText
 
 _DESCRIPTION = """\
 Writes a trained model for programs that do not have JAX, or not this library.

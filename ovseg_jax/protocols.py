@@ -5,6 +5,7 @@ NotImplementedError here; everything else has a default.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -98,6 +99,13 @@ class Trainable:
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
         """Computes the training loss of one global batch: a scalar, and `Aux`."""
         raise NotImplementedError
+
+    def save_assets(self, workdir: Path) -> None:
+        """Writes into a run's folder what the method took from elsewhere and needs again; nothing by default.
+
+        It is called at every start, by the first process.
+        """
+        del workdir
 
     def artifacts(self, variables: Variables) -> dict[str, Callable[[epath.Path], None]]:
         """Returns the files that a finished run holds beside its checkpoints, {name: writer}; all processes call it."""

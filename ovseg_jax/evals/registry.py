@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from ovseg_jax.data.source_base import check_provides
 from ovseg_jax.errors import UserError
 from ovseg_jax.protocols import Evaluator, Trainable
 from ovseg_jax.towers.prompt_file import Prompt
@@ -125,8 +126,6 @@ def make_evaluators(config: ConfigDict, method: Trainable, mesh: Mesh, key: str 
                 f"{where}.batch_size={evaluation.batch_size} does not divide by {jax.process_count()} processes"
             )
         source = make_source(evaluation.source)
-        if hasattr(source, "labels") != ("label" in evaluator.needs):
-            have = "a label each" if hasattr(source, "labels") else "segments"
-            raise UserError(f"{where}.type is {kind!r}, but images of the source {source.name!r} have {have}")
+        check_provides(source, evaluator.needs, f"{where} of type {kind!r}")
         evaluators.append(evaluator.from_config(Setup(name, evaluation, config, method, mesh, source)))
     return evaluators

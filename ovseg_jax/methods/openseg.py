@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import flax
@@ -19,7 +20,7 @@ from ovseg_jax.models.openseg import OpenSegFeatures, OpenSegNet
 from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.parallel.sharding import active_batch_axes
 from ovseg_jax.protocols import Aux, Batch, Prediction, Segmenting, Text, Trainable, Variables
-from ovseg_jax.towers.frozen_text import FrozenText
+from ovseg_jax.towers.frozen_text import TEXT_TOWER, FrozenText
 from ovseg_jax.towers.text import embed_words, unit
 from ovseg_jax.towers.text_table import TextTable
 from ovseg_jax.vocab.classes import ClassList
@@ -168,6 +169,11 @@ class OpenSeg(Trainable, Segmenting):
         """τ of the softmax over regions (eq. 3) and τ of the softmax over pairs (eq. 4)."""
         raw, bounds = params["temperature"], self.loss_config.temperature_bounds
         return bounded(raw["region"], *bounds), bounded(raw.get("pair", raw["region"]), *bounds)
+
+    def save_assets(self, workdir: Path) -> None:
+        """Writes a frozen text tower, which is not in checkpoints."""
+        if isinstance(self.text, FrozenText) and not (workdir / TEXT_TOWER / "config.json").exists():
+            self.text.save(workdir / TEXT_TOWER)
 
     def predict(
         self, variables: Variables, image: UInt8[Array, "b s t 3"], image_size: Int[Array, "b 2"]

@@ -77,9 +77,11 @@ class Segmenter:
         names, owner = classes.flat()
         if vectors is not None:
             text = unit(torch.from_numpy(np.array(vectors)))
-        elif (text := self._texts.get(classes.names)) is None:
-            # Of the last labels alone: a list may have twenty thousand names.
-            self._texts = {classes.names: (text := self.embed(names))}
+        else:
+            if classes.names not in self._texts:
+                # Of the last labels alone: a list may have twenty thousand names.
+                self._texts = {classes.names: self.embed(names)}
+            text = self._texts[classes.names]
         pixels = read_image(image)
         canvas, fitted = fit_canvas(pixels, self.canvas)
         device = self.net.mean.device
