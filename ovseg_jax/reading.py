@@ -148,13 +148,13 @@ def read_json(path: epath.PathLike, what: str = "") -> Any:
         return parse_json(read_text(path, what))
 
 
-def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
+def read_npz(path: epath.PathLike, what: str = "") -> dict[str, np.ndarray]:
     """Reads all arrays of an .npz.
 
     Raises:
       UserError: it cannot be read, or holds Python objects.
     """
-    with reading(path), epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as data:
+    with reading(path, what), epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as data:
         if not isinstance(data, np.lib.npyio.NpzFile):
             raise ValueError("it is no .npz")
         return dict(data.items())

@@ -102,7 +102,9 @@ def _entries(folder: epath.Path) -> Iterator[tuple[str, bool]]:
         return
     with os.scandir(folder) as entries:
         for entry in entries:
-            yield entry.name, entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+            linked = entry.is_symlink()
+            real = os.path.isfile(entry.path) or not os.path.exists(entry.path) if linked else entry.is_file()
+            yield entry.name, real
 
 
 def read_image(image: Any) -> UInt8[np.ndarray, "h w 3"]:
@@ -248,7 +250,7 @@ def _open(path: epath.PathLike, checksums: bool = False) -> ImageFile.ImageFile:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a large photograph is welcome
             return Image.open(io.BytesIO(data))
     except Image.UnidentifiedImageError:
-        raise ValueError("Pillow knows no such image") from None
+        raise ValueError("it is not an image that Pillow can read") from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"it is too large ({error}): cut it into pieces") from None
 

@@ -150,7 +150,7 @@ def load_prompt(path: str | Path) -> Prompt:
         position = metadata.get("position")
         if position not in POSITIONS:
             raise ValueError(f"its 'position' is {short(position)}, not one of {', '.join(POSITIONS)}")
-        names = tuple(tuple(texts(own, "'names'")) for own in _listing(metadata, "names"))
+        names = tuple(tuple(texts(array(own, "'names'"), "'names'")) for own in _listing(metadata, "names"))
         anchor = tuple(number(x, "an entry of 'anchor'") for x in _listing(metadata, "anchor"))
         if not all(names):
             raise ValueError("'names' is no list of the names of each class")

@@ -54,6 +54,10 @@ def _read_lines(path: epath.Path) -> ClassList:
                 f"names, and the first line has {'one' if with_id[0] else 'none'}"
             )
         return read_label_file(path)
+    if lines and all(re.match(r"\s*\d+\s*,\s*\S", line) for _, line in lines):
+        raise UserError(
+            f"{path}: each line has an id and a comma, and an id ends with a colon: 3:airplane,aeroplane"
+        )
     return _numbered(path, [split_names(line) for _, line in lines])
 
 

@@ -144,7 +144,10 @@ class ClassList:
         if not isinstance(fields["groups"], dict):
             raise ValueError(f"'groups': expected an object, got {short(fields['groups'])}")
         return cls(
-            names=tuple(tuple(texts(names, "'names'")) for names in array(fields["names"], "'names'")),
+            names=tuple(
+                tuple(texts(array(names, "'names'"), "'names'"))
+                for names in array(fields["names"], "'names'")
+            ),
             ids=tuple(whole(k, "an id") for k in array(fields["ids"], "'ids'")),
             isthing=tuple(
                 flag(thing, "an entry of 'isthing'") for thing in array(fields["isthing"], "'isthing'")

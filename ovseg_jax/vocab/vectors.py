@@ -23,7 +23,7 @@ def read_vectors(path: epath.PathLike, key: str) -> tuple[list[str], Float[np.nd
       UserError: no such file, or one that holds something else.
     """
     with reading(path, f"{key}:"):
-        arrays = read_npz(path)
+        arrays = read_npz(path, f"{key}:")
         if not {"words", "vectors"} <= arrays.keys():
             raise ValueError(
                 f"it is no .npz with 'words' and 'vectors', but with {', '.join(arrays) or 'nothing'}"

@@ -7,9 +7,9 @@
 https://cocodataset.org/#format-data. Any data set in this layout is read, whatever its split and categories.
 """
 
+import functools
 import re
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from etils import epath
 from jaxtyping import Int, Int32, UInt8
 
 from ovseg_jax.data.images import read_colours, read_oriented, turn_mask
-from ovseg_jax.data.sources.build import Extent, Regions
+from ovseg_jax.data.source_base import Example, Extent, Regions, Source
 from ovseg_jax.data.transforms import segment_boxes
 from ovseg_jax.errors import UserError
 from ovseg_jax.reading import column, flag, numbers, objects, read_json, reading, text, whole
@@ -27,7 +27,7 @@ from ovseg_jax.vocab.classes import ClassList, read_label_file
 _LONGEST = 1 << 20
 
 
-class Coco:
+class Coco(Source):
     """A split of COCO, sorted by image id.
 
     Segments keep the order of the panoptic JSON. Crowds are segments with `iscrowd`; class -1 does not occur.
@@ -77,10 +77,13 @@ class Coco:
         caption_file = annotations / f"captions_{split}.json"
         if not masks and captions is False:
             raise UserError("coco: with masks=False and captions=False nothing would be read")
+        self.provides = frozenset({"image"})
         caption_data, panoptic = None, None
         if captions or (captions is None and caption_file.exists()) or not masks:
             caption_data = _read_lists(caption_file, ("images", "annotations"))
+            self.provides |= {"captions"}
         if masks:
+            self.provides |= {"segments", "class_ids", "boxes"}
             panoptic = _read_lists(self._json, ("images", "annotations", "categories"))
             if not self._masks.is_dir():
                 raise UserError(f"the folder {self._masks} with the PNGs of {self._json.name} is missing")
@@ -94,14 +97,34 @@ class Coco:
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Decodes one image and its PNG.
+    def __getitem__(self, index: int) -> Example:
+        """Returns one example, whose image and PNG are decoded when they are asked for.
 
         Raises:
           UserError: a file is missing or damaged, or image, PNG and JSON disagree.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}: example {index} of {len(self)}")
+        self._check_index(index)
+        rows = slice(int(self._first[index]), int(self._first[index + 1]))
+        classes = self._segment_class[rows]
+        first, last = self._first_caption[index], self._first_caption[index + 1]
+        image = functools.cache(lambda: self._read_image(index))
+        fields: dict[str, Any] = {
+            "image": lambda _: image()[0],
+            "segments": lambda _: self._read_png(
+                index, self._segment_ids[rows], image()[0].shape[:2], image()[1]
+            ),
+            "class_ids": classes.astype(np.int32),
+            "isthing": lambda _: np.asarray(self.classes.isthing, bool)[classes],
+            "iscrowd": self._crowd[rows],
+            "boxes": lambda example: segment_boxes(example["segments"], len(classes)),
+            "captions": self._captions[first:last],
+        }
+        if "segments" not in self.provides:
+            fields = {key: fields[key] for key in self.provides}
+        return Example(**fields, image_id=str(self._ids[index]))
+
+    def _read_image(self, index: int) -> tuple[UInt8[np.ndarray, "h w 3"], int]:
+        """The image, upright, and its EXIF orientation."""
         path = self._images / self._files[index]
         try:
             image, orientation = read_oriented(path)
@@ -109,37 +132,23 @@ class Coco:
             if path.exists():
                 raise
             raise UserError(f"the image {path} is named in {self._json.name} but is not there") from e
-        rows = slice(int(self._first[index]), int(self._first[index + 1]))
-        count = rows.stop - rows.start
-        segments, boxes = np.zeros(image.shape[:2], np.int32), np.zeros((0, 4), np.float32)
         height, width = self._sizes[index]
-        # The JSON may mean the image as stored, or upright.
-        if (height, width) not in (image.shape[:2], image.shape[:2][:: -1 if orientation > 4 else 1]):
+        if (height, width) != image.shape[:2]:
+            exif = f"; it has the EXIF orientation {orientation}" if orientation != 1 else ""
             raise UserError(
                 f"{path} is {image.shape[0]} x {image.shape[1]} (height x width) but {self._json.name} says "
-                f"{height} x {width}"
+                f"{height} x {width}{exif}"
             )
-        if self._pngs[index]:
-            png = self._masks / self._pngs[index]
-            colours = turn_mask(read_colours(png, "the PNG"), png, path, image.shape[:2], orientation)
-            segments = _number(colours, self._segment_ids[rows], png, self._json.name)
-            boxes = segment_boxes(segments, count)
-        classes = self._segment_class[rows]
-        first, last = self._first_caption[index], self._first_caption[index + 1]
-        return {
-            "image": image,
-            "segments": segments,
-            "class_ids": classes.astype(np.int32),
-            "isthing": np.asarray(self.classes.isthing, bool)[classes],
-            "iscrowd": self._crowd[rows],
-            "boxes": boxes,
-            "captions": self._captions[first:last],
-            "image_id": str(self._ids[index]),
-        }
+        return image, orientation
 
-    def captions(self) -> Iterator[str]:
-        """All captions, in the order of the images."""
-        return iter(self._captions)
+    def _read_png(
+        self, index: int, ids: Int[np.ndarray, "n"], size: tuple[int, int], orientation: int
+    ) -> Int32[np.ndarray, "h w"]:
+        if not self._pngs[index]:
+            return np.zeros(size, np.int32)
+        png, path = self._masks / self._pngs[index], self._images / self._files[index]
+        colours = turn_mask(read_colours(png, "the PNG"), png, path, size, orientation)
+        return _number(colours, ids, png, self._json.name)
 
     def extent(self) -> Extent:
         """From the JSON, without opening an image."""

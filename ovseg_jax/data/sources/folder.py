@@ -14,6 +14,7 @@ its values are ids of classes.txt, of which 255 (65535 in 16 bits) and ids not l
 `invalid_class_id` are void.
 """
 
+import functools
 import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +23,7 @@ import numpy as np
 from etils import epath
 
 from ovseg_jax.data.images import list_images, read_header, read_mask, read_oriented, turn_mask
-from ovseg_jax.data.sources.build import Extent, Regions, join_regions
+from ovseg_jax.data.source_base import Example, Extent, Regions, Source, join_regions
 from ovseg_jax.data.transforms import segment_boxes
 from ovseg_jax.errors import UserError
 from ovseg_jax.reading import parse_json, read_json, read_lines, reading, short, text, texts
@@ -31,7 +32,7 @@ from ovseg_jax.vocab.classes import ClassList, read_label_file
 KINDS = ("segments", "semantic")
 
 
-class Folder:
+class Folder(Source):
     """A folder in the layout above, sorted by file name.
 
     Attributes:
@@ -73,41 +74,48 @@ class Folder:
         self._check_segment_names()
         self._captions = self._read_captions()
         self._extent: Extent | None = None
+        self.provides = frozenset({"image"})
+        if self._masks:
+            self.provides |= {"segments", "class_ids", "boxes"}
+        if any(self._captions):
+            self.provides |= {"captions"}
 
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Decodes one image and its mask.
+    def __getitem__(self, index: int) -> Example:
+        """Returns one example, whose image and mask are decoded when they are asked for.
 
         Raises:
           UserError: a file is damaged, or image, mask and classes disagree.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}: example {index} of {len(self)}")
+        self._check_index(index)
         file = self._files[index]
-        path, mask = self._root / "images" / file, self._masks.get(file)
-        image, orientation = read_oriented(path)
-        segments, values = np.zeros(image.shape[:2], np.int32), np.zeros(0, np.int64)
-        if mask is not None:
-            pixels = turn_mask(read_mask(mask), mask, path, image.shape[:2], orientation)
-            segments, values = self._number(pixels, mask)
-        class_ids = np.array([self._class_of_value(file, int(v)) for v in values], np.int32)
-        isthing = np.array([*self.classes.isthing, True], bool)[class_ids]
-        return {
-            "image": image,
-            "segments": segments,
-            "class_ids": class_ids,
-            "isthing": isthing,
-            "iscrowd": np.zeros(len(values), bool),
-            "boxes": segment_boxes(segments, len(values)),
+        image = functools.cache(lambda: read_oriented(self._root / "images" / file))
+        numbered = functools.cache(lambda: self._read_segments(file, image()[0].shape[:2], image()[1]))
+        class_of = lambda value: self._class_of_value(file, int(value))
+        fields: dict[str, Any] = {
+            "image": lambda _: image()[0],
+            "segments": lambda _: numbered()[0],
+            "class_ids": lambda _: np.array([class_of(value) for value in numbered()[1]], np.int32),
+            "isthing": lambda e: np.array([*self.classes.isthing, True], bool)[e["class_ids"]],
+            "iscrowd": lambda _: np.zeros(len(numbered()[1]), bool),
+            "boxes": lambda _: segment_boxes(numbered()[0], len(numbered()[1])),
             "captions": self._captions[index],
-            "image_id": epath.Path(file).stem,
         }
+        if "segments" not in self.provides:
+            fields = {key: fields[key] for key in self.provides}
+        return Example(**fields, image_id=epath.Path(file).stem)
 
-    def captions(self) -> Iterator[str]:
-        """All captions, in the order of the images."""
-        return (caption for captions in self._captions for caption in captions)
+    def _read_segments(
+        self, file: str, size: tuple[int, int], orientation: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Segments numbered 1.. of an image of that size once it is upright, and the mask's value of each."""
+        mask = self._masks.get(file)
+        if mask is None:
+            return np.zeros(size, np.int32), np.zeros(0, np.int64)
+        path = self._root / "images" / file
+        return self._number(turn_mask(read_mask(mask), mask, path, size, orientation), mask)
 
     def extent(self) -> Extent:
         """Reads every mask, and of the images that have none the header; once."""

@@ -13,14 +13,13 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int
 
 from ovseg_jax.data.images import list_folders, read_image, say_left_out, scan_images
+from ovseg_jax.data.source_base import Example, Source
 from ovseg_jax.errors import UserError
 from ovseg_jax.reading import read_json, read_lines, reading, short, texts
 from ovseg_jax.vocab.classes import ClassList, split_names
@@ -28,7 +27,7 @@ from ovseg_jax.vocab.classes import ClassList, split_names
 _LOG = logging.getLogger(__name__)
 
 
-class ImageFolder:
+class ImageFolder(Source):
     """A split of a data set in the layout above, sorted by class and file name.
 
     The classes are those of `names` that a split has a folder of, in its order, or else the folders of all splits in
@@ -40,6 +39,9 @@ class ImageFolder:
       classes: see above.
       labels: i32 [n], the class of every image.
     """
+
+    provides = frozenset({"image", "label"})
+    labels: np.ndarray
 
     def __init__(
         self, data_dir: epath.PathLike, split: str = "", names: epath.PathLike = "", num_classes: int = 0
@@ -75,7 +77,7 @@ class ImageFolder:
             own
         )
         if names:
-            listed = read_names(epath.Path(names))
+            listed = read_names(names)
             if stray := [folder for folder in own if folder not in listed]:
                 raise UserError(f"{names} has no name for the folder {self._folder / stray[0]}")
             # A list may be longer than the data, whose classes alone are told apart.
@@ -100,21 +102,16 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Example:
         """Decodes one image: `image` u8 [H W 3], `label`, `image_id`.
 
         Raises:
           UserError: the file is damaged.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}: example {index} of {len(self)}")
+        self._check_index(index)
         label = int(self.labels[index])
         file = f"{self._class_folders[label]}/{os.fsdecode(bytes(self._files[index]))}"
-        return {"image": read_image(self._folder / file), "label": label, "image_id": file}
-
-    def captions(self) -> Iterator[str]:
-        """None."""
-        return iter(())
+        return Example(image=lambda _: read_image(self._folder / file), label=label, image_id=file)
 
     def _list_files(self, folders: list[str]) -> None:
         position = {folder: k for k, folder in enumerate(self._class_folders)}
@@ -130,12 +127,12 @@ class ImageFolder:
                 labels.append(np.full(len(names), position[folder], np.int32))
         say_left_out(self._folder, left_out)
         self._files = np.concatenate(files)
-        self.labels: Int[np.ndarray, " n"] = np.concatenate(labels)
+        self.labels = np.concatenate(labels)
         if not len(self.labels):
             raise UserError(f"the class folders of {self._folder} hold no image that can be read")
 
 
-def read_names(path: epath.Path) -> dict[str, tuple[str, ...]]:
+def read_names(path: epath.PathLike) -> dict[str, tuple[str, ...]]:
     """The names of each class folder, from a file of the forms above.
 
     Raises:
@@ -143,7 +140,7 @@ def read_names(path: epath.Path) -> dict[str, tuple[str, ...]]:
     """
     what = "the class names"
     pairs: list[tuple[str, Any]]
-    if path.suffix.lower() == ".json":
+    if epath.Path(path).suffix.lower() == ".json":
         data = read_json(path, what)
         if not isinstance(data, dict):
             raise UserError(f"{what} {path} cannot be read: expected an object, got {short(data)}")
