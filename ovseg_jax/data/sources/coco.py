@@ -72,9 +72,9 @@ class Coco(Source):
             )
         self._images = found[0]
         annotations = root / "annotations"
-        self._json = annotations / f"panoptic_{split}.json"
         self._masks = annotations / f"panoptic_{split}"
         caption_file = annotations / f"captions_{split}.json"
+        self._json = annotations / f"panoptic_{split}.json" if masks else caption_file
         if not masks and captions is False:
             raise UserError("coco: with masks=False and captions=False nothing would be read")
         self.provides = frozenset({"image"})
@@ -87,7 +87,7 @@ class Coco(Source):
             panoptic = _read_lists(self._json, ("images", "annotations", "categories"))
             if not self._masks.is_dir():
                 raise UserError(f"the folder {self._masks} with the PNGs of {self._json.name} is missing")
-        with reading(self._json if masks else caption_file):
+        with reading(self._json):
             self.classes = _classes(panoptic["categories"], labels) if panoptic else ClassList((), (), ())
             self._read_images((panoptic or caption_data or {})["images"])
             self._read_segments(panoptic["annotations"] if panoptic else [])
