@@ -345,7 +345,8 @@ def _from_array(array: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
             f"an image array has the shape [H W], [H W 1], [H W 3] or [H W 4], not {list(array.shape)}"
         )
     if array.dtype == np.uint16:
-        array = np.round(array / 257)
+        # By table: as floats, a hundred megapixels would take gigabytes.
+        array = np.round(np.arange(1 << 16) / 257).astype(np.uint8)[array]
     elif np.issubdtype(array.dtype, np.floating):
         low, high = array.min(), array.max()
         if not (low >= 0 and high <= 1):  # also false for NaN

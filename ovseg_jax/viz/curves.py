@@ -80,7 +80,7 @@ def _read(metrics: epath.PathLike) -> Series:
     for _, line in read_lines(file):
         try:
             record = parse_json(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # the last line of a run that was killed
         step = record.pop("step", None) if isinstance(record, dict) else None
         if not _is_number(step):

@@ -183,6 +183,8 @@ class Coco(Source):
         if (double := self._ids[1:][np.diff(self._ids) == 0]).size:
             raise ValueError(f"it lists the image {double[0]} twice")
         files = column(images, "file_name", text)
+        if "" in files:
+            raise ValueError(f"entry {files.index('')} of 'images' has an empty 'file_name'")
         self._files = [files[k] for k in order]
         sides = [column(images, key, whole, 1, _LONGEST) for key in ("height", "width")]
         self._sizes = np.array(sides, np.int32).T.reshape(-1, 2)[order]
