@@ -13,7 +13,7 @@ PACKAGE = ROOT / "ovseg_jax"
 # From the ground up: a room may import those before it. `data/sources` and `data/scenes` are parts of `data`.
 ROOMS = (
     "errors config protocols vocab data parallel losses kernels models pretrained towers torch cli viz decisions "
-    "methods evals train experiment inference costs"
+    "methods evals train experiment inference costs configs"
 ).split()
 COMMANDS = len(ROOMS)  # What lies beside the rooms: the commands, and the package's own __init__.
 
