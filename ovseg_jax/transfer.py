@@ -10,6 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from ovseg_jax.cli.console import complain, quieten, use_compilation_cache
+from ovseg_jax.data.source_base import check_provides
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.transfer import FILLS, TransferEvaluator, load_stage, rules_of
 from ovseg_jax.parallel.sharding import make_mesh
@@ -116,8 +117,7 @@ def _run(arguments: argparse.Namespace) -> int:
     classifier = load_stage(arguments.checkpoint, mesh, Classifier, "--checkpoint", "classifies no images")
     evaluation = evaluation_of(proposals.config, arguments)
     source = make_source(evaluation.pop("source"))
-    if hasattr(source, "labels"):
-        raise UserError(f"--data: the source {source.name!r} has images with a label each, no segments")
+    check_provides(source, ("image", "segments", "class_ids"), "--data")
     classes = load_split(source.classes, arguments.split) if arguments.split else source.classes
     processes = jax.process_count()
     batch_size = int(evaluation.pop("batch_size"))
