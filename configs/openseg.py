@@ -13,6 +13,7 @@ Numbers with a section, table or appendix are the paper's. What the paper leaves
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from ovseg_jax.config import Args, parse_arg
 from ovseg_jax.configs import common
@@ -235,7 +236,7 @@ def full(args: Args) -> dict[str, Any]:
             pyramid_output_conv=True,  # FPN
             position_grid=160,  # one for each position of P2 at 640 x 640: ours
             mask_scale=1.0,  # 3.1: a plain dot product; 1 / sqrt(640) would keep it small at the start
-            mask_bias=None,  # 3.1: none; a number: where a learned one starts
+            mask_bias=placeholder(float),  # 3.1: none; a number: where a learned one starts
             detach_masks=False,
             # none | products | all (models/remat.py). With none, here and in the backbone, 16 images of 640 x 640 do
             # not fit a core of TPU v3.
@@ -273,7 +274,7 @@ def small(args: Args) -> dict[str, Any]:
             pyramid_output_conv=True,
             position_grid=32,
             mask_scale=1.0,
-            mask_bias=None,
+            mask_bias=placeholder(float),
             detach_masks=False,
             remat="none",
             dtype="float32",
