@@ -74,12 +74,16 @@ def parse_arg(arg: str | None, **defaults: Any) -> Args:
     return Args({**values, **given}, given.keys(), choices)
 
 
-def unknown_key(key: str, known: Collection[str], section: str = "") -> str:
-    """Returns the sentence for a key that does not exist."""
-    close = difflib.get_close_matches(key, known, 1)
+def unknown_key(key: str, known: Collection[str]) -> str:
+    """Returns the sentence for a key that does not exist, "optimizer.rate" beside the `known` ones of its section."""
+    close = difflib.get_close_matches(key.rpartition(".")[2], known, 1)
     hint = f" (did you mean '{close[0]}'?)" if close else ""
-    of = f" of config.{section}" if section else ""
-    return f"unknown config key '{key}'{of}{hint}; known keys: {', '.join(sorted(known))}"
+    return f"unknown config key '{key}'{hint}; known keys: {', '.join(sorted(known))}"
+
+
+def keys(names: str, effect: bool = True) -> dict[str, bool]:
+    """Returns the keys of a section as `experiment.keys` takes them: whether each has an effect."""
+    return dict.fromkeys(names.split(), effect)
 
 
 def _split(arg: str, known: dict[str, Any]) -> list[str]:

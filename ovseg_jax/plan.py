@@ -14,10 +14,11 @@ import os
 import jax
 from absl import flags
 
-from ovseg_jax.cli.flags import chosen_config, launch
+from ovseg_jax.cli.flags import chosen_config, given_keys, launch
 from ovseg_jax.costs.plan import largest_batch, plan, search
 from ovseg_jax.costs.roofline import report
 from ovseg_jax.errors import UserError
+from ovseg_jax.experiment.keys import check_config
 
 _TOPOLOGY = flags.DEFINE_string(
     "topology", "v3:4x8", "<chip>:<shape> of TPUs, or h100:<count>, h200:<count>."
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"unexpected arguments {argv[1:]}; a setting is --config.key=value.")
     use_compiler_alone()
     config = chosen_config()
+    check_config(config, given_keys())
     words, classes, topology = _WORDS.value, _CLASSES.value, _TOPOLOGY.value
     plans = [("", plan(config, topology, words=words, classes=classes))]
     if not _JSON.value:

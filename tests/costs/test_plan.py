@@ -1,5 +1,6 @@
 """The planner: counts against hand-made ones, and real compilations for TPUs that are not there."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -151,9 +152,13 @@ def test_a_search_tries_the_cheapest_first(monkeypatch):
     monkeypatch.setitem(CHIPS, "h100", CHIPS["h100"]._replace(memory=1))
     config = tiny()
     config.model.backbone = dict(name="resnet50", remat="none")
-    changes = [change.split()[-1] for change, _ in search(config, "h100:1")]
-    assert changes[:4] == [
-        f"--config.model{part}.remat={policy}" for policy in ("products", "all") for part in ("", ".backbone")
+    model, backbone = "--config.model.remat", "--config.model.backbone.remat"
+    changes = [change for change, _ in itertools.islice(search(config, "h100:1"), 4)]
+    assert changes == [
+        f"{model}=products",
+        f"{model}=products {backbone}=products",
+        f"{model}=all {backbone}=products",
+        f"{model}=all {backbone}=all",
     ]
 
 
