@@ -69,8 +69,8 @@ class OpenSeg:
     Of `config.loss`: `mask_weight` is α of eq. 5; `contrast` is "unsync" (within groups of `group` examples) or
     "sync" (the global batch, computed in the `form` that `kernels.all_pairs` describes, or "auto", by its size);
     `temperature` starts τ of eq. 2, learned within `temperature_bounds` (ours; () for none);
-    `shared_temperature` uses one τ for eq. 3 and eq. 4 as the paper writes, otherwise each has its own; `grounding_weight` 0 trains the masks alone (the
-    teacher of 3.3), `mask_weight` 0 the words alone (Table 8).
+    `shared_temperature` uses one τ for eq. 3 and eq. 4 as the paper writes, otherwise each has its own;
+    `grounding_weight` 0 trains the masks alone (the teacher of 3.3), `mask_weight` 0 the words alone (Table 8).
     """
 
     @classmethod
