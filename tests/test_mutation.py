@@ -27,9 +27,7 @@ from ovseg_jax.data.sources.coco import Coco
 from ovseg_jax.data.sources.folder import Folder
 from ovseg_jax.data.sources.image_folder import ImageFolder, read_names
 from ovseg_jax.errors import UserError
-from ovseg_jax.evals import box_files
 from ovseg_jax.experiment.load import read_classes, read_words
-from ovseg_jax.score import read_suite
 from ovseg_jax.towers.templates import read_templates
 from ovseg_jax.train.checkpoints import read_config
 from ovseg_jax.train.metrics import read_metrics
@@ -357,11 +355,6 @@ READERS: dict[str, Reader] = {
     "SigLIP's model": Reader(sentences, tokens),
     "templates": Reader(
         text("t.json", '["a photo of a {}.", "a {}"]'), lambda path: read_templates(str(path))
-    ),
-    "boxes": Reader(text("b.json", json.dumps(BOXES)), box_files.read_boxes),
-    "suite": Reader(
-        text("s.json", '{"sets": {"pets": {"metric": "mean", "prompts": "x", "limit": 3}}}'),
-        lambda path: read_suite(str(path)),
     ),
     "config.json": Reader(
         lambda folder: text("config.json", _config())(folder), lambda path: read_config(path.parent)
