@@ -5,7 +5,6 @@ None, ...}`. `type` is a key of `EVALUATORS` or "module:Class" of any class that
 class says which further keys it has (`options`) and which of `config.data` it may set (`overrides`).
 """
 
-import importlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.data.source_base import check_provides
 from ovseg_jax.errors import UserError
-from ovseg_jax.protocols import Evaluator, Trainable
+from ovseg_jax.protocols import Evaluator, Trainable, import_class
 from ovseg_jax.towers.prompt_file import Prompt
 from ovseg_jax.towers.templates import read_templates
 
@@ -85,19 +84,7 @@ def evaluator_type(name: str) -> type[Evaluator]:
     Raises:
       UserError: there is none of this name, or it is no evaluator.
     """
-    target = EVALUATORS.get(name, name)
-    module, colon, attribute = str(target).partition(":")
-    if not colon:
-        raise UserError(
-            f"the evaluator {name!r} is not one of {', '.join(EVALUATORS)}, and no 'module:Class'"
-        )
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"the evaluator {name!r} cannot be imported: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Evaluator)):
-        raise UserError(f"{name!r} is no evaluator: it does not derive from ovseg_jax.protocols.Evaluator")
-    return found
+    return import_class(EVALUATORS.get(name, name), Evaluator, "evaluator", EVALUATORS)
 
 
 def make_evaluators(config: ConfigDict, method: Trainable, mesh: Mesh, key: str = "evals") -> list[Evaluator]:
@@ -114,11 +101,6 @@ def make_evaluators(config: ConfigDict, method: Trainable, mesh: Mesh, key: str 
         where = f"{key}.{name}"
         kind = evaluation.get("type", "segmentation")
         evaluator = evaluator_type(kind)
-        known = (*COMMON, *evaluator.overrides, *evaluator.options)
-        if unknown := sorted(set(evaluation) - set(known)):
-            raise UserError(
-                f"{where} has no key {unknown[0]!r}; those of type {kind!r} are {', '.join(known)}"
-            )
         if not isinstance(method, evaluator.takes):
             raise UserError(f"{where}.type is {kind!r}, which the method {type(method).__name__} cannot do")
         if evaluation.batch_size % jax.process_count():

@@ -262,7 +262,7 @@ def test_mistakes_are_said():
     with pytest.raises(UserError, match="RandomMethod cannot do"):
         make_evaluators(evals(type="segmentation", batch_size=1), RandomMethod(), mesh)
     source = dict(name="scenes", split="test", num_examples=2, image_size=32)
-    with pytest.raises(UserError, match="'scenes' has no label, which evals.a"):
+    with pytest.raises(UserError, match=r"'scenes' has no label, which evals\.a"):
         make_evaluators(evals(type="classification", batch_size=1, source=source), RandomMethod(), mesh)
 
 
