@@ -102,17 +102,18 @@ def scenes(seed: int) -> ConfigDict:
     """POMP on the embedded data: things of 2,412 classes on black, 32 px, of which a third is held out (ours)."""
     clip = small_clip(seed)
     config = on_scenes(seed, clip)
-    config.before = dict(
+    stages = dict(
         clip=clip,
         coop=on_scenes(seed, clip, sample=0, count=100),
         uncorrected=on_scenes(seed, clip, correction="0"),
         proposals=proposals(seed),
     )
+    config.stages = [dict(name=name, kind="train", config=stage) for name, stage in stages.items()]
     prompts = dict(
         hard="a photo of a {}",
         ensemble=["{}", "a photo of a {}", "a photo of the {}", "a picture of the {}", "an image of a {}"],
-        coop="before:coop/prompt.safetensors",
-        uncorrected="before:uncorrected/prompt.safetensors",
+        coop="stage:coop/prompt.safetensors",
+        uncorrected="stage:uncorrected/prompt.safetensors",
     )
     config.final_evals = dict(
         test=dict(
@@ -125,7 +126,7 @@ def scenes(seed: int) -> ConfigDict:
         segmentation=dict(
             type="transfer",
             source=dict(name="scenes", split="test", num_examples=200, image_size=64, size="small"),
-            proposals="before:proposals",
+            proposals="stage:proposals",
             ensemble=0.0,
             fill="zero",
             batch_size=50,
@@ -158,7 +159,7 @@ def on_scenes(
             accumulate=1,
             profile="",
             mesh=dict(data=-1, fsdp=1),
-            towers=dict(clip.towers.to_dict(), init="before:clip", tokenizer="before:clip"),
+            towers=dict(clip.towers.to_dict(), init="stage:clip", tokenizer="stage:clip"),
             prompt=dict(length=4, position="end", specific=False, init=""),
             loss=dict(sample=sample, correction=correction, proposal="uniform", per_device=False, chunk=256),
             optimizer=dict(

@@ -65,10 +65,11 @@ def on_scenes(args: ConfigDict, pomp: Any) -> ConfigDict:
     """What a prompt has learned from single things meets the segments of whole scenes (ours)."""
     clip = pomp["small_clip"](args.seed)
     config = pomp["on_scenes"](args.seed, clip)
-    place = lambda name: f"{args.run}/{name}" if args.run else f"before:{name}"
+    place = lambda name: f"{args.run}/{name}" if args.run else f"stage:{name}"
     if not args.run:
         learned = pomp["on_scenes"](args.seed, clip)
-        config.before = dict(clip=clip, pomp=learned, proposals=pomp["proposals"](args.seed))
+        stages = dict(clip=clip, pomp=learned, proposals=pomp["proposals"](args.seed))
+        config.stages = [dict(name=name, kind="train", config=stage) for name, stage in stages.items()]
     prompt = place(FILE) if args.run else place(f"pomp/{FILE}")
     config.towers.init = config.towers.tokenizer = place("clip")
     args.init = "" if args.init == "noise" else args.init or prompt
