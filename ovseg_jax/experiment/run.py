@@ -30,6 +30,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.evals.runner import Evaluator
 from ovseg_jax.experiment.changes import class_differences, config_differences
 from ovseg_jax.experiment.features import cached_features
+from ovseg_jax.experiment.keys import check_config
 from ovseg_jax.experiment.load import CLASSES_FILE, WORDS_FILE, Run, load_run, read_classes, read_method
 from ovseg_jax.experiment.stages import check_finished, run_stages
 from ovseg_jax.files import forget, is_recorded, locked, record, write_recorded, write_whole
@@ -86,6 +87,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, finish: Finish | None 
     """
     workdir = epath.Path(workdir)
     config = config_lib.from_json(config_lib.to_json(config))
+    check_config(config)
     try:
         with _locked(workdir):
             return _train(config, workdir, finish)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
+from ovseg_jax.config import keys
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.all_pairs import FORMS
 from ovseg_jax.kernels.grounding import grounding_loss
@@ -30,11 +31,13 @@ NET_FIELDS = (
     "mask_scale mask_bias detach_masks remat"
 ).split()
 
+OTHER_FIELDS = ("backbone", "mean", "std", "dtype")
+
 
 def build_net(config: ConfigDict, **overrides) -> OpenSegNet:
     """The image network of a config's `model` section; an unknown key is an error."""
     model = config.model.to_dict()
-    known = {*NET_FIELDS, "backbone", "mean", "std", "dtype"}
+    known = {*NET_FIELDS, *OTHER_FIELDS}
     if unknown := set(model) - known:
         raise UserError(
             f"unknown model keys: {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}"
@@ -67,6 +70,21 @@ class OpenSeg:
     and eq. 4 as the paper writes, otherwise each has its own; `grounding_weight` 0 trains the masks alone (the
     teacher of 3.3), `mask_weight` 0 the words alone (Table 8).
     """
+
+    @classmethod
+    def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
+        """Returns the keys of its sections, and whether each has an effect, see `experiment.keys`."""
+        sync, tower = config.loss.get("contrast") == "sync", bool(config.text.get("tower"))
+        return {
+            "model": dict.fromkeys([*NET_FIELDS, *OTHER_FIELDS], True),
+            "text": keys("tower init prompt", tower) | keys("learned vectors", not tower),
+            "loss": {
+                **keys("mask_weight grounding_weight contrast"),
+                **keys("temperature temperature_bounds shared_temperature"),
+                **keys("group", not sync),
+                **keys("form", sync),
+            },
+        }
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         self.config, self.loss_config = config, config.loss
