@@ -3,7 +3,6 @@ teacher labels captioned images, a student learns from them, and predicts."""
 
 import json
 from pathlib import Path
-from runpy import run_path
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from ovseg_jax import predict, pseudo_label
+from ovseg_jax.configs import openseg
 from ovseg_jax.data.scenes.source import Scenes
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.run import train
@@ -23,7 +23,7 @@ SAMPLE = ROOT / "../shared/data/coco_sample"
 
 def shrunk(arg: str, **loss) -> ConfigDict:
     """A shipped config with two steps of a network of nothing."""
-    config = run_path(str(ROOT / "configs" / "openseg.py"))["get_config"](arg)
+    config = openseg.get_config(arg)
     config.update(dict(steps=2, batch_size=8, log_every=1))
     config.model.update(dict(width=16, embed_dim=16, num_queries=4, decoder_layers=1, position_grid=4))
     config.model.update(dict(head_convs=1, dtype="float32"))
