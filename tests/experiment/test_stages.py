@@ -2,9 +2,7 @@
 
 import json
 import re
-import runpy
 from pathlib import Path
-from runpy import run_path
 
 import jax
 import numpy as np
@@ -14,6 +12,7 @@ from PIL import Image
 
 from ovseg_jax import predict
 from ovseg_jax.config import resolved, stages_of, to_json
+from ovseg_jax.configs import pomp, pomp_segments
 from ovseg_jax.data.pipeline import make_source
 from ovseg_jax.data.transforms import class_map
 from ovseg_jax.errors import UserError
@@ -22,13 +21,10 @@ from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.towers.prompt_file import load_prompt
 from tests.test_notebook import execute
 
-ROOT = Path(__file__).parents[2]
-get_config = run_path(str(ROOT / "configs" / "pomp.py"))["get_config"]
-
 
 def tiny():
     """configs/pomp.py in the smallest of its worlds, with steps that learn nothing."""
-    config = get_config("seed=3")
+    config = pomp.get_config("seed=3")
     text = to_json(config).replace('"size": "large"', '"size": "tiny"')
     config = type(config)(json.loads(text))
     config.stages = [stage for stage in config.stages if stage["name"] != "coop"]
@@ -141,7 +137,7 @@ def test_a_classifier_segments_with_the_masks_of_another_run(run, tmp_path, caps
 def test_its_prompt_is_tuned_on_segments(run, tmp_path):
     """The command of papers/000's tables 4 and 5, on what the run has left."""
     _, workdir, summary = run
-    segments = run_path(str(ROOT / "configs" / "pomp_segments.py"))["get_config"](f"seed=3,run={workdir}")
+    segments = pomp_segments.get_config(f"seed=3,run={workdir}")
     text = json.dumps(segments.to_dict()).replace('"size": "small"', '"size": "tiny"')
     config = type(segments)(json.loads(text))
     config.update(steps=2, batch_size=16)
@@ -163,7 +159,7 @@ def test_its_prompt_is_tuned_on_segments(run, tmp_path):
 
 def test_the_notebook(run, monkeypatch):
     config, workdir, _ = run
-    monkeypatch.setattr(runpy, "run_path", lambda path: {"get_config": lambda: config})
+    monkeypatch.setattr(pomp, "get_config", lambda: config)
     assert len(execute("pomp.ipynb", Path(workdir), {})) == 5
 
 
