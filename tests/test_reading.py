@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from ovseg_jax.data.images import list_images, read_image
 from ovseg_jax.data.sources.coco import Coco
 from ovseg_jax.data.sources.folder import Folder
 from ovseg_jax.data.sources.image_folder import read_names
@@ -58,6 +59,12 @@ def test_one_sentence_for_what_is_not_there(tmp_path):
         for name, message in (("none", "no such file"), ("folder", "is a folder"), ("a\0b", "null")):
             with pytest.raises(UserError, match=message):
                 reader(tmp_path / name)
+
+
+def test_addresses_of_unknown_schemes():
+    for reader in (read_text, read_json, read_image, list_images):
+        with pytest.raises(UserError, match=r"files of 'foo://' are not known"):
+            reader("foo://bucket/x.json")
 
 
 def test_columns_are_of_one_kind():
