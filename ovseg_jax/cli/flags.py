@@ -1,5 +1,6 @@
 """What the commands that take a config have in common: the flag, and mistakes as sentences."""
 
+import importlib
 import sys
 import traceback
 from collections.abc import Callable
@@ -26,7 +27,10 @@ def chosen_config() -> ConfigDict:
     if config is None:
         raise UserError("say which --config=FILE.py to run, such as configs/openseg.py.")
     path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
-    raise UserError(f"the config file {path} does not exist or cannot be read.")
+    shipped = importlib.import_module("ovseg_jax.configs").__path__[0]
+    raise UserError(
+        f"the config file {path} does not exist or cannot be read; those of the package lie in {shipped}."
+    )
 
 
 def given_keys() -> list[str]:
