@@ -11,7 +11,7 @@ from etils import epath
 from PIL import Image
 
 from ovseg_jax import predict
-from ovseg_jax.config import needed, resolved
+from ovseg_jax.config import resolved, stages_of, to_json
 from ovseg_jax.configs import pomp, pomp_segments
 from ovseg_jax.data.pipeline import make_source
 from ovseg_jax.data.transforms import class_map
@@ -25,21 +25,23 @@ from tests.test_notebook import execute
 def tiny():
     """configs/pomp.py in the smallest of its worlds, with steps that learn nothing."""
     config = pomp.get_config("seed=3")
-    text = json.dumps(config.to_dict()).replace('"size": "large"', '"size": "tiny"')
+    text = to_json(config).replace('"size": "large"', '"size": "tiny"')
     config = type(config)(json.loads(text))
-    del config.before["coop"]
-    for stage in (config, *config.before.values()):
+    config.stages = [stage for stage in config.stages if stage["name"] != "coop"]
+    own = {name: stage.config for name, stage in stages_of(config).items()}
+    for stage in (config, *own.values()):
         stage.update(steps=2, batch_size=16)
         stage.log_every = 1
         for source in stage.data.train:
             source.update({"shots": 2} if "shots" in source else {"num_examples": 8})
         if stage.method == "pomp":
             stage.loss.sample = 4
-    config.before.proposals.model.update(width=16, num_queries=2, decoder_layers=1)
-    config.before.proposals.model.backbone.width = 16
-    for stage in (config, config.before.clip, config.before.uncorrected):
+    own["proposals"].model.update(width=16, num_queries=2, decoder_layers=1)
+    own["proposals"].model.backbone.width = 16
+    for stage in (config, own["clip"], own["uncorrected"]):
         stage.towers.image.width = 16
-    prompts = dict(hard="a photo of a {}", uncorrected="before:uncorrected/prompt.safetensors")
+    config.stages = [dict(name=name, kind="train", config=stage) for name, stage in own.items()]
+    prompts = dict(hard="a photo of a {}", uncorrected="stage:uncorrected/prompt.safetensors")
     for evaluation in config.final_evals.values():
         evaluation.prompts = prompts
         evaluation.batch_size = 8
@@ -161,28 +163,12 @@ def test_the_notebook(run, monkeypatch):
     assert len(execute("pomp.ipynb", Path(workdir), {})) == 5
 
 
-def test_stages_that_wait_for_each_other(tmp_path):
-    config = tiny()
-    config.before.clip.towers.init = "before:uncorrected"
-    config.before.proposals = config.before.clip
-    with pytest.raises(UserError, match="waits for another"):
-        train(config, tmp_path)
-
-
 def test_towers_of_another_shape(run, tmp_path):
     _, workdir, _ = run
     config = resolved(tiny(), workdir)
-    del config["before"]
+    del config["stages"]
     config.towers.image.width = 32
     with pytest.raises(
         UserError, match=r"clip has other towers.*kernel is \(3, 3, 16, 24\) there, \(3, 3, 32, 48\)"
     ):
         train(config, tmp_path)
-
-
-def test_what_a_config_speaks_of():
-    config = tiny()
-    assert needed(config.before.uncorrected) == {"clip"} and needed(config.before.clip) == set()
-    there = resolved(config, "/runs/a")
-    assert there.towers.init == "/runs/a/clip"
-    assert there.final_evals.test.prompts.uncorrected == "/runs/a/uncorrected/prompt.safetensors"
