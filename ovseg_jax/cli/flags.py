@@ -1,6 +1,5 @@
 """What the commands that take a config have in common: the flag, and mistakes as sentences."""
 
-import importlib
 import sys
 import traceback
 from collections.abc import Callable
@@ -27,10 +26,7 @@ def chosen_config() -> ConfigDict:
     if config is None:
         raise UserError("say which --config=FILE.py to run, such as configs/openseg.py.")
     path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
-    shipped = importlib.import_module("ovseg_jax.configs").__path__[0]
-    raise UserError(
-        f"the config file {path} does not exist or cannot be read; those of the package lie in {shipped}."
-    )
+    raise UserError(f"the config file {path} does not exist or cannot be read.")
 
 
 def given_keys() -> list[str]:
