@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.config import Args, AtLeast, parse_arg
 from ovseg_jax.configs import common, openseg
-from ovseg_jax.pretrained.published import weights_of
+from ovseg_jax.pretrained.published import pixels_of, weights_of
 
 # POMP, and the baselines of Tables 1 to 3, as the repositories of their authors run them: P amazon-science/
 # prompt-pretraining, C KaiyangZhou/CoOp, M muzairkhattak/multimodal-prompt-learning. All with SGD, momentum 0.9, weight
@@ -196,13 +196,16 @@ def small_clip(seed: int) -> ConfigDict:
 
 
 def published_towers(args: Args) -> dict[str, Any]:
-    """Returns the towers of `towers` and `weights`; their pixels are normalised as CLIP's, by default."""
+    """Returns the towers of `towers` and `weights`, and how the pixels are normalised that they know."""
+    pixels = pixels_of(args.towers)
     return dict(
         image=dict(name=args.towers),
         text=dict(name=args.towers, remat="products"),  # ours
         init=args.weights or weights_of(args.towers),
         tokenizer="",
         image_size=224,  # appendix A
+        mean=pixels.mean,
+        std=pixels.std,
         logit_scale=100.0,  # of OpenAI's weights
         dtype="float32",  # ours; the code's is half precision
     )
