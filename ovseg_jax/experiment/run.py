@@ -264,9 +264,9 @@ def make_parts(config: ConfigDict, workdir: epath.Path, source: Any) -> Parts:
 
 def _counted(source: Any) -> ClassList:
     """The classes of a source, with their numbers of examples where each example is of one class."""
-    if not hasattr(source, "labels"):
+    if source.labels is None:
         return source.classes
-    counts = getattr(source, "counts", None)
+    counts = source.counts
     if counts is None:
         counts = np.bincount(source.labels, minlength=len(source.classes))
     return dataclasses.replace(source.classes, examples=tuple(counts.tolist()))

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from ovseg_jax.data.source_base import check_provides
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.transfer import TransferEvaluator, load_stage, rules_of
 from ovseg_jax.parallel.sharding import make_mesh
@@ -61,8 +62,7 @@ def compare_prompts(
             f"the run --proposals={proposals} was evaluated on nothing: say --data=NAME,KEY=VALUE,..."
         )
     source = make_source(evaluation.pop("source"))
-    if hasattr(source, "labels"):
-        raise UserError(f"--data: the source {source.name!r} has images with a label each, no segments")
+    check_provides(source, ("image", "segments", "class_ids"), "--data")
     classes = load_split(source.classes, split) if split else source.classes
     processes = jax.process_count()
     batch_size = int(evaluation.pop("batch_size"))

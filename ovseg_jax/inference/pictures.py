@@ -9,7 +9,8 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from ovseg_jax.data.sources.build import Source, make_source
+from ovseg_jax.data.source_base import Source
+from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.data.transforms import class_map
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.transfer import Stage, load_stage, rules_in

@@ -10,22 +10,21 @@ https://cocodataset.org/#format-data. Any data set in this layout is read, whate
 import io
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int, Int32
+from jaxtyping import Int, Int32, UInt8
 from PIL import Image
 
 from ovseg_jax.data.images import read_image
-from ovseg_jax.data.sources.build import Extent, Regions
+from ovseg_jax.data.source_base import Example, Extent, Regions, Source
 from ovseg_jax.data.transforms import segment_boxes
 from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.classes import ClassList, read_label_file
 
 
-class Coco:
+class Coco(Source):
     """A split of COCO, sorted by image id.
 
     Segments keep the order of the panoptic JSON. Crowds are segments with `iscrowd`; class -1 does not occur.
@@ -75,11 +74,14 @@ class Coco:
         caption_file = annotations / f"captions_{split}.json"
         if not masks and captions is False:
             raise UserError("coco: with masks=False and captions=False nothing would be read")
+        self.provides = frozenset({"image"})
         caption_data = None
         if captions or (captions is None and caption_file.exists()) or not masks:
             caption_data = _read_json(caption_file, ("images", "annotations"))
+            self.provides |= {"captions"}
         panoptic = None
         if masks:
+            self.provides |= {"segments", "class_ids", "boxes"}
             panoptic = _read_json(self._json, ("images", "annotations", "categories"))
             if not self._masks.is_dir():
                 raise UserError(f"the folder {self._masks} with the PNGs of {self._json.name} is missing")
@@ -96,14 +98,30 @@ class Coco:
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Decodes one image and its PNG.
+    def __getitem__(self, index: int) -> Example:
+        """Returns one example, whose image and PNG are decoded when they are asked for.
 
         Raises:
           UserError: a file is missing or damaged, or image, PNG and JSON disagree.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}: example {index} of {len(self)}")
+        self._check_index(index)
+        rows = slice(int(self._first[index]), int(self._first[index + 1]))
+        classes = self._segment_class[rows]
+        first, last = self._first_caption[index], self._first_caption[index + 1]
+        fields: dict[str, Any] = {
+            "image": lambda _: self._read_image(index),
+            "segments": lambda _: self._read_png(index, self._segment_ids[rows]),
+            "class_ids": classes.astype(np.int32),
+            "isthing": lambda _: np.asarray(self.classes.isthing, bool)[classes],
+            "iscrowd": self._crowd[rows],
+            "boxes": lambda example: segment_boxes(example["segments"], len(classes)),
+            "captions": self._captions[first:last],
+        }
+        if "segments" not in self.provides:
+            fields = {key: fields[key] for key in self.provides}
+        return Example(**fields, image_id=str(self._ids[index]))
+
+    def _read_image(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
         path = self._images / self._files[index]
         try:
             image = read_image(path)
@@ -111,35 +129,19 @@ class Coco:
             if path.exists():
                 raise
             raise UserError(f"the image {path} is named in {self._json.name} but is not there") from e
-        rows = slice(int(self._first[index]), int(self._first[index + 1]))
-        count = rows.stop - rows.start
-        segments, boxes = np.zeros(image.shape[:2], np.int32), np.zeros((0, 4), np.float32)
         if tuple(self._sizes[index]) != image.shape[:2]:
             height, width = self._sizes[index]
             raise UserError(
                 f"{path} is {image.shape[0]} x {image.shape[1]} (height x width) but {self._json.name} says "
                 f"{height} x {width}"
             )
-        if self._pngs[index]:
-            png = self._masks / self._pngs[index]
-            segments = _read_panoptic_png(png, image.shape[:2], self._segment_ids[rows], self._json.name)
-            boxes = segment_boxes(segments, count)
-        classes = self._segment_class[rows]
-        first, last = self._first_caption[index], self._first_caption[index + 1]
-        return {
-            "image": image,
-            "segments": segments,
-            "class_ids": classes.astype(np.int32),
-            "isthing": np.asarray(self.classes.isthing, bool)[classes],
-            "iscrowd": self._crowd[rows],
-            "boxes": boxes,
-            "captions": self._captions[first:last],
-            "image_id": str(self._ids[index]),
-        }
+        return image
 
-    def captions(self) -> Iterator[str]:
-        """All captions, in the order of the images."""
-        return iter(self._captions)
+    def _read_png(self, index: int, ids: Int[np.ndarray, "n"]) -> Int32[np.ndarray, "h w"]:
+        height, width = (int(n) for n in self._sizes[index])
+        if not self._pngs[index]:
+            return np.zeros((height, width), np.int32)
+        return _read_panoptic_png(self._masks / self._pngs[index], (height, width), ids, self._json.name)
 
     def extent(self) -> Extent:
         """From the JSON, without opening an image."""

@@ -14,6 +14,7 @@ its values are ids of classes.txt, of which 255 (65535 in 16 bits) and ids not l
 `invalid_class_id` are void.
 """
 
+import functools
 import io
 import json
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from jaxtyping import UInt8, UInt16
 from PIL import Image
 
 from ovseg_jax.data.images import SUFFIXES, read_image
-from ovseg_jax.data.sources.build import Extent, Regions, join_regions
+from ovseg_jax.data.source_base import Example, Extent, Regions, Source, join_regions
 from ovseg_jax.data.transforms import segment_boxes
 from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.classes import ClassList, read_label_file
@@ -33,7 +34,7 @@ from ovseg_jax.vocab.classes import ClassList, read_label_file
 KINDS = ("segments", "semantic")
 
 
-class Folder:
+class Folder(Source):
     """A folder in the layout above, sorted by file name.
 
     Attributes:
@@ -77,46 +78,51 @@ class Folder:
         self._check_segment_names()
         self._captions = self._read_captions()
         self._extent: Extent | None = None
+        self.provides = frozenset({"image"})
+        if self._masks:
+            self.provides |= {"segments", "class_ids", "boxes"}
+        if any(self._captions):
+            self.provides |= {"captions"}
 
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Decodes one image and its mask.
+    def __getitem__(self, index: int) -> Example:
+        """Returns one example, whose image and mask are decoded when they are asked for.
 
         Raises:
           UserError: a file is damaged, or image, mask and classes disagree.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}: example {index} of {len(self)}")
+        self._check_index(index)
         file = self._files[index]
-        image = read_image(self._root / "images" / file)
-        mask = self._masks.get(epath.Path(file).stem)
-        segments, values = np.zeros(image.shape[:2], np.int32), np.zeros(0, np.int64)
-        if mask is not None:
-            pixels = read_mask(mask)
-            if pixels.shape != image.shape[:2]:
-                raise UserError(
-                    f"the mask {mask} is {pixels.shape[0]} x {pixels.shape[1]} (height x width) but its "
-                    f"image is {image.shape[0]} x {image.shape[1]}"
-                )
-            segments, values = self._number(pixels, mask)
-        class_ids = np.array([self._class_of_value(file, int(v)) for v in values], np.int32)
-        isthing = np.array([*self.classes.isthing, True], bool)[class_ids]
-        return {
-            "image": image,
-            "segments": segments,
-            "class_ids": class_ids,
-            "isthing": isthing,
-            "iscrowd": np.zeros(len(values), bool),
-            "boxes": segment_boxes(segments, len(values)),
+        image = functools.cache(lambda: read_image(self._root / "images" / file))
+        numbered = functools.cache(lambda: self._read_segments(file, image().shape[:2]))
+        class_of = lambda value: self._class_of_value(file, int(value))
+        fields: dict[str, Any] = {
+            "image": lambda _: image(),
+            "segments": lambda _: numbered()[0],
+            "class_ids": lambda _: np.array([class_of(value) for value in numbered()[1]], np.int32),
+            "isthing": lambda e: np.array([*self.classes.isthing, True], bool)[e["class_ids"]],
+            "iscrowd": lambda _: np.zeros(len(numbered()[1]), bool),
+            "boxes": lambda _: segment_boxes(numbered()[0], len(numbered()[1])),
             "captions": self._captions[index],
-            "image_id": epath.Path(file).stem,
         }
+        if "segments" not in self.provides:
+            fields = {key: fields[key] for key in self.provides}
+        return Example(**fields, image_id=epath.Path(file).stem)
 
-    def captions(self) -> Iterator[str]:
-        """All captions, in the order of the images."""
-        return (caption for captions in self._captions for caption in captions)
+    def _read_segments(self, file: str, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Segments numbered 1.. of an image of that size, and the mask's value of each."""
+        mask = self._masks.get(epath.Path(file).stem)
+        if mask is None:
+            return np.zeros(size, np.int32), np.zeros(0, np.int64)
+        pixels = read_mask(mask)
+        if pixels.shape != size:
+            raise UserError(
+                f"the mask {mask} is {pixels.shape[0]} x {pixels.shape[1]} (height x width) but its "
+                f"image is {size[0]} x {size[1]}"
+            )
+        return self._number(pixels, mask)
 
     def extent(self) -> Extent:
         """Reads every mask, and the images that have none; once."""

@@ -12,21 +12,19 @@ A class is called as its folder, `_` read as a space, or as `names` says, a file
 import json
 import os
 import re
-from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int
 
 from ovseg_jax.data.images import read_image
+from ovseg_jax.data.source_base import Example, Source
 from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.classes import ClassList, split_names
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
-class ImageFolder:
+class ImageFolder(Source):
     """A split of a data set in the layout above, sorted by class and file name.
 
     The classes are those of `names`, in its order, or else the folders of all splits in alphabetical order: a
@@ -37,6 +35,9 @@ class ImageFolder:
       classes: see above.
       labels: i32 [n], the class of every image.
     """
+
+    provides = frozenset({"image", "label"})
+    labels: np.ndarray
 
     def __init__(
         self, data_dir: epath.PathLike, split: str = "", names: epath.PathLike = "", num_classes: int = 0
@@ -84,21 +85,16 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Example:
         """Decodes one image: `image` u8 [H W 3], `label`, `image_id`.
 
         Raises:
           UserError: the file is damaged.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}: example {index} of {len(self)}")
+        self._check_index(index)
         label = int(self.labels[index])
         file = f"{self._class_folders[label]}/{os.fsdecode(bytes(self._files[index]))}"
-        return {"image": read_image(self._folder / file), "label": label, "image_id": file}
-
-    def captions(self) -> Iterator[str]:
-        """None."""
-        return iter(())
+        return Example(image=lambda _: read_image(self._folder / file), label=label, image_id=file)
 
     def _list_files(self, folders: list[str]) -> None:
         position = {folder: k for k, folder in enumerate(self._class_folders)}
@@ -112,7 +108,7 @@ class ImageFolder:
                 files.append(np.array([os.fsencode(name) for name in names]))
                 labels.append(np.full(len(names), position[folder], np.int32))
         self._files = np.concatenate(files)
-        self.labels: Int[np.ndarray, " n"] = np.concatenate(labels)
+        self.labels = np.concatenate(labels)
         if not len(self.labels):
             raise UserError(f"the class folders of {self._folder} hold no image ({', '.join(SUFFIXES)})")
 

@@ -3,18 +3,17 @@
 `tfds build NAME --file_format=array_record` prepares one.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
 
 from ovseg_jax.data.images import read_image
+from ovseg_jax.data.source_base import Example, Source
 from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.classes import ClassList
 
 
-class TfdsImages:
+class TfdsImages(Source):
     """A split of a prepared data set with one label an image.
 
     Attributes:
@@ -22,6 +21,9 @@ class TfdsImages:
       classes: the names of the label, `_` read as a space.
       labels: i32 [n], read once without decoding an image.
     """
+
+    provides = frozenset({"image", "label"})
+    labels: np.ndarray
 
     def __init__(
         self, dataset: str, split: str, data_dir: str = "", image_key: str = "image", label_key: str = "label"
@@ -66,21 +68,16 @@ class TfdsImages:
             tuple((name.replace("_", " "),) for name in names), tuple(range(len(names))), (True,) * len(names)
         )
         undecoded = open_({image_key: tfds.decode.SkipDecoding()})
-        self.labels: Int[np.ndarray, " n"] = np.array([record[label_key] for record in undecoded], np.int32)
+        self.labels = np.array([record[label_key] for record in undecoded], np.int32)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Example:
         """Decodes one image: `image` u8 [H W 3], `label`, `image_id`."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}: example {index} of {len(self)}")
-        image = read_image(self._source[index][self._image_key])
-        return {"image": image, "label": int(self.labels[index]), "image_id": str(index)}
-
-    def captions(self) -> Iterator[str]:
-        """None."""
-        return iter(())
+        self._check_index(index)
+        read = lambda _: read_image(self._source[index][self._image_key])
+        return Example(image=read, label=int(self.labels[index]), image_id=str(index))
 
 
 def _tfds() -> Any:

@@ -78,7 +78,7 @@ def test_semantic(root):
     assert Folder(root, kind="semantic")[1]["class_ids"].tolist() == [1]
     save_mask(root, np.uint8, (2, 3))
     with pytest.raises(UserError, match=r"a\.png holds the value 3"):
-        Folder(root, kind="semantic")[1]
+        dict(Folder(root, kind="semantic")[1])
 
 
 @pytest.mark.parametrize(
@@ -133,13 +133,13 @@ def test_bad_layouts(root, tmp_path):
         Folder(root, kind="boxes")
     Image.new("RGB", (10, 8)).save(root / "masks/b.png")
     with pytest.raises(UserError, match=r"b\.png is a colour picture"):
-        Folder(root)[2]
+        dict(Folder(root)[2])
     Image.new("L", (10, 9)).save(root / "masks/b.png")
     with pytest.raises(UserError, match=r"9 x 10 .* image is 8 x 10"):
-        Folder(root)[2]
+        dict(Folder(root)[2])
     (root / "masks/b.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"b\.png is damaged"):
-        Folder(root)[2]
+        dict(Folder(root)[2])
     Image.new("L", (10, 8)).save(root / "masks/z.png")
     with pytest.raises(UserError, match=r"z\.png belongs to no image"):
         Folder(root)

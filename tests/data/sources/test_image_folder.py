@@ -117,4 +117,4 @@ def test_what_is_missing_is_named(root, tmp_path_factory):
     photo = root / "val/sea_lion/d.jpg"
     photo.write_bytes(photo.read_bytes()[:-50])
     with pytest.raises(UserError, match=r"d\.jpg is damaged or truncated"):
-        ImageFolder(root, "val")[1]
+        dict(ImageFolder(root, "val")[1])
