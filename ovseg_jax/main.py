@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict
 
 from ovseg_jax.cli.console import check_addresses, setup_logging, use_compilation_cache
 from ovseg_jax.cli.flags import chosen_config, launch
@@ -70,11 +69,11 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _draw(config: ConfigDict, workdir: Any, parts: Any, variables: Any) -> None:
-    """The pictures of a finished run."""
+def _draw(workdir: Any, run: Any, outdated: bool) -> None:
+    """Draws the pictures of a finished run."""
     from ovseg_jax.inference.pictures import draw_run
 
-    for path in draw_run(config, workdir, parts.method, variables):
+    for path in draw_run(run.config, workdir, run.method, run.variables, again=outdated):
         print(f"drew {path}")
 
 

@@ -22,7 +22,7 @@ from ovseg_jax.evals.box_files import (
 )
 from ovseg_jax.evals.boxes import class_probability, detect, region_features
 from ovseg_jax.experiment.class_vectors import TextSide, class_vectors
-from ovseg_jax.experiment.transfer import load_stage
+from ovseg_jax.experiment.load import load_run
 from ovseg_jax.files import write_whole
 from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.protocols import Classifier
@@ -97,7 +97,7 @@ def classify_boxes(
         if waiting:
             mesh = make_mesh()
             with jax.set_mesh(mesh):
-                run = load_stage(checkpoint, mesh, Classifier, "--checkpoint", "classifies no images")
+                run = load_run(checkpoint, mesh, kind=Classifier, lacking="classifies no images")
                 text = class_vectors(TextSide(run.method, run.variables, prompt), listed, synonyms)
                 scale = float(run.method.logit_scale(run.variables))
                 features = region_features(

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.classification import class_features
-from ovseg_jax.experiment.transfer import load_stage
+from ovseg_jax.experiment.load import load_run
 from ovseg_jax.files import write_whole
 from ovseg_jax.models.text_towers import CLIPText, text_tower
 from ovseg_jax.pretrained.load import load
@@ -66,7 +66,7 @@ def text_side_of_run(workdir: str, mesh: Mesh, prompt: Prompt | Sequence[str] | 
     Raises:
       UserError: there is no run, or one that classifies no images.
     """
-    run = load_stage(workdir, mesh, Classifier, "--checkpoint", "classifies no images")
+    run = load_run(workdir, mesh, kind=Classifier, lacking="classifies no images")
     return TextSide(run.method, run.variables, prompt)
 
 
@@ -92,7 +92,7 @@ def prompt_of_run(workdir: str, mesh: Mesh) -> Prompt:
     Raises:
       UserError: there is no run, or its method learns no prompt that a file can hold.
     """
-    run = load_stage(workdir, mesh, Classifier, "--checkpoint", "classifies no images")
+    run = load_run(workdir, mesh, kind=Classifier, lacking="classifies no images")
     if not hasattr(run.method, "artifacts") or FILE not in run.method.artifacts(run.variables):
         raise UserError(f"--checkpoint={workdir}: method={run.config.method} learns no such prompt")
     return run.method.whole_prompt(run.variables)

@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.data.source_base import check_provides
 from ovseg_jax.errors import UserError
-from ovseg_jax.experiment.transfer import TransferEvaluator, load_stage, rules_of
+from ovseg_jax.experiment.load import load_run
+from ovseg_jax.experiment.transfer import TransferEvaluator, rules_of
 from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.protocols import Classifier, Segmenting
 from ovseg_jax.towers.prompt_file import Prompt
@@ -54,8 +55,8 @@ def compare_prompts(
     # Mistakes in the request are found before a model is loaded.
     asked = read_prompts(prompts)
     mesh = make_mesh()
-    first = load_stage(proposals, mesh, Segmenting, "--proposals", "proposes no masks")
-    second = load_stage(checkpoint, mesh, Classifier, "--checkpoint", "classifies no images")
+    first = load_run(proposals, mesh, kind=Segmenting, key="--proposals", lacking="proposes no masks")
+    second = load_run(checkpoint, mesh, kind=Classifier, lacking="classifies no images")
     evaluation = evaluation_of(first.config, data, batch)
     if not evaluation:
         raise UserError(

@@ -19,6 +19,7 @@ from etils import epath
 from jaxtyping import Int
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.files import write_whole
 from ovseg_jax.vocab.lexicon import LEXICON
 
 Tagged = tuple[str, str]
@@ -164,9 +165,13 @@ class WordList:
         """The ids of several words; 0 for those not in the list."""
         return np.array([self.id(word) for word in words], np.int32)
 
+    def to_json(self) -> str:
+        """Returns the words as a JSON list, which `load` reads from a file."""
+        return json.dumps(list(self.words), ensure_ascii=False, indent=0)
+
     def save(self, path: epath.PathLike) -> None:
         """Writes the words as a JSON list."""
-        epath.Path(path).write_text(json.dumps(list(self.words), ensure_ascii=False, indent=0))
+        write_whole(path, self.to_json())
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "WordList":
