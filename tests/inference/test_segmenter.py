@@ -286,7 +286,7 @@ def test_save_writes_pictures_that_read_back(tmp_path):
     image = blocks(30, 20, ["red", "green"])
     result = make().segment(image, "green; red")
     paths = result.save(tmp_path / "new", "a")
-    assert [p.name for p in paths] == ["a.overlay.png", "a.labels.png", "a.json"]
+    assert [p.name for p in paths] == ["a.labels.png", "a.json", "a.overlay.png"]
     labels = np.asarray(Image.open(paths[1]))
     assert labels.dtype == np.uint8
     np.testing.assert_array_equal(labels.astype(int) - 1, result.label_map)
