@@ -77,10 +77,11 @@ def draw_run(
     for name, evaluation in wanted.items():
         path = folder / f"{name}.png"
         if evaluation.get("type") == "classification":
+            # First, as the other one tells whether all is drawn.
             if points := _prompt_points(workdir, name, evaluation):
-                paths.append(folder / f"{name}-prompts.png")
-                prompts_picture(points, name, paths[-1])
+                prompts_picture(points, name, folder / f"{name}-prompts.png")
             _features(config, evaluation, method, variables, name, path)
+            paths += [path, folder / f"{name}-prompts.png"][: 1 + bool(points)]
         else:
             source: Any = make_source(evaluation.source)
             classes, transferred = source.classes, evaluation.get("type") == "transfer"
@@ -92,7 +93,7 @@ def draw_run(
                 segmenter = Segmenter(method, variables, config)
             picture = _picture(segmenter, source, classes, name, images, proposals=not transferred)
             _save(picture, path)
-        paths.append(path)
+            paths.append(path)
     if again or not (workdir / "curves.png").exists():
         with contextlib.suppress(UserError):  # a run too short to have logged anything
             curves(workdir / "metrics.jsonl", workdir / "curves.png")

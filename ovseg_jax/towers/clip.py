@@ -174,7 +174,7 @@ class Clip:
         given, own = flat(found), flat(jax.eval_shape(self.init, jax.random.key(0)))
         if wrong := sorted(path for path in given | own if given.get(path) != own.get(path)):
             raise UserError(
-                f"towers.init={workdir} has other towers than this config: {wrong[0]} is {given.get(wrong[0])} there, "
+                f"towers.init={init} has other towers than this config: {wrong[0]} is {given.get(wrong[0])} there, "
                 f"{own.get(wrong[0])} here"
             )
         return found

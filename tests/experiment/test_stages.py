@@ -97,7 +97,7 @@ def test_evaluation_by_itself(run):
 def test_a_classifier_segments_with_the_masks_of_another_run(run, tmp_path, capsys):
     """In Python and on the command line, by the rules of the evaluation: the same pixels as it counted."""
     config, workdir, summary = run
-    with pytest.raises(UserError, match=r"method=pomp does not segment.*--proposals"):
+    with pytest.raises(UserError, match=r"method=pomp, which does not segment.*--proposals"):
         Segmenter.from_checkpoint(workdir)
     evaluation = config.final_evals.segmentation
     source = make_source(evaluation.source)

@@ -10,7 +10,7 @@ from fakes import DIM, CountingEvaluator, LinearMethod, make_batches, make_confi
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.parallel.sharding import make_mesh
-from ovseg_jax.train.checkpoints import Checkpoints, load_variables, write_config
+from ovseg_jax.train.checkpoints import Checkpoints, load_variables, read_run, write_config
 from ovseg_jax.train.loop import fit
 from ovseg_jax.train.metrics import read_metrics, series
 
@@ -159,10 +159,10 @@ def test_a_checkpoint_of_another_config_names_what_differs(tmp_path):
 def test_variables_for_inference(tmp_path):
     result = run(tmp_path, steps=10)
     with pytest.raises(UserError, match="holds no run"):
-        load_variables(tmp_path)
+        read_run(tmp_path)
     write_config(tmp_path, make_config(steps=10))
     variables, step = load_variables(tmp_path)
-    assert step == 10 and config.steps == 10
+    assert step == 10 and read_run(tmp_path).steps == 10
     assert isinstance(variables["params"]["layer"]["kernel"], np.ndarray)
     assert_same(jax.tree.leaves(variables), jax.tree.leaves(jax.device_get(result.state.variables)))
     mesh = make_mesh({"data": 1, "fsdp": 8})
