@@ -1,9 +1,11 @@
 """Writes a trained model for others: `python -m ovseg_jax.export --checkpoint=WORKDIR --to=torch --out=DIR`."""
 
 import argparse
+import os
 from collections.abc import Sequence
 
 from ovseg_jax.cli.console import Parser, run_command, start
+from ovseg_jax.errors import UserError
 
 _DESCRIPTION = """\
 Writes a trained model for programs that do not have JAX, or not this library.
@@ -50,6 +52,8 @@ def _run(arguments: argparse.Namespace) -> None:
     from ovseg_jax.inference.export import export_model
     from ovseg_jax.inference.segmenter import Segmenter
 
+    if os.path.realpath(arguments.out) == os.path.realpath(arguments.checkpoint):
+        raise UserError(f"--out={arguments.out} is the run itself: choose another folder")
     load = lambda: Segmenter.from_checkpoint(
         arguments.checkpoint, arguments.step, averaged=not arguments.last
     )

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from ovseg_jax.files import is_recorded, locked, read_recorded, write_recorded, write_whole
 
 from ovseg_jax import files
 from ovseg_jax.errors import UserError
+from ovseg_jax.files import is_recorded, locked, read_recorded, write_recorded, write_whole
 
 ROOT = Path(__file__).parents[1]
 

@@ -23,7 +23,7 @@ _CLIENTS = frozenset(("aiohttp", "botocore", "fsspec", "gcsfs", "google", "reque
 
 
 class Parser(argparse.ArgumentParser):
-    """The flags of `python -m ovseg_jax.<verb>`, whose mistakes are one sentence."""
+    """The flags of a command; a mistake in them is one sentence."""
 
     def __init__(self, verb: str, description: str):
         super().__init__(

@@ -94,7 +94,7 @@ def output_names(
     return names
 
 
-def check_not_foreign(out: epath.Path, files: Collection[str], own: Collection[str]) -> None:
+def check_not_foreign(out: epath.PathLike, files: Collection[str], own: Collection[str]) -> None:
     """Raises a UserError where a file that is to be written is there already and not of an earlier call.
 
     Args:
@@ -102,6 +102,7 @@ def check_not_foreign(out: epath.Path, files: Collection[str], own: Collection[s
       files: names of the files that are to be written.
       own: names of those that an earlier call has written.
     """
+    out = epath.Path(out)
     own_folded = {_folded(name) for name in own}
     there = {_folded(path.name): path.name for path in out.iterdir()}
     foreign = [there[key] for name in files if (key := _folded(name)) in there and key not in own_folded]
