@@ -13,8 +13,9 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from ovseg_jax.data.images import SUFFIXES
+from ovseg_jax.data.images import list_images
 from ovseg_jax.errors import UserError
+from ovseg_jax.reading import read_json
 from ovseg_jax.vocab.classes import ClassList
 
 
@@ -206,7 +207,7 @@ def find_images(
         raise UserError(f"--images={folder} is not a folder")
     # LVIS has the address in place of the name, with the folder of COCO's split before it.
     named = dict(zip(annotations.ids, annotations.files, strict=True)) if annotations else {}
-    files = {path.stem: path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES}
+    files = {path.stem: path for path in list_images(folder)}
     found = {}
     for key in ids:
         parts = [part for part in named.get(key, "").split("/") if part]
@@ -256,18 +257,6 @@ def average_precision(annotations: Annotations, results: Sequence[Mapping[str, A
 
 def _percent(score: float) -> float:
     return 100 * score if score >= 0 else math.nan
-
-
-def read_json(path: epath.PathLike) -> Any:
-    """Reads the content of a JSON file.
-
-    Raises:
-      UserError: it cannot be read.
-    """
-    try:
-        return json.loads(epath.Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
 
 
 def _lvis(annotations: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, float]:

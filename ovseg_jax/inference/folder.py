@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from ovseg_jax.cli.outputs import Journal, check_not_foreign, check_out_folder, file_stamp, output_names
-from ovseg_jax.data.images import SUFFIXES, read_image
+from ovseg_jax.data.images import image_suffixes, list_images, read_image
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import locked, write_whole
 from ovseg_jax.inference.segmenter import Segmenter
@@ -51,17 +51,15 @@ def image_files(path: epath.PathLike) -> list[epath.Path]:
     path = epath.Path(path)
     if path.is_dir():
         own = written_files(Journal(path / JOURNAL).head)
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-        files = [file for file in found if file.name not in own]
+        files = [file for file in list_images(path) if file.name not in own]
         if not files:
-            kinds = ", ".join(sorted(SUFFIXES))
-            raise UserError(f"--images={path}: no image in this folder ({kinds})")
+            raise UserError(f"--images={path}: no image in this folder that can be read")
         return files
     if path.exists():
         return [path]
     if glob.has_magic(str(path)):
         files = [epath.Path(name) for name in sorted(glob.glob(str(path)))]
-        files = [file for file in files if file.suffix.lower() in SUFFIXES and not file.is_dir()]
+        files = [file for file in files if file.suffix.lower() in image_suffixes() and not file.is_dir()]
         if files:
             return files
         raise UserError(f"--images={path}: no image has a name of this pattern")

@@ -8,10 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 from jaxtyping import Float, Int32
-from PIL import Image
 from tqdm import tqdm
 
-from ovseg_jax.data.images import SUFFIXES
+from ovseg_jax.data.images import list_images, save_mask
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import locked, write_whole
 from ovseg_jax.inference.folder import ImageReader
@@ -94,7 +93,7 @@ def label_folder(
     images, masks = root / "images", root / "masks"
     if not images.is_dir():
         raise UserError(f"--data_dir={root} has no folder images/")
-    files = sorted(path for path in images.iterdir() if path.suffix.lower() in SUFFIXES)
+    files = list_images(images)
     if not files:
         raise UserError(f"{images} holds no image")
     by_stem: dict[str, epath.Path] = {}
@@ -102,7 +101,7 @@ def label_folder(
         if (other := by_stem.setdefault(path.stem, path)) != path:
             raise UserError(f"{images}: {other.name} and {path.name} would share the mask {path.stem}.png")
     with locked(masks):
-        done = {path.stem for path in masks.iterdir() if path.suffix.lower() in SUFFIXES}
+        done = {path.stem for path in list_images(masks)}
         reader = ImageReader([path for path in files if path.stem not in done])
         written = 0
         if reader.files:
@@ -115,7 +114,7 @@ def label_folder(
                     segments = segments_of(features, threshold, max_overlap, min_area)
                     content = io.BytesIO()
                     kind = np.uint16 if segments.max() > 255 else np.uint8
-                    Image.fromarray(segments.astype(kind)).save(content, "PNG")
+                    save_mask(content, segments.astype(kind))
                     write_whole(masks / f"{path.stem}.png", content.getvalue())
                     written += 1
                     bar.update()
