@@ -34,7 +34,7 @@ def test_proposals(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[", "cannot be read as JSON"),
+        ("[", "cannot be read: it is not valid JSON"),
         ("[]", "is no list of boxes"),
         ('{"annotations": []}', "is no list of boxes"),
         ('[{"bbox": [1, 2, 3, 4]}]', "box 0 has no 'image_id'"),
