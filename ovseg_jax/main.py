@@ -13,7 +13,7 @@ import jax
 from absl import flags
 
 from ovseg_jax.cli.console import check_addresses, setup_logging, use_compilation_cache
-from ovseg_jax.cli.flags import chosen_config, launch
+from ovseg_jax.cli.flags import chosen_config, given_keys, launch
 from ovseg_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string(
@@ -60,9 +60,12 @@ def run(argv: list[str]) -> int:
         platform, count = jax.devices()[0].platform, jax.device_count()
         print(f"{_MODE.value} in {workdir} on {count} {platform} device{'s' * (count > 1)}", flush=True)
 
+    from ovseg_jax.experiment.keys import check_config, check_evaluation
     from ovseg_jax.experiment.run import evaluate, train
 
+    check_config(config, given_keys())
     if _MODE.value == "eval":
+        check_evaluation(given_keys())
         evaluate(config, workdir)
     else:
         train(config, workdir, finish=_draw)

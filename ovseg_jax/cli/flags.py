@@ -30,6 +30,11 @@ def chosen_config() -> ConfigDict:
     raise UserError(f"the config file {path} does not exist or cannot be read.")
 
 
+def given_keys() -> list[str]:
+    """Returns the keys that `--config.key=value` sets, such as "optimizer.momentum"."""
+    return list(config_flags.get_override_values(flags.FLAGS["config"]))
+
+
 def launch(run: Callable[[list[str]], int]) -> NoReturn:
     """Parses the flags and runs; see `console.guarded` for exit statuses."""
 

@@ -29,6 +29,7 @@ from ovseg_jax import config as config_lib
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.runner import Evaluator
 from ovseg_jax.experiment.features import cached_features
+from ovseg_jax.experiment.keys import check_config
 from ovseg_jax.experiment.load import CLASSES_FILE, WORDS_FILE, Run, load_run, read_classes, read_method
 from ovseg_jax.files import forget, is_recorded, locked, record, write_recorded, write_whole
 from ovseg_jax.parallel.sharding import make_mesh
@@ -66,6 +67,7 @@ HARMLESS = (
 )
 
 SUMMARY_FILE = "summary.json"
+TABLE_2 = ("A-847", "PC-459", "A-150", "PC-59", "PAS-20")  # papers/004
 _log = logging.getLogger(__name__)
 
 
@@ -100,6 +102,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, finish: Finish | None 
     """
     workdir = epath.Path(workdir)
     config = config_lib.from_json(config_lib.to_json(config))
+    check_config(config)
     try:
         with _locked(workdir):
             return _train(config, workdir, finish)
@@ -459,7 +462,21 @@ def score_table(scores: Mapping[str, float]) -> str:
             lines.append(f"    {name.removeprefix('miou').lstrip('/') or 'all classes':<22}{cells}")
         rest = [name for name in own if "miou" not in name or name.startswith("grounding")]
         lines += [f"    {name:<22}{own[name]:8.2f}" for name in rest]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_row_of_sets(scores)])
+
+
+def _row_of_sets(scores: Mapping[str, float]) -> list[str]:
+    """Returns several segmentation evaluations side by side, those of OpenSeg's Table 2 in its order."""
+    names = [name.removesuffix("/miou") for name in scores if name.endswith("/miou")]
+    names = [name for name in TABLE_2 if name in names] + [name for name in names if name not in TABLE_2]
+    if len(names) < 2:
+        return []
+    rows = {"": names}
+    for label, metric in (("mIoU", "miou"), ("mIoU, classes given", "grounding_miou")):
+        values = [scores.get(f"{name}/{metric}") for name in names]
+        rows[label] = ["" if value is None else f"{value:.1f}" for value in values]
+    width = max(map(len, names)) + 2
+    return [f"  {label:<24}" + "".join(f"{cell:>{width}}" for cell in row) for label, row in rows.items()]
 
 
 def _prompt_table(evaluation: str, scores: Mapping[str, float]) -> list[str]:

@@ -9,11 +9,12 @@ from etils import epath
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
+from ovseg_jax.config import keys
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.contrastive import contrastive_loss
 from ovseg_jax.parallel.sharding import active_batch_axes, on_host
 from ovseg_jax.protocols import Aux, Batch, Variables
-from ovseg_jax.towers.clip import TOWERS, Clip, from_training, write_towers
+from ovseg_jax.towers.clip import TOWER_KEYS, TOWERS, Clip, from_training, write_towers
 from ovseg_jax.towers.packed_text import unstacked
 from ovseg_jax.towers.prompt_file import Prompt
 from ovseg_jax.towers.text import unit
@@ -32,6 +33,11 @@ class ClipTraining:
       words: the vocabulary of the captions.
       classes: not read.
     """
+
+    @classmethod
+    def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
+        """Returns the keys of its sections, and whether each has an effect, see `experiment.keys`."""
+        return {"towers": keys(TOWER_KEYS)}
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         del classes

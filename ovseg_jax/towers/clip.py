@@ -37,6 +37,7 @@ from ovseg_jax.vocab.words import WordList
 WORDS_FILE = "words.json"  # in the folder of a run
 TOWERS = "towers"  # the same, of method "clip"
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+TOWER_KEYS = "image text init tokenizer image_size mean std logit_scale dtype"  # of a config's `towers`
 # Names that go through the text tower at once where features of many are asked for.
 GROUP = 256
 # Published with the weights (OpenAI's clip.load): pixels in [0, 1].

@@ -119,7 +119,7 @@ def test_an_export_and_a_run_carry_the_tower(folder, tmp_path_factory):
     from ovseg_jax.inference.segmenter import Segmenter
 
     path, reference = folder
-    method = frozen(path, mask_bias=0.2, mask_scale=30.0)
+    method = frozen(path, mask_bias=0.2, mask_scale=8.0)
     variables = jax.tree.map(np.asarray, method.init(jax.random.key(0)))
     out = tmp_path_factory.mktemp("export")
     segmenter = Segmenter(method, variables, method.config, CLASSES)
