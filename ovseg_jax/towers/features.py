@@ -16,7 +16,7 @@ from ovseg_jax.towers.text import unit
 TEXT_CHUNK = 1024
 
 
-class TextSide(Classifier):
+class TowerText(Classifier):
     """A CLIP text tower alone, which embeds names in prompts that are given; its variables are the tower's weights."""
 
     def __init__(self, clip: Clip):
