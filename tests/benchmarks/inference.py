@@ -59,7 +59,7 @@ def prepare(backbone: str, words: list[str], device: str, folder: Path) -> None:
     """Writes variables, and their export."""
     import jax
 
-    from ovseg_jax import export
+    from ovseg_jax.inference import export
 
     segmenter = build(backbone, words, device)
     leaves, structure = jax.tree.flatten(segmenter.variables)
