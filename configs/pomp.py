@@ -171,7 +171,6 @@ def on_scenes(
                 weight_decay=5e-4,
             ),
             data=dict(
-                task="classification",
                 train=[source],
                 image_size=32,
                 views=2,
@@ -230,10 +229,8 @@ def small_clip(seed: int) -> ConfigDict:
                 b2=0.98,
             ),
             data=dict(
-                task="captions",
                 train=[dict(source, split="train", shots=24, cache=True)],
                 image_size=32,
-                text_length=16,
                 # What RandAugment does to colours, captions would have to say.
                 augment=dict(crop=(0.7, 1.0), flip=True, randaugment=0),
                 workers=0,
@@ -334,7 +331,6 @@ def paper(args: ConfigDict) -> ConfigDict:
                 weight_decay=5e-4,  # code
             ),
             data=dict(
-                task="classification",
                 train=[dict(source, split=args.split, num_classes=args.classes, shots=args.shots, **group)],
                 image_size=224,
                 views=views,

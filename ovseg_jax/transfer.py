@@ -126,7 +126,7 @@ def _run(arguments: argparse.Namespace) -> int:
     batches = partial(
         eval_batches,
         source,
-        {"data": {**proposals.config.data, "task": "segmentation", **evaluation}},
+        {"data": {**proposals.config.data, **evaluation}},
         batch_size=batch_size // processes,
         process_index=jax.process_index(),
         process_count=processes,

@@ -301,7 +301,7 @@ def _transfer(
     if not cfg.get("proposals"):
         raise UserError(f"the evaluation {name!r} of type 'transfer' needs proposals=WORKDIR")
     proposals = load_stage(cfg.proposals, mesh, Segmenting, f"{name}.proposals", "proposes no masks")
-    data |= {"task": "segmentation", "image_size": proposals.config.data.image_size}
+    data |= {"image_size": proposals.config.data.image_size}
     chosen, classes = rules_in(cfg, classes)
     rules = rules_of(proposals, config, **chosen)
     options["prompts"] = {"learned": None, **options["prompts"]}

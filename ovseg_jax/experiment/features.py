@@ -16,6 +16,8 @@ from ovseg_jax.protocols import Classifier
 from ovseg_jax.train.state import abstract_variables, replaced
 
 FOLDER = "features"
+NEEDS = ("image", "label")
+"""The fields that features are computed of and stand beside."""
 
 
 class Features(Source):
@@ -49,14 +51,15 @@ def cached_features(config: ConfigDict, workdir: epath.Path, parts: Any, source:
     run starts from, so they have to be frozen.
     """
     from ovseg_jax.data.pipeline import view_batches  # grain's import takes long
+    from ovseg_jax.data.rows import Rows
 
-    check_provides(source, ("image", "label"), "data.cache_features")
+    check_provides(source, NEEDS, "data.cache_features")
     views = int(config.data.cache_features)
     folder = workdir / FOLDER
     wanted = {"examples": len(source), "views": views}
     if not (folder / "done.json").exists() or json.loads((folder / "done.json").read_text()) != wanted:
         process = dict(process_index=jax.process_index(), process_count=jax.process_count())
-        batches = view_batches(config, parts.words, source, views, **process)
+        batches = view_batches(config, Rows.from_config(config, NEEDS), source, views, **process)
         features = _compute(config, parts, batches, len(source) * views)
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)

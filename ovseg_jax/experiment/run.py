@@ -127,6 +127,7 @@ def _train(config: ConfigDict, workdir: epath.Path, finish: Finish | None) -> di
         return {"steps": 0, "stopped": True}
     config = config_lib.resolved(config, workdir)
     from ovseg_jax.data.pipeline import make_source, train_iterator
+    from ovseg_jax.methods import training_rows
 
     source = make_source(config.data.train)
     parts = make_parts(config, workdir, source)
@@ -137,7 +138,8 @@ def _train(config: ConfigDict, workdir: epath.Path, finish: Finish | None) -> di
         stream = config.copy_and_resolve_references()
         stream.data.workers = 0
     process = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    batches = lambda start: train_iterator(stream, parts.words, start=start, source=source, **process)
+    rows = training_rows(config, parts.method, parts.words)
+    batches = lambda start: train_iterator(stream, rows, start=start, source=source, **process)
     result = fit(config, workdir, parts.method, batches, _evaluators(config, parts), parts.mesh)
     if result.stopped:
         return {"steps": result.step, "stopped": True}
@@ -241,13 +243,13 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def make_parts(config: ConfigDict, workdir: epath.Path, source: Any) -> Parts:
     """Assembles a run that may be new: its vocabulary is built from the captions once, and kept."""
-    from ovseg_jax.data.pipeline import words_for
+    from ovseg_jax.methods import method_class
 
     new = not (workdir / WORDS_FILE).exists() or not (workdir / CLASSES_FILE).exists()
     config = with_own_text(config, workdir)
     multihost_utils.sync_global_devices("all have looked before one writes")
     if new:
-        words = words_for(config, source)
+        words = method_class(config).vocabulary(config, source)
         if jax.process_index() == 0:
             words.save(workdir / WORDS_FILE)
             (workdir / CLASSES_FILE).write_text(_counted(source).to_json())

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.contrastive import contrastive_loss
+from ovseg_jax.methods.on_clip import OnClip
 from ovseg_jax.parallel.sharding import active_batch_axes
 from ovseg_jax.protocols import Aux, Batch, Variables
 from ovseg_jax.towers.clip import Clip, from_training
@@ -23,7 +24,7 @@ from ovseg_jax.vocab.words import WordList
 MAX_SCALE = 100.0
 
 
-class ClipTraining:
+class ClipTraining(OnClip):
     """Both towers and the temperature are trained on batches of images and captions.
 
     Args:
@@ -31,6 +32,12 @@ class ClipTraining:
       words: the vocabulary of the captions.
       classes: not read.
     """
+
+    @classmethod
+    def fields(cls, config: ConfigDict) -> tuple[str, ...]:
+        """Returns the batch fields that the loss reads."""
+        del config
+        return ("image", "tokens")
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         del classes
@@ -50,10 +57,11 @@ class ClipTraining:
         del rng
         params = variables["params"]
         image = self.embed_image(variables, batch["image"])
-        text: Any = self.clip.text.apply({"params": params["text"]}, batch["ids"])
+        text: Any = self.clip.text.apply({"params": params["text"]}, batch["tokens"])
         scale = self.logit_scale(variables)
         axes = active_batch_axes()
-        out = contrastive_loss(image, unit(text.pooled), batch["example_mask"], 1 / scale, batch_axes=axes)
+        spoken = batch["example_mask"] & batch["token_valid"].any(1)
+        out = contrastive_loss(image, unit(text.pooled), spoken, 1 / scale, batch_axes=axes)
         loss = out.loss / jnp.maximum(2 * out.pairs, 1)
         one = jnp.ones(())
         metrics = {

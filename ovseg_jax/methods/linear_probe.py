@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.methods.on_clip import OnClip
 from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.protocols import Aux, Batch, Variables
 from ovseg_jax.towers.clip import Clip
@@ -25,7 +26,7 @@ from ovseg_jax.vocab.words import WordList
 FEATURE_LENGTH = 10.0
 
 
-class LinearProbe:
+class LinearProbe(OnClip):
     """Trains `params` {"kernel" [D N], "bias" [N]}, which start at zero: the problem is convex.
 
     A `Classifier` has unit vectors, and a linear classifier has rows of different lengths, and a bias. Both fit exactly

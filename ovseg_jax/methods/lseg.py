@@ -6,12 +6,14 @@ import numpy as np
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
+from ovseg_jax.data.source_base import Source
 from ovseg_jax.errors import UserError
 from ovseg_jax.methods.openseg import OpenSeg, apply_net, bounded, build_net
 from ovseg_jax.models.fpn import resize
 from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.protocols import Aux, Batch, Variables
 from ovseg_jax.towers.text import unit
+from ovseg_jax.towers.vocabulary import counted_words
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 
@@ -21,6 +23,17 @@ class LSeg(OpenSeg):
 
     Classes of the group "held_out" take no part in training.
     """
+
+    @classmethod
+    def fields(cls, config: ConfigDict) -> tuple[str, ...]:
+        """Returns the batch fields that the loss reads."""
+        del config
+        return ("image", "pixel_classes")
+
+    @classmethod
+    def vocabulary(cls, config: ConfigDict, source: Source) -> WordList:
+        """Returns the words of captions and class names."""
+        return counted_words(config.data, source)
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         super().__init__(config, words, classes)

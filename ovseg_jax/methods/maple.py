@@ -36,6 +36,12 @@ class MaPLe(PromptTuning):
       UserError: an image tower that is no ViT, or values that cannot be.
     """
 
+    @classmethod
+    def fields(cls, config: ConfigDict) -> tuple[str, ...]:
+        """Returns the batch fields that the loss reads; the prompt changes features, so that none can be kept."""
+        del config
+        return ("image", "label")
+
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         super().__init__(config, words, classes)
         self.depth, self._image_width = int(config.prompt.depth), prompted_tower(config, self.clip).width

@@ -27,6 +27,7 @@ from ovseg_jax.kernels.sampled_softmax import (
     sampled_softmax,
     similarity_proposal,
 )
+from ovseg_jax.methods.on_clip import OnClip
 from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.parallel.sharding import active_batch_axes, on_host
 from ovseg_jax.protocols import Aux, Batch, Variables
@@ -52,7 +53,7 @@ def read_correction(value: str | float) -> Correction:
         raise UserError(f"loss.correction is {value!r}: it is log10, log or a number") from None
 
 
-class PromptTuning:
+class PromptTuning(OnClip):
     """Trains a context for frozen towers. `config` is the whole config of a run.
 
     Args:

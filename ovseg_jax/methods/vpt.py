@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.methods.linear_probe import cross_entropy
+from ovseg_jax.methods.on_clip import OnClip
 from ovseg_jax.methods.prompt_tuning import HARD_PROMPT, NOISE
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.parallel.accumulate import in_parts
@@ -27,7 +28,7 @@ from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 
 
-class VPT:
+class VPT(OnClip):
     """Trains tokens for a frozen image tower. `config` is the whole config of a run.
 
     Args:
@@ -40,6 +41,12 @@ class VPT:
     """
 
     frozen_towers = True
+
+    @classmethod
+    def fields(cls, config: ConfigDict) -> tuple[str, ...]:
+        """Returns the batch fields that the loss reads; the prompt changes features, so that none can be kept."""
+        del config
+        return ("image", "label")
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         self.config = config

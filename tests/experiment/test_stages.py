@@ -68,6 +68,7 @@ def test_the_summary_compares_prompts(run):
 
 def test_features_are_those_of_the_clip_that_came_first(run):
     from ovseg_jax.data.pipeline import view_batches
+    from ovseg_jax.data.rows import Rows
     from ovseg_jax.experiment.run import load_parts
     from ovseg_jax.parallel.sharding import make_mesh
     from ovseg_jax.train.checkpoints import load_variables
@@ -77,7 +78,7 @@ def test_features_are_those_of_the_clip_that_came_first(run):
     parts = load_parts(config, workdir / "clip", make_mesh())
     own = resolved(tiny(), workdir)
     source = make_source(own.data.train)
-    batch = next(view_batches(own, parts.words, source, own.data.cache_features))
+    batch = next(view_batches(own, Rows.from_config(own, ("image",)), source, own.data.cache_features))
     expected = parts.method.embed_image(variables, jax.numpy.asarray(batch["image"]))
     kept = np.load(workdir / "features" / "features.npy")
     assert kept.shape == (len(source), 2, 64)
