@@ -21,7 +21,7 @@ LABELS = "red ball,ball; grass; blue"
 
 
 def make_segmenter(method="openseg", **model):
-    method = make(method, mask_bias=0.2, mask_scale=30.0, **model)
+    method = make(method, mask_bias=0.2, mask_scale=8.0, **model)
     variables = jax.tree.map(np.asarray, method.init(jax.random.key(0)))
     # Everything that an initialiser leaves at 0 or 1 must matter.
     variables = jax.tree.map(lambda x: (x + RNG.normal(0, 0.05, x.shape)).astype(x.dtype), variables)

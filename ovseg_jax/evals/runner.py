@@ -296,11 +296,14 @@ def _transfer(
     **options,
 ) -> Evaluator:
     """An evaluation of type "transfer"; `data` gets the size of the images that the proposals' run knows."""
-    from ovseg_jax.experiment.transfer import TransferEvaluator, load_stage, rules_in, rules_of
+    from ovseg_jax.experiment.load import load_run
+    from ovseg_jax.experiment.transfer import TransferEvaluator, rules_in, rules_of
 
     if not cfg.get("proposals"):
         raise UserError(f"the evaluation {name!r} of type 'transfer' needs proposals=WORKDIR")
-    proposals = load_stage(cfg.proposals, mesh, Segmenting, f"{name}.proposals", "proposes no masks")
+    proposals = load_run(
+        cfg.proposals, mesh, kind=Segmenting, key=f"{name}.proposals", lacking="proposes no masks"
+    )
     data |= {"image_size": proposals.config.data.image_size}
     chosen, classes = rules_in(cfg, classes)
     rules = rules_of(proposals, config, **chosen)

@@ -19,7 +19,7 @@ from ovseg_jax.towers.vocabulary import SPOKEN
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 
-METHODS = {
+METHODS: dict[str, Any] = {
     "openseg": OpenSeg,
     "lseg": LSeg,
     "clip": ClipTraining,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
+from ovseg_jax.config import keys
 from ovseg_jax.data.source_base import Source, check_provides
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.all_pairs import FORMS
@@ -32,11 +33,13 @@ NET_FIELDS = (
     "mask_scale mask_bias detach_masks remat"
 ).split()
 
+OTHER_FIELDS = ("backbone", "mean", "std", "dtype")
+
 
 def build_net(config: ConfigDict, **overrides) -> OpenSegNet:
     """The image network of a config's `model` section; an unknown key is an error."""
     model = config.model.to_dict()
-    known = {*NET_FIELDS, "backbone", "mean", "std", "dtype"}
+    known = {*NET_FIELDS, *OTHER_FIELDS}
     if unknown := set(model) - known:
         raise UserError(
             f"unknown model keys: {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}"
@@ -93,6 +96,21 @@ class OpenSeg:
             advice += "COCO, and captions.json for a folder"
             check_provides(source, ("captions",), "the grounding loss", advice)
         return counted_words(config.data, source, captions="words" in fields)
+
+    @classmethod
+    def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
+        """Returns the keys of its sections, and whether each has an effect, see `experiment.keys`."""
+        sync, tower = config.loss.get("contrast") == "sync", bool(config.text.get("tower"))
+        return {
+            "model": dict.fromkeys([*NET_FIELDS, *OTHER_FIELDS], True),
+            "text": keys("tower init prompt", tower) | keys("learned vectors", not tower),
+            "loss": {
+                **keys("mask_weight grounding_weight contrast"),
+                **keys("temperature temperature_bounds shared_temperature"),
+                **keys("group", not sync),
+                **keys("form", sync),
+            },
+        }
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         self.config, self.loss_config = config, config.loss

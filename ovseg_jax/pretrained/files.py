@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.files import verify
 
 # https://huggingface.co/docs/safetensors: the header's names of types.
 _TYPES = {
@@ -55,6 +56,7 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
         path = found
     if not path.exists():
         raise UserError(f"no such weights: {path}")
+    verify(path)
     readers = {".safetensors": _safetensors, ".npz": _npz, ".bin": _torch, ".pt": _torch, ".pth": _torch}
     try:
         if path.name.endswith(".index.json"):
