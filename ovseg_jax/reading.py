@@ -10,6 +10,7 @@ import lzma
 import pickle
 import re
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ DAMAGE = (
     ArithmeticError,
     AttributeError,
     EOFError,
+    ImportError,
     LookupError,
     MemoryError,
     OSError,
@@ -36,6 +38,7 @@ DAMAGE = (
     lzma.LZMAError,
     pickle.UnpicklingError,
     struct.error,
+    tokenize.TokenError,
     zipfile.BadZipFile,
     zlib.error,
 )
@@ -80,6 +83,8 @@ def reason(error: BaseException) -> str:
         return "it is a folder, not a file"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
+    if isinstance(error, KeyError) and "://" in str(error):
+        return f"files of {error} are not known here: download them first"
     if isinstance(error, KeyError):
         return f"it has no {error}"
     first = str(error).strip().partition("\n")[0]

@@ -1,6 +1,7 @@
 """Images as people have them, read into one form: u8 [H W 3], upright, on white where they are
 transparent; masks, whose stored values are labels; and the one rule by which image files are listed."""
 
+import contextlib
 import functools
 import io
 import logging
@@ -120,7 +121,7 @@ def read_image(image: Any) -> UInt8[np.ndarray, "h w 3"]:
     if isinstance(image, str | os.PathLike):
         return read_oriented(image)[0]
     if isinstance(image, Image.Image):
-        with reading("the image"):
+        with _decoding("the image"):
             return _from_pil(image, "the image")
     if hasattr(image, "__array__"):
         return _from_array(np.asarray(image))
@@ -133,7 +134,7 @@ def read_oriented(path: epath.PathLike) -> tuple[UInt8[np.ndarray, "h w 3"], int
     Raises:
       UserError: the file is missing, damaged or no image.
     """
-    with reading(path, "the image"):
+    with _decoding(path, "the image"):
         image = _open(path)
         orientation = _orientation(image)
         return _from_pil(image, str(path)), orientation
@@ -145,7 +146,7 @@ def read_header(path: epath.PathLike) -> tuple[tuple[int, int], int]:
     Raises:
       UserError: the file is missing, damaged or no image.
     """
-    with reading(path, "the image"):
+    with _decoding(path, "the image"):
         image = _open(path)
         orientation, (width, height) = _orientation(image), image.size
         # Pillow turns a TIFF itself.
@@ -165,7 +166,7 @@ def read_mask(path: epath.PathLike) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndar
     Raises:
       UserError: the file is damaged, a colour picture, or of a kind that changes values.
     """
-    with reading(path, "the mask"):
+    with _decoding(path, "the mask"):
         image = _open(path, checksums=True)
         if getattr(image, "n_frames", 1) > 1:
             raise ValueError(f"it holds {image.n_frames} pictures, and a mask is one")  # type: ignore[attr-defined]
@@ -178,7 +179,7 @@ def read_colours(path: epath.PathLike, what: str) -> UInt8[np.ndarray, "h w 3"]:
     Raises:
       UserError: the file is damaged, or of another kind.
     """
-    with reading(path, what):
+    with _decoding(path, what):
         image = _open(path, checksums=True)
         if image.format != "PNG" or _raw_mode(image) not in ("RGB", "RGBA", "P", "P;1", "P;2", "P;4"):
             raise ValueError(f"it is {image.format} of mode {_raw_mode(image)}, not a PNG of 8-bit colours")
@@ -217,7 +218,7 @@ def turn_mask(
     """
     stored, own = upright[::-1] if orientation > 4 else upright, 1
     if orientation != 1:
-        with reading(mask_path, "the mask"):
+        with _decoding(mask_path, "the mask"):
             picture = _open(mask_path)
             own = picture.getexif().get(_ORIENTATION, 0) if picture.format == "PNG" else 0
         if own not in range(1, 9):
@@ -245,14 +246,21 @@ def _open(path: epath.PathLike, checksums: bool = False) -> ImageFile.ImageFile:
     data = epath.Path(path).read_bytes()
     if checksums and data.startswith(b"\x89PNG"):
         _check_png(data)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a large photograph is welcome
-            return Image.open(io.BytesIO(data))
-    except Image.UnidentifiedImageError:
-        raise ValueError("it is not an image that Pillow can read") from None
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"it is too large ({error}): cut it into pieces") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a large photograph is welcome
+        return Image.open(io.BytesIO(data))
+
+
+@contextlib.contextmanager
+def _decoding(path: Any, what: str = "") -> Iterator[None]:
+    """`reading`, with Pillow's own errors."""
+    with reading(path, what):
+        try:
+            yield
+        except Image.UnidentifiedImageError:
+            raise ValueError("it is not an image that Pillow can read") from None
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"it is too large ({error}): cut it into pieces") from None
 
 
 def _check_png(data: bytes) -> None:
@@ -337,7 +345,8 @@ def _from_array(array: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
             f"an image array has the shape [H W], [H W 1], [H W 3] or [H W 4], not {list(array.shape)}"
         )
     if array.dtype == np.uint16:
-        array = np.round(array / 257)
+        # By table: as floats, a hundred megapixels would take gigabytes.
+        array = np.round(np.arange(1 << 16) / 257).astype(np.uint8)[array]
     elif np.issubdtype(array.dtype, np.floating):
         low, high = array.min(), array.max()
         if not (low >= 0 and high <= 1):  # also false for NaN

@@ -50,15 +50,17 @@ def build_net(config: ConfigDict, **overrides) -> OpenSegNet:
     return OpenSegNet(backbone, tuple(model["mean"]), tuple(model["std"]), dtype=dtype, **fields)
 
 
-def bounded(raw: Float[Array, ""], low: float, high: float) -> Float[Array, ""]:
-    """A positive scalar that moves between bounds on a log scale and never gets stuck at either."""
-    return low * (high / low) ** jax.nn.sigmoid(raw)
+def bounded(raw: Float[Array, ""], low: float = 0.0, high: float = 0.0) -> Float[Array, ""]:
+    """Returns a positive scalar that moves between bounds on a log scale and never gets stuck; exp without bounds."""
+    return low * (high / low) ** jax.nn.sigmoid(raw) if high else jnp.exp(raw)
 
 
-def unbounded(value: float, low: float, high: float) -> Float[Array, ""]:
-    """The inverse of `bounded`."""
-    if not low < value < high:
-        raise UserError(f"a temperature of {value} lies outside its bounds ({low}, {high})")
+def unbounded(value: float, low: float = 0.0, high: float = 0.0) -> Float[Array, ""]:
+    """Returns the inverse of `bounded`."""
+    if not low < value < (high or float("inf")):
+        raise UserError(f"a temperature of {value} lies outside its bounds ({low}, {high or 'inf'})")
+    if not high:
+        return jnp.log(jnp.float32(value))
     share = jnp.log(value / low) / jnp.log(high / low)
     return jnp.log(share / (1 - share))
 
@@ -68,9 +70,10 @@ class OpenSeg:
 
     Of `config.loss`: `mask_weight` is α of eq. 5; `contrast` is "unsync" (within groups of `group` examples) or
     "sync" (the global batch, computed in the `form` that `kernels.all_pairs` describes, or "auto", by its size);
-    `temperature` starts τ of eq. 2, learned within `temperature_bounds`; `shared_temperature` uses one τ for eq. 3
-    and eq. 4 as the paper writes, otherwise each has its own; `grounding_weight` 0 trains the masks alone (the
-    teacher of 3.3), `mask_weight` 0 the words alone (Table 8): a batch then has no masks.
+    `temperature` starts τ of eq. 2, learned within `temperature_bounds` (ours; () for none);
+    `shared_temperature` uses one τ for eq. 3 and eq. 4 as the paper writes, otherwise each has its own;
+    `grounding_weight` 0 trains the masks alone (the teacher of 3.3), `mask_weight` 0 the words alone (Table 8): a batch
+    then has no masks.
     """
 
     tokenizer = None  # a caption is looked up word by word

@@ -171,9 +171,10 @@ def read_templates(prompt: Any) -> tuple[str, ...] | Prompt:
         raise UserError(f"the prompt {prompt!r} holds no list of templates")
     for template in templates:
         if not isinstance(template, str) or PLACE not in template:
+            where = f"{prompt}: " if isinstance(prompt, str) and template != prompt else ""
             raise UserError(
-                f"the template {short(template)} has no {PLACE} for the name of a class, as 'a photo of a {PLACE}.' "
-                f"has; the lists that have a name are {', '.join(TEMPLATES)}"
+                f"{where}the template {short(template)} has no {PLACE} for the name of a class, as "
+                f"'a photo of a {PLACE}.' has; the lists that have a name are {', '.join(TEMPLATES)}"
             )
     return tuple(templates)
 

@@ -65,7 +65,11 @@ def load_split(classes: ClassList, written: str) -> ClassList:
             raise UserError(
                 f"{written} does not say which classes are unseen; published splits are {', '.join(UNSEEN)}"
             )
-        return split(classes, [listed.display(k) for k in listed.groups["unseen"]])
+        with reading(written):
+            try:
+                return split(classes, [listed.display(k) for k in listed.groups["unseen"]])
+            except UserError as error:
+                raise ValueError(error) from error
     return split(classes, [names[0] for names in parse_labels(UNSEEN.get(written, written)).names])
 
 

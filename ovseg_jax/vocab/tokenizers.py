@@ -116,20 +116,26 @@ def load_tokenizer(source: str | Path, kind: str | None = None, length: int | No
         raise UserError(f"no such file or folder: {path}")
     file = _find(path, kind) if path.is_dir() else path
     with reading(file, "the tokenizer"):
-        if file.suffix == ".model":
-            return _sentencepiece(file, kind, length)
-        if file.name.endswith(".gz") or file.name in ("vocab.json", "merges.txt"):
-            _agree(file, kind, "clip")
-            return _clip(*_read_bpe(file), file, length)
-        if file.suffix == ".txt":
-            _agree(file, kind, "wordpiece")
-            words = read_text(file).split("\n")
-            return _wordpiece({word: i for i, word in enumerate(words) if word}, file, length)
-        if file.suffix == ".json":
-            return _tokenizer_json(file, kind, length)
+        if (found := _load(file, kind, length)) is not None:
+            _made(found, ["a red ball \U0001f388"])  # Some faults show when a text is split.
+            return found
     raise UserError(
         f"{file} is no tokenizer; known are *.model, {BPE_FILE}, vocab.json, vocab.txt, tokenizer.json"
     )
+
+
+def _load(file: Path, kind: str | None, length: int | None) -> PieceTokenizer | None:
+    """The tokeniser of a file; None if its name is of none."""
+    if file.suffix == ".model":
+        return _sentencepiece(file, kind, length)
+    if file.name.endswith(".gz") or file.name in ("vocab.json", "merges.txt"):
+        _agree(file, kind, "clip")
+        return _clip(*_read_bpe(file), file, length)
+    if file.suffix == ".txt":
+        _agree(file, kind, "wordpiece")
+        words = read_text(file).split("\n")
+        return _wordpiece({word: i for i, word in enumerate(words) if word}, file, length)
+    return _tokenizer_json(file, kind, length) if file.suffix == ".json" else None
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

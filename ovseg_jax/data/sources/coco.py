@@ -72,9 +72,9 @@ class Coco(Source):
             )
         self._images = found[0]
         annotations = root / "annotations"
-        self._json = annotations / f"panoptic_{split}.json"
         self._masks = annotations / f"panoptic_{split}"
         caption_file = annotations / f"captions_{split}.json"
+        self._json = annotations / f"panoptic_{split}.json" if masks else caption_file
         if not masks and captions is False:
             raise UserError("coco: with masks=False and captions=False nothing would be read")
         self.provides = frozenset({"image"})
@@ -87,7 +87,7 @@ class Coco(Source):
             panoptic = _read_lists(self._json, ("images", "annotations", "categories"))
             if not self._masks.is_dir():
                 raise UserError(f"the folder {self._masks} with the PNGs of {self._json.name} is missing")
-        with reading(self._json if masks else caption_file):
+        with reading(self._json):
             self.classes = _classes(panoptic["categories"], labels) if panoptic else ClassList((), (), ())
             self._read_images((panoptic or caption_data or {})["images"])
             self._read_segments(panoptic["annotations"] if panoptic else [])
@@ -183,6 +183,8 @@ class Coco(Source):
         if (double := self._ids[1:][np.diff(self._ids) == 0]).size:
             raise ValueError(f"it lists the image {double[0]} twice")
         files = column(images, "file_name", text)
+        if "" in files:
+            raise ValueError(f"entry {files.index('')} of 'images' has an empty 'file_name'")
         self._files = [files[k] for k in order]
         sides = [column(images, key, whole, 1, _LONGEST) for key in ("height", "width")]
         self._sizes = np.array(sides, np.int32).T.reshape(-1, 2)[order]
