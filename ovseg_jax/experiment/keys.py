@@ -85,12 +85,7 @@ def known_keys(config: ConfigDict) -> dict[str, Mapping[str, bool]]:
     sgd, constant = optimizer.get("name", "adamw") == "sgd", optimizer.get("schedule") == "constant"
     method = methods.method_class(config)
     fields = set(batch_fields(method, config))
-    crops, texts, words = (
-        data.get("augment") is not None,
-        fields & SPOKEN.keys(),
-        bool(fields & {"words", "box_words"}),
-    )
-    scene = not fields & {"label", "tokens"}
+    words, scene = bool(fields & {"words", "box_words"}), not fields & {"label", "tokens"}
     return {
         "mesh": dict.fromkeys(AXES, True),
         "checkpoint": keys("every keep"),
@@ -111,8 +106,8 @@ def known_keys(config: ConfigDict) -> dict[str, Mapping[str, bool]]:
             **keys("max_tags", bool(fields & {"tags", "box_tags"})),
             **keys("max_words keep_prob", words),
             **keys("caption_filter tagger min_count", scene),
-            **keys("count_captions", scene or bool(texts)),
-            **keys("scale_jitter flip", not crops),
+            **keys("count_captions", scene or bool(fields & SPOKEN.keys())),
+            **keys("scale_jitter flip", data.get("augment") is None),
             **keys("cache_features", "label" in fields),
         },
         **method.keys(config),

@@ -81,8 +81,8 @@ class OpenSeg:
     @classmethod
     def fields(cls, config: ConfigDict) -> tuple[str, ...]:
         """Returns the batch fields that the loss reads."""
-        weights = {"masks": config.loss.mask_weight, "words": config.loss.grounding_weight}
-        return ("image", *(field for field, weight in weights.items() if weight))
+        loss, of = config.get("loss", {}), {"masks": "mask_weight", "words": "grounding_weight"}
+        return ("image", *(field for field, weight in of.items() if loss.get(weight, 1)))
 
     @classmethod
     def vocabulary(cls, config: ConfigDict, source: Source) -> WordList:
