@@ -163,6 +163,8 @@ def test_no_run_to_evaluate(main, tmp_path):
         ([f"--config={TINY}:steps=few"], ["steps", "few"]),
         ([f"--config={TINY}", "--config.optimizer.learning_rat=1"], ["learning_rat"]),
         ([f"--config={TINY}", "--config.steps=few"], ["steps", "few"]),
+        ([f"--config={TINY}", "--config.loss.form=ring"], ["loss.form has no effect", "group"]),
+        ([f"--config={TINY}", "--mode=eval", "--config.steps=9"], ["steps has no effect with --mode=eval"]),
         ([f"--config={TINY}", "--wordkir=here"], ["wordkir"]),
         ([f"--config={TINY}", "--mode=dance"], ["dance"]),
         ([f"--config={TINY}", "here"], ["here"]),
