@@ -1,8 +1,8 @@
 """OpenSeg (papers/004: Ghiasi et al., Scaling Open-Vocabulary Image Segmentation with Image-Level Labels).
 
   python -m ovseg_jax.main --config=configs/openseg.py
-      trains on `scenes`, which is generated on the fly, on a laptop CPU in minutes. Expected on its test split, the mean
-      of 3 seeds: mIoU of 81.0 on seen pairs, 66.6 held out, 92.8 on stuff; Grounding mIoU 87.0.
+      trains on `scenes`, which is generated on the fly, on a laptop CPU in minutes. Expected on its test split,
+      the mean of 3 seeds: mIoU of 81.0 on seen pairs, 66.6 held out, 92.8 on stuff; Grounding mIoU 87.0.
   python -m ovseg_jax.main --config=configs/openseg.py:data=coco,data_dir=DIR,size=tiny
       some steps on any folder of COCO's layout, on a laptop CPU: a check that your files are read.
   python -m ovseg_jax.main --config=configs/openseg.py:data=coco,data_dir=DIR,eval_sets=DIR2

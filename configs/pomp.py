@@ -2,8 +2,8 @@
 
   python -m ovseg_jax.main --config=configs/pomp.py
       on `scenes`, which is generated on the fly, on a laptop CPU in minutes: first a small CLIP is trained, then CoOp
-      on a subset of the classes and POMP without its correction, then POMP; the summary compares them. Expected accuracy over
-      all classes, the mean of 3 seeds: POMP 14.1, without correction 13.5, CoOp 11.7, hard prompt 10.5.
+      on a subset of the classes and POMP without its correction, then POMP; the summary compares them. Expected
+      accuracy over all classes, the mean of 3 seeds: POMP 14.1, without correction 13.5, CoOp 11.7, hard prompt 10.5.
   python -m ovseg_jax.main --config=configs/pomp.py:data=folder,data_dir=DIR,names=FILE
       the paper's recipe on DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg, ImageNet-21K as Ridnik et al. process it.
       The paper's accuracy (Table 1): 25.3. None of its scores has been reproduced yet.

@@ -1,24 +1,9 @@
 """A prompt put to segmentation: `python -m ovseg_jax.transfer --proposals=WORKDIR --checkpoint=WORKDIR2`."""
 
 import argparse
-import sys
-from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
-import jax
-from ml_collections import ConfigDict
-
-from ovseg_jax.cli.console import complain, quieten, use_compilation_cache
-from ovseg_jax.data.source_base import check_provides
-from ovseg_jax.errors import UserError
-from ovseg_jax.experiment.load import load_run
-from ovseg_jax.experiment.transfer import FILLS, TransferEvaluator, rules_of
-from ovseg_jax.parallel.sharding import make_mesh
-from ovseg_jax.protocols import Classifier, Segmenting
-from ovseg_jax.towers.prompt_file import Prompt
-from ovseg_jax.towers.templates import TEMPLATES, read_templates
-from ovseg_jax.vocab.splits import UNSEEN, load_split
+from ovseg_jax.cli.console import Parser, run_command, start
 
 _DESCRIPTION = """\
 Segments with the masks of one run and the classifier of another (ZSSeg's two stages; POMP's tables 4, 5 and 13), and
@@ -33,35 +18,20 @@ proposal network was trained with score p^w q^(1-w), all others p^(1-w) q^w; --e
 the classes in truth or prediction, mIoU_gt by those in truth; hIoU is the harmonic mean over seen and unseen classes.
 """
 
-LEARNED, SINGLE = "learned", "single"
-HARD = {SINGLE: ("a sculpture of a {}.",)}
-"""The single prompt of papers/000, table 13."""
-
-# Column, metric, as in `evals.confusion.scores`.
-_COLUMNS = (
-    *(("mIoU", "miou"), ("mIoU_gt", "miou_gt"), ("fwIoU", "fwiou"), ("mACC", "macc"), ("pACC", "pacc")),
-    *(("hIoU", "hiou"), ("hIoU_gt", "hiou_gt"), ("seen", "miou/seen"), ("unseen", "miou/unseen")),
-    *(("held_out", "miou/held_out"), ("chance", "chance_miou")),
-)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; its exit status: 0, or 2 for a wrong request."""
-    arguments = _parser().parse_args(argv)
-    quieten()
-    try:
-        return _run(arguments)
-    except UserError as error:
-        return complain(error)
+    """Runs the command; returns its exit status."""
+    return run_command(parser, _run, argv)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m ovseg_jax.transfer",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def parser() -> Parser:
+    """Returns the command's flags."""
+    from ovseg_jax.experiment.transfer import FILLS
+    from ovseg_jax.experiment.transfer_table import HARD, LEARNED, SINGLE
+    from ovseg_jax.towers.templates import TEMPLATES
+    from ovseg_jax.vocab.splits import UNSEEN
+
+    parser = Parser("transfer", _DESCRIPTION)
     add = parser.add_argument
     add("--proposals", required=True, metavar="WORKDIR", help="a training run that proposes masks")
     add("--checkpoint", required=True, metavar="WORKDIR", help="a training run that classifies images")
@@ -108,9 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    from ovseg_jax.data.pipeline import eval_batches, make_source  # grain's import takes long
+def _run(arguments: argparse.Namespace) -> None:
+    from ovseg_jax.experiment.transfer_table import compare_prompts
 
+<<<<<<< HEAD
     # What can be wrong with the request is found before a model is loaded.
     prompts = read_prompts(arguments.prompts)
     mesh = make_mesh()
@@ -219,8 +190,11 @@ def table(found: Mapping[str, Mapping[str, float]]) -> str:
         cells = (f"{scores[key]:9.2f}" if key in scores else " " * 9 for _, key in columns)
         lines.append(name.ljust(width) + "".join(cells))
     return "\n".join(lines)
+=======
+    if table := compare_prompts(**vars(arguments)):
+        print(table)
+>>>>>>> main
 
 
 if __name__ == "__main__":
-    use_compilation_cache()
-    sys.exit(main())
+    start(main)

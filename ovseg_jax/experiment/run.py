@@ -270,7 +270,7 @@ def _write_words(config: ConfigDict, workdir: epath.Path, source: Any) -> None:
     there = path.exists()
     if there and (is_recorded(path) or (is_recorded(path) is None and _reads(WordList.load, path))):
         return
-    words = method_class(config).vocabulary(config, source).to_json()
+    words = WordList(method_class(config).vocabulary(config, source)).to_json()
     if is_recorded(path, words) is False:
         raise UserError(
             f"{path} is {'damaged' if there else 'missing'}, and the captions now give other words"

@@ -1,5 +1,7 @@
 """LSeg+ (papers/004, 4.3): pixels classified by class names, the supervised baseline and the ceiling of `scenes`."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,9 +34,9 @@ class LSeg(OpenSeg):
         return ("image", "pixel_classes")
 
     @classmethod
-    def vocabulary(cls, config: ConfigDict, source: Source) -> WordList:
+    def vocabulary(cls, config: ConfigDict, source: Source) -> Sequence[str]:
         """Returns the words of captions and class names."""
-        return counted_words(config.data, source)
+        return counted_words(config.data, source).words
 
     @classmethod
     def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:

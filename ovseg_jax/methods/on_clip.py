@@ -1,5 +1,7 @@
 """What methods on CLIP's towers read of the data: images of one class, or texts by the towers' tokeniser."""
 
+from collections.abc import Sequence
+
 from ml_collections import ConfigDict
 
 from ovseg_jax.data.fields import batch_fields
@@ -7,7 +9,6 @@ from ovseg_jax.data.source_base import Source
 from ovseg_jax.towers.clip import Clip
 from ovseg_jax.towers.vocabulary import spoken_words
 from ovseg_jax.vocab.tokenizers import PieceTokenizer
-from ovseg_jax.vocab.words import WordList
 
 
 class OnClip:
@@ -21,10 +22,10 @@ class OnClip:
         return ("feature" if config.data.get("cache_features", 0) else "image", "label")
 
     @classmethod
-    def vocabulary(cls, config: ConfigDict, source: Source) -> WordList:
+    def vocabulary(cls, config: ConfigDict, source: Source) -> Sequence[str]:
         """Returns the words that a tokeniser of words needs; only one of this run's own words needs those of texts."""
         own = config.towers.get("tokenizer", "") == "words"
-        return spoken_words(config.data, source, batch_fields(cls, config) if own else ())
+        return spoken_words(config.data, source, batch_fields(cls, config) if own else ()).words
 
     @property
     def tokenizer(self) -> PieceTokenizer:

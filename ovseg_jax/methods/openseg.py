@@ -85,7 +85,7 @@ class OpenSeg:
         return ("image", *(field for field, weight in of.items() if loss.get(weight, 1)))
 
     @classmethod
-    def vocabulary(cls, config: ConfigDict, source: Source) -> WordList:
+    def vocabulary(cls, config: ConfigDict, source: Source) -> Sequence[str]:
         """Returns the words of captions and class names that have an embedding.
 
         Raises:
@@ -98,7 +98,7 @@ class OpenSeg:
             advice = "loss.grounding_weight=0 trains masks alone; captions are annotations/captions_<split>.json for "
             advice += "COCO, and captions.json for a folder"
             check_provides(source, ("captions",), "the grounding loss", advice)
-        return counted_words(config.data, source, captions="words" in fields)
+        return counted_words(config.data, source, captions="words" in fields).words
 
     @classmethod
     def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:

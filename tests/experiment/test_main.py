@@ -64,7 +64,7 @@ def main(start):
 
 def sentence(done):
     """The only thing on stderr of a run that failed by a user's mistake."""
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 1, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     return lines[0]

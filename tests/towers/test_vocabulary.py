@@ -65,6 +65,6 @@ def test_methods_say_which_words_they_need():
         words(Silent())
     # Captions are read for a tokeniser of this run's words alone.
     assert "red" in words(Stream(), "clip", tokenizer="words")
-    assert words(Stream(), "clip", tokenizer="somewhere").words == ("<pad>", "dog", "of", "sea", "the")
+    assert words(Stream(), "clip", tokenizer="somewhere") == ("<pad>", "dog", "of", "sea", "the")
     objects = SceneObjects("train", 1, size="tiny", count=2)
     assert "photo" not in words(objects, "pomp", tokenizer="words")
