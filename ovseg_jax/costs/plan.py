@@ -131,11 +131,11 @@ def devices_of(topology: str, config: ConfigDict) -> tuple[Chip, Any]:
 def _abstract(config: ConfigDict, mesh: Any, words: int, classes: int) -> tuple[Any, Any, Any, dict, Any]:
     """Method, optimiser, and the shapes of state and batch, all that `make_step` and `lower` take."""
     from ovseg_jax.data.fields import batch_fields
-    from ovseg_jax.methods import build, method_class, training_rows
+    from ovseg_jax.methods import build, method_type, training_rows
     from ovseg_jax.vocab.words import WordList
 
     vocabulary = WordList([f"word{i}" for i in range(words)])
-    labelled = "label" in batch_fields(method_class(config), config)
+    labelled = "label" in batch_fields(method_type(config.method), config)
     if "towers" in config:
         config = ConfigDict(config.to_dict())
         config.towers.update(dict(init="", tokenizer="words"))

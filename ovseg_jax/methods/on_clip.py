@@ -6,12 +6,13 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.data.fields import batch_fields
 from ovseg_jax.data.source_base import Source
+from ovseg_jax.protocols import Classifier, Trainable
 from ovseg_jax.towers.clip import Clip
 from ovseg_jax.towers.vocabulary import spoken_words
 from ovseg_jax.vocab.tokenizers import PieceTokenizer
 
 
-class OnClip:
+class OnClip(Trainable, Classifier):
     """The data side of a method that has the towers `clip`."""
 
     clip: Clip

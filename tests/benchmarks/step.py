@@ -35,13 +35,13 @@ def prepare(config, count: int, folder: Path) -> None:
     import jax
 
     from ovseg_jax.data.pipeline import make_source, train_iterator
-    from ovseg_jax.methods import build, method_class, training_rows
+    from ovseg_jax.methods import build, method_type, training_rows
     from ovseg_jax.parallel.sharding import path_name
     from ovseg_jax.pretrained.to_torch import describe
     from ovseg_jax.vocab.words import WordList
 
     source = make_source(config.data.train)
-    words = WordList(method_class(config).vocabulary(config, source))
+    words = WordList(method_type(config.method).vocabulary(config, source))
     words.save(folder / "words.json")
     (folder / "classes.json").write_text(source.classes.to_json())
     method = build(config, words, source.classes)

@@ -9,7 +9,7 @@ from ovseg_jax.data.scenes.objects import SceneObjects
 from ovseg_jax.data.scenes.source import Scenes
 from ovseg_jax.data.source_base import Source
 from ovseg_jax.errors import UserError
-from ovseg_jax.methods import method_class
+from ovseg_jax.methods import method_type
 from ovseg_jax.towers.vocabulary import counted_words, spoken_words
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
@@ -54,7 +54,7 @@ def test_methods_say_which_words_they_need():
     def words(source, method="openseg", masks=0.0, captions=1.0, **towers):
         loss = dict(mask_weight=masks, grounding_weight=captions)
         config = ConfigDict(dict(method=method, loss=loss, data=dict(count_captions=9), towers=towers))
-        return method_class(config).vocabulary(config, source)
+        return method_type(config.method).vocabulary(config, source)
 
     assert "red" in words(Stream()) and "red" not in words(Stream(), captions=0.0)
     with pytest.raises(UserError, match=r"'stream' has no segments, .* mask loss .*mask_weight=0 trains"):
