@@ -93,7 +93,8 @@ def known_keys(config: ConfigDict) -> dict[str, Mapping[str, bool]]:
         },
         "data": {
             **keys("train image_size fields workers threads prefetch views"),
-            **keys("words extra_words label_size max_segments augment batch_augment"),
+            **keys("words extra_words label_size max_segments batch_augment"),
+            **keys("augment", "scale_jitter" not in data and "flip" not in data),
             **keys("mask_stride", bool(fields & {"masks", "pixel_classes"})),
             **keys("max_masks max_boxes", any(field.startswith(("mask", "box")) for field in fields)),
             **keys("max_tags", bool(fields & {"tags", "box_tags"})),
