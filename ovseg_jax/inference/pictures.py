@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import logging
 from typing import Any
 
@@ -21,7 +20,8 @@ from ovseg_jax.experiment.transfer import rules_in
 from ovseg_jax.files import write_whole
 from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.parallel.sharding import on_host
-from ovseg_jax.protocols import Classifier, Segmenting, Variables
+from ovseg_jax.protocols import Classifier, Segmenting, Variables, only
+from ovseg_jax.reading import read_json
 from ovseg_jax.towers.templates import read_templates
 from ovseg_jax.viz.curves import curves
 from ovseg_jax.viz.features import PromptPoint, prompts_picture, sphere_picture
@@ -63,8 +63,10 @@ def draw_run(
     """
     workdir = epath.Path(workdir)
     folder, paths = workdir / "pictures", []
-    # Class features that differ from image to image have no picture.
-    evaluations = {} if hasattr(method, "embed_text_for") else (config.get("final_evals") or config.evals)
+    evaluations = config.get("final_evals") or config.evals
+    if isinstance(method, Classifier) and (method.text_per_image or not method.unit_norm):
+        # Class features that differ from image to image, or are no unit vectors, have no picture.
+        evaluations = {}
     wanted = {
         name: evaluations[name] for name in evaluations if again or not (folder / f"{name}.png").exists()
     }
@@ -122,7 +124,11 @@ def _draw_segmentation(
         rules, classes = rules_in(evaluation, classes)
         segmenter = Segmenter.from_two_stages(proposals, run, classes, **rules)
     path = workdir / "pictures" / f"{name}.png"
-    _save(_picture(segmenter, source, classes, name, images, proposals=proposals is None), path)
+    decision = evaluation.get("decision", "argmax")
+    picture = _picture(
+        segmenter, source, classes, name, images, decision=decision, proposals=proposals is None
+    )
+    _save(picture, path)
     return [path]
 
 
@@ -139,12 +145,13 @@ def _picture(
     name: str,
     images: int,
     *,
+    decision: Any = "argmax",
     proposals: bool = True,
 ) -> Image.Image:
     where = np.linspace(0, len(source) - 1, min(images, len(source))).round().astype(int)
     examples = [source[int(i)] for i in where]
     pictures = [np.ascontiguousarray(example["image"]) for example in examples]
-    results = segmenter.stream(pictures, classes, threshold=-np.inf, features=proposals)
+    results = segmenter.stream(pictures, classes, decision=decision, features=proposals)
     rows = []
     for example, result in zip(examples, results, strict=True):
         truth = class_map(example["segments"], example["class_ids"])
@@ -166,7 +173,7 @@ def _features(
 ) -> None:
     """Fig. 6 of papers/000 for a few classes, evenly spread over those that occur, and a few images of each."""
     from ovseg_jax.data.classification import ClassifyEval
-    from ovseg_jax.evals.classification import class_features
+    from ovseg_jax.towers.features import class_features
 
     source: Any = make_source(evaluation.source)
     labels = np.asarray(source.labels)
@@ -189,18 +196,19 @@ def _features(
     prompts: dict[str, Any] = {"own": None} | (
         {} if other is None else {other: read_templates(others[other])}
     )
-    rays = {k: np.asarray(class_features(method, variables, names, v)) for k, v in prompts.items()}
+    rays = {k: np.asarray(only(class_features(method, variables, names, v))) for k, v in prompts.items()}
     sphere_picture(seen, np.searchsorted(chosen, labels[where]), rays, names, name, path)
 
 
 def _prompt_points(workdir: epath.Path, name: str, evaluation: ConfigDict) -> list[PromptPoint]:
     """Fig. 5 of papers/000: what the run's summary says of each prompt of an evaluation."""
     summary = workdir / "summary.json"
-    scores = json.loads(summary.read_text()) if summary.exists() else {}
+    scores = read_json(summary) if summary.exists() else {}
+    scores = scores if isinstance(scores, dict) else {}
     points = []
     for prompt in ("", *(evaluation.get("prompts") or {})):
         suffix = f"[{prompt}]" if prompt else ""
         keys = [f"{name}/{metric}{suffix}" for metric in ("uniformity", "alignment", "accuracy")]
-        if all(key in scores for key in keys):
+        if all(type(scores.get(key)) in (int, float) for key in keys):
             points.append(PromptPoint(prompt or "own", *(scores[key] for key in keys)))
     return points
