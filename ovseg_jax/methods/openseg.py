@@ -170,7 +170,7 @@ class OpenSeg(Trainable, Segmenting):
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
         """Eq. 5: grounding loss + α mask loss."""
-        network = in_parts(self._see, self.config.get("accumulate", 1))
+        network = in_parts(self._forward, self.config.get("accumulate", 1))
         regions, masks, mutated = network(variables, batch, rng)
         params, one = variables["params"], jnp.ones(())
         region_tau, pair_tau = self.temperatures(params)
@@ -198,7 +198,7 @@ class OpenSeg(Trainable, Segmenting):
         temperatures = {"region_temperature": (region_tau, one), "pair_temperature": (pair_tau, one)}
         return loss, Aux({"loss": (loss, one), **parts, **temperatures}, mutated)
 
-    def _see(
+    def _forward(
         self, variables: Variables, batch: Batch, rng: jax.Array
     ) -> tuple[Array, tuple[Array, Array] | None, dict]:
         """Of some images: unit-norm regions, sum and count of the mask loss, and the collections updated."""
