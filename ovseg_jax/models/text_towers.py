@@ -5,7 +5,7 @@ Parameters follow big_vision's text transformer: `Embed_0`, `pos_embedding` [1 l
 `Encoder_0/encoder_norm`, `head`. ovseg_jax/pretrained/text.py has the names of others.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,12 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.remat import rematerialise
+from ovseg_jax.models.transformer import ACTIVATIONS
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-}
 _table_init = nn.initializers.normal(0.02)
 
 

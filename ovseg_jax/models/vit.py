@@ -5,7 +5,6 @@ Parameters have the names and layouts of big_vision's ViT: `embedding`, `pos_emb
 a first row of `pos_embedding` for a class token that has a position of its own.
 """
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,14 +16,10 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.positions import resize_positions
 from ovseg_jax.models.remat import rematerialise
 from ovseg_jax.models.tower import TowerOutput
+from ovseg_jax.models.transformer import ACTIVATIONS
 
 Fields = dict[str, Any]
 
-GELUS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
-    "exact": lambda x: nn.gelu(x, approximate=False),
-    "tanh": lambda x: nn.gelu(x, approximate=True),
-    "quick": lambda x: x * nn.sigmoid(1.702 * x),
-}
 CLS = ("none", "plain", "placed")
 POOLS = ("cls", "mean", "map")
 
@@ -66,12 +61,12 @@ class MlpBlock(nn.Module):
 
     Attributes:
       mlp_dim: width inside.
-      gelu: see `ViT`.
+      activation: see `ViT`.
       dtype: compute type.
     """
 
     mlp_dim: int
-    gelu: str
+    activation: str
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -80,7 +75,7 @@ class MlpBlock(nn.Module):
         inits: Fields = dict(
             kernel_init=kernel_init, bias_init=nn.initializers.normal(1e-6), dtype=self.dtype
         )
-        y = GELUS[self.gelu](nn.Dense(self.mlp_dim, name="Dense_0", **inits)(x))
+        y = ACTIVATIONS[self.activation](nn.Dense(self.mlp_dim, name="Dense_0", **inits)(x))
         return nn.Dense(x.shape[-1], name="Dense_1", **inits)(y)
 
 
@@ -89,7 +84,7 @@ class Block(nn.Module):
 
     heads: int
     mlp_dim: int
-    gelu: str
+    activation: str
     epsilon: float
     dtype: Any = jnp.float32
 
@@ -99,7 +94,7 @@ class Block(nn.Module):
         y = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="LayerNorm_0")(x)
         x = x + Attention(self.heads, self.dtype, name="MultiHeadDotProductAttention_0")(y, y)
         y = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="LayerNorm_1")(x)
-        return x + MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")(y)
+        return x + MlpBlock(self.mlp_dim, self.activation, self.dtype, name="MlpBlock_0")(y)
 
 
 class Transformer(nn.Module):
@@ -108,7 +103,7 @@ class Transformer(nn.Module):
     depth: int
     heads: int
     mlp_dim: int
-    gelu: str
+    activation: str
     epsilon: float
     taps: tuple[int, ...]
     remat: str
@@ -128,7 +123,7 @@ class Transformer(nn.Module):
             if prompts is not None and 1 <= i < len(prompts):
                 x = _append(x[:, : -prompts.shape[1]], prompts[i])
             name = f"encoderblock_{i}"
-            x = block_type(self.heads, self.mlp_dim, self.gelu, self.epsilon, self.dtype, name=name)(x)
+            x = block_type(self.heads, self.mlp_dim, self.activation, self.epsilon, self.dtype, name=name)(x)
             if i in self.taps:
                 tapped[i] = x
         return nn.LayerNorm(self.epsilon, dtype=self.dtype, name="encoder_norm")(x), tapped
@@ -139,7 +134,7 @@ class MAPHead(nn.Module):
 
     heads: int
     mlp_dim: int
-    gelu: str
+    activation: str
     epsilon: float
     dtype: Any = jnp.float32
 
@@ -150,7 +145,7 @@ class MAPHead(nn.Module):
         probe = jnp.broadcast_to(probe.astype(self.dtype), (x.shape[0], 1, x.shape[-1]))
         x = Attention(self.heads, self.dtype, name="MultiHeadDotProductAttention_0")(probe, x)
         y = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="LayerNorm_0")(x)
-        return (x + MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")(y))[:, 0]
+        return (x + MlpBlock(self.mlp_dim, self.activation, self.dtype, name="MlpBlock_0")(y))[:, 0]
 
 
 class ViT(nn.Module):
@@ -169,7 +164,7 @@ class ViT(nn.Module):
       pool: what the image's embedding is made of: "cls", the class token; "mean", that of the patch tokens; "map", a
         learned query's answer (`MAPHead`). All behind the final norm.
       pre_norm: CLIP's: a norm in front of the blocks, and patches without a bias.
-      gelu: "exact"; "tanh", its approximation; "quick", x sigmoid(1.702 x).
+      activation: "gelu"; "gelu_tanh", its approximation; "quick_gelu", x sigmoid(1.702 x).
       epsilon: of all layer norms.
       embed_dim: channels of the embedding, by the projection `head`; 0 is none, and the embedding has `width`.
       head_bias: whether that projection has a bias (big_vision: yes, CLIP: no).
@@ -188,7 +183,7 @@ class ViT(nn.Module):
     cls: str = "placed"
     pool: str = "cls"
     pre_norm: bool = False
-    gelu: str = "exact"
+    activation: str = "gelu"
     epsilon: float = 1e-6
     embed_dim: int = 0
     head_bias: bool = True
@@ -245,7 +240,7 @@ class ViT(nn.Module):
         if self.pre_norm:
             x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="pre_norm")(x)
 
-        same = (self.heads, self.mlp_dim, self.gelu, self.epsilon)
+        same = (self.heads, self.mlp_dim, self.activation, self.epsilon)
         x, tapped = Transformer(
             self.depth, *same, self.taps, self.remat, dtype=self.dtype, name="Transformer"
         )(x, prompts)
@@ -265,7 +260,7 @@ class ViT(nn.Module):
     def _check_fields(self) -> None:
         _check("cls", self.cls, CLS)
         _check("pool", self.pool, POOLS)
-        _check("gelu", self.gelu, tuple(GELUS))
+        _check("activation", self.activation, tuple(ACTIVATIONS))
         if self.pool != "mean" and (self.pool == "cls") != (self.cls != "none"):
             raise UserError(f"pool={self.pool!r} of the ViT does not go with cls={self.cls!r}")
         if self.width % self.heads:
@@ -299,10 +294,10 @@ _L: Fields = dict(width=1024, depth=24, heads=16, mlp_dim=4096)
 _H: Fields = dict(width=1280, depth=32, heads=16, mlp_dim=5120)
 _SO400M: Fields = dict(width=1152, depth=27, heads=16, mlp_dim=4304)
 _DINO: Fields = dict(resize="dino")
-_CLIP: Fields = dict(pre_norm=True, gelu="quick", epsilon=1e-5, head_bias=False)
+_CLIP: Fields = dict(pre_norm=True, activation="quick_gelu", epsilon=1e-5, head_bias=False)
 # open_clip's own models (LAION, DataComp) are CLIP's but for the GELU.
-_OPEN_CLIP: Fields = dict(_CLIP, gelu="exact")
-_SIGLIP: Fields = dict(gelu="tanh", resize="bilinear", cls="none", pool="map")
+_OPEN_CLIP: Fields = dict(_CLIP, activation="gelu")
+_SIGLIP: Fields = dict(activation="gelu_tanh", resize="bilinear", cls="none", pool="map")
 
 # Fields of `ViT` by model: `ViT(**PRESETS["dino_vits8"])`. A number at the end is the image's side, if not 224. 384 is
 # no multiple of so400m's patch: the published model leaves the last pixels out and sees 378.

@@ -55,6 +55,8 @@ def to_loop(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     for name, array in arrays.items():
         head, found, tail = name.partition("encoderblock/")
         if found:
+            if not array.ndim:
+                raise UserError(f"{name} is no stack of blocks but one number")
             out |= {f"{head}encoderblock_{i}/{tail}": layer for i, layer in enumerate(array)}
         else:
             out[name] = array

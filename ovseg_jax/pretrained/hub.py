@@ -20,6 +20,7 @@ _PREFIXES = ("hf", "timm", "openai", "open_clip", "big_vision")
 _COMPANIONS = (
     "config.json",
     "open_clip_config.json",
+    "preprocessor_config.json",
     "tokenizer*",
     "vocab*",
     "merges.txt",

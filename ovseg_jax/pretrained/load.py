@@ -20,9 +20,10 @@ from ovseg_jax.models.tower_pyramid import TowerPyramid
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.pretrained import clip_resnet, efficientnet, eva, resnet, swin, text, vit
 from ovseg_jax.pretrained.big_vision import read_big_vision
-from ovseg_jax.pretrained.files import read_arrays
+from ovseg_jax.pretrained.files import read_arrays, weights_file
 from ovseg_jax.pretrained.hub import find
 from ovseg_jax.pretrained.rename import Rename, fit, rename
+from ovseg_jax.pretrained.stated import check
 from ovseg_jax.pretrained.to_torch import from_torch, torch_name
 
 # Which half of an image-text model of big_vision is meant.
@@ -59,11 +60,15 @@ def load(
     if path.suffix == ".npz":
         arrays = read_big_vision(path, TOWERS.get(type(module), ""))
     else:
+        path = weights_file(path)
         arrays = read_arrays(path)
+        names = arrays.keys()
         if (own := from_ours(arrays, shapes)) is not None:
             format_, arrays = "ours", own
         else:
+            arrays = without_wrapper(arrays)
             format_, renames = recognise(arrays, formats(module), path)
+        check(path, module, format_, names)
     try:
         if format_ not in ("big_vision's", "ours"):
             arrays = rename(arrays, renames)
@@ -72,13 +77,27 @@ def load(
         raise UserError(f"init={init}, read as {format_}: {error}") from error
 
 
+def without_wrapper(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Takes away what training scripts put in front of names: `module.`, and `backbone.` beside a head's names.
+
+    Full checkpoints of DINO have them, and detectors with a Swin; of a file with `backbone.` nothing else is left.
+    """
+    if arrays and all(name.startswith("module.") for name in arrays):
+        arrays = {name.removeprefix("module."): x for name, x in arrays.items()}
+    own = {name.removeprefix("backbone."): x for name, x in arrays.items() if name.startswith("backbone.")}
+    return own or arrays
+
+
 def from_ours(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
     """What `to_torch` made of such variables, by path; None where the names are others."""
     flat = flax.traverse_util.flatten_dict(dict(shapes), sep="/")
     inner = {path.partition("/")[2]: path for path in flat}
     if arrays.keys() != {torch_name(path) for path in inner}:
         return None
-    found = from_torch(arrays, {path: flat[whole].shape for path, whole in inner.items()})
+    try:
+        found = from_torch(arrays, {path: flat[whole].shape for path, whole in inner.items()})
+    except ValueError as error:
+        raise UserError(f"the checkpoint's arrays have other shapes than the model's: {error}") from error
     return {inner[path]: array for path, array in found.items()}
 
 

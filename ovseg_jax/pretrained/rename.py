@@ -84,7 +84,10 @@ def rename(source: Mapping[str, np.ndarray], renames: Iterable[Rename]) -> dict[
         match, r = found
         if not r.target:
             continue
-        target, arrays = match.expand(r.target), r.layout(array)
+        try:
+            target, arrays = match.expand(r.target), r.layout(array)
+        except (ValueError, IndexError) as error:
+            raise UserError(f"{name} of the checkpoint has the shape {array.shape}: {error}") from error
         for part, value in (arrays if isinstance(arrays, dict) else {"": arrays}).items():
             path = target.replace("{}", part)
             if path in out:

@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ovseg_jax.models.remat import rematerialise_function
-from ovseg_jax.models.text_towers import ACTIVATIONS, CLIPText
+from ovseg_jax.models.text_towers import CLIPText
+from ovseg_jax.models.transformer import ACTIVATIONS
 
 EPSILON = 1e-5
 
