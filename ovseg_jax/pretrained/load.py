@@ -23,7 +23,7 @@ from ovseg_jax.pretrained.big_vision import read_big_vision
 from ovseg_jax.pretrained.files import read_arrays, weights_file
 from ovseg_jax.pretrained.hub import find
 from ovseg_jax.pretrained.rename import Rename, fit, rename
-from ovseg_jax.pretrained.stated import check
+from ovseg_jax.pretrained.stated import check, check_pixels
 from ovseg_jax.pretrained.to_torch import from_torch, torch_name
 
 # Which half of an image-text model of big_vision is meant.
@@ -34,7 +34,12 @@ FRESH: dict[type[nn.Module], Sequence[str]] = {Swin: (r"out_norm[234]",)}
 
 
 def load(
-    init: str, module: nn.Module, shapes: Mapping[str, Any], *, may_miss: Sequence[str] = ()
+    init: str,
+    module: nn.Module,
+    shapes: Mapping[str, Any],
+    *,
+    may_miss: Sequence[str] = (),
+    pixels: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> dict[str, Any]:
     """A module's variables from published weights.
 
@@ -44,17 +49,20 @@ def load(
       shapes: its variables, {"params": ..., "batch_stats": ...}, as arrays or shapes.
       may_miss: regexes of paths that the weights may lack; these are left out of the result. A Swin may always lack
         the norms of its finer maps, which published classifiers do not have.
+      pixels: mean and standard deviation by which the caller normalises pixels, to be compared with the published ones
+        where a file beside the weights says them.
 
     Returns:
       NumPy arrays in a tree like `shapes`, in its dtypes.
 
     Raises:
-      UserError: weights that are not there, cannot be read, are of another architecture or of another shape.
+      UserError: weights that are not there, cannot be read, are of another architecture or of another shape; or what
+        lies beside them says that they compute something else than the module.
     """
     if isinstance(module, TowerPyramid):
         # The tower's weights are published; what makes a pyramid of it is new.
         inner = {name: tree["tower"] for name, tree in shapes.items() if "tower" in tree}
-        found = load(init, module.tower, inner, may_miss=may_miss)
+        found = load(init, module.tower, inner, may_miss=may_miss, pixels=pixels)
         return {name: {"tower": tree} for name, tree in found.items()}
     path, format_ = find(init), "big_vision's"
     if path.suffix == ".npz":
@@ -69,6 +77,8 @@ def load(
             arrays = without_wrapper(arrays)
             format_, renames = recognise(arrays, formats(module), path)
         check(path, module, format_, names)
+        if pixels:
+            check_pixels(path, *pixels)
     try:
         if format_ not in ("big_vision's", "ours"):
             arrays = rename(arrays, renames)

@@ -157,7 +157,7 @@ class Clip:
 
         text = jax.eval_shape(lambda: self.text.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
         return {
-            "image": load(init, self.image, shapes["image"]),
+            "image": load(init, self.image, shapes["image"], pixels=self._pixels()),
             "text": stacked(load(init, self.text, text)["params"]),
         }
 
@@ -184,9 +184,7 @@ class Clip:
         prompts: Float[Array, "j m d"] | None = None,
     ) -> Float[Array, "b d"]:
         """Unit vectors of images; `prompts` are those of a ViT."""
-        mean, std = (
-            jnp.asarray(self.config.get(k, v), jnp.float32) for k, v in (("mean", MEAN), ("std", STD))
-        )
+        mean, std = (jnp.asarray(values, jnp.float32) for values in self._pixels())
         x = (image.astype(jnp.float32) / 255 - mean) / std
         more: dict[str, Any] = {} if prompts is None else {"prompts": prompts}
         return unit(_pooled(self.image.apply(weights["image"], x.astype(self.dtype), **more)))
@@ -248,6 +246,9 @@ class Clip:
         return encode_names(
             self.text, weights["text"], start, context, layout, tokens, size, deep, may_exceed=may_exceed
         )
+
+    def _pixels(self) -> tuple[Sequence[float], Sequence[float]]:
+        return tuple(self.config.get("mean", MEAN)), tuple(self.config.get("std", STD))
 
     def _groups(self, weights, context, groups, deep, *, layout, size):
         one = lambda tokens: self.encode(weights, context, layout, tokens, size, deep)

@@ -25,6 +25,7 @@ def folder(tmp_path_factory):
     model = timm.create_model("tf_efficientnet_b0", num_classes=7)
     path = tmp_path_factory.mktemp("b0")
     write_safetensors(path / "model.safetensors", {k: v.numpy() for k, v in model.state_dict().items()})
+    (path / "config.json").write_text('{"architecture": "tf_efficientnet_b0"}')
     return path
 
 
