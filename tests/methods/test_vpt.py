@@ -10,8 +10,8 @@ from ovseg_jax.methods import build
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
+from tests import reference
 from tests.methods import torch_clip
-from tests.models import reference
 
 WORDS = WordList("a photo of big_dog cat dog red fox sky".split())
 CLASSES = ClassList(tuple((name,) for name in ("cat", "dog", "red_fox", "sky")), (0, 1, 2, 3), (True,) * 4)

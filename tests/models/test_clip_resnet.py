@@ -9,8 +9,8 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.clip_resnet import PRESETS, AttentionPool, ClipResNet, average_pool
 from ovseg_jax.pretrained.clip_resnet import from_openai_clip_resnet, from_timm_clip_resnet
 from ovseg_jax.pretrained.rename import fit, rename
+from tests import reference
 from tests.extras import require
-from tests.models import reference
 
 TINY: dict[str, Any] = dict(stage_sizes=(1, 2, 1, 1), width=8, embed=24, grid=3)
 SMALL: dict[str, Any] = dict(stage_sizes=(1, 1), width=8, embed=24, grid=12)  # c2 and c3 alone

@@ -6,8 +6,8 @@ import pytest
 from ovseg_jax.models.efficientnet import EfficientNet
 from ovseg_jax.models.efficientnet_scaling import SCALING, STAGES, round_blocks, round_channels
 from ovseg_jax.pretrained.efficientnet import from_hf_efficientnet
+from tests import reference
 from tests.extras import require
-from tests.models import reference
 
 TINY = dict(width=0.25, depth=0.4)
 

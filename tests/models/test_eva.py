@@ -12,8 +12,8 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.eva import PRESETS, Eva, rotary_table, rotate
 from ovseg_jax.pretrained.eva import from_eva_clip, from_timm_eva
 from ovseg_jax.pretrained.rename import fit, rename
+from tests import reference
 from tests.extras import require
-from tests.models import reference
 
 HEADS, PATCH, GRID = 2, 8, 4
 TINY: dict = dict(

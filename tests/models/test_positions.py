@@ -6,8 +6,8 @@ import pytest
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.positions import RESIZES, axis_weights, resize_positions
+from tests import reference
 from tests.extras import require
-from tests.models import reference
 
 TABLES = [(4, 4, 7, 9), (7, 5, 3, 4), (6, 6, 6, 13), (14, 14, 1, 2), (1, 3, 5, 3)]
 

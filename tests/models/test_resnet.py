@@ -6,8 +6,8 @@ import pytest
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.resnet import STAGES, ResNet
 from ovseg_jax.pretrained.resnet import from_hf_resnet
+from tests import reference
 from tests.extras import require
-from tests.models import reference
 
 TINY = dict(stage_sizes=(1, 2, 1, 1), width=32)
 

@@ -13,7 +13,7 @@ from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.small import STEMS, GroupNorm, SmallBackbone, space_to_depth
 from ovseg_jax.models.tower_pyramid import TowerPyramid
 from ovseg_jax.models.vit import ViT
-from tests.models import reference
+from tests import reference
 
 
 def images(batch, height, width, seed=0):

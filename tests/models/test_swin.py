@@ -9,8 +9,8 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.swin import PRESETS, Swin, SwinBlock, regions, relative_positions
 from ovseg_jax.pretrained.rename import fit, rename
 from ovseg_jax.pretrained.swin import from_hf_swin, from_microsoft_swin, from_timm_swin
+from tests import reference
 from tests.extras import require
-from tests.models import reference
 
 HEADS = (1, 2, 4, 8)
 TINY: dict[str, Any] = dict(width=16, depths=(2, 2, 2, 2), heads=HEADS, window=3)

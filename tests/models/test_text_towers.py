@@ -9,8 +9,8 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.text_towers import PRESETS, Bert, CLIPText, SiglipText, text_tower
 from ovseg_jax.pretrained import text as names
 from ovseg_jax.pretrained.rename import fit, rename
+from tests import reference
 from tests.extras import require
-from tests.models import reference
 
 HEADS = 2
 SIZES: dict[str, Any] = dict(vocab_size=60, width=32, layers=2, heads=HEADS)

@@ -14,8 +14,8 @@ from ovseg_jax.models.backbones import build_backbone
 from ovseg_jax.models.openseg import OpenSegNet
 from ovseg_jax.models.small import SmallBackbone
 from ovseg_jax.parallel.sharding import path_name
+from tests import reference
 from tests.extras import require
-from tests.models import reference
 
 MODEL = dict(
     backbone=dict(name="small", width=16, levels=3, blocks=1, stem="full"),

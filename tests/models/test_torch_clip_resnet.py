@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from ovseg_jax.models.clip_resnet import PRESETS, ClipResNet
+from tests import reference
 from tests.extras import require
-from tests.models import reference, twin
+from tests.models import twin
 
 TINY: dict[str, Any] = dict(stage_sizes=(1, 2, 1, 1), width=8, embed=24, grid=3)
 

@@ -8,8 +8,9 @@ import pytest
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.eva import PRESETS, Eva
+from tests import reference
 from tests.extras import require
-from tests.models import reference, twin
+from tests.models import twin
 
 TINY: dict[str, Any] = dict(patch=8, grid=4, width=32, depth=2, heads=2, hidden=43, embed_dim=12, taps=(0, 1))
 # One larger than the table in one direction and smaller in the other.

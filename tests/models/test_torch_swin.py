@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from ovseg_jax.models.swin import PRESETS, Swin
+from tests import reference
 from tests.extras import require
-from tests.models import reference, twin
+from tests.models import twin
 
 TINY: dict[str, Any] = dict(width=16, depths=(2, 1, 1, 2), heads=(1, 2, 4, 8), window=3)
 

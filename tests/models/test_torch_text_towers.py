@@ -8,8 +8,9 @@ import pytest
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models import text_towers
+from tests import reference
 from tests.extras import require
-from tests.models import reference, twin
+from tests.models import twin
 
 TINY: dict[str, Any] = dict(vocab_size=60, length=11, width=32, layers=2, heads=2)
 TOWERS: dict[str, dict[str, Any]] = {

@@ -8,8 +8,9 @@ import pytest
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.vit import PRESETS, ViT
+from tests import reference
 from tests.extras import require
-from tests.models import reference, twin
+from tests.models import twin
 
 TINY: dict[str, Any] = dict(patch=8, width=32, depth=2, heads=2, mlp_dim=48, grid=(4, 4), epsilon=0.1)
 # Options of each kind of published model, and those that none has.

@@ -9,8 +9,8 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.vit import PRESETS, ViT
 from ovseg_jax.pretrained import vit as formats
 from ovseg_jax.pretrained.rename import fit, rename
+from tests import reference
 from tests.extras import require
-from tests.models import reference
 
 TINY: dict[str, Any] = dict(patch=8, width=32, depth=3, heads=2, mlp_dim=48, grid=(4, 4))
 HF = dict(

@@ -8,7 +8,7 @@ import numpy as np
 
 from ovseg_jax.parallel.sharding import path_name
 from ovseg_jax.pretrained.to_torch import to_torch
-from tests.models import reference
+from tests import reference
 
 
 def flatten(variables):

@@ -12,8 +12,8 @@ from ovseg_jax.models.resnet import STAGES, ResNet
 from ovseg_jax.pretrained.efficientnet import from_hf_efficientnet, from_timm_efficientnet
 from ovseg_jax.pretrained.rename import fit, rename
 from ovseg_jax.pretrained.resnet import from_hf_resnet, from_torchvision_resnet
+from tests import reference
 from tests.extras import require
-from tests.models import reference
 
 
 def images(batch, height, width):

@@ -10,8 +10,8 @@ from ovseg_jax.models.vit import ViT
 from ovseg_jax.parallel.sharding import path_name
 from ovseg_jax.pretrained.hf_clip import is_clip, write_hf_clip
 from ovseg_jax.pretrained.load import load
+from tests import reference
 from tests.extras import require
-from tests.models import reference
 
 VISION = ViT(
     patch=8, width=32, depth=2, heads=2, mlp_dim=64, grid=(4, 4), pre_norm=True, activation="quick_gelu", epsilon=1e-5,
