@@ -173,7 +173,7 @@ def _header(path: Path) -> tuple[dict[str, _Entry], dict[str, str], int]:
 
 
 def _entry(name: str, given: Any) -> _Entry:
-    if not isinstance(given, dict) or given.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(given, dict) or not given.keys() >= {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name} is not described by dtype, shape and data_offsets")
     shape, offsets = given["shape"], given["data_offsets"]
     for numbers in (shape, offsets):

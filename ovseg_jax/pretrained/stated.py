@@ -138,7 +138,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
     """
     for name in ("open_clip_config.json", "config.json"):
         path = folder / name
-        if path.is_file():
+        if path.exists():
             with as_user_error(f"{path} cannot be read"):
                 return _object(path), str(path)
     return {}, ""

@@ -69,6 +69,7 @@ def test_one_name_too_many_or_too_few_is_named(folder, tmp_path):
     arrays = dict(read_arrays(folder))
     stem = arrays.pop("conv_stem.weight")
     write_safetensors(tmp_path / "less.safetensors", arrays)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(UserError, match=r"lacks 1 names \(params/stem_conv/kernel\)"):
         load(str(tmp_path / "less.safetensors"), module, shapes_of(module))
     found = load(str(tmp_path / "less.safetensors"), module, shapes_of(module), may_miss=["stem_conv"])

@@ -74,7 +74,9 @@ def test_an_efficientnet_of_other_padding_is_refused(tmp_path, config):
 )
 def test_timms_architectures(tmp_path, format_, module, good, bad):
     said(tmp_path, {"architecture": good}, module, format_)
-    with pytest.raises(UserError, match=r"config.json: its (architecture|activation|post_norm|rope_grid)"):
+    with pytest.raises(
+        UserError, match=r"config.json: its (architecture|activation|epsilon|post_norm|rope_grid)"
+    ):
         said(tmp_path, {"architecture": bad}, module, format_)
 
 
