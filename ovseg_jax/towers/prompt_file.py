@@ -23,7 +23,7 @@ from etils import epath
 from jaxtyping import Float
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.pretrained.files import read_arrays, read_metadata, write_safetensors
+from ovseg_jax.pretrained.files import as_user_error, read_arrays, read_metadata, write_safetensors
 from ovseg_jax.towers.prompt_layout import POSITIONS, Layout, NameTokens
 from ovseg_jax.vocab.classes import rows_of_names
 from ovseg_jax.vocab.tokenizers import PieceTokenizer
@@ -188,20 +188,18 @@ def _original(path: Path) -> Float[np.ndarray, "..."]:
     # Beside the tensors lies the object of a schedule, and in it the optimizer with its defaultdict.
     known = [schedules.CosineAnnealingLR, schedules.MultiStepLR, schedules.StepLR, torch.optim.SGD, dict]
     known.append((lambda *_: {}, "collections.defaultdict"))
-    try:
-        with torch.serialization.safe_globals(known):
-            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        ctx = state["ctx"].float().numpy()
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} is no checkpoint of a prompt, or holds more than one does: it was not read"
-        ) from error
-    except (OSError, RuntimeError, EOFError, AttributeError, TypeError, ValueError) as error:
-        first = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{path} cannot be read as a checkpoint of a prompt: {first}") from error
-    except KeyError as error:
-        raise UserError(f"{path} is no checkpoint of a prompt: it has no {error}") from error
-    if other := [name for name in state if name != "ctx" and not _IGNORED.fullmatch(name)]:
+    with as_user_error(f"{path} cannot be read as a checkpoint of a prompt"):
+        try:
+            with torch.serialization.safe_globals(known):
+                state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+            ctx = state["ctx"].float().numpy()
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"{path} is no checkpoint of a prompt, or holds more than one does: it was not read"
+            ) from error
+        except KeyError as error:
+            raise UserError(f"{path} is no checkpoint of a prompt: it has no {error}") from error
+    if other := [name for name in state if name != "ctx" and not _IGNORED.fullmatch(str(name))]:
         raise UserError(
             f"{path} holds more than a prompt, whose 'ctx' is of no use without it: {_listed(other)}"
         )
@@ -222,11 +220,11 @@ def _listing(path: Path, metadata: Mapping[str, str], key: str, kind: type) -> l
         found = json.loads(metadata.get(key, "[]"))
         if not isinstance(found, list) or not all(isinstance(x, kind) for x in found):
             raise ValueError(f"no list of {kind.__name__}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: its {key!r} cannot be read: {error}") from error
     return found
 
 
 def _listed(names: Iterable[str]) -> str:
-    some = list(names)
+    some = list(map(str, names))
     return ", ".join(some[:4]) + (", ..." if len(some) > 4 else "") or "nothing"

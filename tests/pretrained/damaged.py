@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ovseg_jax.models.openseg import OpenSegNet
+from ovseg_jax.models.small import SmallBackbone
 from ovseg_jax.models.text_towers import CLIPText
 from ovseg_jax.pretrained.big_vision import read_big_vision
 from ovseg_jax.pretrained.files import read_arrays, read_metadata, write_safetensors
@@ -19,6 +21,11 @@ from ovseg_jax.towers.prompt_layout import Layout
 from tests.extras import require
 
 TOWER = CLIPText(vocab_size=9, length=4, width=8, layers=1, heads=2, embed_dim=4)
+
+NET = OpenSegNet(
+    SmallBackbone(8, 1), (0.5,) * 3, (0.25,) * 3, width=8, embed_dim=8, num_queries=2, decoder_layers=1,
+    head_convs=1, position_grid=2,
+)  # fmt: skip
 
 
 class Reader(NamedTuple):
@@ -97,7 +104,30 @@ def _original(folder: Path) -> Path:
     return folder / "model.pth.tar-20"
 
 
+def _exported(folder: Path) -> Path:
+    """A whole exported model with a table of words."""
+    require("torch")
+    from ovseg_jax.torch.openseg import OpenSegNet as TorchNet
+
+    described = describe(NET)
+    state = {k: x.numpy() for k, x in TorchNet(described).state_dict().items()}
+    write_safetensors(folder / "model.safetensors", state | {"text.table": np.ones((3, 8), np.float32)})
+    classes = dict(names=[["cat"], ["dog"]], ids=[0, 1], isthing=[True, True], groups={})
+    words = ["<pad>", "cat", "dog"]
+    text = json.dumps(dict(method="openseg", model=described, image_size=16, words=words, classes=classes))
+    (folder / "config.json").write_text(text)
+    return folder / "config.json"
+
+
+def segment(path: Path) -> Any:
+    """Segments an image with the exported model that lies in the folder of a file."""
+    import ovseg_jax.torch
+
+    return ovseg_jax.torch.load(path.parent).segment(np.zeros((8, 9, 3), np.uint8), "cat; dog")
+
+
 READERS = {
+    "config.json of an exported model": Reader(_exported, segment),
     "safetensors": Reader(_safetensors, tower),
     "metadata of safetensors": Reader(_safetensors, read_metadata),
     "config.json beside weights": Reader(_config, tower),

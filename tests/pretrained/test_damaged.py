@@ -1,5 +1,7 @@
 """Damaged files of weights, by seed: each is read, or refused with one sentence."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -59,4 +61,37 @@ def test_a_damaged_file_is_read_or_refused(kind, tmp_path):
     path.unlink()
     path.mkdir()
     with pytest.raises(UserError):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(head_convs=10**30),
+        dict(head_convs=10**6),
+        dict(decoder_layers=10**5),
+        dict(width=10**5),
+        dict(width=1e400),
+        dict(num_queries=10**30),
+        dict(position_grid=-1),
+        dict(decoder_heads=3),
+        dict(decoder_heads=0),
+        dict(mask_scale="1"),
+        dict(mean=[0.5]),
+        dict(mean=None),
+        dict(backbone=3),
+        dict(backbone=dict(kind="SmallBackbone", width=8, levels=10**30)),
+        dict(backbone=dict(kind="EfficientNet", width=1.0, depth=1e30)),
+        dict(backbone=dict(kind="Swin", depths=[10**9])),
+        dict(backbone=dict(kind="SmallBackbone", height=3)),
+    ],
+    ids=str,
+)
+def test_an_exported_description_is_compared_before_anything_is_built(tmp_path, change):
+    write, read = READERS["config.json of an exported model"]
+    path = write(tmp_path)
+    config = json.loads(path.read_text())
+    config["model"] |= change
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="holds no exported model: "):
         read(path)
