@@ -1,9 +1,12 @@
 """Mask decoders: from image features to queries, one per proposal."""
 
+from typing import Any
+
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from ovseg_jax.models.transformer import attend
 
 
 class RegionDecoder(nn.Module):
@@ -42,10 +45,7 @@ class RegionDecoder(nn.Module):
         )
 
     def _attend(self, t: int, queries: Array, keys: Array, seen: Array) -> Array:
-        d = queries.shape[-1]
-        shape = (self.heads, d // self.heads)
-        q = nn.DenseGeneral(shape, dtype=self.dtype, name=f"query_{t}")(queries)
-        k = nn.DenseGeneral(shape, dtype=self.dtype, name=f"key_{t}")(keys)
-        v = nn.DenseGeneral(shape, dtype=self.dtype, name=f"value_{t}")(keys)
-        out = jax.nn.dot_product_attention(q, k, v, mask=seen[:, None, None, :])
-        return nn.DenseGeneral(d, axis=(-2, -1), dtype=self.dtype, name=f"out_{t}")(out)
+        def layer(name: str, shape: Any, **options: Any) -> nn.DenseGeneral:
+            return nn.DenseGeneral(shape, dtype=self.dtype, name=f"{name}_{t}", **options)
+
+        return attend(layer, self.heads, queries, keys, mask=seen[:, None, None, :])

@@ -57,8 +57,9 @@ class Places:
 # Called behind a block with its number, the patch tokens that are left and their places; returns those that stay. Its
 # `kept` and `owner` count as in `Places`: in the grid, and among the tokens that it returns.
 Between = Callable[[int, Float[Array, "b m d"], Places], tuple[Float[Array, "b k d"], Places]]
+Taps = dict[int, tuple[Float[Array, "b m d"], Places]]  # by number of a block
 # Makes a module by name, which maps the input of a branch [b n d], and its places, to what is added to its output.
-Adapter = Callable[..., nn.Module]
+Adapter = Callable[..., Any]
 
 
 class Style(NamedTuple):
@@ -266,7 +267,10 @@ class Block(nn.Module):
             name=style.attention,
         )
         mlp = Mlp(self.hidden, self.activation, style, self.mlp_norm, **common, name=style.mlp)  # type: ignore[arg-type]
-        branches = (("attention", lambda y: attention(y, y, valid, rotary)), ("mlp", mlp))
+        branches: list[tuple[str, Any]] = [
+            ("attention", lambda y: attention(y, y, valid, rotary)),
+            ("mlp", mlp),
+        ]
         for norm_name, (name, branch) in zip(style.norms, branches, strict=True):
             norm = nn.LayerNorm(self.epsilon, dtype=self.dtype, name=norm_name)
             y = norm(x) if self.order == "pre" else x
@@ -289,7 +293,7 @@ def through_blocks(
     between: Between | None = None,
     before: Callable[[int, Array], Array] = lambda i, x: x,
     taps: Collection[int] = (),
-) -> tuple[Float[Array, "b m d"], Places, dict[int, Float[Array, "b q d"]]]:
+) -> tuple[Float[Array, "b m d"], Places, Taps]:
     """The way of an image's tokens through a tower.
 
     Args:
@@ -303,14 +307,14 @@ def through_blocks(
       taps: blocks behind which the tokens are wanted.
 
     Returns:
-      The tokens behind the last block, folded as `between` left them; their places, which unfold them; and the unfolded
-      tokens behind each block of `taps`.
+      The tokens behind the last block as `between` left them, their places, which unfold them, and the same of each
+      block of `taps`.
     """
     tapped, turned = {}, rotary
     for i in range(depth):
         x = block(i)(before(i, x), None, turned, places)
         if i in taps:
-            tapped[i] = places.unfold(x)
+            tapped[i] = x, places
         if between is None or i == depth - 1:
             continue
         front, end = places.first, places.first + places.count

@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from ovseg_jax.errors import UserError
+from ovseg_jax.models.transformer import HOOKS
+
 # Flax's last name -> PyTorch's.
 _NAMES = {
     **dict.fromkeys(("kernel", "scale", "embedding"), "weight"),
@@ -42,11 +45,17 @@ def from_torch(state: Mapping[str, np.ndarray], shapes: Mapping[str, Sequence[in
 
 
 def describe(module: Any) -> dict[str, Any]:
-    """What a module of ours is, for JSON and for its PyTorch form: `kind`, the name of its class, and its fields."""
+    """Describes a module of ours for JSON and for its PyTorch form: `kind`, the name of its class, and its fields.
+
+    Raises:
+      UserError: a module with hooks, which have no such form.
+    """
+    if used := [hook for hook in ("adapter", "between") if getattr(module, hook, None) is not None]:
+        raise UserError(f"a {type(module).__name__} with {used[0]!r} has no form in PyTorch")
     fields = {
         field.name: getattr(module, field.name)
         for field in dataclasses.fields(module)
-        if field.name not in _TRAINING
+        if field.name not in (*_TRAINING, *HOOKS)
     }
     inner = {k: describe(v) if dataclasses.is_dataclass(v) else v for k, v in fields.items()}
     return {"kind": type(module).__name__, **inner}

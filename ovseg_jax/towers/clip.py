@@ -14,10 +14,12 @@ from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.models import clip_resnet, vit
+from ovseg_jax.models import clip_resnet, eva, vit
 from ovseg_jax.models.clip_resnet import ClipResNet
+from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.small import SmallBackbone
 from ovseg_jax.models.text_towers import PRESETS, CLIPText, text_tower
+from ovseg_jax.models.transformer import HOOKS
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.parallel.sharding import on_host
 from ovseg_jax.towers.packed_text import stacked
@@ -70,7 +72,8 @@ class Clip:
     log(1/τ)}.
 
     Args:
-      config: `image`, a dict with `name` (a CLIP preset of `models.vit` or `models.clip_resnet`, "vit" or "small") and
+      config: `image`, a dict with `name` (a CLIP preset of `models.vit`, `models.clip_resnet` or
+        `models.eva`, "vit", "eva" or "small") and
         fields of its module; `text`, likewise of `models.text_towers` ("clip" for a CLIPText of these fields);
         `init`, where their weights are (`pretrained.hub`, or the folder of a run of method "clip"), "" for random
         ones; `tokenizer`, where it is if not with the weights: a folder, that of a run, or "words" for the words of
@@ -278,12 +281,14 @@ def image_tower(config: ConfigDict, dtype: Any) -> nn.Module:
         "small": (SmallImageTower, {}),
         "vit": (ViT, {}),
         **{n: (ViT, fields) for n, fields in vit.PRESETS.items() if fields.get("embed_dim")},
+        "eva": (Eva, {}),
+        **{n: (Eva, fields) for n, fields in eva.PRESETS.items()},
         **{n: (ClipResNet, fields) for n, fields in clip_resnet.PRESETS.items()},
     }
     if name not in kinds:
         raise UserError(f"towers.image.name={name!r}: known are {', '.join(kinds)}")
     kind, published = kinds[name]
-    known = {f.name for f in dataclasses.fields(kind)} - {"parent", "name", "dtype"}
+    known = {f.name for f in dataclasses.fields(kind)} - {"parent", "name", "dtype", *HOOKS}
     if wrong := sorted(options.keys() - known):
         raise UserError(f"towers.image of {name!r} has no {wrong[0]!r}; known are {', '.join(sorted(known))}")
     return kind(**{**published, **options}, dtype=dtype)

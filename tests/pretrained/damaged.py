@@ -23,7 +23,7 @@ from tests.extras import require
 TOWER = CLIPText(vocab_size=9, length=4, width=8, layers=1, heads=2, embed_dim=4)
 
 NET = OpenSegNet(
-    SmallBackbone(8, 1), (0.5,) * 3, (0.25,) * 3, width=8, embed_dim=8, num_queries=2, decoder_layers=1,
+    SmallBackbone(16, 1), (0.5,) * 3, (0.25,) * 3, width=8, embed_dim=8, num_queries=2, decoder_layers=1,
     head_convs=1, position_grid=2,
 )  # fmt: skip
 
