@@ -68,6 +68,11 @@ _TIMM = {
     "timm's EVA": r"eva(02)?_.*_patch\d+_clip_\d+",
 }
 _OF_ONE_ARCHITECTURE = ("timm's EfficientNet",)  # without a config.json these are refused
+_WINDOW_RULES = {  # others: "axis"
+    "the authors' Swin": "both",
+    "transformers' Swin": "both",
+    "transformers' SwinBackbone": "always",
+}
 _TIMM_16_HEADS = ("huge", "giant", "giantopt", "gigantic", "so400m")  # others have 64 channels a head
 
 
@@ -96,6 +101,15 @@ def check(path: Path, module: nn.Module, format_: str, names: Collection[str]) -
     for fact, value in theirs.items():
         if fact in own and not _equal(fact, value, own[fact]):
             raise UserError(f"{source or path}: its {fact} is {value!r}, and this model's is {own[fact]!r}")
+    rule = "always" if "norm0.weight" in names else _WINDOW_RULES.get(format_, "axis")
+    if isinstance(module, Swin) and rule != module.window_rule:
+        _LOG.info(
+            "%s: where one window covers a side of the map, %s computes by window_rule=%r, this model by %r",
+            path,
+            format_,
+            rule,
+            module.window_rule,
+        )
     if not theirs and format_ == "OpenAI's or open_clip's CLIP" and "activation" in own:
         _LOG.warning(
             "%s does not say its activation, and no open_clip_config.json beside it does: taken for %s",
