@@ -44,6 +44,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["ovseg_jax", "ovseg_jax.*"]),
+    package_dir={"ovseg_jax.configs": "configs"},
     python_requires=">=3.11",
     install_requires=[
         "absl-py",

@@ -12,17 +12,14 @@ zero_shot_proposal_classification_learn_prompt_pomp_*.yaml, but for two: its tra
 their colour is mean * std + mean, as it is filled in behind the normalisation; ours is the mean, as in its inference.
 """
 
-import runpy
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from ovseg_jax.config import check_read, parse_arg
-from ovseg_jax.errors import UserError
-from ovseg_jax.towers.clip import MEAN
+from ovseg_jax.config import Args, parse_arg
+from ovseg_jax.configs import common, pomp
+from ovseg_jax.pretrained.published import CLIP
 from ovseg_jax.towers.prompt_file import FILE, is_prompt_file
-from ovseg_jax.vocab.splits import UNSEEN
 
 # Steps, and segments of each class: of the 156 seen classes of COCO-Stuff, of the 15 of VOC.
 AMOUNTS = {"coco_stuff": (16_000, 32), "voc": (3_200, 128)}
@@ -31,13 +28,14 @@ ENSEMBLE = {"coco_stuff": 0.8, "voc": 0.7}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Keys of `arg`: see `parse_arg` below; unknown ones are an error that lists them."""
-    keys = dict(
-        data="scenes",  # scenes | masks | coco
+    """Returns the config; keys of `arg` stand below, an unknown one or one without effect is an error."""
+    args = parse_arg(
+        arg,
+        data=("scenes", "masks", "coco"),
         data_dir="",
         val_dir="",  # data=masks: the folder to evaluate on; none where it is not said
         unseen="",  # coco_stuff | voc (of data=masks: their classes are no panoptic ones) | "cow; ..." | FILE.json
-        proposals="",  # a run whose masks the prompts are then tried on
+        proposals="",  # a run whose masks the prompts are then tried on; with data=masks on the images of val_dir
         init="",  # a prompt's file, words, or noise; by default noise, on scenes POMP's prompt
         run="",  # data=scenes: a finished run of configs/pomp.py
         towers="clip_vitb16",
@@ -46,81 +44,64 @@ def get_config(arg: str | None = None) -> ConfigDict:
         cache=0,  # augmented views of each segment whose features are kept; 0: segments are seen anew in each epoch
         seed=0,
     )
-    args = parse_arg(arg, **keys)
-    pomp: Any = runpy.run_path(str(Path(__file__).with_name("pomp.py")))
-    if args.data == "scenes":
-        read = ("data", "unseen", "proposals", "init", "run", "seed")
-        check_read(args, keys, read, "data=scenes")
-        config = on_scenes(args, pomp)
-    elif args.data in ("masks", "coco"):
-        check_read(args, keys, [key for key in keys if key != "run"], f"data={args.data}")
-        config = on_masks(args, pomp)
-    else:
-        raise UserError(f"data={args.data}: known are scenes, masks, coco")
+    config = on_scenes(args) if args.data == "scenes" else on_masks(args)
     config.seed = args.seed
+    args.check_read()
     return config
 
 
-def on_scenes(args: ConfigDict, pomp: Any) -> ConfigDict:
-    """What a prompt has learned from single things meets the segments of whole scenes (ours)."""
-    clip = pomp["small_clip"](args.seed)
-    config = pomp["on_scenes"](args.seed, clip)
+def on_scenes(args: Args) -> ConfigDict:
+    """Returns what a prompt that knows single things learns from the segments of whole scenes (ours)."""
+    clip = pomp.small_clip(args.seed)
+    config = pomp.on_scenes(args.seed, clip)
     place = lambda name: f"{args.run}/{name}" if args.run else f"before:{name}"
     if not args.run:
-        learned = pomp["on_scenes"](args.seed, clip)
-        config.before = dict(clip=clip, pomp=learned, proposals=pomp["proposals"](args.seed))
+        learned = pomp.on_scenes(args.seed, clip)
+        config.before = dict(clip=clip, pomp=learned, proposals=pomp.proposals(args.seed))
     prompt = place(FILE) if args.run else place(f"pomp/{FILE}")
     config.towers.init = config.towers.tokenizer = place("clip")
-    args.init = "" if args.init == "noise" else args.init or prompt
-    args.proposals = args.proposals or place("proposals")
-    scenes = lambda split, count: dict(
-        name="scenes", split=split, num_examples=count, image_size=64, size="small"
-    )
+    config.prompt.init = "" if args.init == "noise" else args.init or prompt
     return on_segments(
         config,
         args,
-        scenes("train", 1000),
-        scenes("test", 200),
+        common.scenes("train", 1000),
+        common.scenes("test", 200),
+        proposals=args.proposals or place("proposals"),
         shots=32,
-        fill=pomp["BLACK"],
+        fill=pomp.BLACK,
         rules=dict(fill="zero", ensemble=0.0),
         prompts=dict(hard="a photo of a {}", pomp=prompt),
     )
 
 
-def on_masks(args: ConfigDict, pomp: Any) -> ConfigDict:
-    """Published towers, and the segments of a data set."""
-    args.init = "" if args.init == "noise" else args.init
+def on_masks(args: Args) -> ConfigDict:
+    """Returns the recipe for published towers and the segments of a data set."""
     if args.data == "coco":
-        if args.unseen in UNSEEN:
-            raise UserError(
-                f"unseen={args.unseen} lists classes of COCO-Stuff or VOC, and data=coco has COCO's panoptic ones: say "
-                "data=masks, or unseen='cow; giraffe'"
-            )
-        common = dict(name="coco", data_dir=args.data_dir)
-        train, validation = dict(common, split="train2017"), dict(common, split="val2017")
+        common_ = dict(name="coco", data_dir=args.data_dir)
+        train, validation = dict(common_, split="train2017"), dict(common_, split="val2017")
     else:
-        common = dict(name="folder", kind="semantic")
-        train = dict(common, data_dir=args.data_dir)
-        validation = dict(common, data_dir=args.val_dir) if args.val_dir else None
-    if args.proposals and not validation:
-        raise UserError("proposals: on which images are they to be tried? say val_dir=DIR")
-    towers = (
-        f"data=folder,towers={args.towers},weights={args.weights},length={args.length},cache={args.cache}"
-    )
-    config = pomp["get_config"](towers)
-    config.steps, shots = AMOUNTS.get(args.unseen, AMOUNTS["coco_stuff"])
-    config.batch_size, config.checkpoint.every = 32, 1000
-    config.optimizer = dict(
-        name="sgd",
-        learning_rate=0.02,
-        schedule="cosine",
-        warmup_steps=100,
-        warmup_rate=0.02 * 0.005,  # constant
-        decay_steps=config.steps,
-        momentum=0.9,
-        weight_decay=5e-4,
-        clip_norm=0.01,
+        common_ = dict(name="folder", kind="semantic")
+        train = dict(common_, data_dir=args.data_dir)
+        validation = dict(common_, data_dir=args.val_dir) if args.val_dir else None
+    steps, shots = AMOUNTS.get(args.unseen, AMOUNTS["coco_stuff"])
+    init = "" if args.init == "noise" else args.init
+    config = common.run(
+        "pomp",
+        steps=steps,
+        batch_size=32,
+        towers=pomp.published_towers(args),
+        prompt=dict(length=args.length or 16, position="end", specific=False, init=init),
+        loss=dict(sample=0, chunk=256),
+        optimizer=common.sgd(
+            0.02,
+            warmup_steps=100,
+            warmup_rate=0.02 * 0.005,  # constant
+            decay_steps=steps,
+            weight_decay=5e-4,
+            clip_norm=0.01,
+        ),
+        data=dict(task="classification", image_size=224, cache_features=args.cache, workers=8),
+        checkpoint=common.checkpoint(every=1000),
     )
     hard = dict(single="a sculpture of a {}.", vild="vild", imagenet="imagenet")  # table 13
     return on_segments(
@@ -128,41 +109,40 @@ def on_masks(args: ConfigDict, pomp: Any) -> ConfigDict:
         args,
         train,
         validation,
+        proposals=args.proposals if validation else "",
         shots=shots,
-        fill=tuple(255 * x for x in MEAN),
+        fill=tuple(255 * x for x in CLIP.mean),
         rules=dict(fill="mean", ensemble=ENSEMBLE.get(args.unseen, 0.8)),
-        prompts=hard | (dict(before=args.init) if is_prompt_file(args.init) else {}),
+        prompts=hard | (dict(before=init) if is_prompt_file(init) else {}),
     )
 
 
 def on_segments(
     config: ConfigDict,
-    args: ConfigDict,
-    train: dict,
-    validation: dict | None,
+    args: Args,
+    train: dict[str, Any],
+    validation: dict[str, Any] | None,
     *,
+    proposals: str,
     shots: int,
     fill: tuple[float, ...],
-    rules: dict,
-    prompts: dict,
+    rules: dict[str, Any],
+    prompts: dict[str, Any],
 ) -> ConfigDict:
-    """`config` with segments, cut out of the images of two sources, to learn from and to be evaluated on."""
+    """Returns `config` with segments, cut out of the images of two sources, to learn from and to be evaluated on."""
     cut = dict(name="crops", fill=fill, unseen=args.unseen, min_size=1)
-    config.prompt.init = args.init
     config.loss.sample = 0  # all classes
     config.data.train = [dict(cut, of=train, shots=shots, group="seen" if args.unseen else "")]
     config.data.update(views=1, augment=dict(crop=(0.08, 1.0), flip=True, randaugment=0))
     config.final_evals = {}
     if validation:
-        config.final_evals.validation = dict(
-            type="classification", source=dict(cut, of=validation), batch_size=256, prompts=prompts
-        )
-    if validation and args.proposals:
+        config.final_evals.validation = common.classification(dict(cut, of=validation), 256, prompts=prompts)
+    if proposals:
         config.final_evals.segmentation = dict(
             type="transfer",
             source=validation,
             split=args.unseen,
-            proposals=args.proposals,
+            proposals=proposals,
             batch_size=8,
             prompts=prompts,
             **rules,

@@ -14,10 +14,10 @@ from ovseg_jax.cli.console import complain, quieten, use_compilation_cache
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.box_files import average_precision, find_images, is_lvis, read_boxes, read_json
 from ovseg_jax.evals.boxes import class_probability, detect, region_features
+from ovseg_jax.experiment.load import load_run
 from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.prompts import Side, add_flags, chosen_prompt, class_vectors
 from ovseg_jax.protocols import Classifier
-from ovseg_jax.transfer import load_stage
 from ovseg_jax.vocab.class_files import read_class_file
 from ovseg_jax.vocab.classes import ClassList
 
@@ -96,7 +96,7 @@ def _run(arguments: argparse.Namespace) -> None:
     mesh = make_mesh()
     results: list[dict[str, Any]] = []
     with jax.set_mesh(mesh):
-        stage = load_stage(arguments.checkpoint, mesh, Classifier, "--checkpoint", "classifies no images")
+        stage = load_run(arguments.checkpoint, mesh, kind=Classifier, lacking="classifies no images")
         text = class_vectors(Side(stage.method, stage.variables, prompt), classes, arguments.synonyms)
         scale = float(stage.method.logit_scale(stage.variables))
         features = region_features(

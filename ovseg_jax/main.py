@@ -11,10 +11,9 @@ from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict
 
 from ovseg_jax.cli.console import speak, use_compilation_cache
-from ovseg_jax.cli.flags import chosen_config, launch
+from ovseg_jax.cli.flags import chosen_config, given_keys, launch
 from ovseg_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string(
@@ -60,20 +59,23 @@ def run(argv: list[str]) -> int:
         platform, count = jax.devices()[0].platform, jax.device_count()
         print(f"{_MODE.value} in {workdir} on {count} {platform} device{'s' * (count > 1)}", flush=True)
 
+    from ovseg_jax.experiment.keys import check_config, check_evaluation
     from ovseg_jax.experiment.run import evaluate, train
 
+    check_config(config, given_keys())
     if _MODE.value == "eval":
+        check_evaluation(given_keys())
         evaluate(config, workdir)
     else:
         train(config, workdir, finish=_draw)
     return 0
 
 
-def _draw(config: ConfigDict, workdir: Any, parts: Any, variables: Any) -> None:
-    """The pictures of a finished run."""
+def _draw(workdir: Any, run: Any, outdated: bool) -> None:
+    """Draws the pictures of a finished run."""
     from ovseg_jax.inference.pictures import draw_run
 
-    for path in draw_run(config, workdir, parts.method, variables):
+    for path in draw_run(run.config, workdir, run.method, run.variables, again=outdated):
         print(f"drew {path}")
 
 

@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from ovseg_jax.cli.console import complain, quieten, use_compilation_cache
-from ovseg_jax.data.images import SUFFIXES, read_image
+from ovseg_jax.data.images import list_images, read_image
 from ovseg_jax.errors import UserError
 from ovseg_jax.inference.segmenter import UNKNOWN_BELOW, Segmenter
 from ovseg_jax.vocab.classes import ClassList, load_labels
@@ -181,9 +181,9 @@ def image_files(path: epath.PathLike) -> list[epath.Path]:
         if not path.exists():
             raise UserError(f"--images={path}: there is no such file or folder")
         return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    files = list_images(path)
     if not files:
-        raise UserError(f"--images={path}: no image in this folder ({', '.join(sorted(SUFFIXES))})")
+        raise UserError(f"--images={path}: no image in this folder that can be read")
     return files
 
 

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from ovseg_jax.cli.console import complain, quieten, use_compilation_cache
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.classification import class_features
+from ovseg_jax.experiment.load import load_run
 from ovseg_jax.models.text_towers import CLIPText, text_tower
 from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.pretrained.load import load
@@ -24,7 +25,6 @@ from ovseg_jax.towers.clip import Clip
 from ovseg_jax.towers.packed_text import stacked
 from ovseg_jax.towers.prompt_file import FILE, Prompt, is_prompt_file, load_prompt, save_original, save_prompt
 from ovseg_jax.towers.templates import IMAGENET, read_templates
-from ovseg_jax.transfer import load_stage
 from ovseg_jax.vocab.class_files import read_class_file
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
@@ -139,7 +139,7 @@ def _run(arguments: argparse.Namespace) -> None:
     mesh = make_mesh()
     with jax.set_mesh(mesh):
         if arguments.checkpoint:
-            stage = load_stage(arguments.checkpoint, mesh, Classifier, "--checkpoint", "classifies no images")
+            stage = load_run(arguments.checkpoint, mesh, kind=Classifier, lacking="classifies no images")
             side = Side(stage.method, stage.variables, prompt)
         else:
             side = Side(*text_side(arguments.text_tower, arguments.towers), prompt)
@@ -203,9 +203,7 @@ def text_side(name: str, init: str) -> tuple[Clip, dict[str, Any]]:
 def _convert(arguments: argparse.Namespace, prompt: Prompt | Sequence[str] | None, out: Path) -> None:
     """The prompt of a file or a run, in the form that the suffix of `out` names."""
     if arguments.checkpoint and prompt is None:
-        stage = load_stage(
-            arguments.checkpoint, make_mesh(), Classifier, "--checkpoint", "classifies no images"
-        )
+        stage = load_run(arguments.checkpoint, make_mesh(), kind=Classifier, lacking="classifies no images")
         if not hasattr(stage.method, "artifacts") or FILE not in stage.method.artifacts(stage.variables):
             raise UserError(
                 f"--checkpoint={arguments.checkpoint}: method={stage.config.method} learns no such prompt"

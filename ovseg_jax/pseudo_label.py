@@ -12,11 +12,10 @@ import sys
 import numpy as np
 from etils import epath
 from jaxtyping import Float, Int32
-from PIL import Image
 from tqdm import tqdm
 
 from ovseg_jax.cli.console import use_compilation_cache
-from ovseg_jax.data.images import SUFFIXES
+from ovseg_jax.data.images import list_images, save_mask
 from ovseg_jax.errors import UserError
 from ovseg_jax.inference.result import PixelFeatures, sigmoid
 from ovseg_jax.inference.segmenter import Segmenter
@@ -90,8 +89,8 @@ def _run(args: argparse.Namespace) -> int:
     images = root / "images"
     if not images.is_dir():
         raise UserError(f"--data_dir={root} has no folder images/")
-    done = {p.stem for p in (root / "masks").iterdir()} if (root / "masks").is_dir() else set()
-    files = sorted(p for p in images.iterdir() if p.suffix.lower() in SUFFIXES)
+    done = {p.stem for p in list_images(root / "masks")} if (root / "masks").is_dir() else set()
+    files = list_images(images)
     if not files:
         raise UserError(f"{images} holds no image")
     waiting = [p for p in files if p.stem not in done]
@@ -107,7 +106,7 @@ def _run(args: argparse.Namespace) -> int:
             continue
         temporary = root / "masks" / f"{path.stem}.png.tmp"
         with temporary.open("wb") as f:
-            Image.fromarray(segments.astype(np.uint16 if segments.max() > 255 else np.uint8)).save(f, "PNG")
+            save_mask(f, segments.astype(np.uint16 if segments.max() > 255 else np.uint8))
         temporary.replace(root / "masks" / f"{path.stem}.png")
     print(
         f"{len(waiting) - bad} masks written to {root / 'masks'}, {len(done)} were there, {bad} images left out"

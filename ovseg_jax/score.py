@@ -14,11 +14,10 @@ from ml_collections import ConfigDict
 from ovseg_jax.cli.console import complain, quieten, use_compilation_cache
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.runner import make_evaluators
-from ovseg_jax.experiment.run import load_parts
+from ovseg_jax.experiment.load import load_run
 from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.protocols import Classifier
 from ovseg_jax.towers.templates import HARD
-from ovseg_jax.train.checkpoints import load_variables
 
 _DESCRIPTION = """\
 Scores a trained classifier, zero-shot, on the data sets of a suite, and beside it a hand-written prompt.
@@ -166,12 +165,7 @@ class Judge:
           UserError: there is no run, or one that does not classify.
         """
         self._mesh, self._batch_size = make_mesh(), batch_size
-        self._config, self._variables, _ = load_variables(workdir, step, mesh=self._mesh)
-        self._method: Any = load_parts(self._config, epath.Path(workdir), self._mesh).method
-        if not isinstance(self._method, Classifier):
-            raise UserError(
-                f"{workdir} was trained with method={self._config.method}, which classifies no images"
-            )
+        self._run = load_run(workdir, self._mesh, step=step, kind=Classifier, lacking="classifies no images")
 
     def score(self, name: str, entry: Mapping[str, Any], source: Mapping[str, Any]) -> list[Score]:
         """Scores one set, under the method's own prompt and then under each of the entry's."""
@@ -182,9 +176,9 @@ class Judge:
             evals = ConfigDict({"sets": {name: {**evaluation, **chosen, "metric": metric}}})
         except ValueError as error:  # a name with a dot
             raise UserError(f"the set {name!r} of the suite: {error}") from error
-        evals.data = self._config.data
-        (evaluator,) = make_evaluators(evals, self._method, self._mesh, "sets")
-        found, rows = evaluator.run(self._variables), evaluator.tables["accuracy"]
+        evals.data = self._run.config.data
+        (evaluator,) = make_evaluators(evals, self._run.method, self._mesh, "sets")
+        found, rows = evaluator.run(self._run.variables), evaluator.tables["accuracy"]
 
         def of_prompt(prompt: str) -> Score:
             get: Any = lambda key: found.get(f"{key}[{prompt}]" if prompt else key)

@@ -10,8 +10,10 @@ import jax
 from ml_collections import ConfigDict
 
 from ovseg_jax.cli.console import complain, quieten, use_compilation_cache
+from ovseg_jax.data.source_base import check_provides
 from ovseg_jax.errors import UserError
-from ovseg_jax.experiment.transfer import FILLS, TransferEvaluator, load_stage, rules_of
+from ovseg_jax.experiment.load import load_run
+from ovseg_jax.experiment.transfer import FILLS, TransferEvaluator, rules_of
 from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.protocols import Classifier, Segmenting
 from ovseg_jax.towers.prompt_file import Prompt
@@ -112,12 +114,13 @@ def _run(arguments: argparse.Namespace) -> int:
     # What can be wrong with the request is found before a model is loaded.
     prompts = read_prompts(arguments.prompts)
     mesh = make_mesh()
-    proposals = load_stage(arguments.proposals, mesh, Segmenting, "--proposals", "proposes no masks")
-    classifier = load_stage(arguments.checkpoint, mesh, Classifier, "--checkpoint", "classifies no images")
+    proposals = load_run(
+        arguments.proposals, mesh, kind=Segmenting, key="--proposals", lacking="proposes no masks"
+    )
+    classifier = load_run(arguments.checkpoint, mesh, kind=Classifier, lacking="classifies no images")
     evaluation = evaluation_of(proposals.config, arguments)
     source = make_source(evaluation.pop("source"))
-    if hasattr(source, "labels"):
-        raise UserError(f"--data: the source {source.name!r} has images with a label each, no segments")
+    check_provides(source, ("image", "segments", "class_ids"), "--data")
     classes = load_split(source.classes, arguments.split) if arguments.split else source.classes
     processes = jax.process_count()
     batch_size = int(evaluation.pop("batch_size"))

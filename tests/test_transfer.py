@@ -20,7 +20,7 @@ from ovseg_jax.experiment.run import CLASSES_FILE, WORDS_FILE
 from ovseg_jax.experiment.transfer import seen_names
 from ovseg_jax.inference.pictures import draw_run
 from ovseg_jax.parallel.sharding import make_mesh
-from ovseg_jax.train.checkpoints import Checkpoints, load_variables, write_config
+from ovseg_jax.train.checkpoints import Checkpoints, load_variables, read_run, write_config
 from ovseg_jax.train.state import TrainState
 from ovseg_jax.vocab.classes import parse_labels
 from ovseg_jax.vocab.words import WordList
@@ -164,7 +164,7 @@ def draw(root: str, port: str, process: str) -> None:
     jax.distributed.initialize(f"localhost:{port}", 2, int(process))
     methods.METHODS = FAKES
     workdir = Path(root) / "colours"
-    config, variables, _ = load_variables(workdir, mesh=make_mesh())
+    config, (variables, _) = read_run(workdir), load_variables(workdir, mesh=make_mesh())
     source = {"name": "folder", "data_dir": f"{root}/data", "kind": "semantic"}
     evaluation = {"type": "transfer", "proposals": f"{root}/masks", "source": source}
     config = ConfigDict(config.to_dict() | {"final_evals": {"test": evaluation}})

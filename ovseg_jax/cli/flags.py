@@ -29,6 +29,11 @@ def chosen_config() -> ConfigDict:
     raise UserError(f"the config file {path} does not exist or cannot be read.")
 
 
+def given_keys() -> list[str]:
+    """Returns the keys that `--config.key=value` sets, such as "optimizer.momentum"."""
+    return list(config_flags.get_override_values(flags.FLAGS["config"]))
+
+
 def launch(run: Callable[[list[str]], int]) -> None:
     """Parses the flags, runs, and turns a user's mistake into one sentence and exit status 2."""
     quieten()

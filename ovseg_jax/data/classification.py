@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import UInt8
@@ -11,7 +11,7 @@ from PIL import Image
 
 from ovseg_jax.data.images import centre_square
 from ovseg_jax.data.rand_augment import rand_augment, rand_augment_dassl
-from ovseg_jax.data.sources.build import Source
+from ovseg_jax.data.source_base import Source
 from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.lexicon import LEXICON
 from ovseg_jax.vocab.word_tokenizer import WordTokenizer
@@ -183,6 +183,8 @@ class ClassifyEval:
     The row holds `image` (see `centre_square`) or the example's `feature`, `label`, `index` and
     `example_mask`.
     """
+
+    needs: ClassVar = frozenset({"label"})
 
     source: Source
     image_size: int

@@ -1,12 +1,12 @@
 """From an example to a row of an evaluation batch: the image fitted, the labels at their own size."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ovseg_jax.data.images import fit_canvas
-from ovseg_jax.data.sources.build import Source, extent_of
+from ovseg_jax.data.source_base import Source
 from ovseg_jax.data.transforms import class_map
 from ovseg_jax.errors import UserError
 
@@ -19,6 +19,8 @@ class EvalTransform:
     top left of a canvas of `label_size`, since labels are never resized (FACTS: evaluation traps).
     """
 
+    needs: ClassVar = frozenset({"image", "segments", "class_ids"})
+
     source: Source
     image_size: int
     label_size: tuple[int, int]
@@ -29,7 +31,7 @@ class EvalTransform:
         """Reads `image_size`, `label_size` and `max_segments` of `config.data`."""
         label_size, segments = data.get("label_size"), data.get("max_segments")
         if not label_size or not segments:
-            extent = extent_of(source)
+            extent = source.extent()
             label_size = label_size or extent[:2]
             segments = segments or extent.segments
         height, width = (label_size, label_size) if isinstance(label_size, int) else label_size

@@ -1,20 +1,111 @@
 """Images as people have them, read into one form: u8 [H W 3], upright, on white where they are
-transparent."""
+transparent; masks, whose stored values are labels; and the one rule by which image files are listed."""
 
+import contextlib
+import functools
 import io
+import logging
 import os
+import re
 import warnings
-from collections.abc import Sequence
-from typing import Any
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from jaxtyping import UInt8, UInt16
+from PIL import Image, ImageFile, ImageOps
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.reading import reading
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+_LOG = logging.getLogger(__name__)
+# Formats that Pillow knows by name only, or reads with another program.
+_STUBS = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
+_ORIENTATION = 0x0112  # EXIF's tag
+# Decoders of Pillow that give back what was stored; those of JPEG, WebP, AVIF and JPEG 2000 do not.
+_EXACT = ("zip", "raw", "libtiff", "packbits", "tiff_lzw", "bmp_rle")
+_LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
+_MASK_FORMATS = ("PNG", "TIFF", "BMP", "PPM")
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Returns the suffixes, in lower case, of all files that Pillow reads by itself."""
+    Image.init()
+    known = Image.registered_extensions().items()
+    return frozenset(suffix for suffix, kind in known if kind in Image.OPEN and kind not in _STUBS)
+
+
+def list_images(folder: epath.PathLike) -> list[epath.Path]:
+    """Lists the images of a folder by name: of any suffix that Pillow reads, in any case, none that is hidden.
+
+    What is left out is counted and logged once.
+
+    Raises:
+      UserError: the folder cannot be read.
+    """
+    names, left_out = scan_images(folder)
+    say_left_out(folder, left_out)
+    return [epath.Path(folder) / name for name in names]
+
+
+def scan_images(folder: epath.PathLike) -> tuple[list[str], Counter[str]]:
+    """Returns the names of the images that `list_images` lists, and how many of which kind of entry it leaves out.
+
+    Raises:
+      UserError: the folder cannot be read.
+    """
+    found: list[str] = []
+    left_out: Counter[str] = Counter()
+    with reading(folder, "the folder"):
+        for name, is_file in _entries(epath.Path(folder)):
+            suffix = os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                left_out["hidden"] += 1
+            elif not is_file:
+                left_out["folder"] += 1
+            elif suffix not in image_suffixes():
+                left_out[suffix or "no suffix"] += 1
+            else:
+                found.append(name)
+    return sorted(found), left_out
+
+
+def list_folders(folder: epath.PathLike) -> list[str]:
+    """Lists the names of the folders in a folder, none that is hidden.
+
+    Raises:
+      UserError: the folder cannot be read.
+    """
+    with reading(folder, "the folder"):
+        inside = epath.Path(folder).iterdir()
+        return sorted(
+            path.name for path in inside if not path.name.startswith((".", "__MACOSX")) and path.is_dir()
+        )
+
+
+def say_left_out(folder: epath.PathLike, left_out: Counter[str]) -> None:
+    """Logs how many entries of a folder were left out, if any were."""
+    if left_out:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
+        _LOG.warning("%s: left out what is no image that can be read: %s", folder, kinds)
+
+
+def _entries(folder: epath.Path) -> Iterator[tuple[str, bool]]:
+    """The names in a folder, and whether each is a file, as which a link that leads nowhere counts."""
+    if "://" in str(folder):
+        # In a bucket each question takes a request: only what looks like no image is asked.
+        for path in folder.iterdir():
+            yield path.name, path.suffix.lower() in image_suffixes() or not path.is_dir()
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            linked = entry.is_symlink()
+            real = os.path.isfile(entry.path) or not os.path.exists(entry.path) if linked else entry.is_file()
+            yield entry.name, real
 
 
 def read_image(image: Any) -> UInt8[np.ndarray, "h w 3"]:
@@ -28,44 +119,215 @@ def read_image(image: Any) -> UInt8[np.ndarray, "h w 3"]:
       UserError: the file is missing, truncated or no image, or the array is of none of these forms.
     """
     if isinstance(image, str | os.PathLike):
-        return _read_file(epath.Path(image))
+        return read_oriented(image)[0]
     if isinstance(image, Image.Image):
-        return _from_pil(image, "the image")
+        with _decoding("the image"):
+            return _from_pil(image, "the image")
     if hasattr(image, "__array__"):
         return _from_array(np.asarray(image))
     raise UserError(f"an image is a path, a PIL image or an array, not a {type(image).__name__}")
 
 
-def _read_file(path: epath.Path) -> UInt8[np.ndarray, "h w 3"]:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"no image file {path}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a large photograph is welcome
-            return _from_pil(Image.open(io.BytesIO(data)), str(path))
-    except Image.UnidentifiedImageError:
-        raise UserError(f"{path} is not an image that Pillow can read") from None
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{path} is too large: {error}; cut it into pieces") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # a file that ends within its header
-        raise UserError(f"{path} is damaged or truncated: {error}") from error
+def read_oriented(path: epath.PathLike) -> tuple[UInt8[np.ndarray, "h w 3"], int]:
+    """Reads an image file upright, and the EXIF orientation (1 to 8) in which it is stored.
+
+    Raises:
+      UserError: the file is missing, damaged or no image.
+    """
+    with _decoding(path, "the image"):
+        image = _open(path)
+        orientation = _orientation(image)
+        return _from_pil(image, str(path)), orientation
+
+
+def read_header(path: epath.PathLike) -> tuple[tuple[int, int], int]:
+    """Reads height and width of an image as it stands upright, and the EXIF orientation (1 to 8) in which it is stored.
+
+    Raises:
+      UserError: the file is missing, damaged or no image.
+    """
+    with _decoding(path, "the image"):
+        image = _open(path)
+        orientation, (width, height) = _orientation(image), image.size
+        # Pillow turns a TIFF itself.
+        turned = orientation > 4 and image.format != "TIFF"
+        return ((width, height) if turned else (height, width)), orientation
+
+
+def read_mask(path: epath.PathLike) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"]:
+    """Reads the stored values of a one-channel picture without loss: of a palette the numbers, of 1 to 16 bits.
+
+    Args:
+      path: a PNG, whose checksums are compared, or a TIFF, BMP or PGM.
+
+    Returns:
+      uint8, or uint16 where it has 16 bits or more.
+
+    Raises:
+      UserError: the file is damaged, a colour picture, or of a kind that changes values.
+    """
+    with _decoding(path, "the mask"):
+        image = _open(path, checksums=True)
+        if getattr(image, "n_frames", 1) > 1:
+            raise ValueError(f"it holds {image.n_frames} pictures, and a mask is one")  # type: ignore[attr-defined]
+        return _stored(image)
+
+
+def read_colours(path: epath.PathLike, what: str) -> UInt8[np.ndarray, "h w 3"]:
+    """Reads the stored colours of a picture of 8 bits a channel, such as COCO's panoptic PNGs.
+
+    Raises:
+      UserError: the file is damaged, or of another kind.
+    """
+    with _decoding(path, what):
+        image = _open(path, checksums=True)
+        if image.format != "PNG" or _raw_mode(image) not in ("RGB", "RGBA", "P", "P;1", "P;2", "P;4"):
+            raise ValueError(f"it is {image.format} of mode {_raw_mode(image)}, not a PNG of 8-bit colours")
+        # Without alpha: where it is zero, the colours still count.
+        return np.asarray(image.convert("RGB"))
+
+
+def save_mask(file: IO[bytes], mask: UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"]) -> None:
+    """Writes a mask that lies on its upright image as a PNG which says so, as `turn_mask` understands it."""
+    exif = Image.Exif()
+    exif[_ORIENTATION] = 1
+    Image.fromarray(mask).save(file, "PNG", exif=exif)
+
+
+def turn_mask(
+    mask: np.ndarray,
+    mask_path: epath.PathLike,
+    image_path: epath.PathLike,
+    upright: tuple[int, ...],
+    orientation: int,
+) -> np.ndarray:
+    """Returns a mask as it lies on its image once that stands upright.
+
+    The EXIF orientation of an image may be meant by its mask or not, and only sizes tell: a mask of the size of the
+    image as stored is turned with it, one of the upright size stays. A PNG that has an orientation itself goes by that.
+
+    Args:
+      mask: what was read of `mask_path`, [H W] or [H W C].
+      mask_path: for errors, and for the mask's own orientation.
+      image_path: for errors.
+      upright: height and width of the image once it stands upright.
+      orientation: of the image, 1 to 8.
+
+    Raises:
+      UserError: the size is another one, or does not tell.
+    """
+    stored, own = upright[::-1] if orientation > 4 else upright, 1
+    if orientation != 1:
+        with _decoding(mask_path, "the mask"):
+            picture = _open(mask_path)
+            own = picture.getexif().get(_ORIENTATION, 0) if picture.format == "PNG" else 0
+        if own not in range(1, 9):
+            if stored == upright == mask.shape[:2]:
+                raise UserError(
+                    f"the image {image_path} has the EXIF orientation {orientation}, and nothing tells whether its "
+                    f"mask {mask_path} is to be turned as well: save the image upright"
+                )
+            own = orientation if mask.shape[:2] == stored else 1
+    flips = {2: "x", 3: "xy", 4: "y", 5: "t", 6: "tx", 7: "txy", 8: "ty"}.get(own, "")
+    mask = mask.swapaxes(0, 1) if "t" in flips else mask
+    mask = mask[:, ::-1] if "x" in flips else mask
+    mask = mask[::-1] if "y" in flips else mask
+    if mask.shape[:2] != upright:
+        exif = f"; the image has the EXIF orientation {orientation}" if orientation != 1 else ""
+        raise UserError(
+            f"the mask {mask_path} is {mask.shape[0]} x {mask.shape[1]} (height x width) but its image is "
+            f"{upright[0]} x {upright[1]}{exif}"
+        )
+    return mask
+
+
+def _open(path: epath.PathLike, checksums: bool = False) -> ImageFile.ImageFile:
+    """Opens a picture, of which Pillow has read the header."""
+    data = epath.Path(path).read_bytes()
+    if checksums and data.startswith(b"\x89PNG"):
+        _check_png(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a large photograph is welcome
+        return Image.open(io.BytesIO(data))
+
+
+@contextlib.contextmanager
+def _decoding(path: Any, what: str = "") -> Iterator[None]:
+    """`reading`, with Pillow's own errors."""
+    with reading(path, what):
+        try:
+            yield
+        except Image.UnidentifiedImageError:
+            raise ValueError("it is not an image that Pillow can read") from None
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"it is too large ({error}): cut it into pieces") from None
+
+
+def _check_png(data: bytes) -> None:
+    """Compares the checksum of every chunk, which Pillow does for the header's only."""
+    at, kind = 8, b""
+    while kind != b"IEND":
+        length = int.from_bytes(data[at : at + 4], "big")
+        kind, end = data[at + 4 : at + 8], at + 8 + length
+        if end + 4 > len(data):
+            raise ValueError("it is cut off")
+        if zlib.crc32(memoryview(data)[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise ValueError(f"it is damaged: the checksum of its chunk {kind!r} differs")
+        at = end + 4
+
+
+def _orientation(image: ImageFile.ImageFile) -> int:
+    # Of a PNG without one Pillow would decode all pixels to find this out.
+    if image.format == "PNG" and isinstance(image.fp, io.BytesIO):
+        data = image.fp.getvalue()
+        if not any(mark in data for mark in (b"eXIf", b"exif", b"XML:com.adobe")):
+            return 1
+    found = image.getexif().get(_ORIENTATION, 1)
+    return found if found in range(1, 9) else 1
+
+
+def _raw_mode(image: ImageFile.ImageFile) -> str:
+    """How the file stores its pixels, in Pillow's words."""
+    args = image.tile[0][3] if image.tile else ""
+    return str(args if isinstance(args, str) else next(iter(args or ()), ""))
+
+
+def _stored(image: ImageFile.ImageFile) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"]:
+    """The numbers in the file of a picture that was not decoded yet, where a picture's are scaled to 0..255."""
+    codec, raw = (image.tile[0][0] if image.tile else ""), _raw_mode(image)
+    lossy = codec not in _EXACT or image.info.get("compression") in _LOSSY_TIFF
+    if image.format not in _MASK_FORMATS or lossy:
+        raise ValueError(f"a mask as {image.format} may have changed its values: save it as PNG")
+    if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
+        raise ValueError(f"it is a picture of mode {image.mode}: save it with one channel, 8 or 16 bits")
+    pixels = np.asarray(image)
+    if image.mode.startswith("I"):
+        if pixels.min(initial=0) < 0 or pixels.max(initial=0) > 65535:
+            raise ValueError("it has values outside 0..65535")
+        return pixels.astype(np.uint16)
+    form = re.fullmatch(r"(?:1|L|P)(?:;([124]))?R?", raw)
+    if form is None or pixels.ndim != 2:
+        raise ValueError(f"it stores its pixels as {raw!r}: save it with one channel, 8 or 16 bits")
+    # Of 2 and 4 bits Pillow spreads grey values over 0..255.
+    step = {"2": 85, "4": 17}.get(form[1] or "", 1) if image.mode == "L" else 1
+    return pixels.astype(np.uint8) // np.uint8(step)
 
 
 def _from_pil(image: Image.Image, name: str) -> UInt8[np.ndarray, "h w 3"]:
-    try:
-        image.load()
-        image = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow's own words for a damaged file
-        raise UserError(f"{name} is damaged or truncated: {error}") from error
+    image.load()
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image)
-        if image.mode == "F" or values.max(initial=0) > 65535 or values.min(initial=0) < 0:
+        highest = values.max(initial=0)
+        if image.mode == "F" or highest > 65535 or values.min(initial=0) < 0:
             raise UserError(
                 f"{name} has pixels of mode {image.mode!r}, which is no picture: convert it to 8 or 16 bits"
+            )
+        if 0 < highest < 4096:
+            _LOG.warning(
+                "%s has 16 bits a pixel and values up to %d of 65535, which is nearly black: scale it if it is not",
+                name,
+                highest,
             )
         return _from_array(values.astype(np.uint16))
     if image.has_transparency_data:
@@ -83,7 +345,8 @@ def _from_array(array: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
             f"an image array has the shape [H W], [H W 1], [H W 3] or [H W 4], not {list(array.shape)}"
         )
     if array.dtype == np.uint16:
-        array = np.round(array / 257)
+        # By table: as floats, a hundred megapixels would take gigabytes.
+        array = np.round(np.arange(1 << 16) / 257).astype(np.uint8)[array]
     elif np.issubdtype(array.dtype, np.floating):
         low, high = array.min(), array.max()
         if not (low >= 0 and high <= 1):  # also false for NaN

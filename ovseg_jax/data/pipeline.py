@@ -27,7 +27,8 @@ from absl import flags
 from ovseg_jax.data.classification import CaptionTransform, ClassifyEval, ClassifyTransform
 from ovseg_jax.data.evaluation import EvalTransform
 from ovseg_jax.data.mixing import MixingOrder
-from ovseg_jax.data.sources.build import Mixture, Source, make_source
+from ovseg_jax.data.source_base import Source, check_provides
+from ovseg_jax.data.sources.build import Mixture, make_source
 from ovseg_jax.data.training import TrainTransform
 from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.lexicon import FUNCTION_WORDS
@@ -135,7 +136,7 @@ def _task(data: Any, source: Source) -> str:
     task = data.get("task", "segmentation")
     if task not in TASKS:
         raise UserError(f"data.task={task!r} is not one of {', '.join(TASKS)}")
-    labelled = hasattr(source, "labels")
+    labelled = "label" in source.provides
     if task == "classification" and not labelled:
         raise UserError(
             f"classification needs images with a label each, which the source {source.name!r} has not: "
@@ -227,7 +228,8 @@ def eval_batches(
     per_step = batch_size * process_count
     numbers = np.arange(math.ceil(count / per_step) * per_step)
     numbers = np.where(numbers < count, numbers, -1).reshape(-1, process_count, batch_size)[:, process_index]
-    transform = ClassifyEval if hasattr(source, "labels") else EvalTransform
+    transform = ClassifyEval if "label" in source.provides else EvalTransform
+    check_provides(source, transform.needs, "this evaluation")
     rows = grain.MapDataset.source(numbers.ravel().tolist()).map(transform.from_config(data, source))
     return iter(_in_background(rows.batch(batch_size), {**_background(data), "workers": 0}))
 

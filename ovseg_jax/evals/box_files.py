@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from ovseg_jax.data.images import SUFFIXES
+from ovseg_jax.data.images import list_images
 from ovseg_jax.errors import UserError
 
 
@@ -73,7 +73,7 @@ def find_images(folder: epath.PathLike, ids: Iterable[Any], annotations: Any = N
     entries = annotations.get("images", []) if isinstance(annotations, dict) else []
     # LVIS has the address in place of the name, with the folder of COCO's split before it.
     named = {entry["id"]: entry.get("file_name") or entry.get("coco_url", "") for entry in entries}
-    files = {path.stem: path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES}
+    files = {path.stem: path for path in list_images(folder)}
     found = {}
     for key in ids:
         parts = named[key].split("/") if key in named else []

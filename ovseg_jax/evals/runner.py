@@ -17,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
+from ovseg_jax.data.source_base import check_provides
 from ovseg_jax.decisions.segment import MODES, Mode, cosines, region_scores_of, view_maps
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals import confusion, proposals
@@ -256,11 +257,8 @@ def make_evaluators(config: ConfigDict, method: Trainable, mesh: Mesh, key: str 
                 f"{key}.{name}.batch_size={cfg.batch_size} does not divide by {processes} processes"
             )
         source = make_source(cfg.source)
-        if hasattr(source, "labels") != (kind == "classification"):
-            have = "a label each" if hasattr(source, "labels") else "segments"
-            raise UserError(
-                f"{key}.{name}.type is {kind!r}, but images of the source {source.name!r} have {have}"
-            )
+        needs = ("image", "label") if kind == "classification" else ("image", "segments", "class_ids")
+        check_provides(source, needs, f"{key}.{name} of type {kind!r}")
         data = {**config.data, **{k: cfg[k] for k in own if cfg.get(k)}}
         options: dict[str, Any] = {"every": int(cfg.get("every", 0) or 0)}
         if kind != "segmentation":
@@ -298,11 +296,14 @@ def _transfer(
     **options,
 ) -> Evaluator:
     """An evaluation of type "transfer"; `data` gets the size of the images that the proposals' run knows."""
-    from ovseg_jax.experiment.transfer import TransferEvaluator, load_stage, rules_in, rules_of
+    from ovseg_jax.experiment.load import load_run
+    from ovseg_jax.experiment.transfer import TransferEvaluator, rules_in, rules_of
 
     if not cfg.get("proposals"):
         raise UserError(f"the evaluation {name!r} of type 'transfer' needs proposals=WORKDIR")
-    proposals = load_stage(cfg.proposals, mesh, Segmenting, f"{name}.proposals", "proposes no masks")
+    proposals = load_run(
+        cfg.proposals, mesh, kind=Segmenting, key=f"{name}.proposals", lacking="proposes no masks"
+    )
     data |= {"task": "segmentation", "image_size": proposals.config.data.image_size}
     chosen, classes = rules_in(cfg, classes)
     rules = rules_of(proposals, config, **chosen)

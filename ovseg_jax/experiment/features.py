@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from ovseg_jax.data.source_base import Source, check_provides
 from ovseg_jax.parallel.sharding import DEFAULT_RULES, leaf_sharding, put_batch, replicated, tree_paths
 from ovseg_jax.protocols import Classifier
 from ovseg_jax.train.state import abstract_variables, replaced
@@ -17,7 +18,7 @@ from ovseg_jax.train.state import abstract_variables, replaced
 FOLDER = "features"
 
 
-class Features:
+class Features(Source):
     """A classification source whose examples hold `feature` [V d], the unit vectors of an image's V views.
 
     Args:
@@ -25,8 +26,13 @@ class Features:
       features: [n V d].
     """
 
-    def __init__(self, source: Any, features: np.ndarray):
+    provides = frozenset({"feature", "label"})
+    labels: np.ndarray
+
+    def __init__(self, source: Source, features: np.ndarray):
+        assert source.labels is not None
         self.name, self.classes, self.labels = source.name, source.classes, source.labels
+        self.counts = source.counts
         self._features = features
 
     def __len__(self) -> int:
@@ -34,10 +40,6 @@ class Features:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"feature": self._features[index], "label": int(self.labels[index]), "image_id": str(index)}
-
-    def captions(self) -> Any:
-        """None."""
-        return iter(())
 
 
 def cached_features(config: ConfigDict, workdir: epath.Path, parts: Any, source: Any) -> Features:
@@ -48,6 +50,7 @@ def cached_features(config: ConfigDict, workdir: epath.Path, parts: Any, source:
     """
     from ovseg_jax.data.pipeline import view_batches  # grain's import takes long
 
+    check_provides(source, ("image", "label"), "data.cache_features")
     views = int(config.data.cache_features)
     folder = workdir / FOLDER
     wanted = {"examples": len(source), "views": views}

@@ -8,11 +8,13 @@ WORKDIR/<stage>/        the run of each stage of `config.before`, which comes fi
 WORKDIR/...             what else a method leaves, see `protocols.Trainable`
 """
 
+import contextlib
 import csv
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +29,10 @@ from ovseg_jax import config as config_lib
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.runner import Evaluator
 from ovseg_jax.experiment.features import cached_features
-from ovseg_jax.parallel.sharding import DEFAULT_RULES, make_mesh
+from ovseg_jax.experiment.keys import check_config
+from ovseg_jax.experiment.load import CLASSES_FILE, WORDS_FILE, Run, load_run, read_classes, read_method
+from ovseg_jax.files import forget, is_recorded, locked, record, write_recorded, write_whole
+from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.protocols import Classifier, Segmenting, Trainable, Variables
 from ovseg_jax.towers.frozen_text import FrozenText
 from ovseg_jax.towers.prompt_file import FILE as PROMPT_FILE
@@ -36,7 +41,6 @@ from ovseg_jax.train.checkpoints import (
     TEXT_TOWER,
     disk_full_message,
     is_disk_full,
-    load_variables,
     read_config,
     with_own_text,
     write_config,
@@ -62,7 +66,9 @@ HARMLESS = (
     "tensorboard",
 )
 
-SUMMARY_FILE, WORDS_FILE, CLASSES_FILE = "summary.json", "words.json", "classes.json"
+SUMMARY_FILE = "summary.json"
+TABLE_2 = ("A-847", "PC-459", "A-150", "PC-59", "PAS-20")  # papers/004
+_log = logging.getLogger(__name__)
 
 
 class Parts(NamedTuple):
@@ -74,8 +80,8 @@ class Parts(NamedTuple):
     mesh: Mesh
 
 
-# Called at the end of a run to draw what a person wants to see: (config, workdir, parts, variables).
-Finish = Callable[[ConfigDict, epath.Path, Parts, Variables], None]
+# Called at the end of a run to draw what a person wants to see: (workdir, run, whether what is there is outdated).
+Finish = Callable[[epath.Path, Run, bool], None]
 
 
 def train(config: ConfigDict, workdir: epath.PathLike, *, finish: Finish | None = None) -> dict[str, Any]:
@@ -84,7 +90,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, finish: Finish | None 
     Args:
       config: see `configs/`.
       workdir: a folder or a bucket; made where it is missing.
-      finish: called after the final evaluation, on all processes.
+      finish: called after the final evaluation, on all processes; what it raises is a warning.
 
     Returns:
       The summary, which is also in `summary.json`: `steps`, `seconds`, `images_per_second`,
@@ -95,12 +101,38 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, finish: Finish | None 
       UserError: for whatever the user can mend.
     """
     workdir = epath.Path(workdir)
+    config = config_lib.from_json(config_lib.to_json(config))
+    check_config(config)
     try:
-        return _train(config_lib.from_json(config_lib.to_json(config)), workdir, finish)
-    except OSError as error:
+        with _locked(workdir):
+            return _train(config, workdir, finish)
+    except (OSError, UserError) as error:
         if is_disk_full(error):
             raise UserError(disk_full_message(workdir)) from error
         raise
+
+
+@contextlib.contextmanager
+def _locked(workdir: epath.Path) -> Iterator[None]:
+    """Keeps other runs out of the folder; of several processes the first holds the lock, and all learn of it."""
+    with contextlib.ExitStack() as stack:
+        remedy = "wait for it, stop it, or choose another --workdir"
+        _on_first_process(lambda: stack.enter_context(locked(workdir, remedy)))
+        yield
+
+
+def _on_first_process(action: Callable[[], Any]) -> None:
+    """Runs an action on the first process and waits for it; where it is a UserError, all processes raise one."""
+    problem = None
+    if jax.process_index() == 0:
+        try:
+            action()
+        except UserError as error:
+            problem = error
+    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(problem is not None):
+        raise problem or UserError("the first process has stopped with an error")
+    if problem:
+        raise problem
 
 
 def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
@@ -112,12 +144,11 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
     workdir = epath.Path(workdir)
     config = config_lib.resolved(config, workdir)
     mesh = make_mesh(config.get("mesh"))
-    trained, variables, step = load_variables(workdir, mesh=mesh, rules=config.get("sharding", DEFAULT_RULES))
-    parts = load_parts(trained, workdir, mesh)
-    scores, tables = run_evaluators(final_evaluators(config, parts), variables)
+    run = load_run(workdir, mesh, rules=config.get("sharding"))
+    scores, tables = run_evaluators(final_evaluators(config, run.method, mesh), run.variables)
     if jax.process_index() == 0:
         write_tables(workdir, tables)
-        print(f"{workdir} at step {step}\n{score_table(scores)}")
+        print(f"{workdir} at step {run.step}\n{score_table(scores)}")
     return scores
 
 
@@ -138,30 +169,53 @@ def _train(config: ConfigDict, workdir: epath.Path, finish: Finish | None) -> di
         stream.data.workers = 0
     process = dict(process_index=jax.process_index(), process_count=jax.process_count())
     batches = lambda start: train_iterator(stream, parts.words, start=start, source=source, **process)
-    result = fit(config, workdir, parts.method, batches, _evaluators(config, parts), parts.mesh)
+    result = fit(
+        config, workdir, parts.method, batches, _evaluators(config, parts.method, parts.mesh), parts.mesh
+    )
     if result.stopped:
         return {"steps": result.step, "stopped": True}
+    run = Run(config, parts.method, result.state.averaged, parts.words, parts.classes, result.step)
     before = _read_summary(workdir)
-    if before is not None and before["steps"] == result.step and result.started == result.step:
-        if jax.process_index() == 0:
-            print(f"{workdir} has already made its {result.step} steps; a new run needs another --workdir")
-            _show(workdir, before, parts.method)
-        return before
+    done = before is not None and before["steps"] == result.step and result.started == result.step
     # Before the evaluation: whatever happens there, what was learned is there.
-    artifacts = getattr(parts.method, "artifacts", _no_artifacts)(result.state.averaged)
+    artifacts = getattr(parts.method, "artifacts", _no_artifacts)(run.variables)
     if jax.process_index() == 0:
         for name, write in artifacts.items():
-            write(workdir / name)
-    scores, tables = run_evaluators(final_evaluators(config, parts), result.state.averaged)
-    summary = _summary(result, scores)
-    if jax.process_index() == 0:
-        write_tables(workdir, tables)
-        (workdir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+            if not (done and (workdir / name).exists()):
+                forget(workdir / name)
+                write(workdir / name)
+                if (workdir / name).is_file():  # A folder has its own checksums.
+                    record(workdir / name)
+    if before is not None and done:
+        summary = before
+        if jax.process_index() == 0:
+            print(f"{workdir} has already made its {result.step} steps; a new run needs another --workdir")
+    else:
+        scores, tables = run_evaluators(final_evaluators(config, parts.method, parts.mesh), run.variables)
+        summary = _summary(result, scores)
+        if jax.process_index() == 0:
+            write_tables(workdir, tables)
+            _write_summary(workdir, summary)
     if finish is not None:
-        finish(config, workdir, parts, result.state.averaged)
+        _draw(finish, workdir, run, summary)
     if jax.process_index() == 0:
         _show(workdir, summary, parts.method)
     return summary
+
+
+def _draw(finish: Finish, workdir: epath.Path, run: Run, summary: dict[str, Any]) -> None:
+    """Draws a finished run, or what is missing of its pictures; a run whose pictures fail is still a finished run."""
+    try:
+        finish(workdir, run, summary.get("drawn") != run.step)
+    except Exception as error:
+        _log.warning("%s: the pictures were not drawn (%s: %s)", workdir, type(error).__name__, error)
+        return
+    if jax.process_index() == 0 and summary.get("drawn") != run.step:
+        _write_summary(workdir, summary | {"drawn": run.step})
+
+
+def _write_summary(workdir: epath.Path, summary: Mapping[str, Any]) -> None:
+    write_whole(workdir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
 
 
 def _no_artifacts(variables: Variables) -> dict[str, Callable[[epath.Path], None]]:
@@ -208,31 +262,41 @@ def prepare_workdir(workdir: epath.Path, config: ConfigDict) -> None:
 
 
 def config_differences(before: ConfigDict, now: ConfigDict) -> list[str]:
-    """What keeps a run from going on under another config, as "key was a, is b"; [] where nothing does.
+    """Returns what keeps a run from going on under another config, as "key was a, is b"; [] where nothing does.
 
     The keys in HARMLESS may change, and `steps` may grow (a schedule over `steps` then changes with it).
     """
     old, new = _flat(before.to_dict()), _flat(now.to_dict())
-    if old.get("steps", 0) <= new.get("steps", 0):
-        new["steps"] = old.get("steps", new.get("steps"))
-    differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k, _ABSENT) != new.get(k, _ABSENT)]
+    if _is_number(old.get("steps")) and _is_number(new.get("steps")) and old["steps"] <= new["steps"]:
+        new["steps"] = old["steps"]
+    shown = lambda tree, key: json.dumps(tree[key]) if key in tree else "absent"
     return [
-        f"{key} was {old.get(key, _ABSENT)}, is {new.get(key, _ABSENT)}"
-        for key in differing
-        if not any(key == harmless or key.startswith(harmless + ".") for harmless in HARMLESS)
+        f"{key} was {shown(old, key)}, is {shown(new, key)}"
+        for key in sorted(old.keys() | new.keys())
+        if not _same(old.get(key, _ABSENT), new.get(key, _ABSENT))
+        and not any(key == harmless or key.startswith(harmless + ".") for harmless in HARMLESS)
     ]
 
 
-_ABSENT = "absent"
+_ABSENT: Any = object()
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a == b if _is_number(a) and _is_number(b) else type(a) is type(b) and a == b
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of a config by their paths."""
     if isinstance(tree, Mapping):
         items: Iterable[tuple[Any, Any]] = tree.items()
     elif isinstance(tree, list | tuple):
         items = enumerate(tree)
     else:
-        return {prefix: json.dumps(tree)}
+        return {prefix: tree}
     flat: dict[str, Any] = {}
     for key, value in items:
         flat.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
@@ -241,18 +305,9 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def make_parts(config: ConfigDict, workdir: epath.Path, source: Any) -> Parts:
     """Assembles a run that may be new: its vocabulary is built from the captions once, and kept."""
-    from ovseg_jax.data.pipeline import words_for
-
-    new = not (workdir / WORDS_FILE).exists() or not (workdir / CLASSES_FILE).exists()
     config = with_own_text(config, workdir)
-    multihost_utils.sync_global_devices("all have looked before one writes")
-    if new:
-        words = words_for(config, source)
-        if jax.process_index() == 0:
-            words.save(workdir / WORDS_FILE)
-            (workdir / CLASSES_FILE).write_text(_counted(source).to_json())
-        multihost_utils.sync_global_devices("vocabulary")
-    parts = load_parts(config, workdir, make_mesh(config.get("mesh")))
+    _on_first_process(lambda: _write_vocabulary(config, workdir, source))
+    parts = Parts(*read_method(config, workdir), make_mesh(config.get("mesh")))
     text = getattr(parts.method, "text", None)
     local = "://" not in str(workdir)  # A tokeniser reads local files.
     if isinstance(text, FrozenText) and local and jax.process_index() == 0:
@@ -264,30 +319,100 @@ def make_parts(config: ConfigDict, workdir: epath.Path, source: Any) -> Parts:
 
 def _counted(source: Any) -> ClassList:
     """The classes of a source, with their numbers of examples where each example is of one class."""
-    if not hasattr(source, "labels"):
+    if source.labels is None:
         return source.classes
-    counts = getattr(source, "counts", None)
+    counts = source.counts
     if counts is None:
         counts = np.bincount(source.labels, minlength=len(source.classes))
     return dataclasses.replace(source.classes, examples=tuple(counts.tolist()))
 
 
-def load_parts(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Parts:
-    """Assembles a run that exists, without looking at its training data."""
-    from ovseg_jax.methods import build
+def _write_vocabulary(config: ConfigDict, workdir: epath.Path, source: Any) -> None:
+    _write_classes(workdir, source)
+    _write_words(config, workdir, source)
 
-    path = workdir / CLASSES_FILE
+
+def _write_words(config: ConfigDict, workdir: epath.Path, source: Any) -> None:
+    """Writes the vocabulary, unless it is there; one that is missing or damaged is made again.
+
+    Raises:
+      UserError: the captions give other words than those that the run began with.
+    """
+    from ovseg_jax.data.pipeline import words_for
+
+    path = workdir / WORDS_FILE
+    there = path.exists()
+    if there and (is_recorded(path) or (is_recorded(path) is None and _reads(WordList.load, path))):
+        return
+    words = words_for(config, source).to_json()
+    if is_recorded(path, words) is False:
+        raise UserError(
+            f"{path} is {'damaged' if there else 'missing'}, and the captions now give other words"
+        )
+    if there:
+        _log.warning("%s was damaged and is made again", path)
+    write_recorded(path, words)
+
+
+def _reads(read: Callable[[epath.Path], Any], path: epath.Path) -> bool:
     try:
-        classes = ClassList.from_json(path.read_text())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as a class list ({error}).") from error
-    words = WordList.load(workdir / WORDS_FILE)
-    return Parts(build(config, words, classes), words, classes, mesh)
+        read(path)
+    except UserError:
+        return False
+    return True
 
 
-def final_evaluators(config: ConfigDict, parts: Parts) -> list[Any]:
+def _write_classes(workdir: epath.Path, source: Any) -> None:
+    """Writes the class list, unless it is there; one that is missing or damaged is made again.
+
+    Raises:
+      UserError: the data's classes are not those that the run began with.
+    """
+    path, now = workdir / CLASSES_FILE, ClassList.from_json(_counted(source).to_json())
+    there = path.exists()
+    if there and _reads(lambda path: read_classes(path.parent), path):
+        if differing := class_differences(read_classes(workdir), now):
+            raise UserError(
+                f"the classes of the data have changed since {workdir} began: {'; '.join(differing)}. Undo that, or "
+                "choose another --workdir"
+            )
+        return
+    if is_recorded(path, now.to_json()) is False:
+        raise UserError(
+            f"{path} is {'damaged' if there else 'missing'}, and the data's classes are not as they were"
+        )
+    if there:
+        _log.warning("%s was damaged and is made again", path)
+    write_recorded(path, now.to_json())
+
+
+def class_differences(before: ClassList, now: ClassList) -> list[str]:
+    """Returns how two class lists differ in what a label means, as sentences; [] where they do not.
+
+    How many examples a class has may change, whether it has any may not.
+    """
+    differing = [f"there were {len(before)}, there are {len(now)}"] if len(before) != len(now) else []
+    for field in ("names", "ids", "isthing", "groups"):
+        a, b = getattr(before, field), getattr(now, field)
+        if a != b:
+            pairs = zip(a, b, strict=False) if isinstance(a, tuple) and isinstance(b, tuple) else [(a, b)]
+            places = [(k, was, is_) for k, (was, is_) in enumerate(pairs) if was != is_]
+            differing += [f"{field} of number {k} were {was}, are {is_}" for k, was, is_ in places[:3]]
+            differing += [f"{field} of {len(places) - 3} others differ"] if len(places) > 3 else []
+    some = lambda classes: [n > 0 for n in classes.examples]
+    if not differing and some(before) != some(now):
+        names = [
+            before.display(k)
+            for k, pair in enumerate(zip(some(before), some(now), strict=False))
+            if pair[0] != pair[1]
+        ]
+        differing.append(f"other classes have examples ({', '.join(names[:8]) or 'none was counted'})")
+    return differing
+
+
+def final_evaluators(config: ConfigDict, method: Any, mesh: Mesh) -> list[Any]:
     """The evaluators of the end of a run."""
-    return _evaluators(config, parts, "final_evals" if config.get("final_evals") else "evals")
+    return _evaluators(config, method, mesh, "final_evals" if config.get("final_evals") else "evals")
 
 
 def run_evaluators(
@@ -337,7 +462,21 @@ def score_table(scores: Mapping[str, float]) -> str:
             lines.append(f"    {name.removeprefix('miou').lstrip('/') or 'all classes':<22}{cells}")
         rest = [name for name in own if "miou" not in name or name.startswith("grounding")]
         lines += [f"    {name:<22}{own[name]:8.2f}" for name in rest]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_row_of_sets(scores)])
+
+
+def _row_of_sets(scores: Mapping[str, float]) -> list[str]:
+    """Returns several segmentation evaluations side by side, those of OpenSeg's Table 2 in its order."""
+    names = [name.removesuffix("/miou") for name in scores if name.endswith("/miou")]
+    names = [name for name in TABLE_2 if name in names] + [name for name in names if name not in TABLE_2]
+    if len(names) < 2:
+        return []
+    rows = {"": names}
+    for label, metric in (("mIoU", "miou"), ("mIoU, classes given", "grounding_miou")):
+        values = [scores.get(f"{name}/{metric}") for name in names]
+        rows[label] = ["" if value is None else f"{value:.1f}" for value in values]
+    width = max(map(len, names)) + 2
+    return [f"  {label:<24}" + "".join(f"{cell:>{width}}" for cell in row) for label, row in rows.items()]
 
 
 def _prompt_table(evaluation: str, scores: Mapping[str, float]) -> list[str]:
@@ -354,18 +493,28 @@ def _prompt_table(evaluation: str, scores: Mapping[str, float]) -> list[str]:
     return lines
 
 
-def _evaluators(config: ConfigDict, parts: Parts, key: str = "evals") -> list[Any]:
+def _evaluators(config: ConfigDict, method: Any, mesh: Mesh, key: str = "evals") -> list[Any]:
     from ovseg_jax.evals.runner import make_evaluators
 
-    return make_evaluators(config, parts.method, parts.mesh, key)
+    return make_evaluators(config, method, mesh, key)
 
 
 def _read_summary(workdir: epath.Path) -> dict[str, Any] | None:
+    """Reads the summary of a finished run; None where there is none, or one that is damaged, which is then said."""
     path = workdir / SUMMARY_FILE
+    if not path.exists():
+        return None
     try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except ValueError:
-        return None  # A run killed while it wrote this; it is written anew.
+        summary = json.loads(path.read_bytes())
+        if all(isinstance(summary[key], int | float) for key in _SUMMARY_KEYS):
+            return summary
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    _log.warning("%s is damaged and is made again", path)
+    return None
+
+
+_SUMMARY_KEYS = ("steps", "seconds", "images_per_second", "data_wait_seconds")
 
 
 def _summary(result: Fit, scores: Mapping[str, float]) -> dict[str, Any]:

@@ -3,36 +3,26 @@
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.passes import embed_in_chunks
 from ovseg_jax.evals.runner import SegmentationEvaluator
+from ovseg_jax.experiment.load import Run
 from ovseg_jax.methods.zsseg import Rules, TwoStage
-from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.protocols import Classifier, Variables
 from ovseg_jax.towers.clip import MEAN
 from ovseg_jax.towers.prompt_file import Prompt
-from ovseg_jax.train.checkpoints import load_variables
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.splits import load_split
 
 FILLS = {"mean": 255.0, "zero": 0.0}
 """Colours of what does not belong to a crop, in units of the mean pixel."""
-
-
-class Stage(NamedTuple):
-    """A finished run, or one that is going on."""
-
-    config: ConfigDict
-    method: Any
-    variables: Variables
 
 
 class TransferEvaluator:
@@ -45,7 +35,7 @@ class TransferEvaluator:
     def __init__(
         self,
         name: str,
-        proposals: Stage,
+        proposals: Run,
         classifier: Classifier,
         classes: ClassList,
         batches: Callable[[], Iterable[Mapping[str, np.ndarray]]],
@@ -107,31 +97,8 @@ class TransferEvaluator:
         return found
 
 
-def load_stage(workdir: epath.PathLike, mesh: Mesh | None, kind: type, key: str, lacking: str) -> Stage:
-    """Loads a run.
-
-    Args:
-      workdir: its folder.
-      mesh: where its variables go; None for this process's own device.
-      kind: what its method has to be.
-      key: the flag or setting that named it, for errors.
-      lacking: what a method of another kind does not do, for errors.
-
-    Raises:
-      UserError: there is none, or its method is not of this kind.
-    """
-    from ovseg_jax.experiment.run import load_parts
-
-    config, variables, _ = load_variables(workdir, mesh=mesh)
-    variables = jax.device_put(variables) if mesh is None else variables
-    method = load_parts(config, epath.Path(workdir), make_mesh() if mesh is None else mesh).method
-    if not isinstance(method, kind):
-        raise UserError(f"{key}={workdir} was trained with method={config.method}, which {lacking}")
-    return Stage(config, method, variables)
-
-
 def rules_of(
-    proposals: Stage, config: ConfigDict, ensemble: float = 0.8, threshold: float = 0.5, fill: str = "mean"
+    proposals: Run, config: ConfigDict, ensemble: float = 0.8, threshold: float = 0.5, fill: str = "mean"
 ) -> Rules:
     """The rules that the run of the proposals and the config of the classifier imply.
 

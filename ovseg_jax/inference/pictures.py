@@ -1,5 +1,7 @@
 """What a person wants to see of a finished run: predictions or features for each evaluation, and training curves."""
 
+import contextlib
+import io
 import json
 from typing import Any
 
@@ -9,10 +11,13 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from ovseg_jax.data.sources.build import Source, make_source
+from ovseg_jax.data.source_base import Source
+from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.data.transforms import class_map
 from ovseg_jax.errors import UserError
-from ovseg_jax.experiment.transfer import Stage, load_stage, rules_in
+from ovseg_jax.experiment.load import Run, load_run
+from ovseg_jax.experiment.transfer import rules_in
+from ovseg_jax.files import write_whole
 from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.parallel.sharding import on_host
 from ovseg_jax.protocols import Classifier, Segmenting, Variables
@@ -24,7 +29,13 @@ from ovseg_jax.vocab.classes import ClassList
 
 
 def draw_run(
-    config: ConfigDict, workdir: epath.PathLike, method: Any, variables: Variables, *, images: int = 6
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    method: Any,
+    variables: Variables,
+    *,
+    images: int = 6,
+    again: bool = True,
 ) -> list[epath.Path]:
     """Writes `pictures/<evaluation>.png` for each of `config.final_evals` (or `evals`), and `curves.png`.
 
@@ -39,49 +50,61 @@ def draw_run(
       method: as built for the run, a `Method` for segmentations and a `Classifier` for classifications.
       variables: trained, on whatever devices. All processes call this, since each may hold a part of them.
       images: examples in a picture.
+      again: also draw what is there.
 
     Returns:
       The paths written, all by the first process.
     """
-    workdir, variables = epath.Path(workdir), on_host(variables)
-    paths = []
-    evaluations = config.get("final_evals") or config.evals
+    workdir = epath.Path(workdir)
+    folder, paths = workdir / "pictures", []
+    # Class features that differ from image to image have no picture.
+    evaluations = {} if hasattr(method, "embed_text_for") else (config.get("final_evals") or config.evals)
+    wanted = {
+        name: evaluations[name] for name in evaluations if again or not (folder / f"{name}.png").exists()
+    }
+    if wanted:
+        variables = on_host(variables)
     proposals = {
-        name: load_stage(evaluation.proposals, None, Segmenting, "proposals", "proposes no masks")
-        for name, evaluation in evaluations.items()
+        name: load_run(
+            evaluation.proposals, kind=Segmenting, key=f"{name}.proposals", lacking="proposes no masks"
+        )
+        for name, evaluation in wanted.items()
         if evaluation.get("type") == "transfer"
     }
     if jax.process_index():
         return []
-    folder = workdir / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, evaluation in evaluations.items():
-        if hasattr(
-            method, "embed_text_for"
-        ):  # Class features that differ from image to image have no picture.
-            continue
-        paths.append(folder / f"{name}.png")
+    for name, evaluation in wanted.items():
+        path = folder / f"{name}.png"
         if evaluation.get("type") == "classification":
-            _features(config, evaluation, method, variables, name, paths[-1])
+            # First, as the other one tells whether all is drawn.
             if points := _prompt_points(workdir, name, evaluation):
-                paths.append(folder / f"{name}-prompts.png")
-                prompts_picture(points, name, paths[-1])
-            continue
-        source: Any = make_source(evaluation.source)
-        classes, transferred = source.classes, evaluation.get("type") == "transfer"
-        if transferred:
-            own = Stage(config, method, variables)
-            rules, classes = rules_in(evaluation, classes)
-            segmenter = Segmenter.from_two_stages(proposals[name], own, classes, **rules)
+                prompts_picture(points, name, folder / f"{name}-prompts.png")
+            _features(config, evaluation, method, variables, name, path)
+            paths += [path, folder / f"{name}-prompts.png"][: 1 + bool(points)]
         else:
-            segmenter = Segmenter(method, variables, config)
-        with paths[-1].open("wb") as f:
-            _picture(segmenter, source, classes, name, images, proposals=not transferred).save(f, "PNG")
-    try:
-        curves(workdir / "metrics.jsonl", workdir / "curves.png")
-    except UserError:  # a run too short to have logged anything
-        return paths
-    return [*paths, workdir / "curves.png"]
+            source: Any = make_source(evaluation.source)
+            classes, transferred = source.classes, evaluation.get("type") == "transfer"
+            if transferred:
+                rules, classes = rules_in(evaluation, classes)
+                own = Run(config, method, variables)
+                segmenter = Segmenter.from_two_stages(proposals[name], own, classes, **rules)
+            else:
+                segmenter = Segmenter(method, variables, config)
+            picture = _picture(segmenter, source, classes, name, images, proposals=not transferred)
+            _save(picture, path)
+            paths.append(path)
+    if again or not (workdir / "curves.png").exists():
+        with contextlib.suppress(UserError):  # a run too short to have logged anything
+            curves(workdir / "metrics.jsonl", workdir / "curves.png")
+            paths.append(workdir / "curves.png")
+    return paths
+
+
+def _save(picture: Image.Image, path: epath.Path) -> None:
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    write_whole(path, data.getvalue())
 
 
 def _picture(

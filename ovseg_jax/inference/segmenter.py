@@ -27,7 +27,6 @@ from ovseg_jax.kernels.cpu_convs import fast_on_cpu
 from ovseg_jax.protocols import Prediction, Segmenting, Variables
 from ovseg_jax.vocab.classes import ClassList, Labels, as_classes
 from ovseg_jax.vocab.vectors import ClassVectors
-from ovseg_jax.vocab.words import WordList
 
 UNKNOWN_BELOW = 0.04  # the released demo's threshold
 
@@ -75,23 +74,17 @@ class Segmenter:
         Raises:
           UserError: the folder holds no run, or no such checkpoint.
         """
-        from ovseg_jax.methods import build
-        from ovseg_jax.train.checkpoints import load_variables
+        from ovseg_jax.experiment.load import load_run
 
-        config, variables, _ = load_variables(workdir, step, averaged=averaged)
-        folder = epath.Path(workdir)
-        words = WordList.load(folder / "words.json")
-        try:
-            classes = ClassList.from_json((folder / "classes.json").read_text())
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{folder / 'classes.json'} cannot be read: {error}") from error
-        method = build(config, words, classes)
-        if not isinstance(method, Segmenting):
-            raise UserError(
-                f"{workdir}: a model of method={config.method} does not segment; where it classifies images, "
-                "--proposals=WORKDIR takes the masks of another run (in Python, Segmenter.from_two_stages)"
-            )
-        return cls(method, variables, config, classes, batch_size=batch_size)
+        run = load_run(
+            workdir,
+            step=step,
+            averaged=averaged,
+            kind=Segmenting,
+            lacking="does not segment; where it classifies images, --proposals=WORKDIR takes the masks of another run "
+            "(in Python, Segmenter.from_two_stages)",
+        )
+        return cls(run.method, run.variables, run.config, run.classes, batch_size=batch_size)
 
     @classmethod
     def from_two_stages(
@@ -107,11 +100,11 @@ class Segmenter:
         """The masks of one run, named by the classifier of another: ZSSeg's two stages, see `methods.zsseg.TwoStage`.
 
         Args:
-          proposals: the folder of a run that proposes masks, or an `experiment.transfer.Stage`.
-          classifier: the folder of a run that classifies images, such as a prompt's, or a `Stage`.
-          classes: the labels to use where none are given; needed with a `Stage` of proposals, else by default those
-            that they were trained with. Classes in no group "unseen" or "held_out" are seen; without such a group none
-            is, as in an evaluation across data sets.
+          proposals: the folder of a run that proposes masks, or an `experiment.load.Run`.
+          classifier: the folder of a run that classifies images, such as a prompt's, or a `Run`.
+          classes: the labels to use where none are given, by default those that the proposals were trained with.
+            Classes in no group "unseen" or "held_out" are seen; without such a group none is, as in an evaluation
+            across data sets.
           templates: hand-written prompts or the file of a learned one, see `towers.templates.read_templates`; by
             default the classifier's own.
           batch_size: images, or tiles of large ones, that go through the models together.
@@ -120,20 +113,20 @@ class Segmenter:
         Raises:
           UserError: a folder holds no run, or one that does something else; and see `rules_of`.
         """
-        from ovseg_jax.experiment.transfer import Stage, load_stage, rules_of, seen_names
+        from ovseg_jax.experiment.load import Run, load_run
+        from ovseg_jax.experiment.transfer import rules_of, seen_names
         from ovseg_jax.methods.zsseg import TwoStage
         from ovseg_jax.protocols import Classifier
         from ovseg_jax.towers.templates import read_templates
 
-        def stage(given: Any, kind: type, key: str, lacking: str) -> Stage:
-            return given if isinstance(given, Stage) else load_stage(given, None, kind, key, lacking)
+        def run_of(given: Any, kind: type, key: str, lacking: str) -> Run:
+            return given if isinstance(given, Run) else load_run(given, kind=kind, key=key, lacking=lacking)
 
-        if classes is None and isinstance(proposals, Stage):
-            raise UserError("say classes=: a Stage of proposals does not know what they were trained with")
-        first = stage(proposals, Segmenting, "--proposals", "proposes no masks")
-        second = stage(classifier, Classifier, "--checkpoint", "classifies no images")
+        first = run_of(proposals, Segmenting, "--proposals", "proposes no masks")
+        second = run_of(classifier, Classifier, "--checkpoint", "classifies no images")
+        classes = first.classes if classes is None else classes
         if classes is None:
-            classes = ClassList.from_json((epath.Path(proposals) / "classes.json").read_text())
+            raise UserError("say classes=: this Run of proposals does not know what they were trained with")
         method = TwoStage(
             first.method,
             second.method,

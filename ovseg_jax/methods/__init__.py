@@ -16,7 +16,7 @@ from ovseg_jax.methods.vpt import VPT
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 
-METHODS = {
+METHODS: dict[str, Any] = {
     "openseg": OpenSeg,
     "lseg": LSeg,
     "clip": ClipTraining,

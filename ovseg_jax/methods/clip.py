@@ -1,18 +1,20 @@
 """CLIP trained from nothing (Radford et al. 2021): images and captions, a symmetric contrastive loss over the batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
+from ovseg_jax.config import keys
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.contrastive import contrastive_loss
-from ovseg_jax.parallel.sharding import active_batch_axes
+from ovseg_jax.parallel.sharding import active_batch_axes, on_host
 from ovseg_jax.protocols import Aux, Batch, Variables
-from ovseg_jax.towers.clip import Clip, from_training
+from ovseg_jax.towers.clip import TOWER_KEYS, TOWERS, Clip, from_training, write_towers
 from ovseg_jax.towers.packed_text import unstacked
 from ovseg_jax.towers.prompt_file import Prompt
 from ovseg_jax.towers.text import unit
@@ -31,6 +33,11 @@ class ClipTraining:
       words: the vocabulary of the captions.
       classes: not read.
     """
+
+    @classmethod
+    def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
+        """Returns the keys of its sections, and whether each has an effect, see `experiment.keys`."""
+        return {"towers": keys(TOWER_KEYS)}
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         del classes
@@ -82,6 +89,11 @@ class ClipTraining:
     def logit_scale(self, variables: Variables) -> Float[Array, ""]:
         """1/τ, learned, at most 100."""
         return jnp.minimum(jnp.exp(variables["params"]["scale"]), MAX_SCALE)
+
+    def artifacts(self, variables: Variables) -> dict[str, Callable[[epath.Path], None]]:
+        """Returns the trained towers, from which a run of another method starts."""
+        weights = on_host(from_training(variables))
+        return {TOWERS: lambda folder: write_towers(folder, self.clip.config, weights)}
 
     def _trained(self, weights: dict[str, Any]) -> dict[str, Any]:
         if rest := weights["image"].keys() - {"params"}:

@@ -15,6 +15,7 @@ from etils import epath
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from ovseg_jax.config import keys
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.all_pairs import over_batch, varying
 from ovseg_jax.kernels.sampled_softmax import sampled_softmax
@@ -33,6 +34,12 @@ class CoCoOp(PromptTuning):
     Raises:
       UserError: values that cannot be.
     """
+
+    @classmethod
+    def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
+        """Returns the keys of its sections, and whether each has an effect, see `experiment.keys`."""
+        found = super().keys(config)
+        return {**found, "prompt": found["prompt"] | keys("specific", False)}
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         super().__init__(config, words, classes)

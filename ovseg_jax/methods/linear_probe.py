@@ -14,10 +14,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 
+from ovseg_jax.config import keys
 from ovseg_jax.errors import UserError
 from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.protocols import Aux, Batch, Variables
-from ovseg_jax.towers.clip import Clip
+from ovseg_jax.towers.clip import TOWER_KEYS, Clip
 from ovseg_jax.towers.text import unit
 from ovseg_jax.vocab.classes import ClassList, rows_of_names
 from ovseg_jax.vocab.words import WordList
@@ -43,6 +44,11 @@ class LinearProbe:
 
     frozen_towers = True
     by_place = True
+
+    @classmethod
+    def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
+        """Returns the keys of its sections, and whether each has an effect, see `experiment.keys`."""
+        return {"towers": keys(TOWER_KEYS)}
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         self.config = config

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
+from ovseg_jax.config import keys
 from ovseg_jax.errors import UserError
 from ovseg_jax.methods.openseg import OpenSeg, apply_net, bounded, build_net
 from ovseg_jax.models.fpn import resize
@@ -21,6 +22,14 @@ class LSeg(OpenSeg):
 
     Classes of the group "held_out" take no part in training.
     """
+
+    @classmethod
+    def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
+        """Returns the keys of its sections, and whether each has an effect, see `experiment.keys`."""
+        found = super().keys(config)
+        masks = "num_queries decoder_layers decoder_heads position_grid mask_scale mask_bias detach_masks"
+        loss = dict.fromkeys(found["loss"], False) | keys("temperature temperature_bounds")
+        return {**found, "model": found["model"] | keys(masks, False), "loss": loss}
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         super().__init__(config, words, classes)

@@ -18,6 +18,7 @@ from etils import epath
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
+from ovseg_jax.config import keys
 from ovseg_jax.errors import UserError
 from ovseg_jax.methods.prompt_tuning import NOISE, PromptTuning
 from ovseg_jax.methods.vpt import prompted_tower
@@ -35,6 +36,13 @@ class MaPLe(PromptTuning):
     Raises:
       UserError: an image tower that is no ViT, or values that cannot be.
     """
+
+    @classmethod
+    def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
+        """Returns the keys of its sections, and whether each has an effect, see `experiment.keys`."""
+        found = super().keys(config)
+        fixed = keys("position specific", False) | keys("depth")
+        return {**found, "prompt": found["prompt"] | fixed}
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         super().__init__(config, words, classes)

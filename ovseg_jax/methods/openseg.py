@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
+from ovseg_jax.config import keys
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.all_pairs import FORMS
 from ovseg_jax.kernels.grounding import grounding_loss
@@ -30,11 +31,13 @@ NET_FIELDS = (
     "mask_scale mask_bias detach_masks remat"
 ).split()
 
+OTHER_FIELDS = ("backbone", "mean", "std", "dtype")
+
 
 def build_net(config: ConfigDict, **overrides) -> OpenSegNet:
     """The image network of a config's `model` section; an unknown key is an error."""
     model = config.model.to_dict()
-    known = {*NET_FIELDS, "backbone", "mean", "std", "dtype"}
+    known = {*NET_FIELDS, *OTHER_FIELDS}
     if unknown := set(model) - known:
         raise UserError(
             f"unknown model keys: {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}"
@@ -45,15 +48,17 @@ def build_net(config: ConfigDict, **overrides) -> OpenSegNet:
     return OpenSegNet(backbone, tuple(model["mean"]), tuple(model["std"]), dtype=dtype, **fields)
 
 
-def bounded(raw: Float[Array, ""], low: float, high: float) -> Float[Array, ""]:
-    """A positive scalar that moves between bounds on a log scale and never gets stuck at either."""
-    return low * (high / low) ** jax.nn.sigmoid(raw)
+def bounded(raw: Float[Array, ""], low: float = 0.0, high: float = 0.0) -> Float[Array, ""]:
+    """Returns a positive scalar that moves between bounds on a log scale and never gets stuck; exp without bounds."""
+    return low * (high / low) ** jax.nn.sigmoid(raw) if high else jnp.exp(raw)
 
 
-def unbounded(value: float, low: float, high: float) -> Float[Array, ""]:
-    """The inverse of `bounded`."""
-    if not low < value < high:
-        raise UserError(f"a temperature of {value} lies outside its bounds ({low}, {high})")
+def unbounded(value: float, low: float = 0.0, high: float = 0.0) -> Float[Array, ""]:
+    """Returns the inverse of `bounded`."""
+    if not low < value < (high or float("inf")):
+        raise UserError(f"a temperature of {value} lies outside its bounds ({low}, {high or 'inf'})")
+    if not high:
+        return jnp.log(jnp.float32(value))
     share = jnp.log(value / low) / jnp.log(high / low)
     return jnp.log(share / (1 - share))
 
@@ -63,10 +68,25 @@ class OpenSeg:
 
     Of `config.loss`: `mask_weight` is α of eq. 5; `contrast` is "unsync" (within groups of `group` examples) or
     "sync" (the global batch, computed in the `form` that `kernels.all_pairs` describes, or "auto", by its size);
-    `temperature` starts τ of eq. 2, learned within `temperature_bounds`; `shared_temperature` uses one τ for eq. 3
-    and eq. 4 as the paper writes, otherwise each has its own; `grounding_weight` 0 trains the masks alone (the
-    teacher of 3.3), `mask_weight` 0 the words alone (Table 8).
+    `temperature` starts τ of eq. 2, learned within `temperature_bounds` (ours; () for none);
+    `shared_temperature` uses one τ for eq. 3 and eq. 4 as the paper writes, otherwise each has its own;
+    `grounding_weight` 0 trains the masks alone (the teacher of 3.3), `mask_weight` 0 the words alone (Table 8).
     """
+
+    @classmethod
+    def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
+        """Returns the keys of its sections, and whether each has an effect, see `experiment.keys`."""
+        sync, tower = config.loss.get("contrast") == "sync", bool(config.text.get("tower"))
+        return {
+            "model": dict.fromkeys([*NET_FIELDS, *OTHER_FIELDS], True),
+            "text": keys("tower init prompt", tower) | keys("learned vectors", not tower),
+            "loss": {
+                **keys("mask_weight grounding_weight contrast"),
+                **keys("temperature temperature_bounds shared_temperature"),
+                **keys("group", not sync),
+                **keys("form", sync),
+            },
+        }
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         self.config, self.loss_config = config, config.loss

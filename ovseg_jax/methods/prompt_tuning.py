@@ -19,6 +19,7 @@ from etils import epath
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
+from ovseg_jax.config import keys
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.sampled_softmax import (
     Correction,
@@ -30,7 +31,7 @@ from ovseg_jax.kernels.sampled_softmax import (
 from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.parallel.sharding import active_batch_axes, on_host
 from ovseg_jax.protocols import Aux, Batch, Variables
-from ovseg_jax.towers.clip import Clip
+from ovseg_jax.towers.clip import TOWER_KEYS, Clip
 from ovseg_jax.towers.prompt import even_order, likely_size, window_size
 from ovseg_jax.towers.prompt_file import FILE, Prompt, is_prompt_file, load_prompt, save_prompt
 from ovseg_jax.towers.prompt_layout import POSITIONS, Layout, NameTokens
@@ -66,6 +67,18 @@ class PromptTuning:
 
     frozen_towers = True
     by_place = True
+
+    @classmethod
+    def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
+        """Returns the keys of its sections, and whether each has an effect, see `experiment.keys`."""
+        sample = bool(config.loss.get("sample", 0))
+        return {
+            "towers": keys(TOWER_KEYS),
+            "prompt": keys("length position specific init"),
+            "loss": keys("sample")
+            | keys("correction proposal per_device", sample)
+            | keys("chunk", not sample),
+        }
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         self.config, self.loss_config = config, config.loss

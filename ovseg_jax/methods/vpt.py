@@ -15,13 +15,14 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
+from ovseg_jax.config import keys
 from ovseg_jax.errors import UserError
 from ovseg_jax.methods.linear_probe import cross_entropy
 from ovseg_jax.methods.prompt_tuning import HARD_PROMPT, NOISE
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.protocols import Aux, Batch, Variables
-from ovseg_jax.towers.clip import Clip
+from ovseg_jax.towers.clip import TOWER_KEYS, Clip
 from ovseg_jax.towers.templates import fill
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
@@ -40,6 +41,11 @@ class VPT:
     """
 
     frozen_towers = True
+
+    @classmethod
+    def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
+        """Returns the keys of its sections, and whether each has an effect, see `experiment.keys`."""
+        return {"towers": keys(TOWER_KEYS), "prompt": keys("length depth")}
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         self.config = config

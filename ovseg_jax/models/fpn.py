@@ -51,8 +51,8 @@ class FusedPyramid(nn.Module):
 class ConvHead(nn.Module):
     """An fc layer, then 3x3 convolutions (papers/004, 4.1: one fc, three of width 640), for F_s and F_z each.
 
-    The paper names neither normalisation nor activation; here GroupNorm and ReLU stand between the layers, and
-    the last layer is linear.
+    The paper names neither normalisation nor activation. Ours: GroupNorm of 8 groups and ReLU stand between the layers,
+    and the last layer is linear.
     """
 
     width: int

@@ -18,7 +18,8 @@ class RegionDecoder(nn.Module):
     Attributes:
       num_queries: N (128 in the paper).
       layers: T (3 in the paper).
-      heads: attention heads (the paper does not say; 1 keeps attention and mask the same dot product).
+      heads: attention heads (ours, as the paper does not say; 1 keeps attention and mask the same dot product).
+      mlp_ratio: width of the MLP over that of the queries (ours).
     """
 
     num_queries: int

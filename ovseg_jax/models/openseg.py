@@ -53,6 +53,9 @@ def inside(
 class OpenSegNet(nn.Module):
     """OpenSeg's network (papers/004, 3.1, 3.2, 4.1).
 
+    The paper says nothing of: normalisation and activation in the heads (`ConvHead`), heads, MLP width and norms of the
+    decoder, the start of queries and positions. What stands for them here is ours, as is all that is so marked below.
+
     Attributes:
       backbone: a module that maps [B S S 3] to {"c2": ..., "c5": ...}.
       width: channels of pyramid and heads (640).
@@ -60,9 +63,10 @@ class OpenSegNet(nn.Module):
       num_queries: N proposals (128); 0 leaves out the mask side (a per-pixel network, LSeg+ of 4.3).
       decoder_layers: T (3).
       head_convs: 3x3 convolutions of each head (3).
-      position_grid: side of the learnable position embedding, resized to the feature map.
-      mask_scale: factor on the mask logits (the paper has none: 1); larger ones sharpen masks sooner.
-      detach_masks: stop the grounding loss's gradient to the masks (the paper does not; helps short runs).
+      position_grid: side of the learnable position embedding, resized to the feature map (ours).
+      mask_scale: factor on the mask logits (ours; 1 is the plain dot product of 3.1).
+      mask_bias: where a learned bias of the mask logits starts (ours); None for none, as in 3.1.
+      detach_masks: stop the grounding loss's gradient to the masks (ours: the paper does not; helps short runs).
       remat: what the backward pass computes again of pyramid, heads and decoder, see `rematerialise`.
     """
 
@@ -78,7 +82,7 @@ class OpenSegNet(nn.Module):
     pyramid_output_conv: bool = True
     position_grid: int = 16
     mask_scale: float = 1.0
-    mask_bias: float = 0.0
+    mask_bias: float | None = None
     detach_masks: bool = False
     remat: str = "none"
     dtype: jnp.dtype = jnp.float32
@@ -112,9 +116,10 @@ class OpenSegNet(nn.Module):
         queries = again(RegionDecoder)(
             self.num_queries, self.decoder_layers, self.decoder_heads, dtype=self.dtype, name="decoder"
         )(flat, seen)
-        bias = self.param("mask_bias", nn.initializers.constant(self.mask_bias), ())
         logits = jnp.einsum("bnd,bpd->bnp", queries, flat, preferred_element_type=jnp.float32)
-        logits = logits * (self.mask_scale / d**0.5) + bias
+        logits = logits * self.mask_scale
+        if self.mask_bias is not None:
+            logits = logits + self.param("mask_bias", nn.initializers.constant(self.mask_bias), ())
         masks = jax.nn.sigmoid(logits) * seen[:, None, :]
         if self.detach_masks:
             masks = jax.lax.stop_gradient(masks)

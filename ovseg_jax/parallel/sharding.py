@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
@@ -20,6 +20,7 @@ from ovseg_jax.errors import UserError
 DATA, FSDP = "data", "fsdp"
 AXES = (DATA, FSDP)
 DEFAULT_RULES = ((".*", "fsdp"),)
+AnyMesh = Mesh | AbstractMesh  # the planner counts on devices that are not there
 
 
 def make_mesh(
@@ -55,17 +56,17 @@ def mesh_shape(shape: ConfigDict | Mapping[str, int] | None, count: int) -> tupl
     return tuple(sizes)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """The leading dimension over all devices."""
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, key: str = "batch_size", parts: int = 1) -> None:
+def check_batch_size(batch_size: int, mesh: AnyMesh, key: str = "batch_size", parts: int = 1) -> None:
     """Raises a UserError that names `key` when a global batch cannot be split evenly over the mesh, in parts."""
     if parts < 1:
         raise UserError(f"accumulate={parts}: a batch has at least one part.")
@@ -116,7 +117,7 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     }
 
 
-def rule_spec(rule: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def rule_spec(rule: str, shape: Sequence[int], mesh: AnyMesh) -> PartitionSpec:
     """What a rule means for an array of this shape.
 
     `replicate`: whole on every device. `fsdp`: the largest dimension that the fsdp axis divides is split over
@@ -135,7 +136,7 @@ def rule_spec(rule: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
 
 
 def leaf_sharding(
-    path: str, shape: Sequence[int], mesh: Mesh, rules: Iterable[Sequence[str]] = DEFAULT_RULES
+    path: str, shape: Sequence[int], mesh: AnyMesh, rules: Iterable[Sequence[str]] = DEFAULT_RULES
 ) -> NamedSharding:
     """The sharding of one parameter: the first (regex, rule) whose regex is found in its path decides."""
     for pattern, rule in rules:

@@ -4,8 +4,7 @@ import argparse
 import json
 import math
 import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,8 @@ import numpy as np
 from etils import epath
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.files import verify
+from ovseg_jax.reading import reading
 
 # https://huggingface.co/docs/safetensors: the header's names of types.
 _TYPES = {
@@ -56,11 +57,12 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
       UserError: no such file, an unknown or damaged one, arrays that are not numbers, PyTorch missing.
     """
     path = weights_file(path)
+    verify(path)
     readers = {".safetensors": _safetensors, ".npz": _npz, ".bin": _torch, ".pt": _torch, ".pth": _torch}
     read = _shards if path.name.endswith(".index.json") else readers.get(path.suffix)
     if read is None:
         raise UserError(f"{path}: known are {', '.join(readers)} and folders of Hugging Face")
-    with as_user_error(f"{path} cannot be read as weights"):
+    with reading(path, "the weights"):
         arrays = read(path)
         for name, array in arrays.items():
             if not _is_number(array.dtype):
@@ -83,22 +85,6 @@ def weights_file(path: str | Path) -> Path:
     if not path.exists():
         raise UserError(f"no such weights: {path}")
     return path
-
-
-@contextmanager
-def as_user_error(what: str) -> Iterator[None]:
-    """Turns any exception of a parser into `what` and its first line.
-
-    Parsers of foreign formats raise almost anything on a damaged file (struct.error, zlib.error, AttributeError,
-    RecursionError), so that a list of types would always lack some.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        lines = str(error).strip().splitlines()
-        raise UserError(f"{what}: {lines[0] if lines else type(error).__name__}") from error
 
 
 def write_safetensors(
@@ -131,7 +117,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
       UserError: a damaged file.
     """
-    with as_user_error(f"{path} cannot be read as weights"):
+    with reading(path, "the weights"):
         return _header(path)[1]
 
 

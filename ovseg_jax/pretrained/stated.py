@@ -22,9 +22,9 @@ from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.swin import Swin
 from ovseg_jax.models.text_towers import Bert, CLIPText, SiglipText
 from ovseg_jax.models.vit import ViT
-from ovseg_jax.pretrained.files import as_user_error
 from ovseg_jax.pretrained.hf_clip import HF_ACTIVATIONS
 from ovseg_jax.pretrained.to_torch import describe
+from ovseg_jax.reading import reading
 
 _LOG = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def check(path: Path, module: nn.Module, format_: str, names: Collection[str]) -
       UserError: another model by its config.json, one that cannot be read, or none where there has to be one.
     """
     config, source = read_config(path.parent)
-    with as_user_error(f"{source or path} cannot be read"):
+    with reading(source or path):
         theirs = _stated(config, module, format_)
     own = facts(module)
     if "input_resolution" in names:  # OpenAI's own archives
@@ -126,7 +126,7 @@ def check_pixels(path: Path, mean: Collection[float], std: Collection[float]) ->
     """
     config, source = read_config(path.parent)
     processor = path.parent / "preprocessor_config.json"
-    with as_user_error(f"{source or processor} cannot be read"):
+    with reading(source or processor):
         given = config.get("pretrained_cfg") or config.get("preprocess_cfg") or {}
         if processor.is_file():
             found = _object(processor)
@@ -153,7 +153,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
     for name in ("open_clip_config.json", "config.json"):
         path = folder / name
         if path.exists():
-            with as_user_error(f"{path} cannot be read"):
+            with reading(path):
                 return _object(path), str(path)
     return {}, ""
 

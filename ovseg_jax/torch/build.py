@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ovseg_jax.pretrained.files import as_user_error
+from ovseg_jax.reading import reading
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -39,7 +39,7 @@ def build(
     Raises:
       UserError: a description that is none, or is not that of these arrays.
     """
-    with as_user_error(f"{what} holds no exported model"):
+    with reading(what, "the exported model"):
         check_numbers(described)
         with torch.device("meta"):
             bare = make().eval()

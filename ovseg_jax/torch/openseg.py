@@ -159,7 +159,8 @@ class OpenSegNet(nn.Module):
             self.decoder = RegionDecoder(
                 self.num_queries, width, model["decoder_layers"], model["decoder_heads"]
             )
-            self.mask_bias = nn.Parameter(torch.tensor(float(model["mask_bias"])))
+            bias = model["mask_bias"]
+            self.mask_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
 
     def forward(self, image: Tensor, image_size: Tensor) -> OpenSegFeatures:
         """Encodes uint8 images [b 3 s t] that fill `image_size` [b 2] (height, width) of their canvas."""
@@ -172,11 +173,13 @@ class OpenSegNet(nn.Module):
 
         f_s = self.head_s(fused)
         f_s = f_s + resize(self.position[None], f_s.shape[2:])
-        d, (h, w) = f_s.shape[1], f_s.shape[2:]
+        h, w = f_s.shape[2:]
         pixels = f_s.flatten(2).transpose(1, 2)
         seen = inside(image_size, (h, w), (image.shape[2] / h, image.shape[3] / w)).flatten(1)
         queries = self.decoder(pixels, seen)
-        logits = (queries @ pixels.transpose(1, 2)).float() * (self.mask_scale / d**0.5) + self.mask_bias
+        logits = (queries @ pixels.transpose(1, 2)).float() * self.mask_scale
+        if self.mask_bias is not None:
+            logits = logits + self.mask_bias
         masks = torch.sigmoid(logits) * seen[:, None]
         if self.detach_masks:
             masks = masks.detach()

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ovseg_jax.data.images import fit_canvas, read_image
 from ovseg_jax.errors import UserError
-from ovseg_jax.pretrained.files import as_user_error, read_arrays
+from ovseg_jax.pretrained.files import read_arrays
+from ovseg_jax.reading import reading
 from ovseg_jax.torch.build import build
 from ovseg_jax.torch.layers import unit
 from ovseg_jax.torch.openseg import OpenSegNet
@@ -162,7 +163,7 @@ def load(folder: str | Path, device: str = "cpu") -> Segmenter:
     folder = Path(folder)
     config, arrays = read_json(folder / CONFIG), read_tensors(folder)
     table = arrays.pop("text.table", None)
-    with as_user_error(f"{folder} holds no exported model"):
+    with reading(folder, "the exported model"):
         described = {key: value for key, value in config["model"].items() if key != "kind"}
         side, words = config["image_size"], config["words"]
         if type(side) is not int or not 0 < side <= MOST_PIXELS:
@@ -184,7 +185,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       UserError: no such file, or another content.
     """
-    with as_user_error(f"{path.parent} holds no exported model"):
+    with reading(path.parent, "the exported model"):
         found = json.loads(path.read_text("utf-8"))
         if not isinstance(found, dict):
             raise ValueError(f"{path.name} is no JSON object")

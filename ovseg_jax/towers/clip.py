@@ -1,7 +1,9 @@
 """CLIP (Radford et al. 2021): an image tower, a text tower and the temperature between them."""
 
 import dataclasses
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -9,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
+from ovseg_jax.config import to_json
 from ovseg_jax.errors import UserError
+from ovseg_jax.files import forget, record, write_recorded
 from ovseg_jax.models import clip_resnet, eva, vit
 from ovseg_jax.models.clip_resnet import ClipResNet
 from ovseg_jax.models.eva import Eva
@@ -22,6 +26,7 @@ from ovseg_jax.models.text_towers import PRESETS, CLIPText, text_tower
 from ovseg_jax.models.transformer import HOOKS
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.parallel.sharding import on_host
+from ovseg_jax.pretrained.files import read_arrays, write_safetensors
 from ovseg_jax.towers.packed_text import stacked
 from ovseg_jax.towers.prompt import encode_names, even_order, phrase_tokens, window_size
 from ovseg_jax.towers.prompt_file import ANCHOR, Prompt
@@ -32,6 +37,9 @@ from ovseg_jax.vocab.word_tokenizer import WordTokenizer
 from ovseg_jax.vocab.words import WordList
 
 WORDS_FILE = "words.json"  # in the folder of a run
+TOWERS = "towers"  # the same, of method "clip"
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+TOWER_KEYS = "image text init tokenizer image_size mean std logit_scale dtype"  # of a config's `towers`
 # Names that go through the text tower at once where features of many are asked for.
 GROUP = 256
 # Published with the weights (OpenAI's clip.load): pixels in [0, 1].
@@ -154,8 +162,8 @@ class Clip:
         if not init:
             return {}
         shapes = jax.eval_shape(self.init, jax.random.key(0))
-        if (epath.Path(init) / "checkpoints").exists():
-            return self._of_run(init)
+        if (folder := towers_of(init)) is not None:
+            return self._of_run(init, folder)
         from ovseg_jax.pretrained.load import load
 
         text = jax.eval_shape(lambda: self.text.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
@@ -164,18 +172,13 @@ class Clip:
             "text": stacked(load(init, self.text, text)["params"]),
         }
 
-    def _of_run(self, workdir: str) -> dict[str, Any]:
-        from ovseg_jax.train.checkpoints import load_variables
-
-        config, variables, _ = load_variables(workdir)
-        if config.method != "clip":
-            raise UserError(f"towers.init={workdir} is a run of method {config.method!r}, not of 'clip'")
-        found = from_training(variables)
+    def _of_run(self, init: str, folder: epath.Path) -> dict[str, Any]:
+        found = read_towers(folder)
         flat = lambda tree: {path: np.shape(x) for path, x in flatten_dict(tree, sep="/").items()}
         given, own = flat(found), flat(jax.eval_shape(self.init, jax.random.key(0)))
         if wrong := sorted(path for path in given | own if given.get(path) != own.get(path)):
             raise UserError(
-                f"towers.init={workdir} has other towers than this config: {wrong[0]} is {given.get(wrong[0])} there, "
+                f"towers.init={init} has other towers than this config: {wrong[0]} is {given.get(wrong[0])} there, "
                 f"{own.get(wrong[0])} here"
             )
         return found
@@ -267,6 +270,53 @@ def from_training(variables: Mapping[str, Any]) -> dict[str, Any]:
         "text": stacked(params["text"]),
         "scale": params["scale"],
     }
+
+
+def write_towers(folder: epath.Path, config: ConfigDict, weights: Mapping[str, Any]) -> None:
+    """Writes trained towers as a folder that `Clip.pretrained` reads: `model.safetensors` and `config.json`.
+
+    Args:
+      folder: `towers` in the folder of their run, made where it is missing.
+      config: of the towers, see `Clip`.
+      weights: as `Clip` takes them, on the host.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    flat = {name: np.asarray(x) for name, x in flatten_dict(dict(weights), sep="/").items()}
+    forget(folder / _WEIGHTS)
+    write_safetensors(folder / _WEIGHTS, flat, {"format": "ovseg_jax.towers"})
+    record(folder / _WEIGHTS)
+    # Last: a folder with it is whole.
+    write_recorded(folder / _CONFIG, to_json(config))
+
+
+def towers_of(init: str) -> epath.Path | None:
+    """Returns the folder of trained towers that a run has left, or that `init` itself is; None for other weights.
+
+    Raises:
+      UserError: a run that has left none.
+    """
+    for folder in (epath.Path(init) / TOWERS, epath.Path(init)):
+        if folder.name == TOWERS and (folder / _CONFIG).exists():
+            return folder
+    if (epath.Path(init) / "checkpoints").exists():
+        raise UserError(
+            f"towers.init={init} is a run without {TOWERS}/, which a finished run of method 'clip' leaves"
+        )
+    return None
+
+
+def read_towers(folder: epath.Path) -> dict[str, Any]:
+    """Reads the weights that `write_towers` wrote.
+
+    Raises:
+      UserError: a missing or damaged file.
+    """
+    if "://" not in str(folder):
+        return unflatten_dict(read_arrays(Path(folder) / _WEIGHTS), sep="/")
+    with tempfile.TemporaryDirectory() as local:  # A file is mapped into memory, which a bucket's cannot be.
+        (folder / _WEIGHTS).copy(Path(local) / _WEIGHTS)
+        flat = {name: np.array(x) for name, x in read_arrays(Path(local) / _WEIGHTS).items()}
+    return unflatten_dict(flat, sep="/")
 
 
 def image_tower(config: ConfigDict, dtype: Any) -> nn.Module:

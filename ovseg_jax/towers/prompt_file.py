@@ -18,12 +18,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from etils import epath
 from jaxtyping import Float
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.pretrained.files import as_user_error, read_arrays, read_metadata, write_safetensors
+from ovseg_jax.pretrained.files import read_arrays, read_metadata, write_safetensors
+from ovseg_jax.reading import array, number, parse_json, reading, short, text, texts
 from ovseg_jax.towers.prompt_layout import POSITIONS, Layout, NameTokens
 from ovseg_jax.vocab.classes import rows_of_names
 from ovseg_jax.vocab.tokenizers import PieceTokenizer
@@ -33,6 +35,7 @@ ANCHOR = 8  # numbers of a text tower that are kept with a prompt
 # What two precisions of the same weights differ by at most, as a share of the largest number.
 _ROUNDING = 0.01
 _FORMAT = "ovseg_jax.prompt"
+_FLOATS = (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)
 _ORIGINAL = re.compile(r"\.pth\.tar(-\d+)?$")
 # What `load_model` of theirs leaves out too: token vectors of the class names of that time.
 _IGNORED = re.compile(r"((train|test)_)?token_(prefix|suffix)")
@@ -136,22 +139,27 @@ def load_prompt(path: str | Path) -> Prompt:
         metadata = read_metadata(path)
         if metadata.get("format") != _FORMAT or arrays.keys() != {"context"}:
             raise UserError(f"{path} is no prompt: it holds {_listed(arrays)}, not a 'context' alone")
-        context = np.array(arrays["context"], np.float32)
-    position, names = metadata.get("position"), tuple(map(tuple, _listing(path, metadata, "names", list)))
-    anchor = tuple(_listing(path, metadata, "anchor", float))
-    if position not in POSITIONS:
-        raise UserError(f"{path}: its 'position' is {position!r}, not one of {', '.join(POSITIONS)}")
-    if context.ndim not in (2, 3) or 0 in context.shape or not np.isfinite(context).all():
-        raise UserError(
-            f"{path}: 'context' is not [M d] or [N M d] finite numbers, but {list(context.shape)}"
-        )
-    if not all(of_class and all(isinstance(name, str) for name in of_class) for of_class in names):
-        raise UserError(f"{path}: 'names' is no list of the names of each class")
-    if names and (context.ndim == 2 or len(names) != len(context)):
-        raise UserError(f"{path}: 'names' has {len(names)} classes, and 'context' is {list(context.shape)}")
+        context = arrays["context"]
+    with reading(path, "the prompt"):
+        if context.ndim not in (2, 3) or 0 in context.shape or context.dtype not in _FLOATS:
+            raise ValueError(
+                f"'context' is not [M d] or [N M d] floats, but {list(context.shape)} {context.dtype}"
+            )
+        if not np.isfinite(context := np.array(context, np.float32)).all():
+            raise ValueError("'context' holds numbers that are not finite")
+        position = metadata.get("position")
+        if position not in POSITIONS:
+            raise ValueError(f"its 'position' is {short(position)}, not one of {', '.join(POSITIONS)}")
+        names = tuple(tuple(texts(array(own, "'names'"), "'names'")) for own in _listing(metadata, "names"))
+        anchor = tuple(number(x, "an entry of 'anchor'") for x in _listing(metadata, "anchor"))
+        if not all(names):
+            raise ValueError("'names' is no list of the names of each class")
+        if names and (context.ndim == 2 or len(names) != len(context)):
+            raise ValueError(f"'names' has {len(names)} classes, and 'context' is {list(context.shape)}")
+        tower = text(metadata.get("tower", ""), "'tower'")
     layout = Layout(context.shape[-2], position, specific=context.ndim == 3)
     rows = context.reshape(-1, *context.shape[-2:])
-    return Prompt(rows, layout, names, metadata.get("tower", ""), str(path), anchor)
+    return Prompt(rows, layout, names, tower, str(path), anchor)
 
 
 def save_original(path: str | Path, prompt: Prompt) -> None:
@@ -188,17 +196,14 @@ def _original(path: Path) -> Float[np.ndarray, "..."]:
     # Beside the tensors lies the object of a schedule, and in it the optimizer with its defaultdict.
     known = [schedules.CosineAnnealingLR, schedules.MultiStepLR, schedules.StepLR, torch.optim.SGD, dict]
     known.append((lambda *_: {}, "collections.defaultdict"))
-    with as_user_error(f"{path} cannot be read as a checkpoint of a prompt"):
+    with reading(path, "the checkpoint of a prompt"):
         try:
             with torch.serialization.safe_globals(known):
-                state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-            ctx = state["ctx"].float().numpy()
+                found = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            raise UserError(
-                f"{path} is no checkpoint of a prompt, or holds more than one does: it was not read"
-            ) from error
-        except KeyError as error:
-            raise UserError(f"{path} is no checkpoint of a prompt: it has no {error}") from error
+            raise ValueError("it is none, or holds more than one does") from error
+        state = found["state_dict"]
+        ctx = state["ctx"].float().numpy()
     if other := [name for name in state if name != "ctx" and not _IGNORED.fullmatch(str(name))]:
         raise UserError(
             f"{path} holds more than a prompt, whose 'ctx' is of no use without it: {_listed(other)}"
@@ -214,15 +219,9 @@ def _torch(path: str | Path) -> Any:
     return torch
 
 
-def _listing(path: Path, metadata: Mapping[str, str], key: str, kind: type) -> list[Any]:
-    """The JSON list of one kind that stands under a key of the metadata, if it does."""
-    try:
-        found = json.loads(metadata.get(key, "[]"))
-        if not isinstance(found, list) or not all(isinstance(x, kind) for x in found):
-            raise ValueError(f"no list of {kind.__name__}")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: its {key!r} cannot be read: {error}") from error
-    return found
+def _listing(metadata: Mapping[str, str], key: str) -> list[Any]:
+    """The JSON list that stands under a key of the metadata, if one does."""
+    return array(parse_json(metadata.get(key, "[]")), f"its {key!r}")
 
 
 def _listed(names: Iterable[str]) -> str:

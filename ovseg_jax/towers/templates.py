@@ -5,13 +5,11 @@ Sources: openai/CLIP, notebook "Prompt Engineering for ImageNet" (MIT, Copyright
 `VILD`; KaiyangZhou/CoOp, trainers/zsclip.py (MIT, Copyright (c) 2021 Kaiyang Zhou), for `HARD`.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
-from etils import epath
-
 from ovseg_jax.errors import UserError
+from ovseg_jax.reading import read_json, short
 from ovseg_jax.towers.prompt_file import Prompt, is_prompt_file, load_prompt
 
 PLACE = "{}"
@@ -168,14 +166,15 @@ def read_templates(prompt: Any) -> tuple[str, ...] | Prompt:
     if isinstance(prompt, str):
         if prompt in TEMPLATES:
             return TEMPLATES[prompt]
-        templates = _read_json(prompt) if prompt.endswith(".json") else (prompt,)
+        templates = read_json(prompt, "the templates") if prompt.lower().endswith(".json") else (prompt,)
     if not isinstance(templates, Sequence) or isinstance(templates, str) or not templates:
         raise UserError(f"the prompt {prompt!r} holds no list of templates")
     for template in templates:
         if not isinstance(template, str) or PLACE not in template:
+            where = f"{prompt}: " if isinstance(prompt, str) and template != prompt else ""
             raise UserError(
-                f"the template {template!r} has no {PLACE} for the name of a class, as 'a photo of a {PLACE}.' has; "
-                f"the lists that have a name are {', '.join(TEMPLATES)}"
+                f"{where}the template {short(template)} has no {PLACE} for the name of a class, as "
+                f"'a photo of a {PLACE}.' has; the lists that have a name are {', '.join(TEMPLATES)}"
             )
     return tuple(templates)
 
@@ -183,10 +182,3 @@ def read_templates(prompt: Any) -> tuple[str, ...] | Prompt:
 def fill(template: str, name: str) -> str:
     """The template with a class's name in its place; `_` in the name becomes a space, as in CoOp."""
     return template.replace(PLACE, name.replace("_", " "))
-
-
-def _read_json(path: str) -> Any:
-    try:
-        return json.loads(epath.Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a JSON list of templates: {error}") from error

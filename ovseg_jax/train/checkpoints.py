@@ -4,30 +4,38 @@
     WORKDIR/checkpoints/<step>/variables    {"params": ..., other collections}: all that inference reads
     WORKDIR/checkpoints/<step>/optimizer    optax's state
     WORKDIR/checkpoints/<step>/average      averaged parameters, where the run keeps them
+    WORKDIR/checkpoints/<step>/checksums.json   size and CRC-32 of each file, written before the folder gets its name
 
 The position in the data is the step (see `data.pipeline`), so that a checkpoint restores on any mesh and with any
 number of processes.
 
-A folder named otherwise was being written when the run died; it is never read.
+A folder named otherwise is never read. One that is damaged (cut, altered, copied by half) is passed over for the
+newest that is whole, with a warning; a run that goes on renames it to <step>.damaged.
 """
 
 import errno
+import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
 from ovseg_jax import config as config_lib
 from ovseg_jax.errors import UserError
+from ovseg_jax.files import SUMS_FILE, checksum, is_recorded, read_recorded, write_recorded
 from ovseg_jax.parallel.sharding import DEFAULT_RULES, leaf_sharding, path_name
 from ovseg_jax.towers.prompt_file import FILE as PROMPT_FILE
 from ovseg_jax.train.state import TrainState
@@ -39,9 +47,8 @@ METADATA_BYTES = 1 << 20
 # An array that all devices hold is written by them in slices, and each shape's slice is a program that is compiled for
 # each device: not for less than this.
 SLICE_BYTES = 1 << 20
-ocp.type_handlers.register_type_handler(
-    jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE_BYTES), override=True
-)
+ITEMS = ("variables", "optimizer", "average")
+_log = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -58,13 +65,18 @@ class Checkpoints:
         policies: list[Any] = [save_decision_policy.PreemptionCheckpointingPolicy()]
         if every > 0:
             policies.append(save_decision_policy.FixedIntervalPolicy(every))
+        self._saving = 0
         with self._writing():
+            _set_aside(self.directory)
             self._manager = ocp.CheckpointManager(
                 self.directory,
+                item_handlers={item: _handler() for item in ITEMS},
                 options=ocp.CheckpointManagerOptions(
                     save_decision_policy=save_decision_policy.AnySavePolicy(policies),
                     preservation_policy=preservation_policy.LatestN(max(keep, 1)),
                     cleanup_tmp_directories=True,
+                    # Called when all files are there and the folder has not got its name yet.
+                    async_options=ocp.AsyncOptions(post_finalization_callback=self._write_sums),
                 ),
             )
 
@@ -84,15 +96,11 @@ class Checkpoints:
         """Saves the state after `step` steps."""
         with self._writing():
             self._check_space(state)
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    variables=ocp.args.StandardSave(state.variables),
-                    optimizer=ocp.args.StandardSave(state.opt_state),
-                    **({} if state.average is None else {"average": ocp.args.StandardSave(state.average)}),
-                ),
-                force=True,
-            )
+            self._manager.wait_until_finished()
+            self._saving = step
+            items = {"variables": state.variables, "optimizer": state.opt_state, "average": state.average}
+            args = {item: ocp.args.PyTreeSave(tree) for item, tree in items.items() if tree is not None}
+            self._manager.save(step, args=ocp.args.Composite(**args), force=True)
 
     def restore(self, target: TrainState, step: int | None = None) -> TrainState:
         """Restores the latest (or the given) checkpoint.
@@ -107,27 +115,19 @@ class Checkpoints:
         step = self._manager.latest_step() if step is None else step
         if step is None:
             raise UserError(f"{self.directory} holds no checkpoint.")
-        _check_same(self.directory / str(step) / "variables", target.variables)
-        _check_same(self.directory / str(step) / "optimizer", target.opt_state)
-        average = {}
-        if target.average is not None:
-            _check_same(self.directory / str(step) / "average", target.average)
-            average["average"] = ocp.args.StandardRestore(target.average)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                variables=ocp.args.StandardRestore(target.variables),
-                optimizer=ocp.args.StandardRestore(target.opt_state),
-                **average,
-            ),
-        )
+        items = {"variables": target.variables, "optimizer": target.opt_state, "average": target.average}
+        restored = {
+            item: _restore(self.directory / str(step) / item, tree)
+            for item, tree in items.items()
+            if tree is not None
+        }
         variables = dict(restored["variables"])
         return TrainState(
             step=jax.device_put(jnp.asarray(step, jnp.int32), target.step.sharding),
             params=variables.pop("params"),
             model_state=variables,
             opt_state=restored["optimizer"],
-            average=restored["average"] if average else None,
+            average=restored.get("average"),
         )
 
     def wait(self) -> None:
@@ -149,6 +149,15 @@ class Checkpoints:
         if shutil.disk_usage(self.directory).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def _write_sums(self) -> None:
+        """Writes `checksums.json` into the checkpoint that is about to be complete."""
+        if "://" in str(self.directory):  # A bucket keeps its own.
+            return
+        for folder in Path(self.directory).glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            sums = {path.relative_to(folder).as_posix(): checksum(path) for path in files}
+            (folder / SUMS_FILE).write_text(json.dumps(sums, indent=1))
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
@@ -159,6 +168,18 @@ class Checkpoints:
             raise
 
 
+def read_run(workdir: epath.PathLike) -> ConfigDict:
+    """Reads the config of a run, with the places of its stages, and of its own text tower if it has kept one.
+
+    Raises:
+      UserError: the folder holds no run.
+    """
+    config = read_config(workdir)
+    if config is None:
+        raise UserError(f"{workdir} holds no run: {CONFIG_FILE} is missing.")
+    return with_own_text(config_lib.resolved(config, workdir), workdir)
+
+
 def load_variables(
     workdir: epath.PathLike,
     step: int | None = None,
@@ -166,56 +187,40 @@ def load_variables(
     mesh: Mesh | None = None,
     rules: Iterable[Sequence[str]] = DEFAULT_RULES,
     averaged: bool = True,
-) -> tuple[ConfigDict, dict[str, Any], int]:
-    """Reads what inference needs from a run: its config and its variables, without the optimiser's state.
+) -> tuple[dict[str, Any], int]:
+    """Reads the variables of a run, without the optimiser's state.
 
     Args:
       workdir: the run's folder or bucket.
-      step: which checkpoint; the latest where nothing is said.
+      step: which checkpoint; by default the newest whole one.
       mesh: where to put the variables; as numpy arrays where nothing is said.
       rules: the sharding rules on that mesh.
       averaged: take the averaged parameters of a run that keeps them.
 
     Returns:
-      (config, variables, step); of a run that left its frozen text tower beside it, the config names that one, and its
-      prompt.
+      (variables, step).
 
     Raises:
-      UserError: where the folder holds no run, or not that step.
+      UserError: where there is no checkpoint, or not that of the step.
     """
-    workdir = epath.Path(workdir)
-    config = read_config(workdir)
-    if config is None:
-        raise UserError(f"{workdir} holds no run: {CONFIG_FILE} is missing.")
-    config = config_lib.resolved(config, workdir)
-    directory = workdir.absolute() / "checkpoints"
-    if not directory.exists():
-        raise UserError(f"{workdir} holds no checkpoint yet: there is no folder {directory}.")
-    steps = sorted(ocp.utils.checkpoint_steps(directory))
-    if not steps:
-        raise UserError(f"{workdir} holds no complete checkpoint yet.")
-    if step is not None and step not in steps:
-        raise UserError(f"{workdir} has no checkpoint of step {step}; it has {steps}.")
-    step = steps[-1] if step is None else step
+    directory = epath.Path(workdir).absolute() / "checkpoints"
+    items = ("variables", "average") if averaged else ("variables",)
+    step = find_step(directory, step, items)
 
-    def target(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-        sharding: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        if mesh is not None:
-            sharding = leaf_sharding(path_name(path[1:]), leaf.shape, mesh, rules)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    def restore(item: epath.Path, prefix: tuple[Any, ...] = ()) -> Any:
+        def target(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+            sharding: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            if mesh is not None:
+                sharding = leaf_sharding(path_name((*prefix, *path)[1:]), leaf.shape, mesh, rules)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    def restore(item: epath.Path, prefix: tuple[Any, ...] = ()) -> dict[str, Any]:
-        with ocp.StandardCheckpointer() as checkpointer:
-            shapes = jax.tree.map_with_path(
-                lambda path, leaf: target((*prefix, *path), leaf), _saved_arrays(item)
-            )
-            return checkpointer.restore(item, shapes)
+        return _restore(item, jax.tree.map_with_path(target, _saved_arrays(item)))
 
     variables = restore(directory / str(step) / "variables")
     average = directory / str(step) / "average"
     if averaged and average.exists():
         variables["params"] = restore(average, (jax.tree_util.DictKey("params"),))
-    return with_own_text(config, workdir), jax.device_get(variables) if mesh is None else variables, step
+    return jax.device_get(variables) if mesh is None else variables, step
 
 
 def with_own_text(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
@@ -230,23 +235,119 @@ def with_own_text(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
     return config
 
 
+def find_step(directory: epath.Path, step: int | None = None, items: Sequence[str] = ITEMS) -> int:
+    """Returns the step of the newest whole checkpoint, or checks that of `step`.
+
+    Args:
+      directory: the `checkpoints` of a run.
+      step: which one is asked for.
+      items: which of its parts have to be whole.
+
+    Raises:
+      UserError: there is none, or that of `step` is damaged.
+    """
+    steps = checkpoint_steps(directory)
+    if not steps:
+        raise UserError(f"{directory.parent} holds no complete checkpoint yet.")
+    if step is not None:
+        if step not in steps:
+            raise UserError(f"{directory.parent} has no checkpoint of step {step}; it has {steps}.")
+        if problem := find_damage(directory / str(step), items):
+            raise UserError(f"the checkpoint {directory / str(step)} is damaged: {problem}.")
+        return step
+    damaged: list[str] = []
+    for step in reversed(steps):
+        if (problem := find_damage(directory / str(step), items)) is None:
+            for line in damaged:
+                _log.warning("%s; step %d is used", line, step)
+            return step
+        damaged.append(f"the checkpoint {directory / str(step)} is damaged: {problem}")
+    raise UserError(f"{directory.parent} holds no whole checkpoint: {'; '.join(damaged)}.")
+
+
+def checkpoint_steps(directory: epath.Path) -> list[int]:
+    """Returns the steps of a run's checkpoints, whole or damaged, in order; other files and folders are passed over."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if _is_number(path.name) and _is_ours(path))
+
+
+def find_damage(folder: epath.Path, items: Sequence[str] = ITEMS) -> str | None:
+    """Returns what is wrong with a checkpoint's files as text, None if nothing is; optional parts may be absent."""
+    if "://" in str(folder):
+        return None
+    try:
+        sums = json.loads((folder / SUMS_FILE).read_bytes())
+        files = {name: tuple(known) for name, known in sums.items() if name.split("/")[0] in items}
+        if not any(name.startswith("variables/") for name in files):
+            raise ValueError("it lists no variables")
+        for name, known in files.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if (found := tuple(checksum(folder / name))) != known:
+                return f"{name} is " + (
+                    "altered" if found[0] == known[0] else f"{found[0]} bytes, not {known[0]}"
+                )
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        return f"{SUMS_FILE} cannot be read ({getattr(error, 'strerror', None) or error})"
+    return None
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdecimal() and name == str(int(name))
+
+
+def _is_ours(path: epath.Path) -> bool:
+    return path.is_dir() and any((path / name).exists() for name in (SUMS_FILE, *ITEMS))
+
+
+def _set_aside(directory: epath.Path) -> None:
+    """Renames what has the name of a checkpoint and is none, down to the newest whole one, by the first process.
+
+    Orbax would take it for the newest checkpoint, and could not write one of that step.
+
+    Raises:
+      UserError: all checkpoints are damaged.
+    """
+    problem = ""
+    if jax.process_index() == 0 and directory.is_dir() and "://" not in str(directory):
+        try:
+            newest = find_step(directory) if checkpoint_steps(directory) else -1
+            for path in list(directory.iterdir()):
+                if _is_number(path.name) and (int(path.name) > newest or not _is_ours(path)):
+                    path.rename(directory / f"{path.name}.{'damaged' if _is_ours(path) else 'foreign'}")
+        except UserError as error:
+            problem = str(error)
+    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(bool(problem)):
+        problem = problem or "the first process found no whole checkpoint"
+    if problem:
+        raise UserError(f"{problem.rstrip('.')}; to start anew, delete {directory}.")
+
+
 def read_config(workdir: epath.PathLike) -> ConfigDict | None:
-    """The resolved config of the run in `workdir`, or None where there is none."""
+    """Reads the config of the run in `workdir`; None where there is no run.
+
+    Raises:
+      UserError: the file is damaged, or is no config.
+    """
     path = epath.Path(workdir) / CONFIG_FILE
     if not path.exists():
         return None
+    text = read_recorded(path)
     try:
-        return config_lib.from_json(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}).") from error
+        config = config_lib.from_json(text)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is no config of a run ({error}).") from error
+    if not isinstance(config.get("method"), str):
+        raise UserError(f"{path} is no config of a run (it names no method).")
+    return config
 
 
 def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:
     """Writes `config.json` into `workdir`, whole or not at all."""
-    path = epath.Path(workdir) / CONFIG_FILE
-    temporary = path.parent / (CONFIG_FILE + ".tmp")
-    temporary.write_text(config_lib.to_json(config))
-    temporary.replace(path)
+    path, text = epath.Path(workdir) / CONFIG_FILE, config_lib.to_json(config)
+    if not path.exists() or path.read_bytes() != text.encode() or not is_recorded(path):
+        write_recorded(path, text)
 
 
 def is_disk_full(error: BaseException | None) -> bool:
@@ -273,16 +374,38 @@ def disk_full_message(directory: epath.PathLike) -> str:
     )
 
 
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    """Orbax's handler with types of its own: the global registry of types stays as it is."""
+    types = ocp.type_handlers
+    arrays = types.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE_BYTES)
+    pairs = ((jax.Array, arrays), (np.ndarray, types.NumpyHandler()))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=types.create_type_handler_registry(*pairs))
+
+
+def _restore(item: epath.Path, target: Any) -> Any:
+    """Reads one item of a checkpoint as the arrays that `target` describes."""
+    _check_same(item, target)
+    args = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
+    try:
+        return _handler().restore(item, args=args)
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{item} cannot be read as part of a checkpoint ({_first_line(error)}).") from error
+
+
 def _saved_arrays(item: epath.Path) -> Any:
     """Shapes and dtypes of one item of a checkpoint, in nested dicts and lists."""
     try:
         # A checkpointer would warn that an item has no metadata of a checkpoint.
-        saved: Any = ocp.StandardCheckpointHandler().metadata(item)
+        saved: Any = _handler().metadata(item)
     except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"{item} cannot be read as part of a checkpoint ({error}).") from error
+        raise UserError(f"{item} cannot be read as part of a checkpoint ({_first_line(error)}).") from error
     if saved is None:
         raise UserError(f"{item} cannot be read as part of a checkpoint.")
     return saved.tree
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
 def _check_same(item: epath.Path, target: Any) -> None:

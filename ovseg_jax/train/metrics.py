@@ -13,6 +13,7 @@ import jax
 from etils import epath
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.reading import parse_json, read_lines, reading, short, whole
 
 METRICS_FILE = "metrics.jsonl"
 Sums = dict[str, tuple[float, float]]
@@ -110,23 +111,28 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
       UserError: for a broken line elsewhere.
     """
     path = epath.Path(workdir) / METRICS_FILE
-    lines = path.read_text().splitlines() if path.exists() else []
+    if not path.exists():
+        return []
     records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            record["step"] += 0
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
-                break
-            raise UserError(f"{path}, line {number} is not a JSON object with a step ({error}).") from error
-        records.append(record)
+    lines = list(read_lines(path))
+    for number, line in lines:
+        with reading(f"{path}, line {number},"):
+            try:
+                record = parse_json(line)
+            except ValueError:
+                if number == lines[-1][0]:
+                    break
+                raise
+            if not isinstance(record, dict):
+                raise ValueError(f"expected an object with a step, got {short(record)}")
+            whole(record.get("step"), "'step'")
+            records.append(record)
     return records
 
 
 def series(records: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """Steps and values of one metric, for a curve."""
-    pairs = [(int(r["step"]), float(r[name])) for r in records if r.get(name) is not None]
+    pairs = [(int(r["step"]), float(r[name])) for r in records if type(r.get(name)) in (int, float)]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 

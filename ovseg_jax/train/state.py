@@ -9,9 +9,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from ovseg_jax.parallel.sharding import DEFAULT_RULES, leaf_sharding, replicated, tree_paths
+from ovseg_jax.parallel.sharding import DEFAULT_RULES, AnyMesh, leaf_sharding, replicated, tree_paths
 from ovseg_jax.protocols import Trainable, Variables
 from ovseg_jax.train.optimizer import Optimizer
 
@@ -53,7 +52,7 @@ def abstract_variables(method: Trainable, seed: int) -> Variables:
 
 
 def state_shardings(
-    optimizer: Optimizer, variables: Variables, mesh: Mesh, rules: Iterable[Sequence[str]] = DEFAULT_RULES
+    optimizer: Optimizer, variables: Variables, mesh: AnyMesh, rules: Iterable[Sequence[str]] = DEFAULT_RULES
 ) -> TrainState:
     """A TrainState of shardings. What the optimiser keeps for a parameter follows that parameter's rule."""
     rules = tuple(tuple(rule) for rule in rules)

@@ -1,13 +1,13 @@
 """Training curves: the losses, scores and rates of a run's `metrics.jsonl` over steps."""
 
-import json
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from etils import epath
 from PIL import Image
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.reading import parse_json, read_lines
 from ovseg_jax.viz.segments import palette
 
 Series = dict[str, list[tuple[float, float]]]
@@ -77,18 +77,24 @@ def _read(metrics: epath.PathLike) -> Series:
     if not file.exists():
         raise UserError(f"{metrics} does not exist; a run writes it into its workdir")
     series: Series = {}
-    for line in file.read_text().splitlines():
+    for _, line in read_lines(file):
         try:
-            record: dict[str, Any] = json.loads(line)
-        except json.JSONDecodeError:
+            record = parse_json(line)
+        except (ValueError, RecursionError):
             continue  # the last line of a run that was killed
-        step = record.pop("step", None)
+        step = record.pop("step", None) if isinstance(record, dict) else None
+        if not _is_number(step):
+            continue
         for key, value in record.items():
-            if step is not None and isinstance(value, int | float) and not isinstance(value, bool):
+            if _is_number(value):
                 series.setdefault(key, []).append((float(step), float(value)))
     if not any(_panel(key)[0] for key in series):
         raise UserError(f"{metrics} holds no metrics yet")
     return series
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def _panel(key: str) -> tuple[tuple[int, str] | None, str]:

@@ -8,7 +8,6 @@ airplane, aeroplane                           a line each, numbered from 1; comm
 WORKDIR/classes.json                          the classes of a run
 """
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -16,65 +15,76 @@ from typing import Any
 from etils import epath
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.reading import column, flag, objects, read_json, read_lines, reading, short, text, texts, whole
 from ovseg_jax.vocab.classes import ClassList, read_label_file, split_names
+
+_WHAT = "the classes"
 
 
 def read_class_file(path: epath.PathLike) -> ClassList:
     """Reads a file of any of these kinds. `_` in the names of categories is a space.
 
     Raises:
-      UserError: no such file, one of another kind, or one without a class.
+      UserError: no such file, one of another kind, of several at once, or one without a class.
     """
     path = epath.Path(path)
-    try:
-        text = path.read_text()
-        found = json.loads(text) if path.suffix == ".json" else text.splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"the classes {path} cannot be read: {error}") from error
-    if path.suffix != ".json":
-        lines = [line for line in found if line.strip() and not line.lstrip().startswith("#")]
-        if lines and all(re.match(r"\s*\d+\s*:", line) for line in lines):
-            return read_label_file(path)
-        return _numbered(path, [split_names(line) for line in lines])
-    if isinstance(found, dict) and "isthing" in found:
-        try:
-            classes = ClassList.from_json(text)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is no class list of a run: {error}") from error
-        return classes if len(classes) else _numbered(path, [])
-    entries = found.get("categories") if isinstance(found, dict) else found
-    if not isinstance(entries, list):
-        raise UserError(f"{path} holds neither a list of classes nor an object with 'categories'")
-    if entries and all(isinstance(entry, dict) for entry in entries):
-        return _categories(path, entries)
-    return _numbered(path, [[entry] if isinstance(entry, str) else entry for entry in entries])
+    if path.suffix.lower() != ".json":
+        return _read_lines(path)
+    found = read_json(path, _WHAT)
+    with reading(path, _WHAT):
+        if isinstance(found, dict) and "isthing" in found:
+            classes = ClassList.from_fields(found)
+            return classes if len(classes) else _numbered(path, [])
+        entries = found.get("categories") if isinstance(found, dict) else found
+        if not isinstance(entries, list):
+            raise UserError(f"{path} holds neither a list of classes nor an object with 'categories'")
+        if any(isinstance(entry, dict) for entry in entries):
+            return _categories(path, objects(entries, "the list of classes"))
+        return _numbered(path, [texts(entry, f"class {k}") for k, entry in enumerate(entries, 1)])
+
+
+def _read_lines(path: epath.Path) -> ClassList:
+    lines = [(n, line) for n, line in read_lines(path, _WHAT) if not line.lstrip().startswith("#")]
+    with_id = [bool(re.match(r"\s*[-+]?\d+\s*:", line)) for _, line in lines]
+    if any(with_id):
+        if not all(with_id):
+            number, line = lines[with_id.index(not with_id[0])]
+            raise UserError(
+                f"{path}, line {number}: {short(line.strip())} has {'no' if with_id[0] else 'an'} id before its "
+                f"names, and the first line has {'one' if with_id[0] else 'none'}"
+            )
+        return read_label_file(path)
+    if lines and all(re.match(r"\s*\d+\s*,\s*\S", line) for _, line in lines):
+        raise UserError(
+            f"{path}: each line has an id and a comma, and an id ends with a colon: 3:airplane,aeroplane"
+        )
+    return _numbered(path, [split_names(line) for _, line in lines])
 
 
 def _categories(path: epath.Path, entries: Sequence[dict[str, Any]]) -> ClassList:
-    try:
-        entries = sorted(entries, key=lambda entry: int(entry["id"]))
-        names = [[entry["name"], *entry.get("synonyms", ())] for entry in entries]
-        plain = _checked(path, [[name.replace("_", " ") for name in group] for group in names])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: a category has an 'id' and a 'name': {error!r}") from error
-    ids = tuple(int(entry["id"]) for entry in entries)
+    ids = column(entries, "id", whole)
     if len(set(ids)) < len(ids):
         raise UserError(f"{path}: two categories have the same id")
-    return ClassList(plain, ids, tuple(bool(entry.get("isthing", True)) for entry in entries))
+    names = column(entries, "name", text)
+    others = column(entries, "synonyms", texts, default=[])
+    things = column(entries, "isthing", flag, default=True)
+    rows = sorted(zip(ids, names, others, things, strict=True))
+    groups = [[name.replace("_", " ") for name in (first, *more)] for _, first, more, _ in rows]
+    return ClassList(_checked(path, groups), tuple(row[0] for row in rows), tuple(row[3] for row in rows))
 
 
-def _numbered(path: epath.Path, groups: Sequence[Any]) -> ClassList:
+def _numbered(path: epath.Path, groups: Sequence[Sequence[str]]) -> ClassList:
     names = _checked(path, groups)
     return ClassList(names, tuple(range(1, len(names) + 1)), (True,) * len(names))
 
 
-def _checked(path: epath.Path, groups: Sequence[Any]) -> tuple[tuple[str, ...], ...]:
+def _checked(path: epath.Path, groups: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
     """The names of each class, without doubles."""
     if not groups:
         raise UserError(f"{path} holds no class")
     for k, group in enumerate(groups, 1):
-        if not isinstance(group, list | tuple) or not group:
+        if not group:
             raise UserError(f"{path}: class {k} has no name")
-        if not all(isinstance(name, str) and name.strip() for name in group):
-            raise UserError(f"{path}: a name of class {k} is no text, or an empty one: {list(group)!r}")
+        if not all(name.strip() for name in group):
+            raise UserError(f"{path}: a name of class {k} is empty: {list(group)!r}")
     return tuple(tuple(dict.fromkeys(" ".join(name.split()) for name in group)) for group in groups)

@@ -8,17 +8,21 @@ number.
 
 import dataclasses
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
 from jaxtyping import Int
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.reading import array, flag, parse_json, read_lines, short, text, texts, whole
 
 UNUSED = "invalid_class_id"
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +77,40 @@ class ClassList:
 
     @property
     def index(self) -> dict[str, int]:
-        """The index of each category by its first name; the first of equal names wins."""
+        """Returns the category that each name means: the first called so, or else the first that lists it."""
         index: dict[str, int] = {}
         for k, names in enumerate(self.names):
             index.setdefault(names[0], k)
+        for k, names in enumerate(self.names):
+            for name in names[1:]:
+                index.setdefault(name, k)
         return index
+
+    def distinct(self, where: Any) -> "ClassList":
+        """Returns the categories with each name listed by the category that it means only, see `index`.
+
+        First names stay, also equal ones. What is taken away is logged.
+
+        Args:
+          where: the names come from, for the log.
+        """
+        index = self.index
+        names = tuple(
+            tuple(name for name in own if name == own[0] or index[name] == k)
+            for k, own in enumerate(self.names)
+        )
+        shared = [name for k, own in enumerate(self.names) for name in own if index[name] != k]
+        if shared:
+            owners = ", ".join(repr(self.display(k)) for k, own in enumerate(self.names) if shared[0] in own)
+            _LOG.warning(
+                "%s: %d names are listed by several categories, such as %r by %s: it means %r",
+                where,
+                len(set(shared)),
+                shared[0],
+                owners,
+                self.display(index[shared[0]]),
+            )
+        return dataclasses.replace(self, names=names)
 
     def to_json(self) -> str:
         """A JSON text that `from_json` reads back."""
@@ -92,27 +125,56 @@ class ClassList:
 
     @classmethod
     def from_json(cls, text: str) -> "ClassList":
-        """Reads what `to_json` wrote."""
-        fields = json.loads(text)
+        """Reads what `to_json` wrote.
+
+        Raises:
+          ValueError: it is no such text.
+        """
+        return cls.from_fields(parse_json(text))
+
+    @classmethod
+    def from_fields(cls, fields: Any) -> "ClassList":
+        """Checks and takes the object that `to_json` writes.
+
+        Raises:
+          ValueError: it is no such object.
+        """
+        if not isinstance(fields, dict) or not {"names", "ids", "isthing", "groups"} <= fields.keys():
+            raise ValueError("it is no class list: that has 'names', 'ids', 'isthing' and 'groups'")
+        if not isinstance(fields["groups"], dict):
+            raise ValueError(f"'groups': expected an object, got {short(fields['groups'])}")
         return cls(
-            names=tuple(tuple(names) for names in fields["names"]),
-            ids=tuple(fields["ids"]),
-            isthing=tuple(fields["isthing"]),
-            groups={group: tuple(members) for group, members in fields["groups"].items()},
-            examples=tuple(fields.get("examples", ())),
+            names=tuple(
+                tuple(texts(array(names, "'names'"), "'names'"))
+                for names in array(fields["names"], "'names'")
+            ),
+            ids=tuple(whole(k, "an id") for k in array(fields["ids"], "'ids'")),
+            isthing=tuple(
+                flag(thing, "an entry of 'isthing'") for thing in array(fields["isthing"], "'isthing'")
+            ),
+            groups={
+                text(group, "a group"): tuple(
+                    whole(k, f"an index of {group!r}") for k in array(members, f"{group!r}")
+                )
+                for group, members in fields["groups"].items()
+            },
+            examples=tuple(
+                whole(n, "an entry of 'examples'") for n in array(fields.get("examples", []), "'examples'")
+            ),
         )
 
 
 def parse_labels(text: str) -> ClassList:
-    """Reads categories from a sentence: `;` between categories, `,` between the names of one.
+    """Reads categories from a sentence: `;` or a line's end between categories, `,` between the names of one.
 
     Raises:
       UserError: no category, or a category without a name.
     """
-    categories = [split_names(part) for part in text.split(";")]
-    if categories and not categories[-1]:  # a closing ";" ends the last category, it does not start another
-        categories.pop()
-    if not categories:
+    lines = text.replace("\r", "\n").removeprefix("\ufeff").split("\n")
+    # At the end of a line or of the text ";" ends the last category and does not start another.
+    parts = [part for line in lines if line.strip() for part in line.strip().removesuffix(";").split(";")]
+    categories = [split_names(part) for part in parts]
+    if not any(categories):
         raise UserError(f'no labels in {text!r}: write them as "bride,woman in white; groom; cake"')
     for position, names in enumerate(categories, 1):
         if not names:
@@ -131,19 +193,15 @@ def read_label_file(path: epath.PathLike) -> ClassList:
       UserError: the file cannot be read, a line is not of that form, an id occurs twice, or no category is
         left.
     """
-    path = epath.Path(path)
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read the label file {path}: {e}") from e
     categories: dict[int, tuple[str, ...]] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or line.lstrip().startswith("#"):
+    for number, line in read_lines(path, "the label file"):
+        if line.lstrip().startswith("#"):
             continue
         head, colon, tail = line.partition(":")
         names = split_names(tail)
-        if not colon or not head.strip().isdigit() or not names:
-            raise UserError(f'{path}, line {number}: expected "id:name,name,...", got {line.strip()!r}')
+        # isdecimal, as int() does not take all that isdigit() does, and no number is as long as a line.
+        if not colon or not head.strip().isdecimal() or len(head.strip()) > 18 or not names:
+            raise UserError(f'{path}, line {number}: expected "id:name,name,...", got {short(line.strip())}')
         if names[0] == UNUSED:
             continue
         if int(head) in categories:
@@ -157,13 +215,18 @@ def read_label_file(path: epath.PathLike) -> ClassList:
 
 
 def load_labels(text_or_path: str) -> ClassList:
-    """Reads categories from a label file where the text names one, and from the text itself otherwise."""
+    """Reads categories from a label file where the text names one, and from the text itself otherwise.
+
+    Raises:
+      UserError: as `read_label_file` and `parse_labels` do.
+    """
     text = str(text_or_path).strip()
-    looks_like_file = re.search(r"\.txt$|^[\w+.-]+://", text) is not None and ";" not in text
+    looks_like_file = re.search(r"(?i)\.txt$|^[\w+.-]+://", text) is not None and ";" not in text
     if looks_like_file:
         return read_label_file(text)
     # A long list of labels is no file name: asking the disk for it would fail with "file name too long".
-    if text and len(text) < 256 and ";" not in text and epath.Path(text).is_file():
+    short_enough = len(text.encode("utf-8", "surrogatepass")) < 256
+    if text and short_enough and not re.search(r"[;\n\0]", text) and epath.Path(text).is_file():
         return read_label_file(text)
     return parse_labels(text)
 
@@ -171,8 +234,9 @@ def load_labels(text_or_path: str) -> ClassList:
 def union(class_lists: Sequence[ClassList]) -> ClassList:
     """The categories of several lists: those with the same first name are one, with the names of all.
 
-    The ids are new (0, 1, ...), since the lists' own numbers may clash; a group keeps its name and joins the
-    members that all lists give it.
+    Of names that several categories list, each is kept where it means the category, see `ClassList.distinct`. The ids
+    are new (0, 1, ...), since the lists' own numbers may clash; a group keeps its name and joins the members that all
+    lists give it.
     """
     names: dict[str, list[str]] = {}
     isthing: dict[str, bool] = {}
@@ -180,7 +244,7 @@ def union(class_lists: Sequence[ClassList]) -> ClassList:
     for classes in class_lists:
         for k in range(len(classes)):
             first = classes.display(k)
-            known = names.setdefault(first, [])
+            known = names.setdefault(first, [first])
             known.extend(name for name in classes.names[k] if name not in known)
             isthing.setdefault(first, classes.isthing[k])
     position = {first: k for k, first in enumerate(names)}
@@ -188,12 +252,10 @@ def union(class_lists: Sequence[ClassList]) -> ClassList:
         for group, members in classes.groups.items():
             joined = groups.setdefault(group, [])
             joined.extend(position[classes.display(k)] for k in members)
-    return ClassList(
-        names=tuple(tuple(n) for n in names.values()),
-        ids=tuple(range(len(names))),
-        isthing=tuple(isthing.values()),
-        groups={group: tuple(sorted(set(members))) for group, members in groups.items()},
-    )
+    joined_names = tuple(tuple(n) for n in names.values())
+    joined_groups = {group: tuple(sorted(set(members))) for group, members in groups.items()}
+    ids, things = tuple(range(len(names))), tuple(isthing.values())
+    return ClassList(joined_names, ids, things, joined_groups).distinct("the mixture's classes")
 
 
 def split_names(text: str) -> tuple[str, ...]:
@@ -219,13 +281,15 @@ def as_classes(labels: Labels) -> ClassList:
     if isinstance(labels, str):
         return load_labels(labels)
     names: list[tuple[str, ...]] = []
-    for category in labels:
+    for category in labels if isinstance(labels, Iterable) else [None]:
         if isinstance(category, str):
             names.extend(parse_labels(category).names)
         else:
-            names.append(tuple(category))
-    if not names or any(not group or not all(name.strip() for name in group) for group in names):
-        raise UserError(f"the labels {list(labels)!r} hold an empty category: each takes at least one word")
+            names.append(tuple(category) if isinstance(category, Iterable) else ())
+    if not all(names) or not all(isinstance(name, str) and name.strip() for group in names for name in group):
+        raise UserError(f"the labels {short(labels)} hold an empty category: each takes at least one word")
+    if not names:
+        raise UserError("no labels were given: name at least one category")
     return ClassList(tuple(names), tuple(range(len(names))), (True,) * len(names))
 
 

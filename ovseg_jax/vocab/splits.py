@@ -1,7 +1,6 @@
 """Which classes a benchmark withholds: seen and unseen classes as groups of a `ClassList`."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.reading import column, flag, read_json, reading, text, whole
 from ovseg_jax.vocab.classes import ClassList, parse_labels
 
 UNSEEN = {
@@ -25,12 +25,15 @@ papers/000 (appendix B) keep."""
 def split(classes: ClassList, unseen: Sequence[str]) -> ClassList:
     """The classes with the groups "seen" and "unseen" beside their own; what they held out already is not seen.
 
-    A name fits a class if it equals one of its names but for case, spaces, hyphens and underscores.
+    A name fits a class if it equals one of its names but for case, spaces, hyphens and underscores; of several the
+    first that is called so, or else the first that lists it, as `ClassList.index` has it.
 
     Raises:
       UserError: a name that fits no class, or nothing left that is seen.
     """
-    place = {_key(name): k for k, names in reversed(list(enumerate(classes.names))) for name in names}
+    place: dict[str, int] = {}
+    for name, k in classes.index.items():
+        place.setdefault(_key(name), k)
     if unknown := [name for name in unseen if _key(name) not in place]:
         raise UserError(f"the unseen class {unknown[0]!r} is none of the {len(classes)} classes of the data")
     members = {place[_key(name)] for name in unseen}
@@ -45,25 +48,29 @@ def split(classes: ClassList, unseen: Sequence[str]) -> ClassList:
     )
 
 
-def load_split(classes: ClassList, text: str) -> ClassList:
+def load_split(classes: ClassList, written: str) -> ClassList:
     """`split` by what a person writes.
 
     Args:
       classes: the classes of the data.
-      text: a key of `UNSEEN`; the unseen classes as "cow; giraffe; ..."; or a JSON file that `read_categories` finds a
-        group "unseen" in.
+      written: a key of `UNSEEN`; the unseen classes as "cow; giraffe; ..."; or a JSON file that `read_categories` finds
+        a group "unseen" in.
 
     Raises:
       UserError: as `split` and `read_categories` do, and for a file without such a group.
     """
-    if text.endswith(".json"):
-        listed = read_categories(text)
+    if written.lower().endswith(".json"):
+        listed = read_categories(written)
         if "unseen" not in listed.groups:
             raise UserError(
-                f"{text} does not say which classes are unseen; published splits are {', '.join(UNSEEN)}"
+                f"{written} does not say which classes are unseen; published splits are {', '.join(UNSEEN)}"
             )
-        return split(classes, [listed.display(k) for k in listed.groups["unseen"]])
-    return split(classes, [names[0] for names in parse_labels(UNSEEN.get(text, text)).names])
+        with reading(written):
+            try:
+                return split(classes, [listed.display(k) for k in listed.groups["unseen"]])
+            except UserError as error:
+                raise ValueError(error) from error
+    return split(classes, [names[0] for names in parse_labels(UNSEEN.get(written, written)).names])
 
 
 def read_categories(path: epath.PathLike) -> ClassList:
@@ -76,10 +83,7 @@ def read_categories(path: epath.PathLike) -> ClassList:
     Raises:
       UserError: the file cannot be read, or holds nothing of this form.
     """
-    try:
-        data = json.loads(epath.Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    data = read_json(path)
     if isinstance(data, dict) and isinstance(data.get("data"), dict | list):
         data = data["data"]
     named = data if isinstance(data, dict) else {"": data}
@@ -94,15 +98,16 @@ def read_categories(path: epath.PathLike) -> ClassList:
         found = f"{len(lists)} lists ({', '.join(lists)})" if lists else "no list"
         raise UserError(f"{path} holds {found} of categories: it takes one, or one 'seen' and one 'unseen'")
     objects = [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
-    # Where some are marked as things, the others are none.
-    default = not any("isthing" in o for o in objects)
-    try:
-        ids = tuple(int(o.get("id", k)) for k, o in enumerate(objects))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} holds an id that is no number ({error})") from error
-    isthing = tuple(bool(o.get("isthing", default)) for o in objects)
-    classes = ClassList(tuple((o["name"],) for o in objects), ids, isthing)
-    withheld = [o["name"] for o in objects[len(lists[seen[0]]) :]] if unseen and seen else []
+    with reading(path):
+        names = [" ".join(name.split()) for name in column(objects, "name", text)]
+        given = column(objects, "id", whole, default=None)
+        ids = tuple(k if own is None else own for k, own in enumerate(given))
+        # Where some are marked as things, the others are none.
+        isthing = column(objects, "isthing", flag, default=not any("isthing" in o for o in objects))
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"the id {next(k for k in ids if ids.count(k) > 1)} occurs twice")
+        classes = ClassList(tuple((name,) for name in names), ids, tuple(isthing))
+    withheld = names[len(lists[seen[0]]) :] if unseen and seen else []
     return split(classes, withheld) if withheld else classes
 
 

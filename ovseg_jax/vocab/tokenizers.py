@@ -11,9 +11,9 @@ A text holds no special tokens: "<|endoftext|>" or "[SEP]" in a caption are spli
 import gzip
 import html
 import importlib
-import json
 import string
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,10 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.reading import read_json, read_text, reading, reason, short, texts, whole
 
+# Of a file's unpacked bytes and of ids: CLIP's are 3 MB, Gemma's 256,000.
+_LARGEST = 1 << 26
 # Of BERT, which takes up to 512, it is ours: names and captions are short.
 LENGTHS = {"clip": 77, "wordpiece": 64, "siglip": 64, "siglip2": 64}
 BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
@@ -112,23 +115,27 @@ def load_tokenizer(source: str | Path, kind: str | None = None, length: int | No
     if not path.exists():
         raise UserError(f"no such file or folder: {path}")
     file = _find(path, kind) if path.is_dir() else path
-    try:
-        if file.suffix == ".model":
-            return _sentencepiece(file, kind, length)
-        if file.name.endswith(".gz") or file.name in ("vocab.json", "merges.txt"):
-            _agree(file, kind, "clip")
-            return _clip(*_read_bpe(file), file, length)
-        if file.suffix == ".txt":
-            _agree(file, kind, "wordpiece")
-            words = file.read_text("utf-8").split("\n")
-            return _wordpiece({word: i for i, word in enumerate(words) if word}, file, length)
-        if file.suffix == ".json":
-            return _tokenizer_json(file, kind, length)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{file} cannot be read as a tokenizer: {type(error).__name__}: {error}") from error
+    with reading(file, "the tokenizer"):
+        if (found := _load(file, kind, length)) is not None:
+            _made(found, ["a red ball \U0001f388"])  # Some faults show when a text is split.
+            return found
     raise UserError(
         f"{file} is no tokenizer; known are *.model, {BPE_FILE}, vocab.json, vocab.txt, tokenizer.json"
     )
+
+
+def _load(file: Path, kind: str | None, length: int | None) -> PieceTokenizer | None:
+    """The tokeniser of a file; None if its name is of none."""
+    if file.suffix == ".model":
+        return _sentencepiece(file, kind, length)
+    if file.name.endswith(".gz") or file.name in ("vocab.json", "merges.txt"):
+        _agree(file, kind, "clip")
+        return _clip(*_read_bpe(file), file, length)
+    if file.suffix == ".txt":
+        _agree(file, kind, "wordpiece")
+        words = read_text(file).split("\n")
+        return _wordpiece({word: i for i, word in enumerate(words) if word}, file, length)
+    return _tokenizer_json(file, kind, length) if file.suffix == ".json" else None
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -178,11 +185,11 @@ _SIGLIP_CLEAN: dict[str, Callable[[str], str]] = {"siglip": clean_siglip, "sigli
 def _clip(
     vocab: dict[str, int], merges: list[tuple[str, str]], file: Path, length: int | None
 ) -> PieceTokenizer:
-    library = _require("tokenizers")
+    library, vocab = _require("tokenizers"), _checked(vocab)
     missing = [piece for piece in (*_CLIP_SPECIALS, *_alphabet(library)) if piece not in vocab]
     if missing:
         raise UserError(f"{file} is not CLIP's vocabulary: it lacks {', '.join(missing[:4])}")
-    model = library.Tokenizer(library.models.BPE(vocab, merges, end_of_word_suffix="</w>"))
+    model = library.Tokenizer(_made(library.models.BPE, vocab, merges, end_of_word_suffix="</w>"))
     split = library.pre_tokenizers.Split(library.Regex(_CLIP_WORDS), "removed", invert=True)
     bytes_ = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     model.pre_tokenizer = library.pre_tokenizers.Sequence([split, bytes_])
@@ -198,28 +205,54 @@ def _alphabet(library: Any) -> list[str]:
 
 def _read_bpe(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     if file.suffix == ".gz":
-        lines = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")
+        with gzip.open(file) as packed:
+            content = packed.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            raise ValueError(f"it unpacks to more than {_LARGEST} bytes")
+        lines = content.decode("utf-8").split("\n")
         merges = _pairs(lines[1 : _CLIP_MERGES + 1])
         letters = _alphabet(_require("tokenizers"))
         pieces = [*letters, *(c + "</w>" for c in letters), *(a + b for a, b in merges), *_CLIP_SPECIALS]
         return {piece: i for i, piece in enumerate(pieces)}, merges
-    vocab = json.loads(file.with_name("vocab.json").read_text("utf-8"))
-    lines = file.with_name("merges.txt").read_text("utf-8").split("\n")
+    lines = read_text(file.with_name("merges.txt")).split("\n")
+    vocab = read_json(file.with_name("vocab.json"))
     return vocab, _pairs(line for line in lines if not line.startswith("#version"))
 
 
 def _pairs(lines: Iterable[Any]) -> list[tuple[str, str]]:
     """Merges, each as "a b" or [a, b]."""
-    pairs = (line.split(" ") if isinstance(line, str) else line for line in lines if line)
+    pairs = [line.split(" ") if isinstance(line, str) else line for line in lines if line]
+    if wrong := [pair for pair in pairs if len(texts(pair, "a merge")) != 2]:
+        raise ValueError(f"the merge {short(wrong[0])} is none of two pieces")
     return [(first, second) for first, second in pairs]
 
 
+def _checked(vocab: Any) -> dict[str, int]:
+    """A vocabulary of pieces with ids of their own."""
+    if not isinstance(vocab, dict) or not vocab:
+        raise ValueError(f"the vocabulary is {short(vocab)}, not an object of pieces")
+    ids = [whole(k, f"the id of {short(piece)}", 0, _LARGEST) for piece, k in vocab.items()]
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"two pieces have the id {next(k for k, n in Counter(ids).items() if n > 1)}")
+    return vocab
+
+
+def _made(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What the libraries make of a file; theirs are bare Exceptions, and worse where Rust gave up."""
+    try:
+        return make(*args, **kwargs)
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(reason(error)) from error
+        raise
+
+
 def _wordpiece(vocab: dict[str, int], file: Path, length: int | None) -> PieceTokenizer:
-    library = _require("tokenizers")
+    library, vocab = _require("tokenizers"), _checked(vocab)
     missing = [piece for piece in ("[CLS]", "[SEP]", "[PAD]", "[UNK]") if piece not in vocab]
     if missing:
         raise UserError(f"{file} is not BERT's vocabulary: it lacks {', '.join(missing)}")
-    model = library.Tokenizer(library.models.WordPiece(vocab, unk_token="[UNK]"))
+    model = library.Tokenizer(_made(library.models.WordPiece, vocab, unk_token="[UNK]"))
     model.normalizer = library.normalizers.BertNormalizer(lowercase=True)
     model.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
     start, end, pad = vocab["[CLS]"], vocab["[SEP]"], vocab["[PAD]"]
@@ -228,7 +261,7 @@ def _wordpiece(vocab: dict[str, int], file: Path, length: int | None) -> PieceTo
 
 
 def _sentencepiece(file: Path, kind: str | None, length: int | None) -> PieceTokenizer:
-    model = _require("sentencepiece").SentencePieceProcessor(model_file=str(file))
+    model = _made(_require("sentencepiece").SentencePieceProcessor, model_proto=file.read_bytes())
     end = model.eos_id()
     if end < 0:
         raise UserError(f"{file} has no end-of-text piece: it is not a vocabulary of SigLIP")
@@ -240,8 +273,7 @@ def _sentencepiece(file: Path, kind: str | None, length: int | None) -> PieceTok
 
 
 def _tokenizer_json(file: Path, kind: str | None, length: int | None) -> PieceTokenizer:
-    text = file.read_text("utf-8")
-    data = json.loads(text)
+    data = read_json(file)
     model = data["model"]
     if model.get("end_of_word_suffix") == "</w>":
         _agree(file, kind, "clip")
@@ -252,7 +284,7 @@ def _tokenizer_json(file: Path, kind: str | None, length: int | None) -> PieceTo
             raise UserError(f"{file} is a cased BERT's; only lower-case ones are known")
         return _wordpiece(model["vocab"], file, length)
     kind = _agree(file, kind, "siglip2" if model.get("byte_fallback") and "merges" in model else "siglip")
-    whole = _require("tokenizers").Tokenizer.from_str(text)
+    whole = _made(_require("tokenizers").Tokenizer.from_str, read_text(file))
     whole.no_padding(), whole.no_truncation()
     whole.encode_special_tokens = True
     end = whole.token_to_id("<eos>" if kind == "siglip2" else "</s>")

@@ -1,7 +1,6 @@
 """Vectors of names in a file, written once by any text tower: an .npz of `words` [C] and `vectors` [C D]."""
 
 import os
-import zipfile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +8,7 @@ from etils import epath
 from jaxtyping import Float
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.reading import read_npz, reading, text
 from ovseg_jax.vocab.classes import ClassList
 
 
@@ -22,18 +22,20 @@ def read_vectors(path: epath.PathLike, key: str) -> tuple[list[str], Float[np.nd
     Raises:
       UserError: no such file, or one that holds something else.
     """
-    path = epath.Path(path)
-    if not path.exists():
-        raise UserError(f"{key}: no such file: {path}")
-    try:
-        with path.open("rb") as f:
-            data = np.load(f, allow_pickle=False)
-            names, vectors = data["words"], data["vectors"].astype(np.float32)
-    except (ValueError, KeyError, IndexError, OSError, zipfile.BadZipFile) as e:
-        raise UserError(f"{key}: {path} is not an .npz with 'words' and 'vectors' ({e})") from e
-    if vectors.ndim != 2 or names.shape != vectors.shape[:1]:
-        raise UserError(f"{key}: {path} holds {vectors.shape} vectors for {names.shape} words")
-    return [str(name) for name in names], vectors
+    with reading(path, f"{key}:"):
+        arrays = read_npz(path, f"{key}:")
+        if not {"words", "vectors"} <= arrays.keys():
+            raise ValueError(
+                f"it is no .npz with 'words' and 'vectors', but with {', '.join(arrays) or 'nothing'}"
+            )
+        names, vectors = arrays["words"], arrays["vectors"]
+        if names.dtype.kind != "U" or vectors.dtype.kind != "f" or vectors.dtype.itemsize > 8:
+            raise ValueError(f"'words' are {names.dtype} and 'vectors' {vectors.dtype}, not texts and floats")
+        if vectors.ndim != 2 or names.shape != vectors.shape[:1]:
+            raise ValueError(f"it holds {vectors.shape} vectors for {names.shape} words")
+        if not np.isfinite(vectors := vectors.astype(np.float32)).all():
+            raise ValueError("it holds vectors of numbers that are not finite")
+        return [text(str(name), "a word") for name in names], vectors
 
 
 class ClassVectors(NamedTuple):
@@ -56,7 +58,9 @@ class ClassVectors(NamedTuple):
         """
         if isinstance(labels, cls):
             return labels
-        if not isinstance(labels, str | os.PathLike) or not os.fspath(labels).strip().endswith(".npz"):
+        if not isinstance(labels, str | os.PathLike) or not os.fspath(labels).strip().lower().endswith(
+            ".npz"
+        ):
             return None
         path = os.fspath(labels).strip()
         names, vectors = read_vectors(path, "labels")

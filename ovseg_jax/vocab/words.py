@@ -19,6 +19,8 @@ from etils import epath
 from jaxtyping import Int
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.files import write_whole
+from ovseg_jax.reading import array, read_json, reading, texts
 from ovseg_jax.vocab.lexicon import LEXICON
 
 Tagged = tuple[str, str]
@@ -164,9 +166,13 @@ class WordList:
         """The ids of several words; 0 for those not in the list."""
         return np.array([self.id(word) for word in words], np.int32)
 
+    def to_json(self) -> str:
+        """Returns the words as a JSON list, which `load` reads from a file."""
+        return json.dumps(list(self.words), ensure_ascii=False, indent=0)
+
     def save(self, path: epath.PathLike) -> None:
         """Writes the words as a JSON list."""
-        epath.Path(path).write_text(json.dumps(list(self.words), ensure_ascii=False, indent=0))
+        write_whole(path, self.to_json())
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "WordList":
@@ -175,12 +181,14 @@ class WordList:
         Raises:
           UserError: the file is missing or is not a JSON list of words.
         """
-        try:
-            words = json.loads(epath.Path(path).read_text())
-        except (OSError, ValueError) as e:
-            raise UserError(f"cannot read the word list {path}: {e}") from e
-        if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
-            raise UserError(f"the word list {path} is not a JSON list of words")
+        with reading(path, "the word list"):
+            words = texts(array(read_json(path, "the word list"), "the list"), "the list")
+            if not set(words) - {PAD}:
+                raise ValueError("it holds no word")
+            if blank := [word for word in words if not word.strip()]:
+                raise ValueError(f"it holds {blank[0]!r}, which is no word")
+            if len(set(words)) < len(words):
+                raise ValueError(f"it holds {next(w for w, n in Counter(words).items() if n > 1)!r} twice")
         return cls(words)
 
 

@@ -43,7 +43,7 @@ def build(backbone: str, words: list[str], device: str, saved: Path | None = Non
     from tests.benchmarks.step import load_config
 
     config = load_config(f"configs/openseg.py:data=coco,backbone={backbone},init=scratch,text=learned")
-    config.model.mask_scale = 20.0  # As after training, masks are mostly 0 or 1.
+    config.model.mask_scale = 2.5  # As after training, masks are mostly 0 or 1.
     if device == "cpu":
         config.model.dtype = "float32"
     classes = as_classes(";".join(words[:2]))

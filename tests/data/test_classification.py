@@ -12,6 +12,7 @@ from ovseg_jax.data.classification import (
     random_crop,
 )
 from ovseg_jax.data.images import centre_square
+from ovseg_jax.data.source_base import Source
 from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
@@ -141,14 +142,11 @@ def test_captions_and_sides():
         transform(0, {"image": image, "captions": ["a dog"]})
 
 
-class Pair:
-    name, classes = "pair", ClassList((), (), ())
+class Pair(Source):
+    name, classes, provides = "pair", ClassList((), (), ()), frozenset({"image", "label"})
 
     def __len__(self):
         return 2
-
-    def captions(self):
-        return iter(())
 
     def __getitem__(self, index):
         return {"image": photo(20 + index, 30), "label": index + 1}

@@ -51,7 +51,7 @@ def test_a_run_of_pomp_leaves_its_prompt_for_others(tmp_path):
     left, started = (
         load_prompt(tmp_path / "run" / name) for name in ("first/prompt.safetensors", "prompt.safetensors")
     )
-    _, variables, step = load_variables(tmp_path / "run" / "first")
+    variables, step = load_variables(tmp_path / "run" / "first")
     assert step == 2
     np.testing.assert_array_equal(left.context, variables["params"]["prompt"]["context"])
     np.testing.assert_array_equal(started.context, left.context)

@@ -3,6 +3,22 @@
 from ovseg_jax.experiment.run import score_table
 
 
+def test_the_row_of_table_2_is_in_its_order():
+    scores = {
+        f"{name}/miou": 10.0 + k
+        for k, name in enumerate(("A-150", "PAS-20", "PC-59", "A-847", "PC-459", "mine"))
+    }
+    scores["A-847/grounding_miou"] = 25.04
+    lines = [line.split() for line in score_table(scores).splitlines()][-3:]
+    assert lines[0] == ["A-847", "PC-459", "A-150", "PC-59", "PAS-20", "mine"]
+    assert lines[1] == ["mIoU", "13.0", "14.0", "10.0", "12.0", "11.0", "15.0"]
+    assert lines[2] == ["mIoU,", "classes", "given", "25.0"]
+
+
+def test_one_set_has_no_row_of_its_own():
+    assert len(score_table({"test/miou": 9.0}).splitlines()) == 2
+
+
 def test_a_classification_has_a_column_for_each_prompt():
     scores = {
         "val/accuracy": 67.0,

@@ -68,17 +68,14 @@ def test_the_summary_compares_prompts(run):
 
 def test_features_are_those_of_the_clip_that_came_first(run):
     from ovseg_jax.data.pipeline import view_batches
-    from ovseg_jax.experiment.run import load_parts
-    from ovseg_jax.parallel.sharding import make_mesh
-    from ovseg_jax.train.checkpoints import load_variables
+    from ovseg_jax.experiment.load import load_run
 
-    config, workdir, _ = run
-    config, variables, _ = load_variables(workdir / "clip")
-    parts = load_parts(config, workdir / "clip", make_mesh())
+    _, workdir, _ = run
+    clip = load_run(workdir / "clip")
     own = resolved(tiny(), workdir)
     source = make_source(own.data.train)
-    batch = next(view_batches(own, parts.words, source, own.data.cache_features))
-    expected = parts.method.embed_image(variables, jax.numpy.asarray(batch["image"]))
+    batch = next(view_batches(own, clip.words, source, own.data.cache_features))
+    expected = clip.method.embed_image(clip.variables, jax.numpy.asarray(batch["image"]))
     kept = np.load(workdir / "features" / "features.npy")
     assert kept.shape == (len(source), 2, 64)
     np.testing.assert_allclose(kept.reshape(-1, 64)[:16], expected, atol=1e-5)
@@ -100,7 +97,7 @@ def test_evaluation_by_itself(run):
 def test_a_classifier_segments_with_the_masks_of_another_run(run, tmp_path, capsys):
     """In Python and on the command line, by the rules of the evaluation: the same pixels as it counted."""
     config, workdir, summary = run
-    with pytest.raises(UserError, match=r"method=pomp does not segment.*--proposals"):
+    with pytest.raises(UserError, match=r"method=pomp, which does not segment.*--proposals"):
         Segmenter.from_checkpoint(workdir)
     evaluation = config.final_evals.segmentation
     source = make_source(evaluation.source)

@@ -324,7 +324,7 @@ def test_what_is_no_image(tmp_path):
     cut, text = tmp_path / "cut.jpg", tmp_path / "text.jpg"
     cut.write_bytes(good.read_bytes()[:1500])
     text.write_text("no picture")
-    cases = [(cut, "truncated"), (text, "not an image"), (tmp_path / "none.jpg", "no image file")]
+    cases = [(cut, "truncated"), (text, "not an image"), (tmp_path / "none.jpg", "there is no such file")]
     cases += [(tmp_path, "cannot be read"), (3, "not a int"), (np.zeros((4, 4, 5), np.uint8), "shape")]
     cases += [
         (np.full((4, 4), 7.0), "0..1"),

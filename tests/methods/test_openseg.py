@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.methods import build
+from ovseg_jax.methods import build, openseg
 from ovseg_jax.parallel.sharding import DEFAULT_RULES, make_mesh, put_batch
 from ovseg_jax.train.optimizer import make_optimizer
 from ovseg_jax.train.state import abstract_variables, create_state, state_shardings
@@ -261,3 +261,41 @@ def test_loss_curves_on_one_and_eight_devices_agree(contrast, form):
             curves.append(curve)
     np.testing.assert_allclose(*curves, rtol=2e-4)
     assert curves[0][-1] < curves[0][0]
+
+
+def test_the_mask_head_is_a_dot_product_unless_a_config_departs_from_it():
+    image, size = jnp.asarray(batch()["image"]), jnp.full((B, 2), S)
+    plain = make().net
+    variables = plain.init(jax.random.key(0), image, size)
+    assert "mask_bias" not in variables["params"]
+    logits = plain.apply(variables, image, size).mask_logits
+    other = make(mask_scale=2.0, mask_bias=-1.0).net
+    params = {**variables["params"], "mask_bias": jnp.float32(-1.0)}
+    np.testing.assert_allclose(
+        other.apply({**variables, "params": params}, image, size).mask_logits,
+        2 * logits - 1,
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    # The queries' last layer doubled doubles the logits: nothing divides them.
+    doubled = jax.tree.map_with_path(
+        lambda path, x: 2 * x if "mask_query" in jax.tree_util.keystr(path) else x, variables
+    )
+    np.testing.assert_allclose(
+        plain.apply(doubled, image, size).mask_logits, 2 * logits, rtol=1e-5, atol=1e-5
+    )
+    width = logits.std() / make(mask_scale=16**-0.5).net.apply(variables, image, size).mask_logits.std()
+    assert width == pytest.approx(4, rel=1e-4)
+
+
+@pytest.mark.parametrize("bounds", [(), (0.01, 1.0)])
+def test_the_temperature_may_have_bounds(bounds):
+    method = make(loss=dict(temperature_bounds=bounds))
+    for start in (0.02, 0.07):
+        raw = openseg.unbounded(start, *bounds)
+        tau, _ = method.temperatures({"temperature": {"region": raw}})
+        assert float(tau) == pytest.approx(start, rel=1e-4)
+    with pytest.raises(UserError, match="outside its bounds"):
+        openseg.unbounded(0.0, *bounds)
+    far = method.temperatures({"temperature": {"region": jnp.float32(3.0)}})[0]
+    assert (far > 1) == (not bounds)

@@ -29,7 +29,7 @@ MODEL = dict(
     head_convs=2,
     pyramid_output_conv=True,
     position_grid=7,
-    mask_scale=2.0,
+    mask_scale=0.4,
     mask_bias=-0.5,
     detach_masks=False,
 )

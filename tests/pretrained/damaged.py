@@ -1,10 +1,10 @@
-"""Files of published weights for mutation tests: how each is written, and the function that reads it."""
+"""Files of weights for the mutation test: how each is written into a folder, and the function that reads it."""
 
 import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,18 +26,6 @@ NET = OpenSegNet(
     SmallBackbone(16, 1), (0.5,) * 3, (0.25,) * 3, width=8, embed_dim=8, num_queries=2, decoder_layers=1,
     head_convs=1, position_grid=2,
 )  # fmt: skip
-
-
-class Reader(NamedTuple):
-    """A file and its reader.
-
-    Attributes:
-      write: writes a whole file of this kind into a folder, and what it needs beside it; returns its path.
-      read: reads it: a result, or a UserError.
-    """
-
-    write: Callable[[Path], Path]
-    read: Callable[[Path], Any]
 
 
 @functools.cache
@@ -104,7 +92,7 @@ def _original(folder: Path) -> Path:
     return folder / "model.pth.tar-20"
 
 
-def _exported(folder: Path) -> Path:
+def export_tiny(folder: Path) -> Path:
     """A whole exported model with a table of words."""
     require("torch")
     from ovseg_jax.torch.openseg import OpenSegNet as TorchNet
@@ -126,15 +114,16 @@ def segment(path: Path) -> Any:
     return ovseg_jax.torch.load(path.parent).segment(np.zeros((8, 9, 3), np.uint8), "cat; dog")
 
 
-READERS = {
-    "config.json of an exported model": Reader(_exported, segment),
-    "safetensors": Reader(_safetensors, tower),
-    "metadata of safetensors": Reader(_safetensors, read_metadata),
-    "config.json beside weights": Reader(_config, tower),
-    "index of shards": Reader(_index, tower),
-    "npz": Reader(_npz, lambda path: read_big_vision(path, "txt")),
-    "PyTorch's zip": Reader(_pt, tower),
-    "PyTorch's old form": Reader(lambda folder: _pt(folder, False), tower),
-    "prompt": Reader(_prompt, load_prompt),
-    "original prompt": Reader(_original, load_prompt),
+# Name -> (writes a whole file and what it needs beside it, returns its path; reads it: a result or a UserError).
+READERS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
+    "config.json of an exported model": (export_tiny, segment),
+    "safetensors": (_safetensors, tower),
+    "metadata of safetensors": (_safetensors, read_metadata),
+    "config.json beside weights": (_config, tower),
+    "index of shards": (_index, tower),
+    "npz": (_npz, lambda path: read_big_vision(path, "txt")),
+    "PyTorch's zip": (_pt, tower),
+    "PyTorch's old form": (lambda folder: _pt(folder, False), tower),
+    "prompt": (_prompt, load_prompt),
+    "original prompt": (_original, load_prompt),
 }

@@ -119,7 +119,7 @@ def test_an_export_and_a_run_carry_the_tower(folder, tmp_path_factory):
     from ovseg_jax.inference.segmenter import Segmenter
 
     path, reference = folder
-    method = frozen(path, mask_bias=0.2, mask_scale=30.0)
+    method = frozen(path, mask_bias=0.2, mask_scale=8.0)
     variables = jax.tree.map(np.asarray, method.init(jax.random.key(0)))
     out = tmp_path_factory.mktemp("export")
     segmenter = Segmenter(method, variables, method.config, CLASSES)
@@ -165,9 +165,9 @@ def test_a_learned_prompt_around_every_text(folder, position):
 def test_an_export_and_a_run_carry_the_prompt(folder, tmp_path_factory):
     import ovseg_jax.torch
     from ovseg_jax import export
-    from ovseg_jax.experiment.run import make_parts
+    from ovseg_jax.experiment.load import read_method
     from ovseg_jax.inference.segmenter import Segmenter
-    from ovseg_jax.train.checkpoints import Checkpoints, load_variables, write_config
+    from ovseg_jax.train.checkpoints import Checkpoints, read_run, write_config
     from ovseg_jax.train.state import TrainState
 
     path, reference = folder
@@ -192,9 +192,9 @@ def test_an_export_and_a_run_carry_the_prompt(folder, tmp_path_factory):
     loaded = ovseg_jax.torch.load(out)
     np.testing.assert_allclose(loaded.embed(["polar_bear", "cake"]).numpy(), expected, atol=2e-6)
     # A run that goes on needs the folder of its tower no more than one that is read.
-    going_on = make_parts(method.config, epath.Path(workdir), None).method.text
+    going_on = read_method(read_run(workdir), epath.Path(workdir))[0].text
     np.testing.assert_allclose(going_on.encode({}, ["polar_bear", "cake"]), expected, atol=2e-6)
-    again = FrozenText(load_variables(workdir)[0].text, WORDS, EMBED)
+    again = FrozenText(read_run(workdir).text, WORDS, EMBED)
     np.testing.assert_allclose(again.encode({}, ["polar_bear", "cake"]), expected, atol=2e-6)
     # A tower without a prompt that is saved over it leaves none behind.
     frozen(workdir / "text_tower").text.save(out / "text_tower")

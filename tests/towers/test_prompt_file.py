@@ -116,21 +116,31 @@ def test_what_is_no_prompt(tmp_path):
     wrong("nan.safetensors", "finite", {"context": context * np.nan})
     wrong("left.safetensors", "'position' is 'left'", {"context": context}, position="left")
     wrong("names.safetensors", "'names' has 1 classes", {"context": context}, names='[["a"]]')
-    wrong("text.safetensors", "'names' cannot be read", {"context": context}, names='["a"]')
-    wrong("numbers.safetensors", "no list of the names", {"context": context}, names="[[1]]")
-    wrong("json.safetensors", "'names' cannot be read", {"context": context}, names="{")
-    wrong("anchor.safetensors", "'anchor' cannot be read", {"context": context}, anchor='["a"]')
+    wrong("text.safetensors", "'names': expected a list, got 'a'", {"context": context}, names='["a"]')
+    wrong(
+        "numbers.safetensors",
+        "'names': expected a text or a list of texts, got 1",
+        {"context": context},
+        names="[[1]]",
+    )
+    wrong("json.safetensors", "not valid JSON", {"context": context}, names="{")
+    wrong(
+        "anchor.safetensors",
+        "'anchor': expected a finite number, got 'a'",
+        {"context": context},
+        anchor='["a"]',
+    )
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     wrong("cut.safetensors", "cannot be read")
 
     (tmp_path / "text.pth.tar").write_text("hello")
-    wrong("text.pth.tar", "no checkpoint of a prompt")
+    wrong("text.pth.tar", "cannot be read: it is none")
     (tmp_path / "empty.pth.tar").write_bytes(b"")
-    wrong("empty.pth.tar", "cannot be read as a checkpoint of a prompt")
+    wrong("empty.pth.tar", "cannot be read")
     torch.save({"model": {}}, tmp_path / "keys.pth.tar-1")
-    wrong("keys.pth.tar-1", "has no 'state_dict'")
+    wrong("keys.pth.tar-1", "it has no 'state_dict'")
     torch.save({"state_dict": {"token_prefix": torch.zeros(2)}}, tmp_path / "ctx.pth.tar-1")
-    wrong("ctx.pth.tar-1", "has no 'ctx'")
+    wrong("ctx.pth.tar-1", "it has no 'ctx'")
     torch.save({"state_dict": {"ctx": "words"}}, tmp_path / "words.pth.tar-1")
     wrong("words.pth.tar-1", "cannot be read")
     original(tmp_path / "cocoop.pth.tar-1", context, **{"meta_net.linear1.weight": torch.zeros(2)})

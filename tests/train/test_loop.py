@@ -10,7 +10,7 @@ from fakes import DIM, CountingEvaluator, LinearMethod, make_batches, make_confi
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.parallel.sharding import make_mesh
-from ovseg_jax.train.checkpoints import Checkpoints, load_variables, write_config
+from ovseg_jax.train.checkpoints import Checkpoints, load_variables, read_run, write_config
 from ovseg_jax.train.loop import fit
 from ovseg_jax.train.metrics import read_metrics, series
 
@@ -130,7 +130,7 @@ def test_a_nan_stops_and_is_never_saved(tmp_path):
     with Closing(Checkpoints(tmp_path, every=5, keep=2)) as checkpoints:
         assert checkpoints.latest_step() == 5
     write_config(tmp_path, make_config())
-    _, variables, step = load_variables(tmp_path)
+    variables, step = load_variables(tmp_path)
     assert step == 5
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(variables))
 
@@ -159,14 +159,14 @@ def test_a_checkpoint_of_another_config_names_what_differs(tmp_path):
 def test_variables_for_inference(tmp_path):
     result = run(tmp_path, steps=10)
     with pytest.raises(UserError, match="holds no run"):
-        load_variables(tmp_path)
+        read_run(tmp_path)
     write_config(tmp_path, make_config(steps=10))
-    config, variables, step = load_variables(tmp_path)
-    assert step == 10 and config.steps == 10
+    variables, step = load_variables(tmp_path)
+    assert step == 10 and read_run(tmp_path).steps == 10
     assert isinstance(variables["params"]["layer"]["kernel"], np.ndarray)
     assert_same(jax.tree.leaves(variables), jax.tree.leaves(jax.device_get(result.state.variables)))
     mesh = make_mesh({"data": 1, "fsdp": 8})
-    _, sharded, step = load_variables(tmp_path, 5, mesh=mesh)
+    sharded, step = load_variables(tmp_path, 5, mesh=mesh)
     assert step == 5 and sharded["params"]["layer"]["kernel"].addressable_shards[0].data.shape == (2, 16)
     with pytest.raises(UserError, match=r"no checkpoint of step 7; it has \[5, 10\]"):
         load_variables(tmp_path, 7)
@@ -184,7 +184,7 @@ def test_what_is_saved_does_not_move_while_training_goes_on(tmp_path):
     run(tmp_path, [Spy(every=1)], steps=12, checkpoint=dict(every=1, keep=12))
     write_config(tmp_path, make_config())
     for step, variables in seen.items():
-        assert_same(jax.tree.leaves(variables), jax.tree.leaves(load_variables(tmp_path, step)[1]))
+        assert_same(jax.tree.leaves(variables), jax.tree.leaves(load_variables(tmp_path, step)[0]))
 
 
 def test_frozen_parameters_stay_and_have_no_state(tmp_path):
@@ -274,7 +274,7 @@ def test_averaged_parameters(tmp_path):
 
     write_config(tmp_path / "two", make_config())
     for averaged, params in ((True, whole.state.average), (False, whole.state.params)):
-        variables = load_variables(tmp_path / "two", averaged=averaged)[1]
+        variables = load_variables(tmp_path / "two", averaged=averaged)[0]
         assert_same(jax.tree.leaves(variables["params"]), jax.tree.leaves(jax.device_get(params)))
     with pytest.raises(UserError, match=r"ema=1.0: it takes a number from 0 to below 1"):
         run(tmp_path / "bad", **changes(1.0))

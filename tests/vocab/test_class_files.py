@@ -21,9 +21,9 @@ def test_lines(tmp_path):
     )
     assert numbered.names == (("airplane", "aeroplane"), ("car",)) and numbered.ids == (3, 9)
     plain = read_class_file(
-        write(tmp_path / "b.txt", "# birds\ntench, Tinca  tinca\n\n7: the film\nbow (weapon)\n")
+        write(tmp_path / "b.txt", "# birds\ntench, Tinca  tinca\n\nthe film: 7\nbow (weapon)\n")
     )
-    assert plain.names == (("tench", "Tinca tinca"), ("7: the film",), ("bow (weapon)",)) and plain.ids == (
+    assert plain.names == (("tench", "Tinca tinca"), ("the film: 7",), ("bow (weapon)",)) and plain.ids == (
         1,
         2,
         3,
@@ -53,15 +53,15 @@ def test_json(tmp_path):
         ("a.txt", "1:dog\n1:cat\n", "the id 1 occurs twice"),
         ("a.json", "[]", "holds no class"),
         ("a.json", {"categories": []}, "holds no class"),
-        ("a.json", parse_labels("a").to_json().replace('"a"', ""), "no class list of a run"),
+        ("a.json", parse_labels("a").to_json().replace('"a"', ""), "a category without any name"),
         ("a.json", '{"names": [], "ids": [], "isthing": [], "groups": {}}', "holds no class"),
         ("a.json", {"images": []}, "neither a list"),
         ("a.json", "[", "cannot be read"),
         ("a.json", ["dog", []], "class 2 has no name"),
-        ("a.json", ["dog", " "], "class 2 is no text, or an empty one"),
-        ("a.json", ["dog", 3], "class 2 has no name"),
-        ("a.json", [{"id": 1}], "'id' and a 'name'"),
-        ("a.json", [{"id": 1, "name": 3}], "'id' and a 'name'"),
+        ("a.json", ["dog", " "], "a name of class 2 is empty"),
+        ("a.json", ["dog", 3], "class 2: expected a text or a list of texts, got 3"),
+        ("a.json", [{"id": 1}], "has no 'name'"),
+        ("a.json", [{"id": 1, "name": 3}], "'name': expected a text, got 3"),
         ("a.json", [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}], "same id"),
     ],
 )

@@ -54,7 +54,7 @@ def test_bad_file(tmp_path, text, message):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="there is no such file"):
         load_labels(str(tmp_path / "none.txt"))
 
 

@@ -81,5 +81,5 @@ def test_a_split_that_cannot_be(text, message):
 def test_files_that_are_no_category_lists(tmp_path, data):
     path = tmp_path / "bad.json"
     path.write_text(json.dumps(data))
-    with pytest.raises(UserError, match=r"bad\.json holds"):
+    with pytest.raises(UserError, match=r"bad\.json (holds|cannot be read)"):
         read_categories(path)

@@ -8,15 +8,16 @@ split, nor in its captions.
     source[0]["label"], source.classes.display(source[0]["label"])
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import UInt8
 
 from ovseg_jax.data.images import colour
 from ovseg_jax.data.scenes.layout import Layout, place
 from ovseg_jax.data.scenes.source import SPLITS, draw, open_world
 from ovseg_jax.data.scenes.text import ObjectSpeaker
+from ovseg_jax.data.source_base import Example, Source
 from ovseg_jax.errors import UserError
 
 CAPTIONS = 3  # of each image
@@ -27,7 +28,7 @@ CENTRE = 0.1  # centres lie within +-0.1
 _LAYOUT, _PIXELS, _TEXT = range(3)
 
 
-class SceneObjects:
+class SceneObjects(Source):
     """Random-access source of images of one class each: `shots` of the first class, then of the next.
 
     What an image shows depends on (seed, split, class, number of the shot) alone, so a larger `shots` or
@@ -52,6 +53,9 @@ class SceneObjects:
       UserError: an unknown split, size or group, a group that the split does not show, an image size under
         32, no shots, or a `fill` that is no colour.
     """
+
+    provides = frozenset({"image", "label", "captions"})
+    labels: np.ndarray
 
     def __init__(
         self,
@@ -88,25 +92,23 @@ class SceneObjects:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """One example: `image` u8 [S S 3], `label`, `captions`, `image_id`."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}: example {index} of {len(self)}")
+    def __getitem__(self, index: int) -> Example:
+        """Returns one example: `image` u8 [S S 3], `label`, `captions`, `image_id`."""
+        self._check_index(index)
         label, shot = int(self.labels[index]), index % self.shots
+        return Example(
+            image=lambda _: self._draw(index),
+            label=label,
+            captions=lambda _: self._captions(index),
+            image_id=f"{self.split}-{label:04d}-{shot:04d}",
+        )
+
+    def _draw(self, index: int) -> UInt8[np.ndarray, "s s 3"]:
         layout = self.layout(index)
         image, segments = draw(self.world, layout, self.image_size, self._rng(index, _PIXELS))
         if self._fill is not None and layout.things:
             image[segments == 1] = self._fill
-        return {
-            "image": image,
-            "label": label,
-            "captions": self._captions(index),
-            "image_id": f"{self.split}-{label:04d}-{shot:04d}",
-        }
-
-    def captions(self) -> Iterator[str]:
-        """All captions of the split in order, without drawing an image."""
-        return (caption for index in range(len(self)) for caption in self._captions(index))
+        return image
 
     def layout(self, index: int) -> Layout:
         """What stands where in an example."""

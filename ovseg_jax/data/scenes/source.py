@@ -12,8 +12,7 @@ split, i).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import functools
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -22,7 +21,8 @@ from ovseg_jax.data.scenes import layout as scenes_layout
 from ovseg_jax.data.scenes import render as scenes_render
 from ovseg_jax.data.scenes.text import Speaker
 from ovseg_jax.data.scenes.world import World
-from ovseg_jax.data.sources.build import Extent
+from ovseg_jax.data.source_base import Example, Extent, Source
+from ovseg_jax.data.transforms import segment_boxes
 from ovseg_jax.errors import UserError
 
 SPLITS = {"train": 0, "validation": 1, "test": 2}
@@ -38,7 +38,7 @@ PAINT = 10.0  # standard deviation of an object's colour, per channel
 SHADE = 0.15  # up to +-, across an object
 
 
-class Scenes:
+class Scenes(Source):
     """Random-access source of drawn scenes.
 
     Args:
@@ -52,6 +52,8 @@ class Scenes:
     Raises:
       UserError: for an unknown split or size, or an image size under 32.
     """
+
+    provides = frozenset("image segments class_ids boxes captions tags region_captions region_tags".split())
 
     def __init__(
         self,
@@ -76,38 +78,42 @@ class Scenes:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """One example: image, segments, class_ids, isthing, iscrowd, boxes, and the texts."""
-        layout = self.layout(index)
-        image, segments = draw(self.world, layout, self.image_size, self._rng(index, _PIXELS))
-        class_ids = [self.world.stuff_class(k) for k in layout.stuff]
-        class_ids += [self.world.thing_class(t.noun, t.colour, t.pattern) for t in layout.things]
-        isthing = np.arange(len(class_ids)) >= len(layout.stuff)
-        speaker = Speaker(self.world, layout, self._rng(index, _TEXT))
-        return {
-            "image": image,
-            "segments": segments,
-            "class_ids": np.array(class_ids, np.int32),
-            "isthing": isthing,
-            "iscrowd": np.zeros(len(class_ids), bool),
-            "boxes": _boxes(segments, len(class_ids)),
-            "captions": [speaker.caption() for _ in range(self.num_captions)],
-            "image_id": f"{self.split}-{self._index(index):06d}",
-            "tags": speaker.tags(),
-            "region_captions": speaker.region_captions(),
-            "region_tags": speaker.region_tags(),
-        }
+    def __getitem__(self, index: int) -> Example:
+        """Returns one example, which is drawn, and spoken about, as far as it is asked for."""
+        layout = functools.cache(lambda: self.layout(index))
+        drawn = functools.cache(
+            lambda: draw(self.world, layout(), self.image_size, self._rng(index, _PIXELS))
+        )
+        speak = lambda: Speaker(self.world, layout(), self._rng(index, _TEXT))
+        spoken = lambda speaker: [speaker.caption() for _ in range(self.num_captions)]
+
+        def region_captions(_: Example) -> list[list[str]]:
+            speaker = speak()
+            spoken(speaker)  # the captions come first in the stream of random numbers
+            return speaker.region_captions()
+
+        return Example(
+            image=lambda _: drawn()[0],
+            segments=lambda _: drawn()[1],
+            class_ids=lambda _: self._class_ids(layout()),
+            isthing=lambda e: np.asarray(self.classes.isthing)[e["class_ids"]],
+            iscrowd=lambda e: np.zeros(len(e["class_ids"]), bool),
+            boxes=lambda e: segment_boxes(drawn()[1], len(e["class_ids"])),
+            captions=lambda _: spoken(speak()),
+            image_id=f"{self.split}-{self._index(index):06d}",
+            tags=lambda _: speak().tags(),
+            region_captions=region_captions,
+            region_tags=lambda _: speak().region_tags(),
+        )
+
+    def _class_ids(self, layout: scenes_layout.Layout) -> Int32[np.ndarray, n]:
+        stuff = [self.world.stuff_class(k) for k in layout.stuff]
+        things = [self.world.thing_class(t.noun, t.colour, t.pattern) for t in layout.things]
+        return np.array(stuff + things, np.int32)
 
     def extent(self) -> Extent:
         """The size of every image, and the most segments that one can have."""
         return Extent(self.image_size, self.image_size, 2 + scenes_layout.MAX_THINGS)
-
-    def captions(self) -> Iterator[str]:
-        """All captions of the split in order, without drawing an image."""
-        for index in range(len(self)):
-            speaker = Speaker(self.world, self.layout(index), self._rng(index, _TEXT))
-            for _ in range(self.num_captions):
-                yield speaker.caption()
 
     def layout(self, index: int) -> scenes_layout.Layout:
         """What stands where in an example."""
@@ -166,14 +172,3 @@ def draw(
     light = (np.float32(1 + gain) + np.float32(across) * x + np.float32(down) * y)[..., None]
     image = image * light + np.float32(NOISE) * rng.standard_normal(image.shape, np.float32)
     return np.clip(image, 0, 255).astype(np.uint8), segments
-
-
-def _boxes(segments: np.ndarray, count: int) -> np.ndarray:
-    """(x0, y0, x1, y1) of each segment's visible part, exclusive ends; float32 [count 4]."""
-    boxes = np.zeros((count, 4), np.float32)
-    for k in range(count):
-        mask = segments == k + 1
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        if rows.size:
-            boxes[k] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-    return boxes

@@ -7,25 +7,27 @@
 https://cocodataset.org/#format-data. Any data set in this layout is read, whatever its split and categories.
 """
 
-import io
-import json
+import functools
 import re
-from collections.abc import Iterator
+from collections import Counter
 from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int, Int32
-from PIL import Image
+from jaxtyping import Int, Int32, UInt8
 
-from ovseg_jax.data.images import read_image
-from ovseg_jax.data.sources.build import Extent, Regions
+from ovseg_jax.data.images import read_colours, read_oriented, turn_mask
+from ovseg_jax.data.source_base import Example, Extent, Regions, Source
 from ovseg_jax.data.transforms import segment_boxes
 from ovseg_jax.errors import UserError
+from ovseg_jax.reading import column, flag, numbers, objects, read_json, reading, text, whole
 from ovseg_jax.vocab.classes import ClassList, read_label_file
 
+# Pixels: more than any image that is read has on a side.
+_LONGEST = 1 << 20
 
-class Coco:
+
+class Coco(Source):
     """A split of COCO, sorted by image id.
 
     Segments keep the order of the panoptic JSON. Crowds are segments with `iscrowd`; class -1 does not occur.
@@ -70,76 +72,83 @@ class Coco:
             )
         self._images = found[0]
         annotations = root / "annotations"
-        self._json = annotations / f"panoptic_{split}.json"
         self._masks = annotations / f"panoptic_{split}"
         caption_file = annotations / f"captions_{split}.json"
+        self._json = annotations / f"panoptic_{split}.json" if masks else caption_file
         if not masks and captions is False:
             raise UserError("coco: with masks=False and captions=False nothing would be read")
-        caption_data = None
+        self.provides = frozenset({"image"})
+        caption_data, panoptic = None, None
         if captions or (captions is None and caption_file.exists()) or not masks:
-            caption_data = _read_json(caption_file, ("images", "annotations"))
-        panoptic = None
+            caption_data = _read_lists(caption_file, ("images", "annotations"))
+            self.provides |= {"captions"}
         if masks:
-            panoptic = _read_json(self._json, ("images", "annotations", "categories"))
+            self.provides |= {"segments", "class_ids", "boxes"}
+            panoptic = _read_lists(self._json, ("images", "annotations", "categories"))
             if not self._masks.is_dir():
                 raise UserError(f"the folder {self._masks} with the PNGs of {self._json.name} is missing")
-        try:
+        with reading(self._json):
             self.classes = _classes(panoptic["categories"], labels) if panoptic else ClassList((), (), ())
-            self._read_images(panoptic or caption_data or {})
+            self._read_images((panoptic or caption_data or {})["images"])
             self._read_segments(panoptic["annotations"] if panoptic else [])
+        with reading(caption_file):
             self._read_captions(caption_data["annotations"] if caption_data else [])
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
-            raise UserError(
-                f"{self._json if panoptic else caption_file} is not in COCO's form: {_reason(e)}"
-            ) from e
 
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Decodes one image and its PNG.
+    def __getitem__(self, index: int) -> Example:
+        """Returns one example, whose image and PNG are decoded when they are asked for.
 
         Raises:
           UserError: a file is missing or damaged, or image, PNG and JSON disagree.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}: example {index} of {len(self)}")
+        self._check_index(index)
+        rows = slice(int(self._first[index]), int(self._first[index + 1]))
+        classes = self._segment_class[rows]
+        first, last = self._first_caption[index], self._first_caption[index + 1]
+        image = functools.cache(lambda: self._read_image(index))
+        fields: dict[str, Any] = {
+            "image": lambda _: image()[0],
+            "segments": lambda _: self._read_png(
+                index, self._segment_ids[rows], image()[0].shape[:2], image()[1]
+            ),
+            "class_ids": classes.astype(np.int32),
+            "isthing": lambda _: np.asarray(self.classes.isthing, bool)[classes],
+            "iscrowd": self._crowd[rows],
+            "boxes": lambda example: segment_boxes(example["segments"], len(classes)),
+            "captions": self._captions[first:last],
+        }
+        if "segments" not in self.provides:
+            fields = {key: fields[key] for key in self.provides}
+        return Example(**fields, image_id=str(self._ids[index]))
+
+    def _read_image(self, index: int) -> tuple[UInt8[np.ndarray, "h w 3"], int]:
+        """The image, upright, and its EXIF orientation."""
         path = self._images / self._files[index]
         try:
-            image = read_image(path)
+            image, orientation = read_oriented(path)
         except UserError as e:
             if path.exists():
                 raise
             raise UserError(f"the image {path} is named in {self._json.name} but is not there") from e
-        rows = slice(int(self._first[index]), int(self._first[index + 1]))
-        count = rows.stop - rows.start
-        segments, boxes = np.zeros(image.shape[:2], np.int32), np.zeros((0, 4), np.float32)
-        if tuple(self._sizes[index]) != image.shape[:2]:
-            height, width = self._sizes[index]
+        height, width = self._sizes[index]
+        if (height, width) != image.shape[:2]:
+            exif = f"; it has the EXIF orientation {orientation}" if orientation != 1 else ""
             raise UserError(
                 f"{path} is {image.shape[0]} x {image.shape[1]} (height x width) but {self._json.name} says "
-                f"{height} x {width}"
+                f"{height} x {width}{exif}"
             )
-        if self._pngs[index]:
-            png = self._masks / self._pngs[index]
-            segments = _read_panoptic_png(png, image.shape[:2], self._segment_ids[rows], self._json.name)
-            boxes = segment_boxes(segments, count)
-        classes = self._segment_class[rows]
-        first, last = self._first_caption[index], self._first_caption[index + 1]
-        return {
-            "image": image,
-            "segments": segments,
-            "class_ids": classes.astype(np.int32),
-            "isthing": np.asarray(self.classes.isthing, bool)[classes],
-            "iscrowd": self._crowd[rows],
-            "boxes": boxes,
-            "captions": self._captions[first:last],
-            "image_id": str(self._ids[index]),
-        }
+        return image, orientation
 
-    def captions(self) -> Iterator[str]:
-        """All captions, in the order of the images."""
-        return iter(self._captions)
+    def _read_png(
+        self, index: int, ids: Int[np.ndarray, "n"], size: tuple[int, int], orientation: int
+    ) -> Int32[np.ndarray, "h w"]:
+        if not self._pngs[index]:
+            return np.zeros(size, np.int32)
+        png, path = self._masks / self._pngs[index], self._images / self._files[index]
+        colours = turn_mask(read_colours(png, "the PNG"), png, path, size, orientation)
+        return _number(colours, ids, png, self._json.name)
 
     def extent(self) -> Extent:
         """From the JSON, without opening an image."""
@@ -167,57 +176,79 @@ class Coco:
     # What the JSONs say is kept in flat arrays: as dicts, the 1.3 million segments of train2017 would take a
     # gigabyte, and every worker process gets a copy.
 
-    def _read_images(self, data: dict[str, Any]) -> None:
-        images = sorted(data["images"], key=lambda image: image["id"])
-        self._files = [str(image["file_name"]) for image in images]
-        self._ids = np.array([image["id"] for image in images], np.int64)
-        self._sizes = np.array([(i["height"], i["width"]) for i in images], np.int32).reshape(-1, 2)
-        self._position = {image["id"]: k for k, image in enumerate(images)}
+    def _read_images(self, images: list[dict[str, Any]]) -> None:
+        ids = column(images, "id", whole)
+        order = np.argsort(np.array(ids, np.int64), kind="stable")
+        self._ids = np.array(ids, np.int64)[order]
+        if (double := self._ids[1:][np.diff(self._ids) == 0]).size:
+            raise ValueError(f"it lists the image {double[0]} twice")
+        files = column(images, "file_name", text)
+        if "" in files:
+            raise ValueError(f"entry {files.index('')} of 'images' has an empty 'file_name'")
+        self._files = [files[k] for k in order]
+        sides = [column(images, key, whole, 1, _LONGEST) for key in ("height", "width")]
+        self._sizes = np.array(sides, np.int32).T.reshape(-1, 2)[order]
+        self._position = {int(image): k for k, image in enumerate(self._ids)}
 
     def _read_segments(self, annotations: list[dict[str, Any]]) -> None:
         index = {category: k for k, category in enumerate(self.classes.ids)}
-        by_image = {self._at(a["image_id"], "an annotation"): a for a in annotations}
-        self._pngs = [str(by_image[k]["file_name"]) if k in by_image else "" for k in range(len(self))]
-        rows = [by_image[k]["segments_info"] if k in by_image else [] for k in range(len(self))]
+        files = column(annotations, "file_name", text)
+        infos = column(annotations, "segments_info", objects)
+        by_image: dict[int, int] = {}
+        for row, image in enumerate(column(annotations, "image_id", whole)):
+            if image not in self._position:
+                raise ValueError(f"an annotation is of the image {image}, which is not listed under images")
+            if by_image.setdefault(self._position[image], row) != row:
+                raise ValueError(f"it has two annotations of the image {image}")
+        self._pngs = [files[by_image[k]] if k in by_image else "" for k in range(len(self))]
+        rows = [infos[by_image[k]] if k in by_image else [] for k in range(len(self))]
         flat = [segment for segments in rows for segment in segments]
         self._first = np.cumsum([0, *map(len, rows)])
-        self._segment_ids = np.array([s["id"] for s in flat], np.int64)
-        self._segment_class = np.array([index[s["category_id"]] for s in flat], np.int32)
-        self._crowd = np.array([s.get("iscrowd", 0) for s in flat], bool)
-        self._boxes = np.array([s.get("bbox", [np.nan] * 4) for s in flat], np.float32).reshape(-1, 4)
+        # 0 is void in the PNG, and three bytes are the largest number there.
+        self._segment_ids = np.array(column(flat, "id", whole, 1, (1 << 24) - 1), np.int64)
+        for first, last in zip(self._first[:-1], self._first[1:], strict=True):
+            found, counts = np.unique(self._segment_ids[first:last], return_counts=True)
+            if len(found) < last - first:
+                raise ValueError(f"two segments of one image have the id {found[counts > 1][0]}")
+        categories = column(flat, "category_id", whole)
+        if unknown := [category for category in categories if category not in index]:
+            raise ValueError(
+                f"a segment is of the category {unknown[0]}, which is not listed under categories"
+            )
+        self._segment_class = np.array([index[category] for category in categories], np.int32)
+        self._crowd = np.array(column(flat, "iscrowd", flag, default=False), bool)
+        boxes = column(flat, "bbox", numbers, 4, default=[np.nan] * 4)
+        self._boxes = np.array(boxes, np.float32).reshape(-1, 4)
 
     def _read_captions(self, annotations: list[dict[str, Any]]) -> None:
         spoken: list[list[str]] = [[] for _ in range(len(self))]
-        for annotation in annotations:
-            k = self._position.get(annotation["image_id"])  # panoptic files may cover fewer images
-            if k is not None and (text := " ".join(annotation["caption"].split())):
-                spoken[k].append(text)
+        images, captions = column(annotations, "image_id", whole), column(annotations, "caption", text)
+        for image, caption in zip(images, captions, strict=True):
+            k = self._position.get(image)  # panoptic files may cover fewer images
+            if k is not None and (words := " ".join(caption.split())):
+                spoken[k].append(words)
         self._captions = [caption for captions in spoken for caption in captions]
         self._first_caption = np.cumsum([0, *map(len, spoken)])
         del self._position
 
-    def _at(self, image_id: int, what: str) -> int:
-        if image_id not in self._position:
-            raise ValueError(f"{what} is of the image {image_id}, which is not listed under images")
-        return self._position[image_id]
-
 
 def _classes(categories: list[dict[str, Any]], labels: epath.PathLike | None) -> ClassList:
     """Categories in the JSON's order, named by a label file or by themselves."""
-    ids = [int(category["id"]) for category in categories]
+    ids, raw = column(categories, "id", whole), column(categories, "name", text)
+    if double := [k for k, count in Counter(ids).items() if count > 1]:
+        raise ValueError(f"it lists the category {double[0]} twice")
     if labels:
         listed = read_label_file(labels)
         by_id = dict(zip(listed.ids, listed.names, strict=True))
-        if missing := [c for c in categories if c["id"] not in by_id]:
-            raise UserError(
-                f"labels={labels} has no line for category {missing[0]['id']} ({missing[0]['name']!r})"
-            )
+        if missing := [(k, name) for k, name in zip(ids, raw, strict=True) if k not in by_id]:
+            raise UserError(f"labels={labels} has no line for category {missing[0][0]} ({missing[0][1]!r})")
         names = [by_id[k] for k in ids]
     else:
-        raw = [str(category["name"]) for category in categories]
-        plain = [_plain_name(name) for name in raw]
-        names = [(p,) if plain.count(p) == 1 else (r,) for p, r in zip(plain, raw, strict=True)]
-    isthing = [bool(category.get("isthing", 1)) for category in categories]
+        if not all(name.strip() for name in raw):
+            raise ValueError("a category has an empty name")
+        plain = Counter(map(_plain_name, raw))
+        names = [(p,) if plain[p] == 1 and p else (r,) for r in raw for p in [_plain_name(r)]]
+    isthing = column(categories, "isthing", flag, default=True)
     groups = {
         "thing": tuple(k for k, thing in enumerate(isthing) if thing),
         "stuff": tuple(k for k, thing in enumerate(isthing) if not thing),
@@ -230,27 +261,15 @@ def _plain_name(name: str) -> str:
     return re.sub(r"(-(merged|other|stuff))+$", "", name).replace("-", " ")
 
 
-def _read_panoptic_png(
-    path: epath.Path, size: tuple[int, int], ids: Int[np.ndarray, "n"], json_name: str
+def _number(
+    colours: UInt8[np.ndarray, "h w 3"], ids: Int[np.ndarray, "n"], path: epath.Path, json_name: str
 ) -> Int32[np.ndarray, "h w"]:
-    """Segment numbers 1.. in the order of `ids` from a PNG of R + 256 G + 65536 B; 0 = void.
+    """Segment numbers 1.. in the order of `ids` from colours R + 256 G + 65536 B; 0 = void.
 
     Raises:
-      UserError: the PNG is missing, damaged, of another size, or does not hold the segments `ids`.
+      UserError: the PNG does not hold the segments `ids`.
     """
-    try:
-        image = Image.open(io.BytesIO(path.read_bytes()))
-        colours = np.asarray(image.convert("RGB"), np.int32)
-    except FileNotFoundError:
-        raise UserError(f"the PNG {path} is named in {json_name} but is not there") from None
-    except (OSError, SyntaxError, ValueError) as e:
-        raise UserError(f"{path} is damaged or truncated: {e}") from e
-    if colours.shape[:2] != size:
-        raise UserError(
-            f"{path} is {colours.shape[0]} x {colours.shape[1]} (height x width) but its image is "
-            f"{size[0]} x {size[1]}"
-        )
-    flat = (colours @ np.array([1, 256, 65536], np.int32)).ravel()
+    flat = (colours.astype(np.int32) @ np.array([1, 256, 65536], np.int32)).ravel()
     # Neighbours mostly agree: one look-up for each run of equal pixels instead of each pixel.
     starts = np.flatnonzero(np.diff(flat, prepend=-1))
     runs = flat[starts]
@@ -266,20 +285,14 @@ def _read_panoptic_png(
             f"{path} and {json_name} disagree: the JSON has a segment {int(absent[0])} that the PNG has not"
         )
     number = np.concatenate([[0], order + 1]).astype(np.int32)
-    return np.repeat(number[place], np.diff(starts, append=flat.size)).reshape(size)
+    return np.repeat(number[place], np.diff(starts, append=flat.size)).reshape(colours.shape[:2])
 
 
-def _read_json(path: epath.Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"the file {path} is missing") from None
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} is not valid JSON: {e}") from e
+def _read_lists(path: epath.Path, keys: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
+    if not path.exists():
+        raise UserError(f"the file {path} is missing")
+    data = read_json(path)
     if missing := [key for key in keys if not isinstance(data, dict) or not isinstance(data.get(key), list)]:
         raise UserError(f"{path} is not in COCO's form: it has no list {missing[0]!r}")
-    return data
-
-
-def _reason(error: Exception) -> str:
-    return f"an entry has no {error}" if isinstance(error, KeyError) else str(error)
+    with reading(path):
+        return {key: objects(data[key], repr(key)) for key in keys}

@@ -1,21 +1,22 @@
 """Segments as images: each labelled segment of any segmentation source, cut out with its surroundings."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 from ovseg_jax.data.images import colour
-from ovseg_jax.data.sources.build import Regions, Source, join_regions, make_source
+from ovseg_jax.data.source_base import Example, Source, check_provides
+from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.splits import load_split
 
 
-class Crops:
+class Crops(Source):
     """A classification source of the boxes of segments that have a class and are no crowds.
 
-    A source with `regions() -> Regions` (COCO, folders) is indexed without opening an image; of another one each
-    example is looked at once.
+    It is indexed by the `regions()` of the source, for which COCO and folders open no image.
 
     Args:
       of: the segmentation source, as `make_source` takes it.
@@ -31,8 +32,11 @@ class Crops:
       labels: i32 [n], the class of every crop.
 
     Raises:
-      UserError: a value that cannot be, a classification source, or nothing to cut out.
+      UserError: a value that cannot be, a source without segments, or nothing to cut out.
     """
+
+    provides = frozenset({"image", "label"})
+    labels: np.ndarray
 
     def __init__(
         self,
@@ -47,14 +51,10 @@ class Crops:
             raise UserError(f"crops: context={context} is less than 0 or min_size={min_size} less than 1")
         self._fill = None if fill is None else colour("crops", fill)
         self.name, self._source, self._context = "crops", make_source(of), context
-        if hasattr(self._source, "labels"):
-            raise UserError(
-                f"crops: the source {self._source.name!r} has whole images with labels, no segments"
-            )
+        check_provides(self._source, ("image", "segments", "class_ids", "boxes"), "the source 'crops'")
         classes = self._source.classes
         self.classes = load_split(classes, unseen) if unseen else classes
-        find = getattr(self._source, "regions", None)
-        regions = find() if find else _look_through(self._source)
+        regions = self._source.regions()
         sides = regions.box[:, 2:] - regions.box[:, :2]
         kept = (sides >= min_size).all(1)
         if things_only:
@@ -71,11 +71,17 @@ class Crops:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """One example: `image` u8 [H W 3] of the box's own size, `label`, `image_id`."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}: example {index} of {len(self)}")
+    def __getitem__(self, index: int) -> Example:
+        """Returns one example: `image` u8 [H W 3] of the box's own size, `label`, `image_id`."""
+        self._check_index(index)
         example, segment = self._source[int(self._image[index])], int(self._segment[index])
+        return Example(
+            image=lambda _: self._cut(example, segment),
+            label=int(self.labels[index]),
+            image_id=lambda _: f"{example['image_id']}-{segment + 1}",
+        )
+
+    def _cut(self, example: Mapping[str, Any], segment: int) -> UInt8[np.ndarray, "h w 3"]:
         height, width = example["image"].shape[:2]
         x0, y0, x1, y1 = (float(edge) for edge in example["boxes"][segment])
         across, down = self._context * (x1 - x0), self._context * (y1 - y0)
@@ -85,24 +91,4 @@ class Crops:
         if self._fill is not None:
             own = example["segments"][rows, columns] == segment + 1
             image = np.where(own[..., None], image, self._fill)
-        return {
-            "image": image,
-            "label": int(self.labels[index]),
-            "image_id": f"{example['image_id']}-{segment + 1}",
-        }
-
-    def captions(self) -> Iterator[str]:
-        """None: a caption speaks of the whole image."""
-        return iter(())
-
-
-def _look_through(source: Source) -> Regions:
-    found: list[Regions] = []
-    for index in range(len(source)):
-        example = source[index]
-        kept = np.flatnonzero((example["class_ids"] >= 0) & ~example["iscrowd"])
-        image = np.full(len(kept), index, np.int32)
-        found.append(
-            Regions(image, kept.astype(np.int32), example["class_ids"][kept], example["boxes"][kept])
-        )
-    return join_regions(found)
+        return image

@@ -2,13 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
 
-from ovseg_jax.data.sources.build import Wrapped
+from ovseg_jax.data.source_base import Source, Wrapped
 from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.classes import ClassList
 
@@ -34,7 +33,7 @@ class FewShot(Wrapped):
       UserError: the group is unknown or has no example, or `shots` is negative.
     """
 
-    def __init__(self, source: Any, shots: int = 0, seed: int = 0, group: str = ""):
+    def __init__(self, source: Source, shots: int = 0, seed: int = 0, group: str = ""):
         super().__init__(source)
         if shots < 0:
             raise UserError(
@@ -60,15 +59,14 @@ class FewShot(Wrapped):
         self._kept = np.sort(np.concatenate([np.zeros(0, np.int64), *kept]))
         if not len(self._kept):
             raise UserError(f"the source {self.name!r} has no example of group={group!r}")
-        self.labels: Int[np.ndarray, " n"] = labels[self._kept]
+        self.labels = labels[self._kept]
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Example `index` of those that were kept, in the source's order."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}: example {index} of {len(self)}")
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """Returns example `index` of those that were kept, in the source's order."""
+        self._check_index(index)
         return self.source[int(self._kept[index])]
 
 

@@ -1,7 +1,7 @@
 """Your own data: a plain folder of images, and of masks and captions for those that have them.
 
     DIR/images/NAME.jpg | .png | ...
-    DIR/masks/NAME.png       8- or 16-bit, one channel, the size of the image
+    DIR/masks/NAME.png       one channel of 1 to 16 bits, the size of the image; TIFF and BMP do as well
     DIR/classes.txt          OpenSeg's label format: `id:name,name,...` a line
     DIR/segments.json        {"NAME.jpg": {"1": "dog", "2": "grass"}, ...}
     DIR/captions.json        {"NAME.jpg": ["a caption", "another"], ...}
@@ -14,26 +14,25 @@ its values are ids of classes.txt, of which 255 (65535 in 16 bits) and ids not l
 `invalid_class_id` are void.
 """
 
-import io
-import json
-from collections.abc import Iterator
+import functools
+import unicodedata
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import UInt8, UInt16
-from PIL import Image
 
-from ovseg_jax.data.images import SUFFIXES, read_image
-from ovseg_jax.data.sources.build import Extent, Regions, join_regions
+from ovseg_jax.data.images import list_images, read_header, read_mask, read_oriented, turn_mask
+from ovseg_jax.data.source_base import Example, Extent, Regions, Source, join_regions
 from ovseg_jax.data.transforms import segment_boxes
 from ovseg_jax.errors import UserError
+from ovseg_jax.reading import parse_json, read_json, read_lines, reading, short, text, texts
 from ovseg_jax.vocab.classes import ClassList, read_label_file
 
 KINDS = ("segments", "semantic")
 
 
-class Folder:
+class Folder(Source):
     """A folder in the layout above, sorted by file name.
 
     Attributes:
@@ -62,86 +61,112 @@ class Folder:
         images = self._root / "images"
         if not str(data_dir) or not images.is_dir():
             raise UserError(f"data_dir={str(data_dir)!r} has no folder images/: put your images there")
-        self._files = sorted(path.name for path in images.iterdir() if path.suffix.lower() in SUFFIXES)
+        self._files = [path.name for path in list_images(images)]
         if not self._files:
-            raise UserError(f"{images} holds no image ({', '.join(sorted(SUFFIXES))})")
+            raise UserError(f"{images} holds no image that can be read, such as NAME.jpg or NAME.png")
         self._by_name = _names(self._files, images)
         masks = self._root / "masks"
-        self._masks = {p.stem: p for p in masks.iterdir() if p.suffix == ".png"} if masks.is_dir() else {}
-        if stray := sorted(set(self._masks) - {epath.Path(f).stem for f in self._files}):
-            raise UserError(f"the mask {self._masks[stray[0]]} belongs to no image in {images}")
+        self._masks = self._list_masks(masks) if masks.is_dir() else {}
         self._segment_names = self._read_segment_names()
         self.classes = self._read_classes(labels)
-        self._class_of = {name: k for k, names in enumerate(self.classes.names) for name in names}
+        self._class_of = self.classes.index
         self._class_by_id = {c: k for k, c in enumerate(self.classes.ids)}
         self._check_segment_names()
         self._captions = self._read_captions()
         self._extent: Extent | None = None
+        self.provides = frozenset({"image"})
+        if self._masks:
+            self.provides |= {"segments", "class_ids", "boxes"}
+        if any(self._captions):
+            self.provides |= {"captions"}
 
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Decodes one image and its mask.
+    def __getitem__(self, index: int) -> Example:
+        """Returns one example, whose image and mask are decoded when they are asked for.
 
         Raises:
           UserError: a file is damaged, or image, mask and classes disagree.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}: example {index} of {len(self)}")
+        self._check_index(index)
         file = self._files[index]
-        image = read_image(self._root / "images" / file)
-        mask = self._masks.get(epath.Path(file).stem)
-        segments, values = np.zeros(image.shape[:2], np.int32), np.zeros(0, np.int64)
-        if mask is not None:
-            pixels = read_mask(mask)
-            if pixels.shape != image.shape[:2]:
-                raise UserError(
-                    f"the mask {mask} is {pixels.shape[0]} x {pixels.shape[1]} (height x width) but its "
-                    f"image is {image.shape[0]} x {image.shape[1]}"
-                )
-            segments, values = self._number(pixels, mask)
-        class_ids = np.array([self._class_of_value(file, int(v)) for v in values], np.int32)
-        isthing = np.array([*self.classes.isthing, True], bool)[class_ids]
-        return {
-            "image": image,
-            "segments": segments,
-            "class_ids": class_ids,
-            "isthing": isthing,
-            "iscrowd": np.zeros(len(values), bool),
-            "boxes": segment_boxes(segments, len(values)),
+        image = functools.cache(lambda: read_oriented(self._root / "images" / file))
+        numbered = functools.cache(lambda: self._read_segments(file, image()[0].shape[:2], image()[1]))
+        class_of = lambda value: self._class_of_value(file, int(value))
+        fields: dict[str, Any] = {
+            "image": lambda _: image()[0],
+            "segments": lambda _: numbered()[0],
+            "class_ids": lambda _: np.array([class_of(value) for value in numbered()[1]], np.int32),
+            "isthing": lambda e: np.array([*self.classes.isthing, True], bool)[e["class_ids"]],
+            "iscrowd": lambda _: np.zeros(len(numbered()[1]), bool),
+            "boxes": lambda _: segment_boxes(numbered()[0], len(numbered()[1])),
             "captions": self._captions[index],
-            "image_id": epath.Path(file).stem,
         }
+        if "segments" not in self.provides:
+            fields = {key: fields[key] for key in self.provides}
+        return Example(**fields, image_id=epath.Path(file).stem)
 
-    def captions(self) -> Iterator[str]:
-        """All captions, in the order of the images."""
-        return (caption for captions in self._captions for caption in captions)
+    def _read_segments(
+        self, file: str, size: tuple[int, int], orientation: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Segments numbered 1.. of an image of that size once it is upright, and the mask's value of each."""
+        mask = self._masks.get(file)
+        if mask is None:
+            return np.zeros(size, np.int32), np.zeros(0, np.int64)
+        path = self._root / "images" / file
+        return self._number(turn_mask(read_mask(mask), mask, path, size, orientation), mask)
 
     def extent(self) -> Extent:
-        """Reads every mask, and the images that have none; once."""
-        if self._extent is not None:
-            return self._extent
-        sizes = [(1, 1, 1)]
-        for file in self._files:
-            mask = self._masks.get(epath.Path(file).stem)
-            pixels = read_mask(mask) if mask else read_image(self._root / "images" / file)[..., 0]
-            count = len(self._number(pixels, mask)[1]) if mask else 0
-            sizes.append((*pixels.shape, count))
-        self._extent = Extent(*(max(column) for column in zip(*sizes, strict=True)))
+        """Reads every mask, and of the images that have none the header; once."""
+        if self._extent is None:
+            sizes = [(1, 1, 1)]
+            for file in self._files:
+                if file in self._masks:
+                    pixels = self._upright_mask(file)
+                    sizes.append((*pixels.shape, len(self._number(pixels, self._masks[file])[1])))
+                else:
+                    sizes.append((*read_header(self._root / "images" / file)[0], 0))
+            self._extent = Extent(*(max(column) for column in zip(*sizes, strict=True)))
         return self._extent
 
     def regions(self) -> Regions:
-        """The segments that have a class, one a row; reads every mask and no image."""
+        """The segments that have a class, one a row; reads every mask, and of its image the header."""
         found = []
         for index, file in enumerate(self._files):
-            if mask := self._masks.get(epath.Path(file).stem):
-                segments, values = self._number(read_mask(mask), mask)
+            if file in self._masks:
+                segments, values = self._number(self._upright_mask(file), self._masks[file])
                 class_ids = np.array([self._class_of_value(file, int(v)) for v in values], np.int32)
                 kept = np.flatnonzero(class_ids >= 0).astype(np.int32)
                 boxes = segment_boxes(segments, len(values))
                 found.append(Regions(np.full(len(kept), index, np.int32), kept, class_ids[kept], boxes[kept]))
         return join_regions(found)
+
+    def _upright_mask(self, file: str) -> np.ndarray:
+        path, mask = self._root / "images" / file, self._masks[file]
+        pixels = read_mask(mask)
+        try:
+            size, orientation = read_header(path)
+        except UserError:  # Which is said when the image itself is read.
+            return pixels
+        return turn_mask(pixels, mask, path, size, orientation)
+
+    def _list_masks(self, folder: epath.Path) -> dict[str, epath.Path]:
+        """The mask of each image that has one."""
+        stems = {_stem(file): file for file in self._files}
+        masks: dict[str, epath.Path] = {}
+        for path in list_images(folder):
+            file = stems.get(_stem(path.name))
+            if file is None:
+                raise UserError(f"the mask {path} belongs to no image in {self._root / 'images'}")
+            if file in masks:
+                raise UserError(
+                    f"{folder} holds both {masks[file].name} and {path.name}: which is the mask of {file}?"
+                )
+            masks[file] = path
+        if not masks and not all(path.name.startswith(".") for path in folder.iterdir()):
+            raise UserError(f"{folder} holds no mask that can be read, such as NAME.png")
+        return masks
 
     def _number(self, pixels: np.ndarray, path: epath.Path) -> tuple[np.ndarray, np.ndarray]:
         """Segments numbered 1.. without gaps, and the mask's value of each."""
@@ -151,6 +176,11 @@ class Folder:
             values = present[present != 0]
         else:
             void = 255 if pixels.dtype == np.uint8 else 65535
+            if void in self._class_by_id and void in present:
+                raise UserError(
+                    f"the mask {path} holds {void}, which is void in one of {pixels.dtype.itemsize * 8} bits and a "
+                    "class of classes.txt"
+                )
             values = present[present != void]
             if len(self.classes):
                 # 0 is void in many data sets (ADE20K), and then no class of the list.
@@ -174,20 +204,27 @@ class Folder:
         path = self._root / "segments.json"
         if self._kind == "semantic" or not path.exists():
             return {}
-        data, named = _read_json(path), {}
-        for key, names in data.items():
-            try:
-                named[self._image_of(key, path)] = {int(k): str(v) for k, v in names.items()}
-            except (AttributeError, ValueError):
-                raise UserError(
-                    f'{path}: the entry of {key!r} is not of the form {{"1": "dog", ...}}'
-                ) from None
+        named: dict[str, dict[int, str]] = {}
+        for key, names in _read_entries(path).items():
+            file = self._image_of(key, path)
+            with reading(path):
+                if file in named:
+                    raise ValueError(f"it names the segments of {file} twice")
+                if not isinstance(names, dict):
+                    raise ValueError(f'the entry of {key!r} is not of the form {{"1": "dog", ...}}')
+                own = {
+                    _value(value): " ".join(text(name, f"a name in {key!r}").split())
+                    for value, name in names.items()
+                }
+                if len(own) < len(names) or not all(own.values()):
+                    raise ValueError(f"the entry of {key!r} has an empty name, or names a segment twice")
+            named[file] = own
         return named
 
     def _read_classes(self, labels: epath.PathLike | None) -> ClassList:
         path = epath.Path(labels) if labels else self._root / "classes.txt"
         if labels or path.exists():
-            return read_label_file(path)
+            return read_label_file(path).distinct(path)
         names = sorted({name for names in self._segment_names.values() for name in names.values()})
         return ClassList(tuple((n,) for n in names), tuple(range(len(names))), (True,) * len(names))
 
@@ -204,6 +241,7 @@ class Folder:
         if len(found) > 1:
             raise UserError(f"{self._root} has both {found[0].name} and {found[1].name}: keep one")
         captions: dict[str, list[str]] = {file: [] for file in self._files}
+        readers: dict[str, Callable[[epath.Path], Iterator[tuple[str, str]]]]
         readers = {".json": _from_json, ".jsonl": _from_lines, ".tsv": _from_table}
         for path in found:
             pairs = readers[path.suffix](path)
@@ -211,97 +249,89 @@ class Folder:
             partial = path.suffix == ".jsonl"
             matched = False
             for key, caption in pairs:
-                if partial and key not in self._by_name:
+                if partial and _nfc(key) not in self._by_name:
                     continue
                 matched = True
-                if text := " ".join(caption.split()):
-                    captions[self._image_of(key, path)].append(text)
+                file = self._image_of(key, path)
+                if spoken := " ".join(caption.split()):
+                    captions[file].append(spoken)
             if partial and not matched:
                 raise UserError(f"{path} has no caption of any image in {self._root / 'images'}")
         return [captions[file] for file in self._files]
 
     def _image_of(self, key: str, path: epath.Path) -> str:
-        if key not in self._by_name:
+        if _nfc(key) not in self._by_name:
             raise UserError(
-                f"{path} speaks of {key!r}, but there is no such image in {self._root / 'images'}"
+                f"{path} speaks of {short(key)}, but there is no such image in {self._root / 'images'}"
             )
-        return self._by_name[key]
+        return self._by_name[_nfc(key)]
 
 
-def read_mask(path: epath.Path) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"]:
-    """The values of a one-channel PNG: uint8, or uint16 where it has 16 bits.
+def _nfc(name: str) -> str:
+    """One spelling of a name with accents, of which macOS and others write two."""
+    return unicodedata.normalize("NFC", name)
 
-    Raises:
-      UserError: the file is damaged, or a colour picture.
-    """
-    try:
-        image = Image.open(io.BytesIO(path.read_bytes()))
-        pixels = np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as e:
-        raise UserError(f"the mask {path} is damaged or truncated: {e}") from e
-    if pixels.ndim != 2:
-        raise UserError(
-            f"the mask {path} is a colour picture ({image.mode}): save it with one channel, 8 or 16 bits"
-        )
-    if pixels.dtype == bool or image.mode in ("L", "P"):
-        return pixels.astype(np.uint8)
-    return pixels.astype(np.uint16)
+
+def _stem(name: str) -> str:
+    return _nfc(epath.Path(name).stem)
 
 
 def _names(files: list[str], folder: epath.Path) -> dict[str, str]:
     """The file of each spelling: with and without ending, and without leading zeros (COCO's image ids)."""
     names: dict[str, str] = {}
     for file in files:
-        stem = epath.Path(file).stem
+        stem = _stem(file)
         if stem in names:
             raise UserError(
                 f"{folder} holds both {names[stem]} and {file}: masks and captions could mean either"
             )
-        names[file] = names[stem] = file
+        names[_nfc(file)] = names[stem] = file
+    short_names: dict[str, list[str]] = {}
     for file in files:
-        names.setdefault(epath.Path(file).stem.lstrip("0"), file)
-    return names
+        short_names.setdefault(_stem(file).lstrip("0") or "0", []).append(file)
+    # 01.jpg and 001.jpg are both 1, which then means neither.
+    unique = {name: found[0] for name, found in short_names.items() if len(found) == 1}
+    return {**unique, **names}
 
 
-def _read_json(path: epath.Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} is not valid JSON: {e}") from e
+def _value(written: str) -> int:
+    """A mask's value as a key of segments.json."""
+    if not written.isdecimal() or not 1 <= int(written[:6]) <= 65535 or len(written) > 5:
+        raise ValueError(f'the value of a segment: expected "1" to "65535", got {short(written)}')
+    return int(written)
+
+
+def _read_entries(path: epath.Path) -> dict[str, Any]:
+    data = read_json(path)
     if not isinstance(data, dict):
         raise UserError(f'{path} is not of the form {{"NAME.jpg": ...}}')
     return data
 
 
 def _from_json(path: epath.Path) -> Iterator[tuple[str, str]]:
-    for key, captions in _read_json(path).items():
-        captions = [captions] if isinstance(captions, str) else captions
-        if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
-            raise UserError(f"{path}: the captions of {key!r} are not a list of texts")
-        yield from ((key, caption) for caption in captions)
+    with reading(path):
+        for key, captions in _read_entries(path).items():
+            yield from ((key, caption) for caption in texts(captions, f"the captions of {short(key)}"))
 
 
 def _from_lines(path: epath.Path) -> Iterator[tuple[str, str]]:
-    with path.open("r") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-                key = next(str(entry[k]) for k in ("image_id", "file", "file_name") if k in entry)
-                captions = entry["captions"] if "captions" in entry else [entry["caption"]]
-                yield from ((key, str(caption)) for caption in captions)
-            except (ValueError, TypeError, KeyError, StopIteration, RuntimeError):
-                raise UserError(
-                    f'{path}, line {number}: expected {{"image_id": ..., "caption": ...}}, '
-                    f"got {line.strip()[:60]!r}"
-                ) from None
+    for number, line in read_lines(path):
+        with reading(f"{path}, line {number},"):
+            entry = parse_json(line)
+            keys = ("image_id", "file", "file_name")
+            if not isinstance(entry, dict) or not (named := [entry[key] for key in keys if key in entry]):
+                raise ValueError(f'expected {{"image_id": ..., "caption": ...}}, got {short(line)}')
+            if not {"caption", "captions"} & entry.keys():
+                raise ValueError(f"it has no 'caption', as {short(line)}")
+            # COCO's image ids are numbers.
+            key = str(named[0]) if type(named[0]) is int else text(named[0], "the image's name")
+            captions = texts(entry.get("captions", entry.get("caption")), "the caption")
+        yield from ((key, caption) for caption in captions)
 
 
 def _from_table(path: epath.Path) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if line.strip():
-            key, tab, caption = line.partition("\t")
-            if not tab:
-                raise UserError(f"{path}, line {number}: expected NAME<tab>caption, got {line[:60]!r}")
-            yield key.strip(), caption
+    for number, line in read_lines(path):
+        key, tab, caption = line.partition("\t")
+        if not tab:
+            raise UserError(f"{path}, line {number}: expected NAME<tab>caption, got {short(line)}")
+        yield key.strip(), caption

@@ -9,34 +9,39 @@ A class is called as its folder, `_` read as a space, or as `names` says, a file
     {"n01440764": ["tench", "Tinca tinca"]}       JSON; a class of one name may do without the list
 """
 
-import json
+import logging
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
 from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int
 
-from ovseg_jax.data.images import read_image
+from ovseg_jax.data.images import list_folders, read_image, say_left_out, scan_images
+from ovseg_jax.data.source_base import Example, Source
 from ovseg_jax.errors import UserError
+from ovseg_jax.reading import read_json, read_lines, reading, short, texts
 from ovseg_jax.vocab.classes import ClassList, split_names
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_LOG = logging.getLogger(__name__)
 
 
-class ImageFolder:
+class ImageFolder(Source):
     """A split of a data set in the layout above, sorted by class and file name.
 
-    The classes are those of `names`, in its order, or else the folders of all splits in alphabetical order: a
-    split that lacks a class has the same labels.
+    The classes are those of `names` that a split has a folder of, in its order, or else the folders of all splits in
+    alphabetical order: a split that lacks a class has the same labels. Hidden folders are none, nor is a folder of
+    another split that holds no image.
 
     Attributes:
       name: "image_folder".
       classes: see above.
       labels: i32 [n], the class of every image.
     """
+
+    provides = frozenset({"image", "label"})
+    labels: np.ndarray
 
     def __init__(
         self, data_dir: epath.PathLike, split: str = "", names: epath.PathLike = "", num_classes: int = 0
@@ -58,7 +63,7 @@ class ImageFolder:
         self.name, self._folder = "image_folder", root / split if split else root
         if not str(data_dir) or not self._folder.is_dir():
             raise UserError(f"image_folder: {str(self._folder)!r} is not a folder")
-        own = _folders(self._folder)
+        own = list_folders(self._folder)
         if not own:
             raise UserError(f"{self._folder} holds no folder: each class has one with its images")
         if num_classes and len(own) != num_classes:
@@ -66,15 +71,28 @@ class ImageFolder:
                 f"{self._folder} holds {len(own)} class folders, and num_classes={num_classes} "
                 f"(of configs/pomp.py, which counts epochs by it: classes={len(own)})"
             )
+        beside = self._folder.parent
+        splits = [beside / other for other in list_folders(beside)] if split else [root]
+        found = {folder for other in splits if other != self._folder for folder in _with_images(other)}.union(
+            own
+        )
         if names:
-            by_folder = read_names(epath.Path(names))
-            if stray := [folder for folder in own if folder not in by_folder]:
+            listed = read_names(names)
+            if stray := [folder for folder in own if folder not in listed]:
                 raise UserError(f"{names} has no name for the folder {self._folder / stray[0]}")
+            # A list may be longer than the data, whose classes alone are told apart.
+            by_folder = {folder: own_names for folder, own_names in listed.items() if folder in found}
+            if len(by_folder) < len(listed):
+                _LOG.warning(
+                    "%s: %d of its %d classes have no folder",
+                    names,
+                    len(listed) - len(by_folder),
+                    len(listed),
+                )
         else:
-            beside = self._folder.parent
-            splits = [beside / other for other in _folders(beside)] if split else [root]
-            found = {folder for other in splits for folder in _folders(other)}
-            by_folder = {folder: (folder.replace("_", " "),) for folder in sorted(found)}
+            by_folder = {
+                folder: (" ".join(folder.replace("_", " ").split()) or folder,) for folder in sorted(found)
+            }
         self._class_folders = list(by_folder)
         self.classes = ClassList(
             tuple(by_folder.values()), tuple(range(len(by_folder))), (True,) * len(by_folder)
@@ -84,76 +102,73 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Example:
         """Decodes one image: `image` u8 [H W 3], `label`, `image_id`.
 
         Raises:
           UserError: the file is damaged.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}: example {index} of {len(self)}")
+        self._check_index(index)
         label = int(self.labels[index])
         file = f"{self._class_folders[label]}/{os.fsdecode(bytes(self._files[index]))}"
-        return {"image": read_image(self._folder / file), "label": label, "image_id": file}
-
-    def captions(self) -> Iterator[str]:
-        """None."""
-        return iter(())
+        return Example(image=lambda _: read_image(self._folder / file), label=label, image_id=file)
 
     def _list_files(self, folders: list[str]) -> None:
         position = {folder: k for k, folder in enumerate(self._class_folders)}
         labels, files = [np.zeros(0, np.int32)], [np.zeros(0, "S1")]
+        left_out: Counter[str] = Counter()
         for folder in folders:
-            inside = (self._folder / folder).iterdir()
-            names = sorted(path.name for path in inside if path.suffix.lower() in SUFFIXES)
+            names, others = scan_images(self._folder / folder)
+            left_out += others
             if names:
                 # Bytes in one array: as texts, the eleven million of ImageNet-21K would take a gigabyte in each
                 # worker process.
                 files.append(np.array([os.fsencode(name) for name in names]))
                 labels.append(np.full(len(names), position[folder], np.int32))
+        say_left_out(self._folder, left_out)
         self._files = np.concatenate(files)
-        self.labels: Int[np.ndarray, " n"] = np.concatenate(labels)
+        self.labels = np.concatenate(labels)
         if not len(self.labels):
-            raise UserError(f"the class folders of {self._folder} hold no image ({', '.join(SUFFIXES)})")
+            raise UserError(f"the class folders of {self._folder} hold no image that can be read")
 
 
-def read_names(path: epath.Path) -> dict[str, tuple[str, ...]]:
+def read_names(path: epath.PathLike) -> dict[str, tuple[str, ...]]:
     """The names of each class folder, from a file of the forms above.
 
     Raises:
       UserError: the file cannot be read, is of another form, or is empty.
     """
-    try:
-        text = path.read_text()
-        pairs = list(json.loads(text).items()) if path.suffix == ".json" else _lines(text)
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"the class names {path} cannot be read: {error}") from error
+    what = "the class names"
+    pairs: list[tuple[str, Any]]
+    if epath.Path(path).suffix.lower() == ".json":
+        data = read_json(path, what)
+        if not isinstance(data, dict):
+            raise UserError(f"{what} {path} cannot be read: expected an object, got {short(data)}")
+        pairs = list(data.items())
+    else:
+        pairs = [_pair(line) for _, line in read_lines(path, what)]
     found: dict[str, tuple[str, ...]] = {}
-    for folder, value in pairs:
-        texts = [value] if isinstance(value, str) else value
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{path}: the entry of {folder!r} is neither a name nor a list of names")
-        names = [name for text in texts for name in split_names(text.replace("_", " "))]
-        if not names:
-            raise UserError(f"{path}: the folder {folder!r} has no name")
-        if folder in found:
-            raise UserError(f"{path}: the folder {folder!r} occurs twice")
-        found[folder] = tuple(dict.fromkeys(names))
+    with reading(path, what):
+        for folder, value in pairs:
+            written = texts(value, f"the entry of {folder!r}")
+            names = [name for text in written for name in split_names(text.replace("_", " "))]
+            if not names:
+                raise UserError(f"{path}: the folder {folder!r} has no name")
+            if folder in found:
+                raise UserError(f"{path}: the folder {folder!r} occurs twice")
+            found[folder] = tuple(dict.fromkeys(names))
     if not found:
         raise UserError(f"the file {path} holds no class")
     return found
 
 
-def _lines(text: str) -> list[tuple[str, str]]:
+def _pair(line: str) -> tuple[str, str]:
     """A folder with a space in its name is told from its names by a tab or a colon."""
-    pairs = []
-    for line in text.splitlines():
-        if line.strip():
-            separator = r"\s*[\t:]\s*" if re.search(r"[\t:]", line.strip()) else r"\s+"
-            folder, *rest = re.split(separator, line.strip(), maxsplit=1)
-            pairs.append((folder, rest[0] if rest else ""))
-    return pairs
+    separator = r"\s*[\t:]\s*" if re.search(r"[\t:]", line.strip()) else r"\s+"
+    folder, *rest = re.split(separator, line.strip(), maxsplit=1)
+    return folder, rest[0] if rest else ""
 
 
-def _folders(folder: epath.Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+def _with_images(split: epath.Path) -> list[str]:
+    """The class folders of a split: those that hold an image, as annotations or tools may lie beside."""
+    return [folder for folder in list_folders(split) if scan_images(split / folder)[0]]

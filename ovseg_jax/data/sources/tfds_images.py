@@ -3,18 +3,21 @@
 `tfds build NAME --file_format=array_record` prepares one.
 """
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import UInt8
 
 from ovseg_jax.data.images import read_image
+from ovseg_jax.data.source_base import Example, Source
 from ovseg_jax.errors import UserError
+from ovseg_jax.reading import reason
 from ovseg_jax.vocab.classes import ClassList
 
 
-class TfdsImages:
+class TfdsImages(Source):
     """A split of a prepared data set with one label an image.
 
     Attributes:
@@ -22,6 +25,9 @@ class TfdsImages:
       classes: the names of the label, `_` read as a space.
       labels: i32 [n], read once without decoding an image.
     """
+
+    provides = frozenset({"image", "label"})
+    labels: np.ndarray
 
     def __init__(
         self, dataset: str, split: str, data_dir: str = "", image_key: str = "image", label_key: str = "label"
@@ -47,15 +53,10 @@ class TfdsImages:
                 dataset, split=split, data_dir=data_dir or None, download=False, decoders=decoders
             )
 
-        try:
+        hint = "; tfds build NAME --file_format=array_record prepares a data set"
+        with _package(f"tfds: {dataset!r}, split {split!r}, cannot be opened", hint):
             features = tfds.builder(dataset, data_dir=data_dir or None).info.features
             self._source = open_(None)
-        except Exception as error:  # of many kinds, whose first line says what is missing
-            reason = str(error).partition("\n")[0]
-            raise UserError(
-                f"tfds: {dataset!r}, split {split!r}, cannot be opened ({reason}); "
-                "tfds build NAME --file_format=array_record prepares a data set"
-            ) from error
         for key in (image_key, label_key):
             if key not in features:
                 raise UserError(f"tfds: {dataset} has no feature {key!r}; it has {', '.join(features)}")
@@ -65,22 +66,39 @@ class TfdsImages:
         self.classes = ClassList(
             tuple((name.replace("_", " "),) for name in names), tuple(range(len(names))), (True,) * len(names)
         )
-        undecoded = open_({image_key: tfds.decode.SkipDecoding()})
-        self.labels: Int[np.ndarray, " n"] = np.array([record[label_key] for record in undecoded], np.int32)
+        with _package(f"tfds: the labels of {dataset}, split {split!r}, cannot be read"):
+            undecoded = open_({image_key: tfds.decode.SkipDecoding()})
+            self.labels = np.array([record[label_key] for record in undecoded], np.int32)
+        if ((wrong := self.labels) < 0).any() or (wrong >= len(names)).any():
+            wrong = wrong[(wrong < 0) | (wrong >= len(names))]
+            raise UserError(
+                f"tfds: {dataset}, split {split!r}, has the label {wrong[0]}, which is none of its classes"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Example:
         """Decodes one image: `image` u8 [H W 3], `label`, `image_id`."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}: example {index} of {len(self)}")
-        image = read_image(self._source[index][self._image_key])
-        return {"image": image, "label": int(self.labels[index]), "image_id": str(index)}
+        self._check_index(index)
+        return Example(
+            image=lambda _: self._read_image(index), label=int(self.labels[index]), image_id=str(index)
+        )
 
-    def captions(self) -> Iterator[str]:
-        """None."""
-        return iter(())
+    def _read_image(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
+        with _package(f"tfds: the image {index} of {self.name} cannot be read"):
+            return read_image(self._source[index][self._image_key])
+
+
+@contextlib.contextmanager
+def _package(failed: str, hint: str = "") -> Iterator[None]:
+    """Turns the package's exceptions, which are of many kinds, into a sentence with the first line of theirs."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{failed} ({reason(error)}){hint}") from error
 
 
 def _tfds() -> Any:

@@ -152,7 +152,10 @@ def test_real_regions_are_those_of_the_pixels():
         (dict(of=SCENES, context=-1.0), "context=-1.0"),
         (dict(of=SCENES, min_size=0), "min_size=0"),
         (dict(of=SCENES, min_size=65), "no segment .* at least 65 x 65"),
-        (dict(of={"name": "scene_objects", "size": "tiny"}), "whole images with labels"),
+        (
+            dict(of={"name": "scene_objects", "size": "tiny"}),
+            "has no boxes and no class_ids and no segments, which the source 'crops' needs",
+        ),
     ],
 )
 def test_errors(arguments, message):

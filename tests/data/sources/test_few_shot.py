@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from ovseg_jax.data.source_base import Source
 from ovseg_jax.data.sources.build import Cached, make_source
 from ovseg_jax.data.sources.few_shot import FewShot
 from ovseg_jax.errors import UserError
@@ -10,11 +11,11 @@ from ovseg_jax.experiment.run import _counted
 from ovseg_jax.vocab.classes import ClassList
 
 
-class Numbers:
+class Numbers(Source):
     """Example i is of class i % 5, but class 3 has two examples alone and class 4 none."""
 
     def __init__(self):
-        self.name = "numbers"
+        self.name, self.provides = "numbers", frozenset({"label"})
         labels = np.arange(40) % 5
         self.labels = np.array([*labels[(labels < 3)], 3, 3], np.int32)[::-1].copy()
         self.classes = ClassList(
@@ -26,9 +27,6 @@ class Numbers:
 
     def __getitem__(self, index):
         return {"label": int(self.labels[index]), "image_id": str(index)}
-
-    def captions(self):
-        return iter(())
 
 
 def test_at_most_so_many_of_each_class():
@@ -92,7 +90,7 @@ def test_make_source_applies_it_to_sources_with_labels():
     assert few[0]["label"] == few.labels[0] and few[0] is few[0]
     own = make_source({"name": "scene_objects", "shots": 2, "group": "stuff", "size": "tiny"})
     assert type(own).__name__ == "SceneObjects" and len(own) == 8
-    with pytest.raises(UserError, match="'scenes' has no argument 'shots': its images have no labels"):
+    with pytest.raises(UserError, match="'scenes' has no label, which the argument 'shots' needs"):
         make_source({**scenes, "shots": 1})
     with pytest.raises(UserError, match="'crops' has no argument 'seed'"):
         make_source({**crops, "seed": 1})

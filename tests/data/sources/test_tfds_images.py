@@ -68,6 +68,31 @@ def test_what_is_wrong_is_named(package, arguments, message):
         TfdsImages("zoo", **arguments)
 
 
+def test_what_the_package_raises_is_one_sentence(package, monkeypatch):
+    module = sys.modules["tensorflow_datasets"]
+    whole = module.data_source
+
+    class Damaged(list):
+        def __getitem__(self, index):
+            raise Exception("the record is corrupt\nat byte 7")
+
+    def damaged(*args, decoders, **kwargs):
+        return whole(*args, decoders=decoders, **kwargs) if decoders else Damaged([0])
+
+    monkeypatch.setattr(module, "data_source", damaged)
+    with pytest.raises(UserError, match=r"the image 0 of zoo cannot be read \(the record is corrupt\)$"):
+        dict(TfdsImages("zoo", "train")[0])
+    records = [{"image": b"", "label": label} for label in (0, -1)]
+    monkeypatch.setattr(module, "data_source", lambda *_, **__: records)
+    with pytest.raises(UserError, match="the label -1, which is none"):
+        TfdsImages("zoo", "train")
+    monkeypatch.setattr(
+        module, "data_source", lambda *_, decoders, **__: [{"label": "x"}] if decoders else records
+    )
+    with pytest.raises(UserError, match=r"the labels of zoo, split 'train', cannot be read"):
+        TfdsImages("zoo", "train")
+
+
 def test_the_package_is_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(UserError, match="pip install tensorflow-datasets"):

@@ -1,29 +1,28 @@
 """The planner: counts against hand-made ones, and real compilations for TPUs that are not there."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from runpy import run_path
 
 import jax
 import jax.numpy as jnp
 import pytest
-from extras import require
 from jax.sharding import PartitionSpec as P
 
+from ovseg_jax.configs import pomp
+from ovseg_jax.costs import plan as planner
 from ovseg_jax.costs.flops import count_flops
+from ovseg_jax.costs.plan import largest_batch, plan, search
+from ovseg_jax.costs.roofline import CHIPS, report
+from ovseg_jax.errors import UserError
 from ovseg_jax.parallel.sharding import AXES, make_mesh
+from tests.extras import require
 
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def plan_module():
-    """Importing the planner asks for the CPU, which the tests run on anyway."""
-    from ovseg_jax import plan
-
-    return plan
+ROOT = Path(__file__).parents[2]
 
 
 def flops(function, *shapes, devices=1):
@@ -68,7 +67,7 @@ def test_flops_of_loops_branches_and_shares():
         assert flops(share, (16, 3), devices=8) == 8 * 2 * 2 * 2 * 3
 
 
-def test_a_refusal_of_the_compiler_becomes_a_plan(plan_module):
+def test_a_refusal_of_the_compiler_becomes_a_plan():
     counted = dict(
         topology="v3:2x2", devices=8, batch_size=8, parameters=1, optimizer=1, batch=1, activations=1,
         capacity=16 * 2**30, flops=1e12, compute_seconds=0.016,
@@ -78,11 +77,11 @@ def test_a_refusal_of_the_compiler_becomes_a_plan(plan_module):
         "available HBM (15.48G).",
         "Ran out of memory in memory space hbm. Used 16.51G of 15.48G hbm. Exceeded hbm capacity by 1.03G.",
     ):
-        refused = plan_module._too_large(RuntimeError(text), counted)
+        refused = planner._too_large(RuntimeError(text), counted)
         assert not refused.fits and abs(refused.over / 2**30 - 1.03) < 1e-6
-        assert "DOES NOT FIT: 1.03 GiB too much" in plan_module.report(refused)
+        assert "DOES NOT FIT: 1.03 GiB too much" in report(refused)
     with pytest.raises(RuntimeError, match="another"):
-        plan_module._too_large(RuntimeError("another error"), counted)
+        planner._too_large(RuntimeError("another error"), counted)
 
 
 def command(*arguments):
@@ -103,41 +102,81 @@ def plans(*arguments, code=0):
 TINY = "--config=tests/tiny.py"
 
 
+def tiny(**changes):
+    config = run_path(str(ROOT / "tests" / "tiny.py"))["get_config"]()
+    config.update_from_flattened_dict(changes)
+    return config
+
+
 def test_gpus_by_count():
-    (one,), (two,) = (plans(TINY, f"--topology=h100:{n}") for n in (1, 2))
-    assert one["fits"] and one["devices"] == 1 and one["temporary"] is None and one["bound"] == "compute"
-    assert two["flops"] == pytest.approx(one["flops"] / 2)
-    assert two["parameters"] == one["parameters"] and two["activations"] == one["activations"] // 2
-    (spread,) = plans(TINY, "--topology=h100:4", "--config.mesh.data=1", "--config.mesh.fsdp=4")
-    assert one["parameters"] / 4 <= spread["parameters"] < one["parameters"] / 2
+    one, two = (plan(tiny(), f"h100:{n}") for n in (1, 2))
+    assert one.fits and one.devices == 1 and one.temporary is None and one.bound == "compute"
+    assert two.flops == pytest.approx(one.flops / 2)
+    assert two.parameters == one.parameters and two.activations == one.activations // 2
+    spread = plan(tiny(**{"mesh.data": 1, "mesh.fsdp": 4}), "h100:4")
+    assert one.parameters / 4 <= spread.parameters < one.parameters / 2
+
+
+def exact(**changes):
+    config = pomp.get_config("data=folder,data_dir=x,sample=0,cache=1")
+    config.update_from_flattened_dict({"batch_size": 32, "data.views": 1, **changes})
+    return config
 
 
 def test_the_exact_softmax_takes_no_more_memory_for_twice_the_classes():
-    exact = ("--config=configs/pomp.py:data=folder,data_dir=x,sample=0,cache=1", "--topology=h100:1")
-    exact += ("--config.batch_size=32", "--config.data.views=1")
-    (one,), (two,) = (plans(*exact, f"--classes={n}") for n in (10_451, 20_902))
-    assert two["flops"] > 1.9 * one["flops"]
+    one, two = (plan(exact(), "h100:1", classes=n) for n in (10_451, 20_902))
+    assert two.flops > 1.9 * one.flops
     # The chunks' sums and what goes with the prompt are kept, never the chunks.
-    assert two["activations"] < 1.1 * one["activations"] < 2**29
-    (sampled,) = plans(*exact, "--classes=10451", "--config.loss.sample=1000")
-    assert sampled["flops"] < one["flops"] / 3
+    assert two.activations < 1.1 * one.activations < 2**29
+    assert plan(exact(**{"loss.sample": 1000}), "h100:1").flops < one.flops / 3
 
 
 def test_the_largest_batch_fits_and_an_eighth_more_does_not():
-    large = (TINY, "--topology=h100:1", "--config.data.image_size=1024", "--config.data.mask_stride=4")
-    first, found = plans(*large, "--config.batch_size=64", "--largest_batch")
-    assert first["batch_size"] == 64 < found["batch_size"] and found["fits"]
-    assert found["change"] == f"--config.batch_size={found['batch_size']}"
-    assert found["total"] * 1.15 > found["capacity"]
+    large = tiny(**{"data.image_size": 1024, "data.mask_stride": 4, "batch_size": 64})
+    found = largest_batch(large, "h100:1")
+    assert found.batch_size > 64 and found.fits and found.total * 1.15 > found.capacity
+
+
+def test_a_search_for_what_fits_in_prompt_tuning(monkeypatch):
+    """Its towers can be computed again too; there is no `model`."""
+    config = exact(batch_size=64)
+    total = plan(config, "h100:2", classes=500).total
+    monkeypatch.setitem(CHIPS, "h100", CHIPS["h100"]._replace(memory=int(total * 0.9)))
+    tried = list(search(config, "h100:2", classes=500))
+    assert tried[0][0] == "--config.towers.text.remat=all"
+    assert "--config.mesh.fsdp=-1" in tried[1][0] or tried[0][1].fits
+
+
+def test_a_search_tries_the_cheapest_first(monkeypatch):
+    """Of OpenSeg what stands in a config of its model and its backbone, the model's first."""
+    monkeypatch.setitem(CHIPS, "h100", CHIPS["h100"]._replace(memory=1))
+    config = tiny()
+    config.model.backbone = dict(name="resnet50", remat="none")
+    model, backbone = "--config.model.remat", "--config.model.backbone.remat"
+    changes = [change for change, _ in itertools.islice(search(config, "h100:1"), 4)]
+    assert changes == [
+        f"{model}=products",
+        f"{model}=products {backbone}=products",
+        f"{model}=all {backbone}=products",
+        f"{model}=all {backbone}=all",
+    ]
 
 
 def test_what_cannot_be_planned():
     for topology in ("v3", "v9:2x2", "a100:8"):
-        done = command(TINY, f"--topology={topology}")
-        assert done.returncode == 2 and f"--topology={topology} is none of" in done.stderr
-    done = command(TINY, "--topology=h100:3")
-    assert done.returncode == 2 and "batch_size=4 must be a positive multiple of the 3 devices" in done.stderr
-    assert "say which --config" in command("--topology=h100:1").stderr
+        with pytest.raises(UserError, match=f"--topology={topology} is none of"):
+            plan(tiny(), topology)
+    with pytest.raises(UserError, match="batch_size=4 must be a positive multiple of the 3 devices"):
+        plan(tiny(), "h100:3")
+
+
+def test_the_command():
+    """What is asked for is printed, and what is wrong is one sentence."""
+    first, found = plans(TINY, "--topology=h100:1", "--largest_batch", "--config.data.image_size=256")
+    assert first["batch_size"] == 4 < found["batch_size"]
+    assert found["change"] == f"--config.batch_size={found['batch_size']}"
+    done = command("--topology=h100:1")
+    assert done.returncode == 2 and "say which --config" in done.stderr
 
 
 def test_a_step_compiled_for_a_tpu():

@@ -1,0 +1,51 @@
+"""Blocks that the configs share. Numbers are arguments; what stands here is the same everywhere."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def run(method: str, **own: Any) -> ConfigDict:
+    """Returns a whole config: the keys that every run has, and those of `own`."""
+    shared = dict(
+        method=method,
+        seed=0,
+        accumulate=1,  # parts in which a batch goes through the network, where memory is short
+        profile="",  # FIRST:STOP, steps to trace for XProf
+        tensorboard=False,
+        mesh=dict(data=-1, fsdp=1),
+        evals={},  # during training
+        final_evals={},  # at the end
+        log_every=20,
+    )
+    return ConfigDict({**shared, **own})
+
+
+def adamw(learning_rate: float, **own: Any) -> dict[str, Any]:
+    """Returns AdamW under a cosine."""
+    return dict(name="adamw", learning_rate=learning_rate, schedule="cosine", ema=0.0, **own)
+
+
+def sgd(learning_rate: float, **own: Any) -> dict[str, Any]:
+    """Returns SGD with momentum 0.9 under a cosine."""
+    return dict(name="sgd", learning_rate=learning_rate, schedule="cosine", momentum=0.9, ema=0.0, **own)
+
+
+def checkpoint(every: int, keep: int = 1) -> dict[str, Any]:
+    """Returns how often to save, and how many checkpoints to keep."""
+    return dict(every=every, keep=keep)
+
+
+def scenes(split: str, count: int) -> dict[str, Any]:
+    """Returns the embedded scenes of 64 px."""
+    return dict(name="scenes", split=split, num_examples=count, image_size=64, size="small")
+
+
+def segmentation(source: dict[str, Any], batch_size: int, **own: Any) -> dict[str, Any]:
+    """Returns an evaluation of segmentation with the predicted masks."""
+    return dict(type="segmentation", masks=("predicted",), source=source, batch_size=batch_size, **own)
+
+
+def classification(source: dict[str, Any], batch_size: int, **own: Any) -> dict[str, Any]:
+    """Returns an evaluation of whole images."""
+    return dict(type="classification", source=source, batch_size=batch_size, **own)

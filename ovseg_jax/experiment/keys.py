@@ -1,0 +1,123 @@
+"""The keys of a config: each has a reader, and what is set has an effect."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ovseg_jax import methods
+from ovseg_jax.config import keys, unknown_key
+from ovseg_jax.errors import UserError
+from ovseg_jax.evals.runner import TYPES
+from ovseg_jax.parallel.sharding import AXES
+
+TOP = keys("method seed steps batch_size accumulate profile tensorboard log_every sharding before")
+EVALS = {
+    "segmentation": "masks",
+    "classification": "prompts metric",
+    "transfer": "proposals prompts split ensemble threshold fill",
+}
+# Of `config`, what `--mode=eval` reads; the rest is that of the run.
+EVALUATED = ("data", "evals", "final_evals", "mesh", "sharding")
+
+
+def check_config(config: ConfigDict, given: Collection[str] = (), where: str = "") -> None:
+    """Refuses a config with a key that nothing reads, and so its stages.
+
+    Keys of networks, sources and augmentations are checked where those are made.
+
+    Args:
+      config: of a run.
+      given: keys that a person has set, such as "optimizer.momentum": those are also refused if they have no effect
+        beside the config's other values.
+      where: the place of a stage's config, for errors.
+
+    Raises:
+      UserError: names the first such key, and those that are known.
+    """
+    if config.get("method") not in methods.METHODS:
+        raise UserError(f"{where}method={config.get('method')!r} is not one of {', '.join(methods.METHODS)}")
+    sections = known_keys(config)
+    for key, value in config.items():
+        if key not in sections and key not in TOP:
+            raise UserError(unknown_key(f"{where}{key}", [*sections, *TOP]))
+        if key not in sections:
+            continue
+        for name in _items(value):
+            if name not in sections[key]:
+                raise UserError(unknown_key(f"{where}{key}.{name}", sections[key]))
+    for evaluations in ("evals", "final_evals"):
+        for name, evaluation in _items(config.get(evaluations)).items():
+            known = evaluation_keys(evaluation)
+            for key in evaluation:
+                if key not in known:
+                    raise UserError(unknown_key(f"{where}{evaluations}.{name}.{key}", known))
+    for key in given:
+        section, _, name = key.partition(".")
+        if not sections.get(section, {}).get(name.partition(".")[0], True):
+            effective = ", ".join(k for k, effect in sections[section].items() if effect)
+            raise UserError(f"{key} has no effect in this config; those of {section} that have: {effective}")
+        if section == "final_evals" and name.endswith(".every"):
+            raise UserError(f"{key} has no effect: final_evals come at the end")
+    for name, stage in _items(config.get("before")).items():
+        check_config(stage, where=f"before.{name}.")
+
+
+def check_evaluation(given: Collection[str]) -> None:
+    """Refuses a key that an evaluation takes from the run itself.
+
+    Raises:
+      UserError: names it.
+    """
+    for key in given:
+        if key.split(".")[0] not in EVALUATED:
+            raise UserError(
+                f"{key} has no effect with --mode=eval, which keeps the run's own; it reads {', '.join(EVALUATED)}"
+            )
+
+
+def known_keys(config: ConfigDict) -> dict[str, Mapping[str, bool]]:
+    """Returns the keys of each section, and whether each has an effect beside the config's other values."""
+    optimizer, data = config.get("optimizer", {}), config.get("data", {})
+    sgd, constant = optimizer.get("name", "adamw") == "sgd", optimizer.get("schedule") == "constant"
+    task = data.get("task", "segmentation")
+    segments = task == "segmentation"
+    return {
+        "mesh": dict.fromkeys(AXES, True),
+        "checkpoint": keys("every keep"),
+        "evals": dict.fromkeys(_items(config.get("evals")), True),
+        "final_evals": dict.fromkeys(_items(config.get("final_evals")), True),
+        "optimizer": {
+            **keys("name learning_rate schedule warmup_steps warmup_rate hold_steps weight_decay clip_norm"),
+            **keys("multipliers frozen ema"),
+            **keys("final_fraction decay_steps", not constant),
+            **keys("momentum nesterov", sgd),
+            **keys("b1 b2", not sgd),
+        },
+        "data": {
+            **keys(
+                "task train image_size workers threads prefetch views words extra_words label_size max_segments"
+            ),
+            **keys("count_captions", task != "classification"),
+            **keys("mask_stride max_masks max_words scale_jitter flip caption_filter tagger", segments),
+            **keys("min_count keep_prob batch_augment", segments),
+            **keys("augment", not segments),
+            **keys("text_length", task == "captions"),
+            **keys("cache_features", task == "classification"),
+        },
+        **methods.METHODS[config.method].keys(config),
+    }
+
+
+def evaluation_keys(evaluation: ConfigDict) -> dict[str, bool]:
+    """Returns the keys of an evaluation of its type."""
+    kind = evaluation.get("type", "segmentation")
+    if kind not in TYPES:
+        raise UserError(f"an evaluation's type is one of {', '.join(TYPES)}, not {kind!r}")
+    return (
+        keys("type source batch_size every limit") | keys(EVALS[kind]) | dict.fromkeys(TYPES[kind][2], True)
+    )
+
+
+def _items(section: Any) -> Mapping[str, Any]:
+    return dict(section.items()) if hasattr(section, "items") else {}

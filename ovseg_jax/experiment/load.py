@@ -1,0 +1,103 @@
+"""A run that is there: its config, vocabulary, method and variables, loaded in one place."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.files import read_recorded
+from ovseg_jax.parallel.sharding import DEFAULT_RULES
+from ovseg_jax.protocols import Variables
+from ovseg_jax.train.checkpoints import load_variables, read_run
+from ovseg_jax.vocab.classes import ClassList
+from ovseg_jax.vocab.words import WordList
+
+WORDS_FILE, CLASSES_FILE = "words.json", "classes.json"
+
+
+class Run(NamedTuple):
+    """A finished run, or one that is going on.
+
+    Attributes:
+      config: resolved, see `config.resolved`.
+      method: built for it.
+      variables: trained.
+      words: its caption vocabulary.
+      classes: of its training data.
+      step: how many steps the variables have made.
+    """
+
+    config: ConfigDict
+    method: Any
+    variables: Variables
+    words: WordList | None = None
+    classes: ClassList | None = None
+    step: int | None = None
+
+
+def load_run(
+    workdir: epath.PathLike,
+    mesh: Mesh | None = None,
+    *,
+    step: int | None = None,
+    rules: Iterable[Sequence[str]] | None = None,
+    averaged: bool = True,
+    kind: type | None = None,
+    key: str = "--checkpoint",
+    lacking: str = "cannot do this",
+) -> Run:
+    """Loads a run from its folder or bucket.
+
+    Args:
+      workdir: where it is.
+      mesh: where its variables go; by default this process's own device.
+      step: which checkpoint; by default the newest whole one.
+      rules: the sharding rules on that mesh; by default the run's own.
+      averaged: take the averaged parameters of a run that keeps them.
+      kind: a protocol that its method has to have.
+      key: the flag or setting that named the run, for errors.
+      lacking: what a method of another kind does not do, for errors.
+
+    Raises:
+      UserError: there is no run, or no such checkpoint, or its method is not of this kind; a file is damaged.
+    """
+    workdir = epath.Path(workdir)
+    config = read_run(workdir)
+    method, words, classes = read_method(config, workdir)
+    if kind is not None and not isinstance(method, kind):
+        raise UserError(f"{key}={workdir} was trained with method={config.method}, which {lacking}")
+    rules = config.get("sharding", DEFAULT_RULES) if rules is None else rules
+    variables, step = load_variables(workdir, step, mesh=mesh, rules=rules, averaged=averaged)
+    return Run(config, method, jax.device_put(variables) if mesh is None else variables, words, classes, step)
+
+
+def read_method(config: ConfigDict, workdir: epath.Path) -> tuple[Any, WordList, ClassList]:
+    """Builds the method of a run with the vocabulary and the classes in its folder; returns all three.
+
+    Raises:
+      UserError: a file is missing or damaged.
+    """
+    from ovseg_jax.methods import build
+
+    words, classes = read_words(workdir), read_classes(workdir)
+    return build(config, words, classes), words, classes
+
+
+def read_words(workdir: epath.Path) -> WordList:
+    """Reads the vocabulary of a run."""
+    read_recorded(workdir / WORDS_FILE)
+    return WordList.load(workdir / WORDS_FILE)
+
+
+def read_classes(workdir: epath.Path) -> ClassList:
+    """Reads the classes of a run's training data."""
+    path = workdir / CLASSES_FILE
+    text = read_recorded(path)
+    try:
+        return ClassList.from_json(text)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as a class list ({error}).") from error

@@ -1,0 +1,55 @@
+"""Published weights by the name of a network: where they are, and the pixels that they were trained on."""
+
+from typing import NamedTuple
+
+from ovseg_jax.errors import UserError
+
+Channels = tuple[float, float, float]
+
+
+class Pixels(NamedTuple):
+    """Mean and standard deviation by which pixels in [0, 1] are normalised."""
+
+    mean: Channels
+    std: Channels
+
+
+IMAGENET = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # torchvision, EfficientNet, DINO, MAE, Swin
+CLIP = Pixels((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # OpenAI's clip.load
+HALF = Pixels((0.5,) * 3, (0.5,) * 3)  # SigLIP
+# The released OpenSeg demo. Only for networks that start from noise: others know the pixels of their weights.
+CENTRED = Pixels((128 / 255,) * 3, (128 / 255,) * 3)
+
+BACKBONES = {
+    "efficientnet_b7": "timm:tf_efficientnet_b7.ns_jft_in1k",  # noisy student
+    "resnet101": "timm:resnet101.tv_in1k",
+    "resnet50": "timm:resnet50.tv_in1k",
+    "clip_rn50": "hf:timm/resnet50_clip.openai",
+    "clip_vitb32": "hf:openai/clip-vit-base-patch32",
+    "clip_vitb16": "hf:openai/clip-vit-base-patch16",
+    "clip_vitl14": "hf:openai/clip-vit-large-patch14",
+    "dino_vits8": "hf:facebook/dino-vits8",
+    "dino_vits16": "hf:facebook/dino-vits16",
+    "mae_vitb16": "hf:facebook/vit-mae-base",
+}
+
+
+def weights_of(backbone: str) -> str:
+    """Returns where the published weights of a backbone are.
+
+    Raises:
+      UserError: there are none; says for which there are.
+    """
+    if backbone not in BACKBONES:
+        raise UserError(
+            f"no published weights are known for {backbone!r} (they are for {', '.join(BACKBONES)}): "
+            "say weights=FOLDER or FILE"
+        )
+    return BACKBONES[backbone]
+
+
+def pixels_of(backbone: str) -> Pixels:
+    """Returns how pixels are normalised for pretrained weights of a backbone."""
+    if backbone.startswith("siglip"):
+        return HALF
+    return CLIP if backbone.startswith(("clip_", "openclip_", "eva")) else IMAGENET

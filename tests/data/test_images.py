@@ -1,0 +1,212 @@
+"""Images and masks: stored values of labels, orientations, checksums, and one rule by which files are listed."""
+
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ovseg_jax.data.images import list_images, read_image, read_mask, save_mask, turn_mask
+from ovseg_jax.data.sources.folder import Folder
+from ovseg_jax.data.sources.image_folder import ImageFolder
+from ovseg_jax.errors import UserError
+
+
+def png(values, bits, palette=False):
+    """A PNG of one channel of 1 to 16 bits, grey or with a palette, made without an image library."""
+    chunk = lambda kind, body: (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    )
+    rows = ["".join(f"{value:0{bits}b}" for value in row) for row in values]
+    rows = [row + "0" * (-len(row) % 8) for row in rows]
+    raw = b"".join(b"\0" + bytes(int(row[i : i + 8], 2) for i in range(0, len(row), 8)) for row in rows)
+    head = struct.pack(">IIBBBBB", len(values[0]), len(values), bits, 3 if palette else 0, 0, 0, 0)
+    colours = chunk(b"PLTE", bytes(k * 7 % 256 for k in range(3 << bits))) if palette else b""
+    body = chunk(b"IHDR", head) + colours + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize(
+    ("bits", "palette"), [*((b, False) for b in (1, 2, 4, 8, 16)), *((b, True) for b in (1, 2, 4, 8))]
+)
+def test_a_mask_has_its_stored_values(tmp_path, bits, palette):
+    values = (np.arange(15).reshape(3, 5) * 4099 if bits == 16 else np.arange(15).reshape(3, 5)) % (1 << bits)
+    (tmp_path / "m.png").write_bytes(png(values.tolist(), bits, palette))
+    mask = read_mask(tmp_path / "m.png")
+    np.testing.assert_array_equal(mask, values)
+    assert mask.dtype == (np.uint16 if bits == 16 else np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "options"),
+    [
+        ("m.tif", "L", {}),
+        ("m.TIFF", "L", {"compression": "tiff_lzw"}),
+        ("m.tif", "I;16", {}),
+        ("m.tif", "I", {}),
+        ("m.bmp", "L", {}),
+        ("m.bmp", "P", {}),
+        ("m.pgm", "L", {}),
+        ("m.tif", "1", {"compression": "group4"}),
+    ],
+)
+def test_masks_of_other_formats(tmp_path, name, mode, options):
+    values = np.arange(12, dtype=np.uint8).reshape(3, 4) % (2 if mode == "1" else 12)
+    image = Image.fromarray(values * 255 if mode == "1" else values)
+    if mode == "P":
+        image.putpalette(list(range(36)))
+    elif mode.startswith("I"):
+        image = Image.fromarray(values.astype(np.uint16 if mode == "I;16" else np.int32))
+    else:
+        image = image.convert(mode)
+    image.save(tmp_path / name, **options)
+    np.testing.assert_array_equal(read_mask(tmp_path / name), values)
+
+
+def test_what_is_no_mask(tmp_path):
+    def wrong(name, image, message, **options):
+        image.save(tmp_path / name, **options)
+        with pytest.raises(UserError, match=message) as caught:
+            read_mask(tmp_path / name)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+
+    grey = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))
+    wrong("a.jpg", grey, "JPEG may have changed its values")
+    wrong("a.webp", grey, "WEBP may have changed")
+    wrong("a.tif", grey, "may have changed", compression="jpeg")
+    wrong("b.tif", grey, "stores its pixels as 'L;I'", tiffinfo={262: 0})
+    wrong("c.tif", Image.fromarray(np.zeros((2, 2), np.float32)), "mode F")
+    wrong("d.tif", Image.fromarray(np.full((2, 2), -1, np.int32)), "outside 0..65535")
+    wrong("e.tif", grey, "holds 2 pictures", save_all=True, append_images=[grey])
+    wrong("a.png", grey.convert("RGBA"), "mode RGBA")
+    wrong("b.png", grey.convert("LA"), "mode LA")
+
+
+def test_every_altered_bit_of_a_mask_is_found(tmp_path):
+    expected = np.random.default_rng(0).integers(0, 16, (16, 16))
+    whole = png(expected.tolist(), 4)
+    for bit in range(0, 8 * len(whole), 5):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "m.png").write_bytes(data)
+        try:
+            np.testing.assert_array_equal(read_mask(tmp_path / "m.png"), expected)
+        except UserError:
+            continue
+
+
+def oriented(path, pixels, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(path, exif=exif)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(4, 6), (5, 5)])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_mask_lies_on_its_image_or_is_refused(tmp_path, orientation, size, suffix):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    stored = np.zeros((*size, 3), np.uint8)
+    stored[0, :2] = 255  # nothing maps this corner onto itself
+    oriented(tmp_path / f"images/a.{suffix}", stored, orientation)
+    upright = read_image(tmp_path / f"images/a.{suffix}")
+    wanted = (upright[..., 0] > 0).astype(np.uint8)
+
+    def found():
+        example = Folder(tmp_path)[0]
+        assert example["segments"].shape == example["image"].shape[:2]
+        source = Folder(tmp_path)
+        assert source.extent()[:2] == example["image"].shape[:2]
+        return example["segments"]
+
+    for mask in ((stored[..., 0] > 0).astype(np.uint8), wanted):
+        Image.fromarray(mask).save(tmp_path / "masks/a.png")
+        if orientation == 1 or (orientation > 4 and size[0] != size[1]):
+            np.testing.assert_array_equal(found(), wanted)
+        else:
+            with pytest.raises(UserError, match=f"EXIF orientation {orientation}"):
+                found()
+    # A mask that says how it lies is believed.
+    oriented(tmp_path / "masks/a.png", (stored[..., 0] > 0).astype(np.uint8), orientation)
+    np.testing.assert_array_equal(found(), wanted)
+    with (tmp_path / "masks/a.png").open("wb") as file:
+        save_mask(file, wanted)
+    np.testing.assert_array_equal(found(), wanted)
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(tmp_path / "masks/a.png")
+    with pytest.raises(UserError, match="9 x 9"):
+        found()
+
+
+def test_a_mask_of_colours_is_turned_or_refused(tmp_path):
+    colours = np.zeros((4, 6, 3), np.uint8)
+    colours[0, :2, 0] = 7
+    with pytest.raises(UserError, match="EXIF orientation 3"):
+        Image.fromarray(colours).save(tmp_path / "m.png")
+        turn_mask(colours, tmp_path / "m.png", tmp_path / "i.jpg", (4, 6), 3)
+    turned = turn_mask(colours, tmp_path / "m.png", tmp_path / "i.jpg", (6, 4), 6)
+    assert turned.shape == (6, 4, 3) and turned[:2, 3, 0].tolist() == [7, 7]
+
+
+def test_images_are_listed_by_one_rule(tmp_path, caplog):
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("a.PNG", "b.tif", "c.Jfif", "d.jp2", "e.gif", ".hidden.png", "._a.png"):
+        kind = {"jfif": "JPEG"}.get(name.lower().split(".")[-1])
+        Image.new("RGB", (8, 8)).save(images / name, kind)
+    (images / "notes.txt").write_text("x")
+    (images / "archive").write_text("x")
+    (images / "g.heic").write_text("x")
+    (images / "x.png").mkdir()
+    (images / "y.png").symlink_to(images / "nowhere.png")
+    (images / "z.png").symlink_to("z.png")
+    os.mkfifo(images / "pipe.png")
+    names = [path.name for path in list_images(images)]
+    assert names == ["a.PNG", "b.tif", "c.Jfif", "d.jp2", "e.gif", "y.png", "z.png"]
+    assert "1 .heic, 1 .txt, 2 folder, 2 hidden, 1 no suffix" in caplog.text
+    for name in ("y.png", "z.png"):  # links that lead nowhere are complained of, not forgotten
+        with pytest.raises(UserError, match=name):
+            read_image(images / name)
+    with pytest.raises(UserError, match="it is a folder"):
+        read_image(images / "x.png")
+
+
+def test_masks_are_listed_by_the_same_rule(tmp_path):
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"images/{name}.png")
+    mask = Image.fromarray(np.full((4, 4), 3, np.uint8))
+    mask.save(tmp_path / "masks/a.PNG")
+    mask.save(tmp_path / "masks/b.tif")
+    assert [len(Folder(tmp_path)[k]["class_ids"]) for k in range(2)] == [1, 1]
+    mask.save(tmp_path / "masks/a.bmp")
+    with pytest.raises(UserError, match=r"both a\.PNG and a\.bmp"):
+        Folder(tmp_path)
+    for name in ("a.PNG", "a.bmp", "b.tif"):
+        (tmp_path / "masks" / name).unlink()
+    (tmp_path / "masks/a.npy").write_bytes(b"x")
+    with pytest.raises(UserError, match="holds no mask"):
+        Folder(tmp_path)
+
+
+def test_hidden_folders_and_those_without_images_are_no_classes(tmp_path, caplog):
+    for folder in ("train/red", "train/.ipynb_checkpoints", "val/red", "val/blue", "devkit/data", ".cache/x"):
+        (tmp_path / folder).mkdir(parents=True)
+        if folder.startswith(("train", "val")):
+            Image.new("RGB", (4, 4)).save(tmp_path / folder / "1.TIFF")
+    (tmp_path / "devkit/data/meta.mat").write_text("x")
+    (tmp_path / "train/red/readme.md").write_text("x")
+    source = ImageFolder(tmp_path, "train", num_classes=1)
+    assert source.classes.names == (("blue",), ("red",)) and source.labels.tolist() == [1]
+    assert "1 .md" in caplog.text
+    (tmp_path / "names.txt").write_text("\ufeffred ball\nblue kite\ngreen frog\n")
+    assert ImageFolder(tmp_path, "train", tmp_path / "names.txt").classes.names == (("ball",), ("kite",))
+
+
+def test_twelve_bits_in_sixteen_are_said(tmp_path, caplog):
+    Image.fromarray(np.full((4, 4), 4000, np.uint16)).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png").max() == 16
+    assert "values up to 4000 of 65535" in caplog.text

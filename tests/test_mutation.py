@@ -1,0 +1,423 @@
+"""Thousands of damaged files through all readers: each ends in a result or in one sentence, none in another exception.
+
+More, and others: MUTANTS=20000 MUTATION_SEED=7 python -m pytest tests/test_mutation.py
+"""
+
+import contextlib
+import functools
+import gzip
+import io
+import json
+import logging
+import os
+import random
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from ovseg_jax.data.images import read_header, read_image, read_mask
+from ovseg_jax.data.sources.coco import Coco
+from ovseg_jax.data.sources.folder import Folder
+from ovseg_jax.data.sources.image_folder import ImageFolder, read_names
+from ovseg_jax.errors import UserError
+from ovseg_jax.experiment.load import read_classes, read_words
+from ovseg_jax.towers.templates import read_templates
+from ovseg_jax.train.checkpoints import read_config
+from ovseg_jax.train.metrics import read_metrics
+from ovseg_jax.viz import curves
+from ovseg_jax.vocab.class_files import read_class_file
+from ovseg_jax.vocab.classes import parse_labels, read_label_file
+from ovseg_jax.vocab.splits import load_split, read_categories
+from ovseg_jax.vocab.tokenizers import load_tokenizer
+from ovseg_jax.vocab.vectors import ClassVectors
+from ovseg_jax.vocab.words import WordList
+from tests.extras import require
+from tests.mutants import mutant
+from tests.pretrained import damaged
+
+MUTANTS = int(os.environ.get("MUTANTS", "4000"))
+SEED = int(os.environ.get("MUTATION_SEED", "0"))
+SECONDS = 30  # which no reader needs, not even for a picture of as many pixels as Pillow allows
+PACKAGE = Path(__file__).parents[1] / "ovseg_jax"
+
+
+class Reader(NamedTuple):
+    """A file and its reader.
+
+    Attributes:
+      write: writes a whole file into a folder, and what it needs beside it; returns its path.
+      read: reads it.
+      share: of the mutants, in parts of those of another reader: less for a slow one.
+    """
+
+    write: Callable[[Path], Path]
+    read: Callable[[Path], Any]
+    share: float = 1.0
+
+
+class Hang(BaseException):
+    """A reader that takes too long; no Exception, so that no reader takes it for damage."""
+
+
+def text(name: str, content: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        (folder / name).write_text(content, "utf-8")
+        return folder / name
+
+    return write
+
+
+def picture(name: str, mode: str = "RGB", orientation: int = 1, **options: Any) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        values = np.arange(12 * 16).reshape(12, 16) % 11
+        image = Image.fromarray(values.astype(np.uint16 if mode == "I;16" else np.uint8))
+        image = image if mode == "I;16" else image.convert(mode)
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image.save(folder / name, **(options if orientation == 1 else {"exif": exif, **options}))
+        return folder / name
+
+    return write
+
+
+def halves(folder: Path) -> Path:
+    mask = np.full((12, 16), 255, np.uint8)
+    mask[:6], mask[6:9] = 1, 2
+    _segments(mask, folder / "a.png")
+    return folder / "a.png"
+
+
+def _segments(mask: np.ndarray, path: Path) -> None:
+    Image.fromarray(mask).save(path)
+
+
+def in_folder(write: Callable[[Path], Path], where: str = "") -> Callable[[Path], Path]:
+    """The layout of `Folder` with two images, and one file of it anew."""
+
+    def written(folder: Path) -> Path:
+        for name in ("images", "masks"):
+            (folder / name).mkdir()
+        mask = np.zeros((12, 16), np.uint8)
+        mask[2:5, 3:9], mask[6:9, 3:9] = 1, 2
+        for name in ("a", "b"):
+            picture(f"{name}.png")(folder / "images")
+            _segments(mask, folder / f"masks/{name}.png")
+        text("segments.json", '{"a.png": {"1": "red ball", "2": "grass"}, "b.png": {"1": "grass"}}')(folder)
+        text("classes.txt", "1:red ball,ball\n2:grass,lawn\n7:invalid_class_id\n")(folder)
+        return write(folder / where)
+
+    return written
+
+
+def all_of(source: Any) -> None:
+    """Every field of every example, and what is read without them."""
+    for index in range(len(source)):
+        dict(source[index])
+    source.extent()
+    source.regions()
+    list(source.captions())
+
+
+def coco(name: str) -> Callable[[Path], Path]:
+    """COCO's layout with two images; returns one file of it."""
+
+    def write(folder: Path) -> Path:
+        (folder / "annotations/panoptic_val").mkdir(parents=True)
+        (folder / "val").mkdir()
+        images, annotations, captions = [], [], []
+        for k in (1, 2):
+            picture(f"{k}.jpg")(folder / "val")
+            colours = np.zeros((12, 16, 3), np.uint8)
+            colours[:6], colours[6:] = (k, 1, 0), (9, 0, 2)
+            _segments(colours, folder / f"annotations/panoptic_val/{k}.png")
+            ids = (k + 256, 9 + 2 * 65536)
+            infos = [
+                {"id": n, "category_id": 3 + i, "iscrowd": 0, "area": 96, "bbox": [0, 6 * i, 16, 6]}
+                for i, n in enumerate(ids)
+            ]
+            images.append({"id": k, "file_name": f"{k}.jpg", "height": 12, "width": 16})
+            annotations.append({"image_id": k, "file_name": f"{k}.png", "segments_info": infos})
+            captions.append({"image_id": k, "id": k, "caption": "a red ball on the grass"})
+        categories = [
+            {"id": 3, "name": "dog", "isthing": 1},
+            {"id": 4, "name": "wall-other-merged", "isthing": 0},
+        ]
+        panoptic = {"images": images, "annotations": annotations, "categories": categories}
+        text("annotations/panoptic_val.json", json.dumps(panoptic))(folder)
+        text("annotations/captions_val.json", json.dumps({"images": images, "annotations": captions}))(folder)
+        return folder / name
+
+    return write
+
+
+def root_of(path: Path, name: str) -> Path:
+    return path.parents[name.count("/")]
+
+
+def coco_reader(name: str, **arguments: Any) -> Reader:
+    return Reader(coco(name), lambda path: all_of(Coco(root_of(path, name), "val", **arguments)), 1.5)
+
+
+def folder_reader(write: Callable[[Path], Path], where: str = "", **arguments: Any) -> Reader:
+    root = lambda path: path.parents[1] if where else path.parent
+    return Reader(in_folder(write, where), lambda path: all_of(Folder(root(path), **arguments)))
+
+
+def class_folders(folder: Path) -> Path:
+    for name in ("n01", "n02"):
+        (folder / name).mkdir()
+        picture("1.png")(folder / name)
+    return text("names.txt", "n01: dog, hound\nn02\tcat\n")(folder)
+
+
+BOXES = [{"image_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}, {"image_id": "x", "bbox": [0.5, 2, 3, 4]}]
+ANNOTATIONS = {
+    "images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "coco_url": "http://x/val2017/b.jpg"}],
+    "annotations": [
+        {"id": 0, "image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4], "area": 12, "iscrowd": 0}
+    ],
+    "categories": [{"id": 3, "name": "dog", "synonyms": ["hound"], "isthing": 1}, {"id": 4, "name": "cat"}],
+}
+CLASSES = parse_labels("dog,hound; cat; sky")
+SPLIT = {"seen": [{"id": 3, "name": "dog", "isthing": 1}], "unseen": ["cat", "sky"]}
+RECORDS = "".join(json.dumps({"step": k, "loss": 1 / (k + 1), "val/mIoU": 50.0}) + "\n" for k in range(4))
+
+
+def vectors(folder: Path) -> Path:
+    np.savez(folder / "v.npz", words=np.array(["dog", "cat"]), vectors=np.eye(2, 5, dtype=np.float32))
+    return folder / "v.npz"
+
+
+@functools.cache
+def _bpe() -> bytes:
+    """As many merges as are quickly read."""
+    return b"#version\nh e\nl l\nhe ll\nhell o</w>\n"
+
+
+def bpe(folder: Path) -> Path:
+    require("tokenizers")
+    (folder / "bpe_simple_vocab_16e6.txt.gz").write_bytes(gzip.compress(_bpe()))
+    return folder / "bpe_simple_vocab_16e6.txt.gz"
+
+
+def clip_vocabulary() -> tuple[dict[str, int], list[str]]:
+    letters = sorted(require("tokenizers").pre_tokenizers.ByteLevel.alphabet())
+    merges = _bpe().decode().split("\n")[1:-1]
+    pieces = [*letters, *(c + "</w>" for c in letters), *(m.replace(" ", "") for m in merges)]
+    return {piece: k for k, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}, merges
+
+
+def clip_files(name: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        vocabulary, merges = clip_vocabulary()
+        text("vocab.json", json.dumps(vocabulary))(folder)
+        text("merges.txt", "\n".join(["#version: 0.2", *merges, ""]))(folder)
+        return folder / name
+
+    return write
+
+
+def tokenizer_json(folder: Path) -> Path:
+    vocabulary, merges = clip_vocabulary()
+    model = {"type": "BPE", "vocab": vocabulary, "merges": merges, "end_of_word_suffix": "</w>"}
+    return text("tokenizer.json", json.dumps({"model": model}))(folder)
+
+
+def unigram_json(folder: Path) -> Path:
+    library = require("tokenizers")
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((c, -2.0) for c in "▁abcdefgh")]
+    library.Tokenizer(library.models.Unigram(pieces, 2, False)).save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+@functools.cache
+def _sentences() -> bytes:
+    model = io.BytesIO()
+    require("sentencepiece").SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red ball on the grass", "the blue kite and a dog"] * 20),
+        model_writer=model,
+        vocab_size=40,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def sentences(folder: Path) -> Path:
+    (folder / "spiece.model").write_bytes(_sentences())
+    return folder / "spiece.model"
+
+
+def tokens(path: Path) -> Any:
+    return load_tokenizer(path)(["a red ball", "x\ud800 é", ""])
+
+
+def run_file(name: str, content: str) -> Callable[[Path], Path]:
+    return text(name, content)
+
+
+def _config() -> str:
+    from ovseg_jax.config import to_json
+    from tests.tiny import get_config
+
+    return to_json(get_config())
+
+
+READERS: dict[str, Reader] = {
+    **{
+        f"image {name} {mode}": Reader(
+            picture(name, mode, **options), lambda path: (read_image(path), read_header(path))
+        )
+        for name, mode, options in (
+            ("a.png", "RGBA", {}),
+            ("a.png", "P", {"transparency": 0}),
+            ("a.png", "I;16", {}),
+            ("a.png", "RGB", {"orientation": 6}),
+            ("a.jpg", "RGB", {"orientation": 6}),
+            ("a.jpg", "CMYK", {}),
+            ("a.gif", "P", {}),
+            ("a.tif", "RGB", {"orientation": 3}),
+            ("b.tif", "L", {"compression": "tiff_lzw"}),
+            ("c.tif", "I;16", {}),
+            ("a.webp", "RGB", {}),
+            ("a.bmp", "P", {}),
+            ("a.ppm", "RGB", {}),
+            ("a.jp2", "RGB", {}),
+            ("a.tga", "RGB", {}),
+            ("a.ico", "RGB", {}),
+            ("a.pcx", "RGB", {}),
+            ("a.dds", "RGB", {}),
+            ("a.sgi", "RGB", {}),
+        )
+    },
+    **{
+        f"mask {name} {mode}": Reader(picture(name, mode, **options), read_mask)
+        for name, mode, options in (
+            ("a.png", "L", {}),
+            ("a.png", "P", {"bits": 4}),
+            ("a.png", "I;16", {}),
+            ("a.tif", "L", {}),
+            ("a.bmp", "L", {}),
+            ("a.pgm", "L", {}),
+        )
+    },
+    "COCO's panoptic JSON": coco_reader("annotations/panoptic_val.json"),
+    "COCO's captions": coco_reader("annotations/captions_val.json", masks=False),
+    "COCO's PNG": coco_reader("annotations/panoptic_val/1.png"),
+    "COCO's image": coco_reader("val/1.jpg"),
+    "mask of a folder": folder_reader(picture("a.png", "P", bits=4), "masks"),
+    "semantic mask of a folder": folder_reader(halves, "masks", kind="semantic"),
+    "turned image of a folder": folder_reader(picture("a.png", orientation=6), "images"),
+    "segments.json": folder_reader(text("segments.json", '{"a.png": {"1": "ball"}, "b": {"2": "lawn"}}')),
+    "classes.txt": folder_reader(text("classes.txt", "1:red ball,ball\n2:grass,lawn\n7:invalid_class_id\n")),
+    "captions.json": folder_reader(text("captions.json", '{"a.png": ["a red ball", "x"], "b": "one text"}')),
+    "captions.jsonl": folder_reader(
+        text(
+            "captions.jsonl", '{"image_id": "a", "caption": "x"}\n{"file": "b.png", "captions": ["y", "z"]}\n'
+        )
+    ),
+    "captions.tsv": folder_reader(text("captions.tsv", "a.png\ta red ball\nb\tone text\n")),
+    "names of class folders": Reader(class_folders, lambda path: all_of_labels(path)),
+    "names as JSON": Reader(text("names.json", '{"n01": ["dog", "hound"], "n02": "cat"}'), read_names),
+    "label file": Reader(
+        text("l.txt", "3:airplane,aeroplane\n# x\n7:invalid_class_id\n9: car\n"), read_label_file
+    ),
+    "class list": Reader(text("c.txt", "tench, Tinca tinca\nbow (weapon)\n"), read_class_file),
+    "class list as JSON": Reader(text("c.json", '["airplane", ["car", "automobile"]]'), read_class_file),
+    "categories": Reader(text("c.json", json.dumps(ANNOTATIONS)), read_class_file),
+    "class list of a run": Reader(text("c.json", CLASSES.to_json()), read_class_file),
+    "classes.json": Reader(
+        text("classes.json", CLASSES.to_json()), lambda path: read_classes(epath.Path(path.parent))
+    ),
+    "words.json": Reader(
+        text("words.json", '["<pad>", "dog", "red"]'), lambda path: read_words(epath.Path(path.parent))
+    ),
+    "list of words": Reader(text("w.json", '["<pad>", "dog", "red"]'), WordList.load),
+    "split": Reader(text("s.json", json.dumps({"data": SPLIT})), lambda path: load_split(CLASSES, str(path))),
+    "list of categories": Reader(text("s.json", json.dumps(SPLIT["unseen"])), read_categories),
+    "vectors": Reader(vectors, lambda path: ClassVectors.of(str(path))),
+    "CLIP's merges": Reader(bpe, tokens),
+    "CLIP's vocab.json": Reader(clip_files("vocab.json"), tokens),
+    "CLIP's merges.txt": Reader(clip_files("merges.txt"), tokens),
+    "CLIP's tokenizer.json": Reader(tokenizer_json, tokens),
+    "BERT's vocab.txt": Reader(text("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\na\nred\n##b\n"), tokens),
+    "SigLIP's tokenizer.json": Reader(unigram_json, tokens),
+    "SigLIP's model": Reader(sentences, tokens),
+    "templates": Reader(
+        text("t.json", '["a photo of a {}.", "a {}"]'), lambda path: read_templates(str(path))
+    ),
+    "config.json": Reader(
+        lambda folder: text("config.json", _config())(folder), lambda path: read_config(path.parent)
+    ),
+    "metrics.jsonl of curves": Reader(text("metrics.jsonl", RECORDS), curves._read),
+    **{name: Reader(write, read, 0.3) for name, (write, read) in damaged.READERS.items()},
+    "metrics.jsonl": Reader(text("metrics.jsonl", RECORDS), lambda path: read_metrics(path.parent)),
+}
+
+
+def all_of_labels(path: Path) -> None:
+    source = ImageFolder(path.parent, names=path)
+    for index in range(len(source)):
+        dict(source[index])
+
+
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        raise Hang
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def complaint(read: Callable[[Path], Any], path: Path) -> str:
+    """What a reader says of a damaged file; "" where it reads it."""
+    with warnings.catch_warnings(), np.errstate(all="ignore"), limited(SECONDS):
+        warnings.simplefilter("ignore")
+        try:
+            read(path)
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_damaged_file_is_read_or_refused(name, tmp_path, caplog):
+    caplog.set_level(logging.CRITICAL)
+    reader = READERS[name]
+    path = reader.write(tmp_path)
+    assert not complaint(reader.read, path)
+    whole, refused, failures = path.read_bytes(), 0, []
+    count = max(1, round(MUTANTS * reader.share / sum(r.share for r in READERS.values())))
+    for k in range(count):
+        data = b"" if k == 0 else mutant(random.Random(f"{SEED} {name} {k}"), path.name, whole)
+        path.write_bytes(data)
+        try:
+            said = complaint(reader.read, path)
+        except (Exception, Hang) as error:
+            failures.append(f"mutant {k}: {type(error).__name__}: {str(error)[:200]}")
+            continue
+        refused += bool(said)
+        if "\n" in said or (said and path.name not in said and path.parent.name not in said):
+            failures.append(f"mutant {k}: the sentence names no file, or is several: {said}")
+    assert not failures, f"{len(failures)} of {count}: " + "\n".join(failures[:5])
+    assert refused
+    path.unlink()
+    path.mkdir()
+    complaint(reader.read, path)  # a folder in the file's place
