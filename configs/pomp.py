@@ -199,7 +199,7 @@ def published_towers(args: Args) -> dict[str, Any]:
     """Returns the towers of `towers` and `weights`; their pixels are normalised as CLIP's, by default."""
     return dict(
         image=dict(name=args.towers),
-        text=dict(name=args.towers, remat="products"),  # ours
+        text=dict(name=args.towers, remat="dots"),  # ours
         init=args.weights or weights_of(args.towers),
         tokenizer="",
         image_size=224,  # appendix A

@@ -19,11 +19,11 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.evals.nearest import names_of, nearest_classes
 from ovseg_jax.evals.passes import each_batch, embed_in_chunks
 from ovseg_jax.evals.uniformity import distances, uniformity
+from ovseg_jax.kernels.unit import unit
 from ovseg_jax.parallel.sharding import AXES, replicated
 from ovseg_jax.protocols import Classifier, Variables
 from ovseg_jax.towers.prompt_file import Prompt
 from ovseg_jax.towers.templates import fill
-from ovseg_jax.towers.text import unit
 from ovseg_jax.vocab.classes import ClassList
 
 PAIRS = (("base", "new"), ("seen", "unseen"), ("seen", "held_out"))

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from ovseg_jax.config import to_json
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import forget, record, write_recorded
+from ovseg_jax.kernels.unit import unit
 from ovseg_jax.models import clip_resnet, eva, vit
 from ovseg_jax.models.clip_resnet import ClipResNet
 from ovseg_jax.models.eva import Eva
@@ -31,7 +32,6 @@ from ovseg_jax.towers.packed_text import stacked
 from ovseg_jax.towers.prompt import encode_names, even_order, phrase_tokens, window_size
 from ovseg_jax.towers.prompt_file import ANCHOR, Prompt
 from ovseg_jax.towers.prompt_layout import Layout, NameTokens
-from ovseg_jax.towers.text import unit
 from ovseg_jax.vocab.tokenizers import PieceTokenizer, load_tokenizer
 from ovseg_jax.vocab.word_tokenizer import WordTokenizer
 from ovseg_jax.vocab.words import WordList

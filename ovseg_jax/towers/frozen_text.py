@@ -16,9 +16,9 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.kernels.unit import unit
 from ovseg_jax.models.text_towers import CLIPText, TextOutput, text_tower
 from ovseg_jax.towers.prompt_file import ANCHOR, FILE, Prompt, load_prompt, save_prompt
-from ovseg_jax.towers.text import unit
 from ovseg_jax.vocab.words import WordList
 
 BATCH = 64

@@ -1,14 +1,9 @@
 """The text side: words and phrases as unit vectors."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-
-def unit(x: Float[Array, "*n d"], eps: float = 1e-6) -> Float[Array, "*n d"]:
-    """x / |x| in float32, safe at zero."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), -1, keepdims=True) + eps**2)
+from ovseg_jax.kernels.unit import unit
 
 
 def embed_words(table: Float[Array, "v d"], ids: Int[Array, "*n"]) -> Float[Array, "*n d"]:

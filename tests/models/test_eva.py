@@ -257,7 +257,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters(kind):
         assert 0 < reference.relative_error(ours.astype(jnp.float32), theirs) < 0.05
 
 
-@pytest.mark.parametrize("policy", ["products", "all"])
+@pytest.mark.parametrize("policy", ["dots", "all"])
 def test_remat_changes_nothing_but_memory(policy):
     x = images(2, 32, 16)
     plain = Eva(**{**TINY, "depth": 2, "taps": ()}, **KINDS["eva02"][0])

@@ -318,7 +318,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
 def test_remat_changes_nothing_but_memory():
     x = images(16, 24)
     plain, *others = (
-        tiny("clip_vitb16", depth=2, taps=(1,), remat=policy) for policy in ("none", "products", "all")
+        tiny("clip_vitb16", depth=2, taps=(1,), remat=policy) for policy in ("none", "dots", "all")
     )
     variables = reference.init(plain, x)
 
