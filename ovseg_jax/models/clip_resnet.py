@@ -28,7 +28,7 @@ HEAD_CHANNELS = 64
 
 
 def average_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    """Means of 2x2 pixels, to ceil(h/2) x ceil(w/2): what is left at an odd side is averaged for itself."""
+    """Averages 2x2 pixels, to ceil(h/2) x ceil(w/2): what is left at an odd side is averaged for itself."""
     return nn.avg_pool(x, (2, 2), strides=(2, 2), padding="SAME", count_include_pad=False)
 
 

@@ -41,7 +41,7 @@ EPSILON = 1e-6
 
 
 def rotary_table(rows: int, columns: int, grid: int, size: int) -> Float[Array, "2 n d"]:
-    """Cosines and sines of the angles by which `rotate` turns each pair of a head's channels (Su et al. 2021).
+    """Returns cosines and sines of the angles by which `rotate` turns each pair of a head's channels (Su et al. 2021).
 
     The first half of the pairs turns with the row, the other with the column, at rates 10000^(-4 i / size). Positions
     run from 0 to `grid` on both sides, whatever the image's size: EVA-02 keeps the range that it was pretrained on. The

@@ -7,7 +7,7 @@ from ovseg_jax.kernels.keys import keys
 
 
 def axis_weights(length: int, size: int, method: str = "bicubic") -> Float[np.ndarray, "size length"]:
-    """What each of `size` new places takes from the `length` old ones, as float64; methods as in `resize_positions`."""
+    """Returns what each of `size` new places takes from the `length` old ones, in float64, see `resize_positions`."""
     new = np.arange(size, dtype=np.float64)
     if method == "bilinear":
         places = new * ((length - 1) / max(size - 1, 1))

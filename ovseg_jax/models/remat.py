@@ -15,7 +15,7 @@ M = TypeVar("M", bound=type[nn.Module])
 
 
 def rematerialise(module: M, policy: str, static_argnums: tuple[int, ...] = ()) -> M:
-    """`module`, inside of which a backward pass keeps only what `policy` says.
+    """Wraps a module class so that the backward pass keeps what `policy` says and computes the rest again.
 
     Args:
       module: a class of modules; its inputs and its result are kept in any case.
@@ -31,7 +31,7 @@ def rematerialise(module: M, policy: str, static_argnums: tuple[int, ...] = ()) 
 
 
 def rematerialise_function(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
-    """`function`, inside of which a backward pass keeps only what `policy` says; see `rematerialise`."""
+    """Wraps a function so that the backward pass keeps what `policy` says; see `rematerialise`."""
     again, kept = _read(policy)
     return jax.checkpoint(function, policy=kept) if again else function
 

@@ -31,7 +31,7 @@ kernel_init = nn.initializers.truncated_normal(0.02)
 
 
 def relative_positions(height: int, width: int, window: int) -> np.ndarray:
-    """Rows of the table [(2*window-1)^2 ...] for each query and key of a window of height x width: [n n], n = h*w."""
+    """Returns the row of the table [(2*window-1)^2 ...] for each query and key of a window: [n n], n = h*w."""
     y, x = (axis.ravel() for axis in np.mgrid[:height, :width])
     down, right = (axis[:, None] - axis[None, :] + window - 1 for axis in (y, x))
     return down * (2 * window - 1) + right
@@ -47,13 +47,13 @@ def to_windows(x: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array
 def from_windows(
     x: Float[Array, "b windows n c"], size: tuple[int, int], height: int, width: int
 ) -> Float[Array, "b h w c"]:
-    """The inverse of `to_windows`, for a map of height x width."""
+    """Inverts `to_windows`, for a map of height x width."""
     x = x.reshape(x.shape[0], height // size[0], width // size[1], *size, x.shape[-1])
     return x.swapaxes(2, 3).reshape(x.shape[0], height, width, -1)
 
 
 def regions(height: int, width: int, size: tuple[int, int], shift: tuple[int, int]) -> np.ndarray:
-    """Which tokens of a shifted map were neighbours before it went round: the same number in one window, [windows n].
+    """Numbers tokens of a shifted map, [windows n]: the same number for those that were neighbours before the shift.
 
     Only the last `shift` rows and columns came from the other side.
     """

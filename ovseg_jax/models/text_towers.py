@@ -68,11 +68,11 @@ class TextTower(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        """The token table, which `embed` and the tower share."""
+        """Makes the token table, which `embed` and the tower share."""
         self.Embed_0 = nn.Embed(self.vocab_size, self.width, dtype=self.dtype, embedding_init=_table_init)
 
     def embed(self, ids: Int[Array, "*n"]) -> Float[Array, "*n d"]:
-        """The token table's rows, without positions; ask for it by `method="embed"`."""
+        """Returns the token table's rows, without positions; ask for it by `method="embed"`."""
         return self.Embed_0(ids)
 
     def _add_positions(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
@@ -229,7 +229,7 @@ PRESETS: dict[str, tuple[type[TextTower], dict[str, Any]]] = {
 
 
 def text_tower(name: str, **fields: Any) -> TextTower:
-    """A published tower, random, with some of its fields changed.
+    """Builds a published tower, random, with some of its fields changed.
 
     Args:
       name: a key of PRESETS.

@@ -42,11 +42,11 @@ class Places:
 
     @property
     def count(self) -> int:
-        """How many patch tokens there are."""
+        """Returns how many patch tokens there are."""
         return self.grid[0] * self.grid[1] if self.kept is None else self.kept.shape[1]
 
     def unfold(self, x: Float[Array, "b n d"]) -> Float[Array, "b q d"]:
-        """The tokens in front and one for each place; what stands behind them, such as prompts, is left out."""
+        """Returns the tokens in front and one for each place; what stands behind them, such as prompts, is left out."""
         if self.owner is None:
             return x[:, : self.first + self.count]
         patches = x[:, self.first : self.first + self.count]
@@ -100,7 +100,7 @@ def attend(
     rotary: Rotary | None = None,
     inner_norm: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "b q e"]:
-    """Multi-head attention (Vaswani et al. 2017); the softmax is float32 in any case.
+    """Computes multi-head attention (Vaswani et al. 2017); the softmax is float32 in any case.
 
     Args:
       layer: makes a dense layer, from a name ("query", "key", "value", "out"), a shape and `DenseGeneral`'s options.
@@ -294,7 +294,7 @@ def through_blocks(
     before: Callable[[int, Array], Array] = lambda i, x: x,
     taps: Collection[int] = (),
 ) -> tuple[Float[Array, "b m d"], Places, Taps]:
-    """The way of an image's tokens through a tower.
+    """Sends an image's tokens through the blocks of a tower.
 
     Args:
       block: makes block i.

@@ -43,7 +43,7 @@ _TEXT = (
 
 
 def is_clip(vision: Any, text: Any) -> bool:
-    """Whether two towers of ours make a CLIP as transformers knows it."""
+    """Tells whether two towers of ours make a CLIP as transformers knows it."""
     return (
         isinstance(vision, ViT)
         and isinstance(text, CLIPText)

@@ -30,7 +30,7 @@ _COMPANIONS = (
 
 
 def find(init: str) -> Path:
-    """The local path of weights; what lies on the hub is downloaded into its cache once.
+    """Finds the local path of weights; what lies on the hub is downloaded into its cache once.
 
     Raises:
       UserError: no such file; an unknown prefix; no huggingface_hub, no network, no such repository.

@@ -41,7 +41,7 @@ def load(
     may_miss: Sequence[str] = (),
     pixels: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> dict[str, Any]:
-    """A module's variables from published weights.
+    """Reads a module's variables from published weights.
 
     Args:
       init: see `hub.find`.
@@ -99,7 +99,7 @@ def without_wrapper(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def from_ours(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
-    """What `to_torch` made of such variables, by path; None where the names are others."""
+    """Returns what `to_torch` made of such variables, by path; None where the names are others."""
     flat = flax.traverse_util.flatten_dict(dict(shapes), sep="/")
     inner = {path.partition("/")[2]: path for path in flat}
     if arrays.keys() != {torch_name(path) for path in inner}:
@@ -112,7 +112,7 @@ def from_ours(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> di
 
 
 def formats(module: nn.Module) -> dict[str, list[Rename]]:
-    """The formats in which weights of such a module have been published: name -> renames."""
+    """Returns the formats in which weights of such a module have been published: name -> renames."""
     match module:
         case ResNet():
             return {
@@ -164,7 +164,7 @@ def formats(module: nn.Module) -> dict[str, list[Rename]]:
 def recognise(
     arrays: Mapping[str, np.ndarray], known: Mapping[str, list[Rename]], path: Path
 ) -> tuple[str, list[Rename]]:
-    """The format that knows most of the names.
+    """Finds the format that knows most of the names.
 
     Raises:
       UserError: none of them knows most of the names.

@@ -25,7 +25,7 @@ _HEADS = re.compile(r"(query|key|value|out)(_\d+)?")
 
 
 def to_torch(parameters: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Parameters by path, `decoder/query_0/kernel`, as a state dictionary, `decoder.query_0.weight`."""
+    """Changes parameters by path, `decoder/query_0/kernel`, to a state dictionary, `decoder.query_0.weight`."""
     out = {}
     for path, value in parameters.items():
         order, joined = _layout(path, np.shape(value))
@@ -34,7 +34,7 @@ def to_torch(parameters: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def from_torch(state: Mapping[str, np.ndarray], shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
-    """The inverse of `to_torch`, for parameters of these shapes by path."""
+    """Inverts `to_torch`, for parameters of these shapes by path."""
     out = {}
     for path, shape in shapes.items():
         order, _ = _layout(path, shape)
@@ -62,7 +62,7 @@ def describe(module: Any) -> dict[str, Any]:
 
 
 def torch_name(path: str) -> str:
-    """`a/b/kernel` as `a.b.weight`."""
+    """Changes `a/b/kernel` to `a.b.weight`."""
     *scope, last = path.split("/")
     return ".".join([*scope, _NAMES.get(last, last)])
 

@@ -108,7 +108,7 @@ class Segmenter:
         return Segmentation(classes, label_map, confidence)
 
     def embed(self, names: Sequence[str]) -> Tensor:
-        """Unit vectors [T D] of names, by the text tower; or the normalised sums of their words' unit vectors."""
+        """Returns unit vectors [T D] of names, by the text tower or from their words' unit vectors."""
         if self.text is not None:
             return self.text(names)
         assert self.table is not None
@@ -147,7 +147,7 @@ class Text:
 
 
 def upsampling(pixels: int, cells: int, canvas: int, fitted: int, device: Any) -> Tensor:
-    """Bilinear interpolation [pixels cells] from a canvas grid to an image, see `kernels.resize.upsampling`."""
+    """Returns bilinear interpolation [pixels cells] from a canvas grid to an image, see `kernels.resize.upsampling`."""
     stride = canvas / cells
     position = (torch.arange(pixels, device=device) + 0.5) * fitted / pixels / stride - 0.5
     position = position.clamp(0, np.ceil(fitted / stride) - 1)
@@ -180,7 +180,7 @@ def load(folder: str | Path, device: str = "cpu") -> Segmenter:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Reads a JSON object.
 
     Raises:
       UserError: no such file, or another content.
@@ -193,5 +193,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """A folder's arrays in float32, whatever they are kept in."""
+    """Reads a folder's arrays in float32, whatever they are kept in."""
     return {k: torch.from_numpy(np.array(v, np.float32)) for k, v in read_arrays(folder / WEIGHTS).items()}

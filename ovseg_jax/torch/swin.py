@@ -17,7 +17,7 @@ def to_windows(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def from_windows(x: Tensor, size: tuple[int, int], height: int, width: int) -> Tensor:
-    """The inverse of `to_windows`, for a map [b height width c]."""
+    """Inverts `to_windows`, for a map [b height width c]."""
     b, _, _, c = x.shape
     x = x.reshape(b, height // size[0], width // size[1], *size, c)
     return x.transpose(2, 3).reshape(b, height, width, c)
@@ -57,7 +57,7 @@ class WindowAttention(nn.Module):
         return (torch.roll(x, shift, (1, 2)) if any(shift) else x)[:, :h, :w]
 
     def bias(self, size: tuple[int, int], shift: tuple[int, int], height: int, width: int) -> Tensor:
-        """Biases [windows*heads n n]; -inf between tokens that were no neighbours before the map went round."""
+        """Returns biases [windows*heads n n]; -inf between tokens that were no neighbours before the map went round."""
         n = size[0] * size[1]
         index = self.index[: size[0], : size[1], : size[0], : size[1]].reshape(n, n)
         bias = self.relative_position_bias[index].permute(2, 0, 1)[None]

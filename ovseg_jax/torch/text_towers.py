@@ -16,7 +16,7 @@ class TextTower(nn.Module):
         self.pos_embedding = nn.Parameter(torch.zeros(1, length, width))
 
     def embed(self, ids: Tensor, context: Tensor | None = None) -> Tensor:
-        """Tokens with their positions, [b l d]; -1 - i is vector i of a learned `context` [m d]."""
+        """Returns tokens with their positions, [b l d]; -1 - i is vector i of a learned `context` [m d]."""
         length = self.pos_embedding.shape[1]
         if ids.shape[1] > length:
             raise UserError(f"texts of {ids.shape[1]} tokens: this text tower takes {length} at most")
@@ -112,7 +112,7 @@ class Bert(TextTower):
         """
         x, _ = self.Encoder_0(self.embedding_norm(self.embed(ids) + self.type_embedding[0]), valid)
         if self.pool == "mean":
-            seen = torch.ones_like(ids) if valid is None else valid
-            weights = seen.float() / seen.float().sum(1, keepdim=True)
+            valid = torch.ones_like(ids) if valid is None else valid
+            weights = valid.float() / valid.float().sum(1, keepdim=True)
             return (weights[:, None] @ x.float())[:, 0].to(x.dtype)
         return x[:, 0] if self.pooler is None else torch.tanh(self.pooler(x[:, 0]))

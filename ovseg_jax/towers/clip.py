@@ -125,7 +125,7 @@ class Clip:
 
     @property
     def tokenizer(self) -> PieceTokenizer:
-        """The tokeniser; read when it is first asked for."""
+        """Returns the tokeniser; read when it is first asked for."""
         if self._tokenizer is None:
             from ovseg_jax.pretrained.hub import find
 
@@ -148,7 +148,7 @@ class Clip:
         return None
 
     def init(self, rng: jax.Array) -> dict[str, Any]:
-        """Random weights."""
+        """Returns random weights."""
         image_rng, text_rng = jax.random.split(rng)
         size = int(self.config.get("image_size", 224))
         image = self.image.init(image_rng, jnp.zeros((1, size, size, 3)))
@@ -157,7 +157,7 @@ class Clip:
         return {"image": dict(image), "text": stacked(text), "scale": scale}
 
     def pretrained(self) -> dict[str, Any]:
-        """The weights that `init` of the config names, as NumPy arrays; {} where it names none."""
+        """Returns the weights that `init` of the config names, as NumPy arrays; {} where it names none."""
         init = self.config.get("init", "")
         if not init:
             return {}
@@ -189,7 +189,7 @@ class Clip:
         image: UInt8[Array, "b h w 3"],
         prompts: Float[Array, "j m d"] | None = None,
     ) -> Float[Array, "b d"]:
-        """Unit vectors of images; `prompts` are those of a ViT."""
+        """Returns unit vectors of images; `prompts` are those of a ViT."""
         mean, std = (jnp.asarray(values, jnp.float32) for values in self._pixels())
         x = (image.astype(jnp.float32) / 255 - mean) / std
         more: dict[str, Any] = {} if prompts is None else {"prompts": prompts}
@@ -203,7 +203,7 @@ class Clip:
         tokens: NameTokens,
         deep: Float[Array, "j m d"] | None = None,
     ) -> Float[Array, "k e"]:
-        """Unit vectors of any number of names under a prompt, in memory that does not grow with their number."""
+        """Returns unit vectors of names under a prompt, in memory that does not grow with their number."""
         order = even_order(tokens.length)
         count, group = len(order), min(GROUP, len(order))
         size = window_size(tokens.length[order], group)
@@ -216,7 +216,7 @@ class Clip:
     def embed_prompt(
         self, weights: Mapping[str, Any], prompt: Prompt, names: Sequence[str]
     ) -> Float[Array, "k e"]:
-        """Unit vectors of names under a learned prompt.
+        """Returns unit vectors of names under a learned prompt.
 
         Raises:
           UserError: it was learned for another text tower, or for other classes.
@@ -228,11 +228,11 @@ class Clip:
         return self.embed_names(weights, jnp.asarray(prompt.context), prompt.layout, tokens)
 
     def anchor(self, weights: Mapping[str, Any]) -> tuple[float, ...]:
-        """What this text tower is known by, see `Prompt.anchor`; the same on all processes."""
+        """Returns what this text tower is known by, see `Prompt.anchor`; the same on all processes."""
         return tuple(on_host(weights["text"]["pos_embedding"][0, 0, :ANCHOR]).tolist())
 
     def embed_phrases(self, weights: Mapping[str, Any], texts: Sequence[str]) -> Float[Array, "k e"]:
-        """Unit vectors of texts as they stand."""
+        """Returns unit vectors of texts as they stand."""
         nothing = jnp.zeros((1, 0, self.text.width))
         return self.embed_names(weights, nothing, Layout(0), phrase_tokens(self.tokenizer, texts))
 
@@ -262,7 +262,7 @@ class Clip:
 
 
 def from_training(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights of a trained method "clip"."""
+    """Returns the weights of a trained method "clip"."""
     params = variables["params"]
     rest = {name: tree["image"] for name, tree in variables.items() if name != "params"}
     return {
@@ -320,7 +320,7 @@ def read_towers(folder: epath.Path) -> dict[str, Any]:
 
 
 def image_tower(config: ConfigDict, dtype: Any) -> nn.Module:
-    """An image tower that ends in an embedding.
+    """Builds an image tower that ends in an embedding.
 
     Raises:
       UserError: an unknown name or field.

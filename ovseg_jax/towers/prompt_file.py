@@ -85,7 +85,7 @@ class Prompt:
             )
 
     def tokens(self, tokenizer: PieceTokenizer, names: Sequence[str]) -> NameTokens:
-        """Tokens of names under this prompt.
+        """Returns tokens of names under this prompt.
 
         Raises:
           UserError: a name that is none of the classes with contexts of their own; and see `Layout.tokens`.
@@ -94,7 +94,7 @@ class Prompt:
         return tokens._replace(row=self.rows(names)) if self.layout.specific else tokens
 
     def rows(self, names: Sequence[str]) -> np.ndarray:
-        """Which of the contexts belongs to each name.
+        """Returns which of the contexts belongs to each name.
 
         Raises:
           UserError: the file does not say; and see `rows_of_names`.
@@ -107,7 +107,7 @@ class Prompt:
 
 
 def is_prompt_file(value: Any) -> bool:
-    """Whether a text is the path of a prompt, by its suffix."""
+    """Tells whether a text is the path of a prompt, by its suffix."""
     return isinstance(value, str) and (value.endswith(".safetensors") or bool(_ORIGINAL.search(value)))
 
 
