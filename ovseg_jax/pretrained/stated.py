@@ -9,11 +9,12 @@ import json
 import logging
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.efficientnet import EfficientNet
@@ -49,6 +50,7 @@ _HF: dict[str, tuple[tuple[str, ...], Facts]] = {
         dict(activation="gelu_pytorch_tanh", heads=12, epsilon=1e-6),
     ),
 }
+_FILES = ("config.json", "open_clip_config.json")
 _HF_NAMES = (
     ("activation", "hidden_act"),
     ("heads", "num_attention_heads"),
@@ -88,7 +90,9 @@ def check(path: Path, module: nn.Module, format_: str, names: Collection[str]) -
     Raises:
       UserError: another model by its config.json, one that cannot be read, or none where there has to be one.
     """
-    config, source = read_config(path.parent)
+    # A folder of the hub may hold a model in several libraries' formats, each with its own file.
+    order = _FILES[::-1] if "open_clip" in format_ else _FILES
+    config, source = read_config(path.parent, order)
     with reading(source or path):
         theirs = _stated(config, module, format_)
     own = facts(module)
@@ -118,43 +122,40 @@ def check(path: Path, module: nn.Module, format_: str, names: Collection[str]) -
         )
 
 
-def check_pixels(path: Path, mean: Collection[float], std: Collection[float]) -> None:
+def check_pixels(path: Path, mean: Sequence[float], std: Sequence[float]) -> None:
     """Compares how pixels are normalised with what the files beside the weights say.
 
     Raises:
       UserError: a difference, or a file that cannot be read.
     """
-    config, source = read_config(path.parent)
-    processor = path.parent / "preprocessor_config.json"
-    with reading(source or processor):
-        given = config.get("pretrained_cfg") or config.get("preprocess_cfg") or {}
-        if processor.is_file():
-            found = _object(processor)
-            given = {"mean": found.get("image_mean"), "std": found.get("image_std")}
-            source = str(processor)
-        apart = [
-            f"{name} is {list(given[name])}, and this config has {list(own)}"
-            for name, own in (("mean", mean), ("std", std))
-            if given.get(name) is not None
-            and not all(math.isclose(a, b, abs_tol=2e-3) for a, b in zip(given[name], own, strict=True))
-        ]
-    if apart:
-        raise UserError(
-            f"{source}: of pixels the published {apart[0]}: set mean and std to the published ones"
-        )
+    for name in ("preprocessor_config.json", *_FILES):
+        config, source = read_config(path.parent, (name,))
+        with reading(source or path):
+            given = config.get("pretrained_cfg") or config.get("preprocess_cfg") or {}
+            for fact, own in (("mean", mean), ("std", std)):
+                published = config.get(f"image_{fact}", given.get(fact))
+                if published is None or np.allclose(published, own, atol=2e-3):
+                    continue
+                raise UserError(
+                    f"{source}: the {fact} of pixels is {published}, and this config has {list(own)}: set mean and std "
+                    "to the published ones"
+                )
 
 
-def read_config(folder: Path) -> tuple[dict[str, Any], str]:
-    """Returns what lies beside weights, config.json or open_clip_config.json, and its path; ({}, "") without one.
+def read_config(folder: Path, names: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """Reads the first of these files that a folder holds; returns it and its path, ({}, "") without one.
 
     Raises:
       UserError: a damaged file.
     """
-    for name in ("open_clip_config.json", "config.json"):
+    for name in names:
         path = folder / name
         if path.exists():
             with reading(path):
-                return _object(path), str(path)
+                found = json.loads(path.read_text("utf-8"))
+                if not isinstance(found, dict):
+                    raise ValueError("it is no JSON object")
+                return found, str(path)
     return {}, ""
 
 
@@ -181,13 +182,6 @@ def facts(module: nn.Module) -> Facts:
         case EfficientNet():
             return dict(activation="swish", epsilon=1e-3)
     return {}
-
-
-def _object(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text("utf-8"))
-    if not isinstance(found, dict):
-        raise ValueError("it is no JSON object")
-    return found
 
 
 def _stated(config: Mapping[str, Any], module: nn.Module, format_: str) -> Facts:
@@ -259,6 +253,8 @@ def _of_open_clip(model: Mapping[str, Any], side: str, format_: str) -> Facts:
     }
     if side == "vision":
         return stated | {"heads": tower.get("width", 768) // tower.get("head_width", 64)}
+    if format_ == "open_clip's SigLIP" and stated["activation"] == "gelu":
+        del stated["activation"]  # As with timm's image towers, it is tanh's that they were trained with.
     return stated | {
         "heads": tower.get("heads", 8),
         "causal": not tower.get("no_causal_mask", False),

@@ -69,7 +69,7 @@ def encode_names(
     if size >= count * width or not may_exceed:
         return once(min(size, count * width), inputs, tokens)
     exceeds = tokens.length.sum() > size
-    # Memory is set aside for what is seldom, too: let it be little.
+    # The overflow branch reserves memory too: it is computed again in the backward pass.
     frugal = partial(_encode, tower.clone(remat="all"), start, layout)
     # Not one or the other: a branch of `cond` would hand on to the backward pass, as copies, what the other one keeps,
     # all weights among it.

@@ -13,7 +13,7 @@ from ovseg_jax.models.efficientnet import EfficientNet
 from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.swin import Swin
-from ovseg_jax.models.text_towers import Bert, CLIPText, SiglipText
+from ovseg_jax.models.text_towers import Bert, CLIPText, SiglipText, text_tower
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.pretrained.files import write_safetensors
 from ovseg_jax.pretrained.hf_clip import write_hf_clip
@@ -187,7 +187,7 @@ def test_damaged_configs(tmp_path, config):
 def test_pixels(tmp_path, file, config):
     (tmp_path / file).write_text(json.dumps(config))
     check_pixels(tmp_path / "x.safetensors", [0.5] * 3, [0.5] * 3)
-    with pytest.raises(UserError, match=rf"{file}: of pixels the published std is \[0.5, 0.5, 0.5\]"):
+    with pytest.raises(UserError, match=rf"{file}: the std of pixels is \[0.5, 0.5, 0.5\]"):
         check_pixels(tmp_path / "x.safetensors", [0.5] * 3, [0.25] * 3)
     check_pixels(tmp_path / "elsewhere" / "x.safetensors", [0.5] * 3, [0.25] * 3)
 
@@ -207,5 +207,55 @@ def test_towers_compare_their_pixels(tmp_path):
     )
     Clip(ConfigDict(config), WordList(("a",))).pretrained()
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3}))
-    with pytest.raises(UserError, match="of pixels the published mean is"):
+    with pytest.raises(UserError, match="the mean of pixels is"):
         Clip(ConfigDict(config), WordList(("a",))).pretrained()
+
+
+@pytest.mark.parametrize(
+    "name,image,text",
+    [
+        ("ViT-B-32-quickgelu", "clip_vitb32", "clip_vitb32"),
+        ("ViT-H-14", "openclip_vith14", None),
+        ("EVA02-B-16", "eva02_clip_b16", "eva02_clip_b16"),
+        ("EVA02-L-14-336", "eva02_clip_l14_336", "eva02_clip_l14_336"),
+        ("EVA02-E-14-plus", "eva02_clip_e14", "eva02_clip_e14_plus"),
+        ("EVA01-g-14", "eva01_clip_g14", "eva01_clip_g14"),
+        ("ViT-B-16-SigLIP", "siglip_vitb16", "siglip_base"),
+        ("ViT-SO400M-14-SigLIP-384", "siglip_so400m14_384", "siglip_so400m"),
+        ("ViT-L-16-SigLIP2-256", "siglip_vitl16_256", "siglip2_large"),
+    ],
+)
+def test_the_presets_are_what_open_clip_says(tmp_path, name, image, text):
+    config = {"model_cfg": require("open_clip").get_model_config(name)}
+    for preset, build in ((image, tower), (text, text_tower)):
+        if preset is None:
+            continue
+        module = build(preset)
+        format_ = {ViT: OPEN_CLIP, Eva: "timm's EVA", CLIPText: OPEN_CLIP, SiglipText: "open_clip's SigLIP"}
+        kind = "timm's ViT" if preset.startswith("siglip_vit") else format_[type(module)]
+        said(tmp_path, config, module, kind, file="open_clip_config.json")
+        wrong = dict(heads=1)
+        if isinstance(module, ViT):
+            wrong = dict(epsilon=1e-3)
+        elif isinstance(module, Eva):
+            wrong = dict(post_norm=not module.post_norm)
+        with pytest.raises(UserError, match=r"open_clip_config.json: its (heads|epsilon|post_norm) is"):
+            said(tmp_path, config, module.clone(**wrong), kind, file="open_clip_config.json")
+
+
+def tower(preset):
+    return build_backbone({"name": preset}).tower
+
+
+def test_each_library_has_its_own_file(tmp_path):
+    """A folder of the hub with a model by transformers' names and by open_clip's."""
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "clip", "vision_config": {"num_attention_heads": 2}}'
+    )
+    model = {"quick_gelu": False, "vision_cfg": {"width": 128}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
+    path = tmp_path / "model.safetensors"
+    check(path, CLIP_VIT, "transformers' CLIP", ())
+    check(path, CLIP_VIT.clone(activation="gelu"), OPEN_CLIP, ())
+    with pytest.raises(UserError, match=r"/config.json: its activation is 'quick_gelu'"):
+        check(path, CLIP_VIT.clone(activation="gelu"), "transformers' CLIP", ())
