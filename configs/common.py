@@ -49,3 +49,8 @@ def segmentation(source: dict[str, Any], batch_size: int, **own: Any) -> dict[st
 def classification(source: dict[str, Any], batch_size: int, **own: Any) -> dict[str, Any]:
     """Returns an evaluation of whole images."""
     return dict(type="classification", source=source, batch_size=batch_size, **own)
+
+
+def train_stages(**stages: ConfigDict) -> list[dict]:
+    """Returns `config.stages` of runs that come first, by their names."""
+    return [dict(name=name, kind="train", config=config) for name, config in stages.items()]

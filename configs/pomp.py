@@ -92,7 +92,7 @@ def scenes(seed: int) -> ConfigDict:
     """Returns POMP on the embedded data: things of 2,412 classes on black, 32 px, a third held out (ours)."""
     clip = small_clip(seed)
     config = on_scenes(seed, clip)
-    config.before = dict(
+    config.stages = common.train_stages(
         clip=clip,
         coop=on_scenes(seed, clip, sample=0, count=100),
         uncorrected=on_scenes(seed, clip, correction="0"),
@@ -101,8 +101,8 @@ def scenes(seed: int) -> ConfigDict:
     prompts = dict(
         hard="a photo of a {}",
         ensemble=["{}", "a photo of a {}", "a photo of the {}", "a picture of the {}", "an image of a {}"],
-        coop="before:coop/prompt.safetensors",
-        uncorrected="before:uncorrected/prompt.safetensors",
+        coop="stage:coop/prompt.safetensors",
+        uncorrected="stage:uncorrected/prompt.safetensors",
     )
     test = scene_objects("test", shots=2, fill=BLACK)
     config.final_evals = dict(
@@ -111,7 +111,7 @@ def scenes(seed: int) -> ConfigDict:
         segmentation=dict(
             type="transfer",
             source=common.scenes("test", 200),
-            proposals="before:proposals",
+            proposals="stage:proposals",
             ensemble=0.0,
             fill="zero",
             batch_size=50,
@@ -135,7 +135,7 @@ def on_scenes(
         seed=seed,
         steps=1000,
         batch_size=256,
-        towers=dict(clip.towers.to_dict(), init="before:clip", tokenizer="before:clip"),
+        towers=dict(clip.towers.to_dict(), init="stage:clip", tokenizer="stage:clip"),
         prompt=dict(length=4, position="end", specific=False, init=""),
         loss=dict(sample=sample, correction=correction, proposal="uniform", per_device=False, chunk=256),
         optimizer=common.sgd(0.05, warmup_steps=20, final_fraction=0.0, weight_decay=5e-4),

@@ -54,10 +54,10 @@ def on_scenes(args: Args) -> ConfigDict:
     """Returns what a prompt that knows single things learns from the segments of whole scenes (ours)."""
     clip = pomp.small_clip(args.seed)
     config = pomp.on_scenes(args.seed, clip)
-    place = lambda name: f"{args.run}/{name}" if args.run else f"before:{name}"
+    place = lambda name: f"{args.run}/{name}" if args.run else f"stage:{name}"
     if not args.run:
         learned = pomp.on_scenes(args.seed, clip)
-        config.before = dict(clip=clip, pomp=learned, proposals=pomp.proposals(args.seed))
+        config.stages = common.train_stages(clip=clip, pomp=learned, proposals=pomp.proposals(args.seed))
     prompt = place(FILE) if args.run else place(f"pomp/{FILE}")
     config.towers.init = config.towers.tokenizer = place("clip")
     config.prompt.init = "" if args.init == "noise" else args.init or prompt

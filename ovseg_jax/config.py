@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -10,7 +11,8 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 
-BEFORE = "before:"
+STAGE = "stage:"
+STAGE_KINDS = ("train", "pseudo_label", "annotate")
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
@@ -122,7 +124,7 @@ def _typed(key: str, text: str, default: Any) -> Any:
 
 def to_json(config: ConfigDict) -> str:
     """The resolved config as indented JSON with sorted keys."""
-    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+    return json.dumps(_plain(config), indent=2, sort_keys=True) + "\n"
 
 
 def from_json(text: str) -> ConfigDict:
@@ -130,24 +132,89 @@ def from_json(text: str) -> ConfigDict:
     return ConfigDict(json.loads(text))
 
 
+def _plain(value: Any) -> Any:
+    """Dicts and lists in place of ConfigDicts and tuples, those inside lists too."""
+    if isinstance(value, Mapping | ConfigDict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def stages_of(config: ConfigDict) -> dict[str, ConfigDict]:
+    """Returns the stages of a config by their names, each with `kind` and `config`.
+
+    Raises:
+      UserError: `config.stages` is not a list of dict(name, kind, config), or two have one name.
+    """
+    stages: dict[str, ConfigDict] = {}
+    for stage in config.get("stages") or ():
+        try:
+            name, kind, own = stage["name"], stage["kind"], ConfigDict(_plain(stage["config"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"config.stages: each is dict(name=..., kind=..., config=...) ({error})"
+            ) from error
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in stages:
+            raise UserError(f"config.stages: {name!r} is no name of a stage, or two have it")
+        if kind not in STAGE_KINDS:
+            raise UserError(f"config.stages: {name} is of kind {kind!r}; known are {', '.join(STAGE_KINDS)}")
+        stages[name] = ConfigDict({"kind": kind, "config": own})
+    return stages
+
+
 def resolved(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
-    """The config with each "before:PATH" as that path in the folder of the run: what a stage of `before` has left."""
-    return ConfigDict(_replaced(config.to_dict(), lambda path: str(epath.Path(workdir) / path)))
+    """Returns the config of a run with each "stage:NAME/..." as that path in the folder of the stage.
+
+    A name is one of the run's own stages, or else one of the run that it is a stage of, and so on outward. The stages'
+    own configs stay as they are: each is resolved when it runs.
+
+    Raises:
+      UserError: there is no stage of that name.
+    """
+    places = _places(config, epath.Path(workdir))
+
+    def place(path: str) -> str:
+        name, slash, rest = path.partition("/")
+        if name not in places:
+            raise UserError(
+                f"{STAGE}{path}: there is no stage {name!r}; known are {', '.join(places) or 'none'}"
+            )
+        return str(places[name]) + slash + rest
+
+    own = _plain(config)
+    stages = own.pop("stages", None)
+    return ConfigDict(_replaced(own, place) | ({} if stages is None else {"stages": stages}))
 
 
 def needed(config: ConfigDict) -> set[str]:
-    """The stages that a config speaks of."""
+    """Returns the outer stages that a config names; those that its own stages name count too."""
+    own = stages_of(config)
     paths: list[str] = []
-    _replaced(config.to_dict(), lambda path: paths.append(path))
-    return {path.split("/")[0] for path in paths}
+    _replaced({k: v for k, v in _plain(config).items() if k != "stages"}, paths.append)
+    names = {path.split("/")[0] for path in paths}.union(*(needed(stage.config) for stage in own.values()))
+    return names - own.keys()
+
+
+def _places(config: ConfigDict, workdir: epath.Path) -> dict[str, epath.Path]:
+    """The folders of the stages that a run can name: its own, and those of the runs around it."""
+    places = {name: workdir / name for name in stages_of(config)}
+    outer = workdir.absolute().parent / "config.json"
+    if outer.exists():
+        try:
+            around = from_json(outer.read_text())
+            inside = workdir.absolute().name in stages_of(around)
+        except (OSError, ValueError, UserError):
+            return places  # The folder beside is no run's.
+        if inside:
+            places = _places(around, workdir.parent) | places
+    return places
 
 
 def _replaced(value: Any, replace: Callable[[str], Any]) -> Any:
-    """A tree with `replace(PATH)` in the place of each "before:PATH"."""
+    """A tree with `replace(PATH)` in the place of each "stage:PATH"."""
     if isinstance(value, dict):
         return {key: _replaced(inner, replace) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_replaced(inner, replace) for inner in value)
-    if isinstance(value, str) and value.startswith(BEFORE):
-        return replace(value.removeprefix(BEFORE))
+    if isinstance(value, list):
+        return [_replaced(inner, replace) for inner in value]
+    if isinstance(value, str) and value.startswith(STAGE):
+        return replace(value.removeprefix(STAGE))
     return value

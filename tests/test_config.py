@@ -171,8 +171,12 @@ def test_a_prompt_goes_on_learning_from_segments():
     assert voc.prompt.init == "" and "before" not in voc.final_evals.segmentation.prompts
     assert not load("pomp_segments", "data=masks,data_dir=x").final_evals
     whole, of_run = load("pomp_segments"), load("pomp_segments", "run=runs/a,init=noise")
-    assert set(whole.before) == {"clip", "pomp", "proposals"} and "before" not in of_run
-    assert (whole.towers.init, whole.prompt.init) == ("before:clip", "before:pomp/prompt.safetensors")
+    assert [stage["name"] for stage in whole.stages] == [
+        "clip",
+        "pomp",
+        "proposals",
+    ] and "stages" not in of_run
+    assert (whole.towers.init, whole.prompt.init) == ("stage:clip", "stage:pomp/prompt.safetensors")
     assert (of_run.towers.init, of_run.prompt.init) == ("runs/a/clip", "")
 
 

@@ -1,16 +1,12 @@
 """The shipped OpenSeg config, shrunk to seconds; `bad_data=true` and the like come through `get_config`."""
 
-from pathlib import Path
-from runpy import run_path
-
 from ovseg_jax.config import parse_arg
-
-SHIPPED = Path(__file__).parents[1] / "configs" / "openseg.py"
+from ovseg_jax.configs import openseg
 
 
 def get_config(arg=None):
     args = parse_arg(arg, steps=6, seed=0)
-    config = run_path(str(SHIPPED))["get_config"]()
+    config = openseg.get_config()
     config.update(dict(steps=args.steps, seed=args.seed, batch_size=4, log_every=2))
     config.model.update(dict(width=16, embed_dim=16, num_queries=4, decoder_layers=1, position_grid=4))
     config.model.backbone.width = 16

@@ -6,12 +6,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ovseg_jax import methods
-from ovseg_jax.config import keys, unknown_key
+from ovseg_jax.config import keys, stages_of, unknown_key
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.runner import TYPES
 from ovseg_jax.parallel.sharding import AXES
 
-TOP = keys("method seed steps batch_size accumulate profile tensorboard log_every sharding before")
+TOP = keys("method seed steps batch_size accumulate profile tensorboard log_every sharding stages")
 EVALS = {
     "segmentation": "masks",
     "classification": "prompts metric",
@@ -59,8 +59,9 @@ def check_config(config: ConfigDict, given: Collection[str] = (), where: str = "
             raise UserError(f"{key} has no effect in this config; those of {section} that have: {effective}")
         if section == "final_evals" and name.endswith(".every"):
             raise UserError(f"{key} has no effect: final_evals come at the end")
-    for name, stage in _items(config.get("before")).items():
-        check_config(stage, where=f"before.{name}.")
+    for name, stage in stages_of(config).items():
+        if stage.kind == "train":
+            check_config(stage.config, where=f"stages.{name}.")
 
 
 def check_evaluation(given: Collection[str]) -> None:

@@ -4,7 +4,7 @@ WORKDIR/config.json     the resolved config            WORKDIR/metrics.jsonl   o
 WORKDIR/words.json      the caption vocabulary         WORKDIR/summary.json    final scores
 WORKDIR/classes.json    the training data's classes    WORKDIR/tables/*.csv    IoU of each class
 WORKDIR/checkpoints/    see `train.checkpoints`
-WORKDIR/<stage>/        the run of each stage of `config.before`, which comes first
+WORKDIR/<stage>/        each stage of `config.stages`, which comes first: see `experiment.stages`
 WORKDIR/...             what else a method leaves, see `protocols.Trainable`
 """
 
@@ -14,7 +14,7 @@ import dataclasses
 import io
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,12 +28,15 @@ from ml_collections import ConfigDict
 from ovseg_jax import config as config_lib
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.runner import Evaluator
+from ovseg_jax.experiment.changes import class_differences, config_differences
 from ovseg_jax.experiment.features import cached_features
 from ovseg_jax.experiment.keys import check_config
 from ovseg_jax.experiment.load import CLASSES_FILE, WORDS_FILE, Run, load_run, read_classes, read_method
+from ovseg_jax.experiment.stages import check_finished, run_stages
 from ovseg_jax.files import forget, is_recorded, locked, record, write_recorded, write_whole
 from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.protocols import Classifier, Segmenting, Trainable, Variables
+from ovseg_jax.reading import DAMAGE
 from ovseg_jax.towers.frozen_text import FrozenText
 from ovseg_jax.towers.prompt_file import FILE as PROMPT_FILE
 from ovseg_jax.train.checkpoints import (
@@ -49,22 +52,6 @@ from ovseg_jax.train.loop import Fit, fit
 from ovseg_jax.train.progress import clock
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
-
-# What may change between two starts of one run: it alters what is reported or where, never what is learned.
-HARMLESS = (
-    "accumulate",
-    "checkpoint",
-    "data.prefetch",
-    "data.threads",
-    "data.workers",
-    "evals",
-    "final_evals",
-    "log_every",
-    "mesh",
-    "profile",
-    "sharding",
-    "tensorboard",
-)
 
 SUMMARY_FILE = "summary.json"
 TABLE_2 = ("A-847", "PC-459", "A-150", "PC-59", "PAS-20")  # papers/004
@@ -154,7 +141,7 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
 
 def _train(config: ConfigDict, workdir: epath.Path, finish: Finish | None) -> dict[str, Any]:
     prepare_workdir(workdir, config)
-    if not _train_before(config, workdir):
+    if not run_stages(config, workdir, train):
         return {"steps": 0, "stopped": True}
     config = config_lib.resolved(config, workdir)
     from ovseg_jax.data.pipeline import make_source, train_iterator
@@ -222,34 +209,13 @@ def _no_artifacts(variables: Variables) -> dict[str, Callable[[epath.Path], None
     return {}
 
 
-def _train_before(config: ConfigDict, workdir: epath.Path) -> bool:
-    """Trains the stages of `config.before` that are not there yet; False where one was told to stop.
-
-    A stage that speaks of another one ("before:NAME") comes after it.
-    """
-    waiting = dict((config.get("before") or {}).items())
-    while waiting:
-        free = [name for name, stage in waiting.items() if not config_lib.needed(stage) & waiting.keys()]
-        if not free:
-            raise UserError(f"config.before: each of {', '.join(waiting)} waits for another one of them")
-        stage = waiting.pop(free[0])
-        done = _read_summary(workdir / free[0])
-        if done is not None and done["steps"] >= stage.steps:
-            continue
-        if jax.process_index() == 0:
-            print(f"first: {free[0]}, in {workdir / free[0]}", flush=True)
-        if train(config_lib.resolved(stage, workdir), workdir / free[0]).get("stopped"):
-            return False
-        multihost_utils.sync_global_devices("the first process has written all of a stage")
-    return True
-
-
 def prepare_workdir(workdir: epath.Path, config: ConfigDict) -> None:
     """Makes the folder and writes `config.json`, unless another run lives there.
 
     Raises:
-      UserError: listing the keys in which that run's config differs.
+      UserError: listing the keys in which the config differs from that run's, or a stage's from that of a finished one.
     """
+    check_finished(config, workdir)
     before = read_config(workdir)
     if before is not None and (differing := config_differences(before, config)):
         raise UserError(
@@ -259,48 +225,6 @@ def prepare_workdir(workdir: epath.Path, config: ConfigDict) -> None:
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         write_config(workdir, config)
-
-
-def config_differences(before: ConfigDict, now: ConfigDict) -> list[str]:
-    """Returns what keeps a run from going on under another config, as "key was a, is b"; [] where nothing does.
-
-    The keys in HARMLESS may change, and `steps` may grow (a schedule over `steps` then changes with it).
-    """
-    old, new = _flat(before.to_dict()), _flat(now.to_dict())
-    if _is_number(old.get("steps")) and _is_number(new.get("steps")) and old["steps"] <= new["steps"]:
-        new["steps"] = old["steps"]
-    shown = lambda tree, key: json.dumps(tree[key]) if key in tree else "absent"
-    return [
-        f"{key} was {shown(old, key)}, is {shown(new, key)}"
-        for key in sorted(old.keys() | new.keys())
-        if not _same(old.get(key, _ABSENT), new.get(key, _ABSENT))
-        and not any(key == harmless or key.startswith(harmless + ".") for harmless in HARMLESS)
-    ]
-
-
-_ABSENT: Any = object()
-
-
-def _same(a: Any, b: Any) -> bool:
-    return a == b if _is_number(a) and _is_number(b) else type(a) is type(b) and a == b
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """The leaves of a config by their paths."""
-    if isinstance(tree, Mapping):
-        items: Iterable[tuple[Any, Any]] = tree.items()
-    elif isinstance(tree, list | tuple):
-        items = enumerate(tree)
-    else:
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in items:
-        flat.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
 
 
 def make_parts(config: ConfigDict, workdir: epath.Path, source: Any) -> Parts:
@@ -384,30 +308,6 @@ def _write_classes(workdir: epath.Path, source: Any) -> None:
     if there:
         _log.warning("%s was damaged and is made again", path)
     write_recorded(path, now.to_json())
-
-
-def class_differences(before: ClassList, now: ClassList) -> list[str]:
-    """Returns how two class lists differ in what a label means, as sentences; [] where they do not.
-
-    How many examples a class has may change, whether it has any may not.
-    """
-    differing = [f"there were {len(before)}, there are {len(now)}"] if len(before) != len(now) else []
-    for field in ("names", "ids", "isthing", "groups"):
-        a, b = getattr(before, field), getattr(now, field)
-        if a != b:
-            pairs = zip(a, b, strict=False) if isinstance(a, tuple) and isinstance(b, tuple) else [(a, b)]
-            places = [(k, was, is_) for k, (was, is_) in enumerate(pairs) if was != is_]
-            differing += [f"{field} of number {k} were {was}, are {is_}" for k, was, is_ in places[:3]]
-            differing += [f"{field} of {len(places) - 3} others differ"] if len(places) > 3 else []
-    some = lambda classes: [n > 0 for n in classes.examples]
-    if not differing and some(before) != some(now):
-        names = [
-            before.display(k)
-            for k, pair in enumerate(zip(some(before), some(now), strict=False))
-            if pair[0] != pair[1]
-        ]
-        differing.append(f"other classes have examples ({', '.join(names[:8]) or 'none was counted'})")
-    return differing
 
 
 def final_evaluators(config: ConfigDict, method: Any, mesh: Mesh) -> list[Any]:
@@ -508,7 +408,7 @@ def _read_summary(workdir: epath.Path) -> dict[str, Any] | None:
         summary = json.loads(path.read_bytes())
         if all(isinstance(summary[key], int | float) for key in _SUMMARY_KEYS):
             return summary
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except DAMAGE:
         pass
     _log.warning("%s is damaged and is made again", path)
     return None

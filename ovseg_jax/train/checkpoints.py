@@ -37,6 +37,7 @@ from ovseg_jax import config as config_lib
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import SUMS_FILE, checksum, is_recorded, read_recorded, write_recorded
 from ovseg_jax.parallel.sharding import DEFAULT_RULES, leaf_sharding, path_name
+from ovseg_jax.reading import DAMAGE, reason
 from ovseg_jax.towers.prompt_file import FILE as PROMPT_FILE
 from ovseg_jax.train.state import TrainState
 
@@ -288,8 +289,8 @@ def find_damage(folder: epath.Path, items: Sequence[str] = ITEMS) -> str | None:
                 return f"{name} is " + (
                     "altered" if found[0] == known[0] else f"{found[0]} bytes, not {known[0]}"
                 )
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        return f"{SUMS_FILE} cannot be read ({getattr(error, 'strerror', None) or error})"
+    except DAMAGE as error:
+        return f"{SUMS_FILE} cannot be read ({reason(error)})"
     return None
 
 
@@ -336,8 +337,8 @@ def read_config(workdir: epath.PathLike) -> ConfigDict | None:
     text = read_recorded(path)
     try:
         config = config_lib.from_json(text)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is no config of a run ({error}).") from error
+    except DAMAGE as error:
+        raise UserError(f"{path} is no config of a run ({reason(error)}).") from error
     if not isinstance(config.get("method"), str):
         raise UserError(f"{path} is no config of a run (it names no method).")
     return config

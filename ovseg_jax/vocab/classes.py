@@ -103,7 +103,7 @@ class ClassList:
         if shared:
             owners = ", ".join(repr(self.display(k)) for k, own in enumerate(self.names) if shared[0] in own)
             _LOG.warning(
-                "%s: %d names are listed by several categories, such as %r by %s: it means %r",
+                "%s: names that several categories list: %d, such as %r by %s; it means %r",
                 where,
                 len(set(shared)),
                 shared[0],

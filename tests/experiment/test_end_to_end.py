@@ -3,7 +3,6 @@ teacher labels captioned images, a student learns from them, and predicts."""
 
 import json
 from pathlib import Path
-from runpy import run_path
 
 import numpy as np
 import pytest
@@ -11,9 +10,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from ovseg_jax import predict, pseudo_label
+from ovseg_jax.configs import openseg
 from ovseg_jax.data.scenes.source import Scenes
 from ovseg_jax.errors import UserError
-from ovseg_jax.experiment.run import train
+from ovseg_jax.experiment.run import evaluate, train
 from ovseg_jax.inference.result import PixelFeatures
 from ovseg_jax.vocab.words import WordList
 
@@ -23,7 +23,7 @@ SAMPLE = ROOT / "../shared/data/coco_sample"
 
 def shrunk(arg: str, **loss) -> ConfigDict:
     """A shipped config with two steps of a network of nothing."""
-    config = run_path(str(ROOT / "configs" / "openseg.py"))["get_config"](arg)
+    config = openseg.get_config(arg)
     config.update(dict(steps=2, batch_size=8, log_every=1))
     config.model.update(dict(width=16, embed_dim=16, num_queries=4, decoder_layers=1, position_grid=4))
     config.model.update(dict(head_convs=1, dtype="float32"))
@@ -69,6 +69,17 @@ def write_folder(root: Path, count: int) -> None:
     (root / "captions.json").write_text(json.dumps(captions))
 
 
+def write_set(root: Path, words: list[str]) -> None:
+    """Two images of a labelled set, half of each one class and half the other."""
+    for part in ("images", "masks"):
+        (root / part).mkdir(parents=True)
+    (root / "classes.txt").write_text("".join(f"{k}:{word}\n" for k, word in enumerate(words, 1)))
+    mask = np.repeat(np.uint8([[1, 2]]), 20, 1).repeat(40, 0)
+    for k in range(2):
+        Image.fromarray(mask * 90).convert("RGB").save(root / "images" / f"{k}.png")
+        Image.fromarray(mask).save(root / "masks" / f"{k}.png")
+
+
 def test_teacher_student_and_prediction(tmp_path, capsys):
     teacher = shrunk("", grounding_weight=0.0)
     train(teacher, tmp_path / "teacher")
@@ -84,8 +95,8 @@ def test_teacher_student_and_prediction(tmp_path, capsys):
     assert pseudo_label.main(request) == 0
     assert "0 masks written" in capsys.readouterr().out
 
-    student = shrunk(f"data=folder,data_dir={folder},init=scratch,text=learned")
-    train(student, tmp_path / "student")
+    arg = f"data=folder,data_dir={folder},init=scratch,text=learned"
+    train(shrunk(arg), tmp_path / "student")
     metrics = [json.loads(line) for line in (tmp_path / "student/metrics.jsonl").read_text().splitlines()]
     assert all(m["grounding_loss"] > 0 for m in metrics if "loss" in m)
 
@@ -94,6 +105,13 @@ def test_teacher_student_and_prediction(tmp_path, capsys):
     asked = [f"--checkpoint={tmp_path / 'student'}", f"--images={image}", f"--out={out}"]
     some = WordList.load(tmp_path / "student" / "words.json").words[1:4]
     labels = f"--labels=a {some[0]}; {some[1]},{some[2]}"
+    for name in ("PC-59", "mine"):
+        write_set(tmp_path / "sets" / name, some[:2])
+    capsys.readouterr()
+    scores = evaluate(shrunk(f"{arg},eval_sets={tmp_path / 'sets'},sets=mine;PC-59"), tmp_path / "student")
+    assert scores["PC-59/miou"] == scores["mine/miou"] > 0
+    row, values, _ = (line.split() for line in capsys.readouterr().out.splitlines()[-3:])
+    assert row == ["PC-59", "mine"] and values[1] == values[2] == f"{scores['mine/miou']:.1f}"
     assert predict.main([*asked, labels, "--threshold=-1", "--features"]) == 0
     assert {p.name for p in out.iterdir()} == {
         "0.overlay.png",

@@ -66,9 +66,9 @@ def test_a_key_that_nothing_reads_is_refused_in_every_section(module, arg):
 
 def test_stages_are_checked_before_the_first_runs():
     config = pomp.get_config()
-    config.before.coop.optimizer.learning_rat = 0.1
+    config.stages[1]["config"].optimizer.learning_rat = 0.1
     with pytest.raises(
-        UserError, match=r"\'before.coop.optimizer.learning_rat\' .did you mean \'learning_rate\'"
+        UserError, match=r"\'stages.coop.optimizer.learning_rat\' .did you mean \'learning_rate\'"
     ):
         check_config(config)
 

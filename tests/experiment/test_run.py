@@ -40,10 +40,10 @@ def test_a_run_of_pomp_leaves_its_prompt_for_others(tmp_path):
         )
     )
     first = ConfigDict(config.to_dict())
-    config.before = {"first": first}
+    config.stages = [{"name": "first", "kind": "train", "config": first}]
     config.steps = 0
-    config.prompt.init = "before:first/prompt.safetensors"
-    prompts = {"first": "before:first/prompt.safetensors"}
+    config.prompt.init = "stage:first/prompt.safetensors"
+    prompts = {"first": "stage:first/prompt.safetensors"}
     config.final_evals = {
         "test": {"type": "classification", "source": source, "batch_size": 8, "prompts": prompts}
     }

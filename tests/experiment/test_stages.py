@@ -2,9 +2,7 @@
 
 import json
 import re
-import runpy
 from pathlib import Path
-from runpy import run_path
 
 import jax
 import numpy as np
@@ -13,7 +11,8 @@ from etils import epath
 from PIL import Image
 
 from ovseg_jax import predict
-from ovseg_jax.config import needed, resolved
+from ovseg_jax.config import resolved, stages_of, to_json
+from ovseg_jax.configs import pomp, pomp_segments
 from ovseg_jax.data.pipeline import make_source
 from ovseg_jax.data.transforms import class_map
 from ovseg_jax.errors import UserError
@@ -22,28 +21,27 @@ from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.towers.prompt_file import load_prompt
 from tests.test_notebook import execute
 
-ROOT = Path(__file__).parents[2]
-get_config = run_path(str(ROOT / "configs" / "pomp.py"))["get_config"]
-
 
 def tiny():
     """configs/pomp.py in the smallest of its worlds, with steps that learn nothing."""
-    config = get_config("seed=3")
-    text = json.dumps(config.to_dict()).replace('"size": "large"', '"size": "tiny"')
+    config = pomp.get_config("seed=3")
+    text = to_json(config).replace('"size": "large"', '"size": "tiny"')
     config = type(config)(json.loads(text))
-    del config.before["coop"]
-    for stage in (config, *config.before.values()):
+    config.stages = [stage for stage in config.stages if stage["name"] != "coop"]
+    own = {name: stage.config for name, stage in stages_of(config).items()}
+    for stage in (config, *own.values()):
         stage.update(steps=2, batch_size=16)
         stage.log_every = 1
         for source in stage.data.train:
             source.update({"shots": 2} if "shots" in source else {"num_examples": 8})
         if stage.method == "pomp":
             stage.loss.sample = 4
-    config.before.proposals.model.update(width=16, num_queries=2, decoder_layers=1)
-    config.before.proposals.model.backbone.width = 16
-    for stage in (config, config.before.clip, config.before.uncorrected):
+    own["proposals"].model.update(width=16, num_queries=2, decoder_layers=1)
+    own["proposals"].model.backbone.width = 16
+    for stage in (config, own["clip"], own["uncorrected"]):
         stage.towers.image.width = 16
-    prompts = dict(hard="a photo of a {}", uncorrected="before:uncorrected/prompt.safetensors")
+    config.stages = [dict(name=name, kind="train", config=stage) for name, stage in own.items()]
+    prompts = dict(hard="a photo of a {}", uncorrected="stage:uncorrected/prompt.safetensors")
     for evaluation in config.final_evals.values():
         evaluation.prompts = prompts
         evaluation.batch_size = 8
@@ -139,7 +137,7 @@ def test_a_classifier_segments_with_the_masks_of_another_run(run, tmp_path, caps
 def test_its_prompt_is_tuned_on_segments(run, tmp_path):
     """The command of papers/000's tables 4 and 5, on what the run has left."""
     _, workdir, summary = run
-    segments = run_path(str(ROOT / "configs" / "pomp_segments.py"))["get_config"](f"seed=3,run={workdir}")
+    segments = pomp_segments.get_config(f"seed=3,run={workdir}")
     text = json.dumps(segments.to_dict()).replace('"size": "small"', '"size": "tiny"')
     config = type(segments)(json.loads(text))
     config.update(steps=2, batch_size=16)
@@ -161,32 +159,16 @@ def test_its_prompt_is_tuned_on_segments(run, tmp_path):
 
 def test_the_notebook(run, monkeypatch):
     config, workdir, _ = run
-    monkeypatch.setattr(runpy, "run_path", lambda path: {"get_config": lambda: config})
+    monkeypatch.setattr(pomp, "get_config", lambda: config)
     assert len(execute("pomp.ipynb", Path(workdir), {})) == 5
-
-
-def test_stages_that_wait_for_each_other(tmp_path):
-    config = tiny()
-    config.before.clip.towers.init = "before:uncorrected"
-    config.before.proposals = config.before.clip
-    with pytest.raises(UserError, match="waits for another"):
-        train(config, tmp_path)
 
 
 def test_towers_of_another_shape(run, tmp_path):
     _, workdir, _ = run
     config = resolved(tiny(), workdir)
-    del config["before"]
+    del config["stages"]
     config.towers.image.width = 32
     with pytest.raises(
         UserError, match=r"clip has other towers.*kernel is \(3, 3, 16, 24\) there, \(3, 3, 32, 48\)"
     ):
         train(config, tmp_path)
-
-
-def test_what_a_config_speaks_of():
-    config = tiny()
-    assert needed(config.before.uncorrected) == {"clip"} and needed(config.before.clip) == set()
-    there = resolved(config, "/runs/a")
-    assert there.towers.init == "/runs/a/clip"
-    assert there.final_evals.test.prompts.uncorrected == "/runs/a/uncorrected/prompt.safetensors"

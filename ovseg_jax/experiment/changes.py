@@ -1,0 +1,108 @@
+"""What may change between two starts of a run: its config and its classes, compared."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ovseg_jax.vocab.classes import ClassList
+
+# What may change between two starts of one run: it alters what is reported or where, never what is learned.
+HARMLESS = (
+    "accumulate",
+    "checkpoint",
+    "data.prefetch",
+    "data.threads",
+    "data.workers",
+    "evals",
+    "final_evals",
+    "log_every",
+    "mesh",
+    "profile",
+    "sharding",
+    "tensorboard",
+)
+
+
+def config_differences(before: ConfigDict, now: ConfigDict, *, grow: bool = True) -> list[str]:
+    """Returns what keeps a run from going on under another config, as "key was a, is b"; [] where nothing does.
+
+    The keys in HARMLESS may change, and `steps` may grow (a schedule over `steps` then changes with it). Stages are
+    compared by themselves, see `stages.check_finished`.
+
+    Args:
+      before: the config of the run that is there.
+      now: the one that is to go on.
+      grow: whether `steps` may grow.
+    """
+    old, new = (
+        {k: v for k, v in _flat(x.to_dict()).items() if k.split(".")[0] != "stages"} for x in (before, now)
+    )
+    if (
+        grow
+        and _is_number(old.get("steps"))
+        and _is_number(new.get("steps"))
+        and old["steps"] <= new["steps"]
+    ):
+        new["steps"] = old["steps"]
+    shown = lambda tree, key: json.dumps(tree[key]) if key in tree else "absent"
+    return [
+        f"{key} was {shown(old, key)}, is {shown(new, key)}"
+        for key in sorted(old.keys() | new.keys())
+        if not _same(old.get(key, _ABSENT), new.get(key, _ABSENT)) and not is_harmless(key)
+    ]
+
+
+def is_harmless(key: str) -> bool:
+    """Tells whether a key of a config may change between two starts of a run."""
+    return any(key == harmless or key.startswith(harmless + ".") for harmless in HARMLESS)
+
+
+_ABSENT: Any = object()
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a == b if _is_number(a) and _is_number(b) else type(a) is type(b) and a == b
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of a config by their paths."""
+    if isinstance(tree, Mapping):
+        items: Iterable[tuple[Any, Any]] = tree.items()
+    elif isinstance(tree, list | tuple):
+        items = enumerate(tree)
+    else:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+def class_differences(before: ClassList, now: ClassList) -> list[str]:
+    """Returns how two class lists differ in what a label means, as sentences; [] where they do not.
+
+    How many examples a class has may change, whether it has any may not.
+    """
+    differing = [f"there were {len(before)}, there are {len(now)}"] if len(before) != len(now) else []
+    for field in ("names", "ids", "isthing", "groups"):
+        a, b = getattr(before, field), getattr(now, field)
+        if a != b:
+            pairs = zip(a, b, strict=False) if isinstance(a, tuple) and isinstance(b, tuple) else [(a, b)]
+            places = [(k, was, is_) for k, (was, is_) in enumerate(pairs) if was != is_]
+            differing += [f"{field} of number {k} were {was}, are {is_}" for k, was, is_ in places[:3]]
+            differing += [f"{field} of {len(places) - 3} others differ"] if len(places) > 3 else []
+    some = lambda classes: [n > 0 for n in classes.examples]
+    if not differing and some(before) != some(now):
+        names = [
+            before.display(k)
+            for k, pair in enumerate(zip(some(before), some(now), strict=False))
+            if pair[0] != pair[1]
+        ]
+        differing.append(f"other classes have examples ({', '.join(names[:8]) or 'none was counted'})")
+    return differing

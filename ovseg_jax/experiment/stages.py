@@ -1,0 +1,128 @@
+"""Stages: what a run does first, each in a folder of its own, WORKDIR/<name>.
+
+`config.stages` is a list of dict(name, kind, config). A stage that names another one, as "stage:NAME" or
+"stage:NAME/FILE", comes after it; a stage may have stages itself. `stage.json` in its folder says that it is finished,
+and of which config.
+
+    train         a run, see `experiment.run`
+    pseudo_label  masks for the images of a folder, see `inference.pseudo_masks.label_stage`
+"""
+
+import hashlib
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from ovseg_jax import config as config_lib
+from ovseg_jax.config import needed, stages_of
+from ovseg_jax.errors import UserError
+from ovseg_jax.experiment.changes import config_differences, is_harmless
+from ovseg_jax.files import read_recorded, write_recorded
+
+MARKER = "stage.json"
+# Where the kinds are that stand above this room; each is called as (resolved config, folder) and returns its end.
+_ELSEWHERE = {"pseudo_label": "ovseg_jax.inference.pseudo_masks:label_stage"}
+
+# (config, folder) -> a dict with "stopped" where it was told to stop.
+Runner = Callable[[ConfigDict, epath.Path], Mapping[str, Any]]
+
+
+def run_stages(config: ConfigDict, workdir: epath.Path, train: Runner) -> bool:
+    """Runs the stages of `config` that are not finished; returns False where one was told to stop.
+
+    Raises:
+      UserError: stages that wait for each other, a kind that does not exist yet, or what a stage raises.
+    """
+    waiting = stages_of(config)
+    while waiting:
+        name = next((n for n, stage in waiting.items() if not needed(stage.config) & waiting.keys()), None)
+        if name is None:
+            raise UserError(
+                f"config.stages: each of {', '.join(waiting)} waits for another one of them, or for itself"
+            )
+        stage, folder = waiting.pop(name), workdir / name
+        if (folder / MARKER).exists():
+            continue
+        if jax.process_index() == 0:
+            print(f"first: {name}, in {folder}", flush=True)
+        if _runner(stage.kind, train)(stage.config, folder).get("stopped"):
+            return False
+        if jax.process_index() == 0:
+            marker = {"hash": _hash(stage), "kind": stage.kind, "config": stage.config.to_dict()}
+            write_recorded(folder / MARKER, json.dumps(marker, indent=1) + "\n")
+        multihost_utils.sync_global_devices("the first process has written all of a stage")
+    return True
+
+
+def check_finished(config: ConfigDict, workdir: epath.Path) -> None:
+    """Compares each finished stage with its config, before anything is run or written.
+
+    Raises:
+      UserError: naming the keys in which they differ.
+    """
+    for name, stage in stages_of(config).items():
+        path = workdir / name / MARKER
+        if stage.kind not in ("train", *_ELSEWHERE):
+            raise UserError(
+                f"config.stages: {name} is of kind {stage.kind!r}, which this version cannot run yet"
+            )
+        if not path.exists():
+            continue
+        try:
+            marker = json.loads(read_recorded(path))
+            differing = [] if marker["hash"] == _hash(stage) else _differences(marker, stage)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            again = f"delete {path.parent} to run that stage again"
+            raise UserError(f"{path} cannot be read ({error}); {again}") from error
+        if differing:
+            raise UserError(
+                f"the stage {name} in {path.parent} was finished with another config: {'; '.join(differing)}. Choose "
+                "another --workdir, or delete that folder and what was made from it."
+            )
+
+
+def _runner(kind: str, train: Runner) -> Runner:
+    if kind == "train":
+        return train
+    module, _, function = _ELSEWHERE[kind].partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _differences(before: Any, now: ConfigDict) -> list[str]:
+    """How a stage, as its marker or the config around it holds it, differs from what it is now."""
+    found = [] if before["kind"] == now.kind else [f"kind was {before['kind']}, is {now.kind}"]
+    old = ConfigDict(before["config"])
+    found += config_differences(old, now.config, grow=False)
+    inner, own = stages_of(old), stages_of(now.config)
+    if list(inner) != list(own):
+        found.append(f"its stages were {', '.join(inner) or 'none'}, are {', '.join(own) or 'none'}")
+    return found + [
+        f"{name}.{line}"
+        for name in inner.keys() & own.keys()
+        for line in _differences(inner[name], own[name])
+    ]
+
+
+def _hash(stage: ConfigDict) -> str:
+    """A number for the kind and the config of a stage, of all keys that may not change."""
+
+    def kept(config: ConfigDict) -> dict[str, Any]:
+        own = {k: v for k, v in json.loads(config_lib.to_json(config)).items() if k != "stages"}
+        inner = {name: [s.kind, kept(s.config)] for name, s in stages_of(config).items()}
+        return {"config": _without_harmless(own), "stages": inner}
+
+    text = json.dumps([stage.kind, kept(stage.config)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _without_harmless(tree: Any, prefix: str = "") -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    paths = {key: f"{prefix}.{key}" if prefix else key for key in tree}
+    return {k: _without_harmless(v, paths[k]) for k, v in tree.items() if not is_harmless(paths[k])}
