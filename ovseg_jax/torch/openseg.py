@@ -149,8 +149,8 @@ class OpenSegNet(nn.Module):
         self.backbone = backbone
         self.mask_scale, self.detach_masks = model["mask_scale"], model["detach_masks"]
         self.num_queries, width = model["num_queries"], model["width"]
-        self.register_buffer("mean", torch.tensor(model["mean"])[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(model["std"])[:, None, None], persistent=False)
+        self.register_buffer("mean", torch.tensor(model["mean"]).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(model["std"]).reshape(3, 1, 1), persistent=False)
         self.pyramid = FusedPyramid(backbone.channels, width, model["pyramid_output_conv"])
         self.head_z = ConvHead(width, model["head_convs"], model["embed_dim"])
         if self.num_queries:
