@@ -21,7 +21,7 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 }
 HOOKS = ("adapter", "adapter_scale", "between")  # fields of towers that no config file can hold
 # Cosines and sines for each token and channel of a head, of all images alike or of each; see `eva.rotary_table`.
-Rotary = Float[Array, "2 n d"] | Float[Array, "2 b n d"]
+Rotary = Float[Array, "2 n r"] | Float[Array, "2 b n r"]
 
 
 @flax.struct.dataclass
@@ -57,7 +57,7 @@ class Places:
 # Called behind a block with its number, the patch tokens that are left and their places; returns those that stay. Its
 # `kept` and `owner` count as in `Places`: in the grid, and among the tokens that it returns.
 Between = Callable[[int, Float[Array, "b m d"], Places], tuple[Float[Array, "b k d"], Places]]
-Taps = dict[int, tuple[Float[Array, "b m d"], Places]]  # by number of a block
+Taps = dict[int, tuple[Float[Array, "b _ d"], Places]]  # by number of a block
 # Makes a module by name, which maps the input of a branch [b n d], and its places, to what is added to its output.
 Adapter = Callable[..., Any]
 
@@ -289,7 +289,7 @@ def through_blocks(
     x: Float[Array, "b n d"],
     places: Places,
     *,
-    rotary: Float[Array, "2 n d"] | None = None,
+    rotary: Float[Array, "2 n r"] | None = None,
     between: Between | None = None,
     before: Callable[[int, Array], Array] = lambda i, x: x,
     taps: Collection[int] = (),

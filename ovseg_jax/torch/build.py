@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ovseg_jax.errors import UserError
 from ovseg_jax.reading import reading
 
 M = TypeVar("M", bound=nn.Module)
@@ -41,8 +42,7 @@ def build(
     """
     with reading(what, "the exported model"):
         check_numbers(described)
-        with torch.device("meta"):
-            bare = make().eval()
+        bare = _run_without_memory(make, inputs)
         expected = {name: tuple(x.shape) for name, x in bare.state_dict().items()}
         for name in sorted(expected.keys() | arrays.keys()):
             given = tuple(arrays[name].shape) if name in arrays else "missing"
@@ -50,11 +50,20 @@ def build(
                 raise ValueError(
                     f"{name} is {given}, and by its description {expected.get(name, 'not known')}"
                 )
-        with torch.no_grad():
-            bare(*inputs)
         module = make()
         module.load_state_dict(arrays, strict=True)
     return module
+
+
+def _run_without_memory(make: Callable[[], M], inputs: tuple[Tensor, ...]) -> M:
+    """Builds a module on the device "meta" and runs it."""
+    try:
+        with torch.device("meta"), torch.no_grad():
+            bare = make().eval()
+            bare(*inputs)
+    except UserError as error:  # of a part, which does not know the file
+        raise ValueError(str(error)) from error
+    return bare
 
 
 def check_numbers(described: Any, name: str = "") -> None:

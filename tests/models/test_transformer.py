@@ -87,7 +87,7 @@ def test_an_adapter_gets_what_its_branch_gets(kind):
         return Spy(name=name)
 
     variables = draw(TOWERS[kind])
-    TOWERS[kind].clone(adapter=spy, depth=1, taps=()).apply(variables, IMAGE)
+    TOWERS[kind].clone(adapter=spy, depth=1, taps=()).apply(jax.tree.map(jnp.asarray, variables), IMAGE)
     norm = variables["params"].get("Transformer", variables["params"])
     norm = norm[min(k for k in norm if "block" in k)]
     norm = norm.get("LayerNorm_0", norm.get("norm1"))
