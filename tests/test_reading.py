@@ -342,3 +342,15 @@ def test_coco_captions_and_names_are_checked(coco):
     (coco / "annotations/panoptic_val.json").write_text(json.dumps(data))
     with pytest.raises(UserError, match=r"is named in .* but is not there"):
         dict(Coco(coco, "val")[0])
+
+
+def test_labels_with_ids_are_no_labels():
+    with pytest.raises(UserError, match="have ids"):
+        parse_labels("1:dog\n2:cat")
+    assert parse_labels("7: the film; dog").names == (("7: the film",), ("dog",))
+
+
+def test_equal_names_are_said(tmp_path, caplog):
+    (tmp_path / "l.txt").write_text("1:dog\n2:dog,hound\n")
+    assert read_label_file(tmp_path / "l.txt").names == (("dog",), ("dog", "hound"))
+    assert "list: 1, such as 'dog' by 'dog', 'dog'" in caplog.text

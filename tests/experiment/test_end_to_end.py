@@ -14,6 +14,7 @@ from ovseg_jax.configs import openseg
 from ovseg_jax.data.scenes.source import Scenes
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.run import evaluate, train
+from ovseg_jax.inference.pseudo_masks import segments_of
 from ovseg_jax.inference.result import PixelFeatures
 from ovseg_jax.vocab.words import WordList
 
@@ -89,7 +90,7 @@ def test_teacher_student_and_prediction(tmp_path, capsys):
     (folder / "images" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut")
     request = [f"--checkpoint={tmp_path / 'teacher'}", f"--data_dir={folder}", "--min_area=0"]
     assert pseudo_label.main(request) == 1  # of the broken image
-    assert "broken.jpg" in capsys.readouterr().out
+    assert "broken.jpg" in capsys.readouterr().err
     (folder / "images" / "broken.jpg").unlink()
     assert len(list((folder / "masks").iterdir())) == 8
     assert pseudo_label.main(request) == 0
@@ -119,6 +120,7 @@ def test_teacher_student_and_prediction(tmp_path, capsys):
         "0.json",
         "0.features.npz",
         "predictions.json",
+        "predictions.jsonl",
     }
     assert set(np.unique(Image.open(out / "0.labels.png"))) <= {1, 2}
 
@@ -134,7 +136,7 @@ def test_pseudo_masks_drop_doubles_and_keep_parts_in_front():
     whole, part = np.zeros((2, 8, 8), np.float32)
     whole[1:7, 1:7], part[2:4, 2:4] = 0.9, 0.8
     double, faint = whole * 0.8, np.full((8, 8), 0.3, np.float32)
-    segments = pseudo_label.segments_of(features([double, part, whole, faint]))
+    segments = segments_of(features([double, part, whole, faint]))
     assert set(np.unique(segments)) == {0, 1, 2}
     np.testing.assert_array_equal(segments == 2, part > 0.5)
     np.testing.assert_array_equal(segments > 0, whole > 0.5)
@@ -142,6 +144,4 @@ def test_pseudo_masks_drop_doubles_and_keep_parts_in_front():
 
 def test_pseudo_masks_need_proposals():
     with pytest.raises(UserError, match="per-pixel"):
-        pseudo_label.segments_of(
-            PixelFeatures((4, 4), (4, 4), 1, np.zeros((4, 4, 2)), np.zeros((4, 4, 2)), None, None)
-        )
+        segments_of(PixelFeatures((4, 4), (4, 4), 1, np.zeros((4, 4, 2)), np.zeros((4, 4, 2)), None, None))

@@ -224,7 +224,7 @@ class Folder(Source):
     def _read_classes(self, labels: epath.PathLike | None) -> ClassList:
         path = epath.Path(labels) if labels else self._root / "classes.txt"
         if labels or path.exists():
-            return read_label_file(path).distinct(path)
+            return read_label_file(path).distinct()
         names = sorted({name for names in self._segment_names.values() for name in names.values()})
         return ClassList(tuple((n,) for n in names), tuple(range(len(names))), (True,) * len(names))
 
