@@ -545,6 +545,8 @@ OPENERS: dict[str, str] = {
     "pretrained/files.py:_safetensors": "safetensors",
     "pretrained/files.py:_shards": "index of shards",
     "pretrained/files.py:_torch": "PyTorch's zip",
+    "pretrained/stated.py:check": "none: a description in memory",
+    "pretrained/stated.py:read_config": "config.json beside weights",
     "reading.py:parse_json": "captions.jsonl",
     "reading.py:read_json": "segments.json",
     "reading.py:read_lines": "label file",

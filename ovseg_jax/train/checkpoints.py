@@ -38,11 +38,11 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.files import SUMS_FILE, checksum, is_recorded, read_recorded, write_recorded
 from ovseg_jax.parallel.sharding import DEFAULT_RULES, leaf_sharding, path_name
 from ovseg_jax.reading import DAMAGE, reason
+from ovseg_jax.towers.frozen_text import TEXT_TOWER
 from ovseg_jax.towers.prompt_file import FILE as PROMPT_FILE
 from ovseg_jax.train.state import TrainState
 
 CONFIG_FILE = "config.json"
-TEXT_TOWER = "text_tower"  # the folder of a run in which `FrozenText.save` leaves a frozen tower
 # What a checkpoint takes beside its arrays, at most.
 METADATA_BYTES = 1 << 20
 # An array that all devices hold is written by them in slices, and each shape's slice is a program that is compiled for
