@@ -67,7 +67,7 @@ _TIMM = {
     "timm's CLIP ResNet": r"resnet(50|101|50x4|50x16|50x64)_clip",
     "timm's Swin": r"swin_(tiny|small|base|large)_patch4_window\d+_\d+",
     "timm's ViT": r"(vit|deit)_(?!.*(?:rope|relpos)).*_patch\d+.*",
-    "timm's EVA": r"eva(02)?_.*_patch\d+_clip_\d+",
+    "timm's EVA": r"eva(02)?_.*_patch\d+_(clip_)?\d+",
 }
 _OF_ONE_ARCHITECTURE = ("timm's EfficientNet",)  # without a config.json these are refused
 _WINDOW_RULES = {  # others: "axis"

@@ -232,7 +232,8 @@ def test_the_presets_are_what_open_clip_says(tmp_path, name, image, text):
             continue
         module = build(preset)
         format_ = {ViT: OPEN_CLIP, Eva: "timm's EVA", CLIPText: OPEN_CLIP, SiglipText: "open_clip's SigLIP"}
-        kind = "timm's ViT" if preset.startswith("siglip_vit") else format_[type(module)]
+        kind = "timm's ViT" if preset.startswith("siglip") else format_[type(module)]
+        kind = format_[SiglipText] if isinstance(module, SiglipText) else kind
         said(tmp_path, config, module, kind, file="open_clip_config.json")
         wrong = dict(heads=1)
         if isinstance(module, ViT):
