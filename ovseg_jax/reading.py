@@ -276,6 +276,7 @@ def column(
     kind: Callable[..., T],
     *limits: Any,
     default: Any = _REQUIRED,
+    of: str = "entry",
 ) -> list[T]:
     """Returns what stands under one key of each row.
 
@@ -284,6 +285,7 @@ def column(
       key: of theirs.
       kind: a function as `whole`, which is called with the value, a name for errors and `limits`.
       limits: its other arguments.
+      of: what a row is, for errors.
       default: stands for a missing value, unchecked; without one each row has to have the key.
 
     Raises:
@@ -293,11 +295,11 @@ def column(
     for k, row in enumerate(rows):
         if key not in row:
             if default is _REQUIRED:
-                raise ValueError(f"entry {k} ({short(row)}) has no {name}")
+                raise ValueError(f"{of} {k} has no {name}: {short(row)}")
             found.append(default)
             continue
         try:
             found.append(kind(row[key], name, *limits))
         except ValueError as error:
-            raise ValueError(f"entry {k}: {error}") from None
+            raise ValueError(f"{of} {k}: {error}") from None
     return found

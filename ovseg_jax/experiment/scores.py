@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from ovseg_jax.experiment.load import load_run
 from ovseg_jax.files import write_whole
 from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.protocols import Classifier
+from ovseg_jax.reading import objects, read_json, reading, short
 from ovseg_jax.towers.templates import HARD
 
 # papers/000, table 11 and FACTS: the mean over classes for four of them.
@@ -199,12 +199,12 @@ def read_suite(suite: str) -> dict[str, dict[str, Any]]:
     path = epath.Path(suite)
     if not path.exists():
         raise UserError(f"--suite={suite} is no file, and none of {', '.join(SUITES)}")
-    try:
-        sets = json.loads(path.read_text())["sets"]
-        if not sets or not all(isinstance(entry, dict) for entry in sets.values()):
-            raise ValueError("it names no set")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{path} is not a suite, {{"sets": {{NAME: {{...}}}}}}: {error}') from error
+    found = read_json(path, "the suite")
+    with reading(path, "the suite"):
+        sets = found.get("sets") if isinstance(found, dict) else None
+        if not isinstance(sets, dict) or not sets:
+            raise ValueError(f'it is not of the form {{"sets": {{NAME: {{...}}}}}}: {short(found)}')
+        objects(list(sets.values()), "'sets'")
     return sets
 
 
