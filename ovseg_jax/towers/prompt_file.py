@@ -200,7 +200,7 @@ def _original(path: Path) -> Float[np.ndarray, "..."]:
         try:
             with torch.serialization.safe_globals(known):
                 found = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
+        except (pickle.UnpicklingError, KeyError) as error:
             raise ValueError("it is none, or holds more than one does") from error
         state = found["state_dict"]
         ctx = state["ctx"].float().numpy()
