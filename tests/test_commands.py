@@ -22,6 +22,7 @@ CONFIGS = sorted(
 PAGES = [
     ROOT / "README.md",
     *sorted(ROOT.glob("*/*.md")),
+    *sorted(ROOT.glob("*/*/*.md")),
     *sorted(ROOT.glob("configs/*.py")),
     *sorted(ROOT.glob("ovseg_jax/**/*.py")),
     *sorted(ROOT.glob("notebooks/*.ipynb")),

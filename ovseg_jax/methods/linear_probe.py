@@ -68,13 +68,13 @@ class LinearProbe(Trainable, Classifier):
         """The cross-entropy over all N classes; the mean over the images, or over features in their place."""
         image = batch.get("feature")
         if image is None:
-            see = in_parts(self._see, self.config.get("accumulate", 1))
+            see = in_parts(self._forward, self.config.get("accumulate", 1))
             image, _, _ = see({"towers": variables["towers"]}, batch, rng)
         x = FEATURE_LENGTH * unit(image)
         logits = x @ variables["params"]["kernel"] + variables["params"]["bias"]
         return cross_entropy(logits, jnp.asarray(self._place)[batch["label"]], batch["example_mask"])
 
-    def _see(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[Array, tuple, dict]:
+    def _forward(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[Array, tuple, dict]:
         del rng
         return self.embed_image(variables, batch["image"]), (), {}
 

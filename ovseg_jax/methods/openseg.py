@@ -145,7 +145,7 @@ class OpenSeg(Trainable, Segmenting):
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
         """Eq. 5: grounding loss + α mask loss."""
-        network = in_parts(self._see, self.config.get("accumulate", 1))
+        network = in_parts(self._forward, self.config.get("accumulate", 1))
         regions, (mask_sum, mask_count), mutated = network(variables, batch, rng)
         params = variables["params"]
         region_tau, pair_tau = self.temperatures(params)
@@ -175,7 +175,7 @@ class OpenSeg(Trainable, Segmenting):
         }
         return loss, Aux(metrics, mutated)
 
-    def _see(
+    def _forward(
         self, variables: Variables, batch: Batch, rng: jax.Array
     ) -> tuple[Array, tuple[Array, Array], dict]:
         """Of some images: unit-norm regions, sum and count of the mask loss, and the collections updated."""

@@ -235,10 +235,10 @@ class PromptTuning(Trainable, Classifier):
     def _features(self, variables: Variables, batch: Batch, rng: jax.Array) -> Float[Array, "b d"]:
         if "feature" in batch:
             return batch["feature"]
-        see = in_parts(self._see, self.config.get("accumulate", 1))
+        see = in_parts(self._forward, self.config.get("accumulate", 1))
         return see(variables, {"image": batch["image"]}, rng)[0]
 
-    def _see(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[Array, tuple, dict]:
+    def _forward(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[Array, tuple, dict]:
         del rng
         return self.embed_image(variables, batch["image"]), (), {}
 

@@ -79,12 +79,12 @@ class VPT(Trainable, Classifier):
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
         """Eq. 1 of papers/000 over all N classes; the mean over the images."""
-        see = in_parts(self._see, self.config.get("accumulate", 1))
+        see = in_parts(self._forward, self.config.get("accumulate", 1))
         image, _, _ = see(variables, {"image": batch["image"]}, rng)
         logits = self.logit_scale(variables) * image @ variables["towers"]["hard"].T
         return cross_entropy(logits, jnp.asarray(self._place)[batch["label"]], batch["example_mask"])
 
-    def _see(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[Array, tuple, dict]:
+    def _forward(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[Array, tuple, dict]:
         del rng
         return self.embed_image(variables, batch["image"]), (), {}
 
