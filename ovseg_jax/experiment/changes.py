@@ -28,8 +28,8 @@ RESUME_MUTABLE_KEYS = (
 def config_differences(before: ConfigDict, now: ConfigDict, *, grow: bool = True) -> list[str]:
     """Returns what keeps a run from going on under another config, as "key was a, is b"; [] where nothing does.
 
-    The keys in RESUME_MUTABLE_KEYS may change, and `steps` may grow (a schedule over `steps` then changes with it). Stages are
-    compared by themselves, see `stages.check_finished`.
+    The keys in RESUME_MUTABLE_KEYS may change, and `steps` may grow (a schedule over `steps` then changes with it).
+    Stages are compared by themselves, see `stages.check_finished`.
 
     Args:
       before: the config of the run that is there.
