@@ -116,6 +116,21 @@ def test_what_cannot_be_exported_is_said(tmp_path, capsys):
     assert "holds no run" in capsys.readouterr().err
 
 
+def test_files_that_are_there_are_replaced_when_it_is_said(tmp_path, monkeypatch, capsys):
+    """Such as config.json of a run, without which its checkpoints cannot be read."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    run.mkdir()
+    (run / "config.json").write_text("the run's")
+    monkeypatch.setattr(Segmenter, "from_checkpoint", classmethod(lambda cls, *_, **__: make_segmenter()))
+    call = lambda *flags: command.main([f"--checkpoint={run}", "--to=big_vision", *flags])
+    assert call(f"--out={out}") == 0 and call(f"--out={out}") == 1
+    assert "holds a file model.npz" in capsys.readouterr().err
+    assert call(f"--out={out}", "--overwrite") == 0
+    for flags in ([], ["--overwrite"]):
+        assert command.main([f"--checkpoint={run}", "--to=torch", f"--out={run}/../run", *flags]) == 1
+    assert (run / "config.json").read_text() == "the run's"
+
+
 def test_a_folder_that_is_none_of_ours(tmp_path):
     require("torch")
     import ovseg_jax.torch

@@ -112,6 +112,29 @@ def test_a_suite_of_folders(run, tmp_path, capsys):
     assert rows[0]["accuracy_5"] == "" and float(rows[0]["uniformity"]) < 0
 
 
+def test_a_command_that_was_stopped_scores_what_is_missing(run, tmp_path, monkeypatch, capsys):
+    for name in ("one", "two", "three"):
+        write_set(tmp_path / "sets" / name, red=2, white=1)
+    suite = write_suite(tmp_path, one={}, two={"prompts": {"hard": "a {}."}}, three={})
+    whole, called = score.Scorer.score, []
+
+    def stopped(self, name, *args):
+        called.append(name)
+        if called == ["one", "two", "three"]:
+            raise KeyboardInterrupt
+        return whole(self, name, *args)
+
+    monkeypatch.setattr(score.Scorer, "score", stopped)
+    assert run(suite=suite) == 130
+    assert [row["set"] for row in csv.DictReader((tmp_path / "out.csv").open())] == ["one", "two", "two"]
+    assert run(suite=suite) == 0 and called[3:] == ["three"]
+    first = (tmp_path / "out.csv").read_text()
+    assert not list(tmp_path.glob("*.jsonl"))
+    assert run(suite=suite) == 0 and called[4:] == ["one", "two", "three"]
+    assert (tmp_path / "out.csv").read_text() == first
+    assert capsys.readouterr().out.count("three") == 2
+
+
 def test_the_published_suite_lists_what_is_missing(run, tmp_path, capsys):
     write_set(tmp_path / "sets" / "eurosat", red=2, yellow=2)
     write_set(tmp_path / "sets" / "imagenet_a", red=2, white=2)
