@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 DAMAGE = (
     ArithmeticError,
+    AssertionError,
     AttributeError,
     EOFError,
     ImportError,

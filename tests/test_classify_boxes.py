@@ -42,7 +42,7 @@ def root(tmp_path_factory):
     """Runs of fake methods; images of coloured boxes on black, their annotations and some proposals."""
     root = tmp_path_factory.mktemp("boxes")
     for name in ("colours", "masks"):
-        own = ConfigDict({"method": name, "data": {"image_size": 8, "task": "classification"}})
+        own = ConfigDict({"method": name, "data": {"image_size": 8}})
         write_run(root / name, own, WordList(list(COLOURS)), CLASSES, ColourMethod().init(None))
     (root / "images").mkdir()
     rng = np.random.default_rng(0)

@@ -27,9 +27,7 @@ def workdirs(tmp_path_factory):
     for name, method in (("colours", ColourClassifier()), ("masks", ColourMethod())):
         workdir = root / name
         workdir.mkdir()
-        write_config(
-            workdir, ConfigDict({"method": name, "data": {"image_size": 8, "task": "classification"}})
-        )
+        write_config(workdir, ConfigDict({"method": name, "data": {"image_size": 8}}))
         WordList(list(COLOURS)).save(workdir / WORDS_FILE)
         (workdir / CLASSES_FILE).write_text(CLASSES.to_json())
         checkpoints = Checkpoints(workdir, every=0, keep=1)

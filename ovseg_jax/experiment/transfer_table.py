@@ -72,7 +72,7 @@ def compare_prompts(
     batches = partial(
         eval_batches,
         source,
-        {"data": {**first.config.data, "task": "segmentation", **evaluation}},
+        {"data": {**first.config.data, **evaluation}},
         batch_size=batch_size // processes,
         process_index=jax.process_index(),
         process_count=processes,
