@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.eva import PRESETS, Eva, rotary_table, rotate
+from ovseg_jax.models.eva import PRESETS, Eva, rotary_table
+from ovseg_jax.models.transformer import rotate
 from ovseg_jax.pretrained.eva import from_eva_clip, from_timm_eva
 from ovseg_jax.pretrained.rename import fit, rename
 from tests import reference
