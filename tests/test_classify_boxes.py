@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fake_method import CLASSES, COLOURS, ColourClassifier, ColourMethod
+from fake_method import CLASSES, COLOURS, FAKES, ColourMethod
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -79,8 +79,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def run(root, tmp_path, monkeypatch, capsys):
-    fakes = {"colours": lambda *_: ColourClassifier(), "masks": lambda *_: ColourMethod()}
-    monkeypatch.setattr(methods, "METHODS", methods.METHODS | fakes)
+    monkeypatch.setattr(methods, "METHODS", methods.METHODS | FAKES)
 
     def call(**flags):
         known = {

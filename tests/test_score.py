@@ -6,7 +6,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fake_method import CLASSES, COLOURS, ColourClassifier, ColourMethod
+from fake_method import CLASSES, COLOURS, FAKES, ColourClassifier, ColourMethod
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -40,8 +40,7 @@ def workdirs(tmp_path_factory):
 
 @pytest.fixture
 def run(workdirs, tmp_path, monkeypatch):
-    fakes = {"colours": lambda *_: ColourClassifier(), "masks": lambda *_: ColourMethod()}
-    monkeypatch.setattr(methods, "METHODS", fakes)
+    monkeypatch.setattr(methods, "METHODS", FAKES)
     (tmp_path / "sets").mkdir()
 
     def call(**flags):
@@ -187,7 +186,7 @@ def test_a_set_of_tfds_and_of_a_chosen_split():
     [
         ({"suite": "nowhere"}, "--suite=nowhere is no file"),
         ({"suite": "cross-domain"}, "holds none of the sets"),
-        ({"suite": "wrong.json"}, "wrong.json is not a suite"),
+        ({"suite": "wrong.json"}, "the suite wrong.json cannot be read"),
         ({"suite": "pets.json", "checkpoint": "elsewhere"}, "elsewhere holds no run"),
         ({"suite": "pets.json", "checkpoint": "MASKS"}, "method=masks, which classifies no images"),
         ({"suite": "pets.json", "batch": 0}, "--batch=0"),
