@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 DAMAGE = (
     ArithmeticError,
+    AssertionError,
     AttributeError,
     EOFError,
     ImportError,
@@ -159,10 +160,12 @@ def read_npz(path: epath.PathLike, what: str = "") -> dict[str, np.ndarray]:
     Raises:
       UserError: it cannot be read, or holds Python objects.
     """
-    with reading(path, what), epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as data:
+    with reading(path, what), epath.Path(path).open("rb") as file:
+        data = np.load(file, allow_pickle=False)
         if not isinstance(data, np.lib.npyio.NpzFile):
             raise ValueError("it is no .npz")
-        return dict(data.items())
+        with data:
+            return dict(data.items())
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -204,7 +204,9 @@ def read_colours(path: epath.PathLike, what: str) -> UInt8[np.ndarray, "h w 3"]:
         return np.asarray(image.convert("RGB"))
 
 
-def save_mask(file: IO[bytes], mask: UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"]) -> None:
+def save_mask(
+    file: IO[bytes] | io.BytesIO, mask: UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"]
+) -> None:
     """Writes a mask that lies on its upright image as a PNG which says so, as `turn_mask` understands it."""
     exif = Image.Exif()
     exif[_ORIENTATION] = 1

@@ -189,7 +189,7 @@ class Scorer:
 
 
 def read_suite(suite: str) -> dict[str, dict[str, Any]]:
-    """The sets of a suite, by name or from a JSON file; see the command's help for what is in it.
+    """Returns the sets of a suite, by its name or from a JSON file; the command's help lists what is in it.
 
     Raises:
       UserError: neither, or a file that is not of that form.
@@ -209,7 +209,7 @@ def read_suite(suite: str) -> dict[str, dict[str, Any]]:
 
 
 def source_of(name: str, entry: Mapping[str, Any], data_dir: epath.Path) -> dict[str, Any] | None:
-    """What `make_source` makes the set of; None where its folder is missing."""
+    """Returns the config of a set's data source; None where its folder is missing."""
     own = ("metric", "average", "prompts", "limit", "tfds")
     arguments = {key: value for key, value in entry.items() if key not in own}
     if "tfds" in entry:
@@ -224,7 +224,7 @@ def source_of(name: str, entry: Mapping[str, Any], data_dir: epath.Path) -> dict
 
 
 def averages(suite: Mapping[str, Mapping[str, Any]], scores: Sequence[Score]) -> Iterator[str]:
-    """A line for each average of the suite: the unweighted mean over its sets, as published averages are."""
+    """Yields a line for each average of the suite: the unweighted mean over its sets, as published averages are."""
     for average in dict.fromkeys(entry["average"] for entry in suite.values() if "average" in entry):
         wanted = [name for name, entry in suite.items() if entry.get("average") == average]
         cells = []

@@ -16,10 +16,11 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.config import keys
 from ovseg_jax.errors import UserError
+from ovseg_jax.kernels.unit import unit
+from ovseg_jax.methods.on_clip import OnClip
 from ovseg_jax.parallel.accumulate import in_parts
-from ovseg_jax.protocols import PRECISION, Aux, Batch, Classifier, Text, Trainable, Variables
+from ovseg_jax.protocols import PRECISION, Aux, Batch, Text, Variables
 from ovseg_jax.towers.clip import TOWER_KEYS, Clip
-from ovseg_jax.towers.text import unit
 from ovseg_jax.vocab.classes import ClassList, rows_of_names
 from ovseg_jax.vocab.words import WordList
 
@@ -27,7 +28,7 @@ FEATURE_LENGTH = 10.0
 _NEVER = -1e9  # a logit
 
 
-class LinearProbe(Trainable, Classifier):
+class LinearProbe(OnClip):
     """Trains `params` {"kernel" [D N], "bias" [N]}, which start at zero: the problem is convex.
 
     Its scores are the logits themselves, for classes that have training examples; the others score `_NEVER`.

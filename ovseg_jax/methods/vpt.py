@@ -18,17 +18,18 @@ from ml_collections import ConfigDict
 from ovseg_jax.config import keys
 from ovseg_jax.errors import UserError
 from ovseg_jax.methods.linear_probe import cross_entropy
+from ovseg_jax.methods.on_clip import OnClip
 from ovseg_jax.methods.prompt_tuning import HARD_PROMPT, NOISE
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.parallel.accumulate import in_parts
-from ovseg_jax.protocols import Aux, Batch, Classifier, Text, Trainable, Variables
+from ovseg_jax.protocols import Aux, Batch, Text, Variables
 from ovseg_jax.towers.clip import SPACE, TOWER_KEYS, Clip
 from ovseg_jax.towers.templates import fill
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 
 
-class VPT(Trainable, Classifier):
+class VPT(OnClip):
     """Trains tokens for a frozen image tower. `config` is the whole config of a run.
 
     Args:
@@ -41,6 +42,12 @@ class VPT(Trainable, Classifier):
     """
 
     frozen_towers = True
+
+    @classmethod
+    def fields(cls, config: ConfigDict) -> tuple[str, ...]:
+        """Returns the batch fields that the loss reads; the prompt changes features, so that none can be kept."""
+        del config
+        return ("image", "label")
 
     @classmethod
     def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:

@@ -81,7 +81,6 @@ class Coco(Source):
         caption_data, panoptic = None, None
         if captions or (captions is None and caption_file.exists()) or not masks:
             caption_data = _read_lists(caption_file, ("images", "annotations"))
-            self.provides |= {"captions"}
         if masks:
             self.provides |= {"segments", "class_ids", "boxes"}
             panoptic = _read_lists(self._json, ("images", "annotations", "categories"))
@@ -93,6 +92,8 @@ class Coco(Source):
             self._read_segments(panoptic["annotations"] if panoptic else [])
         with reading(caption_file):
             self._read_captions(caption_data["annotations"] if caption_data else [])
+        if self._captions:
+            self.provides |= {"captions"}
 
     def __len__(self) -> int:
         return len(self._files)
