@@ -43,6 +43,7 @@ class LinearProbe:
     """
 
     frozen_towers = True
+    frozen = ("^towers/",)
     by_place = True
 
     @classmethod

@@ -66,6 +66,7 @@ class PromptTuning:
     """
 
     frozen_towers = True
+    frozen = ("^towers/",)
     by_place = True
 
     @classmethod

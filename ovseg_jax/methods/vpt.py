@@ -41,6 +41,7 @@ class VPT:
     """
 
     frozen_towers = True
+    frozen = ("^towers/",)
 
     @classmethod
     def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:

@@ -4,6 +4,7 @@
     WORKDIR/checkpoints/<step>/variables    {"params": ..., other collections}: all that inference reads
     WORKDIR/checkpoints/<step>/optimizer    optax's state
     WORKDIR/checkpoints/<step>/average      averaged parameters, where the run keeps them
+    WORKDIR/checkpoints/frozen              the variables that never change, which no other checkpoint then holds
     WORKDIR/checkpoints/<step>/checksums.json   size and CRC-32 of each file, written before the folder gets its name
 
 The position in the data is the step (see `data.pipeline`), so that a checkpoint restores on any mesh and with any
@@ -13,13 +14,13 @@ A folder named otherwise is never read. One that is damaged (cut, altered, copie
 newest that is whole, with a warning; a run that goes on renames it to <step>.damaged.
 """
 
+import contextlib
 import errno
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -48,6 +50,7 @@ METADATA_BYTES = 1 << 20
 # each device: not for less than this.
 SLICE_BYTES = 1 << 20
 ITEMS = ("variables", "optimizer", "average")
+FROZEN = "frozen"
 _log = logging.getLogger(__name__)
 
 
@@ -58,14 +61,22 @@ class Checkpoints:
       workdir: where the run lives.
       every: save at multiples of this many steps; 0 = only where the loop forces it.
       keep: how many of the latest to keep.
+      frozen: whether a variable never changes, by its path, see `optimizer.freezer`.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, every: int, keep: int):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        every: int,
+        keep: int,
+        frozen: Callable[[str], bool] = lambda path: False,
+    ):
         self.directory = epath.Path(workdir).absolute() / "checkpoints"
         policies: list[Any] = [save_decision_policy.PreemptionCheckpointingPolicy()]
         if every > 0:
             policies.append(save_decision_policy.FixedIntervalPolicy(every))
-        self._saving = 0
+        self._frozen, self._frozen_saved, self._saving = frozen, False, ""
         with self._writing():
             _set_aside(self.directory)
             self._manager = ocp.CheckpointManager(
@@ -97,10 +108,23 @@ class Checkpoints:
         with self._writing():
             self._check_space(state)
             self._manager.wait_until_finished()
-            self._saving = step
-            items = {"variables": state.variables, "optimizer": state.opt_state, "average": state.average}
-            args = {item: ocp.args.PyTreeSave(tree) for item, tree in items.items() if tree is not None}
+            variables, kept = split(state.variables, self._frozen)
+            if kept and not self._frozen_saved:
+                self._save_frozen(kept)
+            self._saving = str(step)
+            items = {"variables": variables, "optimizer": state.opt_state}
+            if state.average is not None:
+                items["average"] = split({"params": state.average}, self._frozen)[0].get("params", {})
+            args = {item: ocp.args.PyTreeSave(tree) for item, tree in items.items()}
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+
+    def _save_frozen(self, kept: Any) -> None:
+        self._saving = FROZEN
+        options = ocp.AsyncOptions(post_finalization_callback=self._write_sums)
+        with contextlib.closing(ocp.AsyncCheckpointer(_handler(), async_options=options)) as checkpointer:
+            checkpointer.save(self.directory / FROZEN, args=ocp.args.PyTreeSave(kept), force=True)
+            checkpointer.wait_until_finished()
+        self._frozen_saved = True
 
     def restore(self, target: TrainState, step: int | None = None) -> TrainState:
         """Restores the latest (or the given) checkpoint.
@@ -115,19 +139,24 @@ class Checkpoints:
         step = self._manager.latest_step() if step is None else step
         if step is None:
             raise UserError(f"{self.directory} holds no checkpoint.")
-        items = {"variables": target.variables, "optimizer": target.opt_state, "average": target.average}
-        restored = {
-            item: _restore(self.directory / str(step) / item, tree)
-            for item, tree in items.items()
-            if tree is not None
-        }
-        variables = dict(restored["variables"])
+        folder = self.directory / str(step)
+        own, kept = split(target.variables, self._frozen)
+        variables = _restore(folder / "variables", own)
+        if kept:
+            variables = merged(variables, _restore(self.directory / FROZEN, kept))
+            self._frozen_saved = True
+        average = None
+        if target.average is not None:
+            own = split({"params": target.average}, self._frozen)[0]
+            average = {"params": _restore(folder / "average", own["params"])}
+            average = merged({"params": variables["params"]}, average)["params"]
+        opt_state = _restore(folder / "optimizer", target.opt_state)
         return TrainState(
             step=jax.device_put(jnp.asarray(step, jnp.int32), target.step.sharding),
             params=variables.pop("params"),
             model_state=variables,
-            opt_state=restored["optimizer"],
-            average=restored.get("average"),
+            opt_state=opt_state,
+            average=average,
         )
 
     def wait(self) -> None:
@@ -156,9 +185,11 @@ class Checkpoints:
         for folder in Path(self.directory).glob(f"{self._saving}.orbax-checkpoint-tmp*"):
             files = sorted(path for path in folder.rglob("*") if path.is_file())
             sums = {path.relative_to(folder).as_posix(): checksum(path) for path in files}
+            if self._frozen_saved and self._saving != FROZEN:
+                sums[FROZEN] = checksum(self.directory / FROZEN / SUMS_FILE)
             (folder / SUMS_FILE).write_text(json.dumps(sums, indent=1))
 
-    @contextmanager
+    @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
@@ -217,9 +248,12 @@ def load_variables(
         return _restore(item, jax.tree.map_with_path(target, _saved_arrays(item)))
 
     variables = restore(directory / str(step) / "variables")
+    if (directory / FROZEN).exists():
+        variables = merged(variables, restore(directory / FROZEN))
     average = directory / str(step) / "average"
     if averaged and average.exists():
-        variables["params"] = restore(average, (jax.tree_util.DictKey("params"),))
+        params = restore(average, (jax.tree_util.DictKey("params"),))
+        variables = merged(variables, {"params": params})
     return jax.device_get(variables) if mesh is None else variables, step
 
 
@@ -233,6 +267,26 @@ def with_own_text(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
     if config.text.get("prompt", ""):
         config.text.prompt = str(folder / PROMPT_FILE)
     return config
+
+
+def split(
+    variables: Mapping[str, Any], frozen: Callable[[str], bool]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits a tree of variables into those that change and those that are frozen."""
+    flat = flatten_dict(dict(variables), keep_empty_nodes=True)
+    kept = {
+        path: leaf
+        for path, leaf in flat.items()
+        if frozen("/".join(path[1:] if path[0] == "params" else path))
+    }
+    own = {path: leaf for path, leaf in flat.items() if path not in kept}
+    return unflatten_dict(own), unflatten_dict(kept)
+
+
+def merged(variables: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Merges two trees of variables; the second one's take the place of the first one's."""
+    flat = [flatten_dict(dict(tree), keep_empty_nodes=True) for tree in (variables, others)]
+    return unflatten_dict(flat[0] | flat[1])
 
 
 def find_step(directory: epath.Path, step: int | None = None, items: Sequence[str] = ITEMS) -> int:
@@ -281,15 +335,26 @@ def find_damage(folder: epath.Path, items: Sequence[str] = ITEMS) -> str | None:
         files = {name: tuple(known) for name, known in sums.items() if name.split("/")[0] in items}
         if not any(name.startswith("variables/") for name in files):
             raise ValueError("it lists no variables")
-        for name, known in files.items():
-            if not (folder / name).is_file():
-                return f"{name} is missing"
-            if (found := tuple(checksum(folder / name))) != known:
-                return f"{name} is " + (
-                    "altered" if found[0] == known[0] else f"{found[0]} bytes, not {known[0]}"
-                )
+        if problem := _find_altered(folder, files):
+            return problem
+        if FROZEN in sums:
+            frozen = folder.parent / FROZEN
+            problem = _find_altered(frozen, {SUMS_FILE: tuple(sums[FROZEN])})
+            problem = problem or _find_altered(frozen, json.loads((frozen / SUMS_FILE).read_bytes()))
+            return problem and f"of {FROZEN}, {problem}"
     except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"{SUMS_FILE} cannot be read ({getattr(error, 'strerror', None) or error})"
+    return None
+
+
+def _find_altered(folder: epath.Path, files: Mapping[str, Any]) -> str | None:
+    for name, known in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (found := checksum(folder / name)) != list(known):
+            return f"{name} is " + (
+                "altered" if found[0] == known[0] else f"{found[0]} bytes, not {known[0]}"
+            )
     return None
 
 

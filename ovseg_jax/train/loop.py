@@ -23,7 +23,7 @@ from ovseg_jax.protocols import Trainable
 from ovseg_jax.train import metrics as metrics_lib
 from ovseg_jax.train.checkpoints import Checkpoints
 from ovseg_jax.train.metrics import MetricWriter
-from ovseg_jax.train.optimizer import make_optimizer
+from ovseg_jax.train.optimizer import freezer, make_optimizer
 from ovseg_jax.train.profile import Profile
 from ovseg_jax.train.progress import Progress
 from ovseg_jax.train.state import (
@@ -92,12 +92,17 @@ def fit(
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         variables = abstract_variables(method, config.seed)
-        optimizer = make_optimizer(config.optimizer, variables["params"], steps)
+        frozen = tuple(getattr(method, "frozen", ()))
+        optimizer = make_optimizer(config.optimizer, variables["params"], steps, frozen)
         shardings = state_shardings(optimizer, variables, mesh, config.get("sharding", DEFAULT_RULES))
         train_step = make_step(method, optimizer, config.seed, shardings)
 
         every, keep = config.checkpoint.get("every", 0), config.checkpoint.get("keep", 1)
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, every=every, keep=keep)))
+        checkpoints = stack.enter_context(
+            contextlib.closing(
+                Checkpoints(workdir, every=every, keep=keep, frozen=freezer(config.optimizer, frozen))
+            )
+        )
         start = checkpoints.latest_step() or 0
         if checkpoints.latest_step() is None:
             state = create_state(method, optimizer, config.seed, shardings)

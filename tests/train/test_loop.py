@@ -189,7 +189,7 @@ def test_what_is_saved_does_not_move_while_training_goes_on(tmp_path):
 
 def test_frozen_parameters_stay_and_have_no_state(tmp_path):
     optimizer = make_config().optimizer
-    optimizer.update(dict(frozen=("^tower/",), clip_norm=1.0))
+    optimizer.update(dict(multipliers=(("^tower/", None),), clip_norm=1.0))
     result = run(tmp_path, optimizer=optimizer, steps=4)
     start = jax.jit(LinearMethod().init)(jax.random.key(3))["params"]
     np.testing.assert_array_equal(result.state.params["tower"]["kernel"], start["tower"]["kernel"])
