@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 EXTRAS = {
     # Also what `python -m ovseg_jax.plan` compiles with, where there is no TPU; and buckets.
     "tpu": ["jax[tpu]>=0.10", "etils[epath-gcs]"],
+    "buckets": ["etils[epath-gcs,epath-s3]"],
     "cuda": ["jax[cuda13]>=0.10"],
     # Preparing data sets; TensorFlow also lets clu write TensorBoard files.
     "prepare": ["tensorflow-datasets>=4.9.10", "array_record", "tensorflow"],

@@ -10,6 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.reading import DAMAGE
 
 STAGE = "stage:"
 STAGE_KINDS = ("train", "pseudo_label", "annotate")
@@ -202,7 +203,7 @@ def _places(config: ConfigDict, workdir: epath.Path) -> dict[str, epath.Path]:
         try:
             around = from_json(outer.read_text())
             inside = workdir.absolute().name in stages_of(around)
-        except (OSError, ValueError, UserError):
+        except (*DAMAGE, UserError):
             return places  # The folder beside is no run's.
         if inside:
             places = _places(around, workdir.parent) | places

@@ -1,29 +1,11 @@
 """Writes a trained model for others: `python -m ovseg_jax.export --checkpoint=WORKDIR --to=torch --out=DIR`."""
 
 import argparse
-import importlib.util
-import json
-import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import os
+from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from ovseg_jax.cli.console import complain, quieten, use_compilation_cache
+from ovseg_jax.cli.console import Parser, run_command, start
 from ovseg_jax.errors import UserError
-from ovseg_jax.inference.segmenter import Segmenter
-from ovseg_jax.models.text_towers import SiglipText
-from ovseg_jax.models.vit import ViT
-from ovseg_jax.parallel.sharding import path_name
-from ovseg_jax.pretrained.big_vision import write_big_vision
-from ovseg_jax.pretrained.files import write_safetensors
-from ovseg_jax.pretrained.hf_clip import is_clip, write_hf_clip
-from ovseg_jax.pretrained.to_torch import describe, to_torch
-from ovseg_jax.towers.frozen_text import FrozenText
-from ovseg_jax.train.checkpoints import TEXT_TOWER
 
 _DESCRIPTION = """\
 Writes a trained model for programs that do not have JAX, or not this library.
@@ -38,214 +20,45 @@ Writes a trained model for programs that do not have JAX, or not this library.
   big_vision  model.npz, all parameters by their paths; of a ViT and a SigLIP text tower also towers.npz, by the
               names of big_vision's two-tower models (which have none for CLIP's norm before the blocks)
 
+Files that are in --out already are replaced with --overwrite alone.
 --dtype=bfloat16 or float16 halves the file; how much the prediction changes by that is measured and printed.
 """
-EXAMPLE = '''"""Runs model.stablehlo with JAX and safetensors alone: python example.py DIR"""
-
-import sys
-
-import jax
-import numpy as np
-from safetensors.numpy import load_file
-
-folder = sys.argv[1]
-run = jax.export.deserialize(open(f"{folder}/model.stablehlo", "rb").read()).call
-parameters = load_file(f"{folder}/model.safetensors")
-images = np.zeros((2, SIZE, SIZE, 3), np.uint8)  # at the top left of the canvas, the rest is padding
-sizes = np.full((2, 2), SIZE, np.int32)  # height and width of each on it
-names = np.ones((5, WIDTH), np.float32) / WIDTH**0.5  # unit vectors of the text tower
-# Mask logits, scores of names for proposals, pixel features; of a method without proposals, scores of names for pixels
-# and the features.
-for result in run(parameters, images, sizes, names):
-    print(result.shape)
-'''
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; its exit status: 0, or 2 for a wrong request."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ovseg_jax.export",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--checkpoint", required=True, metavar="WORKDIR", help="the folder of a training run")
-    parser.add_argument("--to", required=True, choices=tuple(WRITERS))
-    parser.add_argument("--out", required=True, metavar="DIR", help="where to write; made if missing")
-    parser.add_argument(
-        "--step", type=int, help="of the checkpoints, that of this step; the latest by default"
-    )
-    parser.add_argument(
+    """Runs the command; returns its exit status."""
+    return run_command(parser, _run, argv)
+
+
+def parser() -> Parser:
+    """Returns the command's flags."""
+    parser = Parser("export", _DESCRIPTION)
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="WORKDIR", help="the folder of a training run")
+    add("--to", required=True, choices=("torch", "onnx", "stablehlo", "big_vision"))
+    add("--out", required=True, metavar="DIR", help="where to write; made if missing")
+    add("--overwrite", action="store_true", help="replace files that are there")
+    add("--step", type=int, metavar="N", help="the checkpoint of this step (default: the latest)")
+    add(
         "--last",
         action="store_true",
         help="the last parameters of a run with optimizer.ema, not their average",
     )
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    arguments = parser.parse_args(argv)
-    quieten()
-    try:
-        segmenter = Segmenter.from_checkpoint(
-            arguments.checkpoint, arguments.step, averaged=not arguments.last
-        )
-        out = Path(arguments.out)
-        out.mkdir(parents=True, exist_ok=True)
-        WRITERS[arguments.to](segmenter, out, np.dtype(jnp.dtype(arguments.dtype)))
-        if arguments.dtype != "float32":
-            change = difference(segmenter, np.dtype(jnp.dtype(arguments.dtype)))
-            print(
-                f"as {arguments.dtype}, mask logits or features change by {change:.2e} of their largest value"
-            )
-    except UserError as error:
-        return complain(error)
-    except OSError as error:
-        return complain(UserError(f"--out={arguments.out} cannot be written: {error}"))
-    print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} in {out}")
-    return 0
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    return parser
 
 
-def by_path(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The image network's variables by path, `backbone/stem_conv/kernel`, statistics among them; and `text/table`."""
-    trees = [variables["params"]["image"], *(tree for name, tree in variables.items() if name != "params")]
-    flat = {path_name(path): np.asarray(x) for tree in trees for path, x in jax.tree.leaves_with_path(tree)}
-    return flat | {"text/table": np.asarray(variables["params"]["text"]["table"])}
+def _run(arguments: argparse.Namespace) -> None:
+    from ovseg_jax.inference.export import export_model
+    from ovseg_jax.inference.segmenter import Segmenter
 
-
-def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
-    """Writes what `ovseg_jax.torch.load` reads; a frozen text tower in a folder of its own."""
-    method: Any = segmenter.method
-    arrays = to_torch(by_path(segmenter.variables))
-    if isinstance(method.text, FrozenText):
-        del arrays["text.table"]
-        method.text.save(out / TEXT_TOWER, dtype)
-        vision, text = getattr(method.net.backbone, "tower", None), method.text.tower
-        if is_clip(vision, text):
-            write_hf_clip(out / "clip", vision, text, *towers(segmenter))  # type: ignore[arg-type]
-    described = {
-        "method": segmenter.config.method,
-        "model": describe(method.net),
-        "image_size": int(segmenter.config.data.image_size),
-        "words": list(method.text.words.words),
-        "classes": json.loads((segmenter.classes).to_json()),  # type: ignore[union-attr]
-    }
-    (out / "config.json").write_text(json.dumps(described, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    cast = {k: v.astype(dtype) if v.dtype == np.float32 else v for k, v in arrays.items()}
-    write_safetensors(out / "model.safetensors", cast, {"format": "pt"})
-
-
-def towers(segmenter: Segmenter) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Parameters by path of the image tower in a pyramid and of a frozen text tower; {} of what the run has not."""
-    image = segmenter.variables["params"]["image"]["backbone"].get("tower", {})
-    text: Any = segmenter.method.text  # type: ignore[attr-defined]
-    seen = {path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(image)}
-    return seen, text.weights() if isinstance(text, FrozenText) else {}
-
-
-def to_big_vision(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
-    """Writes npz files of parameters by path."""
-    method: Any = segmenter.method
-    flat = {path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(segmenter.variables)}
-    cast = lambda arrays: {k: x.astype(dtype) if x.dtype == np.float32 else x for k, x in arrays.items()}
-    write_big_vision(out / "model.npz", cast(flat))
-    seen, read = towers(segmenter)
-    both = {f"params/img/{path}": x for path, x in seen.items() if isinstance(method.net.backbone.tower, ViT)}
-    if read and isinstance(method.text.tower, SiglipText):
-        both |= {f"params/txt/{path}": x for path, x in read.items()}
-    if both:
-        write_big_vision(out / "towers.npz", cast(both))
-
-
-def to_onnx(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
-    """Writes a program of (image u8 [b 3 S S], image_size i32 [b 2]), and what `to_folder` writes.
-
-    It returns mask logits [b N h w], the sums of F_z under the masks [b N D] and F_z [b D h w]; of a method without
-    proposals only the last.
-
-    Raises:
-      UserError: PyTorch, onnx or onnxscript is missing.
-    """
-    if missing := [
-        name for name in ("torch", "onnx", "onnxscript") if importlib.util.find_spec(name) is None
-    ]:
-        raise UserError(f"--to=onnx needs {', '.join(missing)}: pip install -e '.[torch,onnx]'")
-    import torch
-
-    import ovseg_jax.torch
-
-    to_folder(segmenter, out, dtype)
-    loaded = ovseg_jax.torch.load(out)
-    size = torch.full((2, 2), loaded.canvas, dtype=torch.int32)
-    image = torch.zeros(2, 3, loaded.canvas, loaded.canvas, dtype=torch.uint8)
-    any_number = {0: torch.export.Dim("batch")}
-    names = ["mask_logits", "region_sum", "pixel_embed"][0 if loaded.net.num_queries else 2 :]
-    torch.onnx.export(
-        loaded.net,
-        (image, size),
-        out / "model.onnx",
-        input_names=["image", "image_size"],
-        output_names=names,
-        dynamic_shapes=(any_number, any_number),
-        dynamo=True,
-        verbose=False,
+    if os.path.realpath(arguments.out) == os.path.realpath(arguments.checkpoint):
+        raise UserError(f"--out={arguments.out} is the run itself: choose another folder")
+    load = lambda: Segmenter.from_checkpoint(
+        arguments.checkpoint, arguments.step, averaged=not arguments.last
     )
+    print(export_model(load, arguments.to, arguments.out, arguments.dtype, overwrite=arguments.overwrite))
 
-
-def to_stablehlo(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
-    """Writes a program of (parameters, images u8 [b S S 3], sizes i32 [b 2], names f32 [t D]).
-
-    It returns mask logits [b N h w], scores of names for proposals [b t N] and pixel features [b h w D]; of a method
-    without proposals, scores of names for pixels [b t h w] and the features.
-    """
-    if importlib.util.find_spec("flatbuffers") is None:
-        raise UserError("--to=stablehlo needs flatbuffers: pip install -e '.[export]'")
-    method: Any = segmenter.method
-    size, width = int(segmenter.config.data.image_size), int(method.net.embed_dim)
-    flat = {path_name(path): x for path, x in jax.tree.leaves_with_path(segmenter.variables)}
-    cast = {k: np.asarray(x, dtype) if x.dtype == jnp.float32 else np.asarray(x) for k, x in flat.items()}
-    structure = jax.tree.structure(segmenter.variables)
-
-    def run(parameters: Mapping[str, Any], images: Any, sizes: Any, names: Any) -> Any:
-        leaves = [jnp.asarray(parameters[path]).astype(x.dtype) for path, x in flat.items()]
-        prediction = method.predict(jax.tree.unflatten(structure, leaves), images, sizes)
-        if prediction.mask_logits is None:
-            features = prediction.pixel_embed
-            unit = features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-6)
-            return jnp.einsum("bhwd,td->bthw", unit, names), features
-        scores = jnp.einsum("td,bnd->btn", names, prediction.region_embed)
-        return prediction.mask_logits, scores, prediction.pixel_embed
-
-    b, t = jax.export.symbolic_shape("b, t")
-    shapes = (
-        {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in cast.items()},
-        jax.ShapeDtypeStruct((b, size, size, 3), np.uint8),
-        jax.ShapeDtypeStruct((b, 2), np.int32),
-        jax.ShapeDtypeStruct((t, width), np.float32),
-    )
-    exported = jax.export.export(jax.jit(run), platforms=("cpu", "cuda", "tpu"))(*shapes)
-    (out / "model.stablehlo").write_bytes(exported.serialize())
-    write_safetensors(out / "model.safetensors", cast)
-    (out / "example.py").write_text(EXAMPLE.replace("SIZE", str(size)).replace("WIDTH", str(width)))
-
-
-def difference(segmenter: Segmenter, dtype: np.dtype) -> float:
-    """How far rounding the parameters moves mask logits, or pixel features: error over largest value, random image."""
-    size = int(segmenter.config.data.image_size)
-    image = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
-    rounded = jax.tree.map(
-        lambda x: x.astype(dtype).astype(x.dtype) if x.dtype == jnp.float32 else x, segmenter.variables
-    )
-    predict = jax.jit(segmenter.method.predict)
-
-    def maps(variables: Any) -> np.ndarray:
-        prediction = predict(variables, image, np.full((1, 2), size, np.int32))
-        logits = prediction.mask_logits
-        return np.asarray(prediction.pixel_embed if logits is None else logits)
-
-    exact = maps(segmenter.variables)
-    return float(np.abs(maps(rounded) - exact).max() / np.abs(exact).max())
-
-
-WRITERS = {"torch": to_folder, "onnx": to_onnx, "stablehlo": to_stablehlo, "big_vision": to_big_vision}
 
 if __name__ == "__main__":
-    use_compilation_cache()
-    sys.exit(main())
+    start(main)

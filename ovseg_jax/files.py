@@ -13,6 +13,7 @@ from typing import Any
 from etils import epath
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.reading import DAMAGE, reason
 
 SUMS_FILE = "checksums.json"
 LOCK_FILE = ".lock"
@@ -108,8 +109,8 @@ def read_recorded(path: epath.PathLike) -> str:
     try:
         text = path.read_bytes().decode()
         verify(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {_reason(error)}") from error
+    except DAMAGE as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from error
     return text
 
 
@@ -120,12 +121,8 @@ def _sums(folder: epath.Path) -> dict[str, Any]:
         if isinstance(found, dict):
             return found
         raise ValueError("no JSON object")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {_reason(error)}; it may be deleted") from error
-
-
-def _reason(error: BaseException) -> str:
-    return str(getattr(error, "strerror", None) or error)
+    except DAMAGE as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}; it may be deleted") from error
 
 
 @contextlib.contextmanager
@@ -144,7 +141,7 @@ def locked(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"the folder {folder} cannot be made: {_reason(error)}") from error
+        raise UserError(f"the folder {folder} cannot be made: {reason(error)}") from error
     if "://" in str(folder):
         yield
         return
@@ -167,7 +164,7 @@ def _lock(path: epath.Path, remedy: str) -> int | None:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise UserError(f"the folder {path.parent} cannot be written to: {_reason(error)}") from error
+            raise UserError(f"the folder {path.parent} cannot be written to: {reason(error)}") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from ovseg_jax.cli.console import speak, use_compilation_cache
+from ovseg_jax.cli.console import check_addresses, setup_logging, use_compilation_cache
 from ovseg_jax.cli.flags import chosen_config, given_keys, launch
 from ovseg_jax.errors import UserError
 
@@ -50,6 +50,7 @@ def run(argv: list[str]) -> int:
         raise UserError(f"unexpected arguments {argv[1:]}; a setting is --config.key=value.")
     config = chosen_config()
     workdir = _WORKDIR.value or default_workdir(sys.argv[1:])
+    check_addresses({"--workdir": workdir})
     use_all_cores(config.batch_size)
     asked = _DISTRIBUTED.value
     if asked if asked is not None else "JAX_COORDINATOR_ADDRESS" in os.environ:
@@ -107,7 +108,7 @@ def use_all_cores(batch_size: int) -> None:
 
 def main() -> None:
     """Runs the command."""
-    speak()
+    setup_logging()
     launch(run)
 
 

@@ -27,6 +27,7 @@ DAMAGE = (
     ArithmeticError,
     AttributeError,
     EOFError,
+    ImportError,
     LookupError,
     MemoryError,
     OSError,
@@ -82,6 +83,8 @@ def reason(error: BaseException) -> str:
         return "it is a folder, not a file"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
+    if isinstance(error, KeyError) and "://" in str(error):
+        return f"files of {error} are not known here: download them first"
     if isinstance(error, KeyError):
         return f"it has no {error}"
     first = str(error).strip().partition("\n")[0]

@@ -117,7 +117,7 @@ def make_config(**changes):
 
 
 def main(workdir, changes, sleep):
-    from ovseg_jax.cli.console import complain, quieten
+    from ovseg_jax.cli.console import print_error, silence
     from ovseg_jax.errors import UserError
     from ovseg_jax.main import join_processes
     from ovseg_jax.parallel.sharding import make_mesh, replicated
@@ -129,7 +129,7 @@ def main(workdir, changes, sleep):
     bad_step = config.get("bad_step")
     if config.get("blind"):  # To the disk being nearly full, so that writing fails half-way.
         checkpoints.METADATA_BYTES = -(1 << 40)
-    quieten()
+    silence()
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         join_processes()
     mesh = make_mesh(config.mesh)
@@ -143,7 +143,7 @@ def main(workdir, changes, sleep):
             mesh,
         )
     except UserError as error:
-        return complain(error)
+        return print_error(error)
     if not result.stopped:
         whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))
         flat, _ = jax.flatten_util.ravel_pytree(

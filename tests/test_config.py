@@ -1,6 +1,10 @@
 """The config argument is typed by its defaults and refuses what it does not know; every config builds."""
 
 import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -10,7 +14,6 @@ from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.errors import UserError
 from ovseg_jax.methods import build
 from ovseg_jax.pretrained import published
-from ovseg_jax.towers import clip
 from ovseg_jax.train.optimizer import make_schedule
 from ovseg_jax.vocab.classes import parse_labels
 from ovseg_jax.vocab.words import WordList
@@ -254,8 +257,29 @@ def test_pixels_are_normalised_as_the_weights_know_them(backbone, mean, std):
     assert noise.model.mean[0] == noise.model.std[0] == 128 / 255
 
 
-def test_the_pixels_of_clip_are_known_in_one_form():
-    assert (published.CLIP.mean, published.CLIP.std) == (clip.MEAN, clip.STD)
+def test_towers_get_the_pixels_that_they_know():
+    towers = load("pomp", "data=folder,data_dir=x").towers
+    assert (towers.mean, towers.std) == tuple(published.CLIP)
+    assert published.pixels_of("siglip_vitb16").mean[0] == 0.5
+
+
+def test_an_installation_holds_the_configs(tmp_path):
+    """As `ovseg_jax.configs`, where a checkout has a folder beside the package; and never as `configs`."""
+    pytest.importorskip("setuptools")
+    root = Path(config.__file__).parents[1]
+    build = [sys.executable, "setup.py", "-q", "build_py", f"--build-lib={tmp_path}"]
+    subprocess.run(build, cwd=root, check=True, capture_output=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["ovseg_jax"]
+    code = "from ovseg_jax.configs import pomp_segments as c; print(c.__file__, c.get_config().steps)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [str(tmp_path / "ovseg_jax/configs/pomp_segments.py"), "1000"]
 
 
 def test_the_sets_of_table_2():

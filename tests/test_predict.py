@@ -4,12 +4,16 @@ import json
 
 import numpy as np
 import pytest
-from fake_method import CLASSES, ColourMethod, blocks, config
+from fake_method import CLASSES, COLOURS, ColourMethod, blocks, config
 from PIL import Image
 
 from ovseg_jax import predict
 from ovseg_jax.errors import UserError
+from ovseg_jax.experiment.class_vectors import write_class_vectors
+from ovseg_jax.files import locked
+from ovseg_jax.inference.result import Result
 from ovseg_jax.inference.segmenter import Segmenter
+from ovseg_jax.vocab.classes import ClassList
 
 
 @pytest.fixture
@@ -49,7 +53,8 @@ def test_a_folder_with_a_bad_file(run, tmp_path, capsys):
     out = tmp_path / "out"
     stems = ["a.jpg", "a.png", "b", "c"]
     names = {f"{s}.{end}" for s in stems for end in ("overlay.png", "labels.png", "json")} | {
-        "predictions.json"
+        "predictions.json",
+        "predictions.jsonl",
     }
     assert {p.name for p in out.iterdir()} == names
     everything = json.loads((out / "predictions.json").read_text())
@@ -90,7 +95,13 @@ def test_labels_with_vectors(run, tmp_path):
     np.savez(tmp_path / "v.npz", words=["grass, wet", "brick"], vectors=np.eye(6)[[1, 0]])
     assert run(images=tmp_path / "photo.png", labels=tmp_path / "v.npz") == 0
     segments = json.loads((tmp_path / "out" / "photo.json").read_text())["segments"]
-    assert {(s["category"], s["category_id"]) for s in segments} == {("grass, wet", 1), ("brick", 2)}
+    assert {(s["category"], s["id"]) for s in segments} == {("grass, wet", 0), ("brick", 1)}
+    classes = ClassList((("grass, wet",), ("brick",)), (17, 3), (True, True))
+    write_class_vectors(tmp_path / "v.npz", classes, np.eye(6, dtype=np.float32)[[1, 0]])
+    assert run(images=tmp_path / "photo.png", labels=tmp_path / "v.npz") == 0
+    segments = json.loads((tmp_path / "out" / "photo.json").read_text())["segments"]
+    expected = {("grass, wet", 1, 17), ("brick", 2, 3)}
+    assert {(s["category"], s["category_id"], s["id"]) for s in segments} == expected
     assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["labels"]) == 2
 
 
@@ -103,24 +114,185 @@ def test_labels_with_vectors(run, tmp_path):
         ({"images": "photo.png", "labels": " "}, "no labels"),
         ({"images": "photo.png", "labels": "red; unicorn"}, "unicorn"),
         ({"images": "photo.png", "labels": "gone.txt"}, "gone.txt"),
-        ({"images": "photo.png", "labels": "gone.npz"}, "labels: no such file: gone.npz"),
+        ({"images": "photo.png", "labels": "gone.npz"}, "gone.npz cannot be read: there is no such file"),
         ({"images": "photo.png", "tile": "8,9"}, "overlap"),
-        ({"images": "photo.png", "batch": 0}, "batch_size"),
+        ({"images": "photo.png", "batch": 0}, "--batch=0"),
         ({"images": "photo.png", "features": True, "tile": "40"}, "leave out --tile"),
         ({"images": "photo.png", "out": "photo.png/x"}, "cannot be made"),
     ],
 )
-def test_a_wrong_request_is_one_sentence_and_status_2(run, tmp_path, monkeypatch, capsys, flags, message):
+def test_a_wrong_request_is_one_sentence_and_status_1(run, tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
     save("photo.png", ["red"])
-    assert run(**flags) == 2
+    assert run(**flags) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
-def test_flags_that_argparse_refuses(run, capsys):
+def test_flags_that_cannot_be_parsed(run, capsys):
     for flags in [{"tile": "big"}, {"tile": "1,2,3"}, {"threshold": "high"}, {"lables": "red"}]:
-        with pytest.raises(SystemExit) as stop:
-            run(**flags)
-        assert stop.value.code == 2
-    assert "--tile" in capsys.readouterr().err
+        assert run(**flags) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and next(iter(flags)) in error
+
+
+def written(folder):
+    """The content of each file, and when it was written."""
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+def test_the_images_folder_as_output(run, tmp_path, capsys):
+    """Nothing of the user's is replaced, and overlays are not segmented by the next run."""
+    folder = tmp_path / "in"
+    save(folder / "a.png", ["red", "green"])
+    save(folder / "b.jpg", ["blue"])
+    (folder / "a.json").write_text("mine")
+    before = written(folder)
+    assert run(out=folder) == 1
+    error = capsys.readouterr().err
+    assert "holds a file a.json that this command has not written" in error and error.count("\n") == 1
+    assert written(folder) == before
+    (folder / "a.json").rename(folder / "a.txt")
+    for _ in range(2):
+        assert run(out=folder, labels="red; green; blue") == 0
+        everything = json.loads((folder / "predictions.json").read_text())
+        assert [record["stem"] for record in everything["images"]] == ["a", "b"]
+    assert len(list(folder.iterdir())) == 3 + 2 * 3 + 2
+    # Of other labels the command's own files are replaced; what is in the way of a new image is not.
+    assert run(out=folder, labels="green; blue") == 0
+    (folder / "c.labels.png").write_bytes(b"mine")
+    (folder / "c.labels.png").rename(tmp_path / "c")
+    save(folder / "c.png", ["red"])
+    (tmp_path / "c").rename(folder / "c.labels.png")
+    assert run(out=folder, labels="green; blue") == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert run(out=folder, labels="green; blue", overwrite=True) == 1  # one of the "images" cannot be read
+    assert (folder / "c.json").exists()
+
+
+def test_names_that_would_be_one_file(run, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    colours = {
+        "a.jpg": "red",
+        "a.png": "green",
+        "a.jpg.png": "blue",
+        "A.bmp": "white",
+        "predictions.png": "black",
+    }
+    for name, colour in colours.items():
+        save(folder / name, [colour])
+    assert run() == 0
+    everything = json.loads((out / "predictions.json").read_text())
+    assert len({record["stem"].lower() for record in everything["images"]}) == 5
+    for record in everything["images"]:
+        own = json.loads((out / f"{record['stem']}.json").read_text())
+        (segment,) = own["segments"]
+        assert segment["category"] == colours[record["image"].rsplit("/", 1)[1]]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_a_command_that_was_stopped_does_what_is_missing(run, tmp_path, monkeypatch, capsys, stop):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for i in range(6):
+        save(folder / f"{i}.png", [list(COLOURS)[i]])
+    whole, count = Result.save, []
+
+    def stopped(self, *args):
+        count.append(1)
+        if len(count) == 4:
+            raise stop
+        return whole(self, *args)
+
+    monkeypatch.setattr(Result, "save", stopped)
+    assert run(batch=2) == (130 if stop is KeyboardInterrupt else 1)
+    err = capsys.readouterr().err
+    assert "goes on" in err.splitlines()[-1] and "Traceback" not in err
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert [line["stem"] for line in lines[1:]] == ["0", "1", "2"]
+    done = written(out)
+    (out / "1.labels.png").unlink()  # and one of its files is lost
+    assert run(batch=2) == 0
+    assert len(count) == 4 + 4
+    assert "6 segmented (2 of them before)" in capsys.readouterr().out
+    assert {name: written(out)[name] for name in done if name[0] in "02"} == {
+        name: done[name] for name in done if name[0] in "02"
+    }
+    records = json.loads((out / "predictions.json").read_text())["images"]
+    assert [r["segments"][0]["category"] for r in records] == list(COLOURS)
+    # Nothing is missing now: the model is not even loaded.
+    monkeypatch.setattr(Segmenter, "from_checkpoint", None)
+    before = (out / "predictions.json").read_bytes()
+    assert run(batch=2) == 0 and len(count) == 8
+    assert (out / "predictions.json").read_bytes() == before
+
+
+def test_what_has_changed_is_done_again(run, tmp_path, capsys):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    save(folder / "a.png", ["red"])
+    save(folder / "b.png", ["green"])
+    there = lambda: capsys.readouterr().out.splitlines()[-1].split(";")[0]
+    assert run(labels="red; green; blue") == 0 and there() == "2 segmented"
+    save(folder / "a.png", ["blue"], size=(25, 40))
+    save(folder / "c.png", ["red"])
+    assert run(labels="red; green; blue") == 0 and there() == "3 segmented (1 of them before)"
+    assert json.loads((out / "a.json").read_text())["segments"][0]["category"] == "blue"
+    for changed in ({"labels": "red; green"}, {"labels": "red; green", "threshold": 0.5}):
+        assert run(**changed) == 0 and there() == "3 segmented"
+
+
+def test_a_picture_that_cannot_be_drawn_costs_nothing_else(run, tmp_path, monkeypatch, caplog):
+    save(tmp_path / "in" / "a.png", ["red"])
+    monkeypatch.setattr(Result, "overlay", lambda self: 1 / 0)
+    assert run() == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("a.labels.png", "a.json", "predictions.json", "predictions.jsonl")
+    }
+    assert "a.overlay.png is not drawn: ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize("size", [(1, 600), (900, 20), (1, 1), (3, 2)])
+def test_pictures_of_any_shape(run, tmp_path, size, caplog):
+    save(tmp_path / "in" / "a.png", ["red"], size=size)
+    assert run(labels="red; green") == 0
+    assert (tmp_path / "out" / "a.overlay.png").exists() and not caplog.text
+
+
+def test_two_commands_and_one_folder(run, tmp_path, capsys):
+    save(tmp_path / "in" / "a.png", ["red"])
+    with locked(tmp_path / "out"):
+        assert run() == 1
+    err = capsys.readouterr().err
+    assert "is in use by process" in err and err.count("\n") == 1
+    assert run() == 0 and not (tmp_path / "out" / ".lock").exists()
+
+
+def test_a_pattern_of_names(run, tmp_path, capsys):
+    for name in ("a.jpg", "b.jpg", "c.png"):
+        save(tmp_path / "in" / name, ["red"])
+    assert run(images=f"{tmp_path}/in/*.jpg") == 0
+    assert "2 segmented" in capsys.readouterr().out
+    assert run(images=f"{tmp_path}/in/*.gif") == 1
+    assert "no image has a name of this pattern" in capsys.readouterr().err
+
+
+def test_odd_labels_and_requests(run, tmp_path, capsys):
+    save(tmp_path / "in" / "a.png", ["red"])
+    (tmp_path / "clip.mp4").write_bytes(b"\0\0\0\x18ftypmp42")
+    for labels in ("red; red; green", "red\ngreen", "red;\n", ";".join(["red", "green"] * 1000)):
+        assert run(labels=labels) == 0, labels
+    capsys.readouterr()
+    for flags in (
+        {"labels": ""},
+        {"labels": "red; (white, [black]*; water?"},
+        {"images": tmp_path / "clip.mp4"},
+        {"tile": "0"},
+        {"tile": "-4"},
+        {"images": "https://example.org/a.jpg"},
+        {"labels": "https://example.org/labels.txt"},
+        {"checkpoint": "https://example.org/run"},
+        {"out": "ftp://example.org/out"},
+    ):
+        assert run(**flags) == 1, flags
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1
+    assert run(tile="4096") == 0

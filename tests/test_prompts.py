@@ -94,7 +94,7 @@ def test_hand_written_prompts(run, runs, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-6)
     # The small tower has not all words of CLIP's templates.
     code, out = run("--ensemble")
-    assert code == 2 and "none of the" in out.err
+    assert code == 1 and "none of the" in out.err
 
 
 def test_vectors_that_a_table_of_words_reads(run, tmp_path):
@@ -127,7 +127,7 @@ def test_the_prompt_itself(run, runs, tmp_path):
     assert run(prompt=tmp_path / "p.safetensors", out=tmp_path / "again.npy")[0] == 0
     np.testing.assert_allclose(np.load(tmp_path / "again.npy"), own, atol=1e-6)
     code, out = run(out=tmp_path / "p.safetensors", checkpoint=runs[0] / "clip", classes=None)
-    assert code == 2 and "method=clip learns no such prompt" in out.err
+    assert code == 1 and "method=clip learns no such prompt" in out.err
 
 
 def test_a_published_text_tower(run, folder, tmp_path):  # noqa: F811
@@ -177,4 +177,4 @@ def test_a_wrong_request_is_one_sentence(run, tmp_path, monkeypatch, flags, mess
     (tmp_path / "strange.txt").write_text("zebra\n")
     save_prompt(tmp_path / "narrow.safetensors", Prompt(np.ones((1, 4, 8), np.float32), Layout(4)))
     code, out = run(**flags)
-    assert code == 2 and not out.out and message in out.err and out.err.count("\n") == 1
+    assert code == 1 and not out.out and message in out.err and out.err.count("\n") == 1

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from ovseg_jax.data.images import list_images, read_image
 from ovseg_jax.data.sources.coco import Coco
 from ovseg_jax.data.sources.folder import Folder
 from ovseg_jax.data.sources.image_folder import read_names
@@ -58,6 +59,12 @@ def test_one_sentence_for_what_is_not_there(tmp_path):
         for name, message in (("none", "no such file"), ("folder", "is a folder"), ("a\0b", "null")):
             with pytest.raises(UserError, match=message):
                 reader(tmp_path / name)
+
+
+def test_addresses_of_unknown_schemes():
+    for reader in (read_text, read_json, read_image, list_images):
+        with pytest.raises(UserError, match=r"files of 'foo://' are not known"):
+            reader("foo://bucket/x.json")
 
 
 def test_columns_are_of_one_kind():
@@ -146,7 +153,7 @@ def test_a_name_of_two_categories_means_one(folder, caplog):
     source = Folder(folder)
     assert source[0]["class_ids"].tolist() == [0, 3]
     assert source.classes.names == (("ball",), ("grass",), ("drum",), ("sphere",))
-    assert "2 names are listed by several categories" in caplog.text
+    assert "names that several categories list: 2, such as" in caplog.text
     mixed = union([parse_labels("cat,kitty; dog"), parse_labels("kitty,cub; cub; dog,pup")])
     assert mixed.names == (("cat",), ("dog", "pup"), ("kitty",), ("cub",))
     split = load_split(parse_labels("screen door,screen; screen,display; wall"), "screen")
@@ -335,3 +342,15 @@ def test_coco_captions_and_names_are_checked(coco):
     (coco / "annotations/panoptic_val.json").write_text(json.dumps(data))
     with pytest.raises(UserError, match=r"is named in .* but is not there"):
         dict(Coco(coco, "val")[0])
+
+
+def test_labels_with_ids_are_no_labels():
+    with pytest.raises(UserError, match="have ids"):
+        parse_labels("1:dog\n2:cat")
+    assert parse_labels("7: the film; dog").names == (("7: the film",), ("dog",))
+
+
+def test_equal_names_are_said(tmp_path, caplog):
+    (tmp_path / "l.txt").write_text("1:dog\n2:dog,hound\n")
+    assert read_label_file(tmp_path / "l.txt").names == (("dog",), ("dog", "hound"))
+    assert "list: 1, such as 'dog' by 'dog', 'dog'" in caplog.text

@@ -10,7 +10,9 @@ from fake_method import CLASSES, COLOURS, ColourClassifier, ColourMethod
 from ml_collections import ConfigDict
 from PIL import Image
 
-from ovseg_jax import methods, score
+from ovseg_jax import methods
+from ovseg_jax import score as command
+from ovseg_jax.experiment import scores as score
 from ovseg_jax.experiment.run import CLASSES_FILE, WORDS_FILE
 from ovseg_jax.towers.templates import HARD
 from ovseg_jax.train.checkpoints import Checkpoints, write_config
@@ -50,7 +52,7 @@ def run(workdirs, tmp_path, monkeypatch):
             "data_dir": tmp_path / "sets",
             "out": tmp_path / "out.csv",
         }
-        return score.main([f"--{name}={value}" for name, value in ({"batch": 4} | known | flags).items()])
+        return command.main([f"--{name}={value}" for name, value in ({"batch": 4} | known | flags).items()])
 
     return call
 
@@ -174,7 +176,7 @@ def test_a_set_of_tfds_and_of_a_chosen_split():
         ({"suite": "dot.json"}, "pe.ts"),
     ],
 )
-def test_a_wrong_request_is_one_sentence_and_status_2(
+def test_a_wrong_request_is_one_sentence_and_status_1(
     run, workdirs, tmp_path, monkeypatch, capsys, flags, message
 ):
     monkeypatch.chdir(tmp_path)
@@ -190,6 +192,6 @@ def test_a_wrong_request_is_one_sentence_and_status_2(
         (tmp_path / f"{name}.json").write_text(json.dumps({"sets": sets}))
     if flags.get("checkpoint") == "MASKS":
         flags = flags | {"checkpoint": workdirs / "masks"}
-    assert run(**flags) == 2
+    assert run(**flags) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1

@@ -3,12 +3,12 @@
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from ovseg_jax.cli.console import complain, quieten
+from ovseg_jax.cli.console import check_addresses, guarded, silence
 from ovseg_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="FILE.py or FILE.py:key=value,...")
@@ -18,10 +18,11 @@ def chosen_config() -> ConfigDict:
     """The config of `--config=FILE.py:ARG`, with what `--config.key=value` changes in it.
 
     Raises:
-      UserError: there is none, or no such file.
+      UserError: there is none, no such file, or an address in it that cannot be read.
     """
     config = _CONFIG.value
     if isinstance(config, ConfigDict):
+        check_addresses({"config": config.to_dict()})
         return config
     if config is None:
         raise UserError("say which --config=FILE.py to run, such as configs/openseg.py.")
@@ -34,15 +35,18 @@ def given_keys() -> list[str]:
     return list(config_flags.get_override_values(flags.FLAGS["config"]))
 
 
-def launch(run: Callable[[list[str]], int]) -> None:
-    """Parses the flags, runs, and turns a user's mistake into one sentence and exit status 2."""
-    quieten()
-    try:
-        app.run(run, flags_parser=parse)
-    except UserError as error:
-        sys.exit(complain(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
+def launch(run: Callable[[list[str]], int]) -> NoReturn:
+    """Parses the flags and runs; see `console.guarded` for exit statuses."""
+
+    def call() -> int:
+        silence()
+        try:
+            app.run(run, flags_parser=parse)
+        except SystemExit as stop:  # absl's, with what `run` returned
+            return stop.code if isinstance(stop.code, int) else 0
+        return 0
+
+    sys.exit(guarded(call))
 
 
 def parse(arguments: list[str]) -> list[str]:

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import math
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -13,6 +15,8 @@ from jaxtyping import Float
 
 from ovseg_jax.data.images import list_images
 from ovseg_jax.errors import UserError
+from ovseg_jax.reading import read_json
+from ovseg_jax.vocab.classes import ClassList
 
 
 class Proposals(NamedTuple):
@@ -27,7 +31,7 @@ class Proposals(NamedTuple):
     objectness: Float[np.ndarray, " n"]
 
 
-def read_boxes(path: epath.PathLike) -> dict[Any, Proposals]:
+def read_boxes(path: epath.PathLike) -> dict[int | str, Proposals]:
     """Reads COCO's result format, a JSON list of {"image_id", "bbox", "score"}; by image, in the order of their ids.
 
     Without a score all boxes of the file are equally good.
@@ -40,13 +44,14 @@ def read_boxes(path: epath.PathLike) -> dict[Any, Proposals]:
         raise UserError(
             f"{path} is no list of boxes: [{{'image_id': 285, 'bbox': [x, y, width, height], 'score': 1}}, ...]"
         )
-    by_image: dict[Any, list[tuple[list[float], float]]] = {}
+    by_image: dict[str, list[tuple[list[float], float]]] = {}
+    keys: dict[str, int | str] = {}
     for i, entry in enumerate(entries):
         try:
             box = [float(x) for x in entry["bbox"]]
-            found = by_image.setdefault(entry["image_id"], [])
+            key = image_id(entry["image_id"])
             score = float(entry.get("score", 1))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(
                 f"{path}: box {i} has no 'image_id', 'bbox' or 'score' that can be read: {error!r}"
             ) from error
@@ -56,13 +61,143 @@ def read_boxes(path: epath.PathLike) -> dict[Any, Proposals]:
             )
         if not 0 <= score <= 1:
             raise UserError(f"{path}: the score of box {i} is {score}: a probability is wanted, not a logit")
-        found.append((box, score))
-    ordered = sorted(by_image, key=lambda key: (isinstance(key, str), key))
-    return {key: Proposals(*(np.array(x) for x in zip(*by_image[key], strict=True))) for key in ordered}
+        keys.setdefault(str(key), key)
+        by_image.setdefault(str(key), []).append((box, score))
+    return {
+        key: Proposals(*(np.array(x) for x in zip(*by_image[str(key)], strict=True)))
+        for key in sorted(keys.values(), key=_by_number)
+    }
 
 
-def find_images(folder: epath.PathLike, ids: Iterable[Any], annotations: Any = None) -> dict[Any, epath.Path]:
-    """The image files of some ids: as `images` of an annotation file says, or called by the id as COCO writes it.
+def image_id(value: Any) -> int | str:
+    """Returns an image's id, which is a whole number or a text.
+
+    Raises:
+      ValueError: it is neither.
+    """
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"{value!r} is no id of an image")
+    return value
+
+
+def _by_number(key: int | str) -> tuple[bool, int, str]:
+    return (True, 0, key) if isinstance(key, str) else (False, key, "")
+
+
+class Annotations(NamedTuple):
+    """An annotation file of COCO or LVIS, checked and completed.
+
+    Attributes:
+      data: `images`, `annotations` and `categories` as the packages that compute AP want them, with ids of images and
+        annotations from 1.
+      ids: the file's own id of each image, in the order of those from 1.
+      files: the file name of each, or its address, or "".
+      is_lvis: whether its categories have frequencies.
+    """
+
+    data: dict[str, list[dict[str, Any]]]
+    ids: list[int | str]
+    files: list[str]
+    is_lvis: bool
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """The number of each image from 1 by its id as a text: tools write 285 and "285" for one image."""
+        return {str(key): number for number, key in enumerate(self.ids, 1)}
+
+
+def read_annotations(path: epath.PathLike, classes: ClassList) -> Annotations:
+    """Reads annotations whose categories these classes are, and completes what the evaluators take for granted.
+
+    Annotations get ids from 1, since pycocotools takes 0 for "no match", `iscrowd` 0 and the area of the box where
+    they have none.
+
+    Raises:
+      UserError: it cannot be read, has no category with the id of a class, or an annotation of an unknown image or
+        category, or without a box.
+    """
+    found = read_json(path)
+    parts = ("images", "annotations", "categories")
+    if not isinstance(found, dict) or not all(
+        isinstance(found.get(key), list) and found[key] for key in parts
+    ):
+        raise UserError(f"{path} has no images, annotations or categories")
+    where = ""
+    try:
+        categories = []
+        for i, entry in enumerate(found["categories"]):
+            where = f"category {i}"
+            categories.append({**entry, "id": int(entry["id"])})
+        images = []
+        for i, entry in enumerate(found["images"]):
+            where = f"image {i}"
+            name = entry.get("file_name") or entry.get("coco_url") or ""
+            if not isinstance(name, str):
+                raise ValueError(f"{name!r} is no file name")
+            lvis = {key: entry.get(key) or [] for key in ("neg_category_ids", "not_exhaustive_category_ids")}
+            images.append((image_id(entry["id"]), name, lvis))
+        images.sort(key=lambda image: _by_number(image[0]))
+        numbers = {str(key): number for number, (key, _, _) in enumerate(images, 1)}
+        if len(numbers) < len(images):
+            raise UserError(f"{path}: two images have the same id")
+        known = {category["id"] for category in categories}
+        annotations = []
+        for i, entry in enumerate(found["annotations"]):
+            where = f"annotation {i}"
+            number, category = numbers.get(str(image_id(entry["image_id"]))), int(entry["category_id"])
+            if number is None or category not in known:
+                what = f"image {entry['image_id']!r}" if number is None else f"category {category}"
+                raise UserError(f"{path}: annotation {i} is of {what}, which the file does not list")
+            box = [float(x) for x in entry["bbox"]]
+            area = entry.get("area")
+            area = box[2] * box[3] if area is None else float(area)
+            if len(box) != 4 or not np.isfinite([*box, area]).all():
+                raise ValueError(f"the bbox is {entry['bbox']}")
+            annotations.append(
+                {
+                    "id": i + 1,
+                    "image_id": number,
+                    "category_id": category,
+                    "bbox": box,
+                    "area": area,
+                    "iscrowd": int(entry.get("iscrowd") or 0),
+                }
+            )
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
+        raise UserError(f"{path}: {where} cannot be read: {error!r}") from error
+    if strange := [k for k, number in enumerate(classes.ids) if number not in known]:
+        number, name = classes.ids[strange[0]], classes.display(strange[0])
+        raise UserError(f"{path} has no category {number}, the {name!r} of --classes: take --classes={path}")
+    data = {
+        "images": [{"id": number, **lvis} for number, (_, _, lvis) in enumerate(images, 1)],
+        "annotations": annotations,
+        "categories": categories,
+    }
+    is_lvis = any("frequency" in category for category in categories)
+    return Annotations(data, [image[0] for image in images], [image[1] for image in images], is_lvis)
+
+
+def match_images(
+    proposals: Mapping[int | str, Proposals], annotations: Annotations
+) -> dict[int | str, Proposals]:
+    """Returns the proposals by the ids that the annotations have for their images.
+
+    Raises:
+      UserError: an image that the annotations lack, so that no score could be computed.
+    """
+    numbers = annotations.numbers
+    if foreign := [key for key in proposals if str(key) not in numbers]:
+        more = f" and of {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise UserError(f"--boxes has boxes of the image {foreign[0]!r}{more}, which --annotations lacks")
+    return {annotations.ids[numbers[str(key)] - 1]: boxes for key, boxes in proposals.items()}
+
+
+def find_images(
+    folder: epath.PathLike, ids: Iterable[int | str], annotations: Annotations | None = None
+) -> dict[int | str, epath.Path]:
+    """Finds the image files of some ids: as the annotations name them, or called by the id as COCO writes it.
 
     Raises:
       UserError: there is no such file.
@@ -70,74 +205,70 @@ def find_images(folder: epath.PathLike, ids: Iterable[Any], annotations: Any = N
     folder = epath.Path(folder)
     if not folder.is_dir():
         raise UserError(f"--images={folder} is not a folder")
-    entries = annotations.get("images", []) if isinstance(annotations, dict) else []
     # LVIS has the address in place of the name, with the folder of COCO's split before it.
-    named = {entry["id"]: entry.get("file_name") or entry.get("coco_url", "") for entry in entries}
+    named = dict(zip(annotations.ids, annotations.files, strict=True)) if annotations else {}
     files = {path.stem: path for path in list_images(folder)}
     found = {}
     for key in ids:
-        parts = named[key].split("/") if key in named else []
+        parts = [part for part in named.get(key, "").split("/") if part]
         places = [folder.joinpath(*parts[-n:]) for n in (len(parts), 2, 1) if parts]
-        stems = (str(key), f"{key:012d}" if isinstance(key, int) else str(key))
-        path = (
-            next((place for place in places if place.exists()), None)
-            or files.get(stems[0])
-            or files.get(stems[1])
-        )
+        path = next((place for place in places if place.exists()), None)
+        path = path or files.get(str(key)) or files.get(str(key).zfill(12))
         if path is None:
             raise UserError(f"--images={folder} holds no image of the id {key}")
         found[key] = path
     return found
 
 
-def average_precision(annotations: epath.PathLike, results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """AP of boxes in percent, averaged over IoU 0.5 to 0.95, and its parts, of which those without boxes are left out.
+NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+"""COCO's twelve, in their order."""
+
+
+def average_precision(annotations: Annotations, results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Computes AP and AR of boxes in percent, averaged over IoU 0.5 to 0.95, and their parts; NaN without boxes.
 
     By pycocotools, at most 100 boxes an image; of an LVIS file by the package lvis, at most 300.
+
+    Args:
+      annotations: the truth.
+      results: boxes of images that the annotations list, at least one.
 
     Raises:
       ImportError: the file is LVIS's, and lvis is not installed.
     """
+    numbers = annotations.numbers
+    keys = ("category_id", "bbox", "score")
+    found = [{**{k: r[k] for k in keys}, "image_id": numbers[str(r["image_id"])]} for r in results]
     with contextlib.redirect_stdout(io.StringIO()):
-        if is_lvis(read_json(annotations)):
-            return _lvis(str(annotations), list(results))
+        if annotations.is_lvis:
+            return _lvis(annotations.data, found)
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
 
-        truth = COCO(str(annotations))
-        judge = COCOeval(truth, truth.loadRes(list(results)), "bbox")
+        truth = COCO()
+        truth.dataset = annotations.data
+        truth.createIndex()
+        judge = COCOeval(truth, truth.loadRes(found), "bbox")
         judge.evaluate()
         judge.accumulate()
         judge.summarize()
-    scores = zip(("AP", "AP50", "AP75", "APs", "APm", "APl"), judge.stats[:6].tolist(), strict=True)
-    return {name: 100 * score for name, score in scores if score >= 0}
+    return {name: _percent(score) for name, score in zip(NUMBERS, judge.stats.tolist(), strict=True)}
 
 
-def is_lvis(annotations: Any) -> bool:
-    """Whether an annotation file is of LVIS, whose categories have frequencies."""
-    return any("frequency" in category for category in annotations.get("categories", []))
+def _percent(score: float) -> float:
+    return 100 * score if score >= 0 else math.nan
 
 
-def read_json(path: epath.PathLike) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-      UserError: it cannot be read.
-    """
-    try:
-        return json.loads(epath.Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
-
-
-def _lvis(annotations: str, results: list[Mapping[str, Any]]) -> dict[str, float]:
+def _lvis(annotations: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, float]:
     import lvis
     import lvis.eval
 
     # lvis 0.5.3, the last one, says np.float, which NumPy 2 has no more.
     lvis.eval.np = SimpleNamespace(**{**vars(np), "float": float})
-    truth = lvis.LVIS(annotations)
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(annotations, file)
+        file.flush()
+        truth = lvis.LVIS(file.name)
     judge = lvis.LVISEval(truth, lvis.LVISResults(truth, results), "bbox")
     judge.run()
-    scores = judge.get_results().items()
-    return {name: 100 * float(score) for name, score in scores if name.startswith("AP") and score >= 0}
+    return {name: _percent(float(score)) for name, score in judge.get_results().items()}

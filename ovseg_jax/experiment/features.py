@@ -1,6 +1,8 @@
 """Features of a frozen image tower, computed once: an epoch of prompt tuning then costs the text side alone."""
 
 import json
+import logging
+import zlib
 from typing import Any
 
 import jax
@@ -11,11 +13,15 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ovseg_jax.data.source_base import Source, check_provides
+from ovseg_jax.errors import UserError
+from ovseg_jax.files import forget, record, verify, write_whole
 from ovseg_jax.parallel.sharding import DEFAULT_RULES, leaf_sharding, put_batch, replicated, tree_paths
 from ovseg_jax.protocols import Classifier
+from ovseg_jax.reading import read_json, reading, short
 from ovseg_jax.train.state import abstract_variables, replaced
 
 FOLDER = "features"
+_log = logging.getLogger(__name__)
 
 
 class Features(Source):
@@ -53,19 +59,52 @@ def cached_features(config: ConfigDict, workdir: epath.Path, parts: Any, source:
     check_provides(source, ("image", "label"), "data.cache_features")
     views = int(config.data.cache_features)
     folder = workdir / FOLDER
-    wanted = {"examples": len(source), "views": views}
-    if not (folder / "done.json").exists() or json.loads((folder / "done.json").read_text()) != wanted:
+    wanted = {"examples": len(source), "views": views, "data": _fingerprint(source)}
+    features = kept_features(folder, wanted)
+    # All processes compute or none does, though a shared disk may show them different things.
+    if multihost_utils.process_allgather(np.array(features is None)).any():
         process = dict(process_index=jax.process_index(), process_count=jax.process_count())
         batches = view_batches(config, parts.words, source, views, **process)
-        features = _compute(config, parts, batches, len(source) * views)
+        computed = _compute(config, parts, batches, len(source) * views)
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
+            forget(folder / "features.npy")
             with (folder / "features.npy").open("wb") as file:
-                np.save(file, features.reshape(len(source), views, -1))
-            (folder / "done.json").write_text(json.dumps(wanted))
+                np.save(file, computed.reshape(len(source), views, -1))
+            record(folder / "features.npy")
+            write_whole(folder / "done.json", json.dumps(wanted))
         multihost_utils.sync_global_devices("features")
-    with (folder / "features.npy").open("rb") as file:
-        return Features(source, np.load(file))
+        features = kept_features(folder, wanted)
+    if features is None:
+        raise UserError(f"{folder} cannot be read by all processes: it has to be on a disk that they share")
+    return Features(source, features)
+
+
+def kept_features(folder: epath.Path, wanted: dict[str, Any]) -> np.ndarray | None:
+    """Reads the features that a run has computed; None where it has not, or they are damaged or of other data."""
+    if not (folder / "done.json").exists():
+        return None
+    try:
+        if (found := read_json(folder / "done.json")) != wanted:
+            raise UserError(f"{folder} holds features of other data: {short(found)}, not {short(wanted)}")
+        path = folder / "features.npy"
+        verify(path)
+        with reading(path), path.open("rb") as file:
+            features = np.load(file, allow_pickle=False)
+            if features.ndim != 3 or features.shape[:2] != (wanted["examples"], wanted["views"]):
+                raise ValueError(f"it holds an array {features.shape}")
+            return features
+    except UserError as error:
+        _log.warning("%s; they are computed anew", error)
+        return None
+
+
+def _fingerprint(source: Source) -> int:
+    """A checksum of the names of the images, in their order."""
+    crc = 0
+    for index in range(len(source)):
+        crc = zlib.crc32(str(source[index]["image_id"]).encode("utf-8", "surrogateescape") + b"\n", crc)
+    return crc
 
 
 def _compute(config: ConfigDict, parts: Any, batches: Any, count: int) -> np.ndarray:

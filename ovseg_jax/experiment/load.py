@@ -12,6 +12,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.files import read_recorded
 from ovseg_jax.parallel.sharding import DEFAULT_RULES
 from ovseg_jax.protocols import Variables
+from ovseg_jax.reading import reading
 from ovseg_jax.train.checkpoints import load_variables, read_run
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
@@ -97,7 +98,5 @@ def read_classes(workdir: epath.Path) -> ClassList:
     """Reads the classes of a run's training data."""
     path = workdir / CLASSES_FILE
     text = read_recorded(path)
-    try:
+    with reading(path, "the classes"):
         return ClassList.from_json(text)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as a class list ({error}).") from error

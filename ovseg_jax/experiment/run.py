@@ -36,6 +36,7 @@ from ovseg_jax.experiment.stages import check_finished, run_stages
 from ovseg_jax.files import forget, is_recorded, locked, record, write_recorded, write_whole
 from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.protocols import Classifier, Segmenting, Trainable, Variables
+from ovseg_jax.reading import DAMAGE
 from ovseg_jax.towers.frozen_text import FrozenText
 from ovseg_jax.towers.prompt_file import FILE as PROMPT_FILE
 from ovseg_jax.train.checkpoints import (
@@ -407,7 +408,7 @@ def _read_summary(workdir: epath.Path) -> dict[str, Any] | None:
         summary = json.loads(path.read_bytes())
         if all(isinstance(summary[key], int | float) for key in _SUMMARY_KEYS):
             return summary
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except DAMAGE:
         pass
     _log.warning("%s is damaged and is made again", path)
     return None

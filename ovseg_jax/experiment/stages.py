@@ -24,6 +24,7 @@ from ovseg_jax.config import needed, stages_of
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.changes import config_differences, is_harmless
 from ovseg_jax.files import read_recorded, write_recorded
+from ovseg_jax.reading import DAMAGE, reason
 
 MARKER = "stage.json"
 # Where the kinds are that stand above this room; each is called as (resolved config, folder) and returns its end.
@@ -77,9 +78,9 @@ def check_finished(config: ConfigDict, workdir: epath.Path) -> None:
         try:
             marker = json.loads(read_recorded(path))
             differing = [] if marker["hash"] == _hash(stage) else _differences(marker, stage)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except DAMAGE as error:
             again = f"delete {path.parent} to run that stage again"
-            raise UserError(f"{path} cannot be read ({error}); {again}") from error
+            raise UserError(f"{path} cannot be read ({reason(error)}); {again}") from error
         if differing:
             raise UserError(
                 f"the stage {name} in {path.parent} was finished with another config: {'; '.join(differing)}. Choose "

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from ovseg_jax.files import write_whole
 from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.parallel.sharding import on_host
 from ovseg_jax.protocols import Classifier, Segmenting, Variables
+from ovseg_jax.reading import read_json
 from ovseg_jax.towers.templates import read_templates
 from ovseg_jax.viz.curves import curves
 from ovseg_jax.viz.features import PromptPoint, prompts_picture, sphere_picture
@@ -171,11 +171,12 @@ def _features(
 def _prompt_points(workdir: epath.Path, name: str, evaluation: ConfigDict) -> list[PromptPoint]:
     """Fig. 5 of papers/000: what the run's summary says of each prompt of an evaluation."""
     summary = workdir / "summary.json"
-    scores = json.loads(summary.read_text()) if summary.exists() else {}
+    scores = read_json(summary) if summary.exists() else {}
+    scores = scores if isinstance(scores, dict) else {}
     points = []
     for prompt in ("", *(evaluation.get("prompts") or {})):
         suffix = f"[{prompt}]" if prompt else ""
         keys = [f"{name}/{metric}{suffix}" for metric in ("uniformity", "alignment", "accuracy")]
-        if all(key in scores for key in keys):
+        if all(type(scores.get(key)) in (int, float) for key in keys):
             points.append(PromptPoint(prompt or "own", *(scores[key] for key in keys)))
     return points

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import io
 import json
+import logging
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.files import write_whole
 from ovseg_jax.inference.tiles import upsampling_matrix
 from ovseg_jax.protocols import Prediction
 from ovseg_jax.viz import segments as draw
@@ -116,15 +119,31 @@ class Result:
         return Image.fromarray((self.label_map + 1).astype(kind))
 
     def save(self, folder: epath.PathLike, stem: str) -> list[epath.Path]:
-        """Writes `stem.overlay.png`, `stem.labels.png` and `stem.json` into a folder; returns their paths."""
+        """Writes `stem.labels.png`, `stem.json` and, at last, `stem.overlay.png` into a folder.
+
+        A picture that cannot be drawn is a warning: the results are there.
+
+        Returns:
+          The paths of the files.
+        """
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        paths = [folder / f"{stem}.{end}" for end in ("overlay.png", "labels.png", "json")]
-        for path, picture in zip(paths, (self.overlay(), self.label_image()), strict=False):
-            with path.open("wb") as f:
-                picture.save(f, "PNG")
-        paths[-1].write_text(self.to_json() + "\n")
+        paths = [folder / f"{stem}.{end}" for end in ("labels.png", "json", "overlay.png")]
+        write_whole(paths[0], _png(self.label_image()))
+        write_whole(paths[1], self.to_json() + "\n")
+        try:
+            picture = _png(self.overlay())
+        except Exception as error:
+            logging.getLogger(__name__).warning("%s is not drawn: %r", paths[2], error)
+            return paths[:2]
+        write_whole(paths[2], picture)
         return paths
+
+
+def _png(picture: Image.Image) -> bytes:
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    return content.getvalue()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,8 +236,9 @@ class PixelFeatures:
 
     def save(self, path: epath.PathLike) -> None:
         """Writes an .npz of the arrays by their names here, features and masks in float16."""
-        with epath.Path(path).open("wb") as f:
-            np.savez_compressed(f, **self.arrays())
+        content = io.BytesIO()
+        np.savez_compressed(content, **self.arrays())
+        write_whole(path, content.getvalue())
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ from ovseg_jax.models.text_towers import PRESETS, CLIPText, text_tower
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.parallel.sharding import on_host
 from ovseg_jax.pretrained.files import read_arrays, write_safetensors
+from ovseg_jax.pretrained.published import CLIP
 from ovseg_jax.towers.packed_text import stacked
 from ovseg_jax.towers.prompt import encode_names, even_order, phrase_tokens, window_size
 from ovseg_jax.towers.prompt_file import ANCHOR, Prompt
@@ -40,8 +41,7 @@ _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 TOWER_KEYS = "image text init tokenizer image_size mean std logit_scale dtype"  # of a config's `towers`
 # Names that go through the text tower at once where features of many are asked for.
 GROUP = 256
-# Published with the weights (OpenAI's clip.load): pixels in [0, 1].
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MEAN, STD = CLIP
 
 
 class SmallImageTower(nn.Module):

@@ -39,6 +39,7 @@ from ovseg_jax import config as config_lib
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import SUMS_FILE, checksum, is_recorded, read_recorded, write_recorded
 from ovseg_jax.parallel.sharding import DEFAULT_RULES, leaf_sharding, path_name
+from ovseg_jax.reading import DAMAGE, reason
 from ovseg_jax.towers.prompt_file import FILE as PROMPT_FILE
 from ovseg_jax.train.state import TrainState
 
@@ -342,8 +343,8 @@ def find_damage(folder: epath.Path, items: Sequence[str] = ITEMS) -> str | None:
             problem = _find_altered(frozen, {SUMS_FILE: tuple(sums[FROZEN])})
             problem = problem or _find_altered(frozen, json.loads((frozen / SUMS_FILE).read_bytes()))
             return problem and f"of {FROZEN}, {problem}"
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        return f"{SUMS_FILE} cannot be read ({getattr(error, 'strerror', None) or error})"
+    except DAMAGE as error:
+        return f"{SUMS_FILE} cannot be read ({reason(error)})"
     return None
 
 
@@ -401,8 +402,8 @@ def read_config(workdir: epath.PathLike) -> ConfigDict | None:
     text = read_recorded(path)
     try:
         config = config_lib.from_json(text)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is no config of a run ({error}).") from error
+    except DAMAGE as error:
+        raise UserError(f"{path} is no config of a run ({reason(error)}).") from error
     if not isinstance(config.get("method"), str):
         raise UserError(f"{path} is no config of a run (it names no method).")
     return config

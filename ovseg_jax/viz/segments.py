@@ -107,7 +107,8 @@ def overlay(
     labels, areas = np.unique(label_map, return_counts=True)
     order = [int(k) for k in labels[np.argsort(-areas)] if k >= 0]
     entries = _entries(order, words, colours) + [("unknown", None)] * (-1 in labels)
-    strip = _legend(entries, size[1] - font_size, font_size)
+    # Of a narrow picture the legend is the wider of the two.
+    strip = _legend(entries, max(size[1] - font_size, 12 * font_size), font_size)
     return _stack([picture, _padded(strip, font_size // 2)], gap=0)
 
 
@@ -175,7 +176,7 @@ def _grid_row(
 ) -> Image.Image:
     height, width = row.image.shape[:2]
     scale = cell / max(height, width)
-    size = (round(height * scale), round(width * scale))
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
     cells = []
     for head in heads:
         if head == "image":

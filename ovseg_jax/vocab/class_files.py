@@ -70,12 +70,13 @@ def _categories(path: epath.Path, entries: Sequence[dict[str, Any]]) -> ClassLis
     things = column(entries, "isthing", flag, default=True)
     rows = sorted(zip(ids, names, others, things, strict=True))
     groups = [[name.replace("_", " ") for name in (first, *more)] for _, first, more, _ in rows]
-    return ClassList(_checked(path, groups), tuple(row[0] for row in rows), tuple(row[3] for row in rows))
+    numbers, isthing = tuple(row[0] for row in rows), tuple(row[3] for row in rows)
+    return ClassList(_checked(path, groups), numbers, isthing).say_shared(path)
 
 
 def _numbered(path: epath.Path, groups: Sequence[Sequence[str]]) -> ClassList:
     names = _checked(path, groups)
-    return ClassList(names, tuple(range(1, len(names) + 1)), (True,) * len(names))
+    return ClassList(names, tuple(range(1, len(names) + 1)), (True,) * len(names)).say_shared(path)
 
 
 def _checked(path: epath.Path, groups: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:

@@ -86,31 +86,36 @@ class ClassList:
                 index.setdefault(name, k)
         return index
 
-    def distinct(self, where: Any) -> "ClassList":
+    def distinct(self) -> "ClassList":
         """Returns the categories with each name listed by the category that it means only, see `index`.
 
-        First names stay, also equal ones. What is taken away is logged.
-
-        Args:
-          where: the names come from, for the log.
+        First names stay, also equal ones.
         """
         index = self.index
         names = tuple(
             tuple(name for name in own if name == own[0] or index[name] == k)
             for k, own in enumerate(self.names)
         )
-        shared = [name for k, own in enumerate(self.names) for name in own if index[name] != k]
-        if shared:
+        return dataclasses.replace(self, names=names)
+
+    def say_shared(self, where: Any) -> "ClassList":
+        """Logs, once, that some names are listed by several categories, if any are; returns the list itself.
+
+        Args:
+          where: the names come from.
+        """
+        index = self.index
+        if shared := [name for k, own in enumerate(self.names) for name in own if index[name] != k]:
             owners = ", ".join(repr(self.display(k)) for k, own in enumerate(self.names) if shared[0] in own)
             _LOG.warning(
-                "%s: %d names are listed by several categories, such as %r by %s: it means %r",
+                "%s: names that several categories list: %d, such as %r by %s; it means the first %s",
                 where,
                 len(set(shared)),
                 shared[0],
                 owners,
-                self.display(index[shared[0]]),
+                repr(self.display(index[shared[0]])),
             )
-        return dataclasses.replace(self, names=names)
+        return self
 
     def to_json(self) -> str:
         """A JSON text that `from_json` reads back."""
@@ -176,6 +181,8 @@ def parse_labels(text: str) -> ClassList:
     categories = [split_names(part) for part in parts]
     if not any(categories):
         raise UserError(f'no labels in {text!r}: write them as "bride,woman in white; groom; cake"')
+    if all(re.match(r"\d+:", names[0]) for names in categories if names):
+        raise UserError(f"the labels {short(text)} have ids, as the lines of a label file: leave them out")
     for position, names in enumerate(categories, 1):
         if not names:
             raise UserError(f"category {position} of the labels {text!r} has no name")
@@ -209,9 +216,10 @@ def read_label_file(path: epath.PathLike) -> ClassList:
         categories[int(head)] = names
     if not categories:
         raise UserError(f"the label file {path} holds no category")
-    return ClassList(
+    listed = ClassList(
         names=tuple(categories.values()), ids=tuple(categories), isthing=(True,) * len(categories)
     )
+    return listed.say_shared(path)
 
 
 def load_labels(text_or_path: str) -> ClassList:
@@ -255,7 +263,7 @@ def union(class_lists: Sequence[ClassList]) -> ClassList:
     joined_names = tuple(tuple(n) for n in names.values())
     joined_groups = {group: tuple(sorted(set(members))) for group, members in groups.items()}
     ids, things = tuple(range(len(names))), tuple(isthing.values())
-    return ClassList(joined_names, ids, things, joined_groups).distinct("the mixture's classes")
+    return ClassList(joined_names, ids, things, joined_groups).say_shared("the mixture").distinct()
 
 
 def split_names(text: str) -> tuple[str, ...]:

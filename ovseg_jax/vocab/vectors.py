@@ -1,4 +1,5 @@
-"""Vectors of names in a file, written once by any text tower: an .npz of `words` [C] and `vectors` [C D]."""
+"""Vectors of names in a file, written once by any text tower: an .npz of `words` [C] and `vectors` [C D], with or
+without `ids` [C]."""
 
 import os
 from typing import Any, NamedTuple
@@ -67,6 +68,14 @@ class ClassVectors(NamedTuple):
         length = np.linalg.norm(vectors, axis=1, keepdims=True)
         if not len(names) or not (np.isfinite(length) & (length > 0)).all():
             raise UserError(f"labels: {path} holds no vectors, or some that are zero or no finite numbers")
-        count = len(names)
-        classes = ClassList(tuple((name,) for name in names), tuple(range(count)), (True,) * count)
+        classes = ClassList(tuple((name,) for name in names), _ids(path, len(names)), (True,) * len(names))
         return cls(classes, vectors / length)
+
+
+def _ids(path: str, count: int) -> tuple[int, ...]:
+    """The data set's own numbers of the classes; those from 0 where the file has none."""
+    with reading(path, "labels:"):
+        ids = read_npz(path, "labels:").get("ids", np.arange(count))
+        if ids.dtype.kind not in "iu" or ids.shape != (count,):
+            raise ValueError(f"'ids' are {ids.dtype} {ids.shape}, not {count} whole numbers")
+        return tuple(ids.tolist())

@@ -64,7 +64,7 @@ def main(start):
 
 def sentence(done):
     """The only thing on stderr of a run that failed by a user's mistake."""
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 1, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     return lines[0]
@@ -163,6 +163,8 @@ def test_no_run_to_evaluate(main, tmp_path):
         ([f"--config={TINY}:steps=few"], ["steps", "few"]),
         ([f"--config={TINY}", "--config.optimizer.learning_rat=1"], ["learning_rat"]),
         ([f"--config={TINY}", "--config.steps=few"], ["steps", "few"]),
+        ([f"--config={TINY}", "--config.loss.form=ring"], ["loss.form has no effect", "group"]),
+        ([f"--config={TINY}", "--mode=eval", "--config.steps=9"], ["steps has no effect with --mode=eval"]),
         ([f"--config={TINY}", "--wordkir=here"], ["wordkir"]),
         ([f"--config={TINY}", "--mode=dance"], ["dance"]),
         ([f"--config={TINY}", "here"], ["here"]),

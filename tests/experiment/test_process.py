@@ -123,7 +123,7 @@ def test_killed_it_goes_on_bitwise_equal(tmp_path, undisturbed):
 
 def test_a_nan_ends_in_a_sentence(tmp_path):
     code, _, err = finish(start(tmp_path, {**STEPS, "bad_step": 7}))
-    assert code == 2
+    assert code == 1
     assert "error: training stopped at step 7, where error, loss" in err and "Traceback" not in err
     assert [p.name for p in (tmp_path / "checkpoints").glob("[0-9]*")] == ["4"]
 
@@ -143,7 +143,7 @@ def test_a_full_disk_ends_in_a_sentence_and_keeps_the_last_checkpoint(tmp_path, 
         text=True,
         timeout=120,
     )
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 1, done.stderr
     assert f"error: the disk is full while writing to {tmp_path}" in done.stderr
     assert "Traceback" not in done.stderr
     assert "1" in done.stdout.split()

@@ -130,7 +130,7 @@ def test_a_classifier_segments_with_the_masks_of_another_run(run, tmp_path, caps
         ),
     ):
         capsys.readouterr()
-        assert predict.main(wrong) == 2
+        assert predict.main(wrong) == 1
         assert re.search(message, capsys.readouterr().err)
 
 

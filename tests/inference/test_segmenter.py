@@ -286,13 +286,13 @@ def test_save_writes_pictures_that_read_back(tmp_path):
     image = blocks(30, 20, ["red", "green"])
     result = make().segment(image, "green; red")
     paths = result.save(tmp_path / "new", "a")
-    assert [p.name for p in paths] == ["a.overlay.png", "a.labels.png", "a.json"]
-    labels = np.asarray(Image.open(paths[1]))
+    assert [p.name for p in paths] == ["a.labels.png", "a.json", "a.overlay.png"]
+    labels = np.asarray(Image.open(paths[0]))
     assert labels.dtype == np.uint8
     np.testing.assert_array_equal(labels.astype(int) - 1, result.label_map)
     many = make().segment(image, ["black"] * 300 + ["red"])
     assert np.asarray(many.label_image()).max() == 301 and many.label_image().mode == "I;16"
-    assert Image.open(paths[0]).width >= 300
+    assert Image.open(paths[2]).width >= 300
 
 
 def test_images_of_every_kind_read_as_rgb(tmp_path):

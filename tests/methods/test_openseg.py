@@ -38,6 +38,8 @@ def make(method="openseg", backbone=None, loss=None, text=None, **model):
                     decoder_layers=1,
                     head_convs=1,
                     position_grid=4,
+                    mask_scale=0.25,
+                    mask_bias=0.0,
                 ),
                 **model,
             ),
@@ -264,7 +266,7 @@ def test_loss_curves_on_one_and_eight_devices_agree(contrast, form):
 
 def test_the_mask_head_is_a_dot_product_unless_a_config_departs_from_it():
     image, size = jnp.asarray(batch()["image"]), jnp.full((B, 2), S)
-    plain = make().net
+    plain = make(mask_scale=1.0, mask_bias=None).net
     variables = plain.init(jax.random.key(0), image, size)
     assert "mask_bias" not in variables["params"]
     logits = plain.apply(variables, image, size).mask_logits
@@ -283,7 +285,7 @@ def test_the_mask_head_is_a_dot_product_unless_a_config_departs_from_it():
     np.testing.assert_allclose(
         plain.apply(doubled, image, size).mask_logits, 2 * logits, rtol=1e-5, atol=1e-5
     )
-    width = logits.std() / make(mask_scale=16**-0.5).net.apply(variables, image, size).mask_logits.std()
+    width = logits.std() / make(mask_bias=None).net.apply(variables, image, size).mask_logits.std()
     assert width == pytest.approx(4, rel=1e-4)
 
 

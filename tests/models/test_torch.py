@@ -50,7 +50,12 @@ def flax_net(model):
     [
         {},
         {"backbone": MODEL["backbone"] | {"stem": "patch", "levels": 4, "blocks": 2}, "decoder_heads": 1},
-        {"backbone": MODEL["backbone"] | {"stem": "light"}, "pyramid_output_conv": False},
+        {
+            "backbone": MODEL["backbone"] | {"stem": "light"},
+            "pyramid_output_conv": False,
+            "mask_scale": 1.0,
+            "mask_bias": None,
+        },
         {"num_queries": 0},
     ],
 )

@@ -97,6 +97,7 @@ class ImageFolder(Source):
         self.classes = ClassList(
             tuple(by_folder.values()), tuple(range(len(by_folder))), (True,) * len(by_folder)
         )
+        self.classes.say_shared(names or self._folder)
         self._list_files(own)
 
     def __len__(self) -> int:

@@ -1,0 +1,219 @@
+"""Files that commands write: complete or not at all, under names of their own, never in the place of another's."""
+
+import hashlib
+import json
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.files import write_whole
+
+# What file systems allow for a name is 255 bytes; the rest is for ".overlay.png" and the like.
+_LONGEST = 200
+
+
+def check_out_file(path: epath.PathLike, inputs: Mapping[str, str | None]) -> None:
+    """Raises a UserError unless --out can be written and is another file than those that are read.
+
+    Args:
+      path: the value of --out.
+      inputs: paths by the flags that they were given for.
+    """
+    out = os.fspath(path)
+    for flag, given in inputs.items():
+        if given and os.path.exists(given) and os.path.exists(out) and os.path.samefile(given, out):
+            raise UserError(f"--out={out} is the file of {flag}: choose another name")
+    folder = os.path.dirname(out) or "."
+    if "://" in out:
+        return
+    if os.path.isdir(out) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise UserError(
+            f"--out={out} cannot be written: "
+            + ("it is a folder" if os.path.isdir(out) else f"{folder} is no folder that can be written")
+        )
+
+
+def check_out_folder(out: epath.PathLike) -> epath.Path:
+    """Makes the folder of --out where it is missing.
+
+    Raises:
+      UserError: it cannot be made, or nothing can be written into it.
+    """
+    out = epath.Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be made: {error.strerror or error}") from error
+    if "://" not in str(out) and not os.access(out, os.W_OK):
+        raise UserError(f"--out={out} cannot be written: it is read-only")
+    return out
+
+
+def output_names(
+    paths: Sequence[epath.Path], known: Mapping[str, str], reserved: Collection[str]
+) -> dict[str, str]:
+    """Chooses a name for what is written of each file: its stem where no other has it, else its whole name.
+
+    Names differ in more than the case of letters, since some file systems do not see it.
+
+    Args:
+      paths: the files.
+      known: names chosen before, by path; they stay.
+      reserved: names that are taken.
+    """
+    names = {str(path): known[str(path)] for path in paths if str(path) in known}
+    taken = {_folded(name) for name in (*reserved, *known.values())}
+    new = [path for path in paths if str(path) not in known]
+    chosen = {path: path.stem for path in new}
+    while True:
+        count = Counter(_folded(name) for name in chosen.values())
+        unclear = [
+            path
+            for path, name in chosen.items()
+            if name != path.name and (count[_folded(name)] > 1 or _folded(name) in taken)
+        ]
+        if not unclear:
+            break
+        chosen |= {path: path.name for path in unclear}
+    for path, name in chosen.items():
+        encoded = os.fsencode(name)
+        if len(encoded) > _LONGEST:
+            end = hashlib.sha256(encoded).hexdigest()[:8]
+            name = encoded[: _LONGEST - 9].decode("utf-8", "ignore") + "-" + end
+        free, number = name, 1
+        while _folded(free) in taken:
+            number += 1
+            free = f"{name}-{number}"
+        taken.add(_folded(free))
+        names[str(path)] = free
+    return names
+
+
+def check_not_foreign(out: epath.PathLike, files: Collection[str], own: Collection[str]) -> None:
+    """Raises a UserError where a file that is to be written is there already and not of an earlier call.
+
+    Args:
+      out: the folder.
+      files: names of the files that are to be written.
+      own: names of those that an earlier call has written.
+    """
+    out = epath.Path(out)
+    own_folded = {_folded(name) for name in own}
+    there = {_folded(path.name): path.name for path in out.iterdir()}
+    foreign = [there[key] for name in files if (key := _folded(name)) in there and key not in own_folded]
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise UserError(
+            f"--out={out} holds a file {foreign[0]}{more} that this command has not written: choose another --out, "
+            "or say --overwrite"
+        )
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+class Journal:
+    """Records that a command writes one by one, and reads again when the same command goes on.
+
+    A file of JSON lines: first {"request": ..., ...} with all that the records depend on, then a line a record. A last
+    line that a kill has cut short is left out.
+    """
+
+    def __init__(self, path: epath.PathLike):
+        """Reads what an earlier call has written.
+
+        Raises:
+          UserError: the file cannot be read.
+        """
+        self.path = epath.Path(path)
+        self.head: dict[str, Any] = {}
+        self.records: list[dict[str, Any]] = []
+        self._file: Any = None
+        try:
+            lines = self.path.read_bytes().splitlines() if self.path.exists() else []
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from error
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(entry, dict) and not self.head:
+                self.head = entry if isinstance(entry.get("request"), dict) else {}
+                if not self.head:
+                    return  # no file of ours
+            elif isinstance(entry, dict):
+                self.records.append(entry)
+
+    def start(self, request: Mapping[str, Any], **more: Any) -> None:
+        """Begins to write; records of another request are dropped.
+
+        Args:
+          request: all that the records depend on, as plain values.
+          **more: what else belongs into the first line.
+        """
+        if self.head.get("request") != json.loads(json.dumps(request)):
+            self.records = []
+        self._stop()
+        self.head = {"request": dict(request), **more}
+        self._write_all()
+        if "://" not in str(self.path):
+            self._file = self.path.open("ab")
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Writes a record."""
+        self.records.append(dict(record))
+        if self._file is not None:
+            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.flush()
+        elif len(self.records) % 50 == 0:  # A bucket has no appending.
+            self._write_all()
+
+    def close(self) -> None:
+        """Writes what is left, and ends."""
+        if self._file is None:
+            self._write_all()
+        self._stop()
+
+    def remove(self) -> None:
+        """Ends, and deletes the file: the result stands elsewhere."""
+        self._stop()
+        self.path.unlink(missing_ok=True)
+
+    def _stop(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write_all(self) -> None:
+        lines = [json.dumps(entry) for entry in (self.head, *self.records)]
+        write_whole(self.path, "\n".join(lines) + "\n")
+
+
+def file_stamp(path: epath.PathLike) -> list[int]:
+    """Returns the size and the time of change of a file, by which a changed one is recognised."""
+    try:
+        if "://" in str(path):
+            found = epath.Path(path).stat()
+            return [int(found.length), int(found.mtime)]
+        local = os.stat(path)
+        return [local.st_size, local.st_mtime_ns]
+    except OSError:
+        return [-1, -1]
+
+
+def run_stamp(workdir: epath.PathLike, step: int | None = None) -> list[Any]:
+    """Returns the checkpoint that a run's folder gives, and its time: a run that went on gives other results."""
+    folder = epath.Path(workdir) / "checkpoints"
+    try:
+        steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
+    except OSError:
+        return []
+    chosen = step if step is not None else max(steps, default=-1)
+    return [chosen, file_stamp(folder / str(chosen))[1]]

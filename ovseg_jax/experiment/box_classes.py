@@ -1,0 +1,147 @@
+"""Names boxes that a detector proposes, with the classifier of a run, and scores them."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from ovseg_jax.cli.outputs import Journal, check_out_file, file_stamp, run_stamp
+from ovseg_jax.errors import UserError
+from ovseg_jax.evals.box_files import (
+    Annotations,
+    average_precision,
+    find_images,
+    match_images,
+    read_annotations,
+    read_boxes,
+)
+from ovseg_jax.evals.boxes import class_probability, detect, region_features
+from ovseg_jax.experiment.class_vectors import TextSide, class_vectors
+from ovseg_jax.experiment.load import load_run
+from ovseg_jax.files import write_whole
+from ovseg_jax.parallel.sharding import make_mesh
+from ovseg_jax.protocols import Classifier
+from ovseg_jax.towers.prompt_file import Prompt
+from ovseg_jax.vocab.class_files import read_class_file
+
+LIMITS = {False: 100, True: 300}
+"""Boxes of an image that COCO and (True) LVIS evaluate."""
+
+
+def classify_boxes(
+    checkpoint: str,
+    images: str,
+    boxes: str,
+    classes: str,
+    out: str,
+    prompt: Prompt | Sequence[str] | None = None,
+    *,
+    annotations: str | None = None,
+    synonyms: str = "first",
+    batch: int = 64,
+    max_boxes: int | None = None,
+) -> None:
+    """Writes the classes of boxes, and prints AP and AR where there are annotations.
+
+    The boxes of an image are recorded beside `out` until all are done, so that the same call after one that was
+    stopped does the images that are missing.
+
+    Args:
+      checkpoint: the folder of a run that classifies images.
+      images: their folder.
+      boxes: the file of boxes, see `read_boxes`.
+      classes: the file of classes, see `read_class_file`.
+      out: where the results go, a JSON list in COCO's form.
+      prompt: see `TextSide`.
+      annotations: the file of the truth, see `read_annotations`.
+      synonyms: see `class_vectors`.
+      batch: crops at once.
+      max_boxes: results an image; by default as many as COCO, or LVIS, evaluates.
+
+    Raises:
+      UserError: for anything that a person can mend; all files are checked before the model is loaded.
+    """
+    for flag, value in (("batch", batch), ("max_boxes", max_boxes)):
+        if value is not None and value < 1:
+            raise UserError(f"--{flag}={value}: at least 1")
+    check_out_file(out, {"--boxes": boxes, "--classes": classes, "--annotations": annotations})
+    listed = read_class_file(classes)
+    truth = read_annotations(annotations, listed) if annotations else None
+    proposals = read_boxes(boxes)
+    if truth:
+        proposals = match_images(proposals, truth)
+    files = find_images(images, proposals, truth)
+    limit = max_boxes or LIMITS[truth is not None and truth.is_lvis]
+    journal = Journal(f"{out}.part.jsonl")
+    journal.start(
+        {
+            "checkpoint": checkpoint,
+            "stamp": run_stamp(checkpoint),
+            "images": os.path.abspath(images),
+            "boxes": [os.path.abspath(boxes), *file_stamp(boxes)],
+            "classes": [listed.names, listed.ids],
+            "annotations": annotations,
+            "prompt": repr(prompt),
+            "synonyms": synonyms,
+            "limit": limit,
+        }
+    )
+    try:
+        done = {record["image_id"]: record["results"] for record in journal.records}
+        waiting = {key: found for key, found in proposals.items() if key not in done}
+        if waiting:
+            mesh = make_mesh()
+            with jax.set_mesh(mesh):
+                run = load_run(checkpoint, mesh, kind=Classifier, lacking="classifies no images")
+                text = class_vectors(TextSide(run.method, run.variables, prompt), listed, synonyms)
+                scale = float(run.method.logit_scale(run.variables))
+                features = region_features(
+                    run.method.embed_image,
+                    run.variables,
+                    [(files[key], found.boxes) for key, found in waiting.items()],
+                    mesh,
+                    size=int(run.config.data.image_size),
+                    batch=batch,
+                )
+                bar = tqdm(
+                    waiting.items(), initial=len(done), total=len(proposals), unit="image", disable=None
+                )
+                for (key, found), regions in zip(bar, features, strict=True):
+                    done[key] = [
+                        {
+                            "image_id": key,
+                            "category_id": listed.ids[k],
+                            "bbox": found.boxes[box].tolist(),
+                            "score": score,
+                        }
+                        for box, k, score in detect(found, class_probability(regions, text, scale), limit)
+                    ]
+                    journal.append({"image_id": key, "results": done[key]})
+    finally:
+        journal.close()
+    results = [result for key in proposals for result in done[key]]
+    write_whole(Path(out), json.dumps(results))
+    print(f"wrote {len(results)} boxes of {len(proposals)} images into {out}")
+    if truth:
+        print(score_boxes(truth, results))
+    journal.remove()
+
+
+def score_boxes(truth: Annotations, results: Sequence[dict[str, Any]]) -> str:
+    """Returns AP and AR of boxes as a text, with what they leave out."""
+    if not results:
+        return "no box has a score above 0: AP is 0"
+    try:
+        scores = average_precision(truth, results)
+    except ImportError as error:
+        return f"AP of LVIS needs its package ({error}): pip install lvis"
+    cells = (f"{name} {'-' if math.isnan(value) else f'{value:.2f}'}" for name, value in scores.items())
+    lines = ["  ".join(cells)]
+    if missing := len(truth.ids) - len({result["image_id"] for result in results}):
+        lines.append(f"{missing} of the {len(truth.ids)} annotated images have no boxes, and count as missed")
+    return "\n".join(lines)

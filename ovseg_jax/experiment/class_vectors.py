@@ -1,0 +1,109 @@
+"""Unit vectors of class names under a prompt, of a run or of published towers."""
+
+import functools
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+from ml_collections import ConfigDict
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.evals.classification import class_features
+from ovseg_jax.experiment.load import load_run
+from ovseg_jax.files import write_whole
+from ovseg_jax.models.text_towers import CLIPText, text_tower
+from ovseg_jax.pretrained.load import load
+from ovseg_jax.protocols import Classifier, Variables
+from ovseg_jax.towers.clip import Clip
+from ovseg_jax.towers.packed_text import stacked
+from ovseg_jax.towers.prompt_file import FILE, Prompt
+from ovseg_jax.vocab.classes import ClassList
+from ovseg_jax.vocab.words import WordList
+
+
+class TextSide(NamedTuple):
+    """Everything that makes vectors of names: arguments of `class_features`.
+
+    Attributes:
+      method: a classifier, or `Clip` alone.
+      variables: its variables.
+      prompt: the prompt around each name; None for the method's own.
+    """
+
+    method: Any
+    variables: Variables
+    prompt: Prompt | Sequence[str] | None
+
+
+def class_vectors(side: TextSide, classes: ClassList, synonyms: str = "first") -> Float[np.ndarray, "c d"]:
+    """Computes a unit vector for each class.
+
+    Args:
+      side: what makes vectors of names.
+      classes: the classes.
+      synonyms: of a class with several names, "first" takes the first; "average" the mean of the unit vectors of all,
+        normalised.
+    """
+    embed = functools.partial(class_features, side.method, side.variables, templates=side.prompt)
+    if synonyms == "first":
+        return np.asarray(embed([classes.display(k) for k in range(len(classes))]), np.float32)
+    names, owner = classes.flat()
+    each = np.asarray(embed(names), np.float32)
+    total = np.zeros((len(classes), each.shape[1]), np.float32)
+    np.add.at(total, owner, each)
+    return total / np.linalg.norm(total, axis=1, keepdims=True)
+
+
+def text_side_of_run(workdir: str, mesh: Mesh, prompt: Prompt | Sequence[str] | None) -> TextSide:
+    """Loads the text side of a run that classifies images.
+
+    Raises:
+      UserError: there is no run, or one that classifies no images.
+    """
+    run = load_run(workdir, mesh, kind=Classifier, lacking="classifies no images")
+    return TextSide(run.method, run.variables, prompt)
+
+
+def text_side_of_towers(name: str, init: str, prompt: Prompt | Sequence[str]) -> TextSide:
+    """Loads the text half of published CLIP towers.
+
+    Raises:
+      UserError: an unknown text tower, or one that is not of CLIP's kind; weights that cannot be read.
+    """
+    tower = text_tower(name)
+    if not isinstance(tower, CLIPText):
+        raise UserError(f"--text_tower={name} is not of CLIP's kind")
+    # No image is looked at.
+    image = {"name": "small", "embed_dim": tower.embed_dim}
+    clip = Clip(ConfigDict({"image": image, "text": {"name": name}, "init": init}), WordList([]))
+    shapes = jax.eval_shape(lambda: clip.text.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+    return TextSide(clip, {"text": stacked(load(init, clip.text, shapes)["params"])}, prompt)
+
+
+def prompt_of_run(workdir: str, mesh: Mesh) -> Prompt:
+    """Returns the prompt that a run has learned.
+
+    Raises:
+      UserError: there is no run, or its method learns no prompt that a file can hold.
+    """
+    run = load_run(workdir, mesh, kind=Classifier, lacking="classifies no images")
+    if not hasattr(run.method, "artifacts") or FILE not in run.method.artifacts(run.variables):
+        raise UserError(f"--checkpoint={workdir}: method={run.config.method} learns no such prompt")
+    return run.method.whole_prompt(run.variables)
+
+
+def write_class_vectors(path: Path, classes: ClassList, vectors: Float[np.ndarray, "c d"]) -> None:
+    """Writes vectors as .npy, or as .npz with the first name and the number of each class."""
+    content = io.BytesIO()
+    if path.suffix == ".npy":
+        np.save(content, vectors)
+    else:
+        words = np.array([classes.display(k) for k in range(len(classes))])
+        np.savez(content, words=words, ids=np.array(classes.ids, np.int64), vectors=vectors)
+    write_whole(path, content.getvalue())

@@ -1,0 +1,264 @@
+"""Scores of a classifier on many data sets: suites, a line for each set and prompt, averages."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from ovseg_jax.cli.outputs import Journal, check_out_file, run_stamp
+from ovseg_jax.errors import UserError
+from ovseg_jax.evals.runner import make_evaluators
+from ovseg_jax.experiment.load import load_run
+from ovseg_jax.files import write_whole
+from ovseg_jax.parallel.sharding import make_mesh
+from ovseg_jax.protocols import Classifier
+from ovseg_jax.towers.templates import HARD
+
+# papers/000, table 11 and FACTS: the mean over classes for four of them.
+_PER_CLASS = ("caltech101", "oxford_pets", "flowers102", "fgvc_aircraft")
+CROSS_DATASET = (
+    *("caltech101", "oxford_pets", "stanford_cars", "flowers102", "food101"),
+    *("fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101"),
+)
+CROSS_DOMAIN = ("imagenet_v2", "imagenet_sketch", "imagenet_a", "imagenet_r")
+
+
+def _published(names: Sequence[str], average: str | None) -> dict[str, dict[str, Any]]:
+    common: dict[str, Any] = {"average": average} if average else {}
+    return {
+        name: {
+            **common,
+            "metric": "per_class" if name in _PER_CLASS else "accuracy",
+            "prompts": {"hard": HARD[name]},
+        }
+        for name in names
+    }
+
+
+SUITES: dict[str, dict[str, dict[str, Any]]] = {
+    "cross-dataset": _published(CROSS_DATASET, "cross-dataset"),
+    "cross-domain": _published(CROSS_DOMAIN, "cross-domain"),
+    "imagenet21k": _published(("imagenet21k",), None),
+}
+SUITES["pomp"] = SUITES["imagenet21k"] | SUITES["cross-dataset"] | SUITES["cross-domain"]
+
+
+class Score(NamedTuple):
+    """A data set under a prompt: a line of the CSV file. In percent but for alignment and uniformity.
+
+    Attributes:
+      set: its name in the suite.
+      average: the average that it belongs to, or "".
+      prompt: "" for the method's own.
+      metric: the measure that counts, and `score` its value.
+      images: how many were classified, and `classes` among how many.
+      others: see `evals.classification.scores`.
+    """
+
+    set: str
+    average: str
+    prompt: str
+    metric: str
+    score: float
+    images: int
+    classes: int
+    accuracy: float
+    accuracy_5: float | None
+    per_class: float
+    alignment: float
+    uniformity: float | None
+    chance: float
+
+
+def score_suite(
+    checkpoint: str,
+    suite: str,
+    data_dir: str,
+    *,
+    step: int | None = None,
+    batch: int = 64,
+    out: str | None = None,
+) -> None:
+    """Prints a line for each set of a suite, and its averages; also writes them as a CSV file.
+
+    With `out`, a set that is scored is recorded beside it until all are, so that the same call after one that was
+    stopped scores the sets that are missing.
+
+    Args:
+      checkpoint: the folder of a run that classifies images.
+      suite: see `read_suite`.
+      data_dir: where the sets are.
+      step: the checkpoint's; the latest by default.
+      batch: images at once.
+      out: the CSV file.
+
+    Raises:
+      UserError: no set of the suite is there, the run cannot be used, or the file cannot be written.
+    """
+    # Mistakes in the request are found before the model is loaded.
+    if batch < 1:
+        raise UserError(f"--batch={batch}: at least one image at once")
+    sets, folder = read_suite(suite), epath.Path(data_dir)
+    sources = {name: source_of(name, entry, folder) for name, entry in sets.items()}
+    if not any(sources.values()):
+        raise UserError(
+            f"--data_dir={data_dir} holds none of the sets of the suite: put them into {data_dir}/NAME, "
+            f"such as {folder / next(iter(sets))}"
+        )
+    journal = None
+    if out:
+        check_out_file(out, {"--suite": suite})
+        journal = Journal(f"{out}.part.jsonl")
+        stamp = run_stamp(checkpoint, step)
+        journal.start({"checkpoint": checkpoint, "stamp": stamp, "data_dir": data_dir, "sets": sets})
+    known: dict[str, list[Score]] = {}
+    for record in journal.records if journal else ():
+        known.setdefault(record["set"], []).append(Score(**record))
+    print(_line("", "metric", "images", "classes", "score", *_prompts(sets), "chance"), flush=True)
+    scores: list[Score] = []
+    scorer: Scorer | None = None
+    for name, source in sources.items():
+        if source is None:
+            print(f"{name:<18}missing: there is no folder {folder / name}", flush=True)
+            continue
+        # A set that was stopped between two of its lines is scored again.
+        found = known.get(name, [])
+        if [s.prompt for s in found] != ["", *sets[name].get("prompts", {})]:
+            scorer = scorer or Scorer(checkpoint, step, batch)
+            found = scorer.score(name, sets[name], source)
+            for score in found if journal else ():
+                journal.append(score._asdict())  # type: ignore[union-attr]
+        scores += found
+        print(_row(found, _prompts(sets)), flush=True)
+        if out:
+            write_scores(out, scores)
+    for line in averages(sets, scores):
+        print(line)
+    if journal:
+        journal.remove()
+
+
+class Scorer:
+    """A classifier of a finished run, which scores one data set after another."""
+
+    def __init__(self, workdir: epath.PathLike, step: int | None, batch_size: int):
+        """Loads it.
+
+        Raises:
+          UserError: there is no run, or one that does not classify.
+        """
+        self._mesh, self._batch_size = make_mesh(), batch_size
+        self._run = load_run(workdir, self._mesh, step=step, kind=Classifier, lacking="classifies no images")
+
+    def score(self, name: str, entry: Mapping[str, Any], source: Mapping[str, Any]) -> list[Score]:
+        """Scores one set, under the method's own prompt and then under each of the entry's."""
+        metric = entry.get("metric", "accuracy")
+        evaluation = {"type": "classification", "batch_size": self._batch_size, "source": dict(source)}
+        chosen = {key: entry[key] for key in ("limit", "prompts") if key in entry}
+        try:
+            evals = ConfigDict({"sets": {name: {**evaluation, **chosen, "metric": metric}}})
+        except ValueError as error:  # a name with a dot
+            raise UserError(f"the set {name!r} of the suite: {error}") from error
+        evals.data = self._run.config.data
+        (evaluator,) = make_evaluators(evals, self._run.method, self._mesh, "sets")
+        found, rows = evaluator.run(self._run.variables), evaluator.tables["accuracy"]
+
+        def of_prompt(prompt: str) -> Score:
+            get: Any = lambda key: found.get(f"{key}[{prompt}]" if prompt else key)
+            return Score(
+                set=name,
+                average=entry.get("average", ""),
+                prompt=prompt,
+                metric=metric,
+                score=get("score"),
+                images=sum(row.images for row in rows),
+                classes=len(rows),
+                accuracy=get("accuracy"),
+                accuracy_5=get("accuracy@5"),
+                per_class=get("per_class"),
+                alignment=get("alignment"),
+                uniformity=get("uniformity"),
+                chance=found["chance"],
+            )
+
+        return [of_prompt(prompt) for prompt in ("", *entry.get("prompts", {}))]
+
+
+def read_suite(suite: str) -> dict[str, dict[str, Any]]:
+    """The sets of a suite, by name or from a JSON file; see the command's help for what is in it.
+
+    Raises:
+      UserError: neither, or a file that is not of that form.
+    """
+    if suite in SUITES:
+        return SUITES[suite]
+    path = epath.Path(suite)
+    if not path.exists():
+        raise UserError(f"--suite={suite} is no file, and none of {', '.join(SUITES)}")
+    try:
+        sets = json.loads(path.read_text())["sets"]
+        if not sets or not all(isinstance(entry, dict) for entry in sets.values()):
+            raise ValueError("it names no set")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'{path} is not a suite, {{"sets": {{NAME: {{...}}}}}}: {error}') from error
+    return sets
+
+
+def source_of(name: str, entry: Mapping[str, Any], data_dir: epath.Path) -> dict[str, Any] | None:
+    """What `make_source` makes the set of; None where its folder is missing."""
+    own = ("metric", "average", "prompts", "limit", "tfds")
+    arguments = {key: value for key, value in entry.items() if key not in own}
+    if "tfds" in entry:
+        return {"name": "tfds", "dataset": entry["tfds"], "data_dir": str(data_dir), **arguments}
+    folder = data_dir / name
+    if not folder.is_dir():
+        return None
+    splits = [split for split in ("test", "val") if (folder / split).is_dir()]
+    names = [str(folder / file) for file in ("names.txt", "names.json") if (folder / file).exists()]
+    found = {"split": splits[0] if splits else "", "names": names[0] if names else ""}
+    return {"name": "image_folder", "data_dir": str(folder), **found, **arguments}
+
+
+def averages(suite: Mapping[str, Mapping[str, Any]], scores: Sequence[Score]) -> Iterator[str]:
+    """A line for each average of the suite: the unweighted mean over its sets, as published averages are."""
+    for average in dict.fromkeys(entry["average"] for entry in suite.values() if "average" in entry):
+        wanted = [name for name, entry in suite.items() if entry.get("average") == average]
+        cells = []
+        for prompt in ("", *_prompts(suite)):
+            found = [s.score for s in scores if s.set in wanted and s.prompt == prompt]
+            there = len({s.set for s in scores if s.set in wanted})
+            cells.append(f"{sum(found) / there:.2f}" if there and len(found) == there else "")
+        of = f"average of {there} of {len(wanted)}" if there < len(wanted) else f"average of all {there}"
+        yield _line(average, of, "", "", *cells, "")
+
+
+def write_scores(path: epath.PathLike, scores: Sequence[Score]) -> None:
+    """Writes a CSV file with a line for each score."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(Score._fields)
+    writer.writerows(scores)
+    write_whole(path, text.getvalue())
+
+
+def _prompts(suite: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(prompt for entry in suite.values() for prompt in entry.get("prompts", {})))
+
+
+def _row(found: Sequence[Score], prompts: Sequence[str]) -> str:
+    by_prompt = {s.prompt: f"{s.score:.2f}" for s in found}
+    first = found[0]
+    cells = [by_prompt.get(prompt, "") for prompt in ("", *prompts)]
+    return _line(
+        first.set, first.metric, str(first.images), str(first.classes), *cells, f"{first.chance:.2f}"
+    )
+
+
+def _line(name: str, metric: str, *cells: str) -> str:
+    images, classes, *numbers = cells
+    line = f"{name:<18}{metric:<20}{images:>8}{classes:>9}" + "".join(f"{cell:>10}" for cell in numbers)
+    return line.rstrip()

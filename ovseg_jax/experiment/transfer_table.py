@@ -1,0 +1,157 @@
+"""A table of prompts put to segmentation, of two finished runs."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from ovseg_jax.data.source_base import check_provides
+from ovseg_jax.errors import UserError
+from ovseg_jax.experiment.load import load_run
+from ovseg_jax.experiment.transfer import TransferEvaluator, rules_of
+from ovseg_jax.parallel.sharding import make_mesh
+from ovseg_jax.protocols import Classifier, Segmenting
+from ovseg_jax.towers.prompt_file import Prompt
+from ovseg_jax.towers.templates import read_templates
+from ovseg_jax.vocab.splits import load_split
+
+LEARNED, SINGLE = "learned", "single"
+HARD = {SINGLE: ("a sculpture of a {}.",)}
+"""The single prompt of papers/000, table 13."""
+
+# Column, metric, as in `evals.confusion.scores`.
+_COLUMNS = (
+    *(("mIoU", "miou"), ("mIoU_gt", "miou_gt"), ("fwIoU", "fwiou"), ("mACC", "macc"), ("pACC", "pacc")),
+    *(("hIoU", "hiou"), ("hIoU_gt", "hiou_gt"), ("seen", "miou/seen"), ("unseen", "miou/unseen")),
+    *(("held_out", "miou/held_out"), ("chance", "chance_miou")),
+)
+
+
+def compare_prompts(
+    proposals: str,
+    checkpoint: str,
+    *,
+    data: str | None,
+    split: str | None,
+    ensemble: float,
+    prompts: str,
+    threshold: float,
+    fill: str,
+    batch: int | None,
+    limit: int | None,
+) -> str:
+    """Scores prompts of one run's classifier on another run's masks; the arguments are the command's flags.
+
+    Returns:
+      The table, in the first process; "" in the others.
+
+    Raises:
+      UserError: for anything that a person can mend.
+    """
+    from ovseg_jax.data.pipeline import eval_batches, make_source  # grain's import takes long
+
+    # Mistakes in the request are found before a model is loaded.
+    asked = read_prompts(prompts)
+    mesh = make_mesh()
+    first = load_run(proposals, mesh, kind=Segmenting, key="--proposals", lacking="proposes no masks")
+    second = load_run(checkpoint, mesh, kind=Classifier, lacking="classifies no images")
+    evaluation = evaluation_of(first.config, data, batch)
+    if not evaluation:
+        raise UserError(
+            f"the run --proposals={proposals} was evaluated on nothing: say --data=NAME,KEY=VALUE,..."
+        )
+    source = make_source(evaluation.pop("source"))
+    check_provides(source, ("image", "segments", "class_ids"), "--data")
+    classes = load_split(source.classes, split) if split else source.classes
+    processes = jax.process_count()
+    batch_size = int(evaluation.pop("batch_size"))
+    if batch_size < 1 or batch_size % processes:
+        raise UserError(f"--batch={batch_size} does not divide by {processes} processes")
+    batches = partial(
+        eval_batches,
+        source,
+        {"data": {**first.config.data, "task": "segmentation", **evaluation}},
+        batch_size=batch_size // processes,
+        process_index=jax.process_index(),
+        process_count=processes,
+        limit=limit if limit is not None else evaluation.get("limit"),
+    )
+    rules = rules_of(first, second.config, ensemble, threshold, fill)
+    evaluator = TransferEvaluator(
+        "transfer", first, second.method, classes, batches, mesh, rules=rules, prompts=asked
+    )
+    found = evaluator.compare(second.variables)
+    return table(found) if jax.process_index() == 0 else ""
+
+
+def read_prompts(text: str) -> dict[str, tuple[str, ...] | Prompt | None]:
+    """Each prompt of a list "single; vild; learned" as `read_templates` gives it; None for the classifier's own.
+
+    Raises:
+      UserError: the list is empty, or a prompt is none.
+    """
+    names = [name for part in text.split(";") if (name := part.strip())]
+    if not names:
+        raise UserError(f"--prompts={text!r} names no prompt: say for example --prompts='vild; {LEARNED}'")
+    return {name: None if name == LEARNED else HARD.get(name) or read_templates(name) for name in names}
+
+
+def evaluation_of(config: ConfigDict, data: str | None, batch: int | None) -> dict[str, Any]:
+    """Returns the run's own evaluation, or that of --data: `source`, `batch_size` and changes of `config.data`.
+
+    It is empty where there is neither.
+    """
+    own = [
+        dict(e.items())
+        for key in ("final_evals", "evals")
+        for _, e in sorted((config.get(key) or {}).items())
+    ]
+    evaluation: dict[str, Any] = next((e for e in own if e.get("type", "segmentation") == "segmentation"), {})
+    if data:
+        evaluation = {"source": read_source(data), "batch_size": evaluation.get("batch_size", 8)}
+    if evaluation and batch is not None:
+        evaluation["batch_size"] = batch
+    kept = ("source", "batch_size", "image_size", "label_size", "max_segments", "limit")
+    return {key: evaluation[key] for key in kept if evaluation.get(key) is not None}
+
+
+def read_source(text: str) -> dict[str, Any]:
+    """What `make_source` takes from "coco,data_dir=DIR,split=val2017": whole numbers and true, false are read as such.
+
+    Not in what is text by its nature: paths, splits and names of files.
+
+    A value goes on to the next `,key=`, so that a path may hold commas.
+    """
+    name, *items = text.split(",")
+    settings: list[str] = []
+    for item in items:
+        if "=" in item or not settings:
+            settings.append(item)
+        else:
+            settings[-1] += "," + item
+    pairs = [setting.partition("=") for setting in settings]
+    if wrong := [key for key, equals, _ in pairs if not equals]:
+        raise UserError(f"--data={text}: {wrong[0]!r} is not of the form key=value")
+    words = {"true": True, "false": False}
+    read = lambda v: int(v) if v.isdecimal() else words.get(v.lower(), v)
+    return {
+        "name": name.strip(),
+        **{k.strip(): v if _is_text(k.strip()) else read(v) for k, _, v in pairs},
+    }
+
+
+def _is_text(key: str) -> bool:
+    return key.endswith("dir") or key in ("split", "names", "labels", "group")
+
+
+def table(found: Mapping[str, Mapping[str, float]]) -> str:
+    """A line for each prompt; columns that no prompt has a number for are left out."""
+    columns = [(title, key) for title, key in _COLUMNS if any(key in scores for scores in found.values())]
+    width = max(12, *(len(name) + 2 for name in found))
+    lines = ["prompt".ljust(width) + "".join(f"{title:>9}" for title, _ in columns)]
+    for name, scores in found.items():
+        cells = (f"{scores[key]:9.2f}" if key in scores else " " * 9 for _, key in columns)
+        lines.append(name.ljust(width) + "".join(cells))
+    return "\n".join(lines)

@@ -1,0 +1,221 @@
+"""Segments the images of a folder into another: names, records as they come, pictures last."""
+
+import collections
+import glob
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from ovseg_jax.cli.outputs import Journal, check_not_foreign, check_out_folder, file_stamp, output_names
+from ovseg_jax.data.images import image_suffixes, list_images, read_image
+from ovseg_jax.errors import UserError
+from ovseg_jax.files import locked, write_whole
+from ovseg_jax.inference.segmenter import Segmenter
+from ovseg_jax.vocab.classes import ClassList
+from ovseg_jax.vocab.vectors import ClassVectors
+
+JOURNAL, SUMMARY = "predictions.jsonl", "predictions.json"
+FEATURES = "features.npz"
+ENDS = ("labels.png", "json", "overlay.png")
+
+
+class Done(NamedTuple):
+    """The outcome of `segment_files`.
+
+    Attributes:
+      records: of each image, in their order, as they are in predictions.json.
+      skipped: images that could not be read.
+      there: images that an earlier call had segmented.
+    """
+
+    records: list[dict[str, Any]]
+    skipped: int
+    there: int
+
+
+def image_files(path: epath.PathLike) -> list[epath.Path]:
+    """Lists an image, or the images of a folder (not of folders in it) or of a pattern with `*`, by name.
+
+    Files that `segment_files` has written into the folder are none of its images.
+
+    Raises:
+      UserError: there is nothing, or no image in the folder.
+    """
+    path = epath.Path(path)
+    if path.is_dir():
+        own = written_files(Journal(path / JOURNAL).head)
+        files = [file for file in list_images(path) if file.name not in own]
+        if not files:
+            raise UserError(f"--images={path}: no image in this folder that can be read")
+        return files
+    if path.exists():
+        return [path]
+    if glob.has_magic(str(path)):
+        files = [epath.Path(name) for name in sorted(glob.glob(str(path)))]
+        files = [file for file in files if file.suffix.lower() in image_suffixes() and not file.is_dir()]
+        if files:
+            return files
+        raise UserError(f"--images={path}: no image has a name of this pattern")
+    raise UserError(f"--images={path}: there is no such file or folder")
+
+
+def written_files(head: Mapping[str, Any]) -> set[str]:
+    """Returns the names of all files that a call with this head of its journal has written."""
+    names = head.get("names")
+    if not isinstance(names, dict):
+        return set()
+    return {f"{name}.{end}" for name in names.values() for end in (*ENDS, FEATURES)} | {JOURNAL, SUMMARY}
+
+
+def segment_files(
+    load: Callable[[], Segmenter],
+    paths: Sequence[epath.Path],
+    out: epath.PathLike,
+    labels: ClassList | ClassVectors | None,
+    request: Mapping[str, Any],
+    *,
+    threshold: float,
+    tile: tuple[int, int] | None = None,
+    features: bool = False,
+    overwrite: bool = False,
+) -> Done:
+    """Segments files, and writes what the command `predict` names in its help.
+
+    Each image has its record in predictions.jsonl as soon as its files are complete, so that the same call after one
+    that was stopped does what is missing.
+
+    Args:
+      load: makes the segmenter, where an image is left to do.
+      paths: the images.
+      out: the folder to write into.
+      labels: see `Segmenter.stream`.
+      request: all else that the results depend on, as plain values.
+      threshold: see `Segmenter.stream`.
+      tile: see `Segmenter.stream`.
+      features: whether to write features too.
+      overwrite: whether to replace files in `out` that no earlier call has written.
+
+    Raises:
+      UserError: such a file where `overwrite` is False; a folder that cannot be written.
+    """
+    out = check_out_folder(out)
+    with locked(out):
+        journal = Journal(out / JOURNAL)
+        known = journal.head.get("names", {})
+        names = output_names(paths, known if isinstance(known, dict) else {}, reserved=(_stem(SUMMARY),))
+        ends = (*ENDS, FEATURES) if features else ENDS
+        files = {str(path): [f"{names[str(path)]}.{end}" for end in ends] for path in paths}
+        if not overwrite:
+            planned = [name for group in files.values() for name in group]
+            check_not_foreign(out, [*planned, JOURNAL, SUMMARY], written_files(journal.head))
+        classes = labels.classes if isinstance(labels, ClassVectors) else labels
+        request = {
+            **request,
+            "labels": None if classes is None else [*map(list, classes.names)],
+            "ids": None if classes is None else list(classes.ids),
+            "vectors": _digest(labels.vectors) if isinstance(labels, ClassVectors) else None,
+            "threshold": threshold,
+            "tile": tile,
+            "features": features,
+        }
+        listed = journal.head.get("labels")
+        journal.start(
+            request, names={**known, **names}, labels=listed if classes is None else request["labels"]
+        )
+        there = {name for path in out.iterdir() if (name := path.name)}
+        done = {
+            record["image"]: record
+            for record in journal.records
+            if record.get("image") in files
+            and record.get("stamp") == file_stamp(record["image"])
+            and there.issuperset(files[record["image"]])
+        }
+        count = len(done)
+        reader = ImageReader([path for path in paths if str(path) not in done])
+        try:
+            if reader.files:
+                segmenter = load()
+                if classes is None and segmenter.classes is not None:
+                    listed = [list(group) for group in segmenter.classes.names]
+                    journal.start(request, names={**known, **names}, labels=listed)
+                results = segmenter.stream(reader, labels, threshold=threshold, tile=tile, features=features)
+                for record in _save_all(results, reader, out, names, len(paths), count):
+                    journal.append(record)
+                    done[record["image"]] = record
+        finally:
+            journal.close()
+        records = [done[str(path)] for path in paths if str(path) in done]
+        shown = [{key: value for key, value in record.items() if key != "stamp"} for record in records]
+        summary = {
+            "checkpoint": request.get("checkpoint"),
+            "threshold": threshold,
+            "labels": journal.head["labels"] or [],
+            "images": shown,
+        }
+        write_whole(out / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        return Done(shown, reader.skipped, count)
+
+
+def _save_all(
+    results: Iterator[Any],
+    reader: "ImageReader",
+    out: epath.Path,
+    names: Mapping[str, str],
+    total: int,
+    done: int,
+) -> Iterator[dict[str, Any]]:
+    """Writes the files of each result, and yields its record."""
+    with tqdm(total=total, initial=done, unit="image", disable=None, dynamic_ncols=True) as bar:
+        reader.report = lambda error: (bar.update(), bar.write(f"skipped: {error}", sys.stderr))
+        for result in results:
+            path, stamp = reader.done.popleft()
+            name = names[str(path)]
+            bar.set_postfix_str(path.name, refresh=False)
+            try:
+                if result.features is not None:
+                    result.features.save(out / f"{name}.{FEATURES}")
+                result.save(out, name)
+            except (OSError, UserError) as error:
+                text = error.strerror if isinstance(error, OSError) and error.strerror else error
+                raise UserError(
+                    f"{out / name}: {text}; {bar.n} of {total} images are done, and the same command goes on from there"
+                ) from error
+            yield {"image": str(path), "stem": name, "stamp": stamp, **result.record()}
+            bar.update()
+
+
+class ImageReader:
+    """Reads files one after the other, skips the bad ones and remembers which came through."""
+
+    def __init__(self, files: Sequence[epath.Path]):
+        self.files = files
+        self.done: collections.deque[tuple[epath.Path, list[int]]] = collections.deque()
+        self.skipped = 0
+        self.report: Callable[[UserError], Any] = print
+
+    def __iter__(self) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+        for path in self.files:
+            stamp = file_stamp(path)
+            try:
+                image = read_image(path)
+            except UserError as error:
+                self.skipped += 1
+                self.report(error)
+                continue
+            self.done.append((path, stamp))
+            yield image
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _stem(name: str) -> str:
+    return name.partition(".")[0]

@@ -1,0 +1,142 @@
+"""The guard at the entry of all commands: one sentence, an exit status, and printing that never fails."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from ovseg_jax.cli import console
+from ovseg_jax.cli.console import Parser, check_addresses, guarded, run_command
+from ovseg_jax.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def raising(error):
+    def call():
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (UserError("the dog is no cat"), "error: the dog is no cat"),
+        (PermissionError(13, "Permission denied", "/x/y"), "error: /x/y: Permission denied"),
+        (OSError(28, "No space left on device"), "error: No space left on device"),
+        (OSError("told\nin two lines"), "error: told in two lines"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_status_1(capsys, error, sentence):
+    assert guarded(raising(error)) == 1
+    assert capsys.readouterr().err == sentence + "\n"
+
+
+def test_ctrl_c_is_status_130(capsys):
+    assert guarded(raising(KeyboardInterrupt())) == 130
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "the same command goes on" in err
+
+
+def test_a_mistake_of_the_program_is_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        guarded(raising(ZeroDivisionError()))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_names_that_the_terminal_cannot_show(monkeypatch, encoding):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+
+    def call():
+        print("木.jpg \udcff.png 🐕")
+        raise UserError("no image 木\udcff")
+
+    assert guarded(call) == 1
+    for stream, ours in ((sys.stdout, b".jpg "), (sys.stderr, b"error: no image ")):
+        stream.flush()
+        assert ours in stream.buffer.getvalue() and rb"\udcff" in stream.buffer.getvalue()
+
+
+def test_flags_are_parsed_and_checked_inside_of_the_guard(capsys):
+    def parser():
+        parser = Parser("nothing", "")
+        parser.add_argument("--images")
+        parser.add_argument("--size", type=int)
+        return parser
+
+    given = []
+    assert run_command(parser, given.append, ["--images=a b", "--size=3"]) == 0
+    assert (given[0].images, given[0].size) == ("a b", 3)
+    assert run_command(parser, lambda _: 1, []) == 1
+    for arguments, message in (
+        (["--size=x"], "argument --size: invalid int value: 'x'"),
+        (["--imagse=x"], "unrecognized arguments: --imagse=x"),
+        (["--images=https://a.org/b.jpg"], "--images=https://a.org/b.jpg: https:// cannot be read"),
+    ):
+        assert run_command(parser, given.append, arguments) == 1
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
+    assert len(given) == 1
+
+
+def test_addresses_name_the_scheme_or_the_extra(monkeypatch):
+    monkeypatch.setattr(console.importlib.util, "find_spec", lambda name: None if name == "s3fs" else name)
+    check_addresses({"--images": "gs://bucket/x", "--labels": "dog; see https://a", "n": 3, "tile": (1, 2)})
+    with pytest.raises(UserError, match=r"--x=s3://b/x: s3:// needs s3fs: pip install -e '.\[buckets\]'"):
+        check_addresses({"--x": "s3://b/x"})
+    with pytest.raises(UserError, match=r"--data=folder,data_dir=ftp://x: ftp:// cannot be read"):
+        check_addresses({"--data": "folder,data_dir=ftp://x"})
+    config = {"data": {"train": [{"data_dir": "http://x"}]}}
+    with pytest.raises(UserError, match=r"config.data.train.0.data_dir=http://x"):
+        check_addresses({"config": config})
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    """What `use_compilation_cache` sets on one CPU device."""
+    found = {}
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(jax.config, "update", found.__setitem__)
+    for name in ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    return found
+
+
+def test_the_cache_of_a_user_with_a_home(settings, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    console.use_compilation_cache()
+    assert settings == {"jax_compilation_cache_dir": str(tmp_path / ".cache/ovseg_jax/xla")}
+
+
+@pytest.mark.parametrize("home", ["none", "a file", "read-only"])
+def test_a_user_without_a_home_has_no_cache(settings, monkeypatch, tmp_path, home):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    if home == "none":  # as of a container's user that /etc/passwd does not list
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    if home == "read-only":
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file" / "x"))
+    console.use_compilation_cache()
+    assert settings == {"jax_enable_compilation_cache": False}
+
+
+def test_the_reader_of_the_output_may_leave():
+    """As `... | head -1` does; a process of its own, since its stdout is closed."""
+    code = (
+        "from ovseg_jax.cli.console import start\n"
+        "def main():\n  for i in range(100000): print('line', i)\n  return 0\n"
+        "start(main)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout.readline() == "line 0\n"
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(60) == 1 and not err
