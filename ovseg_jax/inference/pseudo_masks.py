@@ -135,8 +135,8 @@ def label_stage(config: ConfigDict, folder: epath.Path) -> dict[str, Any]:
     `masks="stage:NAME"` of a source of kind "folder" reads them beside those that are there.
 
     Args:
-      config: `teacher`, a run's folder or "stage:NAME"; `data_dir`, with images/; and, with the defaults of the command,
-        `threshold`, `max_overlap`, `min_area` and `batch_size`.
+      config: `teacher`, a run's folder or "stage:NAME"; `data_dir`, with images/; and, with the defaults of the
+        command, `threshold`, `max_overlap`, `min_area` and `batch_size`.
       folder: of the stage.
 
     Raises:

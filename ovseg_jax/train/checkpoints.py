@@ -4,6 +4,7 @@
     WORKDIR/checkpoints/<step>/variables    {"params": ..., other collections}: all that inference reads
     WORKDIR/checkpoints/<step>/optimizer    optax's state
     WORKDIR/checkpoints/<step>/average      averaged parameters, where the run keeps them
+    WORKDIR/checkpoints/<step>/log          sums of the metrics since the last record, so that the next one is the same
     WORKDIR/checkpoints/frozen              the variables that never change, which no other checkpoint then holds
     WORKDIR/checkpoints/<step>/checksums.json   size and CRC-32 of each file, written before the folder gets its name
 
@@ -39,8 +40,9 @@ from ovseg_jax import config as config_lib
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import SUMS_FILE, checksum, is_recorded, read_recorded, write_recorded
 from ovseg_jax.parallel.sharding import DEFAULT_RULES, leaf_sharding, path_name
-from ovseg_jax.reading import DAMAGE, reason
+from ovseg_jax.reading import DAMAGE, reading, reason
 from ovseg_jax.towers.prompt_file import FILE as PROMPT_FILE
+from ovseg_jax.train.metrics import Sums
 from ovseg_jax.train.state import TrainState
 
 CONFIG_FILE = "config.json"
@@ -51,7 +53,7 @@ METADATA_BYTES = 1 << 20
 # each device: not for less than this.
 SLICE_BYTES = 1 << 20
 ITEMS = ("variables", "optimizer", "average")
-FROZEN = "frozen"
+FROZEN, LOG, LOG_FILE = "frozen", "log", "sums.json"
 _log = logging.getLogger(__name__)
 
 
@@ -82,7 +84,8 @@ class Checkpoints:
             _set_aside(self.directory)
             self._manager = ocp.CheckpointManager(
                 self.directory,
-                item_handlers={item: _handler() for item in ITEMS},
+                item_handlers={item: _handler() for item in ITEMS}
+                | {LOG: ocp.JsonCheckpointHandler(LOG_FILE)},
                 options=ocp.CheckpointManagerOptions(
                     save_decision_policy=save_decision_policy.AnySavePolicy(policies),
                     preservation_policy=preservation_policy.LatestN(max(keep, 1)),
@@ -104,8 +107,8 @@ class Checkpoints:
         """Whether all processes have agreed to stop at this step, after one of them was told to."""
         return self._manager.reached_preemption(step)
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Saves the state after `step` steps."""
+    def save(self, step: int, state: TrainState, sums: Sums = {}) -> None:
+        """Saves the state after `step` steps, and the sums of the metrics since the last record."""
         with self._writing():
             self._check_space(state)
             self._manager.wait_until_finished()
@@ -117,7 +120,8 @@ class Checkpoints:
             if state.average is not None:
                 items["average"] = split({"params": state.average}, self._frozen)[0].get("params", {})
             args = {item: ocp.args.PyTreeSave(tree) for item, tree in items.items()}
-            self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+            log = ocp.args.JsonSave({name: list(pair) for name, pair in sums.items()})
+            self._manager.save(step, args=ocp.args.Composite(**args, **{LOG: log}), force=True)
 
     def _save_frozen(self, kept: Any) -> None:
         self._saving = FROZEN
@@ -126,6 +130,17 @@ class Checkpoints:
             checkpointer.save(self.directory / FROZEN, args=ocp.args.PyTreeSave(kept), force=True)
             checkpointer.wait_until_finished()
         self._frozen_saved = True
+
+    def read_sums(self, step: int) -> Sums:
+        """Reads the sums that were saved with a step; {} where none were."""
+        path = self.directory / str(step) / LOG / LOG_FILE
+        if not path.exists():
+            return {}
+        with reading(path):
+            return {
+                name: (float(total), float(count))
+                for name, (total, count) in json.loads(path.read_text()).items()
+            }
 
     def restore(self, target: TrainState, step: int | None = None) -> TrainState:
         """Restores the latest (or the given) checkpoint.

@@ -143,7 +143,7 @@ def test_a_stage_labels_what_the_next_one_learns_from(tmp_path, capsys):
     ]
     broken = folder / "images" / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff\xe0 cut")
-    with pytest.raises(UserError, match="1 images of .*mine could not be read"):
+    with pytest.raises(UserError, match=r"1 images of .*mine could not be read"):
         train(student, tmp_path / "run")
     masks = tmp_path / "run" / "masks"
     assert sorted(p.name for p in masks.glob("*.png")) == ["1.png", "2.png", "3.png"]
@@ -160,9 +160,7 @@ def test_a_stage_labels_what_the_next_one_learns_from(tmp_path, capsys):
     assert set(np.unique(source[0]["segments"])) == {1} and len(np.unique(source[1]["segments"])) > 0
     assert "first:" not in (train(student, tmp_path / "run"), capsys.readouterr().out)[1]
     student.stages[0]["config"]["threshold"] = 0.6
-    with pytest.raises(
-        UserError, match=r"the stage masks in .* was finished with another config: threshold was absent"
-    ):
+    with pytest.raises(UserError, match=r"the stage masks in .* another config: threshold was absent"):
         train(student, tmp_path / "run")
 
 
