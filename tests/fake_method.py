@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.protocols import Prediction
+from ovseg_jax.protocols import Classifier, Prediction, Segmenting, Trainable
 from ovseg_jax.vocab.classes import parse_labels
 
 COLOURS = {
@@ -21,7 +21,7 @@ COLOURS = {
 CLASSES = parse_labels(";".join(COLOURS))
 
 
-class ColourMethod:
+class ColourMethod(Trainable, Segmenting):
     """A proposal for each colour, which covers its pixels; its embedding is that colour's axis."""
 
     def __init__(self, stride: int = 1, masks: bool = True):
@@ -29,9 +29,6 @@ class ColourMethod:
 
     def init(self, rng):
         return {"params": {"colours": jnp.array(list(COLOURS.values()), jnp.float32)}}
-
-    def pretrained(self):
-        return {}
 
     def predict(self, variables, image, image_size):
         s, colours = self.stride, variables["params"]["colours"]
@@ -43,9 +40,9 @@ class ColourMethod:
         logits = jnp.where(inside[..., None], 6 - distance / 8, -9)
         hot = jnp.eye(len(COLOURS))[distance.argmin(-1)]
         if not self.masks:
-            return Prediction(None, None, 3 * hot)
+            return Prediction(None, {}, {"colour": 3 * hot})
         region = jnp.broadcast_to(jnp.eye(len(COLOURS)), (b, len(COLOURS), len(COLOURS)))
-        return Prediction(jnp.moveaxis(logits, -1, 1), region, 3 * hot)
+        return Prediction(jnp.moveaxis(logits, -1, 1), {"colour": region}, {"colour": 3 * hot})
 
     def embed_text(self, variables, texts: Sequence[str]):
         self.embedded += 1
@@ -55,23 +52,14 @@ class ColourMethod:
                 if word not in COLOURS:
                     raise UserError(f"label '{text}': this model's text side has never seen '{word}'")
                 rows[i, list(COLOURS).index(word)] = 1
-        return jnp.asarray(rows / np.linalg.norm(rows, axis=-1, keepdims=True))
-
-    def loss(self, variables, batch, rng):
-        raise NotImplementedError
+        return {"colour": jnp.asarray(rows / np.linalg.norm(rows, axis=-1, keepdims=True))}
 
 
-class ColourClassifier:
+class ColourClassifier(Trainable, Classifier):
     """Knows an image by the share of each colour in it; its own prompt takes green for blue."""
 
     def init(self, rng):
         return ColourMethod().init(rng)
-
-    def pretrained(self):
-        return {}
-
-    def loss(self, variables, batch, rng):
-        raise NotImplementedError
 
     def embed_image(self, variables, image):
         distance = jnp.linalg.norm(image[..., None, :] - variables["params"]["colours"], axis=-1)
@@ -88,7 +76,7 @@ class ColourClassifier:
         rows = np.stack(
             [sum(known.get(word, noise(word)) for word in text.strip(".").split()) for text in texts]
         )
-        return jnp.asarray(rows / np.linalg.norm(rows, axis=-1, keepdims=True), jnp.float32)
+        return {"colour": jnp.asarray(rows / np.linalg.norm(rows, axis=-1, keepdims=True), jnp.float32)}
 
     def logit_scale(self, variables):
         return jnp.float32(100)

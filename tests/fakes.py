@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ovseg_jax.protocols import Aux, Prediction
+from ovseg_jax.protocols import Aux, Evaluator, Prediction, Segmenting, Trainable
 
 DIM = 16
 
 
-class LinearMethod:
+class LinearMethod(Trainable, Segmenting):
     """Regression with a normalisation whose running mean is state, and noise from the step's key."""
 
     def __init__(self, bad_step: int | None = None):
@@ -31,9 +31,6 @@ class LinearMethod:
             "params": {"layer": {"kernel": kernel, "bias": jnp.zeros(DIM)}, "tower": {"kernel": kernel.T}},
             "batch_stats": {"mean": jnp.zeros(DIM), "count": jnp.zeros((), jnp.int32)},
         }
-
-    def pretrained(self):
-        return {}
 
     def loss(self, variables, batch, rng):
         params, stats = variables["params"], variables["batch_stats"]
@@ -50,13 +47,13 @@ class LinearMethod:
         return total / count, Aux({"error": (total, count), "never": (jnp.zeros(()), jnp.zeros(()))}, mutated)
 
     def predict(self, variables, image, image_size):
-        return Prediction(None, None, jnp.zeros((*image.shape[:3], DIM)))
+        return Prediction(None, {}, {"": jnp.zeros((*image.shape[:3], DIM))})
 
     def embed_text(self, variables, texts):
-        return jnp.ones((len(texts), DIM)) / DIM**0.5
+        return {"": jnp.ones((len(texts), DIM)) / DIM**0.5}
 
 
-class CountingEvaluator:
+class CountingEvaluator(Evaluator):
     """Reports the norm of the parameters, and remembers when it ran."""
 
     def __init__(self, name="validation", every=5):

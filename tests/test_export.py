@@ -13,6 +13,7 @@ from ovseg_jax.inference import export
 from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.pretrained.files import read_arrays
 from ovseg_jax.pretrained.to_torch import from_torch, to_torch
+from ovseg_jax.protocols import only
 from tests.extras import require
 from tests.methods.test_openseg import CLASSES, make
 
@@ -45,7 +46,7 @@ def test_pytorch_gives_the_same_labels(tmp_path, method):
         assert theirs.classes.names == ours.classes.names
     with pytest.raises(UserError, match="has never seen 'zebra'"):
         loaded.segment(IMAGE, "zebra")
-    vectors = np.asarray(segmenter.embed(LABELS))
+    vectors = np.asarray(only(segmenter.embed(LABELS)))
     given = loaded.segment(IMAGE, LABELS, vectors=vectors)
     assert (given.label_map == segmenter.segment(IMAGE, LABELS).label_map).mean() > 0.999
 
@@ -84,8 +85,8 @@ def test_stablehlo_takes_any_number_of_images_and_names(tmp_path):
         logits, scores, pixels = exported.call(parameters, images, sizes, names)
         expected = segmenter.method.predict(segmenter.variables, *map(jax.numpy.asarray, (images, sizes)))
         np.testing.assert_allclose(logits, expected.mask_logits, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(pixels, expected.pixel_embed, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(scores, names @ np.swapaxes(expected.region_embed, 1, 2), atol=1e-4)
+        np.testing.assert_allclose(pixels, only(expected.pixels), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(scores, names @ np.swapaxes(only(expected.regions), 1, 2), atol=1e-4)
     example = subprocess.run(
         [sys.executable, tmp_path / "example.py", tmp_path], capture_output=True, text=True, timeout=300
     )

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from ovseg_jax import prompts
 from ovseg_jax.experiment.run import CLASSES_FILE, WORDS_FILE
 from ovseg_jax.methods import build
+from ovseg_jax.protocols import only
 from ovseg_jax.towers.prompt_file import Prompt, load_prompt, save_prompt
 from ovseg_jax.towers.prompt_layout import Layout
 from ovseg_jax.towers.text_table import TextTable
@@ -74,14 +75,14 @@ def test_vectors_as_detic_reads_them(run, runs, tmp_path):
     assert run()[0] == 0
     found = np.load(tmp_path / "out.npy")
     assert found.dtype == np.float32 and found.shape == (3, 12)
-    expected = np.asarray(method.embed_text(variables, ["house", "old moon", "red ball"]))
+    expected = np.asarray(only(method.embed_text(variables, ["house", "old moon", "red ball"])))
     np.testing.assert_allclose(found, expected, atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
 
     assert run(synonyms="average")[0] == 0
     averaged = np.load(tmp_path / "out.npy")
     np.testing.assert_allclose(averaged[0], expected[0], atol=1e-6)
-    one, two = np.asarray(method.embed_text(variables, ["red ball", "kite"]))
+    one, two = np.asarray(only(method.embed_text(variables, ["red ball", "kite"])))
     np.testing.assert_allclose(averaged[2], unit(one + two), atol=1e-6)
 
 
@@ -89,7 +90,7 @@ def test_hand_written_prompts(run, runs, tmp_path):
     _, method, variables = runs
     assert run(template="a photo of {}")[0] == 0
     expected = np.asarray(
-        method.embed_phrases(variables, [f"a photo of {n}" for n in ("house", "old moon", "red ball")])
+        only(method.embed_phrases(variables, [f"a photo of {n}" for n in ("house", "old moon", "red ball")]))
     )
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-6)
     # The small tower has not all words of CLIP's templates.

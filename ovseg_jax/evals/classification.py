@@ -17,13 +17,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.nearest import names_of, nearest_classes
-from ovseg_jax.evals.passes import each_batch, embed_in_chunks
+from ovseg_jax.evals.passes import each_batch
+from ovseg_jax.evals.registry import Setup
 from ovseg_jax.evals.uniformity import distances, uniformity
 from ovseg_jax.parallel.sharding import AXES, replicated
-from ovseg_jax.protocols import Classifier, Variables
+from ovseg_jax.protocols import Classifier, Evaluator, Variables, only
+from ovseg_jax.towers.features import class_features
 from ovseg_jax.towers.prompt_file import Prompt
-from ovseg_jax.towers.templates import fill
-from ovseg_jax.towers.text import unit
 from ovseg_jax.vocab.classes import ClassList
 
 PAIRS = (("base", "new"), ("seen", "unseen"), ("seen", "held_out"))
@@ -38,14 +38,14 @@ class Outcomes(NamedTuple):
       predicted: the nearest of all classes.
       within_five: whether the true class is among the five nearest.
       own: the nearest class within each of V groups.
-      distance: ||x - w_y||² of the image to its class's first name.
+      distance: ||x - w_y||² of the image to its class's first name; None where features have no unit norm.
     """
 
     label: Int[np.ndarray, "b"]
     predicted: Int[np.ndarray, "p b"]
     within_five: Bool[np.ndarray, "p b"]
     own: Int[np.ndarray, "p v b"]
-    distance: Float[np.ndarray, "p b"]
+    distance: Float[np.ndarray, "p b"] | None
 
 
 class AccuracyRow(NamedTuple):
@@ -68,13 +68,18 @@ class AccuracyRow(NamedTuple):
     taken_for: str | None
 
 
-class ClassificationEvaluator:
-    """Accuracy over all classes of a source, in percent, and alignment and uniformity.
+class ClassificationEvaluator(Evaluator):
+    """Scores accuracy over all classes of a source, in percent, and alignment and uniformity.
 
     Metrics: those of `scores`, and `uniformity` (papers/000, eq. 7, over the classes' first names). They are of
     the method's own prompt; each further prompt has the same ones with the suffix `[<prompt>]`. `score` is the
     one that `metric` names: the data set's own measure.
     """
+
+    needs = frozenset({"image", "label"})
+    takes = Classifier
+    overrides = ("image_size",)
+    options = ("prompts", "metric")
 
     def __init__(
         self,
@@ -91,7 +96,7 @@ class ClassificationEvaluator:
         """Makes an evaluator that compiles once and runs many times.
 
         Args:
-          name: see `runner.Evaluator`.
+          name: see `Evaluator`.
           method: what to evaluate.
           classes: the classes that `label` indexes.
           batches: starts a pass over this process's share of the images, or of their unit-norm features (`feature`
@@ -100,12 +105,11 @@ class ClassificationEvaluator:
           prompts: hand-written or learned prompts by name; of several templates the unit features are averaged and
             normalised (CLIP's prompt ensemble).
           metric: which metric is repeated as `score`, such as "accuracy" or "per_class"; none by default.
-          every: see `runner.Evaluator`.
+          every: see `Evaluator`.
         """
         self.name, self.every = name, every
         self.tables: dict[str, list[Any]] = {}
         self._method, self._classes, self._batches, self._mesh = method, classes, batches, mesh
-        self._text_for: Any = getattr(method, "embed_text_for", None)
         self._prompts, self._metric = dict(prompts or {}), metric
         self._groups = own_groups(classes)
         self._names, self._texts = names_of(classes), classes.flat()[0]
@@ -114,6 +118,20 @@ class ClassificationEvaluator:
         self._allowed = np.stack([everything >= 0, *own])
         self._step = jax.jit(self._outcomes, out_shardings=replicated(mesh))
         self._kept: Any = None
+
+    @classmethod
+    def from_config(cls, setup: Setup) -> "ClassificationEvaluator":
+        """Makes the evaluator of `prompts` (see `Setup.prompts`) and `metric`, the one that is "score"."""
+        return cls(
+            setup.name,
+            setup.method,
+            setup.source.classes,
+            setup.batches(),
+            setup.mesh,
+            prompts=setup.prompts(),
+            metric=setup.evaluation.get("metric"),
+            every=setup.every,
+        )
 
     def run(self, variables: Variables) -> dict[str, float]:
         """Evaluates; fills `tables`.
@@ -125,12 +143,15 @@ class ClassificationEvaluator:
             text = jax.device_put(self._text(variables), replicated(self._mesh))
             step = partial(self._step, variables, text)
             outcomes = list(each_batch(self._batches(), step, self._mesh))
-            spread = [uniformity(features[self._names[:, 0]], self._mesh) for features in text]
-            if self._text_for is not None:
+            spread: list[float | None] = [None] * (1 + len(self._prompts))
+            if self._method.unit_norm:
+                first = only(text)[:, self._names[:, 0]]
+                spread = [uniformity(features, self._mesh) for features in first]
+            if self._method.text_per_image:
                 spread[0] = None
         if not outcomes or not (known := np.concatenate([o.label for o in outcomes]) >= 0).any():
             raise UserError(f"evals.{self.name}: there is no image with a class to evaluate on")
-        total = Outcomes(*(np.concatenate(part, -1)[..., known] for part in zip(*outcomes, strict=True)))
+        total = jax.tree.map(lambda *parts: np.concatenate(parts, -1)[..., known], *outcomes)
         result: dict[str, float] = {}
         for p, prompt in enumerate(["", *self._prompts]):
             suffix = f"[{prompt}]" if prompt else ""
@@ -148,23 +169,23 @@ class ClassificationEvaluator:
         self.tables = {"accuracy": table(total, self._classes)}
         return result
 
-    def _text(self, variables: Variables) -> Float[Array, "p t d"]:
-        """Features of every name under every prompt; zeros for a prompt that differs between images."""
+    def _text(self, variables: Variables) -> dict[str, Float[Array, "p t d"]]:
+        """Features of every name under every prompt, [P T D] by space; zeros where the own one differs by image."""
         under = lambda templates: class_features(self._method, variables, self._texts, templates)
-        if self._text_for is None:
-            own = under(None)
+        if self._method.text_per_image:
+            like = self._method.embed_phrases(variables, self._texts[:1])
+            own = {space: jnp.zeros((len(self._texts), *x.shape[1:])) for space, x in like.items()}
         else:
-            width = self._method.embed_phrases(variables, self._texts[:1]).shape[1]
-            own = jnp.zeros((len(self._texts), width))
+            own = under(None)
         others = self._kept
         if others is None:
             others = [under(templates) for templates in self._prompts.values()]
-        if getattr(self._method, "frozen_towers", False):
+        if self._method.frozen_towers:
             self._kept = others
-        return jnp.stack([own, *others])
+        return jax.tree.map(lambda *prompts: jnp.stack(prompts), own, *others)
 
     def _outcomes(
-        self, variables: Variables, text: Float[Array, "p t d"], batch: dict[str, Array]
+        self, variables: Variables, text: dict[str, Float[Array, "p t d"]], batch: dict[str, Array]
     ) -> Outcomes:
         cached = batch.get("feature")
         image = self._method.embed_image(variables, batch["image"]) if cached is None else cached
@@ -179,57 +200,28 @@ class ClassificationEvaluator:
             # A scan's constant start is not marked as differing between devices, which the check would demand.
             check_vma=False,
         )
-        return Outcomes(*judge(image, label, text, None if self._text_for is None else variables))
+        return Outcomes(*judge(image, label, text, variables if self._method.text_per_image else None))
 
-    def _judge(self, image, label, text, variables) -> tuple[Array, ...]:
+    def _judge(self, image, label, text, variables) -> tuple[Array | None, ...]:
         """The outcomes of one device's images, in the order of `Outcomes`."""
 
         def under(text, image=image, label=label):
-            near = nearest_classes(image, text, self._names, self._allowed, 5)
-            distance = distances(image, text[self._names[:, 0]], jnp.maximum(label, 0))
+            near = nearest_classes(self._method.score_images, image, text, self._names, self._allowed, 5)
+            distance = None
+            if self._method.unit_norm:
+                distance = distances(image, only(text)[self._names[:, 0]], jnp.maximum(label, 0))
             return near[0, :, 0], (near[0] == label[:, None]).any(-1), near[1:, :, 0], distance
 
         def of_image(example):
             image, label = example
-            return under(self._text_for(variables, self._texts, image), image[None], label[None])
+            text = self._method.embed_text_for(variables, self._texts, image)
+            return under(text, image[None], label[None])
 
         found = jax.lax.map(under, text)
-        if self._text_for is not None:
+        if self._method.text_per_image:
             own = jax.lax.map(of_image, (image, label))
             found = jax.tree.map(lambda x, y: x.at[0].set(jnp.moveaxis(y[..., 0], 0, -1)), found, own)
         return (label, *found)
-
-
-def class_features(
-    method: Any,
-    variables: Variables,
-    names: Sequence[str],
-    templates: Sequence[str] | Prompt | None = None,
-) -> Float[Array, "t d"]:
-    """Unit-norm features of names in the method's own prompt or another learned one, or their mean over templates.
-
-    Args:
-      method: a Classifier; or, where templates are given, what has its `embed_phrases` and `embed_prompt`, as `Clip`.
-      variables: what those take.
-      names: the names.
-      templates: hand-written prompts, a learned one, or None for the method's own.
-
-    Raises:
-      UserError: a learned prompt of another text tower, or for a method that has no place for one.
-    """
-    if templates is None:
-        if getattr(method, "by_place", False):
-            return method.embed_text(variables, list(names))
-        return embed_in_chunks(partial(method.embed_text, variables), names)
-    if isinstance(templates, Prompt):
-        if not hasattr(method, "embed_prompt"):
-            raise UserError(
-                f"the method {type(method).__name__} has no place for the prompt {templates.source}"
-            )
-        return method.embed_prompt(variables, templates, list(names))
-    phrases = partial(method.embed_phrases, variables)
-    total = sum(embed_in_chunks(phrases, [fill(template, name) for name in names]) for template in templates)
-    return unit(jnp.asarray(total))
 
 
 def own_groups(classes: ClassList) -> list[str]:
@@ -276,7 +268,8 @@ def scores(outcomes: Outcomes, p: int, classes: ClassList) -> dict[str, float]:
     if len(both) == 2:
         result["harmonic"] = 2 * both[0] * both[1] / sum(both) if sum(both) else 0.0
     result["chance"] = 100.0 / n
-    result["alignment"] = float(outcomes.distance[p].astype(np.float64).mean())
+    if outcomes.distance is not None:
+        result["alignment"] = float(outcomes.distance[p].astype(np.float64).mean())
     return result
 
 

@@ -1,11 +1,14 @@
 """The classes whose names are nearest to an image, out of any number of classes, in bounded memory."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ovseg_jax.kernels.resize import row_block, split_rows
+from ovseg_jax.protocols import Text
 from ovseg_jax.vocab.classes import ClassList
 
 
@@ -19,21 +22,23 @@ def names_of(classes: ClassList) -> Int[np.ndarray, "n l"]:
 
 
 def nearest_classes(
+    score: Callable[[Float[Array, "b d"], Text], Float[Array, "b t"]],
     image: Float[Array, "b d"],
-    text: Float[Array, "t d"],
+    text: Text,
     names: Int[np.ndarray, "n l"],
     allowed: Bool[np.ndarray, "v n"],
     count: int,
 ) -> Int[Array, "v b count"]:
-    """The classes of the highest cosines, the nearest first, for several choices of classes. Jittable.
+    """Finds the classes of the highest scores, the nearest first, for several choices of classes. Jittable.
 
     A class scores as its best name (papers/004; FACTS: evaluation traps). Of equal classes the first is nearer.
-    Where fewer than `count` classes are allowed, or a cosine is not a number, the rest is -1. Worked through in
+    Where fewer than `count` classes are allowed, or a score is not a number, the rest is -1. Worked through in
     blocks of classes: [B N] never exists.
 
     Args:
-      image: unit-norm features of images.
-      text: unit-norm features of names.
+      score: a classifier's `score_images`.
+      image: features of images.
+      text: features of names.
       names: positions in `text` of each class's names, see `names_of`.
       allowed: the choices: which classes may be an answer.
       count: how many answers.
@@ -44,11 +49,12 @@ def nearest_classes(
     def merge(top, part):
         scores, classes = top
         names, number, allowed = part
-        cosine = jnp.einsum("bd,cld->bcl", image, text[names], precision=jax.lax.Precision.HIGHEST).max(-1)
+        each = score(image, {space: x[names.ravel()] for space, x in text.items()})
+        best = each.reshape(len(image), *names.shape).max(-1)
         # Also false for NaN.
-        cosine = jnp.where(allowed.T[:, None] & (cosine > -jnp.inf), cosine, -jnp.inf)
-        number = jnp.broadcast_to(number, cosine.shape)
-        scores, place = jax.lax.top_k(jnp.concatenate([scores, cosine], -1), count)
+        best = jnp.where(allowed.T[:, None] & (best > -jnp.inf), best, -jnp.inf)
+        number = jnp.broadcast_to(number, best.shape)
+        scores, place = jax.lax.top_k(jnp.concatenate([scores, best], -1), count)
         classes = jnp.take_along_axis(jnp.concatenate([classes, number], -1), place, -1)
         return (scores, jnp.where(scores > -jnp.inf, classes, -1)), None
 

@@ -1,17 +1,13 @@
-"""What the passes of all evaluators share: batches over the mesh, one in flight, and names in equal chunks."""
+"""Passes over the batches of an evaluation, with one batch in flight on the mesh."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
 
 from ovseg_jax.parallel.sharding import put_batch
-
-TEXT_CHUNK = 1024
 
 
 def each_batch(
@@ -41,14 +37,3 @@ def pad_to_multiple(batch: Mapping[str, np.ndarray], multiple: int) -> dict[str,
     batch = {key: np.asarray(value) for key, value in batch.items()}
     extra = -len(batch["example_mask"]) % multiple
     return {key: np.pad(v, [(0, extra)] + [(0, 0)] * (v.ndim - 1)) for key, v in batch.items()}
-
-
-def embed_in_chunks(
-    embed: Callable[[Sequence[str]], Float[Array, "_ d"]], texts: Sequence[str]
-) -> Float[Array, "t d"]:
-    """Embeddings of any number of texts, a bounded number at a time and in equal shapes (one compilation)."""
-    if len(texts) <= TEXT_CHUNK:
-        return embed(list(texts))
-    padded = [*texts, *[texts[0]] * (-len(texts) % TEXT_CHUNK)]
-    chunks = [embed(padded[i : i + TEXT_CHUNK]) for i in range(0, len(padded), TEXT_CHUNK)]
-    return jnp.concatenate(chunks)[: len(texts)]

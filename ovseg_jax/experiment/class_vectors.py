@@ -1,10 +1,9 @@
 """Unit vectors of class names under a prompt, of a run or of published towers."""
 
-import functools
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +13,13 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.evals.classification import class_features
 from ovseg_jax.experiment.load import load_run
 from ovseg_jax.files import write_whole
 from ovseg_jax.models.text_towers import CLIPText, text_tower
 from ovseg_jax.pretrained.load import load
-from ovseg_jax.protocols import Classifier, Variables
+from ovseg_jax.protocols import Classifier, Variables, only
 from ovseg_jax.towers.clip import Clip
+from ovseg_jax.towers.features import TowerText, class_features
 from ovseg_jax.towers.packed_text import stacked
 from ovseg_jax.towers.prompt_file import FILE, Prompt
 from ovseg_jax.vocab.classes import ClassList
@@ -31,12 +30,12 @@ class TextSide(NamedTuple):
     """Everything that makes vectors of names: arguments of `class_features`.
 
     Attributes:
-      method: a classifier, or `Clip` alone.
+      method: a classifier.
       variables: its variables.
       prompt: the prompt around each name; None for the method's own.
     """
 
-    method: Any
+    method: Classifier
     variables: Variables
     prompt: Prompt | Sequence[str] | None
 
@@ -50,11 +49,16 @@ def class_vectors(side: TextSide, classes: ClassList, synonyms: str = "first") -
       synonyms: of a class with several names, "first" takes the first; "average" the mean of the unit vectors of all,
         normalised.
     """
-    embed = functools.partial(class_features, side.method, side.variables, templates=side.prompt)
+    if not side.method.unit_norm:
+        raise UserError(f"{type(side.method).__name__} has no unit vectors of classes")
+
+    def embed(names: list[str]) -> np.ndarray:
+        return np.asarray(only(class_features(side.method, side.variables, names, side.prompt)), np.float32)
+
     if synonyms == "first":
-        return np.asarray(embed([classes.display(k) for k in range(len(classes))]), np.float32)
+        return embed([classes.display(k) for k in range(len(classes))])
     names, owner = classes.flat()
-    each = np.asarray(embed(names), np.float32)
+    each = embed(names)
     total = np.zeros((len(classes), each.shape[1]), np.float32)
     np.add.at(total, owner, each)
     return total / np.linalg.norm(total, axis=1, keepdims=True)
@@ -83,7 +87,7 @@ def text_side_of_towers(name: str, init: str, prompt: Prompt | Sequence[str]) ->
     image = {"name": "small", "embed_dim": tower.embed_dim}
     clip = Clip(ConfigDict({"image": image, "text": {"name": name}, "init": init}), WordList([]))
     shapes = jax.eval_shape(lambda: clip.text.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
-    return TextSide(clip, {"text": stacked(load(init, clip.text, shapes)["params"])}, prompt)
+    return TextSide(TowerText(clip), {"text": stacked(load(init, clip.text, shapes)["params"])}, prompt)
 
 
 def prompt_of_run(workdir: str, mesh: Mesh) -> Prompt:
@@ -93,7 +97,7 @@ def prompt_of_run(workdir: str, mesh: Mesh) -> Prompt:
       UserError: there is no run, or its method learns no prompt that a file can hold.
     """
     run = load_run(workdir, mesh, kind=Classifier, lacking="classifies no images")
-    if not hasattr(run.method, "artifacts") or FILE not in run.method.artifacts(run.variables):
+    if FILE not in run.method.artifacts(run.variables):
         raise UserError(f"--checkpoint={workdir}: method={run.config.method} learns no such prompt")
     return run.method.whole_prompt(run.variables)
 

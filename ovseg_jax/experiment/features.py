@@ -16,7 +16,6 @@ from ovseg_jax.data.source_base import Source, check_provides
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import forget, record, verify, write_whole
 from ovseg_jax.parallel.sharding import DEFAULT_RULES, leaf_sharding, put_batch, replicated, tree_paths
-from ovseg_jax.protocols import Classifier
 from ovseg_jax.reading import read_json, reading, short
 from ovseg_jax.train.state import abstract_variables, replaced
 
@@ -109,7 +108,7 @@ def _fingerprint(source: Source) -> int:
 
 def _compute(config: ConfigDict, parts: Any, batches: Any, count: int) -> np.ndarray:
     """Features of `count` rows that come in batches, in order."""
-    method: Classifier = parts.method
+    method: Any = parts.method
     mesh, rules = parts.mesh, config.get("sharding", DEFAULT_RULES)
     rows: list[np.ndarray] = []
     with jax.set_mesh(mesh):
@@ -123,7 +122,7 @@ def _compute(config: ConfigDict, parts: Any, batches: Any, count: int) -> np.nda
     return np.concatenate(rows)[:count]
 
 
-def _start(method: Classifier, seed: int, mesh: Any, rules: Any) -> Any:
+def _start(method: Any, seed: int, mesh: Any, rules: Any) -> Any:
     """The variables that a run starts from."""
     shapes = abstract_variables(method, seed)
     place = lambda leaf, path: leaf_sharding(path, leaf.shape, mesh, rules)

@@ -8,15 +8,10 @@ from ml_collections import ConfigDict
 from ovseg_jax import methods
 from ovseg_jax.config import keys, stages_of, unknown_key
 from ovseg_jax.errors import UserError
-from ovseg_jax.evals.runner import TYPES
+from ovseg_jax.evals.registry import COMMON, evaluator_type
 from ovseg_jax.parallel.sharding import AXES
 
 TOP = keys("method seed steps batch_size accumulate profile tensorboard log_every sharding stages")
-EVALS = {
-    "segmentation": "masks",
-    "classification": "prompts metric",
-    "transfer": "proposals prompts split ensemble threshold fill",
-}
 # Of `config`, what `--mode=eval` reads; the rest is that of the run.
 EVALUATED = ("data", "evals", "final_evals", "mesh", "sharding")
 
@@ -35,8 +30,6 @@ def check_config(config: ConfigDict, given: Collection[str] = (), where: str = "
     Raises:
       UserError: names the first such key, and those that are known.
     """
-    if config.get("method") not in methods.METHODS:
-        raise UserError(f"{where}method={config.get('method')!r} is not one of {', '.join(methods.METHODS)}")
     sections = known_keys(config)
     for key, value in config.items():
         if key not in sections and key not in TOP:
@@ -106,18 +99,14 @@ def known_keys(config: ConfigDict) -> dict[str, Mapping[str, bool]]:
             **keys("text_length", task == "captions"),
             **keys("cache_features", task == "classification"),
         },
-        **methods.METHODS[config.method].keys(config),
+        **methods.method_type(config.get("method")).keys(config),
     }
 
 
 def evaluation_keys(evaluation: ConfigDict) -> dict[str, bool]:
     """Returns the keys of an evaluation of its type."""
-    kind = evaluation.get("type", "segmentation")
-    if kind not in TYPES:
-        raise UserError(f"an evaluation's type is one of {', '.join(TYPES)}, not {kind!r}")
-    return (
-        keys("type source batch_size every limit") | keys(EVALS[kind]) | dict.fromkeys(TYPES[kind][2], True)
-    )
+    evaluator = evaluator_type(evaluation.get("type", "segmentation"))
+    return dict.fromkeys((*COMMON, *evaluator.overrides, *evaluator.options), True)
 
 
 def _items(section: Any) -> Mapping[str, Any]:

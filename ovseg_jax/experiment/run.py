@@ -27,7 +27,6 @@ from ml_collections import ConfigDict
 
 from ovseg_jax import config as config_lib
 from ovseg_jax.errors import UserError
-from ovseg_jax.evals.runner import Evaluator
 from ovseg_jax.experiment.changes import class_differences, config_differences
 from ovseg_jax.experiment.features import cached_features
 from ovseg_jax.experiment.keys import check_config
@@ -35,13 +34,10 @@ from ovseg_jax.experiment.load import CLASSES_FILE, WORDS_FILE, Run, load_run, r
 from ovseg_jax.experiment.stages import check_finished, run_stages
 from ovseg_jax.files import forget, is_recorded, locked, record, write_recorded, write_whole
 from ovseg_jax.parallel.sharding import make_mesh
-from ovseg_jax.protocols import Classifier, Segmenting, Trainable, Variables
+from ovseg_jax.protocols import Classifier, Evaluator, Segmenting, Trainable, Variables
 from ovseg_jax.reading import DAMAGE
-from ovseg_jax.towers.frozen_text import FrozenText
 from ovseg_jax.towers.prompt_file import FILE as PROMPT_FILE
 from ovseg_jax.train.checkpoints import (
-    CONFIG_FILE,
-    TEXT_TOWER,
     disk_full_message,
     is_disk_full,
     read_config,
@@ -165,7 +161,7 @@ def _train(config: ConfigDict, workdir: epath.Path, finish: Finish | None) -> di
     before = _read_summary(workdir)
     done = before is not None and before["steps"] == result.step and result.started == result.step
     # Before the evaluation: whatever happens there, what was learned is there.
-    artifacts = getattr(parts.method, "artifacts", _no_artifacts)(run.variables)
+    artifacts = parts.method.artifacts(run.variables)
     if jax.process_index() == 0:
         for name, write in artifacts.items():
             if not (done and (workdir / name).exists()):
@@ -205,10 +201,6 @@ def _write_summary(workdir: epath.Path, summary: Mapping[str, Any]) -> None:
     write_whole(workdir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
 
 
-def _no_artifacts(variables: Variables) -> dict[str, Callable[[epath.Path], None]]:
-    return {}
-
-
 def prepare_workdir(workdir: epath.Path, config: ConfigDict) -> None:
     """Makes the folder and writes `config.json`, unless another run lives there.
 
@@ -232,12 +224,8 @@ def make_parts(config: ConfigDict, workdir: epath.Path, source: Any) -> Parts:
     config = with_own_text(config, workdir)
     _on_first_process(lambda: _write_vocabulary(config, workdir, source))
     parts = Parts(*read_method(config, workdir), make_mesh(config.get("mesh")))
-    text = getattr(parts.method, "text", None)
-    local = "://" not in str(workdir)  # A tokeniser reads local files.
-    if isinstance(text, FrozenText) and local and jax.process_index() == 0:
-        folder = Path(workdir) / TEXT_TOWER
-        if not (folder / CONFIG_FILE).exists():
-            text.save(folder)
+    if "://" not in str(workdir) and jax.process_index() == 0:  # A tokeniser reads local files.
+        parts.method.save_assets(Path(workdir))
     return parts
 
 
@@ -394,7 +382,7 @@ def _prompt_table(evaluation: str, scores: Mapping[str, float]) -> list[str]:
 
 
 def _evaluators(config: ConfigDict, method: Any, mesh: Mesh, key: str = "evals") -> list[Any]:
-    from ovseg_jax.evals.runner import make_evaluators
+    from ovseg_jax.evals.registry import make_evaluators
 
     return make_evaluators(config, method, mesh, key)
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.cli.outputs import Journal, check_out_file, run_stamp
 from ovseg_jax.errors import UserError
-from ovseg_jax.evals.runner import make_evaluators
+from ovseg_jax.evals.registry import make_evaluators
 from ovseg_jax.experiment.load import load_run
 from ovseg_jax.files import write_whole
 from ovseg_jax.parallel.sharding import make_mesh

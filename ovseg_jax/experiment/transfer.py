@@ -11,12 +11,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.evals.passes import embed_in_chunks
-from ovseg_jax.evals.runner import SegmentationEvaluator
-from ovseg_jax.experiment.load import Run
+from ovseg_jax.evals.registry import Setup
+from ovseg_jax.evals.segmentation import SegmentationEvaluator
+from ovseg_jax.experiment.load import Run, load_run
 from ovseg_jax.methods.zsseg import Rules, TwoStage
-from ovseg_jax.protocols import Classifier, Variables
+from ovseg_jax.protocols import Classifier, Evaluator, Segmenting, Variables
 from ovseg_jax.towers.clip import MEAN
+from ovseg_jax.towers.features import embed_in_chunks
 from ovseg_jax.towers.prompt_file import Prompt
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.splits import load_split
@@ -25,12 +26,17 @@ FILLS = {"mean": 255.0, "zero": 0.0}
 """Colours of what does not belong to a crop, in units of the mean pixel."""
 
 
-class TransferEvaluator:
-    """Segments with the masks of one run and the classifier of another, under each of several prompts.
+class TransferEvaluator(Evaluator):
+    """Scores segmentation with the masks of one run and the classifier of another, under each of several prompts.
 
     Metrics: those of `SegmentationEvaluator`, without a suffix for the classifier's own prompt, with `[<prompt>]` for
     each other. A prompt with words that the classifier does not know is left out, with a line on stderr.
     """
+
+    needs = frozenset({"image", "segments", "class_ids"})
+    takes = Classifier
+    overrides = ("label_size", "max_segments")
+    options = ("proposals", "prompts", "split", "ensemble", "threshold", "fill")
 
     def __init__(
         self,
@@ -48,7 +54,7 @@ class TransferEvaluator:
         """Makes an evaluator that compiles once and runs many times.
 
         Args:
-          name: see `runner.Evaluator`.
+          name: see `Evaluator`.
           proposals: the run that proposes masks.
           classifier: the method that classifies them; `run` takes its variables.
           classes: the classes that `label` indexes; those in no group "unseen" or "held_out" are seen.
@@ -56,13 +62,44 @@ class TransferEvaluator:
           mesh: the devices.
           rules: how the two are joined.
           prompts: templates, or a learned prompt, by name; None is the classifier's own.
-          every: see `runner.Evaluator`.
+          every: see `Evaluator`.
         """
         self.name, self.every = name, every
         self.tables: dict[str, list[Any]] = {}
         self._proposals, self._classes, self._mesh, self._prompts = proposals, classes, mesh, dict(prompts)
         self._join = partial(TwoStage, proposals.method, classifier, rules, seen=seen_names(classes))
         self._evaluator = SegmentationEvaluator(name, self._join(), classes, batches, mesh)
+
+    @classmethod
+    def from_config(cls, setup: Setup) -> "TransferEvaluator":
+        """Makes the evaluator of
+
+        - `proposals`: the folder of a run that proposes masks, whose image size counts;
+        - `split`: the unseen classes, see `vocab.splits.load_split`;
+        - `prompts`, see `Setup.prompts`, beside the classifier's own;
+        - `ensemble`, `threshold` and `fill`, see `rules_of`.
+        """
+        if not setup.evaluation.get("proposals"):
+            raise UserError(f"the evaluation {setup.name!r} of type 'transfer' needs proposals=WORKDIR")
+        proposals = load_run(
+            setup.evaluation.proposals,
+            setup.mesh,
+            kind=Segmenting,
+            key=f"{setup.name}.proposals",
+            lacking="proposes no masks",
+        )
+        chosen, classes = rules_in(setup.evaluation, setup.source.classes)
+        return cls(
+            setup.name,
+            proposals,
+            setup.method,
+            classes,
+            setup.batches(task="segmentation", image_size=proposals.config.data.image_size),
+            setup.mesh,
+            rules=rules_of(proposals, setup.config, **chosen),
+            prompts={"learned": None, **setup.prompts()},
+            every=setup.every,
+        )
 
     def run(self, variables: Variables) -> dict[str, float]:
         """The metrics of all prompts; fills `tables`."""
@@ -110,14 +147,12 @@ def rules_of(
     """
     if fill not in FILLS:
         raise UserError(f"fill={fill!r} is not one of {', '.join(FILLS)}")
-    scale = Rules.scale
-    if hasattr(proposals.method, "temperatures"):
-        scale = 1 / float(proposals.method.temperatures(proposals.variables["params"])[0])
+    scale = proposals.method.region_scale(proposals.variables)
     return Rules(
         crop_size=int(config.data.image_size),
         ensemble=float(ensemble),
         threshold=float(threshold),
-        scale=scale,
+        scale=Rules.scale if scale is None else scale,
         fill=tuple(FILLS[fill] * channel for channel in config.get("towers", {}).get("mean", MEAN)),
     )
 

@@ -21,8 +21,8 @@ from ovseg_jax.pretrained.big_vision import write_big_vision
 from ovseg_jax.pretrained.files import write_safetensors
 from ovseg_jax.pretrained.hf_clip import is_clip, write_hf_clip
 from ovseg_jax.pretrained.to_torch import describe, to_torch
-from ovseg_jax.towers.frozen_text import FrozenText
-from ovseg_jax.train.checkpoints import TEXT_TOWER
+from ovseg_jax.protocols import only
+from ovseg_jax.towers.frozen_text import TEXT_TOWER, FrozenText
 
 EXAMPLE = '''"""Runs model.stablehlo with JAX and safetensors alone: python example.py DIR"""
 
@@ -175,12 +175,12 @@ def to_stablehlo(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     def run(parameters: Mapping[str, Any], images: Any, sizes: Any, names: Any) -> Any:
         leaves = [jnp.asarray(parameters[path]).astype(x.dtype) for path, x in flat.items()]
         prediction = method.predict(jax.tree.unflatten(structure, leaves), images, sizes)
+        features = only(prediction.pixels)
         if prediction.mask_logits is None:
-            features = prediction.pixel_embed
             unit = features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-6)
             return jnp.einsum("bhwd,td->bthw", unit, names), features
-        scores = jnp.einsum("td,bnd->btn", names, prediction.region_embed)
-        return prediction.mask_logits, scores, prediction.pixel_embed
+        scores = jnp.einsum("td,bnd->btn", names, only(prediction.regions))
+        return prediction.mask_logits, scores, features
 
     b, t = jax.export.symbolic_shape("b, t")
     shapes = (
@@ -207,7 +207,7 @@ def difference(segmenter: Segmenter, dtype: np.dtype) -> float:
     def maps(variables: Any) -> np.ndarray:
         prediction = predict(variables, image, np.full((1, 2), size, np.int32))
         logits = prediction.mask_logits
-        return np.asarray(prediction.pixel_embed if logits is None else logits)
+        return np.asarray(only(prediction.pixels) if logits is None else logits)
 
     exact = maps(segmenter.variables)
     return float(np.abs(maps(rounded) - exact).max() / np.abs(exact).max())

@@ -19,7 +19,7 @@ from ovseg_jax.experiment.transfer import rules_in
 from ovseg_jax.files import write_whole
 from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.parallel.sharding import on_host
-from ovseg_jax.protocols import Classifier, Segmenting, Variables
+from ovseg_jax.protocols import Classifier, Segmenting, Variables, only
 from ovseg_jax.reading import read_json
 from ovseg_jax.towers.templates import read_templates
 from ovseg_jax.viz.curves import curves
@@ -57,8 +57,10 @@ def draw_run(
     """
     workdir = epath.Path(workdir)
     folder, paths = workdir / "pictures", []
-    # Class features that differ from image to image have no picture.
-    evaluations = {} if hasattr(method, "embed_text_for") else (config.get("final_evals") or config.evals)
+    evaluations = config.get("final_evals") or config.evals
+    if isinstance(method, Classifier) and (method.text_per_image or not method.unit_norm):
+        # Class features that differ from image to image, or are no unit vectors, have no picture.
+        evaluations = {}
     wanted = {
         name: evaluations[name] for name in evaluations if again or not (folder / f"{name}.png").exists()
     }
@@ -91,7 +93,15 @@ def draw_run(
                 segmenter = Segmenter.from_two_stages(proposals[name], own, classes, **rules)
             else:
                 segmenter = Segmenter(method, variables, config)
-            picture = _picture(segmenter, source, classes, name, images, proposals=not transferred)
+            picture = _picture(
+                segmenter,
+                source,
+                classes,
+                name,
+                images,
+                decision=evaluation.get("decision", "argmax"),
+                proposals=not transferred,
+            )
             _save(picture, path)
             paths.append(path)
     if again or not (workdir / "curves.png").exists():
@@ -114,12 +124,13 @@ def _picture(
     name: str,
     images: int,
     *,
+    decision: Any = "argmax",
     proposals: bool = True,
 ) -> Image.Image:
     where = np.linspace(0, len(source) - 1, min(images, len(source))).round().astype(int)
     examples = [source[int(i)] for i in where]
     pictures = [np.ascontiguousarray(example["image"]) for example in examples]
-    results = segmenter.stream(pictures, classes, threshold=-np.inf, features=proposals)
+    results = segmenter.stream(pictures, classes, decision=decision, features=proposals)
     rows = []
     for example, result in zip(examples, results, strict=True):
         truth = class_map(example["segments"], example["class_ids"])
@@ -141,7 +152,7 @@ def _features(
 ) -> None:
     """Fig. 6 of papers/000 for a few classes, evenly spread over those that occur, and a few images of each."""
     from ovseg_jax.data.classification import ClassifyEval
-    from ovseg_jax.evals.classification import class_features
+    from ovseg_jax.towers.features import class_features
 
     source: Any = make_source(evaluation.source)
     labels = np.asarray(source.labels)
@@ -164,7 +175,7 @@ def _features(
     prompts: dict[str, Any] = {"own": None} | (
         {} if other is None else {other: read_templates(others[other])}
     )
-    rays = {k: np.asarray(class_features(method, variables, names, v)) for k, v in prompts.items()}
+    rays = {k: np.asarray(only(class_features(method, variables, names, v))) for k, v in prompts.items()}
     sphere_picture(seen, np.searchsorted(chosen, labels[where]), rays, names, name, path)
 
 

@@ -1,7 +1,6 @@
-"""What comes back for an image: a label map with masks, scores, pictures and files; text-aligned features."""
+"""Results for an image: a label map and segments with masks, scores, pictures and files; text-aligned features."""
 
 import dataclasses
-import functools
 import io
 import json
 import logging
@@ -12,6 +11,7 @@ from etils import epath
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
+from ovseg_jax.decisions.rules import Segments
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import write_whole
 from ovseg_jax.inference.tiles import upsampling_matrix
@@ -21,16 +21,42 @@ from ovseg_jax.vocab.classes import ClassList
 
 
 @dataclasses.dataclass(frozen=True)
+class Segment:
+    """A segment of an image.
+
+    Attributes:
+      category: index into the classes that were asked for.
+      score: its confidence, see `Result`; of a proposal as a whole, the score of its category.
+      isthing: whether the category is countable.
+      instance: 0 where a segment is all pixels of its category, else its number among those of this category, from 1.
+      area: its pixels.
+    """
+
+    category: int
+    score: float
+    isthing: bool
+    instance: int
+    area: int
+    _map: np.ndarray = dataclasses.field(repr=False, compare=False)
+    _number: int = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def mask(self) -> Bool[np.ndarray, "h w"]:
+        """Its pixels."""
+        return self._map == self._number
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
-    """An image, segmented. A segment is all pixels of one category; segments are listed from large to small.
+    """An image, segmented.
 
     Attributes:
       image: the image as it was read, u8 [H W 3].
       classes: the categories that were asked for.
       label_map: index into `classes` for every pixel, -1 = unknown.
-      confidence: for every pixel the cosine of its category's best name with what the model sees there: the
-        mean over the proposals that cover it, fading to 0 where none does. With masks s and cosines <w, z>:
-        sum_n s_n <w, z_n> / max(1, sum_n s_n).
+      confidence: for every pixel how well its category fits, see `decisions.maps.confidence_of`: the mean score of its
+        best name over the proposals that cover the pixel, fading to 0 where none does.
+      segments: from large to small. Where the decision tells no instances apart, a segment is all pixels of a category.
       features: text-aligned features, where they were asked for.
     """
 
@@ -38,39 +64,71 @@ class Result:
     classes: ClassList
     label_map: Int[np.ndarray, "h w"]
     confidence: Float[np.ndarray, "h w"]
+    segments: tuple[Segment, ...]
     features: "PixelFeatures | None" = None
 
-    @functools.cached_property
-    def found(self) -> list[int]:
-        """Indices of the categories that have pixels, the largest first."""
-        areas = self._areas
-        return [int(k) for k in np.argsort(-areas, kind="stable") if areas[k]]
+    @classmethod
+    def of(
+        cls,
+        image: UInt8[np.ndarray, "h w 3"],
+        classes: ClassList,
+        label_map: Int[np.ndarray, "h w"],
+        confidence: Float[np.ndarray, "h w"],
+        segments: Segments | None = None,
+        features: "PixelFeatures | None" = None,
+    ) -> "Result":
+        """Makes a result of what a decision says, see `decisions.rules.Decided`."""
+        if segments is None:
+            known = label_map >= 0
+            areas = np.bincount(label_map[known], minlength=len(classes))
+            sums = np.bincount(label_map[known], confidence[known], len(classes))
+            found = [
+                Segment(
+                    int(k), float(sums[k] / areas[k]), classes.isthing[k], 0, int(areas[k]), label_map, int(k)
+                )
+                for k in np.argsort(-areas, kind="stable")
+                if areas[k]
+            ]
+            return cls(image, classes, label_map, confidence, tuple(found), features)
+        number = np.asarray(segments.number)
+        areas = np.bincount(number.ravel(), minlength=len(segments.category) + 1)[1:]
+        if segments.masks is not None:
+            areas = np.asarray(segments.masks).sum((1, 2))
+        counts: dict[int, int] = {}
+        found = []
+        for i, (k, score, area) in enumerate(
+            zip(np.asarray(segments.category), np.asarray(segments.score), areas, strict=True)
+        ):
+            if k < 0 or not area:
+                continue
+            instance = 0
+            if classes.isthing[k]:
+                instance = counts[int(k)] = counts.get(int(k), 0) + 1
+            place = (number, i + 1) if segments.masks is None else (np.asarray(segments.masks[i]), 1)
+            found.append(Segment(int(k), float(score), classes.isthing[k], instance, int(area), *place))
+        found.sort(key=lambda segment: -segment.area)
+        return cls(image, classes, label_map, confidence, tuple(found), features)
 
     @property
     def labels(self) -> list[str]:
-        """First names of the categories found."""
-        return [self.classes.display(k) for k in self.found]
+        """First name of each segment's category."""
+        return [self.classes.display(segment.category) for segment in self.segments]
 
     @property
     def areas(self) -> Int[np.ndarray, "n"]:
         """Pixels of each segment."""
-        return self._areas[self.found]
+        return np.array([segment.area for segment in self.segments], np.int64)
 
     @property
     def scores(self) -> Float[np.ndarray, "n"]:
-        """Mean confidence of each segment."""
-        known = self.label_map >= 0
-        sums = np.bincount(self.label_map[known], self.confidence[known], len(self.classes))
-        return sums[self.found] / self.areas
+        """Score of each segment."""
+        return np.array([segment.score for segment in self.segments], np.float64)
 
     @property
     def masks(self) -> Bool[np.ndarray, "n h w"]:
-        """The mask of each segment."""
-        return np.array([self.label_map == k for k in self.found], bool).reshape(-1, *self.label_map.shape)
-
-    @functools.cached_property
-    def _areas(self) -> Int[np.ndarray, "k"]:
-        return np.bincount(self.label_map[self.label_map >= 0], minlength=len(self.classes))
+        """Mask of each segment."""
+        masks = [segment.mask for segment in self.segments]
+        return np.array(masks, bool).reshape(-1, *self.label_map.shape)
 
     def overlay(self, alpha: float = 0.55, legend: bool = True) -> Image.Image:
         """The image with its segments in colour, outlined and named, over a legend; see `draw.overlay`."""
@@ -78,32 +136,65 @@ class Result:
         return draw.overlay(self.image, self.label_map, names, alpha=alpha, legend=legend)
 
     def record(self) -> dict[str, Any]:
-        """The result as plain values: for each segment category, names, id, score, area, box and mask.
+        """Returns the result as plain values: of each segment category, names, id, score, area, box and mask.
 
         `category_id` is the index + 1 (as in the label map that `save` writes), `id` the number in the label
-        file. The mask is COCO's RLE, decoded by `pycocotools.mask.decode`; `bbox` is COCO's [x, y, width,
-        height].
+        file, `instance` that of `Segment`. The mask is COCO's RLE, decoded by `pycocotools.mask.decode`; `bbox` is
+        COCO's [x, y, width, height].
         """
         from pycocotools import mask as coco
 
         height, width = self.label_map.shape
         segments = []
-        for k, area, score in zip(self.found, self.areas, self.scores, strict=True):
-            rle = coco.encode(np.asfortranarray(self.label_map == k, np.uint8))
+        for segment in self.segments:
+            k = segment.category
+            rle = coco.encode(np.asfortranarray(segment.mask, np.uint8))
             segments.append(
                 {
                     "category": self.classes.display(k),
                     "names": list(self.classes.names[k]),
                     "category_id": k + 1,
                     "id": int(self.classes.ids[k]),
-                    "score": round(float(score), 5),
-                    "area": int(area),
+                    "isthing": bool(segment.isthing),
+                    "instance": segment.instance,
+                    "score": round(segment.score, 5),
+                    "area": segment.area,
                     "bbox": [int(v) for v in coco.toBbox(rle)],
                     "segmentation": {"size": [height, width], "counts": rle["counts"].decode()},
                 }
             )
         unknown = int((self.label_map < 0).sum())
         return {"height": height, "width": width, "unknown_area": unknown, "segments": segments}
+
+    def panoptic(self) -> tuple[Image.Image, list[dict[str, Any]]]:
+        """Returns COCO's panoptic PNG, whose colours are R + 256 G + 65536 B = id, and its `segments_info`.
+
+        `category_id` is the class's number in the label file. Of overlapping segments the one of the higher score is
+        in front.
+        """
+        from pycocotools import mask as coco
+
+        ids = np.zeros(self.label_map.shape, np.int64)
+        for number, segment in sorted(enumerate(self.segments, 1), key=lambda pair: pair[1].score):
+            ids[segment.mask] = number
+        rows = []
+        for number, segment in enumerate(self.segments, 1):
+            mask = ids == number
+            if mask.any():
+                box = coco.toBbox(coco.encode(np.asfortranarray(mask, np.uint8)))
+                rows.append(
+                    {
+                        "id": number,
+                        "category_id": int(self.classes.ids[segment.category]),
+                        "isthing": int(segment.isthing),
+                        "iscrowd": 0,
+                        "score": round(segment.score, 5),
+                        "area": int(mask.sum()),
+                        "bbox": [int(v) for v in box],
+                    }
+                )
+        colours = np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)
+        return Image.fromarray(colours), rows
 
     def to_json(self) -> str:
         """`record` as JSON."""
@@ -174,26 +265,39 @@ class PixelFeatures:
 
     @classmethod
     def of(
-        cls, prediction: Prediction, canvas: int, fitted: tuple[int, int], size: tuple[int, int]
+        cls,
+        prediction: Prediction,
+        canvas: int,
+        fitted: tuple[int, int],
+        size: tuple[int, int],
+        space: str | None = None,
     ) -> "PixelFeatures":
-        """From a prediction of one image that fills `fitted` pixels of its canvas.
+        """Takes the features of one space from a prediction of one image that fills `fitted` pixels of its canvas.
 
         Raises:
-          UserError: regions and pixels are not of one space (`methods.zsseg`).
+          UserError: no such space, or several and none was named.
         """
-        embedding = np.asarray(prediction.pixel_embed[0], np.float32)
+        spaces = sorted(prediction.pixels)
+        if prediction.mask_logits is not None:
+            spaces = sorted(prediction.pixels.keys() & prediction.regions.keys())
+            if other := sorted(prediction.regions.keys() - prediction.pixels.keys()):
+                raise UserError(
+                    f"regions have features ({', '.join(other)}) that pixels have not: two stages have no common "
+                    "features, ask the run that proposes the masks for its own"
+                )
+        if space is None and len(spaces) == 1:
+            space = spaces[0]
+        if space not in spaces:
+            raise UserError(f"features of which space? here are {', '.join(spaces)}, not {space!r}")
+        embedding = np.asarray(prediction.pixels[space][0], np.float32)
         stride = canvas // embedding.shape[0]
         h, w = (-(-pixels // stride) for pixels in fitted)
         embedding = embedding[:h, :w]
-        if prediction.mask_logits is None or prediction.region_embed is None:
+        if prediction.mask_logits is None:
             norm = np.linalg.norm(embedding, axis=-1, keepdims=True)
             return cls(size, fitted, stride, embedding / np.maximum(norm, 1e-6), embedding, None, None)
         logits = np.asarray(prediction.mask_logits[0], np.float32)[:, :h, :w]
-        regions = np.asarray(prediction.region_embed[0], np.float32)
-        if regions.shape[-1] != embedding.shape[-1]:
-            raise UserError(
-                "two stages have no common features: ask the run that proposes the masks for its own"
-            )
+        regions = np.asarray(prediction.regions[space][0], np.float32)
         return cls(size, fitted, stride, _mean_over_masks(logits, regions), embedding, logits, regions)
 
     @property

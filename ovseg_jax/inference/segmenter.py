@@ -6,29 +6,31 @@ result.labels, result.scores, result.masks
 result.overlay().save("photo.png")
 """
 
-import functools
 from collections import deque
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from ovseg_jax.data.images import fit_canvas, read_image
-from ovseg_jax.decisions.segment import RegionScores, region_scores_of
+from ovseg_jax.decisions.maps import Layers, confidence_of, layers_of, vocabulary_of
+from ovseg_jax.decisions.rules import Argmax, BackgroundThreshold, Decided, Segments, decide, decision_of
 from ovseg_jax.errors import UserError
 from ovseg_jax.inference.result import PixelFeatures, Result
 from ovseg_jax.inference.tiles import Blender, Span, View, spans
 from ovseg_jax.kernels.cpu_convs import fast_on_cpu
-from ovseg_jax.protocols import Prediction, Segmenting, Variables
+from ovseg_jax.protocols import Prediction, Segmenting, Text, Variables, Vocabulary
 from ovseg_jax.vocab.classes import ClassList, Labels, as_classes
 from ovseg_jax.vocab.vectors import ClassVectors
 
 UNKNOWN_BELOW = 0.04  # the released demo's threshold
+SHAPE_STEP = 128  # pixels, of decisions that are compiled for an image's size
 
 
 class Segmenter:
@@ -56,7 +58,9 @@ class Segmenter:
         self.method, self.config, self.classes, self.batch_size = method, config, classes, batch_size
         self.variables = jax.device_put(variables)
         self._predict = jax.jit(fast_on_cpu(method.predict))
-        self._texts: dict[tuple[tuple[str, ...], ...], Float[Array, "t d"]] = {}
+        self._layers = jax.jit(partial(_layers, method))
+        self._decide = jax.jit(partial(decide, method), static_argnames=("canvas", "shape", "decision"))
+        self._texts: dict[tuple[tuple[str, ...], ...], Text] = {}
 
     @classmethod
     def from_checkpoint(
@@ -143,10 +147,11 @@ class Segmenter:
         labels: Labels | ClassVectors | None = None,
         *,
         threshold: float = UNKNOWN_BELOW,
+        decision: Any = None,
         tile: tuple[int, int] | None = None,
         features: bool = False,
     ) -> Any:
-        """Gives every pixel the category that fits it best (eq. 6), or "unknown".
+        """Gives every pixel the category that fits it best (eq. 6), or "unknown"; or what `decision` says.
 
         Args:
           image: a path, a PIL image or an array, as `read_image` takes them; or a list of such.
@@ -155,6 +160,8 @@ class Segmenter:
             `python -m ovseg_jax.prompts` writes, or ClassVectors. By default the classes that the model was trained
             with. A category scores as its best name does; of two equal ones the first wins.
           threshold: pixels with a lower confidence (see `Result`) are unknown.
+          decision: how scores become categories and segments, in place of the threshold: the name of a decision, such
+            as "panoptic", or a mapping of its `type` and settings, see `decisions.rules`.
           tile: (size, overlap) in pixels of the image. A larger image is cut into overlapping tiles which the
             model sees one by one, in more detail; their scores are blended. By default it sees the whole
             image at once.
@@ -165,11 +172,16 @@ class Segmenter:
 
         Raises:
           UserError: an image that cannot be read; empty labels; a word that the text side cannot embed; vectors of
-            another width; features of tiles.
+            another width; features of tiles; an unknown decision, or one that has no tiles or needs masks.
         """
         many = isinstance(image, list | tuple)
         results = self.stream(
-            image if many else [image], labels, threshold=threshold, tile=tile, features=features
+            image if many else [image],
+            labels,
+            threshold=threshold,
+            decision=decision,
+            tile=tile,
+            features=features,
         )
         return list(results) if many else next(results)
 
@@ -179,6 +191,7 @@ class Segmenter:
         labels: Labels | ClassVectors | None = None,
         *,
         threshold: float = UNKNOWN_BELOW,
+        decision: Any = None,
         tile: tuple[int, int] | None = None,
         features: bool = False,
     ) -> Iterator[Result]:
@@ -187,31 +200,48 @@ class Segmenter:
             raise UserError(
                 "features are those of the whole image: leave out tile, or cut the image yourself"
             )
-        given, scores = ClassVectors.of(labels), region_scores_of(self.method)
-        if given is not None and hasattr(self.method, "region_scores"):
-            raise UserError(
-                "labels with vectors are for one model: masks of one and names of another take words"
-            )
+        chosen = BackgroundThreshold(threshold) if decision is None else decision_of(decision)
+        # Of these two, blocks and tiles of any image are decided by the same compiled program.
+        blocks = isinstance(chosen, Argmax)
+        if tile and not blocks:
+            raise UserError(f"tile: the decision {type(chosen).__name__} is for whole images")
+        given = ClassVectors.of(labels)
         classes = self._categories(given or labels)
         text, owner = self.embed(given or classes), classes.flat()[1]
+        vocabulary = vocabulary_of(classes, self.method.seen_names())
         blender: Blender | None = None
         for job, fitted, prediction in self._predictions(images, tile):
-            blender = blender or Blender(job.rows, job.columns)
-            if given and text.shape[1] != (width := prediction.pixel_embed.shape[-1]):
-                raise UserError(
-                    f"labels: their vectors have {text.shape[1]} numbers, and this model's {width}"
+            if given:
+                text = _text_of(given, prediction)
+            size = job.image.shape[:2]
+            dense = PixelFeatures.of(prediction, self._canvas, fitted, size) if features else None
+            if not blocks:
+                # Few different shapes, few compilations.
+                shape = tuple(-(-pixels // SHAPE_STEP) * SHAPE_STEP for pixels in size)
+                decided = self._decide(
+                    prediction,
+                    text,
+                    vocabulary,
+                    np.array([fitted], np.int32),
+                    np.array([size], np.int32),
+                    np.ones((1, 1, len(owner)), bool),
+                    canvas=self._canvas,
+                    shape=shape,
+                    decision=chosen,
                 )
-            maps, weights = _as_maps(prediction, text, owner, region_scores=scores)
-            logits = prediction.mask_logits is not None
-            view = View(job.row, job.column, self._canvas, fitted, maps, weights, logits)
-            if not blender.add(view):
+                yield _result(job.image, classes, jax.device_get(decided), dense)
+                continue
+            blender = blender or Blender(job.rows, job.columns)
+            layers = self._layers(prediction, text, vocabulary)
+            if not blender.add(View(job.row, job.column, self._canvas, fitted, layers)):
                 continue
             confidence: np.ndarray = blender.score
-            if logits:
-                confidence = confidence / np.maximum(blender.cover, 1)
-            label_map = np.where(confidence >= threshold, owner[blender.name], -1).astype(np.int32)
-            dense = PixelFeatures.of(prediction, self._canvas, fitted, label_map.shape) if features else None
-            yield Result(job.image, classes, label_map, confidence, dense)
+            if layers.masks:
+                confidence = np.asarray(confidence_of(blender.score, blender.cover))
+            label_map = owner[blender.name]
+            if isinstance(chosen, BackgroundThreshold):
+                label_map = np.where(confidence >= chosen.threshold, label_map, -1)
+            yield Result.of(job.image, classes, label_map.astype(np.int32), confidence, features=dense)
             blender = None
 
     def features(self, image: Any) -> Any:
@@ -225,15 +255,17 @@ class Segmenter:
         for job, fitted, prediction in self._predictions(images, None):
             yield PixelFeatures.of(prediction, self._canvas, fitted, job.image.shape[:2])
 
-    def embed(self, labels: Labels | ClassVectors) -> Float[Array, "t d"]:
-        """Unit-norm embeddings of all names, category by category; computed once per set of labels."""
+    def embed(self, labels: Labels | ClassVectors) -> Text:
+        """Embeds all names, category by category, in each space of the method; computed once per set of labels.
+
+        ClassVectors are of one space, which has no name: {"": vectors}.
+        """
         if given := ClassVectors.of(labels):
-            return jnp.asarray(given.vectors)
+            return {"": jnp.asarray(given.vectors)}
         classes = self._categories(labels)
         if classes.names not in self._texts:
-            self._texts[classes.names] = jnp.asarray(
-                self.method.embed_text(self.variables, classes.flat()[0])
-            )
+            text = self.method.embed_text(self.variables, classes.flat()[0])
+            self._texts[classes.names] = jax.tree.map(jnp.asarray, text)
         return self._texts[classes.names]
 
     @property
@@ -298,17 +330,31 @@ def _jobs(images: Iterable[Any], tile: tuple[int, int] | None) -> Iterator[_Job]
                 yield _Job(image, rows, columns, row, column)
 
 
-@functools.partial(jax.jit, static_argnames="region_scores")
-def _as_maps(
-    prediction: Prediction, text: Float[Array, "t d"], owner: Int[Array, "t"], *, region_scores: RegionScores
-) -> tuple[Float[Array, "n h w"], Float[Array, "t n"]]:
-    """The maps of one image, and what each says about each name: mask logits and cosines, or features and
-    names."""
-    if prediction.mask_logits is None or prediction.region_embed is None:
-        features = prediction.pixel_embed[0]
-        norm = jnp.sqrt(jnp.maximum(jnp.square(features).sum(-1, keepdims=True), 1e-12))
-        return jnp.moveaxis(features / norm, -1, 0), text
-    return prediction.mask_logits[0], region_scores(jax.tree.map(lambda x: x[0], prediction), text, owner)
+def _layers(method: Segmenting, prediction: Prediction, text: Text, vocabulary: Vocabulary) -> Layers:
+    """The scores of the only image of a prediction."""
+    return layers_of(method, jax.tree.map(lambda x: x[0], prediction), text, vocabulary)
+
+
+def _text_of(given: ClassVectors, prediction: Prediction) -> Text:
+    """Vectors as embeddings in the only space of a prediction."""
+    spaces = prediction.pixels if prediction.mask_logits is None else prediction.regions
+    if len(spaces) > 1:
+        raise UserError("labels with vectors are for one model: masks of one and names of another take words")
+    (space, features), vectors = *spaces.items(), given.vectors
+    if vectors.shape[1] != (width := features.shape[-1]):
+        raise UserError(f"labels: their vectors have {vectors.shape[1]} numbers, and this model's {width}")
+    return {space: jnp.asarray(vectors)}
+
+
+def _result(image: np.ndarray, classes: ClassList, decided: Decided, dense: PixelFeatures | None) -> Result:
+    """The result of the only image and view of what was decided, cut to the image."""
+    height, width = image.shape[:2]
+    cut = lambda x: np.asarray(x)[0, 0][..., :height, :width]
+    segments = decided.segments
+    if segments is not None:
+        masks = None if segments.masks is None else cut(segments.masks)
+        segments = Segments(cut(segments.number), segments.category[0, 0], segments.score[0, 0], masks)
+    return Result.of(image, classes, cut(decided.category), cut(decided.confidence), segments, dense)
 
 
 __all__ = ["PixelFeatures", "Result", "Segmenter"]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ovseg_jax.decisions.segment import best_names
+from ovseg_jax.decisions.maps import Layers, best_names
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.resize import upsampling
 
@@ -31,25 +31,21 @@ class Span(NamedTuple):
 
 
 class View(NamedTuple):
-    """What one tile contributes: maps on its grid, and what each of them says about each name.
+    """One tile of an image.
 
     Attributes:
       rows: the tile's rows in the image.
       columns: the tile's columns in the image.
       canvas: size of the square canvas that the model was given, in pixels.
       fitted: height and width of the tile on that canvas.
-      maps: [N h w] mask logits of proposals, or channels of a unit-norm pixel feature.
-      weights: [T N] cosine of each name with each proposal, or the names' embeddings.
-      logits: whether the maps are mask logits.
+      layers: its scores.
     """
 
     rows: Span
     columns: Span
     canvas: int
     fitted: tuple[int, int]
-    maps: Float[Array, "n h w"]
-    weights: Float[Array, "t n"]
-    logits: bool
+    layers: Layers
 
 
 def spans(length: int, tile: tuple[int, int] | None) -> list[Span]:
@@ -142,7 +138,7 @@ class Blender:
     def _score(self, views: list[View], rows: Span, columns: Span, across: int) -> tuple[Array, Array, Array]:
         # Few different shapes, few compilations: the views added to make a power of two have shares of zero.
         count = 1 << (len(views) - 1).bit_length()
-        h, w = views[0].maps.shape[1:]
+        h, w = views[0].layers.maps.shape[1:]
         down = np.zeros((count, BLOCK_ROWS, h), np.float32)
         right = np.zeros((count, across, w), np.float32)
         down_share = np.zeros((count, BLOCK_ROWS), np.float32)
@@ -152,8 +148,8 @@ class Blender:
             _place(down[i], down_share[i], rows, v.rows, share[0], v.canvas, v.fitted[0])
             _place(right[i], right_share[i], columns, v.columns, share[1], v.canvas, v.fitted[1])
         views = views + views[:1] * (count - len(views))
-        weights, maps = tuple(v.weights for v in views), tuple(v.maps for v in views)
-        return _best(weights, maps, down, right, down_share, right_share, logits=views[0].logits)
+        weights, maps = tuple(v.layers.weights for v in views), tuple(v.layers.maps for v in views)
+        return _best(weights, maps, down, right, down_share, right_share, logits=views[0].layers.masks)
 
 
 def _meet(a: Span, b: Span) -> bool:

@@ -13,8 +13,8 @@ from ovseg_jax.config import keys
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.contrastive import contrastive_loss
 from ovseg_jax.parallel.sharding import active_batch_axes, on_host
-from ovseg_jax.protocols import Aux, Batch, Variables
-from ovseg_jax.towers.clip import TOWER_KEYS, TOWERS, Clip, from_training, write_towers
+from ovseg_jax.protocols import Aux, Batch, Classifier, Text, Trainable, Variables
+from ovseg_jax.towers.clip import SPACE, TOWER_KEYS, TOWERS, Clip, from_training, write_towers
 from ovseg_jax.towers.packed_text import unstacked
 from ovseg_jax.towers.prompt_file import Prompt
 from ovseg_jax.towers.text import unit
@@ -25,7 +25,7 @@ from ovseg_jax.vocab.words import WordList
 MAX_SCALE = 100.0
 
 
-class ClipTraining:
+class ClipTraining(Trainable, Classifier):
     """Both towers and the temperature are trained on batches of images and captions.
 
     Args:
@@ -74,17 +74,17 @@ class ClipTraining:
         """Unit vectors of images."""
         return self.clip.embed_image({"image": {"params": variables["params"]["image"]}}, image)
 
-    def embed_text(self, variables: Variables, texts: Sequence[str]) -> Float[Array, "k d"]:
-        """Unit vectors of class names in "a photo of a {}."."""
+    def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
+        """Embeds class names in "a photo of a {}." as unit vectors."""
         return self.embed_phrases(variables, [f"a photo of a {text}." for text in texts])
 
-    def embed_prompt(self, variables: Variables, prompt: Prompt, texts: Sequence[str]) -> Float[Array, "k d"]:
-        """Unit vectors of class names in a learned prompt; raises what `Clip.embed_prompt` does."""
-        return self.clip.embed_prompt(from_training(variables), prompt, texts)
+    def embed_prompt(self, variables: Variables, prompt: Prompt, texts: Sequence[str]) -> Text:
+        """Embeds class names in a learned prompt as unit vectors; raises what `Clip.embed_prompt` does."""
+        return {SPACE: self.clip.embed_prompt(from_training(variables), prompt, texts)}
 
-    def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Float[Array, "k d"]:
-        """Unit vectors of texts as they stand."""
-        return self.clip.embed_phrases(from_training(variables), texts)
+    def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Text:
+        """Embeds texts as they stand as unit vectors."""
+        return {SPACE: self.clip.embed_phrases(from_training(variables), texts)}
 
     def logit_scale(self, variables: Variables) -> Float[Array, ""]:
         """1/τ, learned, at most 100."""

@@ -22,7 +22,8 @@ from ovseg_jax.kernels.sampled_softmax import sampled_softmax
 from ovseg_jax.methods.prompt_tuning import PromptTuning
 from ovseg_jax.models.linear import linear, linear_init
 from ovseg_jax.parallel.sharding import active_batch_axes
-from ovseg_jax.protocols import Aux, Batch, Variables
+from ovseg_jax.protocols import Aux, Batch, Text, Variables
+from ovseg_jax.towers.clip import SPACE
 from ovseg_jax.towers.prompt import likely_size
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
@@ -34,6 +35,8 @@ class CoCoOp(PromptTuning):
     Raises:
       UserError: values that cannot be.
     """
+
+    text_per_image = True
 
     @classmethod
     def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
@@ -106,15 +109,13 @@ class CoCoOp(PromptTuning):
         loss = out.loss / jnp.maximum(out.pairs, 1)
         return loss, Aux({"loss": (out.loss, out.pairs), "accuracy": (out.correct, out.pairs)}, {})
 
-    def embed_text_for(
-        self, variables: Variables, texts: Sequence[str], image: Float[Array, " d"]
-    ) -> Float[Array, "k d"]:
-        """Unit vectors of class names in the prompt of one image, given by its feature. Jittable."""
+    def embed_text_for(self, variables: Variables, texts: Sequence[str], image: Float[Array, " d"]) -> Text:
+        """Embeds class names in the prompt of one image, given by its feature, as unit vectors. Jittable."""
         context = self.contexts(variables, image[None])
-        return self.clip.embed_names(variables["towers"], context, self.layout, self._tokens(texts))
+        return {SPACE: self.clip.embed_names(variables["towers"], context, self.layout, self._tokens(texts))}
 
-    def embed_text(self, variables: Variables, texts: Sequence[str]) -> Float[Array, "k d"]:
-        """There are none without an image.
+    def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
+        """Refuses: there are no class features without an image.
 
         Raises:
           UserError: always.

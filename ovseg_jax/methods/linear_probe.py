@@ -17,24 +17,20 @@ from ml_collections import ConfigDict
 from ovseg_jax.config import keys
 from ovseg_jax.errors import UserError
 from ovseg_jax.parallel.accumulate import in_parts
-from ovseg_jax.protocols import Aux, Batch, Variables
+from ovseg_jax.protocols import PRECISION, Aux, Batch, Classifier, Text, Trainable, Variables
 from ovseg_jax.towers.clip import TOWER_KEYS, Clip
 from ovseg_jax.towers.text import unit
 from ovseg_jax.vocab.classes import ClassList, rows_of_names
 from ovseg_jax.vocab.words import WordList
 
 FEATURE_LENGTH = 10.0
+_NEVER = -1e9  # a logit
 
 
-class LinearProbe:
+class LinearProbe(Trainable, Classifier):
     """Trains `params` {"kernel" [D N], "bias" [N]}, which start at zero: the problem is convex.
 
-    A `Classifier` has unit vectors, and a linear classifier has rows of different lengths, and a bias. Both fit exactly
-    in two more dimensions: with R the length of the longest (10 w_c, b_c), an image is (x, 1, 0) / √2, and a class is
-    (10 w_c, b_c, what is missing to R) / R. Their cosine times √2 R is the logit, so that every ranking is that of the
-    probe, bias and all. A class without examples is (0, -1, 0), with the logit -R: always less than the best of the
-    others, for they sum to zero, as the gradients of a softmax do. Alignment and uniformity are those of these vectors,
-    and not comparable to a prompt's.
+    Its scores are the logits themselves, for classes that have training examples; the others score `_NEVER`.
 
     Args:
       config: the whole config of a run; `towers` (see `towers.clip.Clip`).
@@ -45,6 +41,7 @@ class LinearProbe:
     frozen_towers = True
     frozen = ("^towers/",)
     by_place = True
+    unit_norm = False
 
     @classmethod
     def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
@@ -74,7 +71,7 @@ class LinearProbe:
         if image is None:
             see = in_parts(self._see, self.config.get("accumulate", 1))
             image, _, _ = see({"towers": variables["towers"]}, batch, rng)
-        x = FEATURE_LENGTH * unit(image[:, : self.clip.dim])
+        x = FEATURE_LENGTH * unit(image)
         logits = x @ variables["params"]["kernel"] + variables["params"]["bias"]
         return cross_entropy(logits, jnp.asarray(self._place)[batch["label"]], batch["example_mask"])
 
@@ -83,12 +80,11 @@ class LinearProbe:
         return self.embed_image(variables, batch["image"]), (), {}
 
     def embed_image(self, variables: Variables, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b d"]:
-        """Unit vectors of images, of D + 2 numbers."""
-        x = self.clip.embed_image(variables["towers"], image)
-        return jnp.pad(jnp.pad(x, ((0, 0), (0, 1)), constant_values=1), ((0, 0), (0, 1))) / jnp.sqrt(2.0)
+        """Embeds images as unit vectors."""
+        return self.clip.embed_image(variables["towers"], image)
 
-    def embed_text(self, variables: Variables, texts: Sequence[str]) -> Float[Array, "k d"]:
-        """Unit vectors of classes by any of their names.
+    def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
+        """Returns the rows of classes by any of their names, {"row": 10 w_c, "bias": b_c}.
 
         Raises:
           UserError: see `rows_of_names`.
@@ -96,24 +92,24 @@ class LinearProbe:
         if not len(texts):
             raise UserError("no class names were given")
         chosen = self._place[rows_of_names(self._names, texts, "the linear probe")]
-        rows, longest = self._rows(variables)
-        rows = jnp.pad(rows, ((0, 1), (0, 0))).at[-1, -1].set(-longest)
-        rest = jnp.sqrt(jnp.maximum(longest**2 - jnp.square(rows).sum(1, keepdims=True), 0))
-        return (jnp.concatenate([rows, rest], 1) / longest)[chosen]
+        params = variables["params"]
+        rows = jnp.pad(FEATURE_LENGTH * params["kernel"].T, ((0, 1), (0, 0)))
+        bias = jnp.pad(params["bias"], (0, 1), constant_values=_NEVER)
+        return {"row": rows[chosen], "bias": bias[chosen, None]}
 
-    def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Float[Array, "k d"]:
-        """Unit vectors of texts as they stand: the probe has no part in them."""
-        return jnp.pad(self.clip.embed_phrases(variables["towers"], texts), ((0, 0), (0, 2)))
+    def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Text:
+        """Embeds texts as they stand, by the towers; they have no bias."""
+        rows = self.clip.embed_phrases(variables["towers"], texts)
+        return {"row": rows, "bias": jnp.zeros((len(texts), 1))}
+
+    def score_images(self, image: Float[Array, "b d"], text: Text) -> Float[Array, "b t"]:
+        """Returns logits."""
+        return jnp.matmul(image, text["row"].T, precision=PRECISION) + text["bias"][:, 0]
 
     def logit_scale(self, variables: Variables) -> Float[Array, ""]:
-        """√2 R."""
-        return jnp.sqrt(2.0) * self._rows(variables)[1]
-
-    def _rows(self, variables: Variables) -> tuple[Float[Array, "n e"], Float[Array, ""]]:
-        """(10 w_c, b_c) of each class, and R."""
-        params = variables["params"]
-        rows = jnp.concatenate([FEATURE_LENGTH * params["kernel"].T, params["bias"][:, None]], 1)
-        return rows, jnp.maximum(jnp.linalg.norm(rows, axis=1).max(), 1e-6)
+        """Returns 1: scores are logits."""
+        del variables
+        return jnp.ones(())
 
 
 def cross_entropy(

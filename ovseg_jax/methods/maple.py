@@ -23,7 +23,8 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.methods.prompt_tuning import NOISE, PromptTuning
 from ovseg_jax.methods.vpt import prompted_tower
 from ovseg_jax.models.linear import linear, linear_init
-from ovseg_jax.protocols import Variables
+from ovseg_jax.protocols import Text, Variables
+from ovseg_jax.towers.clip import SPACE
 from ovseg_jax.towers.prompt_file import is_prompt_file
 from ovseg_jax.towers.prompt_layout import NameTokens
 from ovseg_jax.vocab.classes import ClassList
@@ -82,12 +83,13 @@ class MaPLe(PromptTuning):
         tokens = jax.vmap(linear)(variables["params"]["coupling"], contexts)
         return self.clip.embed_image(variables["towers"], image, tokens)
 
-    def embed_text(self, variables: Variables, texts: Sequence[str]) -> Float[Array, "k d"]:
-        """Unit vectors of class names in the learned prompt."""
+    def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
+        """Embeds class names in the learned prompt as unit vectors."""
         prompt, tokens = variables["params"]["prompt"], self._tokens(texts)
-        return self.clip.embed_names(
-            variables["towers"], prompt["context"], self.layout, tokens, prompt.get("deep")
-        )
+        deep = prompt.get("deep")
+        return {
+            SPACE: self.clip.embed_names(variables["towers"], prompt["context"], self.layout, tokens, deep)
+        }
 
     def artifacts(self, variables: Variables) -> dict[str, Callable[[epath.Path], None]]:
         """None: the prompt of the text tower's input is of no use without the others."""

@@ -1,6 +1,7 @@
 """OpenSeg (papers/004): class-agnostic proposals from masks, words grounded to proposals from captions."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import flax
@@ -18,12 +19,15 @@ from ovseg_jax.models.backbones import build_backbone
 from ovseg_jax.models.openseg import OpenSegFeatures, OpenSegNet
 from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.parallel.sharding import active_batch_axes
-from ovseg_jax.protocols import Aux, Batch, Prediction, Variables
-from ovseg_jax.towers.frozen_text import FrozenText
+from ovseg_jax.protocols import Aux, Batch, Prediction, Segmenting, Text, Trainable, Variables
+from ovseg_jax.towers.frozen_text import TEXT_TOWER, FrozenText
 from ovseg_jax.towers.text import embed_words, unit
 from ovseg_jax.towers.text_table import TextTable
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
+
+SPACE = "text"
+"""The name of the only space: that of the text side."""
 
 NET_FIELDS = (
     "width embed_dim num_queries decoder_layers decoder_heads head_convs pyramid_output_conv position_grid "
@@ -62,7 +66,7 @@ def unbounded(value: float, low: float = 0.0, high: float = 0.0) -> Float[Array,
     return jnp.log(share / (1 - share))
 
 
-class OpenSeg:
+class OpenSeg(Trainable, Segmenting):
     """Composes network, text side and losses. `config` is the whole config of a run.
 
     Of `config.loss`: `mask_weight` is α of eq. 5; `contrast` is "unsync" (within groups of `group` examples) or
@@ -181,17 +185,26 @@ class OpenSeg:
         raw, bounds = params["temperature"], self.loss_config.temperature_bounds
         return bounded(raw["region"], *bounds), bounded(raw.get("pair", raw["region"]), *bounds)
 
+    def save_assets(self, workdir: Path) -> None:
+        """Writes a frozen text tower, which is not in checkpoints."""
+        if isinstance(self.text, FrozenText) and not (workdir / TEXT_TOWER / "config.json").exists():
+            self.text.save(workdir / TEXT_TOWER)
+
     def predict(
         self, variables: Variables, image: UInt8[Array, "b s t 3"], image_size: Int[Array, "b 2"]
     ) -> Prediction:
         """Proposals, their embeddings and per-pixel features."""
         out: Any = self.net.apply(image_variables(variables), image, image_size)
-        region = None if out.region_sum is None else unit(out.region_sum)
-        return Prediction(out.mask_logits, region, out.pixel_embed)
+        regions = {} if out.region_sum is None else {SPACE: unit(out.region_sum)}
+        return Prediction(out.mask_logits, regions, {SPACE: out.pixel_embed})
 
-    def embed_text(self, variables: Variables, texts: Sequence[str]) -> Float[Array, "k d"]:
-        """Unit vectors of names and phrases."""
-        return self.text.encode(variables["params"]["text"], texts)
+    def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
+        """Embeds names and phrases as unit vectors."""
+        return {SPACE: self.text.encode(variables["params"]["text"], texts)}
+
+    def region_scale(self, variables: Variables) -> float:
+        """Returns 1/τ of eq. 3."""
+        return 1 / float(self.temperatures(variables["params"])[0])
 
 
 def image_variables(variables: Variables) -> Variables:

@@ -30,8 +30,8 @@ from ovseg_jax.kernels.sampled_softmax import (
 )
 from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.parallel.sharding import active_batch_axes, on_host
-from ovseg_jax.protocols import Aux, Batch, Variables
-from ovseg_jax.towers.clip import TOWER_KEYS, Clip
+from ovseg_jax.protocols import Aux, Batch, Classifier, Text, Trainable, Variables
+from ovseg_jax.towers.clip import SPACE, TOWER_KEYS, Clip
 from ovseg_jax.towers.prompt import even_order, likely_size, window_size
 from ovseg_jax.towers.prompt_file import FILE, Prompt, is_prompt_file, load_prompt, save_prompt
 from ovseg_jax.towers.prompt_layout import POSITIONS, Layout, NameTokens
@@ -53,7 +53,7 @@ def read_correction(value: str | float) -> Correction:
         raise UserError(f"loss.correction is {value!r}: it is log10, log or a number") from None
 
 
-class PromptTuning:
+class PromptTuning(Trainable, Classifier):
     """Trains a context for frozen towers. `config` is the whole config of a run.
 
     Args:
@@ -260,21 +260,21 @@ class PromptTuning:
         """Unit vectors of images."""
         return self.clip.embed_image(variables["towers"], image)
 
-    def embed_text(self, variables: Variables, texts: Sequence[str]) -> Float[Array, "k d"]:
-        """Unit vectors of class names in the learned prompt.
+    def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
+        """Embeds class names in the learned prompt as unit vectors.
 
         Raises:
           UserError: a class-specific prompt is asked for another class.
         """
         return self.embed_prompt(variables, self.prompt(variables), texts)
 
-    def embed_prompt(self, variables: Variables, prompt: Prompt, texts: Sequence[str]) -> Float[Array, "k d"]:
-        """Unit vectors of class names in another learned prompt.
+    def embed_prompt(self, variables: Variables, prompt: Prompt, texts: Sequence[str]) -> Text:
+        """Embeds class names in another learned prompt as unit vectors.
 
         Raises:
           UserError: see `Clip.embed_prompt`.
         """
-        return self.clip.embed_prompt(variables["towers"], prompt, texts)
+        return {SPACE: self.clip.embed_prompt(variables["towers"], prompt, texts)}
 
     def artifacts(self, variables: Variables) -> dict[str, Callable[[epath.Path], None]]:
         """The learned prompt as a file, see `protocols.Trainable`."""
@@ -294,9 +294,9 @@ class PromptTuning:
         context = variables["params"]["prompt"]["context"]
         return Prompt(context, self.layout, names, self.config.towers.text.name)
 
-    def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Float[Array, "k d"]:
-        """Unit vectors of texts as they stand, without the prompt."""
-        return self.clip.embed_phrases(variables["towers"], texts)
+    def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Text:
+        """Embeds texts as they stand, without the prompt, as unit vectors."""
+        return {SPACE: self.clip.embed_phrases(variables["towers"], texts)}
 
     def logit_scale(self, variables: Variables) -> Float[Array, ""]:
         """1/τ of the towers."""

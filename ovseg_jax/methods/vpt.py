@@ -21,14 +21,14 @@ from ovseg_jax.methods.linear_probe import cross_entropy
 from ovseg_jax.methods.prompt_tuning import HARD_PROMPT, NOISE
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.parallel.accumulate import in_parts
-from ovseg_jax.protocols import Aux, Batch, Variables
-from ovseg_jax.towers.clip import TOWER_KEYS, Clip
+from ovseg_jax.protocols import Aux, Batch, Classifier, Text, Trainable, Variables
+from ovseg_jax.towers.clip import SPACE, TOWER_KEYS, Clip
 from ovseg_jax.towers.templates import fill
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 
 
-class VPT:
+class VPT(Trainable, Classifier):
     """Trains tokens for a frozen image tower. `config` is the whole config of a run.
 
     Args:
@@ -65,7 +65,7 @@ class VPT:
         towers = self.clip.init(towers_rng)
         hard = jnp.zeros((len(self.names), self.clip.dim))
         if not self.config.towers.get("init", ""):
-            hard = self.embed_text({"towers": towers}, self.names)
+            hard = self.embed_text({"towers": towers}, self.names)[SPACE]
         tokens = NOISE * jax.random.normal(rng, (self.depth, self.length, self.width))
         return {"params": {"prompt": {"image": tokens}}, "towers": {**towers, "hard": hard}}
 
@@ -74,7 +74,9 @@ class VPT:
         towers = self.clip.pretrained()
         if not towers:
             return {}
-        return {"towers": {**towers, "hard": np.asarray(self.embed_text({"towers": towers}, self.names))}}
+        return {
+            "towers": {**towers, "hard": np.asarray(self.embed_text({"towers": towers}, self.names)[SPACE])}
+        }
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
         """Eq. 1 of papers/000 over all N classes; the mean over the images."""
@@ -91,13 +93,13 @@ class VPT:
         """Unit vectors of images."""
         return self.clip.embed_image(variables["towers"], image, variables["params"]["prompt"]["image"])
 
-    def embed_text(self, variables: Variables, texts: Sequence[str]) -> Float[Array, "k d"]:
-        """Unit vectors of class names in "a photo of a {}."."""
+    def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
+        """Embeds class names in "a photo of a {}." as unit vectors."""
         return self.embed_phrases(variables, [fill(HARD_PROMPT, text) for text in texts])
 
-    def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Float[Array, "k d"]:
-        """Unit vectors of texts as they stand."""
-        return self.clip.embed_phrases(variables["towers"], texts)
+    def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Text:
+        """Embeds texts as they stand as unit vectors."""
+        return {SPACE: self.clip.embed_phrases(variables["towers"], texts)}
 
     def logit_scale(self, variables: Variables) -> Float[Array, ""]:
         """1/τ of the towers."""

@@ -10,11 +10,11 @@ temperature), a class scores
 and a pixel gets the class with the largest sum over n of score times sigmoid mask. A proposal that covers no pixel
 is not put to the classifier: q_n = 1, and for w = 0 it is left out.
 
-Proposals that know "no object", as ZSSeg's MaskFormer, which learns a unit vector for it, have a `no_object(variables)
--> [d]`: the softmax of p is then over one class more, which is dropped. OpenSeg's have none.
+Where the proposals' method knows "no object" (`Prediction.void`), as ZSSeg's MaskFormer does, the softmax of p is over
+one class more, which is dropped. OpenSeg's has none.
 
 Where this differs from the published code: crops are rounded to bytes, as a classifier takes images; and masks are
-upsampled to the label's own size before the sigmoid rather than the sum after it (see `decisions.segment`).
+upsampled to the label's own size before the sigmoid rather than the sum after it (see `decisions.maps`).
 """
 
 import dataclasses
@@ -22,18 +22,27 @@ from collections.abc import Collection, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.evals.classification import class_features
 from ovseg_jax.kernels.mask_crops import mask_crops
 from ovseg_jax.kernels.resize import split_rows, upsampling
 from ovseg_jax.parallel.sharding import active_batch_axes
-from ovseg_jax.protocols import Classifier, Prediction, Segmenting, Variables
+from ovseg_jax.protocols import (
+    PRECISION,
+    Classifier,
+    Prediction,
+    RegionScores,
+    Segmenting,
+    Text,
+    Variables,
+    Vocabulary,
+)
+from ovseg_jax.towers.features import class_features
 from ovseg_jax.towers.prompt_file import Prompt
 
-_PRECISION = jax.lax.Precision.HIGHEST
-_NEVER = -1e9  # a logit
+CROPS = "crops/"
+"""The space of the crops' embeddings; of texts, the beginning of the names of the classifier's spaces."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +73,11 @@ class Rules:
             raise UserError(f"threshold={self.threshold}: masks have values between 0 and 1")
 
 
-class TwoStage:
+class TwoStage(Segmenting):
     """Proposals of one trained method, classified by another; for evaluators and `Segmenter`, not for training.
 
-    Its variables are {"proposals": ..., "classifier": ...}. What it calls embeddings are both stages' side by side,
-    which `region_scores` tells apart: of a region the proposals' times 1/τ, the classifier's times its 1/τ, the logit
-    of "no object", and whether there was anything to classify; of a name the proposals' text side (nothing for w = 0,
-    when it is not asked), the prompt's, and whether it is of a seen class.
+    Its variables are {"proposals": ..., "classifier": ...}. Regions have the space `CROPS` beside those of the
+    proposals' method; one that covers no pixel is zero there. For w = 0 the proposals' text side is not asked.
 
     Args:
       proposals: what proposes masks.
@@ -79,6 +86,8 @@ class TwoStage:
       seen: names of the seen classes.
       templates: hand-written prompts whose unit features are averaged, or a learned one; by default the classifier's.
     """
+
+    modes = ("predicted",)
 
     def __init__(
         self,
@@ -92,30 +101,27 @@ class TwoStage:
         self.proposals, self.classifier, self.rules = proposals, classifier, rules
         self.seen, self.templates = frozenset(seen), templates
 
+    def seen_names(self) -> frozenset[str]:
+        """Returns the names of the seen classes."""
+        return self.seen
+
     def predict(
         self, variables: Variables, image: UInt8[Array, "b s s 3"], image_size: Int[Array, "b 2"]
     ) -> Prediction:
-        """The proposals with what both stages make of them; the pixels' features are the proposals' own.
+        """Predicts the proposals and classifies them; the pixels' features are the proposals' own.
 
         Raises:
           UserError: the method proposes no masks.
         """
         found = self.proposals.predict(variables["proposals"], image, image_size)
-        if found.mask_logits is None or found.region_embed is None:
+        if found.mask_logits is None:
             raise UserError(f"{type(self.proposals).__name__} is a per-pixel method, which proposes no masks")
         embed, cut = self._classify(variables["classifier"], image, image_size, found.mask_logits)
-        scale = self.classifier.logit_scale(variables["classifier"])
-        own = self.rules.scale * found.region_embed
-        nothing = jnp.full(cut.shape, _NEVER)
-        if hasattr(self.proposals, "no_object"):
-            vector = self.proposals.no_object(variables["proposals"])
-            nothing = jnp.matmul(own, vector, precision=_PRECISION)
-        both = (own, scale * embed, nothing[..., None], cut[..., None])
-        return found._replace(region_embed=jnp.concatenate(both, -1))
+        return found._replace(regions={**found.regions, CROPS: jnp.where(cut[..., None], embed, 0)})
 
     def _classify(
         self, variables: Variables, image: Array, image_size: Array, mask_logits: Float[Array, "b n h w"]
-    ) -> tuple[Float[Array, "b n d"], Float[Array, "b n"]]:
+    ) -> tuple[Float[Array, "b n d"], Bool[Array, "b n"]]:
         """The classifier's embedding of each proposal, some proposals of every image at a time, and its presence."""
         b, n, h, w = mask_logits.shape
         side, rules = image.shape[1], self.rules
@@ -130,7 +136,7 @@ class TwoStage:
 
         def embed(logits: Float[Array, "some b h w"]) -> tuple[Array, Array]:
             logits = jnp.moveaxis(logits, 0, 1)  # images first: they are what the devices share
-            full = jnp.einsum("bsh,bnhw,btw->bnst", rows, logits, columns, precision=_PRECISION)
+            full = jnp.einsum("bsh,bnhw,btw->bnst", rows, logits, columns, precision=PRECISION)
             inside = (full > border) & within[:, None]
             crops = mask_crops(image, inside, jnp.asarray(rules.fill), rules.crop_size)
             features = self.classifier.embed_image(variables, crops.reshape(-1, *crops.shape[2:]))
@@ -138,45 +144,39 @@ class TwoStage:
 
         parts = jax.lax.map(embed, split_rows(jnp.moveaxis(mask_logits, 1, 0), some))
         features, cut = (jnp.moveaxis(x, 0, 1).reshape(b, -1, *x.shape[3:])[:, :n] for x in parts)
-        return features, cut.astype(features.dtype)
+        return features, cut
 
-    def embed_text(self, variables: Variables, texts: Sequence[str]) -> Float[Array, "k d"]:
-        """What both stages make of class names, and which are seen."""
+    def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
+        """Embeds class names by both stages; the classifier's times its 1/τ, in which its scores are linear."""
         prompted = class_features(self.classifier, variables["classifier"], texts, self.templates)
-        seen = jnp.asarray([[text in self.seen] for text in texts], prompted.dtype)
-        if not self.rules.ensemble:
-            return jnp.concatenate([prompted, seen], 1)
-        own = self.proposals.embed_text(variables["proposals"], texts)
-        return jnp.concatenate([own, prompted, seen], 1)
+        scale = self.classifier.logit_scale(variables["classifier"])
+        own = self.proposals.embed_text(variables["proposals"], texts) if self.rules.ensemble else {}
+        return {**own, **{CROPS + space: scale * x for space, x in prompted.items()}}
 
-    def region_scores(
-        self, prediction: Prediction, text: Float[Array, "t e"], owner: Int[Array, "t"]
-    ) -> Float[Array, "t n"]:
-        """The score of every name for every proposal; see `decisions.segment.RegionScores`.
+    def score_regions(self, prediction: Prediction, text: Text, vocabulary: Vocabulary) -> RegionScores:
+        """Returns p^w q^(1-w) or p^(1-w) q^w of every name and every proposal of one image, see above.
 
         A class counts in the softmax by its best name. The softmax is over all classes that have a name here, also
         where an evaluator then asks for some of them only.
         """
-        regions, w = prediction.region_embed, self.rules.ensemble
-        assert regions is not None
-        d = prediction.pixel_embed.shape[-1]
-        e = regions.shape[-1] - d - 2
-        nothing, cut, seen = regions[:, -2], regions[:, -1] > 0, text[:, -1:] > 0
-        q = _log_probability(text[:, -e - 1 : -1], regions[:, d:-2], owner)
+        crops, w = prediction.regions[CROPS], self.rules.ensemble
+        cut = jnp.any(crops != 0, -1)
+        prompted = {space.removeprefix(CROPS): x for space, x in text.items() if space.startswith(CROPS)}
+        q = _log_probability(self.classifier.score_images(crops, prompted).T, vocabulary)
         if not w:
-            return jnp.where(cut, jnp.exp(q), 0)
-        p = _log_probability(text[:, :d], regions[:, :d], owner, nothing)
-        share = jnp.where(seen, 1 - w, w)
-        return jnp.exp((1 - share) * p + share * jnp.where(cut, q, 0))
+            return RegionScores(jnp.where(cut, jnp.exp(q), 0))
+        rest = {space: x for space, x in text.items() if not space.startswith(CROPS)}
+        own = self.proposals.score_regions(prediction, rest, vocabulary)
+        void = None if own.void is None else self.rules.scale * own.void
+        p = _log_probability(self.rules.scale * own.names, vocabulary, void)
+        share = jnp.where(vocabulary.seen, 1 - w, w)[:, None]
+        return RegionScores(jnp.exp((1 - share) * p + share * jnp.where(cut, q, 0)))
 
 
 def _log_probability(
-    text: Float[Array, "t d"],
-    regions: Float[Array, "n d"],
-    owner: Int[Array, "t"],
-    nothing: Float[Array, "n"] | float = _NEVER,
+    logits: Float[Array, "t n"], vocabulary: Vocabulary, void: Float[Array, "n"] | None = None
 ) -> Float[Array, "t n"]:
     """Log of each name's probability for each region, if every class stands by its best name, beside "no object"."""
-    logits = jnp.matmul(text, regions.T, precision=_PRECISION)
-    classes = jax.ops.segment_max(logits, owner, num_segments=len(text))
-    return logits - jnp.logaddexp(jax.nn.logsumexp(classes, axis=0), nothing)
+    classes = jax.ops.segment_max(logits, vocabulary.owner, num_segments=len(vocabulary.isthing))
+    total = jax.nn.logsumexp(classes, axis=0)
+    return logits - (total if void is None else jnp.logaddexp(total, void))

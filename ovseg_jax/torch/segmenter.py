@@ -56,6 +56,7 @@ class Segmenter:
         self.net, self.table, self.text, self.canvas = net.eval(), table, text, int(config["image_size"])
         self.index = {word: i for i, word in enumerate(config["words"])}
         self.classes = ClassList.from_json(json.dumps(config["classes"]))
+        self._texts: dict[tuple[tuple[str, ...], ...], Tensor] = {}
 
     @torch.no_grad()
     def segment(
@@ -74,7 +75,13 @@ class Segmenter:
         """
         classes = self.classes if labels is None else as_classes(labels)
         names, owner = classes.flat()
-        text = self.embed(names) if vectors is None else unit(torch.from_numpy(np.array(vectors)))
+        if vectors is not None:
+            text = unit(torch.from_numpy(np.array(vectors)))
+        else:
+            if classes.names not in self._texts:
+                # Of the last labels alone: a list may have twenty thousand names.
+                self._texts = {classes.names: self.embed(names)}
+            text = self._texts[classes.names]
         pixels = read_image(image)
         canvas, fitted = fit_canvas(pixels, self.canvas)
         device = self.net.mean.device

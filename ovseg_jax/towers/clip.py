@@ -257,6 +257,10 @@ class Clip:
         return unit(jax.lax.map(one, groups)).reshape(-1, self.dim)
 
 
+SPACE = "clip"
+"""The name of the space that both towers share."""
+
+
 def from_training(variables: Mapping[str, Any]) -> dict[str, Any]:
     """The weights of a trained method "clip"."""
     params = variables["params"]

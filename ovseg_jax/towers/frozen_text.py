@@ -25,6 +25,9 @@ BATCH = 64
 LENGTH = 77  # tokens at most: names and captions are short, and BERT would take 512
 
 
+TEXT_TOWER = "text_tower"  # the folder of a run that holds its frozen tower
+
+
 class FrozenText:
     """Every word of the vocabulary is embedded once and looked up in training; other texts when they are asked for.
 

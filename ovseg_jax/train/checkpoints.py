@@ -41,12 +41,12 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.files import SUMS_FILE, checksum, is_recorded, read_recorded, write_recorded
 from ovseg_jax.parallel.sharding import DEFAULT_RULES, leaf_sharding, path_name
 from ovseg_jax.reading import DAMAGE, reading, reason
+from ovseg_jax.towers.frozen_text import TEXT_TOWER
 from ovseg_jax.towers.prompt_file import FILE as PROMPT_FILE
 from ovseg_jax.train.metrics import Sums
 from ovseg_jax.train.state import TrainState
 
 CONFIG_FILE = "config.json"
-TEXT_TOWER = "text_tower"  # the folder of a run in which `FrozenText.save` leaves a frozen tower
 # What a checkpoint takes beside its arrays, at most.
 METADATA_BYTES = 1 << 20
 # An array that all devices hold is written by them in slices, and each shape's slice is a program that is compiled for
@@ -107,7 +107,7 @@ class Checkpoints:
         """Whether all processes have agreed to stop at this step, after one of them was told to."""
         return self._manager.reached_preemption(step)
 
-    def save(self, step: int, state: TrainState, sums: Sums = {}) -> None:
+    def save(self, step: int, state: TrainState, sums: Sums | None = None) -> None:
         """Saves the state after `step` steps, and the sums of the metrics since the last record."""
         with self._writing():
             self._check_space(state)
@@ -120,7 +120,7 @@ class Checkpoints:
             if state.average is not None:
                 items["average"] = split({"params": state.average}, self._frozen)[0].get("params", {})
             args = {item: ocp.args.PyTreeSave(tree) for item, tree in items.items()}
-            log = ocp.args.JsonSave({name: list(pair) for name, pair in sums.items()})
+            log = ocp.args.JsonSave({name: list(pair) for name, pair in (sums or {}).items()})
             self._manager.save(step, args=ocp.args.Composite(**args, **{LOG: log}), force=True)
 
     def _save_frozen(self, kept: Any) -> None:

@@ -17,9 +17,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.evals.runner import Evaluator
 from ovseg_jax.parallel.sharding import DEFAULT_RULES, check_batch_size, put_batch
-from ovseg_jax.protocols import Trainable
+from ovseg_jax.protocols import Evaluator, Trainable
 from ovseg_jax.train import metrics as metrics_lib
 from ovseg_jax.train.checkpoints import Checkpoints
 from ovseg_jax.train.metrics import MetricWriter

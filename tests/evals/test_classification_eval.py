@@ -8,13 +8,14 @@ from evals_reference import unit
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.evals import nearest, passes, uniformity
+from ovseg_jax.evals import nearest, uniformity
 from ovseg_jax.evals.classification import ClassificationEvaluator
 from ovseg_jax.evals.nearest import names_of, nearest_classes
-from ovseg_jax.evals.runner import make_evaluators
+from ovseg_jax.evals.registry import make_evaluators
 from ovseg_jax.kernels.resize import row_block
 from ovseg_jax.parallel.sharding import make_mesh
-from ovseg_jax.protocols import Classifier, Method
+from ovseg_jax.protocols import Classifier, Segmenting, Trainable
+from ovseg_jax.towers import features
 from ovseg_jax.vocab.classes import ClassList
 
 S, D = 4, 6
@@ -25,7 +26,7 @@ CLASSES = ClassList(
 PROMPTS = {"hard": ("a photo of a {}.",), "both": ("a photo of a {}.", "art of the {}.")}
 
 
-class RandomMethod:
+class RandomMethod(Trainable, Classifier):
     """Images through a fixed linear map; every text has a vector of its own."""
 
     def __init__(self):
@@ -34,9 +35,6 @@ class RandomMethod:
 
     def init(self, rng):
         return {"params": {"scale": jnp.ones(())}}
-
-    def pretrained(self):
-        return {}
 
     def loss(self, variables, batch, rng):
         raise AssertionError("an evaluation asks for no loss")
@@ -51,7 +49,7 @@ class RandomMethod:
 
     def embed_phrases(self, variables, texts):
         self.asked.append(list(texts))
-        return jnp.asarray(np.stack([vector(text) for text in texts]), jnp.float32)
+        return {"": jnp.asarray(np.stack([vector(text) for text in texts]), jnp.float32)}
 
     def logit_scale(self, variables):
         return jnp.float32(50)
@@ -165,7 +163,7 @@ def test_blocks_of_classes_and_chunks_of_names_change_no_number(monkeypatch):
     whole, evaluator = evaluate()
     monkeypatch.setattr(nearest, "row_block", lambda rows, floats: row_block(rows, 1, 3))
     monkeypatch.setattr(uniformity, "row_block", lambda rows, floats: row_block(rows, 1, 2))
-    monkeypatch.setattr(passes, "TEXT_CHUNK", 4)
+    monkeypatch.setattr(features, "TEXT_CHUNK", 4)
     uniformity._row_sums.clear_cache()
     method = RandomMethod()
     blocks, same = evaluate(method)
@@ -173,7 +171,7 @@ def test_blocks_of_classes_and_chunks_of_names_change_no_number(monkeypatch):
     assert blocks == pytest.approx(whole, rel=1e-6) and same.tables == evaluator.tables
     assert {len(texts) for texts in method.asked} == {4}
     texts = [str(i) for i in range(9)]
-    assert passes.embed_in_chunks(lambda t: jnp.array([[float(x)] for x in t]), texts).ravel().tolist() == [
+    assert features.embed_in_chunks(lambda t: jnp.array([[float(x)] for x in t]), texts).ravel().tolist() == [
         *range(9)
     ]
 
@@ -206,7 +204,7 @@ def test_per_class_weighs_classes_and_the_table_says_what_was_taken_for_what():
             return jnp.eye(3)[image[:, 0, 0, 0]]
 
         def embed_text(self, variables, texts):
-            return jnp.eye(3)[np.array([{"a": 0, "b": 1, "B": 1, "c": 2}[t] for t in texts])]
+            return {"": jnp.eye(3)[np.array([{"a": 0, "b": 1, "B": 1, "c": 2}[t] for t in texts])]}
 
     truth, told = [0, 0, 0, 0, 0, 0, 1, 1], [0, 2, 2, 1, 1, 2, 1, 0]
     data = [
@@ -230,10 +228,10 @@ def test_per_class_weighs_classes_and_the_table_says_what_was_taken_for_what():
 def test_cached_features_take_the_place_of_images():
     method, data = RandomMethod(), examples()
     images = np.stack([e["image"] for e in data])
-    features = np.asarray(method.embed_image(VARIABLES, jnp.asarray(images)))
+    vectors = np.asarray(method.embed_image(VARIABLES, jnp.asarray(images)))
     cached = [
         {k: v for k, v in e.items() if k != "image"} | {"feature": f}
-        for e, f in zip(data, features, strict=True)
+        for e, f in zip(data, vectors, strict=True)
     ]
     assert evaluate(data=cached)[0] == pytest.approx(evaluate()[0], rel=1e-6)
 
@@ -264,12 +262,12 @@ def test_mistakes_are_said():
     with pytest.raises(UserError, match="RandomMethod cannot do"):
         make_evaluators(evals(type="segmentation", batch_size=1), RandomMethod(), mesh)
     source = dict(name="scenes", split="test", num_examples=2, image_size=32)
-    with pytest.raises(UserError, match="'scenes' have segments"):
+    with pytest.raises(UserError, match=r"'scenes' has no label, which evals\.a"):
         make_evaluators(evals(type="classification", batch_size=1, source=source), RandomMethod(), mesh)
 
 
 def test_protocols_tell_classifiers_from_segmenters():
-    assert isinstance(RandomMethod(), Classifier) and not isinstance(RandomMethod(), Method)
+    assert isinstance(RandomMethod(), Classifier) and not isinstance(RandomMethod(), Segmenting)
 
 
 def test_nearest_orders_classes_by_their_best_name():
@@ -277,14 +275,19 @@ def test_nearest_orders_classes_by_their_best_name():
     image, text = unit(rng.normal(size=(9, D))), unit(rng.normal(size=(10, D)))
     names, owner = names_of(CLASSES), CLASSES.flat()[1]
     allowed = np.array([[1] * 7, [0, 1, 0, 0, 1, 0, 0]], bool)
-    got = nearest_classes(jnp.asarray(image, jnp.float32), jnp.asarray(text, jnp.float32), names, allowed, 3)
+
+    def nearest(image, text, count):
+        image, text = (jnp.asarray(x, jnp.float32) for x in (image, text))
+        return nearest_classes(Classifier().score_images, image, {"": text}, names, allowed, count)
+
+    got = nearest(image, text, 3)
     for b in range(9):
         for v in range(2):
             score = [max(image[b] @ text[owner == k].T) if allowed[v, k] else -9 for k in range(7)]
             want = [k for k in np.argsort(score)[::-1] if allowed[v, k]][:3]
             assert got[v, b].tolist() == want + [-1] * (3 - len(want))
     text[owner == 1] = np.nan
-    near = nearest_classes(jnp.asarray(image, jnp.float32), jnp.asarray(text, jnp.float32), names, allowed, 2)
+    near = nearest(image, text, 2)
     assert (near[1] == jnp.array([4, -1])).all() and (near[0] >= 0).all() and not (near[0] == 1).any()
 
 
@@ -307,7 +310,9 @@ def test_memory_does_not_grow_with_the_classes():
     def bytes_needed(n):
         names, text = np.arange(n, dtype=np.int32)[:, None], jax.ShapeDtypeStruct((n, 128), jnp.float32)
         image, label = jax.ShapeDtypeStruct((2048, 128), jnp.float32), np.ones((1, n), bool)
-        near = jax.jit(lambda image, text: nearest_classes(image, text, names, label, 5)).lower(image, text)
+        score = Classifier().score_images
+        closest = lambda image, text: nearest_classes(score, image, {"": text}, names, label, 5)
+        near = jax.jit(closest).lower(image, text)
         pairs = uniformity._row_sums.lower(text, mesh=make_mesh(devices=jax.devices()[:1]))
         return [x.compile().memory_analysis().temp_size_in_bytes for x in (near, pairs)]
 

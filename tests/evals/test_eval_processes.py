@@ -15,10 +15,10 @@ def worker(port: int, process: int, count: int) -> None:
     if count > 1:
         jax.distributed.initialize(f"localhost:{port}", count, process)
     import test_classification_eval as whole
-    from test_eval_runner import CLASSES, VARIABLES, PatchMethod, batches, examples
+    from test_segmentation import CLASSES, VARIABLES, PatchMethod, batches, examples
 
     from ovseg_jax.evals.classification import ClassificationEvaluator
-    from ovseg_jax.evals.runner import SegmentationEvaluator
+    from ovseg_jax.evals.segmentation import SegmentationEvaluator
     from ovseg_jax.parallel.sharding import make_mesh, replicated
 
     mesh = make_mesh()
@@ -39,7 +39,7 @@ def start(port, process, count):
         os.environ,
         JAX_PLATFORMS="cpu",
         XLA_FLAGS="--xla_force_host_platform_device_count=2",
-        PYTHONPATH=os.pathsep.join([str(here.parents[1]), str(here)]),
+        PYTHONPATH=os.pathsep.join([str(here.parents[1]), str(here.parent), str(here)]),
     )
     args = [sys.executable, __file__, str(port), str(process), str(count)]
     return subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

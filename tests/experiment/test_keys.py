@@ -120,7 +120,7 @@ def test_an_evaluation_reads_no_more_than_it_says():
 def test_an_unknown_method(method):
     config = openseg.get_config()
     config.method = method
-    with pytest.raises(UserError, match=r"method=.* is not one of openseg, lseg"):
+    with pytest.raises(UserError, match=r"the method .* is not one of openseg, lseg"):
         check_config(config)
 
 

@@ -18,6 +18,7 @@ from ovseg_jax.data.transforms import class_map
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.run import evaluate, train
 from ovseg_jax.inference.segmenter import Segmenter
+from ovseg_jax.protocols import only
 from ovseg_jax.towers.prompt_file import load_prompt
 from tests.test_notebook import execute
 
@@ -110,7 +111,7 @@ def test_a_classifier_segments_with_the_masks_of_another_run(run, tmp_path, caps
     other = Segmenter.from_two_stages(
         workdir / "proposals", workdir, templates="a photo of a {}", ensemble=0.0
     )
-    embed = lambda s: np.asarray(s.embed("red ball"))
+    embed = lambda s: np.asarray(only(s.embed("red ball")))
     assert not np.allclose(embed(segmenter), embed(other))
 
     Image.fromarray(source[0]["image"]).save(tmp_path / "a.png")

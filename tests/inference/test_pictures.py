@@ -14,7 +14,7 @@ from ovseg_jax.inference.pictures import draw_run
 
 class AnyWords(ColourMethod):
     def embed_text(self, variables, texts):
-        return jax.numpy.eye(len(COLOURS))[np.arange(len(texts)) % len(COLOURS)]
+        return {"colour": jax.numpy.eye(len(COLOURS))[np.arange(len(texts)) % len(COLOURS)]}
 
 
 @pytest.mark.parametrize("masks", [True, False])

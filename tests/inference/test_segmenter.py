@@ -15,6 +15,7 @@ from ovseg_jax.data.images import fit_canvas, read_image
 from ovseg_jax.errors import UserError
 from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.inference.tiles import Span, shares, spans
+from ovseg_jax.protocols import only
 from ovseg_jax.vocab.classes import ClassList, parse_labels
 from ovseg_jax.vocab.vectors import ClassVectors
 
@@ -60,13 +61,13 @@ def test_label_map_equals_equation_6_on_the_whole(masks):
     assert fitted == (24, 32)
     prediction = segmenter.method.predict(segmenter.variables, canvas[None], np.array([fitted]))
     names = "red blue; green; yellow,white black"
-    text, owner = np.asarray(segmenter.embed(names)), np.array([0, 1, 2, 2])
+    text, owner = np.asarray(only(segmenter.embed(names))), np.array([0, 1, 2, 2])
     if masks:
         s = 1 / (1 + np.exp(-np.float64(prediction.mask_logits[0])))
-        y = np.einsum("kn,nhw->khw", text @ np.asarray(prediction.region_embed[0]).T, s)
+        y = np.einsum("kn,nhw->khw", text @ np.asarray(only(prediction.regions)[0]).T, s)
         confidence = y / np.maximum(s.sum(0), 1)
     else:
-        y = confidence = np.einsum("kd,hwd->khw", text, np.asarray(prediction.pixel_embed[0]) / 3)
+        y = confidence = np.einsum("kd,hwd->khw", text, np.asarray(only(prediction.pixels)[0]) / 3)
     expected = np.where(confidence.max(0) >= 0.04, owner[y.argmax(0)], -1)[:24]
     result = segmenter.segment(image, names)
     np.testing.assert_array_equal(result.label_map, expected)
@@ -121,7 +122,7 @@ def test_without_labels_of_its_own_it_asks_for_some():
 def test_labels_that_come_with_their_vectors(tmp_path):
     segmenter, image = make(), blocks(32, 32, ["red", "green", "blue", "black"])
     path, names = tmp_path / "v.npz", ["stop sign", "a,b;c", "stop sign"]
-    vectors = 3 * np.asarray(segmenter.embed("green; red; blue"))
+    vectors = 3 * np.asarray(only(segmenter.embed("green; red; blue")))
     np.savez(path, words=names, vectors=vectors)
     expected = segmenter.segment(image, "green; red; blue")
     for labels in (path, str(path), ClassVectors.of(path)):
@@ -253,7 +254,7 @@ def test_features_give_the_same_segmentation(masks):
     np.testing.assert_array_equal(result.features.pixels, features.pixels)
     with pytest.raises(UserError, match="leave out tile"):
         segmenter.segment(image, names, features=True, tile=(16, 4))
-    label_map = (full @ np.asarray(segmenter.embed(names)).T).argmax(-1)
+    label_map = (full @ np.asarray(only(segmenter.embed(names))).T).argmax(-1)
     known = result.label_map >= 0
     assert (label_map == result.label_map)[known].mean() > 0.97
     assert len(segmenter.features([image, image])) == 2

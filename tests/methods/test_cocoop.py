@@ -8,7 +8,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.evals.classification import ClassificationEvaluator
 from ovseg_jax.methods import build, cocoop
 from ovseg_jax.parallel.sharding import make_mesh, put_batch
-from ovseg_jax.protocols import Classifier
+from ovseg_jax.protocols import Classifier, only
 from ovseg_jax.towers import prompt
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
@@ -58,7 +58,7 @@ def test_loss_gradients_and_evaluation():
     jax.tree.map(lambda ours, theirs: torch_clip.close(ours, theirs.grad), grad, own)
 
     image = method.embed_image(variables, batch["image"][:1])[0]
-    torch_clip.close(method.embed_text_for(variables, NAMES, image), texts[0])
+    torch_clip.close(only(method.embed_text_for(variables, NAMES, image)), texts[0])
 
     mesh = make_mesh(devices=jax.devices()[:4])
     batches = lambda: [jax.tree.map(np.asarray, dict(batch))]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ovseg_jax.methods import build
+from ovseg_jax.protocols import only
 from ovseg_jax.towers.prompt import window_size
 from ovseg_jax.towers.text import unit
 from ovseg_jax.vocab.classes import ClassList
@@ -104,5 +105,5 @@ def test_the_method_has_that_loss(case):
     loss, grad = torch_clip.value_and_grad(method, variables, batch)
     torch_clip.close(loss, expected)
     torch_clip.close(grad["prompt"]["context"], expected_grad)
-    text = method.embed_text(variables, NAMES)
+    text = only(method.embed_text(variables, NAMES))
     torch_clip.close(torch_clip.SCALE * batch["feature"] @ text.T, expected_logits)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.evals import passes
-from ovseg_jax.evals.classification import class_features
 from ovseg_jax.methods import build
 from ovseg_jax.protocols import Classifier
+from ovseg_jax.towers import features
+from ovseg_jax.towers.features import class_features
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 from tests.methods import torch_clip
@@ -36,14 +36,14 @@ def variables(method):
     return {**torch_clip.draw(method), "params": params}
 
 
-def features(seed=1, count=8):
+def drawn(seed=1, count=8):
     x = np.random.default_rng(seed).normal(size=(count, D))
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def batch():
     return {
-        "feature": jnp.asarray(features(), jnp.float32),
+        "feature": jnp.asarray(drawn(), jnp.float32),
         "label": jnp.asarray([0, 1, 3, 0, 3, 3, 1, 0], jnp.int32),
         "example_mask": jnp.arange(8) != 3,
     }
@@ -51,7 +51,7 @@ def batch():
 
 def test_loss_and_gradients(method, variables):
     loss, grad = torch_clip.value_and_grad(method, variables, batch())
-    x, mask = 10 * features(), np.arange(8) != 3
+    x, mask = 10 * drawn(), np.arange(8) != 3
     kernel, bias = (np.float64(variables["params"][key]) for key in ("kernel", "bias"))
     score = np.exp(x @ kernel + bias)
     share, truth = score / score.sum(1, keepdims=True), np.eye(3)[ROWS[np.asarray(batch()["label"])]]
@@ -70,22 +70,21 @@ def test_images_and_their_features_are_the_same(method, variables):
         torch_clip.close(method.loss(variables, {**given, "feature": feature}, jax.random.key(0))[0], loss)
 
 
-def test_a_classifier_of_unit_vectors_with_the_logits_of_the_probe(method, variables):
-    assert isinstance(method, Classifier)
+def test_a_classifier_with_the_logits_of_the_probe(method, variables):
+    assert isinstance(method, Classifier) and not method.unit_norm
     image = torch_clip.batch(2)["image"]
-    see, names = method.embed_image(variables, image), ["dog", "kitten", "sky", "cat"]
-    text = method.embed_text(variables, names)
-    for vectors in (see, text):
-        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
-    x = 10 * np.float64(method.clip.embed_image(variables["towers"], image))
+    see = method.embed_image(variables, image)
+    np.testing.assert_allclose(np.linalg.norm(see, axis=1), 1, rtol=1e-5)
+    x = 10 * np.float64(see)
     logits = x @ np.float64(variables["params"]["kernel"]) + np.float64(variables["params"]["bias"])
-    torch_clip.close(method.logit_scale(variables) * see @ text.T, logits[:, [1, 0, 2, 0]])
-    both = see @ method.embed_text(variables, ["cat", "emu"]).T
-    torch_clip.close(both[:, 1], np.full(8, -(0.5**0.5)))
+    scores = method.score_images(see, method.embed_text(variables, ["dog", "kitten", "sky", "cat"]))
+    torch_clip.close(method.logit_scale(variables) * scores, logits[:, [1, 0, 2, 0]])
+    # A class without examples is never an answer.
+    assert (method.score_images(see, method.embed_text(variables, ["cat", "emu"]))[:, 1] < -1e8).all()
     # A hand-written prompt keeps its ranking.
     hard = method.embed_phrases(variables, ["cat", "dog sky"])
     plain = method.clip.embed_phrases(variables["towers"], ["cat", "dog sky"])
-    torch_clip.close(np.sqrt(2) * see @ hard.T, x / 10 @ np.float64(plain).T)
+    torch_clip.close(method.score_images(see, hard), x / 10 @ np.float64(plain).T)
 
 
 def test_it_starts_undecided_and_learns():
@@ -97,22 +96,21 @@ def test_it_starts_undecided_and_learns():
     variables = {**variables, "params": params}
     losses = torch_clip.losses(method, variables)
     assert losses[0] == pytest.approx(np.log(4), rel=1e-4) and losses[-1] < 0.5 * losses[0]
-    text = method.embed_text(variables, ["cat", "dog"])
-    np.testing.assert_allclose(text, [[0] * (D + 1) + [1]] * 2, rtol=1e-6)
 
 
 def test_classes_that_share_a_name_are_told_apart(monkeypatch):
-    monkeypatch.setattr(passes, "TEXT_CHUNK", 2)
+    monkeypatch.setattr(features, "TEXT_CHUNK", 2)
     names = (("crane", "bird"), ("dog",), ("crane",), ("dog", "hound"))
     method = build(torch_clip.config("linear_probe", {}), WORDS, ClassList(names, (0, 1, 2, 3), (True,) * 4))
     variables = torch_clip.draw(method)
-    every = method.embed_text(variables, ["crane", "bird", "dog", "crane", "dog", "hound"])
-    first = method.embed_text(variables, ["crane", "dog", "crane", "dog"])
+    embed = lambda names: np.asarray(method.embed_text(variables, names)["row"])
+    every = embed(["crane", "bird", "dog", "crane", "dog", "hound"])
+    first = embed(["crane", "dog", "crane", "dog"])
     np.testing.assert_array_equal(every, first[np.array([0, 0, 1, 2, 3, 3])])
     flat = [name for of_class in names for name in of_class]
-    np.testing.assert_array_equal(class_features(method, variables, flat), every)
+    np.testing.assert_array_equal(class_features(method, variables, flat)["row"], every)
     assert len(np.unique(first, axis=0)) == 4
-    np.testing.assert_array_equal(method.embed_text(variables, ["hound", "bird"]), first[np.array([3, 0])])
+    np.testing.assert_array_equal(embed(["hound", "bird"]), first[np.array([3, 0])])
     with pytest.raises(UserError, match="2 classes by the name 'crane'"):
         method.embed_text(variables, ["crane"])
 

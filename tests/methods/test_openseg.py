@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from ovseg_jax.errors import UserError
 from ovseg_jax.methods import build, openseg
 from ovseg_jax.parallel.sharding import DEFAULT_RULES, make_mesh, put_batch
+from ovseg_jax.protocols import only
 from ovseg_jax.train.optimizer import make_optimizer
 from ovseg_jax.train.state import abstract_variables, create_state, state_shardings
 from ovseg_jax.train.step import make_step
@@ -146,8 +147,8 @@ def test_the_canvas_beyond_the_image_is_not_seen():
     a, b = (method.predict(variables, x, size) for x in (data["image"], dark))
     jax.tree.map(np.testing.assert_array_equal, a, b)
     assert a.mask_logits.shape == (B, 6, S // 4, S // 4)
-    assert a.region_embed.shape == (B, 6, 24)
-    np.testing.assert_allclose(np.linalg.norm(a.region_embed, axis=-1), 1, rtol=1e-5)
+    assert only(a.regions).shape == (B, 6, 24)
+    np.testing.assert_allclose(np.linalg.norm(only(a.regions), axis=-1), 1, rtol=1e-5)
 
 
 def test_running_statistics_of_a_backbone_are_returned():

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from ovseg_jax.decisions.maps import vocabulary_of
 from ovseg_jax.errors import UserError
-from ovseg_jax.evals.runner import SegmentationEvaluator
+from ovseg_jax.evals.segmentation import SegmentationEvaluator
 from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.methods import build
-from ovseg_jax.methods.zsseg import Rules, TwoStage
+from ovseg_jax.methods.zsseg import CROPS, Rules, TwoStage
 from ovseg_jax.parallel.sharding import make_mesh
-from ovseg_jax.protocols import Prediction, Segmenting
+from ovseg_jax.protocols import Classifier, Prediction, Segmenting, Trainable
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 
@@ -28,6 +29,7 @@ CLASSES = ClassList(
 NAMES, OWNER = CLASSES.flat()
 SEEN = ("cat", "kitten", "grass", "lawn")
 FILL = (120.0, 30.0, 200.0)
+VOCABULARY, UNSEEN = vocabulary_of(CLASSES, SEEN), vocabulary_of(CLASSES)
 
 
 def unit(x):
@@ -39,11 +41,13 @@ def vector(text, size):
     return np.random.default_rng(zlib.crc32(text.encode())).normal(size=size)
 
 
-class Proposals:
+class Proposals(Segmenting):
     """Masks and embeddings are fixed linear functions of each patch of pixels; the last proposal is empty."""
 
     rng = np.random.default_rng(7)
     masks, pixels = 2 * rng.normal(size=(STRIDE**2 * 3, N)), rng.normal(size=(STRIDE**2 * 3, D))
+
+    nothing = None
 
     def __init__(self, per_pixel=False):
         self.per_pixel = per_pixel
@@ -54,23 +58,21 @@ class Proposals:
         x = x.reshape(b, g, STRIDE, g, STRIDE, 3).swapaxes(2, 3).reshape(b, g, g, -1)
         pixels = x @ jnp.asarray(self.pixels, jnp.float32) * variables["params"]["scale"]
         if self.per_pixel:
-            return Prediction(None, None, pixels)
+            return Prediction(None, {}, {"": pixels})
         logits = jnp.moveaxis(x @ jnp.asarray(self.masks, jnp.float32), -1, 1).at[:, -1].set(-9)
         regions = jnp.einsum("bnhw,bhwd->bnd", jax.nn.sigmoid(logits), pixels)
-        return Prediction(logits, regions / jnp.linalg.norm(regions, axis=-1, keepdims=True), pixels)
+        regions /= jnp.linalg.norm(regions, axis=-1, keepdims=True)
+        void = None if self.nothing is None else regions @ jnp.asarray(self.nothing, jnp.float32)
+        return Prediction(logits, {"": regions}, {"": pixels}, void)
 
     def embed_text(self, variables, texts):
-        return jnp.asarray(unit(np.stack([vector(t, D) for t in texts])), jnp.float32)
+        return {"": jnp.asarray(unit(np.stack([vector(t, D) for t in texts])), jnp.float32)}
 
 
-class Crops:
+class Crops(Trainable, Classifier):
     """A classifier: an image is a fixed linear function of its pixels."""
 
     weights = np.random.default_rng(8).normal(size=(Z * Z * 3, E))
-
-    def init(self, rng): ...
-    def pretrained(self): ...
-    def loss(self, variables, batch, rng): ...
 
     def embed_image(self, variables, image):
         x = (image.astype(jnp.float32) / 255).reshape(len(image), -1) @ jnp.asarray(self.weights, jnp.float32)
@@ -80,7 +82,7 @@ class Crops:
         return self.embed_phrases(variables, [f"learned {t}" for t in texts])
 
     def embed_phrases(self, variables, texts):
-        return jnp.asarray(unit(np.stack([vector(t, E) for t in texts])), jnp.float32)
+        return {"": jnp.asarray(unit(np.stack([vector(t, E) for t in texts])), jnp.float32)}
 
     def logit_scale(self, variables):
         return variables["params"]["scale"]
@@ -159,7 +161,7 @@ def slow_scores(image, image_size, found, w, threshold=0.4, seen=SEEN, prompt="l
     for n in range(N):
         mask = 1 / (1 + np.exp(-bilinear(np.asarray(found.mask_logits[n], np.float64), h, wide, image_size)))
         inside = mask > threshold
-        region = np.asarray(found.region_embed[n], np.float64)[:D]
+        region = np.asarray(found.regions[""][n], np.float64)
         p = softmax_of_best(3.0 * own @ region, *([] if no_object is None else [3.0 * no_object @ region]))
         q = np.ones(len(NAMES))
         if inside.any():
@@ -189,7 +191,7 @@ def test_scores_of_proposals_are_zssegs(w):
     slow = first_stage(image, sizes)
     for i in range(len(image)):
         one = lambda tree, i=i: jax.tree.map(lambda x: x[i], tree)
-        got = method.region_scores(one(found), text, jnp.asarray(OWNER))
+        got = method.score_regions(one(found), text, VOCABULARY).names
         want = slow_scores(image[i], sizes[i], one(slow), w)
         np.testing.assert_allclose(got, want, atol=2e-4)  # a byte that is rounded the other way
         assert bool(got[:, -1].any()) == (w > 0)
@@ -202,17 +204,15 @@ def test_proposals_may_know_no_object(monkeypatch):
     plain = make(0.8)
     text = plain.embed_text(VARIABLES, NAMES)
     without = plain.predict(VARIABLES, jnp.asarray(image), jnp.asarray(sizes))
-    monkeypatch.setattr(
-        Proposals, "no_object", lambda self, variables: jnp.asarray(vector_, jnp.float32), raising=False
-    )
+    monkeypatch.setattr(Proposals, "nothing", vector_)
     found = make(0.8).predict(VARIABLES, jnp.asarray(image), jnp.asarray(sizes))
     slow = first_stage(image, sizes)
     for i in range(len(image)):
         one = lambda tree, i=i: jax.tree.map(lambda x: x[i], tree)
-        got = plain.region_scores(one(found), text, jnp.asarray(OWNER))
+        got = plain.score_regions(one(found), text, VOCABULARY).names
         want = slow_scores(image[i], sizes[i], one(slow), 0.8, no_object=vector_)
         np.testing.assert_allclose(got, want, atol=2e-4)
-        assert (got < plain.region_scores(one(without), text, jnp.asarray(OWNER))).all()
+        assert (got < plain.score_regions(one(without), text, VOCABULARY).names).all()
 
 
 def test_where_nothing_is_seen_w_is_the_classifiers():
@@ -220,7 +220,7 @@ def test_where_nothing_is_seen_w_is_the_classifiers():
     method = make(0.2, seen=())
     found = method.predict(VARIABLES, jnp.asarray(image), jnp.asarray(sizes))
     one = jax.tree.map(lambda x: x[0], found)
-    got = method.region_scores(one, method.embed_text(VARIABLES, NAMES), jnp.asarray(OWNER))
+    got = method.score_regions(one, method.embed_text(VARIABLES, NAMES), UNSEEN).names
     want = slow_scores(
         image[0], sizes[0], jax.tree.map(lambda x: x[0], first_stage(image, sizes)), 0.2, seen=()
     )
@@ -229,13 +229,11 @@ def test_where_nothing_is_seen_w_is_the_classifiers():
 
 def test_hand_written_prompts_are_averaged():
     templates = ("a photo of a {}.", "art of the {}.")
-    text = np.asarray(make(templates=templates).embed_text(VARIABLES, ["hot_dog"]))[0]
+    text = make(templates=templates).embed_text(VARIABLES, ["hot_dog"])
     want = unit(sum(unit(vector(t.format("hot dog"), E)) for t in templates))
-    np.testing.assert_allclose(text[D:-1], want, atol=1e-6)
-    assert make(w=0.0).embed_text(VARIABLES, ["cat"]).shape == (
-        1,
-        E + 1,
-    )  # the proposals' text side is not asked
+    np.testing.assert_allclose(text[CROPS][0], 4 * want, atol=1e-5)
+    assert set(text) == {"", CROPS}
+    assert set(make(w=0.0).embed_text(VARIABLES, ["cat"])) == {CROPS}  # the proposals' text side is not asked
 
 
 def test_how_many_crops_go_together_changes_nothing():
@@ -243,7 +241,7 @@ def test_how_many_crops_go_together_changes_nothing():
     together = make(crops=1000).predict(VARIABLES, jnp.asarray(image), jnp.asarray(sizes))
     for crops in (1, 6, 12):
         apart = make(crops=crops).predict(VARIABLES, jnp.asarray(image), jnp.asarray(sizes))
-        np.testing.assert_allclose(apart.region_embed, together.region_embed, atol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), apart, together)
 
 
 def test_memory_does_not_grow_with_the_proposals():
@@ -257,7 +255,7 @@ def test_memory_does_not_grow_with_the_proposals():
         def predict(self, variables, image, image_size):
             x = image[:, ::4, ::4].astype(jnp.float32).mean(-1)
             masks = x[:, None] * jnp.arange(1, self.count + 1)[:, None, None] - 100
-            return Prediction(masks, masks.mean(3)[..., :D], x[..., None].repeat(D, -1))
+            return Prediction(masks, {"": masks.mean(3)[..., :D]}, {"": x[..., None].repeat(D, -1)})
 
     class Large(Crops):
         def embed_image(self, variables, image):
@@ -372,7 +370,7 @@ def test_a_segmenter_takes_openseg_and_a_classifier():
     result = segmenter.segment(image, threshold=0.0)
     found = segmenter._predict(both, image[None], np.array([[32, 32]], np.int32))  # compiled by now
     one = jax.tree.map(lambda x: x[0], found)
-    scores = np.asarray(method.region_scores(one, segmenter.embed(CLASSES), jnp.asarray(OWNER)))
+    scores = np.asarray(method.score_regions(one, segmenter.embed(CLASSES), UNSEEN).names)
     masks = np.stack([bilinear(np.asarray(mask, np.float64), 32, 32, (32, 32)) for mask in one.mask_logits])
     y = np.einsum("tn,nhw->thw", scores, 1 / (1 + np.exp(-masks)))
     assert y.shape == (6, 32, 32)
@@ -388,5 +386,5 @@ def test_what_cannot_be():
         make(1.2)
     with pytest.raises(UserError, match="threshold=0"):
         make(threshold=0.0)
-    with pytest.raises(UserError, match="use predicted"):
+    with pytest.raises(UserError, match="has predicted"):
         SegmentationEvaluator("x", make(), CLASSES, list, make_mesh(), modes=("predicted", "none"))

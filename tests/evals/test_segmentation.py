@@ -10,10 +10,11 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.errors import UserError
-from ovseg_jax.evals import passes, runner
-from ovseg_jax.evals.runner import SegmentationEvaluator, make_evaluators
+from ovseg_jax.evals.registry import make_evaluators
+from ovseg_jax.evals.segmentation import SegmentationEvaluator
 from ovseg_jax.parallel.sharding import make_mesh
-from ovseg_jax.protocols import Prediction
+from ovseg_jax.protocols import Prediction, Segmenting, Trainable, only
+from ovseg_jax.towers import features
 from ovseg_jax.vocab.classes import ClassList
 
 S, STRIDE, N, D, M, SHAPE = 16, 4, 5, 6, 4, (18, 20)
@@ -25,7 +26,7 @@ CLASSES = ClassList(
 )
 
 
-class PatchMethod:
+class PatchMethod(Trainable, Segmenting):
     """Masks and embeddings are fixed linear functions of each patch of pixels."""
 
     def __init__(self, per_pixel=False):
@@ -34,9 +35,6 @@ class PatchMethod:
         self.masks, self.pixels = rng.normal(size=(STRIDE**2 * 3, N)), rng.normal(size=(STRIDE**2 * 3, D))
         self.texts = {name: rng.normal(size=D) for names in CLASSES.names for name in names}
         self.asked = []
-
-    def pretrained(self):
-        return {}
 
     def init(self, rng):
         return {"params": {"scale": jnp.ones(())}}
@@ -50,15 +48,15 @@ class PatchMethod:
         x = x.reshape(b, g, STRIDE, g, STRIDE, 3).swapaxes(2, 3).reshape(b, g, g, -1)
         f_z = x @ jnp.asarray(self.pixels, jnp.float32) * variables["params"]["scale"]
         if self.per_pixel:
-            return Prediction(None, None, f_z)
+            return Prediction(None, {}, {"": f_z})
         logits = jnp.moveaxis(x @ jnp.asarray(self.masks, jnp.float32), -1, 1)
         regions = jnp.einsum("bnhw,bhwd->bnd", jax.nn.sigmoid(logits), f_z)
         regions /= jnp.linalg.norm(regions, axis=-1, keepdims=True)
-        return Prediction(logits, regions, f_z)
+        return Prediction(logits, {"": regions}, {"": f_z})
 
     def embed_text(self, variables, texts):
         self.asked.append(len(texts))
-        return jnp.asarray(reference.unit(np.stack([self.texts[t] for t in texts])), jnp.float32)
+        return {"": jnp.asarray(reference.unit(np.stack([self.texts[t] for t in texts])), jnp.float32)}
 
 
 VARIABLES = PatchMethod().init(None)
@@ -117,12 +115,12 @@ def evaluate(method=None, *, n=11, size=4, devices=1, modes=("predicted",), clas
 
 def reference_scores(mode, grounding):
     method, (names, owner) = PatchMethod(), CLASSES.flat()
-    text = np.asarray(method.embed_text(VARIABLES, names))
+    text = np.asarray(only(method.embed_text(VARIABLES, names)))
     matrix, hits, segments = np.zeros((5, 6), np.int64), np.zeros(3), 0
     for e in examples():
         h, w = e["label_size"]
         p = method.predict(VARIABLES, jnp.asarray(e["image"])[None], jnp.asarray(e["image_size"])[None])
-        p = [np.asarray(x[0]) for x in (p.mask_logits, p.region_embed, p.pixel_embed)]
+        p = [np.asarray(x[0]) for x in (p.mask_logits, only(p.regions), only(p.pixels))]
         y = reference.logits(mode, *p, text, S, e["image_size"], e["label_size"], e["segments"])
         label = e["label"][:h, :w]
         if grounding:
@@ -169,10 +167,10 @@ def test_painting_the_truth_is_perfect():
             k = image[:, STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE, 0] // 50
             own = jax.nn.one_hot(k, 5)
             regions = jnp.broadcast_to(jnp.eye(5), (len(image), 5, 5))
-            return Prediction(40 * jnp.moveaxis(own, -1, 1) - 20, regions, own)
+            return Prediction(40 * jnp.moveaxis(own, -1, 1) - 20, {"": regions}, {"": own})
 
         def embed_text(self, variables, texts):
-            return jnp.eye(5)
+            return {"": jnp.eye(5)}
 
     rng = np.random.default_rng(0)
     data = []
@@ -212,7 +210,7 @@ def test_a_per_pixel_method_has_no_recall_and_is_scored_per_pixel():
 
 def test_names_are_embedded_once_a_run_in_chunks_of_one_shape(monkeypatch):
     whole, _ = evaluate()
-    monkeypatch.setattr(passes, "TEXT_CHUNK", 3)
+    monkeypatch.setattr(features, "TEXT_CHUNK", 3)
     method = PatchMethod()
     assert evaluate(method)[0] == whole
     assert method.asked == [3, 3, 3]  # seven names
@@ -245,7 +243,7 @@ def test_a_config_makes_evaluators_of_real_sources(name):
     first, second = make_evaluators(config, method, mesh)
     assert (first.name, second.name, second.every) == ("a", "b", 7)
     assert make_evaluators(config, method, mesh, "final_evals") == []
-    assert isinstance(second, runner.Evaluator)
+    assert isinstance(second, SegmentationEvaluator)
 
     scores = second.run(VARIABLES)
     assert {"miou", "miou@truth", "grounding_miou", "recall@0.5"} <= set(scores)
@@ -271,9 +269,17 @@ class Words(dict):
 
 
 def test_an_unknown_type_is_said():
-    config = ConfigDict(dict(evals=dict(a=dict(type="detection")), data={}))
-    with pytest.raises(UserError, match=r"evals\.a\.type"):
-        make_evaluators(config, PatchMethod(), make_mesh(devices=jax.devices()[:1]))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    for entry, said in (
+        (dict(type="detection"), "'detection' is not one of segmentation"),
+        (dict(type="ovseg_jax.evals.segmentation:Missing"), "cannot be imported"),
+        (dict(type="no_such_module:Class"), "cannot be imported"),
+        (dict(type="ovseg_jax.evals.segmentation:Sums"), "is no evaluator"),
+        (dict(masks="predicted", treshold=1), "no key 'treshold'"),
+        (dict(type="classification"), "cannot do"),
+    ):
+        with pytest.raises(UserError, match=said):
+            make_evaluators(ConfigDict(dict(evals=dict(a=entry), data={})), PatchMethod(), mesh)
 
 
 def test_nothing_to_evaluate_is_said():

@@ -1,0 +1,235 @@
+"""From a prediction and words to maps of the labels' own size, in memory that no vocabulary makes grow.
+
+OpenSeg, section 3.4: with scores <w, z> of names and regions and masks s, the segmentation logits are
+y = <w, z> . s, and a pixel's category is that of its best name (equation 6), so a category's score is the
+maximum over its names. y would be [names H W]; here it is computed for a block of rows and a block of names
+at a time with a running maximum. s is upsampled and y follows, which is the same as upsampling y, since y is
+linear in s (never a resize of labels). Of predicted masks the logits are upsampled before the sigmoid, as the
+mask loss does it: a border then lies where the logits cross zero between two cells, not on a ramp of the
+grid's width. (The paper has s of H x W and does not say how it came to that size.)
+"""
+
+import dataclasses
+from collections.abc import Collection
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from ovseg_jax.kernels.resize import coverage, row_block, split_rows, upsampling
+from ovseg_jax.protocols import PRECISION, Prediction, Segmenting, Text, Vocabulary, unit
+from ovseg_jax.vocab.classes import ClassList
+
+Mode = Literal["predicted", "none", "truth"]
+MODES: tuple[Mode, ...] = ("predicted", "none", "truth")
+
+NAME_BLOCK = 128
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["weights", "maps", "void"], meta_fields=["masks"])
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """The scores of one image in factors, for every method: of name t at a pixel, `weights[t] . up(maps)`.
+
+    Attributes:
+      weights: [T C] the score of each name for each map.
+      maps: [C h w] mask logits of proposals, or channels of pixel features.
+      void: [C] the score of "no object" for each proposal, or None.
+      masks: whether the maps are mask logits, which a sigmoid follows after the upsampling.
+    """
+
+    weights: Float[Array, "t c"]
+    maps: Float[Array, "c h w"]
+    void: Float[Array, "c"] | None
+    masks: bool
+
+
+class Frame(NamedTuple):
+    """Where the pixels of one label lie on the model's grid.
+
+    Attributes:
+      rows: [H h] upsampling matrix of the rows.
+      columns: [W w] upsampling matrix of the columns.
+      inside: [H W] the pixels of the label; the others are padding.
+    """
+
+    rows: Float[Array, "height h"]
+    columns: Float[Array, "width w"]
+    inside: Bool[Array, "height width"]
+
+
+def frame(
+    shape: tuple[int, int],
+    grid: tuple[int, int],
+    canvas: int,
+    image_size: Int[Array, "2"],
+    label_size: Int[Array, "2"],
+) -> Frame:
+    """Returns the frame of a label of `label_size` in maps of `shape`; see `kernels.resize.upsampling`."""
+    rows, columns = (upsampling(shape[i], grid[i], canvas, image_size[i], label_size[i]) for i in range(2))
+    inside = (jnp.arange(shape[0]) < label_size[0])[:, None] & (jnp.arange(shape[1]) < label_size[1])
+    return Frame(rows, columns, inside)
+
+
+def vocabulary_of(classes: ClassList, seen: Collection[str] = ()) -> Vocabulary:
+    """Returns the classes as arrays; `seen` are the names that the method says training knew."""
+    names, owner = classes.flat()
+    known = np.array([name in seen for name in names], bool)
+    return Vocabulary(jnp.asarray(owner), jnp.asarray(known), jnp.asarray(classes.isthing, bool))
+
+
+def layers_of(
+    method: Segmenting, prediction: Prediction, text: Text, vocabulary: Vocabulary, mode: Mode = "predicted"
+) -> Layers:
+    """Scores one image's proposals, or its pixels where mode is "none" or it has no proposals. Jittable."""
+    if mode == "predicted" and prediction.mask_logits is not None:
+        scores = method.score_regions(prediction, text, vocabulary)
+        return Layers(scores.names, prediction.mask_logits, scores.void, True)
+    pixels = method.score_pixels(prediction, text, vocabulary)
+    return Layers(pixels.weights, pixels.maps, None, False)
+
+
+def confidence_of(
+    score: Float[Array | np.ndarray, "*v h w"], cover: Float[Array | np.ndarray, "h w"]
+) -> Float[Array | np.ndarray, "*v h w"]:
+    """Returns how well a category fits a pixel: the mean score over the proposals there, fading to 0 where none is.
+
+    With masks s and scores y: sum_n s_n y_n / max(1, sum_n s_n). OpenSeg's demo calls less than 0.04 unknown.
+
+    Args:
+      score: sum_n s_n y_n of the category's best name; of pixel features the score itself.
+      cover: sum_n s_n; 1 for pixel features.
+    """
+    return score / jnp.maximum(cover, 1)
+
+
+def true_scores(
+    method: Segmenting,
+    prediction: Prediction,
+    text: Text,
+    vocabulary: Vocabulary,
+    segments: Int[Array, "height width"],
+    max_segments: int,
+    canvas: int,
+    image_size: Int[Array, "2"],
+    label_size: Int[Array, "2"],
+) -> Float[Array, "t m"]:
+    """Scores the true segments by the pixel features under them (mode "truth" of Table 4); m is segment m + 1."""
+    grid = next(iter(prediction.pixels.values())).shape[:2]
+    rows, columns = (
+        coverage(segments.shape[i], grid[i], canvas, image_size[i], label_size[i]) for i in range(2)
+    )
+    pooled = {
+        space: unit(pool_segments(pixels, segments, max_segments, rows, columns))
+        for space, pixels in prediction.pixels.items()
+    }
+    return method.score_regions(Prediction(None, pooled, prediction.pixels), text, vocabulary).names
+
+
+def best_names(
+    weights: Float[Array, "t c"],
+    maps: Float[Array, "c h w"],
+    rows: Float[Array, "height h"],
+    cols: Float[Array, "width w"],
+    views: Bool[Array, "v t"],
+    *,
+    logits: bool = False,
+) -> tuple[Int[Array, "v height width"], Float[Array, "v height width"], Float[Array, "height width"]]:
+    """Finds argmax and max over names of `weights . up(maps)`, where up = rows x cols is the upsampling; one image.
+
+    Works through blocks of rows, and inside through blocks of names with a running maximum; of equal names
+    the first wins.
+
+    Args:
+      weights: a score of every name for every map.
+      maps: masks or channels on the grid.
+      rows: upsampling matrix of the rows.
+      cols: upsampling matrix of the columns.
+      views: the names that may win, per view.
+      logits: the maps are logits of masks, to be squashed by a sigmoid after the upsampling.
+
+    Returns:
+      The best name and its score (-inf where no name may win), per view; and the sum of the upsampled maps.
+    """
+    height, width = rows.shape[0], cols.shape[0]
+    names, channels = weights.shape
+    block = min(NAME_BLOCK, names)
+    weight_blocks = split_rows(weights, block)
+    view_blocks = split_rows(views.T, block).transpose(0, 2, 1)  # padding names are allowed nowhere
+    starts = jnp.arange(weight_blocks.shape[0], dtype=jnp.int32) * block
+    strip = row_block(height, width * max(block, channels))
+
+    def one_strip(strip_rows):
+        x = jnp.einsum("rh,chw->crw", strip_rows, maps, precision=PRECISION)
+        x = jnp.einsum("crw,Ww->crW", x, cols, precision=PRECISION).reshape(channels, -1)
+        x = jax.nn.sigmoid(x) if logits else x
+
+        def one_block(best, inputs):
+            name, score = best
+            weights, allowed, start = inputs
+            y = jnp.where(allowed[..., None], jnp.matmul(weights, x, precision=PRECISION), -jnp.inf)
+            which, top = _argmax(y)
+            better = top > score
+            return (jnp.where(better, which + start, name), jnp.where(better, top, score)), None
+
+        empty = (views.shape[0], x.shape[1])
+        best = jnp.zeros(empty, jnp.int32), jnp.full(empty, -jnp.inf, x.dtype)
+        (name, score), _ = jax.lax.scan(one_block, best, (weight_blocks, view_blocks, starts))
+        return name, score, x.sum(0)
+
+    name, score, total = jax.lax.map(one_strip, split_rows(rows, strip))  # [strips v strip * width]
+    name, score = (
+        jnp.moveaxis(x, 0, 1).reshape(views.shape[0], -1, width)[:, :height] for x in (name, score)
+    )
+    return name, score, total.reshape(-1, width)[:height]
+
+
+def pool_segments(
+    features: Float[Array, "h w d"],
+    segments: Int[Array, "height width"],
+    max_segments: int,
+    rows: Float[Array, "h height"],
+    cols: Float[Array, "w width"],
+) -> Float[Array, "m d"]:
+    """Sums the features under each segment's area-averaged mask on the grid; row m is segment m + 1."""
+    grid = features.shape[:2]
+    strip = row_block(segments.shape[0], segments.shape[1] * max_segments)
+
+    def add(mask, inputs):
+        strip_segments, strip_rows = inputs
+        ours = strip_segments == jnp.arange(1, max_segments + 1)[:, None, None]
+        return mask + jnp.einsum(
+            "rh,mrW,wW->mhw", strip_rows, ours.astype(cols.dtype), cols, precision=PRECISION
+        ), None
+
+    start = jnp.zeros((max_segments, *grid), cols.dtype)
+    mask, _ = jax.lax.scan(add, start, (split_rows(segments, strip), split_rows(rows.T, strip)))
+    return jnp.einsum("mhw,hwd->md", mask, features, precision=PRECISION)
+
+
+def paint(
+    weights: Float[Array, "t m"],
+    segments: Int[Array, "hs ws"],
+    views: Bool[Array, "v t"],
+    shape: tuple[int, int],
+) -> tuple[Int[Array, "v h w"], Float[Array, "v h w"]]:
+    """Gives the pixels of each segment (from 1; 0 is void) their best name and its score; void has -1 and -inf."""
+    y = jnp.where(views[:, :, None], weights, -jnp.inf)  # [v t m]
+    which, top = _argmax(y)
+    void = jnp.full((views.shape[0], 1), -1, jnp.int32)
+    which = jnp.concatenate([void, which], 1)
+    top = jnp.concatenate([jnp.full(void.shape, -jnp.inf, top.dtype), top], 1)
+    segments = jnp.where(segments < top.shape[1], segments, 0)
+    segments = segments[: shape[0], : shape[1]]
+    segments = jnp.pad(segments, [(0, n - m) for n, m in zip(shape, segments.shape, strict=True)])
+    return which[:, segments], top[:, segments]
+
+
+def _argmax(y: Float[Array, "v t p"]) -> tuple[Int[Array, "v p"], Float[Array, "v p"]]:
+    """The first best name and its score. Two plain reductions: on CPU five times as fast as XLA's argmax."""
+    top = y.max(1)
+    index = jnp.arange(y.shape[1], dtype=jnp.int32)[:, None]
+    return jnp.where(y == top[:, None], index, y.shape[1]).min(1), top

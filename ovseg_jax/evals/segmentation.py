@@ -1,0 +1,239 @@
+"""Semantic segmentation and mask proposals: the scores of a method on images with segments.
+
+One pass over the images gives everything: the method predicts on the mesh, each device turns its images into
+label maps and counts, the counts are summed over all devices of all processes, and the host adds them up and
+divides once. Every process returns the same numbers.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Int
+
+from ovseg_jax.decisions.maps import Mode, vocabulary_of
+from ovseg_jax.decisions.rules import Decision, decide, decision_of
+from ovseg_jax.errors import UserError
+from ovseg_jax.evals import confusion, proposals
+from ovseg_jax.evals.passes import each_batch
+from ovseg_jax.evals.registry import Setup
+from ovseg_jax.parallel.sharding import AXES, replicated
+from ovseg_jax.protocols import Evaluator, Prediction, Segmenting, Text, Variables, Vocabulary
+from ovseg_jax.towers.features import embed_in_chunks
+from ovseg_jax.vocab.classes import ClassList
+
+
+class Sums(NamedTuple):
+    """What one pass counts.
+
+    Attributes:
+      every_class: for each mode, the counts when all classes are asked for.
+      own_classes: the same when each image is asked only for the classes in its truth.
+      recalled: [4] segments matched at each of `proposals.THRESHOLDS`, and segments; None without proposals.
+    """
+
+    every_class: dict[str, confusion.Counts]
+    own_classes: dict[str, confusion.Counts]
+    recalled: Int[Array | np.ndarray, "4"] | None
+
+
+class SegmentationEvaluator(Evaluator):
+    """Scores semantic segmentation and mask proposals, in percent.
+
+    Metrics: those of `confusion.scores` (`miou`, `miou_gt`, `pacc`, `macc`, `fwiou`, groups, chance);
+    `grounding_miou`, the mean IoU when each image is asked only for the classes in its truth (OpenSeg, 4.3:
+    never in one column with mIoU; no class is predicted that is absent, so both divisors agree);
+    `recall@0.5`, `recall@0.7` and `recall@0.9` of the proposals over all segments that are neither crowd nor
+    absent. The first of several modes is reported under these names, the others with the suffix `@<mode>`. A
+    per-pixel method has no masks: "predicted" then means "none", and there is no recall.
+    """
+
+    needs = frozenset({"image", "segments", "class_ids"})
+    takes = Segmenting
+    overrides = ("image_size", "label_size", "max_segments")
+    options = ("masks", "decision", "background")
+
+    def __init__(
+        self,
+        name: str,
+        method: Segmenting,
+        classes: ClassList,
+        batches: Callable[[], Iterable[Mapping[str, np.ndarray]]],
+        mesh: Mesh,
+        *,
+        modes: Sequence[str] = ("predicted",),
+        decision: Any = "argmax",
+        background: str | None = None,
+        every: int = 0,
+    ):
+        """Makes an evaluator that compiles once and runs many times.
+
+        Args:
+          name: see `Evaluator`.
+          method: what to evaluate.
+          classes: the classes that `label` indexes.
+          batches: starts a pass over this process's share of the images, in equal shapes and numbers on all
+            processes.
+          mesh: the devices.
+          modes: where masks come from, see `decisions.rules.decide`.
+          decision: what `decisions.rules.decision_of` takes.
+          background: name of a class that is never asked for: pixels without a category are of it.
+          every: see `Evaluator`.
+        """
+        unknown = [mode for mode in modes if mode not in method.modes]
+        if unknown or not modes:
+            raise UserError(
+                f"evals.{name}.masks is {', '.join(unknown) or 'empty'}: {type(method).__name__} has "
+                f"{', '.join(method.modes)}"
+            )
+        self.name, self.every = name, every
+        self.tables: dict[str, list[Any]] = {}
+        self._method, self._classes, self._batches, self._mesh = method, classes, batches, mesh
+        self._modes = tuple(dict.fromkeys(modes))
+        self._decision: Decision = decision_of(decision)
+        self._background = None
+        if background is not None:
+            if background not in classes.index:
+                raise UserError(f"evals.{name}.background={background!r} is none of the classes")
+            self._background = classes.index[background]
+        self._names, _ = classes.flat()
+        self._vocabulary = vocabulary_of(classes, method.seen_names())
+        self._step = jax.jit(self._counts)
+
+    @classmethod
+    def from_config(cls, setup: Setup) -> "SegmentationEvaluator":
+        """Makes the evaluator of `masks: "predicted" | "none" | "truth" | several`, `decision` and `background`."""
+        modes = setup.evaluation.get("masks", "predicted")
+        return cls(
+            setup.name,
+            setup.method,
+            setup.source.classes,
+            setup.batches(),
+            setup.mesh,
+            modes=(modes,) if isinstance(modes, str) else tuple(modes),
+            decision=setup.evaluation.get("decision", "argmax"),
+            background=setup.evaluation.get("background"),
+            every=setup.every,
+        )
+
+    def run(self, variables: Variables) -> dict[str, float]:
+        """Evaluates; fills `tables`.
+
+        Raises:
+          UserError: there is no image, or no pixel with a label.
+        """
+        with jax.set_mesh(self._mesh):
+            text = embed_in_chunks(partial(self._method.embed_text, variables), self._names)
+        return self.compare(variables, {"": text})[""]
+
+    def compare(self, variables: Variables, texts: Mapping[str, Text]) -> dict[str, dict[str, float]]:
+        """The metrics under each of several text sides, in one pass over the images.
+
+        Fills `tables`; those of a text side have the suffix `[<its key>]`, if it has a key.
+
+        Args:
+          variables: the method's variables.
+          texts: embeddings of all names of the classes, as `embed_text` of the method gives them.
+
+        Raises:
+          UserError: there is no image, or no pixel with a label.
+        """
+        total: dict[str, Sums] | None = None
+        with jax.set_mesh(self._mesh):
+            step = partial(self._step, variables, jax.device_put(dict(texts), replicated(self._mesh)))
+            for sums in each_batch(self._batches(), step, self._mesh):
+                total = confusion.add(total, sums)
+        if total is None or not next(iter(total.values())).every_class[self._modes[0]].truth.sum():
+            raise UserError(f"evals.{self.name}: there is no image with a labelled pixel to evaluate on")
+        self.tables = {}
+        return {key: self._summarise(total[key], f"[{key}]" if key else "") for key in texts}
+
+    def _counts(
+        self, variables: Variables, texts: dict[str, Text], batch: dict[str, Array]
+    ) -> dict[str, Sums]:
+        prediction = self._method.predict(variables, batch["image"], batch["image_size"])
+        split, whole = PartitionSpec(AXES), PartitionSpec()
+        count = jax.shard_map(
+            partial(self._count_shard, canvas=batch["image"].shape[1]),
+            mesh=self._mesh,
+            in_specs=(split, split, whole, whole),
+            out_specs=whole,
+            # A scan's constant start is not marked as differing between devices, which the check would
+            # demand.
+            check_vma=False,
+        )
+        rest = {k: v for k, v in batch.items() if k != "image"}
+        return count(prediction, rest, texts, self._vocabulary)
+
+    def _count_shard(
+        self,
+        prediction: Prediction,
+        batch: dict[str, Array],
+        texts: dict[str, Text],
+        vocabulary: Vocabulary,
+        *,
+        canvas: int,
+    ) -> dict[str, Sums]:
+        """Counts of one device's images, summed over all devices."""
+        k, background = len(self._classes), self._background
+        label = jnp.where(batch["example_mask"][:, None, None], batch["label"], -1)
+        valid = batch["segment_valid"] & batch["example_mask"][:, None]
+        asked = confusion.present_classes(label, k)
+        asked = jnp.stack([jnp.ones_like(asked), asked], 1)
+        if background is not None:
+            asked = asked.at[:, :, background].set(False)
+        views = asked[:, :, vocabulary.owner]
+        recalled = None
+        if prediction.mask_logits is not None:
+            iou = proposals.best_iou(
+                prediction.mask_logits,
+                batch["image_size"],
+                batch["label_size"],
+                batch["segments"],
+                valid.shape[1],
+                canvas=canvas,
+            )
+            recalled = proposals.count_recalled(iou, valid)
+        sums = {key: Sums({}, {}, recalled) for key in texts}
+        for mode, key in itertools.product(self._modes, texts):
+            masks: Mode = "none" if mode == "predicted" and prediction.mask_logits is None else mode  # type: ignore[assignment]
+            category = decide(
+                self._method,
+                prediction,
+                texts[key],
+                vocabulary,
+                batch["image_size"],
+                batch["label_size"],
+                views,
+                canvas=canvas,
+                shape=(label.shape[1], label.shape[2]),
+                decision=self._decision,
+                mode=masks,
+                segments=batch["segments"],
+                max_segments=valid.shape[1],
+            ).category
+            if background is not None:
+                category = jnp.where(category < 0, background, category)
+            sums[key].every_class[mode] = confusion.count(label, category[:, 0], k)
+            sums[key].own_classes[mode] = confusion.count(label, category[:, 1], k)
+        return jax.lax.psum(sums, AXES)
+
+    def _summarise(self, total: Sums, mark: str) -> dict[str, float]:
+        result: dict[str, float] = {}
+        for mode in self._modes:
+            suffix = "" if mode == self._modes[0] else f"@{mode}"
+            for metric, value in confusion.scores(total.every_class[mode], self._classes.groups).items():
+                if not (suffix and metric.startswith("chance")):  # chance knows no mode
+                    result[metric + suffix] = value
+            result["grounding_miou" + suffix] = confusion.scores(total.own_classes[mode])["miou"]
+            self.tables["iou" + suffix + mark] = confusion.table(total.every_class[mode], self._classes)
+        if total.recalled is not None and total.recalled[-1]:
+            *hits, segments = total.recalled.tolist()
+            for threshold, hit in zip(proposals.THRESHOLDS, hits, strict=True):
+                result[f"recall@{threshold}"] = 100.0 * hit / segments
+        return result

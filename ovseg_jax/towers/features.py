@@ -1,0 +1,73 @@
+"""Features of class names, in a method's own prompt, in another learned one, or as means over templates."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ovseg_jax.protocols import Classifier, Text, Variables
+from ovseg_jax.towers.clip import SPACE, Clip
+from ovseg_jax.towers.prompt_file import Prompt
+from ovseg_jax.towers.templates import fill
+from ovseg_jax.towers.text import unit
+
+TEXT_CHUNK = 1024
+
+
+class TowerText(Classifier):
+    """A CLIP text tower alone, which embeds names in prompts that are given; its variables are the tower's weights."""
+
+    def __init__(self, clip: Clip):
+        self.clip = clip
+
+    def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Text:
+        """Embeds texts as they stand."""
+        return {SPACE: self.clip.embed_phrases(variables, texts)}
+
+    def embed_prompt(self, variables: Variables, prompt: Prompt, texts: Sequence[str]) -> Text:
+        """Embeds class names in a learned prompt."""
+        return {SPACE: self.clip.embed_prompt(variables, prompt, texts)}
+
+
+def embed_in_chunks(embed: Callable[[Sequence[str]], Any], texts: Sequence[str]) -> Any:
+    """Embeds any number of texts, a bounded number at a time and in equal shapes (one compilation).
+
+    Args:
+      embed: returns arrays [T ...], or a tree of such.
+      texts: at least one.
+    """
+    if len(texts) <= TEXT_CHUNK:
+        return embed(list(texts))
+    padded = [*texts, *[texts[0]] * (-len(texts) % TEXT_CHUNK)]
+    chunks = [embed(padded[i : i + TEXT_CHUNK]) for i in range(0, len(padded), TEXT_CHUNK)]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[: len(texts)], *chunks)
+
+
+def class_features(
+    method: Classifier,
+    variables: Variables,
+    names: Sequence[str],
+    templates: Sequence[str] | Prompt | None = None,
+) -> Text:
+    """Returns features of names in the method's own prompt or another learned one, or their mean over templates.
+
+    Args:
+      method: the classifier.
+      variables: its variables.
+      names: the names.
+      templates: hand-written prompts, a learned one, or None for the method's own.
+
+    Raises:
+      UserError: a learned prompt of another text tower, or for a method that has no place for one.
+    """
+    if templates is None:
+        if method.by_place:
+            return method.embed_text(variables, list(names))
+        return embed_in_chunks(partial(method.embed_text, variables), names)
+    if isinstance(templates, Prompt):
+        return method.embed_prompt(variables, templates, list(names))
+    phrases = partial(method.embed_phrases, variables)
+    parts = [embed_in_chunks(phrases, [fill(template, name) for name in names]) for template in templates]
+    return jax.tree.map(lambda *same: unit(jnp.asarray(sum(same))), *parts)
