@@ -199,7 +199,8 @@ class Checkpoints:
         if "://" in str(self.directory):  # A bucket keeps its own.
             return
         for folder in Path(self.directory).glob(f"{self._saving}.orbax-checkpoint-tmp*"):
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            # Orbax goes on writing its own metadata when this is done.
+            files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "_CHECKPOINT_METADATA")
             sums = {path.relative_to(folder).as_posix(): checksum(path) for path in files}
             if self._frozen_saved and self._saving != FROZEN:
                 sums[FROZEN] = checksum(self.directory / FROZEN / SUMS_FILE)
