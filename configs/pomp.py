@@ -142,7 +142,6 @@ def on_scenes(
         loss=dict(sample=sample, correction=correction, proposal="uniform", per_device=False, chunk=256),
         optimizer=common.sgd(0.05, warmup_steps=20, final_fraction=0.0, weight_decay=5e-4),
         data=dict(
-            task="classification",
             train=[scene_objects("train", shots=4, count=count, seed=1, fill=BLACK)],
             image_size=32,
             views=2,
@@ -185,10 +184,8 @@ def small_clip(seed: int) -> ConfigDict:
             3e-3, warmup_steps=50, final_fraction=0.02, weight_decay=1e-3, clip_norm=1.0, b2=0.98
         ),
         data=dict(
-            task="captions",
             train=[scene_objects("train", shots=24, cache=True)],
             image_size=32,
-            text_length=16,
             # What RandAugment does to colours, captions would have to say.
             augment=dict(crop=(0.7, 1.0), flip=True, randaugment=0),
             workers=0,
@@ -202,7 +199,7 @@ def published_towers(args: Args) -> dict[str, Any]:
     pixels = pixels_of(args.towers)
     return dict(
         image=dict(name=args.towers),
-        text=dict(name=args.towers, remat="products"),  # ours
+        text=dict(name=args.towers, remat="dots"),  # ours
         init=args.weights or weights_of(args.towers),
         tokenizer="",
         image_size=224,  # appendix A
@@ -252,7 +249,6 @@ def paper(args: Args) -> ConfigDict:
             weight_decay=5e-4,  # code
         ),
         data=dict(
-            task="classification",
             train=[dict(source, split=args.split, num_classes=args.classes, shots=args.shots, **group)],
             image_size=224,
             views=views,

@@ -101,7 +101,7 @@ def on_masks(args: Args) -> ConfigDict:
             weight_decay=5e-4,
             clip_norm=0.01,
         ),
-        data=dict(task="classification", image_size=224, cache_features=args.cache, workers=8),
+        data=dict(image_size=224, cache_features=args.cache, workers=8),
         checkpoint=common.checkpoint(every=1000),
     )
     hard = dict(single="a sculpture of a {}.", vild="vild", imagenet="imagenet")  # table 13

@@ -26,7 +26,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 
 
 def default_workdir(arguments: list[str]) -> str:
-    """`runs/` and what the command line says of the config, so that the same command finds its run again.
+    """Returns `runs/` and the command line's settings, so that the same command finds its run again.
 
     `--config=configs/openseg.py:data=coco,data_dir=../coco --config.steps=9` gives
     `runs/openseg-data=coco-data_dir=coco-steps=9`.
@@ -45,7 +45,7 @@ def default_workdir(arguments: list[str]) -> str:
 
 
 def run(argv: list[str]) -> int:
-    """Does what the flags say; the exit status."""
+    """Trains or evaluates as the flags say; returns the exit status."""
     if len(argv) > 1:
         raise UserError(f"unexpected arguments {argv[1:]}; a setting is --config.key=value.")
     config = chosen_config()

@@ -87,7 +87,13 @@ class PixelScores(NamedTuple):
 
 
 class Trainable:
-    """A model and its loss: all that step and loop know. It is made of (config, words, classes)."""
+    """A model and its loss: all that step and loop know. It is made of (config, words, classes).
+
+    Attributes:
+      tokenizer: turns texts into (ids, which are valid), for fields of tokens; each worker process gets a copy.
+    """
+
+    tokenizer: Any = None
 
     @classmethod
     def keys(cls, config: Any) -> dict[str, dict[str, bool]]:
@@ -97,6 +103,17 @@ class Trainable:
         """
         del config
         return {}
+
+    @classmethod
+    def fields(cls, config: Any) -> tuple[str, ...]:
+        """Returns the batch fields that the loss reads (`data.fields.FIELDS`); `config.data.fields` adds to them."""
+        raise NotImplementedError
+
+    @classmethod
+    def vocabulary(cls, config: Any, source: Any) -> Sequence[str]:
+        """Returns the words that the text side knows, of a source's captions and class names; none by default."""
+        del config, source
+        return ()
 
     def init(self, rng: jax.Array) -> Variables:
         """Makes the variables: `params`, and other collections such as `batch_stats`."""

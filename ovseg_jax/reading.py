@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 DAMAGE = (
     ArithmeticError,
+    AssertionError,
     AttributeError,
     EOFError,
     ImportError,
@@ -159,10 +160,12 @@ def read_npz(path: epath.PathLike, what: str = "") -> dict[str, np.ndarray]:
     Raises:
       UserError: it cannot be read, or holds Python objects.
     """
-    with reading(path, what), epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as data:
+    with reading(path, what), epath.Path(path).open("rb") as file:
+        data = np.load(file, allow_pickle=False)
         if not isinstance(data, np.lib.npyio.NpzFile):
             raise ValueError("it is no .npz")
-        return dict(data.items())
+        with data:
+            return dict(data.items())
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -276,6 +279,7 @@ def column(
     kind: Callable[..., T],
     *limits: Any,
     default: Any = _REQUIRED,
+    of: str = "entry",
 ) -> list[T]:
     """Returns what stands under one key of each row.
 
@@ -284,6 +288,7 @@ def column(
       key: of theirs.
       kind: a function as `whole`, which is called with the value, a name for errors and `limits`.
       limits: its other arguments.
+      of: what a row is, for errors.
       default: stands for a missing value, unchecked; without one each row has to have the key.
 
     Raises:
@@ -293,11 +298,11 @@ def column(
     for k, row in enumerate(rows):
         if key not in row:
             if default is _REQUIRED:
-                raise ValueError(f"entry {k} ({short(row)}) has no {name}")
+                raise ValueError(f"{of} {k} has no {name}: {short(row)}")
             found.append(default)
             continue
         try:
             found.append(kind(row[key], name, *limits))
         except ValueError as error:
-            raise ValueError(f"entry {k}: {error}") from None
+            raise ValueError(f"{of} {k}: {error}") from None
     return found

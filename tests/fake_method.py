@@ -82,6 +82,30 @@ class ColourClassifier(Trainable, Classifier):
         return jnp.float32(100)
 
 
+class Masks(ColourMethod):
+    """The method as a run builds it, of a config, words and classes."""
+
+    def __init__(self, *_):
+        super().__init__()
+
+
+class Pixels(ColourMethod):
+    """The same without proposals."""
+
+    def __init__(self, *_):
+        super().__init__(masks=False)
+
+
+class Colours(ColourClassifier):
+    """The classifier as a run builds it."""
+
+    def __init__(self, *_):
+        super().__init__()
+
+
+FAKES = {"colours": Colours, "masks": Masks, "pixels": Pixels}
+
+
 def config(size: int = 32) -> ConfigDict:
     return ConfigDict({"data": {"image_size": size}})
 

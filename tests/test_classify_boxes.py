@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fake_method import CLASSES, COLOURS, ColourClassifier, ColourMethod
+from fake_method import CLASSES, COLOURS, FAKES, ColourMethod
 from ml_collections import ConfigDict
 from PIL import Image
 
 from ovseg_jax import classify_boxes, methods
+from ovseg_jax.experiment import box_classes
 from ovseg_jax.experiment.run import CLASSES_FILE, WORDS_FILE
 from ovseg_jax.train.checkpoints import Checkpoints, write_config
 from ovseg_jax.train.state import TrainState
@@ -41,7 +42,7 @@ def root(tmp_path_factory):
     """Runs of fake methods; images of coloured boxes on black, their annotations and some proposals."""
     root = tmp_path_factory.mktemp("boxes")
     for name in ("colours", "masks"):
-        own = ConfigDict({"method": name, "data": {"image_size": 8, "task": "classification"}})
+        own = ConfigDict({"method": name, "data": {"image_size": 8}})
         write_run(root / name, own, WordList(list(COLOURS)), CLASSES, ColourMethod().init(None))
     (root / "images").mkdir()
     rng = np.random.default_rng(0)
@@ -78,8 +79,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def run(root, tmp_path, monkeypatch, capsys):
-    fakes = {"colours": lambda *_: ColourClassifier(), "masks": lambda *_: ColourMethod()}
-    monkeypatch.setattr(methods, "METHODS", methods.METHODS | fakes)
+    monkeypatch.setattr(methods, "METHODS", methods.METHODS | FAKES)
 
     def call(**flags):
         known = {
@@ -134,6 +134,39 @@ def test_without_annotations(run, root, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results) == 8 and {r["category_id"] for r in results} == {1, 2}
     assert results[0].keys() == {"image_id", "category_id", "bbox", "score"}
+
+
+def test_a_command_that_was_stopped_does_the_images_that_are_missing(run, root, tmp_path, monkeypatch):
+    assert run(template="{}")[0] == 0
+    expected = (tmp_path / "results.json").read_text()
+    (tmp_path / "results.json").unlink()
+    whole, count = box_classes.detect, []
+
+    def stopped(*args):
+        count.append(1)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(box_classes, "detect", stopped)
+    assert run(template="{}")[0] == 130 and not (tmp_path / "results.json").exists()
+    assert run(template="{}")[0] == 0 and len(count) == 3 + 2
+    assert (tmp_path / "results.json").read_text() == expected
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json"}
+
+
+def test_all_is_checked_before_the_model_is_loaded(run, root, tmp_path, monkeypatch):
+    """F9: AP of a box of an image that the annotations lack failed when all was done."""
+    content = json.loads((root / "annotations.json").read_text())
+    content["images"] = content["images"][1:]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 1]
+    (tmp_path / "fewer.json").write_text(json.dumps(content))
+    monkeypatch.setattr(box_classes, "load_run", None)
+    code, out = run(annotations=tmp_path / "fewer.json")
+    assert code == 1 and "boxes of the image 1, which --annotations lacks" in out.err
+    code, out = run(out=root / "boxes.json")
+    assert code == 1 and "is the file of --boxes" in out.err
+    assert {path.name for path in tmp_path.iterdir()} == {"fewer.json"}
 
 
 def test_images_without_boxes_count_as_missed(run, root, tmp_path):

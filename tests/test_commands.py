@@ -22,6 +22,7 @@ CONFIGS = sorted(
 PAGES = [
     ROOT / "README.md",
     *sorted(ROOT.glob("*/*.md")),
+    *sorted(ROOT.glob("*/*/*.md")),
     *sorted(ROOT.glob("configs/*.py")),
     *sorted(ROOT.glob("ovseg_jax/**/*.py")),
     *sorted(ROOT.glob("notebooks/*.ipynb")),
@@ -74,21 +75,26 @@ def words(text):
 
 def commands(path):
     """(verb, flags) of each command; in "...:data=coco" and "...,seed=1" the dots are the last one's config."""
-    last = "configs/openseg.py"
+    full = last = "configs/openseg.py"
     for text in texts(path):
         for line in spans(text):
             if "python -m ovseg_jax." not in line:
                 if path.suffix == ".md" and (match := re.match(r"\.\.\.([:,])(\S+)$", line)):
-                    last = (last.split(":")[0] if match[1] == ":" else last) + match[1] + match[2]
+                    if match[1] == ":":
+                        fragment = [f"{full.split(':')[0]}:{match[2]}"]
+                    else:  # behind the last command, or behind the last piece of one
+                        fragment = [f"{start},{match[2]}" for start in (full, last)]
+                    last = next((f for f in fragment if accepts("main", [f"--config={f}"])), fragment[0])
                     yield "main", [f"--config={last}"]
                 continue
             for match in re.finditer(r"python -m ovseg_jax\.(\w+)", line):
                 given = words(line[match.end() :])
                 given = ["--config=configs/openseg.py" if w == "--config=..." else w for w in given]
-                given = [w.replace("FILE.py", "configs/openseg.py") for w in given]
+                given = [re.sub(r"(configs/)?FILE\.py", "configs/openseg.py", w) for w in given]
+                given = [w.replace(":key=value,...", "") for w in given if ".key=" not in w]
                 for word in given:
                     if word.startswith("--config="):
-                        last = word.removeprefix("--config=")
+                        full = last = word.removeprefix("--config=")
                 if match[1] != "X":
                     yield match[1], given
 

@@ -116,16 +116,31 @@ def test_what_cannot_be_exported_is_said(tmp_path, capsys):
     assert "holds no run" in capsys.readouterr().err
 
 
+def test_files_that_are_there_are_replaced_when_it_is_said(tmp_path, monkeypatch, capsys):
+    """Such as config.json of a run, without which its checkpoints cannot be read."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    run.mkdir()
+    (run / "config.json").write_text("the run's")
+    monkeypatch.setattr(Segmenter, "from_checkpoint", classmethod(lambda cls, *_, **__: make_segmenter()))
+    call = lambda *flags: command.main([f"--checkpoint={run}", "--to=big_vision", *flags])
+    assert call(f"--out={out}") == 0 and call(f"--out={out}") == 1
+    assert "holds a file model.npz" in capsys.readouterr().err
+    assert call(f"--out={out}", "--overwrite") == 0
+    for flags in ([], ["--overwrite"]):
+        assert command.main([f"--checkpoint={run}", "--to=torch", f"--out={run}/../run", *flags]) == 1
+    assert (run / "config.json").read_text() == "the run's"
+
+
 def test_a_folder_that_is_none_of_ours(tmp_path):
     require("torch")
     import ovseg_jax.torch
 
-    with pytest.raises(UserError, match="holds no exported model"):
+    with pytest.raises(UserError, match=r"exported model .* cannot be read"):
         ovseg_jax.torch.load(tmp_path)
     segmenter = make_segmenter()
     export.to_folder(segmenter, tmp_path, np.dtype("float32"))
     (tmp_path / "config.json").write_text(
         (tmp_path / "config.json").read_text().replace('"width": 16', '"width": 32', 1)
     )
-    with pytest.raises(UserError, match=r"does not fit config.json"):
+    with pytest.raises(UserError, match=r"and by its description"):
         ovseg_jax.torch.load(tmp_path)

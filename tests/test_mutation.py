@@ -27,28 +27,32 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
+from ovseg_jax.cli.outputs import Journal
 from ovseg_jax.config import resolved, stages_of
 from ovseg_jax.data.images import read_header, read_image, read_mask
 from ovseg_jax.data.sources.coco import Coco
 from ovseg_jax.data.sources.folder import Folder
 from ovseg_jax.data.sources.image_folder import ImageFolder, read_names
 from ovseg_jax.errors import UserError
+from ovseg_jax.evals.box_files import average_precision, read_annotations, read_boxes
 from ovseg_jax.experiment import stages
 from ovseg_jax.experiment.features import kept_features
 from ovseg_jax.experiment.load import read_classes, read_words
 from ovseg_jax.experiment.run import _read_summary
+from ovseg_jax.experiment.scores import read_suite
 from ovseg_jax.towers.templates import read_templates
 from ovseg_jax.train.checkpoints import load_variables, read_config, write_config
 from ovseg_jax.train.metrics import read_metrics
 from ovseg_jax.viz import curves
 from ovseg_jax.vocab.class_files import read_class_file
-from ovseg_jax.vocab.classes import parse_labels, read_label_file
+from ovseg_jax.vocab.classes import ClassList, parse_labels, read_label_file
 from ovseg_jax.vocab.splits import load_split, read_categories
 from ovseg_jax.vocab.tokenizers import load_tokenizer
 from ovseg_jax.vocab.vectors import ClassVectors
 from ovseg_jax.vocab.words import WordList
 from tests.extras import require
 from tests.mutants import mutant
+from tests.pretrained import damaged
 
 MUTANTS = int(os.environ.get("MUTANTS", "4000"))
 SEED = int(os.environ.get("MUTATION_SEED", "0"))
@@ -76,6 +80,7 @@ SAID = (
     "features",
     "summary.json",
     "config.json beside a run",
+    "journal",
 )
 
 
@@ -202,13 +207,25 @@ ANNOTATIONS = {
     ],
     "categories": [{"id": 3, "name": "dog", "synonyms": ["hound"], "isthing": 1}, {"id": 4, "name": "cat"}],
 }
+LVIS = ANNOTATIONS | {
+    "images": [
+        {"id": k, "file_name": f"{k}.jpg", "neg_category_ids": [4], "not_exhaustive_category_ids": []}
+        for k in (1, 2)
+    ],
+    "categories": [{"id": k, "name": f"n{k}", "frequency": "r"} for k in (3, 4)],
+}
 CLASSES = parse_labels("dog,hound; cat; sky")
 SPLIT = {"seen": [{"id": 3, "name": "dog", "isthing": 1}], "unseen": ["cat", "sky"]}
 RECORDS = "".join(json.dumps({"step": k, "loss": 1 / (k + 1), "val/mIoU": 50.0}) + "\n" for k in range(4))
 
 
 def vectors(folder: Path) -> Path:
-    np.savez(folder / "v.npz", words=np.array(["dog", "cat"]), vectors=np.eye(2, 5, dtype=np.float32))
+    np.savez(
+        folder / "v.npz",
+        words=np.array(["dog", "cat"]),
+        ids=np.array([3, 7]),
+        vectors=np.eye(2, 5, dtype=np.float32),
+    )
     return folder / "v.npz"
 
 
@@ -327,6 +344,14 @@ def features(name: str) -> Callable[[Path], Path]:
         return text("done.json", json.dumps(DONE))(folder).with_name(name)
 
     return write
+
+
+def judged(path: Path) -> None:
+    """The annotations, and AP by them."""
+    found = read_annotations(path, ClassList((("dog",),), (3,), (True,)))
+    results = [{"image_id": found.ids[0], "category_id": 3, "bbox": [1.0, 2.0, 3.0, 4.0], "score": 0.5}]
+    with contextlib.suppress(ImportError):  # pycocotools and lvis are extras
+        average_precision(found, results)
 
 
 STAGED = {"method": "linear", "steps": 3, "optimizer": {"learning_rate": 0.1}}
@@ -449,7 +474,16 @@ READERS: dict[str, Reader] = {
         text("summary.json", '{"steps": 3, "seconds": 2.5, "images_per_second": 3, "data_wait_seconds": 0}'),
         lambda path: _read_summary(epath.Path(path.parent)),
     ),
+    "boxes": Reader(text("b.json", json.dumps(BOXES)), read_boxes),
+    "annotations": Reader(text("a.json", json.dumps(ANNOTATIONS)), judged),
+    "annotations of LVIS": Reader(text("a.json", json.dumps(LVIS)), judged),
+    "suite": Reader(
+        text("s.json", '{"sets": {"pets": {"metric": "mean", "prompts": "x", "limit": 3}}}'),
+        lambda path: read_suite(str(path)),
+    ),
+    "journal": Reader(text("p.jsonl", '{"request": {"a": 1}}\n{"image": "a"}\n{"image": "b"}\n'), Journal),
     "metrics.jsonl of curves": Reader(text("metrics.jsonl", RECORDS), curves._read),
+    **{name: Reader(write, read, 0.3) for name, (write, read) in damaged.READERS.items()},
     "metrics.jsonl": Reader(text("metrics.jsonl", RECORDS), lambda path: read_metrics(path.parent)),
 }
 
@@ -513,7 +547,9 @@ def test_a_damaged_file_is_read_or_refused(name, tmp_path, caplog):
 
 # Functions that open files: the readers above that go through each, or why none does.
 OPENERS: dict[str, str] = {
-    "classify_boxes.py:read_annotations": "none: judged by evals/box_files.py",
+    "cli/console.py:guarded": "none: opens the null device",
+    "cli/outputs.py:__init__": "journal",
+    "cli/outputs.py:start": "none: a request in memory",
     "config.py:_places": "config.json beside a run",
     "config.py:from_json": "config.json of a run",
     "data/images.py:_open": "image a.png RGBA",
@@ -522,33 +558,34 @@ OPENERS: dict[str, str] = {
     "data/sources/folder.py:_from_table": "captions.tsv",
     "data/sources/folder.py:_read_entries": "segments.json",
     "data/sources/image_folder.py:read_names": "names of class folders",
-    "evals/box_files.py:average_precision": "none: reads what read_annotations has read",
+    "evals/box_files.py:read_annotations": "annotations",
     "evals/box_files.py:read_boxes": "boxes",
-    "evals/box_files.py:read_json": "boxes",
     "experiment/features.py:kept_features": "features",
     "experiment/load.py:read_classes": "classes.json",
     "experiment/load.py:read_words": "words.json",
     "experiment/run.py:_read_summary": "summary.json",
+    "experiment/scores.py:read_suite": "suite",
     "experiment/stages.py:_hash": "none: a config in memory",
     "experiment/stages.py:check_finished": "stage.json",
     "experiment/stages.py:kept": "none: a config in memory",
-    "export.py:to_folder": "none: a class list in memory",
     "files.py:_lock": "none: the holder's name is taken as it is",
     "files.py:_sums": "sums of a checkpoint",
     "files.py:checksum": "arrays of a checkpoint",
     "files.py:read_recorded": "config.json of a run",
+    "inference/export.py:to_folder": "none: a class list in memory",
     "inference/pictures.py:_prompt_points": "none: read_json and numbers",
     "pretrained/files.py:_header": "safetensors",
     "pretrained/files.py:_npz": "npz",
     "pretrained/files.py:_safetensors": "safetensors",
     "pretrained/files.py:_shards": "index of shards",
     "pretrained/files.py:_torch": "PyTorch's zip",
+    "pretrained/stated.py:check": "none: a description in memory",
+    "pretrained/stated.py:read_config": "config.json beside weights",
     "reading.py:parse_json": "captions.jsonl",
     "reading.py:read_json": "segments.json",
     "reading.py:read_lines": "label file",
     "reading.py:read_npz": "vectors",
     "reading.py:read_text": "CLIP's merges.txt",
-    "score.py:read_suite": "suite",
     "torch/segmenter.py:__init__": "config.json of an exported model",
     "torch/segmenter.py:load": "config.json of an exported model",
     "torch/segmenter.py:read_json": "config.json of an exported model",
@@ -569,6 +606,7 @@ OPENERS: dict[str, str] = {
     "vocab/tokenizers.py:_read_bpe": "CLIP's merges",
     "vocab/tokenizers.py:_sentencepiece": "SigLIP's model",
     "vocab/tokenizers.py:_tokenizer_json": "CLIP's tokenizer.json",
+    "vocab/vectors.py:_ids": "vectors",
     "vocab/vectors.py:read_vectors": "vectors",
     "vocab/words.py:load": "list of words",
 }

@@ -6,7 +6,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fake_method import CLASSES, COLOURS, ColourClassifier, ColourMethod
+from fake_method import CLASSES, COLOURS, FAKES, ColourClassifier, ColourMethod
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -27,9 +27,7 @@ def workdirs(tmp_path_factory):
     for name, method in (("colours", ColourClassifier()), ("masks", ColourMethod())):
         workdir = root / name
         workdir.mkdir()
-        write_config(
-            workdir, ConfigDict({"method": name, "data": {"image_size": 8, "task": "classification"}})
-        )
+        write_config(workdir, ConfigDict({"method": name, "data": {"image_size": 8}}))
         WordList(list(COLOURS)).save(workdir / WORDS_FILE)
         (workdir / CLASSES_FILE).write_text(CLASSES.to_json())
         checkpoints = Checkpoints(workdir, every=0, keep=1)
@@ -42,8 +40,7 @@ def workdirs(tmp_path_factory):
 
 @pytest.fixture
 def run(workdirs, tmp_path, monkeypatch):
-    fakes = {"colours": lambda *_: ColourClassifier(), "masks": lambda *_: ColourMethod()}
-    monkeypatch.setattr(methods, "METHODS", fakes)
+    monkeypatch.setattr(methods, "METHODS", FAKES)
     (tmp_path / "sets").mkdir()
 
     def call(**flags):
@@ -112,6 +109,29 @@ def test_a_suite_of_folders(run, tmp_path, capsys):
     assert rows[0]["accuracy_5"] == "" and float(rows[0]["uniformity"]) < 0
 
 
+def test_a_command_that_was_stopped_scores_what_is_missing(run, tmp_path, monkeypatch, capsys):
+    for name in ("one", "two", "three"):
+        write_set(tmp_path / "sets" / name, red=2, white=1)
+    suite = write_suite(tmp_path, one={}, two={"prompts": {"hard": "a {}."}}, three={})
+    whole, called = score.Scorer.score, []
+
+    def stopped(self, name, *args):
+        called.append(name)
+        if called == ["one", "two", "three"]:
+            raise KeyboardInterrupt
+        return whole(self, name, *args)
+
+    monkeypatch.setattr(score.Scorer, "score", stopped)
+    assert run(suite=suite) == 130
+    assert [row["set"] for row in csv.DictReader((tmp_path / "out.csv").open())] == ["one", "two", "two"]
+    assert run(suite=suite) == 0 and called[3:] == ["three"]
+    first = (tmp_path / "out.csv").read_text()
+    assert not list(tmp_path.glob("*.jsonl"))
+    assert run(suite=suite) == 0 and called[4:] == ["one", "two", "three"]
+    assert (tmp_path / "out.csv").read_text() == first
+    assert capsys.readouterr().out.count("three") == 2
+
+
 def test_the_published_suite_lists_what_is_missing(run, tmp_path, capsys):
     write_set(tmp_path / "sets" / "eurosat", red=2, yellow=2)
     write_set(tmp_path / "sets" / "imagenet_a", red=2, white=2)
@@ -166,7 +186,7 @@ def test_a_set_of_tfds_and_of_a_chosen_split():
     [
         ({"suite": "nowhere"}, "--suite=nowhere is no file"),
         ({"suite": "cross-domain"}, "holds none of the sets"),
-        ({"suite": "wrong.json"}, "wrong.json is not a suite"),
+        ({"suite": "wrong.json"}, "the suite wrong.json cannot be read"),
         ({"suite": "pets.json", "checkpoint": "elsewhere"}, "elsewhere holds no run"),
         ({"suite": "pets.json", "checkpoint": "MASKS"}, "method=masks, which classifies no images"),
         ({"suite": "pets.json", "batch": 0}, "--batch=0"),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fake_method import CLASSES, COLOURS, ColourClassifier, ColourMethod, blocks
+from fake_method import CLASSES, COLOURS, FAKES, ColourClassifier, ColourMethod, blocks
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -28,11 +28,6 @@ from ovseg_jax.vocab.splits import load_split
 from ovseg_jax.vocab.words import WordList
 
 SIDE = 16
-FAKES = {
-    "colours": lambda *_: ColourClassifier(),
-    "masks": lambda *_: ColourMethod(),
-    "pixels": lambda *_: ColourMethod(masks=False),
-}
 
 
 @pytest.fixture(scope="module")

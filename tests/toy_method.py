@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ovseg_jax.protocols import Aux, Prediction, RegionScores, Segmenting, Trainable, unit
+from ovseg_jax.towers.vocabulary import counted_words
 from ovseg_jax.vocab.phrases import word_ids
 
 CLUSTERS, STRIDE, DIM, SCALE = 6, 4, 16, 10.0
@@ -12,6 +13,8 @@ CLUSTERS, STRIDE, DIM, SCALE = 6, 4, 16, 10.0
 
 class Toy(Trainable, Segmenting):
     modes = ("predicted",)
+    fields = classmethod(lambda cls, config: ("image", "words"))
+    vocabulary = classmethod(lambda cls, config, source: counted_words(config.data, source).words)
 
     def __init__(self, config, words, classes):
         self.words = words

@@ -15,7 +15,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", help_string="FILE.py or FILE
 
 
 def chosen_config() -> ConfigDict:
-    """The config of `--config=FILE.py:ARG`, with what `--config.key=value` changes in it.
+    """Returns the config of `--config=FILE.py:ARG`, changed by `--config.key=value`.
 
     Raises:
       UserError: there is none, no such file, or an address in it that cannot be read.

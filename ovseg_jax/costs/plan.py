@@ -130,18 +130,16 @@ def devices_of(topology: str, config: ConfigDict) -> tuple[Chip, Any]:
 
 def _abstract(config: ConfigDict, mesh: Any, words: int, classes: int) -> tuple[Any, Any, Any, dict, Any]:
     """Method, optimiser, and the shapes of state and batch, all that `make_step` and `lower` take."""
-    from ovseg_jax.data.pipeline import TASKS
-    from ovseg_jax.methods import build
+    from ovseg_jax.data.fields import batch_fields
+    from ovseg_jax.methods import build, method_type, training_rows
     from ovseg_jax.vocab.words import WordList
 
     vocabulary = WordList([f"word{i}" for i in range(words)])
-    task = config.data.get("task", "segmentation")
+    labelled = "label" in batch_fields(method_type(config.method), config)
     if "towers" in config:
         config = ConfigDict(config.to_dict())
         config.towers.update(dict(init="", tokenizer="words"))
-    method = build(
-        config, vocabulary, _stand_ins(words, classes if task == "classification" else min(133, words))
-    )
+    method = build(config, vocabulary, _stand_ins(words, classes if labelled else min(133, words)))
     variables = abstract_variables(method, config.seed)
     optimizer = make_optimizer(
         config.optimizer, variables["params"], int(config.steps), getattr(method, "frozen", ())
@@ -157,11 +155,14 @@ def _abstract(config: ConfigDict, mesh: Any, words: int, classes: int) -> tuple[
         "isthing": np.ones(1, bool),
         "boxes": np.array([[0, 0, size, size]], np.float32),
         "captions": ["word1"],
+        "tags": ["word1"],
+        "region_captions": [["word1"]],
+        "region_tags": [["word1"]],
         "label": 0,
     }
     if config.data.get("cache_features", 0):
         example["feature"] = np.zeros((1, method.clip.dim), np.float32)
-    row = TASKS[task].from_config(config, vocabulary)(0, example)
+    row = training_rows(config, method, vocabulary)(0, example)
     rows = batch_sharding(mesh)
     batch = {
         name: jax.ShapeDtypeStruct((config.batch_size, *np.shape(x)), np.asarray(x).dtype, sharding=rows)

@@ -1,11 +1,11 @@
-"""From an example to a row of an evaluation batch: the image fitted, the labels at their own size."""
+"""From an example to a row of an evaluation batch: images with segments, or images of one class."""
 
 import dataclasses
 from typing import Any, ClassVar
 
 import numpy as np
 
-from ovseg_jax.data.images import fit_canvas
+from ovseg_jax.data.images import centre_square, fit_canvas
 from ovseg_jax.data.source_base import Source
 from ovseg_jax.data.transforms import class_map
 from ovseg_jax.errors import UserError
@@ -13,10 +13,12 @@ from ovseg_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform:
-    """Turns a position in the source into a row; -1 makes a row of padding.
+    """Makes a row of a position in a source of images with segments; -1 makes a row of padding.
 
     The image is scaled to fit the canvas, its aspect kept; labels and segments keep their own size, in the
-    top left of a canvas of `label_size`, since labels are never resized (FACTS: evaluation traps).
+    top left of a canvas of `label_size`, since labels are never resized (FACTS: evaluation traps). `segment_valid`
+    marks the segments that are visible and no crowds; `segment_classes`, `segment_isthing` and `segment_iscrowd` tell
+    of all.
     """
 
     needs: ClassVar = frozenset({"image", "segments", "class_ids"})
@@ -50,6 +52,9 @@ class EvalTransform:
             "segments": np.zeros(self.label_size, np.int32),
             "label_size": np.zeros(2, np.int32),
             "segment_valid": np.zeros(self.max_segments, bool),
+            "segment_classes": np.full(self.max_segments, -1, np.int32),
+            "segment_isthing": np.zeros(self.max_segments, bool),
+            "segment_iscrowd": np.zeros(self.max_segments, bool),
             "index": np.int32(index),
             "example_mask": np.bool_(index >= 0),
         }
@@ -75,4 +80,38 @@ class EvalTransform:
         row["label_size"][:] = height, width
         present = np.bincount(segments.ravel(), minlength=count + 1)[1 : count + 1] > 0
         row["segment_valid"][:count] = present & ~example["iscrowd"]
+        row["segment_classes"][:count] = example["class_ids"]
+        row["segment_isthing"][:count] = example["isthing"]
+        row["segment_iscrowd"][:count] = example["iscrowd"]
         return row
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifyEval:
+    """Makes a row of a position in a source of images of one class; -1 makes a row of padding.
+
+    The row holds `image` (see `centre_square`) or the example's `feature`, `label`, `index` and
+    `example_mask`.
+    """
+
+    needs: ClassVar = frozenset({"label"})
+
+    source: Source
+    image_size: int
+
+    @classmethod
+    def from_config(cls, data: Any, source: Source) -> "ClassifyEval":
+        """Reads `image_size` of `config.data`."""
+        return cls(source, int(data["image_size"]))
+
+    def __call__(self, index: int) -> dict[str, np.ndarray]:
+        """Reads example `index` of the source."""
+        example = self.source[max(index, 0)]
+        if "feature" in example:
+            row = {"feature": np.asarray(example["feature"], np.float32)}
+        else:
+            row = {"image": centre_square(example["image"], self.image_size)}
+        row["label"] = np.asarray(example["label"], np.int32)
+        if index < 0:
+            row = {key: np.zeros_like(value) for key, value in row.items()}
+        return {**row, "index": np.int32(index), "example_mask": np.bool_(index >= 0)}  # type: ignore[dict-item]

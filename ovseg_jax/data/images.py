@@ -62,16 +62,25 @@ def scan_images(folder: epath.PathLike) -> tuple[list[str], Counter[str]]:
     left_out: Counter[str] = Counter()
     with reading(folder, "the folder"):
         for name, is_file in _entries(epath.Path(folder)):
-            suffix = os.path.splitext(name)[1].lower()
             if name.startswith("."):
                 left_out["hidden"] += 1
             elif not is_file:
                 left_out["folder"] += 1
-            elif suffix not in image_suffixes():
-                left_out[suffix or "no suffix"] += 1
+            elif not _is_image(name):
+                left_out[_suffix(name) or "no suffix"] += 1
             else:
                 found.append(name)
     return sorted(found), left_out
+
+
+def has_image(folder: epath.PathLike) -> bool:
+    """Tells whether a folder holds an image that `list_images` would list.
+
+    Raises:
+      UserError: the folder cannot be read.
+    """
+    with reading(folder, "the folder"):
+        return any(is_file and _is_image(name) for name, is_file in _entries(epath.Path(folder)))
 
 
 def list_folders(folder: epath.PathLike) -> list[str]:
@@ -94,12 +103,20 @@ def say_left_out(folder: epath.PathLike, left_out: Counter[str]) -> None:
         _LOG.warning("%s: left out what is no image that can be read: %s", folder, kinds)
 
 
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and _suffix(name) in image_suffixes()
+
+
 def _entries(folder: epath.Path) -> Iterator[tuple[str, bool]]:
     """The names in a folder, and whether each is a file, as which a link that leads nowhere counts."""
     if "://" in str(folder):
         # In a bucket each question takes a request: only what looks like no image is asked.
         for path in folder.iterdir():
-            yield path.name, path.suffix.lower() in image_suffixes() or not path.is_dir()
+            yield path.name, _is_image(path.name) or not path.is_dir()
         return
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -187,7 +204,9 @@ def read_colours(path: epath.PathLike, what: str) -> UInt8[np.ndarray, "h w 3"]:
         return np.asarray(image.convert("RGB"))
 
 
-def save_mask(file: IO[bytes], mask: UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"]) -> None:
+def save_mask(
+    file: IO[bytes] | io.BytesIO, mask: UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"]
+) -> None:
     """Writes a mask that lies on its upright image as a PNG which says so, as `turn_mask` understands it."""
     exif = Image.Exif()
     exif[_ORIENTATION] = 1
@@ -324,17 +343,31 @@ def _from_pil(image: Image.Image, name: str) -> UInt8[np.ndarray, "h w 3"]:
                 f"{name} has pixels of mode {image.mode!r}, which is no picture: convert it to 8 or 16 bits"
             )
         if 0 < highest < 4096:
-            _LOG.warning(
-                "%s has 16 bits a pixel and values up to %d of 65535, which is nearly black: scale it if it is not",
-                name,
-                highest,
-            )
+            _say_dark(os.path.dirname(name), os.path.basename(name), int(highest))
         return _from_array(values.astype(np.uint16))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return np.array(image.convert("RGB"))
+
+
+def _say_dark(folder: str, name: str, highest: int) -> None:
+    """Logs, once a folder, that images of 12 bits in 16 come out dark."""
+    said = _dark_folders()
+    if folder not in said:
+        said.add(folder)
+        _LOG.warning(
+            "%s has 16 bits a pixel and values up to %d of 65535, which is nearly black: scale it, and others of its "
+            "folder, if it is not",
+            os.path.join(folder, name),
+            highest,
+        )
+
+
+@functools.cache
+def _dark_folders() -> set[str]:
+    return set()
 
 
 def _from_array(array: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:

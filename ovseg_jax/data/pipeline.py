@@ -24,29 +24,20 @@ import grain
 import numpy as np
 from absl import flags
 
-from ovseg_jax.data.classification import CaptionTransform, ClassifyEval, ClassifyTransform
-from ovseg_jax.data.evaluation import EvalTransform
+from ovseg_jax.data.evaluation import ClassifyEval, EvalTransform
+from ovseg_jax.data.fields import FIELDS
 from ovseg_jax.data.mixing import MixingOrder
+from ovseg_jax.data.rows import Rows
 from ovseg_jax.data.source_base import Source, check_provides
 from ovseg_jax.data.sources.build import Mixture, make_source
-from ovseg_jax.data.training import TrainTransform
 from ovseg_jax.errors import UserError
-from ovseg_jax.vocab.lexicon import FUNCTION_WORDS
-from ovseg_jax.vocab.words import WordList, build_words, keep_of, split_words
 
-__all__ = ["eval_batches", "make_source", "train_iterator", "view_batches", "words_for"]
-
-TASKS: dict[str, Any] = {
-    "segmentation": TrainTransform,
-    "classification": ClassifyTransform,
-    "captions": CaptionTransform,
-}
-"""What a training row holds, by `data.task`."""
+__all__ = ["eval_batches", "make_source", "train_iterator", "view_batches"]
 
 
 def train_iterator(
     config: Any,
-    words: WordList,
+    make_row: Rows,
     *,
     start: int = 0,
     process_index: int = 0,
@@ -56,12 +47,11 @@ def train_iterator(
     """This process's part of an endless stream of training batches.
 
     Args:
-      config: `seed`, `steps`, `batch_size` (over all processes) and `data`, see the transform of its `task` in
-        `TASKS`; of `data` also `train` (see `make_source`), `views` (consecutive rows that show one example,
-        each augmented anew; 1 by default), `workers` (processes that decode and augment; 0 = threads of this
-        one), `threads` (0 = none: batches are made when they are asked for) and `prefetch` (batches kept
-        ready, by each worker).
-      words: what `word_ids` index.
+      config: `seed`, `batch_size` (over all processes) and of `data`: `train` (see `make_source`), `views` (consecutive
+        rows that show one example, each augmented anew; 1 by default), `workers` (processes that decode and augment;
+        0 = threads of this one), `threads` (0 = none: batches are made when they are asked for) and `prefetch`
+        (batches kept ready, by each worker).
+      make_row: makes the rows.
       start: the number of the first batch.
       process_index: of this process.
       process_count: number of processes, which share each batch evenly.
@@ -78,7 +68,7 @@ def train_iterator(
         raise UserError(f"batch_size={batch_size} does not divide by {process_count} processes")
     source = make_source(data["train"]) if source is None else source
     share = _Share(start, batch_size, process_index, process_count)
-    rows = train_rows(config, words, source)
+    rows = train_rows(config, make_row, source)
     batches = grain.MapDataset.select_from_datasets([rows], share).batch(share.rows)
     iterator = iter(_in_background(batches, data))
     # An iterator with workers that is still open when Python tears itself down complains at length.
@@ -86,27 +76,25 @@ def train_iterator(
     return iterator
 
 
-def train_rows(config: Any, words: WordList, source: Source) -> grain.MapDataset[dict[str, np.ndarray]]:
+def train_rows(config: Any, make_row: Rows, source: Source) -> grain.MapDataset[dict[str, np.ndarray]]:
     """The endless rows that batches are cut from: row i of batch b is number b * batch_size + i.
 
     Raises:
-      UserError: the source is empty, or the config is wrong; when a row is asked for, a file is.
+      UserError: the source is empty or lacks what a field needs; when a row is asked for, a file is wrong.
     """
+    _check_fields(source, make_row)
     if not len(source):
         raise UserError(f"the training source {source.name!r} holds no example")
-    data = config["data"]
-    transform = TASKS[_task(data, source)].from_config(config, words)
-    places, views = _places(source, int(config["seed"])), int(data.get("views", 1))
-    if views < 1:
-        raise UserError(f"data.views={views} is less than 1")
+    views = int(config["data"].get("views", 1))
+    places = _places(source, int(config["seed"]))
     if views > 1:
         places = grain.MapDataset.select_from_datasets([places], _Views(views))
-    return places.map_with_index(_Rows(source, transform))
+    return places.map_with_index(_Read(source, make_row))
 
 
 def view_batches(
     config: Any,
-    words: WordList,
+    make_row: Rows,
     source: Source,
     views: int,
     *,
@@ -118,7 +106,7 @@ def view_batches(
     The last batch is filled up with rows of the last example. Each process gets its consecutive part of each batch.
     """
     batch_size = int(config["batch_size"]) // process_count
-    transform = TASKS[_task(config["data"], source)].from_config(config, words)
+    _check_fields(source, make_row)
     count = len(source) * views
     steps = -(-count // (batch_size * process_count))
     rows = (
@@ -127,71 +115,13 @@ def view_batches(
         .ravel()
     )
     places = grain.MapDataset.source(np.minimum(rows, count - 1).tolist())
-    made = places.map(lambda row: transform(row, source[row // views]))
+    made = places.map(lambda row: make_row(row, source[row // views]))
     return iter(_in_background(made.batch(batch_size), {**_background(config["data"]), "workers": 0}))
 
 
-def _task(data: Any, source: Source) -> str:
-    """`data.task`, which the source can serve."""
-    task = data.get("task", "segmentation")
-    if task not in TASKS:
-        raise UserError(f"data.task={task!r} is not one of {', '.join(TASKS)}")
-    labelled = "label" in source.provides
-    if task == "classification" and not labelled:
-        raise UserError(
-            f"classification needs images with a label each, which the source {source.name!r} has not: "
-            "{name: 'crops', of: ...} cuts its segments out"
-        )
-    if task == "segmentation" and labelled:
-        raise UserError(
-            f"the source {source.name!r} has images with a label each and no segments, for data.task='classification'"
-        )
-    return task
-
-
-def words_for(config: Any, source: Source) -> WordList:
-    """The vocabulary of a source's captions: words that pass `data.caption_filter`, in `data.min_count` or
-    more.
-
-    `data.words` names a file written by `WordList.save` to use instead; `data.extra_words` and the words of the
-    source's class names are listed in any case, so that every class has an embedding; `data.count_captions`
-    bounds the number of captions that are counted.
-
-    With `data.task` "captions" all words of captions and names are listed, by alphabet; with "classification"
-    those of the names alone.
-
-    Raises:
-      UserError: there is no caption, although the grounding loss needs some (`loss.grounding_weight` is not 0).
-    """
-    data = config["data"]
-    if data.get("words"):
-        return WordList.load(data["words"])
-    names = [word for name in source.classes.flat()[0] for word in split_words(name)]
-    if (task := data.get("task", "segmentation")) != "segmentation":
-        captions = source.captions() if task == "captions" else ()
-        spoken = {
-            word
-            for text in itertools.islice(captions, data.get("count_captions"))
-            for word in split_words(text)
-        }
-        return WordList([*sorted(spoken | set(names)), *(data.get("extra_words") or ())])
-    words = build_words(
-        source.captions(),
-        keep_of(data.get("caption_filter", "noun+adj")),
-        int(data.get("min_count", 1)),
-        [*(data.get("extra_words") or ()), *(word for word in names if word not in FUNCTION_WORDS)],
-        tagger=data.get("tagger", "pattern"),
-        limit=data.get("count_captions"),
-    )
-    grounded = config.get("method", "openseg") == "openseg" and config.get("loss", {}).get(
-        "grounding_weight", 1
-    )
-    if grounded and next(iter(source.captions()), None) is None:
-        raise UserError(
-            f"the source {source.name!r} has no caption: the grounding loss needs captions, for COCO "
-            "annotations/captions_<split>.json, for a folder captions.json (loss.grounding_weight=0 trains masks alone)"
-        )
-    return words
+def _check_fields(source: Source, make_row: Rows) -> None:
+    for name in make_row.settings.fields:
+        check_provides(source, FIELDS[name].needs, f"the batch field {name!r}")
 
 
 def eval_batches(
@@ -209,9 +139,8 @@ def eval_batches(
     Batch i of all processes together holds the examples from i * batch_size * process_count on, in order.
 
     Args:
-      source: what to read; the rows are those of `ClassifyEval` for a classification source, else of
-        `EvalTransform`.
-      config: of `data`: `task`, `image_size`; `label_size` (height, width of the label canvas) and
+      source: what to read; the rows are those of `ClassifyEval` for one with labels, else of `EvalTransform`.
+      config: of `data`: `image_size`; `label_size` (height, width of the label canvas) and
         `max_segments`, by default what the source's largest example needs; `threads`.
       batch_size: rows of each process's batch.
       process_index: of this process.
@@ -219,11 +148,10 @@ def eval_batches(
       limit: look at the first so many examples only.
 
     Raises:
-      UserError: the source cannot serve `data.task`; a file is wrong, or a label is larger than
+      UserError: the source has neither labels nor segments; a file is wrong, or a label is larger than
         `data.label_size`.
     """
     data = config["data"]
-    _task(data, source)
     count = len(source) if limit is None else min(int(limit), len(source))
     per_step = batch_size * process_count
     numbers = np.arange(math.ceil(count / per_step) * per_step)
@@ -275,14 +203,14 @@ class _Views(grain.transforms.DatasetSelectionMap):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
+class _Read:
     """Reads and transforms in one step, because grain measures whatever passes between two steps."""
 
     source: Source
-    transform: Any
+    make_row: Rows
 
     def __call__(self, index: int, place: int) -> dict[str, np.ndarray]:
-        return self.transform(index, self.source[int(place)])
+        return self.make_row(index, self.source[int(place)])
 
 
 def _background(data: Any) -> dict[str, int]:

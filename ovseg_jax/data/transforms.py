@@ -15,15 +15,18 @@ Example = Mapping[str, Any]
 
 
 def flip(example: Example) -> dict[str, Any]:
-    """Mirrors image, segments and boxes left to right. Words such as "left" are the caller's to drop."""
-    width = example["segments"].shape[1]
-    boxes = example["boxes"]
-    return {
-        **example,
-        "image": example["image"][:, ::-1],
-        "segments": example["segments"][:, ::-1],
-        "boxes": np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], -1),
-    }
+    """Mirrors image, segments and boxes, those that there are, left to right.
+
+    Words such as "left" are the caller's to drop.
+    """
+    out, width = dict(example), example["image"].shape[1]
+    out["image"] = example["image"][:, ::-1]
+    if "segments" in example:
+        out["segments"] = example["segments"][:, ::-1]
+    if "boxes" in example:
+        x0, y0, x1, y1 = example["boxes"].T
+        out["boxes"] = np.stack([width - x1, y0, width - x0, y1], -1)
+    return out
 
 
 def scale_jitter(
@@ -36,7 +39,7 @@ def scale_jitter(
     is longer than `size` is cropped at a random place; what is shorter is padded at the bottom and right.
 
     Args:
-      example: with `image`, `segments`, `boxes`.
+      example: with `image`, and maybe `segments` and `boxes`.
       size: side S of the square in pixels.
       jitter: lowest and highest f.
       rng: draws f and the place of the crop.
@@ -46,7 +49,7 @@ def scale_jitter(
       clipped to the crop (an empty one has x0 = x1), and `image_size` = (height, width) of the part that is
       not padding.
     """
-    height, width = example["segments"].shape
+    height, width = example["image"].shape[:2]
     factor, at_y, at_x = rng.random(3)
     scale = (jitter[0] + factor * (jitter[1] - jitter[0])) * min(size / height, size / width)
     scaled = max(1, round(height * scale)), max(1, round(width * scale))
@@ -55,21 +58,45 @@ def scale_jitter(
     kept = min(scaled[0], size), min(scaled[1], size)
     image = np.zeros((size, size, 3), np.uint8)
     image[: kept[0], : kept[1]] = _resize_part(example["image"], scaled, top, left, kept)
-    segments = np.zeros((size, size), np.int32)
-    rows = _nearest(height, scaled[0])[top : top + kept[0]]
-    columns = _nearest(width, scaled[1])[left : left + kept[1]]
-    # Two gathers of whole rows and columns are several times as fast as one by pairs of indices.
-    segments[: kept[0], : kept[1]] = example["segments"].take(rows, 0).take(columns, 1)
-    ratio = np.array([scaled[1] / width, scaled[0] / height] * 2, np.float32)
-    boxes = example["boxes"] * ratio - np.array([left, top] * 2, np.float32)
-    limit = np.array([kept[1], kept[0]] * 2, np.float32)
-    return {
-        **example,
-        "image": image,
-        "segments": segments,
-        "boxes": np.clip(boxes, 0, limit).astype(np.float32),
-        "image_size": np.array(kept, np.int32),
-    }
+    out = {**example, "image": image, "image_size": np.array(kept, np.int32)}
+    if "segments" in example:
+        segments = np.zeros((size, size), np.int32)
+        rows = _nearest(height, scaled[0])[top : top + kept[0]]
+        columns = _nearest(width, scaled[1])[left : left + kept[1]]
+        # Two gathers of whole rows and columns are several times as fast as one by pairs of indices.
+        segments[: kept[0], : kept[1]] = example["segments"].take(rows, 0).take(columns, 1)
+        out["segments"] = segments
+    if "boxes" in example:
+        ratio = np.array([scaled[1] / width, scaled[0] / height] * 2, np.float32)
+        boxes = example["boxes"] * ratio - np.array([left, top] * 2, np.float32)
+        out["boxes"] = np.clip(boxes, 0, np.array([kept[1], kept[0]] * 2)).astype(np.float32)
+    return out
+
+
+def crop_resize(example: Example, crop: tuple[int, int, int, int], size: int) -> dict[str, Any]:
+    """Cuts a rectangle out and resizes it to a square, bicubically; segments keep their values.
+
+    Args:
+      example: with `image`, and maybe `segments` and `boxes`.
+      crop: (top, left, height, width) in pixels, inside the image.
+      size: side S of the square in pixels.
+
+    Returns:
+      The example with `image` u8 [S S 3], `segments` i32 [S S], `boxes` clipped to the crop (an empty one has
+      x0 = x1 or y0 = y1), and `image_size` = (S, S).
+    """
+    top, left, height, width = crop
+    # Cut first: a filter that reaches over the border would show what lies outside.
+    part = Image.fromarray(example["image"][top : top + height, left : left + width])
+    image = np.asarray(part.resize((size, size), Image.Resampling.BICUBIC))
+    out = {**example, "image": image, "image_size": np.array((size, size), np.int32)}
+    if "segments" in example:
+        rows, columns = top + _nearest(height, size), left + _nearest(width, size)
+        out["segments"] = example["segments"].take(rows, 0).take(columns, 1)
+    if "boxes" in example:
+        boxes = (example["boxes"] - np.array([left, top] * 2)) * ([size / width, size / height] * 2)
+        out["boxes"] = np.clip(boxes, 0, size).astype(np.float32)
+    return out
 
 
 def scramble_channels(

@@ -15,8 +15,22 @@ from jaxtyping import Float
 
 from ovseg_jax.data.images import list_images
 from ovseg_jax.errors import UserError
-from ovseg_jax.reading import read_json
+from ovseg_jax.reading import (
+    array,
+    column,
+    flag,
+    number,
+    numbers,
+    objects,
+    read_json,
+    reading,
+    short,
+    text,
+    whole,
+)
 from ovseg_jax.vocab.classes import ClassList
+
+_LVIS_LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 
 
 class Proposals(NamedTuple):
@@ -46,40 +60,34 @@ def read_boxes(path: epath.PathLike) -> dict[int | str, Proposals]:
         )
     by_image: dict[str, list[tuple[list[float], float]]] = {}
     keys: dict[str, int | str] = {}
-    for i, entry in enumerate(entries):
-        try:
-            box = [float(x) for x in entry["bbox"]]
-            key = image_id(entry["image_id"])
-            score = float(entry.get("score", 1))
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise UserError(
-                f"{path}: box {i} has no 'image_id', 'bbox' or 'score' that can be read: {error!r}"
-            ) from error
-        if len(box) != 4 or not np.isfinite(box).all() or box[2] <= 0 or box[3] <= 0:
-            raise UserError(
-                f"{path}: the bbox of box {i} is not x, y, width and height of a box: {entry['bbox']}"
-            )
-        if not 0 <= score <= 1:
-            raise UserError(f"{path}: the score of box {i} is {score}: a probability is wanted, not a logit")
-        keys.setdefault(str(key), key)
-        by_image.setdefault(str(key), []).append((box, score))
+    with reading(path):
+        rows = objects(entries, "the list of boxes")
+        ids, boxes = column(rows, "image_id", image_id, of="box"), column(rows, "bbox", numbers, 4, of="box")
+        for i, score in enumerate(column(rows, "score", number, default=1.0, of="box")):
+            if min(boxes[i][2:]) <= 0:
+                raise ValueError(f"the bbox of box {i} is not x, y, width and height of a box: {boxes[i]}")
+            if not 0 <= score <= 1:
+                raise ValueError(f"the score of box {i} is {score}: a probability is wanted, not a logit")
+            keys.setdefault(str(ids[i]), ids[i])
+            by_image.setdefault(str(ids[i]), []).append((boxes[i], score))
     return {
         key: Proposals(*(np.array(x) for x in zip(*by_image[str(key)], strict=True)))
         for key in sorted(keys.values(), key=_by_number)
     }
 
 
-def image_id(value: Any) -> int | str:
+def image_id(value: Any, name: str = "the image's id") -> int | str:
     """Returns an image's id, which is a whole number or a text.
 
     Raises:
       ValueError: it is neither.
     """
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError(f"{value!r} is no id of an image")
-    return value
+    return text(value, name) if isinstance(value, str) else _id(value, name)
+
+
+def _id(value: Any, name: str) -> int:
+    """A whole number, which some tools write as 3.0."""
+    return whole(int(value) if isinstance(value, float) and value.is_integer() else value, name)
 
 
 def _by_number(key: int | str) -> tuple[bool, int, str]:
@@ -124,59 +132,73 @@ def read_annotations(path: epath.PathLike, classes: ClassList) -> Annotations:
         isinstance(found.get(key), list) and found[key] for key in parts
     ):
         raise UserError(f"{path} has no images, annotations or categories")
-    where = ""
-    try:
-        categories = []
-        for i, entry in enumerate(found["categories"]):
-            where = f"category {i}"
-            categories.append({**entry, "id": int(entry["id"])})
-        images = []
-        for i, entry in enumerate(found["images"]):
-            where = f"image {i}"
-            name = entry.get("file_name") or entry.get("coco_url") or ""
-            if not isinstance(name, str):
-                raise ValueError(f"{name!r} is no file name")
-            lvis = {key: entry.get(key) or [] for key in ("neg_category_ids", "not_exhaustive_category_ids")}
-            images.append((image_id(entry["id"]), name, lvis))
+    with reading(path):
+        rows, truth, kinds = (
+            # What is null is as if it were not there.
+            [{k: v for k, v in row.items() if v is not None} for row in objects(found[key], repr(key))]
+            for key in parts
+        )
+        categories = [
+            {**row, "id": k} for row, k in zip(kinds, column(kinds, "id", _id, of="category"), strict=True)
+        ]
+        column(kinds, "frequency", _frequency, default="", of="category")
+        names, addresses = (
+            column(rows, key, text, default="", of="image") for key in ("file_name", "coco_url")
+        )
+        lists = [column(rows, key, _ids, default=[], of="image") for key in _LVIS_LISTS]
+        images = [
+            (key, name or address, dict(zip(_LVIS_LISTS, own, strict=True)))
+            for key, name, address, *own in zip(
+                column(rows, "id", image_id, of="image"), names, addresses, *lists, strict=True
+            )
+        ]
         images.sort(key=lambda image: _by_number(image[0]))
-        numbers = {str(key): number for number, (key, _, _) in enumerate(images, 1)}
-        if len(numbers) < len(images):
-            raise UserError(f"{path}: two images have the same id")
+        numbers_of = {str(key): n for n, (key, _, _) in enumerate(images, 1)}
+        if len(numbers_of) < len(images):
+            raise ValueError("two images have the same id")
         known = {category["id"] for category in categories}
         annotations = []
-        for i, entry in enumerate(found["annotations"]):
-            where = f"annotation {i}"
-            number, category = numbers.get(str(image_id(entry["image_id"]))), int(entry["category_id"])
-            if number is None or category not in known:
-                what = f"image {entry['image_id']!r}" if number is None else f"category {category}"
-                raise UserError(f"{path}: annotation {i} is of {what}, which the file does not list")
-            box = [float(x) for x in entry["bbox"]]
-            area = entry.get("area")
-            area = box[2] * box[3] if area is None else float(area)
-            if len(box) != 4 or not np.isfinite([*box, area]).all():
-                raise ValueError(f"the bbox is {entry['bbox']}")
+        columns = (
+            column(truth, "image_id", image_id, of="annotation"),
+            column(truth, "category_id", _id, of="annotation"),
+            column(truth, "bbox", numbers, 4, of="annotation"),
+            column(truth, "area", number, default=None, of="annotation"),
+            column(truth, "iscrowd", flag, default=False, of="annotation"),
+        )
+        for i, (image, category, box, area, crowd) in enumerate(zip(*columns, strict=True)):
+            if str(image) not in numbers_of or category not in known:
+                what = f"image {image!r}" if str(image) not in numbers_of else f"category {category}"
+                raise ValueError(f"annotation {i} is of {what}, which the file does not list")
             annotations.append(
                 {
                     "id": i + 1,
-                    "image_id": number,
+                    "image_id": numbers_of[str(image)],
                     "category_id": category,
                     "bbox": box,
-                    "area": area,
-                    "iscrowd": int(entry.get("iscrowd") or 0),
+                    "area": box[2] * box[3] if area is None else area,
+                    "iscrowd": int(crowd),
                 }
             )
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
-        raise UserError(f"{path}: {where} cannot be read: {error!r}") from error
-    if strange := [k for k, number in enumerate(classes.ids) if number not in known]:
-        number, name = classes.ids[strange[0]], classes.display(strange[0])
-        raise UserError(f"{path} has no category {number}, the {name!r} of --classes: take --classes={path}")
+    if strange := [k for k, own in enumerate(classes.ids) if own not in known]:
+        own, name = classes.ids[strange[0]], classes.display(strange[0])
+        raise UserError(f"{path} has no category {own}, the {name!r} of --classes: take --classes={path}")
     data = {
-        "images": [{"id": number, **lvis} for number, (_, _, lvis) in enumerate(images, 1)],
+        "images": [{"id": n, **lvis} for n, (_, _, lvis) in enumerate(images, 1)],
         "annotations": annotations,
         "categories": categories,
     }
     is_lvis = any("frequency" in category for category in categories)
     return Annotations(data, [image[0] for image in images], [image[1] for image in images], is_lvis)
+
+
+def _frequency(value: Any, name: str) -> str:
+    if value not in ("r", "c", "f"):
+        raise ValueError(f"{name}: expected r, c or f, got {short(value)}")
+    return value
+
+
+def _ids(value: Any, name: str) -> list[int]:
+    return [_id(item, name) for item in array(value, name)]
 
 
 def match_images(

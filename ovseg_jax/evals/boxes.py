@@ -39,7 +39,7 @@ class Detection(NamedTuple):
 def crop(
     image: Image.Image, box: Float[np.ndarray, "4"], context: float, size: int
 ) -> UInt8[np.ndarray, "z z 3"]:
-    """A box, enlarged around its middle and then cut to the image, as a square; bicubic, antialiased."""
+    """Cuts out a box, enlarged around its middle, and resizes it to a square; bicubic, antialiased."""
     left, top, width, height = box
     grow = (context - 1) / 2
     spans = []
@@ -59,7 +59,7 @@ def region_features(
     size: int,
     batch: int,
 ) -> Iterator[Float[np.ndarray, "n d"]]:
-    """Unit vectors of the boxes of each image, one image after the other.
+    """Computes unit vectors of the boxes of each image, one image after the other.
 
     Args:
       embed: unit vectors of images, as a classifier's `embed_image` gives them.
@@ -95,14 +95,14 @@ def region_features(
 def class_probability(
     regions: Float[np.ndarray, "n d"], text: Float[np.ndarray, "c d"], scale: float
 ) -> Float[np.ndarray, "n c"]:
-    """Softmax over the classes of cosines times `scale`, which is 1/τ."""
+    """Computes the softmax over classes of cosines times `scale`, which is 1/τ."""
     logits = scale * (regions @ text.T)
     power = np.exp(logits - logits.max(1, keepdims=True))
     return power / power.sum(1, keepdims=True)
 
 
 def detect(proposals: Proposals, probability: Float[np.ndarray, "n c"], limit: int) -> list[Detection]:
-    """The best boxes with their classes, at most `limit` over all classes; a box may be there as several.
+    """Selects the best boxes with their classes, at most `limit` over all classes; a box may have several classes.
 
     Args:
       proposals: the boxes.

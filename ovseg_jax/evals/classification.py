@@ -36,14 +36,14 @@ class Outcomes(NamedTuple):
     Attributes:
       label: the true class; -1 for padding.
       predicted: the nearest of all classes.
-      within_five: whether the true class is among the five nearest.
+      top5: whether the true class is among the five nearest.
       own: the nearest class within each of V groups.
       distance: ||x - w_y||² of the image to its class's first name; None where features have no unit norm.
     """
 
     label: Int[np.ndarray, "b"]
     predicted: Int[np.ndarray, "p b"]
-    within_five: Bool[np.ndarray, "p b"]
+    top5: Bool[np.ndarray, "p b"]
     own: Int[np.ndarray, "p v b"]
     distance: Float[np.ndarray, "p b"] | None
 
@@ -57,7 +57,7 @@ class AccuracyRow(NamedTuple):
       images: how many there are.
       correct: how many are taken for it.
       accuracy: in percent; None without images.
-      taken_for: what the others are taken for most often; None without any.
+      confused_with: what the others are taken for most often; None without any.
     """
 
     name: str
@@ -65,7 +65,7 @@ class AccuracyRow(NamedTuple):
     images: int
     correct: int
     accuracy: float | None
-    taken_for: str | None
+    confused_with: str | None
 
 
 class ClassificationEvaluator(Evaluator):
@@ -252,7 +252,7 @@ def scores(outcomes: Outcomes, p: int, classes: ClassList) -> dict[str, float]:
     images, correct = np.bincount(label, minlength=n), np.bincount(label[right], minlength=n)
     result = {"accuracy": _percent(right)}
     if n > 5:
-        result["accuracy@5"] = _percent(outcomes.within_five[p])
+        result["accuracy@5"] = _percent(outcomes.top5[p])
     result["per_class"] = 100.0 * float((correct[images > 0] / images[images > 0]).mean())
     own = own_groups(classes)
     both = []
@@ -279,9 +279,9 @@ def table(outcomes: Outcomes, classes: ClassList) -> list[AccuracyRow]:
     images, correct = np.bincount(label, minlength=n), np.bincount(label[predicted == label], minlength=n)
     wrong = (predicted != label) & (predicted >= 0)
     mistakes, times = np.unique(label[wrong].astype(np.int64) * n + predicted[wrong], return_counts=True)
-    taken_for: dict[int, int] = {}
+    confused_with: dict[int, int] = {}
     for mistake in mistakes[np.argsort(-times, kind="stable")]:
-        taken_for.setdefault(int(mistake // n), int(mistake % n))
+        confused_with.setdefault(int(mistake // n), int(mistake % n))
     groups: list[list[str]] = [[] for _ in range(n)]
     for group, members in classes.groups.items():
         for k in members:
@@ -293,7 +293,7 @@ def table(outcomes: Outcomes, classes: ClassList) -> list[AccuracyRow]:
             int(images[k]),
             int(correct[k]),
             100.0 * float(correct[k] / images[k]) if images[k] else None,
-            classes.display(taken_for[k]) if k in taken_for else None,
+            classes.display(confused_with[k]) if k in confused_with else None,
         )
         for k in range(n)
     ]

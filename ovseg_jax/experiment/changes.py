@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from ovseg_jax.vocab.classes import ClassList
 
 # What may change between two starts of one run: it alters what is reported or where, never what is learned.
-HARMLESS = (
+RESUME_MUTABLE_KEYS = (
     "accumulate",
     "checkpoint",
     "data.prefetch",
@@ -28,8 +28,8 @@ HARMLESS = (
 def config_differences(before: ConfigDict, now: ConfigDict, *, grow: bool = True) -> list[str]:
     """Returns what keeps a run from going on under another config, as "key was a, is b"; [] where nothing does.
 
-    The keys in HARMLESS may change, and `steps` may grow (a schedule over `steps` then changes with it). Stages are
-    compared by themselves, see `stages.check_finished`.
+    The keys in RESUME_MUTABLE_KEYS may change, and `steps` may grow (a schedule over `steps` then changes with it).
+    Stages are compared by themselves, see `stages.check_finished`.
 
     Args:
       before: the config of the run that is there.
@@ -56,7 +56,7 @@ def config_differences(before: ConfigDict, now: ConfigDict, *, grow: bool = True
 
 def is_harmless(key: str) -> bool:
     """Tells whether a key of a config may change between two starts of a run."""
-    return any(key == harmless or key.startswith(harmless + ".") for harmless in HARMLESS)
+    return any(key == mutable or key.startswith(mutable + ".") for mutable in RESUME_MUTABLE_KEYS)
 
 
 _ABSENT: Any = object()

@@ -20,6 +20,8 @@ from ovseg_jax.reading import read_json, reading, short
 from ovseg_jax.train.state import abstract_variables, replaced
 
 FOLDER = "features"
+NEEDS = ("image", "label")
+"""The fields that features are computed of and stand beside."""
 _log = logging.getLogger(__name__)
 
 
@@ -54,8 +56,9 @@ def cached_features(config: ConfigDict, workdir: epath.Path, parts: Any, source:
     run starts from, so they have to be frozen.
     """
     from ovseg_jax.data.pipeline import view_batches  # grain's import takes long
+    from ovseg_jax.data.rows import Rows
 
-    check_provides(source, ("image", "label"), "data.cache_features")
+    check_provides(source, NEEDS, "data.cache_features")
     views = int(config.data.cache_features)
     folder = workdir / FOLDER
     wanted = {"examples": len(source), "views": views, "data": _fingerprint(source)}
@@ -63,7 +66,7 @@ def cached_features(config: ConfigDict, workdir: epath.Path, parts: Any, source:
     # All processes compute or none does, though a shared disk may show them different things.
     if multihost_utils.process_allgather(np.array(features is None)).any():
         process = dict(process_index=jax.process_index(), process_count=jax.process_count())
-        batches = view_batches(config, parts.words, source, views, **process)
+        batches = view_batches(config, Rows.from_config(config, NEEDS), source, views, **process)
         computed = _compute(config, parts, batches, len(source) * views)
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)

@@ -7,9 +7,11 @@ from ml_collections import ConfigDict
 
 from ovseg_jax import methods
 from ovseg_jax.config import keys, stages_of, unknown_key
+from ovseg_jax.data.fields import batch_fields
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.registry import COMMON, evaluator_type
 from ovseg_jax.parallel.sharding import AXES
+from ovseg_jax.towers.vocabulary import SPOKEN
 
 TOP = keys("method seed steps batch_size accumulate profile tensorboard log_every sharding stages")
 # Of `config`, what `--mode=eval` reads; the rest is that of the run.
@@ -74,8 +76,9 @@ def known_keys(config: ConfigDict) -> dict[str, Mapping[str, bool]]:
     """Returns the keys of each section, and whether each has an effect beside the config's other values."""
     optimizer, data = config.get("optimizer", {}), config.get("data", {})
     sgd, constant = optimizer.get("name", "adamw") == "sgd", optimizer.get("schedule") == "constant"
-    task = data.get("task", "segmentation")
-    segments = task == "segmentation"
+    method = methods.method_type(config.get("method"))
+    fields = set(batch_fields(method, config))
+    words, scene = bool(fields & {"words", "box_words"}), not fields & {"label", "tokens"}
     return {
         "mesh": dict.fromkeys(AXES, True),
         "checkpoint": keys("every keep"),
@@ -89,17 +92,19 @@ def known_keys(config: ConfigDict) -> dict[str, Mapping[str, bool]]:
             **keys("b1 b2", not sgd),
         },
         "data": {
-            **keys(
-                "task train image_size workers threads prefetch views words extra_words label_size max_segments"
-            ),
-            **keys("count_captions", task != "classification"),
-            **keys("mask_stride max_masks max_words scale_jitter flip caption_filter tagger", segments),
-            **keys("min_count keep_prob batch_augment", segments),
-            **keys("augment", not segments),
-            **keys("text_length", task == "captions"),
-            **keys("cache_features", task == "classification"),
+            **keys("train image_size fields workers threads prefetch views"),
+            **keys("words extra_words label_size max_segments batch_augment"),
+            **keys("augment", "scale_jitter" not in data and "flip" not in data),
+            **keys("mask_stride", bool(fields & {"masks", "pixel_classes"})),
+            **keys("max_masks max_boxes", any(field.startswith(("mask", "box")) for field in fields)),
+            **keys("max_tags", bool(fields & {"tags", "box_tags"})),
+            **keys("max_words keep_prob", words),
+            **keys("caption_filter tagger min_count", scene),
+            **keys("count_captions", scene or bool(fields & SPOKEN.keys())),
+            **keys("scale_jitter flip", data.get("augment") is None),
+            **keys("cache_features", "label" in fields),
         },
-        **methods.method_type(config.get("method")).keys(config),
+        **method.keys(config),
     }
 
 

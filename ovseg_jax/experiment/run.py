@@ -141,6 +141,7 @@ def _train(config: ConfigDict, workdir: epath.Path, finish: Finish | None) -> di
         return {"steps": 0, "stopped": True}
     config = config_lib.resolved(config, workdir)
     from ovseg_jax.data.pipeline import make_source, train_iterator
+    from ovseg_jax.methods import training_rows
 
     source = make_source(config.data.train)
     parts = make_parts(config, workdir, source)
@@ -151,7 +152,8 @@ def _train(config: ConfigDict, workdir: epath.Path, finish: Finish | None) -> di
         stream = config.copy_and_resolve_references()
         stream.data.workers = 0
     process = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    batches = lambda start: train_iterator(stream, parts.words, start=start, source=source, **process)
+    rows = training_rows(config, parts.method, parts.words)
+    batches = lambda start: train_iterator(stream, rows, start=start, source=source, **process)
     result = fit(
         config, workdir, parts.method, batches, _evaluators(config, parts.method, parts.mesh), parts.mesh
     )
@@ -250,13 +252,13 @@ def _write_words(config: ConfigDict, workdir: epath.Path, source: Any) -> None:
     Raises:
       UserError: the captions give other words than those that the run began with.
     """
-    from ovseg_jax.data.pipeline import words_for
+    from ovseg_jax.methods import method_type
 
     path = workdir / WORDS_FILE
     there = path.exists()
     if there and (is_recorded(path) or (is_recorded(path) is None and _reads(WordList.load, path))):
         return
-    words = words_for(config, source).to_json()
+    words = WordList(method_type(config.method).vocabulary(config, source)).to_json()
     if is_recorded(path, words) is False:
         raise UserError(
             f"{path} is {'damaged' if there else 'missing'}, and the captions now give other words"

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from ovseg_jax.experiment.load import load_run
 from ovseg_jax.files import write_whole
 from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.protocols import Classifier
+from ovseg_jax.reading import objects, read_json, reading, short
 from ovseg_jax.towers.templates import HARD
 
 # papers/000, table 11 and FACTS: the mean over classes for four of them.
@@ -189,7 +189,7 @@ class Scorer:
 
 
 def read_suite(suite: str) -> dict[str, dict[str, Any]]:
-    """The sets of a suite, by name or from a JSON file; see the command's help for what is in it.
+    """Returns the sets of a suite, by its name or from a JSON file; the command's help lists what is in it.
 
     Raises:
       UserError: neither, or a file that is not of that form.
@@ -199,17 +199,17 @@ def read_suite(suite: str) -> dict[str, dict[str, Any]]:
     path = epath.Path(suite)
     if not path.exists():
         raise UserError(f"--suite={suite} is no file, and none of {', '.join(SUITES)}")
-    try:
-        sets = json.loads(path.read_text())["sets"]
-        if not sets or not all(isinstance(entry, dict) for entry in sets.values()):
-            raise ValueError("it names no set")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{path} is not a suite, {{"sets": {{NAME: {{...}}}}}}: {error}') from error
+    found = read_json(path, "the suite")
+    with reading(path, "the suite"):
+        sets = found.get("sets") if isinstance(found, dict) else None
+        if not isinstance(sets, dict) or not sets:
+            raise ValueError(f'it is not of the form {{"sets": {{NAME: {{...}}}}}}: {short(found)}')
+        objects(list(sets.values()), "'sets'")
     return sets
 
 
 def source_of(name: str, entry: Mapping[str, Any], data_dir: epath.Path) -> dict[str, Any] | None:
-    """What `make_source` makes the set of; None where its folder is missing."""
+    """Returns the config of a set's data source; None where its folder is missing."""
     own = ("metric", "average", "prompts", "limit", "tfds")
     arguments = {key: value for key, value in entry.items() if key not in own}
     if "tfds" in entry:
@@ -224,7 +224,7 @@ def source_of(name: str, entry: Mapping[str, Any], data_dir: epath.Path) -> dict
 
 
 def averages(suite: Mapping[str, Mapping[str, Any]], scores: Sequence[Score]) -> Iterator[str]:
-    """A line for each average of the suite: the unweighted mean over its sets, as published averages are."""
+    """Yields a line for each average of the suite: the unweighted mean over its sets, as published averages are."""
     for average in dict.fromkeys(entry["average"] for entry in suite.values() if "average" in entry):
         wanted = [name for name, entry in suite.items() if entry.get("average") == average]
         cells = []

@@ -72,7 +72,7 @@ def compare_prompts(
     batches = partial(
         eval_batches,
         source,
-        {"data": {**first.config.data, "task": "segmentation", **evaluation}},
+        {"data": {**first.config.data, **evaluation}},
         batch_size=batch_size // processes,
         process_index=jax.process_index(),
         process_count=processes,
@@ -87,7 +87,7 @@ def compare_prompts(
 
 
 def read_prompts(text: str) -> dict[str, tuple[str, ...] | Prompt | None]:
-    """Each prompt of a list "single; vild; learned" as `read_templates` gives it; None for the classifier's own.
+    """Reads the prompts of a list "single; vild; learned" by `read_templates`; None is the classifier's own.
 
     Raises:
       UserError: the list is empty, or a prompt is none.
@@ -118,9 +118,9 @@ def evaluation_of(config: ConfigDict, data: str | None, batch: int | None) -> di
 
 
 def read_source(text: str) -> dict[str, Any]:
-    """What `make_source` takes from "coco,data_dir=DIR,split=val2017": whole numbers and true, false are read as such.
+    """Reads the config of a data source from "coco,data_dir=DIR,split=val2017".
 
-    Not in what is text by its nature: paths, splits and names of files.
+    Whole numbers, true and false are read as such, but for keys whose values are texts: paths, splits, names of files.
 
     A value goes on to the next `,key=`, so that a path may hold commas.
     """
@@ -147,7 +147,7 @@ def _is_text(key: str) -> bool:
 
 
 def table(found: Mapping[str, Mapping[str, float]]) -> str:
-    """A line for each prompt; columns that no prompt has a number for are left out."""
+    """Formats a line for each prompt; columns that no prompt has a number for are left out."""
     columns = [(title, key) for title, key in _COLUMNS if any(key in scores for scores in found.values())]
     width = max(12, *(len(name) + 2 for name in found))
     lines = ["prompt".ljust(width) + "".join(f"{title:>9}" for title, _ in columns)]

@@ -82,14 +82,14 @@ def export_model(
 
 
 def by_path(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The image network's variables by path, `backbone/stem_conv/kernel`, statistics among them; and `text/table`."""
+    """Returns the image network's variables by path, statistics among them; and `text/table`."""
     trees = [variables["params"]["image"], *(tree for name, tree in variables.items() if name != "params")]
     flat = {path_name(path): np.asarray(x) for tree in trees for path, x in jax.tree.leaves_with_path(tree)}
     return flat | {"text/table": np.asarray(variables["params"]["text"]["table"])}
 
 
 def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
-    """Writes what `ovseg_jax.torch.load` reads; a frozen text tower in a folder of its own."""
+    """Writes a folder for `ovseg_jax.torch.load`; a frozen text tower goes into a folder of its own."""
     method: Any = segmenter.method
     arrays = to_torch(by_path(segmenter.variables))
     if isinstance(method.text, FrozenText):
@@ -111,7 +111,7 @@ def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
 
 
 def towers(segmenter: Segmenter) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Parameters by path of the image tower in a pyramid and of a frozen text tower; {} of what the run has not."""
+    """Returns parameters by path of the image tower in a pyramid and of a frozen text tower; {} where there is none."""
     image = segmenter.variables["params"]["image"]["backbone"].get("tower", {})
     text: Any = segmenter.method.text  # type: ignore[attr-defined]
     seen = {path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(image)}
@@ -196,7 +196,11 @@ def to_stablehlo(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
 
 
 def difference(segmenter: Segmenter, dtype: np.dtype) -> float:
-    """How far rounding the parameters moves mask logits, or pixel features: error over largest value, random image."""
+    """Measures how far rounding the parameters moves mask logits, or pixel features, of a random image.
+
+    Returns:
+      The largest error over the largest value.
+    """
     size = int(segmenter.config.data.image_size)
     image = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
     rounded = jax.tree.map(

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 from typing import Any
 
 import jax
@@ -26,6 +27,8 @@ from ovseg_jax.viz.curves import curves
 from ovseg_jax.viz.features import PromptPoint, prompts_picture, sphere_picture
 from ovseg_jax.viz.segments import GridRow, prediction_grid
 from ovseg_jax.vocab.classes import ClassList
+
+_LOG = logging.getLogger(__name__)
 
 
 def draw_run(
@@ -54,6 +57,9 @@ def draw_run(
 
     Returns:
       The paths written, all by the first process.
+
+    Raises:
+      Exception: the first of those of pictures that could not be drawn, when all others are.
     """
     workdir = epath.Path(workdir)
     folder, paths = workdir / "pictures", []
@@ -76,39 +82,54 @@ def draw_run(
     if jax.process_index():
         return []
     folder.mkdir(parents=True, exist_ok=True)
+    failed: list[Exception] = []
     for name, evaluation in wanted.items():
-        path = folder / f"{name}.png"
-        if evaluation.get("type") == "classification":
-            # First, as the other one tells whether all is drawn.
-            if points := _prompt_points(workdir, name, evaluation):
-                prompts_picture(points, name, folder / f"{name}-prompts.png")
-            _features(config, evaluation, method, variables, name, path)
-            paths += [path, folder / f"{name}-prompts.png"][: 1 + bool(points)]
-        else:
-            source: Any = make_source(evaluation.source)
-            classes, transferred = source.classes, evaluation.get("type") == "transfer"
-            if transferred:
-                rules, classes = rules_in(evaluation, classes)
-                own = Run(config, method, variables)
-                segmenter = Segmenter.from_two_stages(proposals[name], own, classes, **rules)
-            else:
-                segmenter = Segmenter(method, variables, config)
-            picture = _picture(
-                segmenter,
-                source,
-                classes,
-                name,
-                images,
-                decision=evaluation.get("decision", "argmax"),
-                proposals=not transferred,
+        try:
+            segmentation = evaluation.get("type") != "classification"
+            draw = _draw_segmentation if segmentation else _draw_classification
+            paths += draw(
+                workdir, Run(config, method, variables), name, evaluation, proposals.get(name), images
             )
-            _save(picture, path)
-            paths.append(path)
+        except Exception as error:  # The other pictures are drawn all the same.
+            _LOG.warning("%s is not drawn: %r", folder / f"{name}.png", error)
+            failed.append(error)
     if again or not (workdir / "curves.png").exists():
         with contextlib.suppress(UserError):  # a run too short to have logged anything
             curves(workdir / "metrics.jsonl", workdir / "curves.png")
             paths.append(workdir / "curves.png")
+    if failed:
+        raise failed[0]
     return paths
+
+
+def _draw_classification(
+    workdir: epath.Path, run: Run, name: str, evaluation: ConfigDict, proposals: Run | None, images: int
+) -> list[epath.Path]:
+    paths = [workdir / "pictures" / f"{name}{end}.png" for end in ("", "-prompts")]
+    # First, as the other one tells whether all is drawn.
+    if points := _prompt_points(workdir, name, evaluation):
+        prompts_picture(points, name, paths[1])
+    _features(run.config, evaluation, run.method, run.variables, name, paths[0])
+    return paths[: 1 + bool(points)]
+
+
+def _draw_segmentation(
+    workdir: epath.Path, run: Run, name: str, evaluation: ConfigDict, proposals: Run | None, images: int
+) -> list[epath.Path]:
+    source: Any = make_source(evaluation.source)
+    classes = source.classes
+    if proposals is None:
+        segmenter = Segmenter(run.method, run.variables, run.config)
+    else:
+        rules, classes = rules_in(evaluation, classes)
+        segmenter = Segmenter.from_two_stages(proposals, run, classes, **rules)
+    path = workdir / "pictures" / f"{name}.png"
+    decision = evaluation.get("decision", "argmax")
+    picture = _picture(
+        segmenter, source, classes, name, images, decision=decision, proposals=proposals is None
+    )
+    _save(picture, path)
+    return [path]
 
 
 def _save(picture: Image.Image, path: epath.Path) -> None:

@@ -106,7 +106,8 @@ def label_folder(
     for path in files:
         if (other := by_stem.setdefault(path.stem, path)) != path:
             raise UserError(f"{images}: {other.name} and {path.name} would share the mask {path.stem}.png")
-    with locked(masks):
+    with locked(root):
+        masks.mkdir(exist_ok=True)
         done = {path.stem for path in list_images(masks)}
         if out is not None and (root / "masks").is_dir():
             done |= {path.stem for path in list_images(root / "masks")}

@@ -293,12 +293,12 @@ class Segmenter:
         for job in _jobs(images, tile):
             waiting.append(job)
             if len(waiting) == self.batch_size:
-                yield from self._see(waiting)
+                yield from self._forward(waiting)
                 waiting.clear()
         if waiting:
-            yield from self._see(waiting)
+            yield from self._forward(waiting)
 
-    def _see(self, jobs: Iterable["_Job"]) -> Iterator[tuple["_Job", tuple[int, int], Prediction]]:
+    def _forward(self, jobs: Iterable["_Job"]) -> Iterator[tuple["_Job", tuple[int, int], Prediction]]:
         jobs = list(jobs)
         fitted = [fit_canvas(job.image[slice(*job.row), slice(*job.column)], self._canvas) for job in jobs]
         # Batches of 1, 2, 4, ...: few compilations, and one image does not pay for eight.

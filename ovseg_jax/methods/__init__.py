@@ -4,6 +4,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ovseg_jax.data.fields import batch_fields
+from ovseg_jax.data.rows import Rows
 from ovseg_jax.methods.clip import ClipTraining
 from ovseg_jax.methods.cocoop import CoCoOp
 from ovseg_jax.methods.linear_probe import LinearProbe
@@ -13,6 +15,7 @@ from ovseg_jax.methods.openseg import OpenSeg
 from ovseg_jax.methods.prompt_tuning import PromptTuning
 from ovseg_jax.methods.vpt import VPT
 from ovseg_jax.protocols import Trainable, import_class
+from ovseg_jax.towers.vocabulary import SPOKEN
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 
@@ -51,3 +54,15 @@ def build(config: ConfigDict, words: WordList, classes: ClassList) -> Any:
       UserError: an unknown name, or what the method refuses.
     """
     return method_type(config.method)(config, words, classes)  # type: ignore[call-arg]
+
+
+def training_rows(config: ConfigDict, method: Any, words: WordList) -> Rows:
+    """Returns what makes the rows of training batches: the fields of the method and of `data.fields`.
+
+    Raises:
+      UserError: see `Rows.from_config`.
+    """
+    fields = batch_fields(method, config)
+    # Reading a tokeniser's files takes long.
+    tokenize = method.tokenizer if SPOKEN.keys() & set(fields) else None
+    return Rows.from_config(config, fields, words, tokenize)

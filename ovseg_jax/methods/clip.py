@@ -12,12 +12,13 @@ from ml_collections import ConfigDict
 from ovseg_jax.config import keys
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.contrastive import contrastive_loss
+from ovseg_jax.kernels.unit import unit
+from ovseg_jax.methods.on_clip import OnClip
 from ovseg_jax.parallel.sharding import active_batch_axes, on_host
-from ovseg_jax.protocols import Aux, Batch, Classifier, Text, Trainable, Variables
+from ovseg_jax.protocols import Aux, Batch, Text, Variables
 from ovseg_jax.towers.clip import SPACE, TOWER_KEYS, TOWERS, Clip, from_training, write_towers
 from ovseg_jax.towers.packed_text import unstacked
 from ovseg_jax.towers.prompt_file import Prompt
-from ovseg_jax.towers.text import unit
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 
@@ -25,7 +26,7 @@ from ovseg_jax.vocab.words import WordList
 MAX_SCALE = 100.0
 
 
-class ClipTraining(Trainable, Classifier):
+class ClipTraining(OnClip):
     """Both towers and the temperature are trained on batches of images and captions.
 
     Args:
@@ -33,6 +34,12 @@ class ClipTraining(Trainable, Classifier):
       words: the vocabulary of the captions.
       classes: not read.
     """
+
+    @classmethod
+    def fields(cls, config: ConfigDict) -> tuple[str, ...]:
+        """Returns the batch fields that the loss reads."""
+        del config
+        return ("image", "tokens")
 
     @classmethod
     def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
@@ -57,10 +64,11 @@ class ClipTraining(Trainable, Classifier):
         del rng
         params = variables["params"]
         image = self.embed_image(variables, batch["image"])
-        text: Any = self.clip.text.apply({"params": params["text"]}, batch["ids"])
+        text: Any = self.clip.text.apply({"params": params["text"]}, batch["tokens"])
         scale = self.logit_scale(variables)
         axes = active_batch_axes()
-        out = contrastive_loss(image, unit(text.pooled), batch["example_mask"], 1 / scale, batch_axes=axes)
+        spoken = batch["example_mask"] & batch["token_valid"].any(1)
+        out = contrastive_loss(image, unit(text.pooled), spoken, 1 / scale, batch_axes=axes)
         loss = out.loss / jnp.maximum(2 * out.pairs, 1)
         one = jnp.ones(())
         metrics = {

@@ -16,10 +16,11 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.config import keys
 from ovseg_jax.errors import UserError
+from ovseg_jax.kernels.unit import unit
+from ovseg_jax.methods.on_clip import OnClip
 from ovseg_jax.parallel.accumulate import in_parts
-from ovseg_jax.protocols import PRECISION, Aux, Batch, Classifier, Text, Trainable, Variables
+from ovseg_jax.protocols import PRECISION, Aux, Batch, Text, Variables
 from ovseg_jax.towers.clip import TOWER_KEYS, Clip
-from ovseg_jax.towers.text import unit
 from ovseg_jax.vocab.classes import ClassList, rows_of_names
 from ovseg_jax.vocab.words import WordList
 
@@ -27,7 +28,7 @@ FEATURE_LENGTH = 10.0
 _NEVER = -1e9  # a logit
 
 
-class LinearProbe(Trainable, Classifier):
+class LinearProbe(OnClip):
     """Trains `params` {"kernel" [D N], "bias" [N]}, which start at zero: the problem is convex.
 
     Its scores are the logits themselves, for classes that have training examples; the others score `_NEVER`.
@@ -69,13 +70,13 @@ class LinearProbe(Trainable, Classifier):
         """The cross-entropy over all N classes; the mean over the images, or over features in their place."""
         image = batch.get("feature")
         if image is None:
-            see = in_parts(self._see, self.config.get("accumulate", 1))
+            see = in_parts(self._forward, self.config.get("accumulate", 1))
             image, _, _ = see({"towers": variables["towers"]}, batch, rng)
         x = FEATURE_LENGTH * unit(image)
         logits = x @ variables["params"]["kernel"] + variables["params"]["bias"]
         return cross_entropy(logits, jnp.asarray(self._place)[batch["label"]], batch["example_mask"])
 
-    def _see(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[Array, tuple, dict]:
+    def _forward(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[Array, tuple, dict]:
         del rng
         return self.embed_image(variables, batch["image"]), (), {}
 

@@ -1,5 +1,7 @@
 """LSeg+ (papers/004, 4.3): pixels classified by class names, the supervised baseline and the ceiling of `scenes`."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +9,14 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from ovseg_jax.config import keys
+from ovseg_jax.data.source_base import Source
 from ovseg_jax.errors import UserError
+from ovseg_jax.kernels.unit import unit
 from ovseg_jax.methods.openseg import OpenSeg, apply_net, bounded, build_net
 from ovseg_jax.models.fpn import resize
 from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.protocols import Aux, Batch, Variables
-from ovseg_jax.towers.text import unit
+from ovseg_jax.towers.vocabulary import counted_words
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 
@@ -22,6 +26,17 @@ class LSeg(OpenSeg):
 
     Classes of the group "held_out" take no part in training.
     """
+
+    @classmethod
+    def fields(cls, config: ConfigDict) -> tuple[str, ...]:
+        """Returns the batch fields that the loss reads."""
+        del config
+        return ("image", "pixel_classes")
+
+    @classmethod
+    def vocabulary(cls, config: ConfigDict, source: Source) -> Sequence[str]:
+        """Returns the words of captions and class names."""
+        return counted_words(config.data, source).words
 
     @classmethod
     def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:

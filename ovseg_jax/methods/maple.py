@@ -39,6 +39,12 @@ class MaPLe(PromptTuning):
     """
 
     @classmethod
+    def fields(cls, config: ConfigDict) -> tuple[str, ...]:
+        """Returns the batch fields that the loss reads; the prompt changes features, so that none can be kept."""
+        del config
+        return ("image", "label")
+
+    @classmethod
     def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
         """Returns the keys of its sections, and whether each has an effect, see `experiment.keys`."""
         found = super().keys(config)

@@ -11,9 +11,11 @@ from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from ovseg_jax.config import keys
+from ovseg_jax.data.source_base import Source, check_provides
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.all_pairs import FORMS
 from ovseg_jax.kernels.grounding import grounding_loss
+from ovseg_jax.kernels.unit import unit
 from ovseg_jax.losses.masks import best_match_dice_loss
 from ovseg_jax.models.backbones import build_backbone
 from ovseg_jax.models.openseg import OpenSegFeatures, OpenSegNet
@@ -21,8 +23,9 @@ from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.parallel.sharding import active_batch_axes
 from ovseg_jax.protocols import Aux, Batch, Prediction, Segmenting, Text, Trainable, Variables
 from ovseg_jax.towers.frozen_text import TEXT_TOWER, FrozenText
-from ovseg_jax.towers.text import embed_words, unit
+from ovseg_jax.towers.text import embed_words
 from ovseg_jax.towers.text_table import TextTable
+from ovseg_jax.towers.vocabulary import counted_words
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 
@@ -73,8 +76,31 @@ class OpenSeg(Trainable, Segmenting):
     "sync" (the global batch, computed in the `form` that `kernels.all_pairs` describes, or "auto", by its size);
     `temperature` starts τ of eq. 2, learned within `temperature_bounds` (ours; () for none);
     `shared_temperature` uses one τ for eq. 3 and eq. 4 as the paper writes, otherwise each has its own;
-    `grounding_weight` 0 trains the masks alone (the teacher of 3.3), `mask_weight` 0 the words alone (Table 8).
+    `grounding_weight` 0 trains the masks alone (the teacher of 3.3), `mask_weight` 0 the words alone (Table 8): a batch
+    then has no masks.
     """
+
+    @classmethod
+    def fields(cls, config: ConfigDict) -> tuple[str, ...]:
+        """Returns the batch fields that the loss reads."""
+        loss, of = config.get("loss", {}), {"masks": "mask_weight", "words": "grounding_weight"}
+        return ("image", *(field for field, weight in of.items() if loss.get(weight, 1)))
+
+    @classmethod
+    def vocabulary(cls, config: ConfigDict, source: Source) -> Sequence[str]:
+        """Returns the words of captions and class names that have an embedding.
+
+        Raises:
+          UserError: the source has no masks or no captions, for a loss that needs them.
+        """
+        fields = cls.fields(config)
+        if "masks" in fields:
+            check_provides(source, ("segments",), "the mask loss", "loss.mask_weight=0 trains captions alone")
+        if "words" in fields:
+            advice = "loss.grounding_weight=0 trains masks alone; captions are annotations/captions_<split>.json for "
+            advice += "COCO, and captions.json for a folder"
+            check_provides(source, ("captions",), "the grounding loss", advice)
+        return counted_words(config.data, source, captions="words" in fields).words
 
     @classmethod
     def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
@@ -140,42 +166,42 @@ class OpenSeg(Trainable, Segmenting):
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
         """Eq. 5: grounding loss + α mask loss."""
-        network = in_parts(self._see, self.config.get("accumulate", 1))
-        regions, (mask_sum, mask_count), mutated = network(variables, batch, rng)
-        params = variables["params"]
+        network = in_parts(self._forward, self.config.get("accumulate", 1))
+        regions, masks, mutated = network(variables, batch, rng)
+        params, one = variables["params"], jnp.ones(())
         region_tau, pair_tau = self.temperatures(params)
-        words = embed_words(params["text"]["table"], batch["word_ids"])
-        grounding = grounding_loss(
-            regions,
-            words,
-            batch["word_valid"],
-            batch["example_mask"],
-            region_tau,
-            pair_tau,
-            group=self.group,
-            form=self.form,
-            batch_axes=active_batch_axes(),
-        )
         mean = lambda total, count: total / jnp.maximum(count, 1)
-        loss = self.loss_config.grounding_weight * mean(grounding.loss, grounding.pairs)
-        loss = loss + self.loss_config.mask_weight * mean(mask_sum, mask_count)
-        one = jnp.ones(())
-        metrics = {
-            "loss": (loss, one),
-            "mask_loss": (mask_sum, mask_count),
-            "grounding_loss": (grounding.loss, grounding.pairs),
-            "caption_accuracy": (grounding.correct, grounding.pairs),
-            "region_temperature": (region_tau, one),
-            "pair_temperature": (pair_tau, one),
-        }
-        return loss, Aux(metrics, mutated)
+        loss, parts = jnp.zeros(()), {}
+        if "word_ids" in batch:
+            words = embed_words(params["text"]["table"], batch["word_ids"])
+            grounding = grounding_loss(
+                regions,
+                words,
+                batch["word_valid"],
+                batch["example_mask"],
+                region_tau,
+                pair_tau,
+                group=self.group,
+                form=self.form,
+                batch_axes=active_batch_axes(),
+            )
+            loss = self.loss_config.grounding_weight * mean(grounding.loss, grounding.pairs)
+            parts["grounding_loss"] = (grounding.loss, grounding.pairs)
+            parts["caption_accuracy"] = (grounding.correct, grounding.pairs)
+        if masks is not None:
+            loss = loss + self.loss_config.mask_weight * mean(*masks)
+            parts = {"mask_loss": masks, **parts}
+        temperatures = {"region_temperature": (region_tau, one), "pair_temperature": (pair_tau, one)}
+        return loss, Aux({"loss": (loss, one), **parts, **temperatures}, mutated)
 
-    def _see(
+    def _forward(
         self, variables: Variables, batch: Batch, rng: jax.Array
-    ) -> tuple[Array, tuple[Array, Array], dict]:
+    ) -> tuple[Array, tuple[Array, Array] | None, dict]:
         """Of some images: unit-norm regions, sum and count of the mask loss, and the collections updated."""
         out, mutated = apply_net(self.net, variables, batch, rng)
         assert out.mask_logits is not None and out.region_sum is not None
+        if "masks" not in batch:
+            return unit(out.region_sum), None, mutated
         weight = batch["mask_weight"] * batch["example_mask"]
         mask_loss = best_match_dice_loss(out.mask_logits, batch["masks"], batch["mask_valid"], weight)
         return unit(out.region_sum), mask_loss, mutated

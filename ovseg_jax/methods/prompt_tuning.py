@@ -28,9 +28,10 @@ from ovseg_jax.kernels.sampled_softmax import (
     sampled_softmax,
     similarity_proposal,
 )
+from ovseg_jax.methods.on_clip import OnClip
 from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.parallel.sharding import active_batch_axes, on_host
-from ovseg_jax.protocols import Aux, Batch, Classifier, Text, Trainable, Variables
+from ovseg_jax.protocols import Aux, Batch, Text, Variables
 from ovseg_jax.towers.clip import SPACE, TOWER_KEYS, Clip
 from ovseg_jax.towers.prompt import even_order, likely_size, window_size
 from ovseg_jax.towers.prompt_file import FILE, Prompt, is_prompt_file, load_prompt, save_prompt
@@ -53,7 +54,7 @@ def read_correction(value: str | float) -> Correction:
         raise UserError(f"loss.correction is {value!r}: it is log10, log or a number") from None
 
 
-class PromptTuning(Trainable, Classifier):
+class PromptTuning(OnClip):
     """Trains a context for frozen towers. `config` is the whole config of a run.
 
     Args:
@@ -236,10 +237,10 @@ class PromptTuning(Trainable, Classifier):
     def _features(self, variables: Variables, batch: Batch, rng: jax.Array) -> Float[Array, "b d"]:
         if "feature" in batch:
             return batch["feature"]
-        see = in_parts(self._see, self.config.get("accumulate", 1))
+        see = in_parts(self._forward, self.config.get("accumulate", 1))
         return see(variables, {"image": batch["image"]}, rng)[0]
 
-    def _see(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[Array, tuple, dict]:
+    def _forward(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[Array, tuple, dict]:
         del rng
         return self.embed_image(variables, batch["image"]), (), {}
 

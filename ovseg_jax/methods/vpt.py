@@ -18,17 +18,18 @@ from ml_collections import ConfigDict
 from ovseg_jax.config import keys
 from ovseg_jax.errors import UserError
 from ovseg_jax.methods.linear_probe import cross_entropy
+from ovseg_jax.methods.on_clip import OnClip
 from ovseg_jax.methods.prompt_tuning import HARD_PROMPT, NOISE
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.parallel.accumulate import in_parts
-from ovseg_jax.protocols import Aux, Batch, Classifier, Text, Trainable, Variables
+from ovseg_jax.protocols import Aux, Batch, Text, Variables
 from ovseg_jax.towers.clip import SPACE, TOWER_KEYS, Clip
 from ovseg_jax.towers.templates import fill
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 
 
-class VPT(Trainable, Classifier):
+class VPT(OnClip):
     """Trains tokens for a frozen image tower. `config` is the whole config of a run.
 
     Args:
@@ -42,6 +43,12 @@ class VPT(Trainable, Classifier):
 
     frozen_towers = True
     frozen = ("^towers/",)
+
+    @classmethod
+    def fields(cls, config: ConfigDict) -> tuple[str, ...]:
+        """Returns the batch fields that the loss reads; the prompt changes features, so that none can be kept."""
+        del config
+        return ("image", "label")
 
     @classmethod
     def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
@@ -80,12 +87,12 @@ class VPT(Trainable, Classifier):
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
         """Eq. 1 of papers/000 over all N classes; the mean over the images."""
-        see = in_parts(self._see, self.config.get("accumulate", 1))
+        see = in_parts(self._forward, self.config.get("accumulate", 1))
         image, _, _ = see(variables, {"image": batch["image"]}, rng)
         logits = self.logit_scale(variables) * image @ variables["towers"]["hard"].T
         return cross_entropy(logits, jnp.asarray(self._place)[batch["label"]], batch["example_mask"])
 
-    def _see(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[Array, tuple, dict]:
+    def _forward(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[Array, tuple, dict]:
         del rng
         return self.embed_image(variables, batch["image"]), (), {}
 

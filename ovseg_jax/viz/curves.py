@@ -14,7 +14,7 @@ Series = dict[str, list[tuple[float, float]]]
 
 
 def curves(metrics: epath.PathLike, path: epath.PathLike | None = None) -> Image.Image:
-    """A panel of losses, panels of each evaluation's scores, and one for each other quantity.
+    """Draws a panel of losses, panels of each evaluation's scores, and one for each other quantity.
 
     Args:
       metrics: a `metrics.jsonl`: one JSON object a line, with `step`; `<evaluation>/<metric>` are scores.
@@ -42,7 +42,7 @@ def curves(metrics: epath.PathLike, path: epath.PathLike | None = None) -> Image
 
 
 def render(figure: Any, path: epath.PathLike | None) -> Image.Image:
-    """A matplotlib figure as an image, also written as a PNG where there is a path."""
+    """Renders a matplotlib figure as an image, also written as a PNG where there is a path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)

@@ -24,7 +24,7 @@ class PromptPoint(NamedTuple):
 def prompts_picture(
     points: Sequence[PromptPoint], title: str = "", path: epath.PathLike | None = None
 ) -> Image.Image:
-    """Fig. 5: a point for each prompt, uniformity across and alignment up, coloured by accuracy.
+    """Draws Fig. 5: a point for each prompt, uniformity across and alignment up, coloured by accuracy.
 
     Args:
       points: at least one.
@@ -90,7 +90,7 @@ def sphere_picture(
     title: str = "",
     path: epath.PathLike | None = None,
 ) -> Image.Image:
-    """Fig. 6: image features as points on a sphere, class features as rays that meet it.
+    """Draws Fig. 6: image features as points on a sphere, class features as rays that meet it.
 
     The better a class's ray meets the cloud of its images, the better the alignment; the wider the angles between
     rays, the better the uniformity. What lies on the far side is pale. Directions are those of `sphere_coordinates`.
@@ -137,7 +137,7 @@ def sphere_coordinates(
     label: Int[np.ndarray, "n"],
     classes: Mapping[str, Float[np.ndarray, "k d"]],
 ) -> tuple[Float[np.ndarray, "n 3"], dict[str, Float[np.ndarray, "k 3"]]]:
-    """Unit vectors in the three directions in which the classes differ most, z towards the eye.
+    """Computes unit vectors in the three directions in which the classes differ most, z towards the eye.
 
     CLIP's images and texts lie in two narrow cones that are far apart, so that all would fall on two spots: each kind
     of feature, and each prompt, is taken less its own mean over the classes. The directions are the principal ones of

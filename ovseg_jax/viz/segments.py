@@ -41,7 +41,7 @@ def _oklab(rgb: np.ndarray) -> Float[np.ndarray, "n 3"]:
 
 
 def palette(count: int) -> UInt8[np.ndarray, "n 3"]:
-    """`count` colours, each as far as can be from those before it.
+    """Returns `count` colours, each as far as possible from those before it.
 
     Colour i does not depend on `count`, so a label keeps its colour when labels are added after it. There are
     about 1,300 different ones; after these they repeat.
@@ -51,14 +51,15 @@ def palette(count: int) -> UInt8[np.ndarray, "n 3"]:
 
 
 def paint(label_map: Int[np.ndarray, "h w"], colours: UInt8[np.ndarray, "k 3"]) -> UInt8[np.ndarray, "h w 3"]:
-    """A label map in colours; -1 is grey."""
+    """Paints a label map in colours; -1 is grey."""
     return np.concatenate([np.array([UNKNOWN_COLOUR], np.uint8), colours])[label_map + 1]
 
 
 def enlarge_labels(label_map: Int[np.ndarray, "h w"], size: tuple[int, int]) -> Int[np.ndarray, "H W"]:
-    """A label map at another size (height, width), with smooth outlines: each label's mask is resized
-    bilinearly,
-    and a pixel takes the label that covers most of it."""
+    """Resizes a label map to (height, width) with smooth outlines.
+
+    Each label's mask is resized bilinearly, and a pixel takes the label that covers most of it.
+    """
     if label_map.shape == size:
         return label_map
     height, width = size
@@ -83,7 +84,7 @@ def overlay(
     legend: bool = True,
     min_side: int = 512,
 ) -> Image.Image:
-    """The image with its segments in colour, outlined and named, over a legend of the words found.
+    """Draws an image with its segments in colour, outlined and named, over a legend of the words found.
 
     Args:
       image: the picture.
@@ -140,7 +141,7 @@ def prediction_grid(
     cell: int = 256,
     abreast: int | None = None,
 ) -> Image.Image:
-    """A grid: image | truth | prediction | proposals, a row an image, each with the words that occur in it.
+    """Draws a grid: image | truth | prediction | proposals, a row an image, each with the words that occur in it.
 
     Args:
       rows: what to show; `truth` and `proposals` columns appear if any row has them.

@@ -62,12 +62,12 @@ def _read_lines(path: epath.Path) -> ClassList:
 
 
 def _categories(path: epath.Path, entries: Sequence[dict[str, Any]]) -> ClassList:
-    ids = column(entries, "id", whole)
+    ids = column(entries, "id", whole, of="category")
     if len(set(ids)) < len(ids):
         raise UserError(f"{path}: two categories have the same id")
-    names = column(entries, "name", text)
-    others = column(entries, "synonyms", texts, default=[])
-    things = column(entries, "isthing", flag, default=True)
+    names = column(entries, "name", text, of="category")
+    others = column(entries, "synonyms", texts, default=[], of="category")
+    things = column(entries, "isthing", flag, default=True, of="category")
     rows = sorted(zip(ids, names, others, things, strict=True))
     groups = [[name.replace("_", " ") for name in (first, *more)] for _, first, more, _ in rows]
     numbers, isthing = tuple(row[0] for row in rows), tuple(row[3] for row in rows)

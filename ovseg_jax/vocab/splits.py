@@ -99,11 +99,13 @@ def read_categories(path: epath.PathLike) -> ClassList:
         raise UserError(f"{path} holds {found} of categories: it takes one, or one 'seen' and one 'unseen'")
     objects = [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
     with reading(path):
-        names = [" ".join(name.split()) for name in column(objects, "name", text)]
-        given = column(objects, "id", whole, default=None)
+        names = [" ".join(name.split()) for name in column(objects, "name", text, of="category")]
+        given = column(objects, "id", whole, default=None, of="category")
         ids = tuple(k if own is None else own for k, own in enumerate(given))
         # Where some are marked as things, the others are none.
-        isthing = column(objects, "isthing", flag, default=not any("isthing" in o for o in objects))
+        isthing = column(
+            objects, "isthing", flag, default=not any("isthing" in o for o in objects), of="category"
+        )
         if len(set(ids)) < len(ids):
             raise ValueError(f"the id {next(k for k in ids if ids.count(k) > 1)} occurs twice")
         classes = ClassList(tuple((name,) for name in names), ids, tuple(isthing))

@@ -18,17 +18,19 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ovseg_jax.data.pipeline import make_source, train_iterator, train_rows, words_for
+from ovseg_jax.data.pipeline import make_source, train_iterator, train_rows
+from ovseg_jax.data.rows import Rows
+from ovseg_jax.towers.vocabulary import counted_words
 
 
-def torch_batches(config: Any, words: Any, source: Any) -> Iterator[Any]:
+def torch_batches(config: Any, make_row: Rows, source: Any) -> Iterator[Any]:
     """The rows of `train_iterator`, batched by torch's DataLoader."""
     import numpy as np
     from torch.utils.data import DataLoader, Dataset, Sampler
 
-    rows = train_rows(config, words, source)
+    rows = train_rows(config, make_row, source)
 
-    class Rows(Dataset):
+    class Examples(Dataset):
         def __getitem__(self, index):
             return rows[index]
 
@@ -41,7 +43,7 @@ def torch_batches(config: Any, words: Any, source: Any) -> Iterator[Any]:
     ahead = dict(prefetch_factor=config.data.get("prefetch", 4)) if workers else {}
     return iter(
         DataLoader(
-            Rows(), config.batch_size, sampler=InOrder(), num_workers=workers, collate_fn=collate, **ahead
+            Examples(), config.batch_size, sampler=InOrder(), num_workers=workers, collate_fn=collate, **ahead
         )
     )
 
@@ -64,10 +66,11 @@ def measure(
     """
     source = make_source(config["data"]["train"])
     start = time.perf_counter()
-    words = words_for(config, source)
+    words = counted_words(config["data"], source)
     counted = time.perf_counter() - start
-    ours = train_iterator(config, words, source=source)
-    sides = [ours, torch_batches(config, words, source)] if torch else [ours]
+    make_row = Rows.from_config(config, ("image", "masks", "words"), words)
+    ours = train_iterator(config, make_row, source=source)
+    sides = [ours, torch_batches(config, make_row, source)] if torch else [ours]
     rates: list[list[float]] = [[] for _ in sides]
     for _ in range(rounds):
         for side, rate in zip(sides, rates, strict=True):

@@ -34,20 +34,21 @@ def prepare(config, count: int, folder: Path) -> None:
     """Writes parameters and batches that all sides start from."""
     import jax
 
-    from ovseg_jax.data.pipeline import make_source, train_iterator, words_for
-    from ovseg_jax.methods import build
+    from ovseg_jax.data.pipeline import make_source, train_iterator
+    from ovseg_jax.methods import build, method_type, training_rows
     from ovseg_jax.parallel.sharding import path_name
     from ovseg_jax.pretrained.to_torch import describe
+    from ovseg_jax.vocab.words import WordList
 
     source = make_source(config.data.train)
-    words = words_for(config, source)
+    words = WordList(method_type(config.method).vocabulary(config, source))
     words.save(folder / "words.json")
     (folder / "classes.json").write_text(source.classes.to_json())
-    iterator = train_iterator(config, words, source=source)
+    method = build(config, words, source.classes)
+    iterator = train_iterator(config, training_rows(config, method, words), source=source)
     for i, batch in enumerate(itertools.islice(iterator, count)):
         np.savez(folder / f"batch{i}.npz", **batch)
     iterator.close()
-    method = build(config, words, source.classes)
     (folder / "net.json").write_text(json.dumps(describe(method.net)))
     params = method.init(jax.random.key(config.seed))["params"]
     flat = {path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(params)}

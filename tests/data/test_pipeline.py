@@ -13,14 +13,18 @@ from PIL import Image
 
 from ovseg_jax.data import batch_augment
 from ovseg_jax.data.mixing import MixingOrder
-from ovseg_jax.data.pipeline import eval_batches, make_source, train_iterator, view_batches, words_for
+from ovseg_jax.data.pipeline import eval_batches, make_source, train_iterator, view_batches
+from ovseg_jax.data.rows import Rows
 from ovseg_jax.data.source_base import Source
 from ovseg_jax.data.sources.build import Cached, Mixture
-from ovseg_jax.data.training import TrainTransform
 from ovseg_jax.errors import UserError
+from ovseg_jax.towers.vocabulary import counted_words, spoken_words
 from ovseg_jax.vocab.classes import ClassList
+from ovseg_jax.vocab.word_tokenizer import WordTokenizer
 from ovseg_jax.vocab.words import WordList
 
+SCENE = ("image", "masks", "pixel_classes", "words")
+LABELS = ("image", "label")
 CLASSES = ClassList((("sky",), ("dog", "puppy")), (1, 2), (False, True), {"stuff": (0,)})
 
 
@@ -67,8 +71,9 @@ def make_config(source=(), *, batch_size=4, **data):
     return {"seed": 5, "steps": 10, "batch_size": batch_size, "data": defaults | data}
 
 
-def batches(config, source, count, **kwargs):
-    iterator = train_iterator(config, words_for(config, source), source=source, **kwargs)
+def batches(config, source, count, fields=SCENE, **kwargs):
+    words = counted_words(config["data"], source)
+    iterator = train_iterator(config, Rows.from_config(config, fields, words), source=source, **kwargs)
     return [next(iterator) for _ in range(count)]
 
 
@@ -103,7 +108,7 @@ def test_batch_form():
 def test_flip_takes_left_and_right_out_of_the_caption():
     config = make_config(scale_jitter=(1.0, 1.0), flip=True)
     source = Pictures(size=(16, 16))
-    words = words_for(config, source)
+    words = counted_words(config["data"], source)
     seen = set()
     for batch in batches(config, source, 4):
         for row in range(4):
@@ -159,7 +164,9 @@ def test_worker_processes_give_the_same_batches_and_resume_and_keep_off_devices(
             """
             import os
             import numpy as np
-            from ovseg_jax.data.pipeline import make_source, train_iterator, words_for
+            from ovseg_jax.data.pipeline import make_source, train_iterator
+            from ovseg_jax.data.rows import Rows
+            from ovseg_jax.towers.vocabulary import counted_words
 
             from ovseg_jax.data.source_base import Wrapped
 
@@ -175,16 +182,16 @@ def test_worker_processes_give_the_same_batches_and_resume_and_keep_off_devices(
                 data = {"train": part, "image_size": 32, "mask_stride": 4, "max_masks": 4, "max_words": 8}
                 config = {"seed": 1, "steps": 10, "batch_size": 4, "data": data | {"threads": 0}}
                 source = make_source(part)
-                words = words_for(config, source)
-                plain = train_iterator(config, words, source=source)
+                rows = Rows.from_config(config, ("image", "masks", "words"), counted_words(data, source))
+                plain = train_iterator(config, rows, source=source)
                 config["data"]["workers"] = 2
-                many = train_iterator(config, words, source=Spy(source))
+                many = train_iterator(config, rows, source=Spy(source))
                 for step in range(4):
                     a, b = next(plain), next(many)
                     assert all(np.array_equal(a[k], b[k]) for k in a), step
                 many.close()
                 config["data"]["workers"] = 1
-                again = train_iterator(config, words, start=3, source=Spy(source))
+                again = train_iterator(config, rows, start=3, source=Spy(source))
                 c = next(again)
                 assert all(np.array_equal(a[k], c[k]) for k in a)
                 again.close()
@@ -214,7 +221,7 @@ def test_hue_and_blur_hit_whole_batches_and_take_their_words():
     ]
     config = make_config(batch_augment=entries, flip=False, batch_size=8)
     source = Pictures()
-    words = words_for(config, source)
+    words = counted_words(config["data"], source)
     full = {words.id(w) for w in ("red", "dog", "left", "blue", "sky")}
     without = {"channels": {"red", "blue"}, "blur": {"dog", "left"}, None: set()}
     augments = batch_augment.parse_batch_augments(entries)
@@ -241,7 +248,7 @@ def test_probability_moves_between_40_and_100_percent():
 def test_keep_prob_drops_words_and_leaves_one():
     source = Pictures(captions=["a red dog and a blue cat near a green tree"])
     config = make_config(keep_prob={"noun": 1.0, "adj": 0.5}, batch_size=50)
-    words = words_for(config, source)
+    words = counted_words(config["data"], source)
     counts = np.zeros(len(words))
     for batch in batches(config, source, 4):
         counts += np.bincount(batch["word_ids"].ravel(), minlength=len(words))
@@ -256,9 +263,7 @@ def test_spoiled_or_absent_captions_leave_no_word():
     (batch,) = batches(make_config(batch_augment=[entry]), Pictures(), 1)
     assert not batch["word_valid"].any() and batch["mask_valid"].any()
     config, silent = make_config(), Pictures(captions=[])
-    with pytest.raises(UserError, match="needs captions"):
-        words_for(config, silent)
-    batch = next(train_iterator(config, WordList(["dog"]), source=silent))
+    (batch,) = batches(config, silent, 1)
     assert not batch["word_valid"].any()
 
 
@@ -299,7 +304,7 @@ def test_too_many_masks_and_words_are_cut():
 )
 def test_bad_settings(data, message):
     with pytest.raises(UserError, match=message):
-        TrainTransform.from_config(make_config(**data), WordList(["dog"]))
+        Rows.from_config(make_config(**data), SCENE, WordList(["dog"]))
 
 
 def test_mixing_is_exact_and_in_changing_order():
@@ -323,7 +328,7 @@ def test_mixture_joins_classes_and_draws_evenly():
     assert mixture[0]["class_ids"].tolist() == [0, 1] and mixture[52]["class_ids"].tolist() == [1, 2]
     assert mixture.extent() == (24, 20, 2) and mixture.name == "big+small"
     config = make_config(batch_size=32)
-    words = words_for(config, mixture)
+    words = counted_words(config["data"], mixture)
     assert "cat" in words and "sky" in words
     for batch in batches(config, mixture, 2):
         cats = (batch["word_ids"] == words.id("cat")).any(1)
@@ -378,6 +383,9 @@ def test_eval_batch_form_and_content():
         "segments": ("int32", (3, 24, 20)),
         "label_size": ("int32", (3, 2)),
         "segment_valid": ("bool", (3, 2)),
+        "segment_classes": ("int32", (3, 2)),
+        "segment_isthing": ("bool", (3, 2)),
+        "segment_iscrowd": ("bool", (3, 2)),
         "index": ("int32", (3,)),
         "example_mask": ("bool", (3,)),
     }
@@ -422,10 +430,14 @@ def test_eval_crowds_and_absent_segments_are_no_proposals_to_find():
         def __getitem__(self, index):
             e = super().__getitem__(index)
             e["class_ids"], e["iscrowd"] = np.array([0, 1, 1], np.int32), np.array([False, True, False])
+            e["isthing"] = np.array([False, True, True])
             return e
 
     (batch,) = eval_batches(Crowded(1), make_config(), batch_size=1)
     assert batch["segment_valid"].tolist() == [[True, False, False]]
+    assert batch["segment_iscrowd"].tolist() == [[False, True, False]]
+    assert batch["segment_classes"].tolist() == [[0, 1, 1]]
+    assert batch["segment_isthing"].tolist() == [[False, True, True]]
     assert (batch["label"] == 1).any()  # but a crowd's pixels have their class
 
 
@@ -465,16 +477,19 @@ class Labelled(Source):
         return {"image": image, "label": label, "image_id": str(index), "captions": captions}
 
 
-def labels_config(task="classification", **data):
-    return make_config(task=task, augment={"randaugment": 0}, **data)
+def labels_config(batch_size=4, **data):
+    config = make_config(batch_size=batch_size, augment={"randaugment": 0}, **data)
+    del config["data"]["scale_jitter"]
+    return config
 
 
 @pytest.mark.parametrize("views", [1, 4])
 def test_classification_batches(views):
     config, source = labels_config(views=views), Labelled()
-    stream = batches(config, source, 3 * views)
+    stream = batches(config, source, 3 * views, LABELS)
     assert {k: (v.dtype.name, v.shape) for k, v in stream[0].items()} == {
-        "image": ("uint8", (4, 16, 16, 3)), "label": ("int32", (4,)), "example_mask": ("bool", (4,)),
+        "image": ("uint8", (4, 16, 16, 3)), "image_size": ("int32", (4, 2)), "label": ("int32", (4,)),
+        "example_mask": ("bool", (4,)),
     }  # fmt: skip
     numbers = np.concatenate([b["image"].max((1, 2, 3)) for b in stream])
     labels = np.concatenate([b["label"] for b in stream])
@@ -483,7 +498,7 @@ def test_classification_batches(views):
     assert (shown == shown[:, :1]).all()  # the views of an example stand together
     epochs = shown[:, 0].reshape(2, 6)
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(6))
-    for a, b in zip(stream[views:], batches(config, source, 2 * views, start=views), strict=True):
+    for a, b in zip(stream[views:], batches(config, source, 2 * views, LABELS, start=views), strict=True):
         assert_same(a, b)
 
 
@@ -493,32 +508,29 @@ def test_views_differ():
             image = np.random.default_rng(index).integers(0, 255, (20, 20, 3), np.uint8)
             return {**super().__getitem__(index), "image": image}
 
-    (batch,) = batches(labels_config(views=4), Noisy(), 1)
+    (batch,) = batches(labels_config(views=4), Noisy(), 1, LABELS)
     assert len({image.tobytes() for image in batch["image"]}) == 4
 
 
 def test_one_pass_of_views_in_order():
     source, config = Labelled(5), labels_config(threads=2)
-    numbers = [b["image"].max((1, 2, 3)).tolist() for b in view_batches(config, WordList([]), source, 3)]
+    made = view_batches(config, Rows.from_config(config, LABELS), source, 3)
+    numbers = [batch["image"].max((1, 2, 3)).tolist() for batch in made]
     assert np.concatenate(numbers).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 4]
     assert {len(row) for row in numbers} == {4}
 
 
-def test_caption_batches_and_their_words():
+def test_caption_batches():
     source = Labelled(names=("cat", "dog of the sea"))
-    config = labels_config("captions", text_length=7, extra_words=("photo",), min_count=99)
-    words = words_for(config, source)
-    assert words.words == ("<pad>", "a", "cat", "dog", "of", "sea", "the", "photo")
-    (batch,) = batches(config, source, 1)
+    config = labels_config()
+    words = spoken_words({}, source, ("tokens",))
+    make_row = Rows.from_config(config, ("image", "tokens"), words, WordTokenizer(words, 7))
+    batch = next(train_iterator(config, make_row, source=source))
     assert {k: v.shape for k, v in batch.items()} == {
-        "image": (4, 16, 16, 3), "ids": (4, 7), "valid": (4, 7), "example_mask": (4,),
+        "image": (4, 16, 16, 3), "image_size": (4, 2), "tokens": (4, 7), "token_valid": (4, 7), "example_mask": (4,),
     }  # fmt: skip
-    for image, ids in zip(batch["image"], batch["ids"], strict=True):
+    for image, ids in zip(batch["image"], batch["tokens"], strict=True):
         assert (words.id("cat") in ids) == (image.max() % 2 == 0) and words.id("a") in ids
-    # A source of scenes has captions too.
-    (batch,) = batches(config, Pictures(), 1)
-    assert batch["valid"].any(1).all()
-    assert words_for(labels_config(), source).words == ("<pad>", "cat", "dog", "of", "sea", "the")
 
 
 def test_mixture_of_classification_sources():
@@ -528,8 +540,8 @@ def test_mixture_of_classification_sources():
     assert mixture.labels.tolist() == [0, 1, 0, 1, 0, 1, 1, 2, 1, 2]
     assert [mixture[k]["label"] for k in range(10)] == mixture.labels.tolist()
     assert Cached(mixture).labels is mixture.labels and Cached(mixture)[7]["label"] == 2
-    images = np.concatenate([b["image"] for b in batches(labels_config(batch_size=32), mixture, 3)])
-    labels = np.concatenate([b["label"] for b in batches(labels_config(batch_size=32), mixture, 3)])
+    images = np.concatenate([b["image"] for b in batches(labels_config(batch_size=32), mixture, 3, LABELS)])
+    labels = np.concatenate([b["label"] for b in batches(labels_config(batch_size=32), mixture, 3, LABELS)])
     # Half of the rows are of each part, whose six or four examples come in turn.
     assert np.bincount(labels).tolist() == [24, 48, 24]
     assert set(zip(images.max((1, 2, 3)).tolist(), labels.tolist(), strict=True)) == {
@@ -538,16 +550,22 @@ def test_mixture_of_classification_sources():
     assert Mixture([Pictures(), one]).labels is None
 
 
-def test_a_task_needs_its_kind_of_source():
-    with pytest.raises(UserError, match="'detection' is not one of segmentation, classification, captions"):
-        batches(labels_config("detection"), Labelled(), 1)
-    for run in (batches, lambda config, source, _: list(eval_batches(source, config, batch_size=1))):
-        with pytest.raises(UserError, match="'pictures' has not"):
-            run(labels_config(), Pictures(), 1)
-        with pytest.raises(UserError, match="'labelled' has images with a label each and no segments"):
-            run(labels_config("segmentation"), Labelled(), 1)
+def test_fields_need_their_kind_of_source():
+    with pytest.raises(UserError, match=r"data\.fields has no 'outlines'; known are image, words"):
+        batches(labels_config(), Labelled(), 1, ("outlines",))
+    with pytest.raises(UserError, match=r"'pictures' has no label, which the batch field 'label' needs"):
+        batches(labels_config(), Pictures(), 1, LABELS)
+    with pytest.raises(
+        UserError, match=r"'labelled' has no class_ids and no segments, which the batch field 'masks'"
+    ):
+        batches(make_config(), Labelled(), 1)
+    for fields in (("tokens",), ("image", "box_tokens")):
+        with pytest.raises(UserError, match="need a tokeniser"):
+            batches(make_config(), Labelled(), 1, fields)
+    with pytest.raises(UserError, match="need a vocabulary"):
+        Rows.from_config(make_config(), SCENE)
     with pytest.raises(UserError, match="views=0"):
-        batches(labels_config(views=0), Labelled(), 1)
+        batches(labels_config(views=0), Labelled(), 1, LABELS)
 
 
 def test_classification_eval_batches():

@@ -243,7 +243,7 @@ def test_what_is_no_number_is_right_nowhere():
 
     got, evaluator = evaluate(Broken())
     assert got["accuracy"] == got["accuracy@5"] == got["accuracy@seen@own"] == got["harmonic"] == 0
-    assert all(row.taken_for is None for row in evaluator.tables["accuracy"])
+    assert all(row.confused_with is None for row in evaluator.tables["accuracy"])
 
 
 def test_a_second_run_compiles_nothing():

@@ -31,7 +31,7 @@ def test_a_run_of_pomp_leaves_its_prompt_for_others(tmp_path):
                 optimizer=dict(
                     name="sgd", learning_rate=0.1, schedule="constant", momentum=0.9, weight_decay=0.0
                 ),
-                data=dict(task="classification", train=[source], image_size=16, workers=0),
+                data=dict(train=[source], image_size=16, workers=0),
                 evals={},
                 final_evals={},
                 checkpoint=dict(every=0, keep=1),

@@ -67,13 +67,14 @@ def test_the_summary_compares_prompts(run):
 
 def test_features_are_those_of_the_clip_that_came_first(run):
     from ovseg_jax.data.pipeline import view_batches
+    from ovseg_jax.data.rows import Rows
     from ovseg_jax.experiment.load import load_run
 
     _, workdir, _ = run
     clip = load_run(workdir / "clip")
     own = resolved(tiny(), workdir)
     source = make_source(own.data.train)
-    batch = next(view_batches(own, clip.words, source, own.data.cache_features))
+    batch = next(view_batches(own, Rows.from_config(own, ("image",)), source, own.data.cache_features))
     expected = clip.method.embed_image(clip.variables, jax.numpy.asarray(batch["image"]))
     kept = np.load(workdir / "features" / "features.npy")
     assert kept.shape == (len(source), 2, 64)

@@ -9,6 +9,7 @@ from fake_method import COLOURS, ColourClassifier, ColourMethod
 from ml_collections import ConfigDict
 from PIL import Image
 
+from ovseg_jax.errors import UserError
 from ovseg_jax.inference.pictures import draw_run
 
 
@@ -52,3 +53,15 @@ def test_a_classification_leaves_features_and_prompts(tmp_path):
         pictures / "test.png",
         pictures / "test-prompts.png",
     ]
+
+
+def test_a_picture_that_fails_costs_no_other(tmp_path, caplog):
+    good = {"source": {"name": "scenes", "split": "test", "num_examples": 2, "image_size": 32}}
+    bad = {"source": {"name": "folder", "data_dir": "nowhere"}}
+    config = ConfigDict({"data": {"image_size": 32}, "final_evals": {"a": bad, "b": good}})
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n")
+    method = AnyWords(stride=2)
+    with pytest.raises(UserError, match="nowhere"):
+        draw_run(config, tmp_path, method, method.init(None), images=2)
+    assert (tmp_path / "pictures/b.png").exists() and (tmp_path / "curves.png").exists()
+    assert "a.png is not drawn" in caplog.text

@@ -98,7 +98,7 @@ def test_every_way_of_writing_labels_gives_the_same(tmp_path):
     ("labels", "message"),
     [
         ("", "no labels"),
-        ([], "empty"),
+        ([], "no labels"),
         ("red;;blue", "category 2"),
         (["red", ""], "no labels"),
         ([["red", " "]], "empty category"),
@@ -141,12 +141,12 @@ def test_labels_that_come_with_their_vectors(tmp_path):
     [
         (np.ones((2, 7)), "labels: their vectors have 7 numbers, and this model's"),
         (np.zeros((2, 3)), "zero or no finite numbers"),
-        (np.ones((0, 3)), "no vectors"),
+        (np.ones((0, 3)), "v.npz cannot be read"),
         (np.ones((3, 3)), r"\(3, 3\) vectors for \(2,\) words"),
         (None, "no such file"),
-        (b"PK\x03\x04 cut off", "is not an .npz with 'words' and 'vectors'"),
-        (b"hello", "is not an .npz with 'words' and 'vectors'"),
-        ("npy", "is not an .npz with 'words' and 'vectors'"),
+        (b"PK\x03\x04 cut off", "v.npz cannot be read"),
+        (b"hello", "v.npz cannot be read"),
+        ("npy", "v.npz cannot be read: it is no .npz"),
     ],
 )
 def test_vectors_that_cannot_be(tmp_path, vectors, message):

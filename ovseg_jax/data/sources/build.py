@@ -1,6 +1,7 @@
 """Sources: random access to examples. A config names one, or several that are mixed.
 
-A new kind of data set is one class derived from `source_base.Source` and one entry in `SOURCES`.
+A new kind of data set is one class derived from `source_base.Source`; a config names it "module:Class", or by its
+entry in `SOURCES`.
 """
 
 import importlib
@@ -31,8 +32,8 @@ def make_source(cfg: Any) -> Source:
     """Makes what a config asks for.
 
     Args:
-      cfg: a mapping with `name` (a key of `SOURCES`), the arguments of that source, and optionally `cache`
-        (keep decoded examples in memory), `weight` (its share in a mixture), and for a classification source
+      cfg: a mapping with `name` (a key of `SOURCES`, or "module:Class"), the arguments of that source, and optionally
+        `cache` (keep decoded examples in memory), `weight` (its share in a mixture), and for a classification source
         `shots`, `seed` and `group` (see `FewShot`); or a list of such, which is a mixture.
 
     Raises:
@@ -53,10 +54,7 @@ def make_source(cfg: Any) -> Source:
 def _make_one(cfg: dict[str, Any]) -> Source:
     cfg = {key: value for key, value in cfg.items() if key != "weight"}
     name, cache = cfg.pop("name", None), cfg.pop("cache", False)
-    if name not in SOURCES:
-        raise UserError(f"the data source {name!r} is not one of {', '.join(SOURCES)}")
-    module, _, attribute = SOURCES[name].partition(":")
-    kind = getattr(importlib.import_module(module), attribute)
+    kind = _source_class(name)
     known = inspect.signature(kind).parameters
     few = {}
     if any(key in cfg and key not in known for key in ("shots", "group")):
@@ -84,6 +82,19 @@ _EMPTY: dict[str, Any] = {
     "region_captions": (),
     "region_tags": (),
 }
+
+
+def _source_class(name: Any) -> type[Source]:
+    module, colon, attribute = str(SOURCES.get(name, name)).partition(":")
+    if not colon:
+        raise UserError(f"the data source {name!r} is not one of {', '.join(SOURCES)}, and no 'module:Class'")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"the data source {name!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Source)):
+        raise UserError(f"{name!r} is no data source: it does not derive from {Source.__module__}.Source")
+    return found
 
 
 class Mixture(Source):

@@ -81,7 +81,6 @@ class Coco(Source):
         caption_data, panoptic = None, None
         if captions or (captions is None and caption_file.exists()) or not masks:
             caption_data = _read_lists(caption_file, ("images", "annotations"))
-            self.provides |= {"captions"}
         if masks:
             self.provides |= {"segments", "class_ids", "boxes"}
             panoptic = _read_lists(self._json, ("images", "annotations", "categories"))
@@ -93,6 +92,8 @@ class Coco(Source):
             self._read_segments(panoptic["annotations"] if panoptic else [])
         with reading(caption_file):
             self._read_captions(caption_data["annotations"] if caption_data else [])
+        if self._captions:
+            self.provides |= {"captions"}
 
     def __len__(self) -> int:
         return len(self._files)
@@ -177,25 +178,25 @@ class Coco(Source):
     # gigabyte, and every worker process gets a copy.
 
     def _read_images(self, images: list[dict[str, Any]]) -> None:
-        ids = column(images, "id", whole)
+        ids = column(images, "id", whole, of="image")
         order = np.argsort(np.array(ids, np.int64), kind="stable")
         self._ids = np.array(ids, np.int64)[order]
         if (double := self._ids[1:][np.diff(self._ids) == 0]).size:
             raise ValueError(f"it lists the image {double[0]} twice")
-        files = column(images, "file_name", text)
+        files = column(images, "file_name", text, of="image")
         if "" in files:
             raise ValueError(f"entry {files.index('')} of 'images' has an empty 'file_name'")
         self._files = [files[k] for k in order]
-        sides = [column(images, key, whole, 1, _LONGEST) for key in ("height", "width")]
+        sides = [column(images, key, whole, 1, _LONGEST, of="image") for key in ("height", "width")]
         self._sizes = np.array(sides, np.int32).T.reshape(-1, 2)[order]
         self._position = {int(image): k for k, image in enumerate(self._ids)}
 
     def _read_segments(self, annotations: list[dict[str, Any]]) -> None:
         index = {category: k for k, category in enumerate(self.classes.ids)}
-        files = column(annotations, "file_name", text)
-        infos = column(annotations, "segments_info", objects)
+        files = column(annotations, "file_name", text, of="annotation")
+        infos = column(annotations, "segments_info", objects, of="annotation")
         by_image: dict[int, int] = {}
-        for row, image in enumerate(column(annotations, "image_id", whole)):
+        for row, image in enumerate(column(annotations, "image_id", whole, of="annotation")):
             if image not in self._position:
                 raise ValueError(f"an annotation is of the image {image}, which is not listed under images")
             if by_image.setdefault(self._position[image], row) != row:
@@ -205,24 +206,27 @@ class Coco(Source):
         flat = [segment for segments in rows for segment in segments]
         self._first = np.cumsum([0, *map(len, rows)])
         # 0 is void in the PNG, and three bytes are the largest number there.
-        self._segment_ids = np.array(column(flat, "id", whole, 1, (1 << 24) - 1), np.int64)
+        self._segment_ids = np.array(column(flat, "id", whole, 1, (1 << 24) - 1, of="segment"), np.int64)
         for first, last in zip(self._first[:-1], self._first[1:], strict=True):
             found, counts = np.unique(self._segment_ids[first:last], return_counts=True)
             if len(found) < last - first:
                 raise ValueError(f"two segments of one image have the id {found[counts > 1][0]}")
-        categories = column(flat, "category_id", whole)
+        categories = column(flat, "category_id", whole, of="segment")
         if unknown := [category for category in categories if category not in index]:
             raise ValueError(
                 f"a segment is of the category {unknown[0]}, which is not listed under categories"
             )
         self._segment_class = np.array([index[category] for category in categories], np.int32)
-        self._crowd = np.array(column(flat, "iscrowd", flag, default=False), bool)
-        boxes = column(flat, "bbox", numbers, 4, default=[np.nan] * 4)
+        self._crowd = np.array(column(flat, "iscrowd", flag, default=False, of="segment"), bool)
+        boxes = column(flat, "bbox", numbers, 4, default=[np.nan] * 4, of="segment")
         self._boxes = np.array(boxes, np.float32).reshape(-1, 4)
 
     def _read_captions(self, annotations: list[dict[str, Any]]) -> None:
         spoken: list[list[str]] = [[] for _ in range(len(self))]
-        images, captions = column(annotations, "image_id", whole), column(annotations, "caption", text)
+        images, captions = (
+            column(annotations, "image_id", whole, of="annotation"),
+            column(annotations, "caption", text, of="annotation"),
+        )
         for image, caption in zip(images, captions, strict=True):
             k = self._position.get(image)  # panoptic files may cover fewer images
             if k is not None and (words := " ".join(caption.split())):
@@ -234,7 +238,7 @@ class Coco(Source):
 
 def _classes(categories: list[dict[str, Any]], labels: epath.PathLike | None) -> ClassList:
     """Categories in the JSON's order, named by a label file or by themselves."""
-    ids, raw = column(categories, "id", whole), column(categories, "name", text)
+    ids, raw = column(categories, "id", whole, of="category"), column(categories, "name", text, of="category")
     if double := [k for k, count in Counter(ids).items() if count > 1]:
         raise ValueError(f"it lists the category {double[0]} twice")
     if labels:
@@ -248,7 +252,7 @@ def _classes(categories: list[dict[str, Any]], labels: epath.PathLike | None) ->
             raise ValueError("a category has an empty name")
         plain = Counter(map(_plain_name, raw))
         names = [(p,) if plain[p] == 1 and p else (r,) for r in raw for p in [_plain_name(r)]]
-    isthing = column(categories, "isthing", flag, default=True)
+    isthing = column(categories, "isthing", flag, default=True, of="category")
     groups = {
         "thing": tuple(k for k, thing in enumerate(isthing) if thing),
         "stuff": tuple(k for k, thing in enumerate(isthing) if not thing),

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ovseg_jax.data.images import list_folders, read_image, say_left_out, scan_images
+from ovseg_jax.data.images import has_image, list_folders, read_image, say_left_out, scan_images
 from ovseg_jax.data.source_base import Example, Source
 from ovseg_jax.errors import UserError
 from ovseg_jax.reading import read_json, read_lines, reading, short, texts
@@ -73,9 +73,12 @@ class ImageFolder(Source):
             )
         beside = self._folder.parent
         splits = [beside / other for other in list_folders(beside)] if split else [root]
-        found = {folder for other in splits if other != self._folder for folder in _with_images(other)}.union(
-            own
-        )
+        there = set(own)
+        others = [
+            (other, folder) for other in splits for folder in list_folders(other) if folder not in there
+        ]
+        # Annotations or tools may lie beside the splits.
+        found = there.union(folder for other, folder in others if has_image(other / folder))
         if names:
             listed = read_names(names)
             if stray := [folder for folder in own if folder not in listed]:
@@ -168,8 +171,3 @@ def _pair(line: str) -> tuple[str, str]:
     separator = r"\s*[\t:]\s*" if re.search(r"[\t:]", line.strip()) else r"\s+"
     folder, *rest = re.split(separator, line.strip(), maxsplit=1)
     return folder, rest[0] if rest else ""
-
-
-def _with_images(split: epath.Path) -> list[str]:
-    """The class folders of a split: those that hold an image, as annotations or tools may lie beside."""
-    return [folder for folder in list_folders(split) if scan_images(split / folder)[0]]

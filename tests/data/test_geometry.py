@@ -1,29 +1,28 @@
-"""Rows with a label or a caption: crops as torchvision draws them, flips, tokens, evaluation."""
+"""Geometry of images, masks and boxes: crops as torchvision draws them, flips, and rows of images of one class."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ovseg_jax.data.classification import (
-    Augment,
-    CaptionTransform,
-    ClassifyEval,
-    ClassifyTransform,
-    random_crop,
-)
+from ovseg_jax.data import transforms
+from ovseg_jax.data.evaluation import ClassifyEval
+from ovseg_jax.data.geometry import RandomCrop, ScaleJitter, geometry_of, random_crop
 from ovseg_jax.data.images import centre_square
+from ovseg_jax.data.rows import Rows
 from ovseg_jax.data.source_base import Source
 from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.classes import ClassList
-from ovseg_jax.vocab.words import WordList
 from tests.extras import require
 
-WORDS = WordList(["a", "red", "ball", "on", "the", "left"])
 WHOLE = dict(crop=(1.0, 1.0), randaugment=0)
 
 
 def make_config(**augment):
-    return {"seed": 3, "data": {"image_size": 16, "text_length": 6, "augment": augment}}
+    return {"seed": 3, "steps": 9, "batch_size": 4, "data": {"image_size": 16, "augment": augment}}
+
+
+def labelled(config):
+    return Rows.from_config(config, ("image", "label"))
 
 
 def photo(height, width):
@@ -44,11 +43,13 @@ def test_resized_crop_is_torchvisions():
     image = photo(70, 50)
     for seed in range(5):
         place = random_crop(70, 50, (0.08, 1.0), np.random.default_rng(seed))
-        augment = Augment(16, flip=False, randaugment=0)
+        crop = RandomCrop(16, flip=False, randaugment=0)
         expected = theirs.resized_crop(
             Image.fromarray(image), *place, (16, 16), theirs.InterpolationMode.BICUBIC
         )
-        np.testing.assert_array_equal(augment(image, np.random.default_rng(seed)), np.asarray(expected))
+        moved, flipped = crop({"image": image}, np.random.default_rng(seed))
+        np.testing.assert_array_equal(moved["image"], np.asarray(expected))
+        assert not flipped and moved["image_size"].tolist() == [16, 16]
 
 
 @pytest.mark.parametrize("share", [(0.08, 1.0), (0.6, 0.6)])
@@ -75,11 +76,11 @@ def test_a_crop_that_never_fits_is_the_middle(size):
 def test_half_are_mirrored():
     image = np.zeros((16, 16, 3), np.uint8)
     image[:, :8] = 255
-    transform = ClassifyTransform.from_config(make_config(**WHOLE), WORDS)
+    transform = labelled(make_config(**WHOLE))
     rows = [transform(index, {"image": image, "label": 2})["image"] for index in range(400)]
     mirrored = [row[:, 0].max() < 128 for row in rows]
     assert 0.4 < np.mean(mirrored) < 0.6
-    plain = ClassifyTransform.from_config(make_config(**WHOLE, flip=False), WORDS)
+    plain = labelled(make_config(**WHOLE, flip=False))
     assert all(plain(index, {"image": image, "label": 2})["image"][0, 0, 0] > 128 for index in range(50))
 
 
@@ -87,59 +88,66 @@ def test_half_are_mirrored():
 def test_a_row_is_a_function_of_seed_index_and_example(policy):
     config, example = make_config(policy=policy), {"image": photo(30, 40), "label": 4}
     before = example["image"].copy()
-    transform = ClassifyTransform.from_config(config, WORDS)
+    transform = labelled(config)
     rows = [transform(index, example) for index in range(20)]
     np.testing.assert_array_equal(example["image"], before)
     for index in (3, 11):
-        again = ClassifyTransform.from_config(config, WORDS)(index, example)
+        again = labelled(config)(index, example)
         assert all((again[key] == rows[index][key]).all() for key in again)
     assert {k: (v.dtype.name, v.shape) for k, v in rows[0].items()} == {
-        "image": ("uint8", (16, 16, 3)), "label": ("int32", ()), "example_mask": ("bool", ()),
+        "image": ("uint8", (16, 16, 3)), "image_size": ("int32", (2,)), "label": ("int32", ()),
+        "example_mask": ("bool", ()),
     }  # fmt: skip
     assert rows[0]["label"] == 4 and len({row["image"].tobytes() for row in rows}) == 20
-    other = ClassifyTransform.from_config({**config, "seed": 4}, WORDS)(3, example)
+    other = labelled({**config, "seed": 4})(3, example)
     assert (other["image"] != rows[3]["image"]).any()
 
 
-def test_features_pass_through():
-    feature = np.arange(5, dtype=np.float32)
-    row = ClassifyTransform.from_config(make_config(), WORDS)(0, {"feature": feature, "label": 1})
-    assert set(row) == {"feature", "label", "example_mask"} and (row["feature"] == feature).all()
-    example = {"feature": np.stack([feature, -feature]), "label": 1}
-    rows = [ClassifyTransform.from_config(make_config(), WORDS)(index, example) for index in range(40)]
-    assert {row["feature"][1] for row in rows} == {1, -1} and rows[0]["feature"].shape == (5,)
-    # Consecutive rows that show one example show different views of it.
-    example = {"feature": np.arange(4, dtype=np.float32)[:, None], "label": 1}
-    transform = ClassifyTransform.from_config(
-        make_config() | {"data": {**make_config()["data"], "views": 4}}, WORDS
-    )
-    drawn = np.array([transform(index, example)["feature"][0] for index in range(80)]).reshape(20, 4)
-    assert (np.sort(drawn) == np.arange(4)).all() and len({tuple(group) for group in drawn}) > 5
+def scene(height=45, width=70):
+    """Three segments on void."""
+    segments = np.zeros((height, width), np.int32)
+    segments[5:20, 10:30], segments[15:40, 25:60], segments[30:, :8] = 1, 2, 3
+    return {
+        "image": photo(height, width),
+        "segments": segments,
+        "boxes": transforms.segment_boxes(segments, 3),
+    }
 
 
-def test_captions_and_sides():
-    image = np.zeros((16, 16, 3), np.uint8)
-    image[:, :8] = 255
-    transform = CaptionTransform.from_config(make_config(**WHOLE), WORDS)
-    captions = ["a red ball", "a ball on the left"]
-    seen = set()
-    for index in range(200):
-        row = transform(index, {"image": image, "captions": captions})
-        ids = row["ids"][row["valid"]][1:-1].tolist()
-        mirrored = bool(row["image"][:, 0].max() < 128)
-        # Six tokens have room for four words.
-        assert ids in ([1, 2, 3], [1, 3, 4, 5])
-        seen.add((len(ids), mirrored))
+@pytest.mark.parametrize("geometry", [RandomCrop(32, (0.2, 0.9), True, 0), ScaleJitter(32, (0.6, 2.0))])
+def test_boxes_and_segments_move_with_the_image(geometry):
+    example = scene()
+    # The image tells where each pixel comes from: segments in red.
+    example["image"] = np.repeat((example["segments"] * 80).astype(np.uint8)[..., None], 3, -1)
+    flips = set()
+    for seed in range(30):
+        moved, flipped = geometry(example, np.random.default_rng(seed))
+        flips.add(flipped)
+        again = transforms.segment_boxes(moved["segments"], 3)
+        visible = np.bincount(moved["segments"].ravel(), minlength=4)[1:] > 0
+        # All segments are rectangles but the first, of which the second hides a corner.
+        whole = visible & (np.arange(3) > 0)
+        assert np.abs(again - moved["boxes"])[whole].max(initial=0) <= 1.0
+        sides = moved["boxes"][:, 2:] - moved["boxes"][:, :2]
+        assert (sides[~visible].min(1) <= 1.0).all()
+        inside = np.lib.stride_tricks.sliding_window_view(moved["segments"], (5, 5))
+        even = inside.min((2, 3)) == inside.max((2, 3))
+        off = moved["image"][2:-2, 2:-2, 0].astype(int) - moved["segments"][2:-2, 2:-2] * 80
         assert (
-            row["ids"].shape == row["valid"].shape == (6,)
-            and row["ids"].dtype == np.int32
-            and row["example_mask"]
-        )
-    assert seen == {(3, True), (3, False), (4, False)}
-    for silent in ({"image": image, "captions": []}, {"image": image}):
-        assert not transform(0, silent)["example_mask"]
-    with pytest.raises(UserError, match="'dog'"):
-        transform(0, {"image": image, "captions": ["a dog"]})
+            np.abs(off[even]).max(initial=0) <= 24
+        )  # a bicubic filter of two pixels of the source reaches farther
+    assert flips == {True, False}
+    alone, _ = geometry({"image": example["image"]}, np.random.default_rng(3))
+    both, _ = geometry(example, np.random.default_rng(3))
+    np.testing.assert_array_equal(alone["image"], both["image"])
+    assert set(alone) == {"image", "image_size"}
+
+
+def test_one_geometry_is_asked_for():
+    with pytest.raises(UserError, match=r"leave out data\.scale_jitter and data\.flip"):
+        geometry_of({"image_size": 16, "augment": {}, "flip": False}, False)
+    with pytest.raises(UserError, match=r"randaugment=2 moves images without their masks and boxes"):
+        geometry_of({"image_size": 16, "augment": {}}, True)
 
 
 class Pair(Source):
@@ -183,4 +191,4 @@ def test_evaluation_rows():
 )
 def test_bad_settings(augment, message):
     with pytest.raises(UserError, match=message):
-        ClassifyTransform.from_config(make_config(**augment), WORDS)
+        labelled(make_config(**augment))

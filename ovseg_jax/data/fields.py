@@ -1,0 +1,357 @@
+"""The fields of a training batch: for each name that `data.fields` may hold, what it reads and how it is made.
+
+    field            arrays of a row
+    image            image u8 [S S 3], image_size (height, width of what is no padding)
+    masks            masks u8 [M h w], mask_valid [M], mask_weight (0 for an image without masks)
+    mask_classes     [M] class of each mask, -1 for none and for padding
+    mask_isthing     [M]
+    mask_iscrowd     [M]; crowds are among the masks where this is named, and left out where it is not
+    pixel_classes    [h w] class of the middle of each cell, -1 for none
+    boxes            boxes f32 [R 4] (x0, y0, x1, y1 in pixels of the canvas), box_valid [R]
+    box_tokens       [R L], box_token_valid: a caption of each box by the text side's tokeniser
+    box_words        box_word_ids [R W], box_word_valid: its words by the vocabulary
+    box_tags         [R T L], box_tag_valid: the tags of each box
+    tags             [T L], tag_valid: the tags of the image
+    words            word_ids [W], word_valid: words of one caption, filtered and drawn (OpenSeg, 3.2)
+    tokens           [L], token_valid: one caption by the text side's tokeniser; none is valid without a caption
+    label, feature   as in the example; of several views of a feature one is drawn
+
+Slot k of masks and of boxes is the same segment: the largest come first. Each function takes what has been seen of an
+example and returns arrays; geometry and draws that several fields share have been made before.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from ovseg_jax.data import transforms
+from ovseg_jax.data.batch_augment import BatchAugment
+from ovseg_jax.errors import UserError
+from ovseg_jax.vocab.words import FILTERS, WordList, extract_words, keep_of, split_words, without_spoiled
+
+Arrays = dict[str, np.ndarray]
+Tokenize = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
+"""Texts to token ids i32 [n L] and which of them are no padding; a copy goes to each worker process."""
+
+FLIP_DROP = ("lexicon:side",)  # a flip invalidates these words (left, right)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the fields of a batch are made by: keys of `config.data`, and the text side.
+
+    Attributes:
+      fields: names of `FIELDS`, in their order.
+      known: the vocabulary that word ids index.
+      tokenize: of the text side, for tokens and tags.
+      views: how many consecutive rows show one example.
+    """
+
+    fields: tuple[str, ...]
+    seed: int
+    mask_stride: int
+    max_masks: int
+    max_boxes: int
+    max_tags: int
+    max_words: int
+    keep: tuple[str, ...]
+    keep_prob: Mapping[str, float]
+    tagger: str
+    views: int
+    known: WordList
+    tokenize: Tokenize | None
+
+    @classmethod
+    def from_config(
+        cls, config: Any, fields: Iterable[str], words: WordList | None, tokenize: Tokenize | None
+    ) -> "Settings":
+        """Reads `seed` and `data` of a config; see `Rows.from_config`."""
+        data, named = config["data"], set(fields)
+        if unknown := sorted(named - FIELDS.keys()):
+            raise UserError(f"data.fields has no {unknown[0]!r}; known are {', '.join(FIELDS)}")
+        if named & {"words", "box_words"} and words is None:
+            raise UserError(
+                "the batch fields 'words' and 'box_words' need a vocabulary, which this method lacks"
+            )
+        if named & {"tokens", "box_tokens"} and tokenize is None:
+            raise UserError(
+                "the batch fields 'tokens' and 'box_tokens' need a tokeniser, which this method lacks"
+            )
+        size, stride = int(data["image_size"]), int(data.get("mask_stride", 4))
+        if named & {"masks", "pixel_classes"} and size % stride:
+            raise UserError(f"data.image_size={size} does not divide by data.mask_stride={stride}")
+        views, masks = int(data.get("views", 1)), int(data.get("max_masks", 64))
+        if views < 1:
+            raise UserError(f"data.views={views} is less than 1")
+        return cls(
+            fields=tuple(name for name in FIELDS if name in named),
+            seed=int(config["seed"]),
+            mask_stride=stride,
+            max_masks=masks,
+            max_boxes=int(data.get("max_boxes", masks)),
+            max_tags=int(data.get("max_tags", 16)),
+            max_words=int(data.get("max_words", 24)),
+            keep=keep_of(data.get("caption_filter", "noun+adj")),
+            keep_prob=_keep_prob(data.get("keep_prob", 0.5)),
+            tagger=data.get("tagger", "pattern"),
+            views=views,
+            known=WordList([]) if words is None else words,
+            tokenize=tokenize,
+        )
+
+    @functools.cached_property
+    def needs(self) -> frozenset[str]:
+        """The fields of a source that are read."""
+        return frozenset(need for name in self.fields for need in FIELDS[name].needs)
+
+    def token_rows(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "n l"], Bool[np.ndarray, "n l"]]:
+        """Tokenises texts; an empty one has no valid token."""
+        assert self.tokenize is not None
+        ids, valid = self.tokenize(list(texts))
+        return ids, valid & np.array([bool(text) for text in texts], bool)[:, None]
+
+    def word_row(self, words: Sequence[str]) -> tuple[Int[np.ndarray, "w"], Bool[np.ndarray, "w"]]:
+        """Returns the ids of the first `max_words` words, padded, and which are no padding."""
+        words = words[: self.max_words]
+        ids = np.zeros(self.max_words, np.int32)
+        ids[: len(words)] = self.known.ids(words)
+        return ids, np.arange(self.max_words) < len(words)
+
+
+@dataclasses.dataclass
+class Seen:
+    """An example as all fields of its row see it.
+
+    Attributes:
+      settings: of the fields.
+      index: the number of the row.
+      example: `image`, `segments` and `boxes` moved, with `image_size`; the rest as the source gives it.
+      caption: the caption that was drawn, or "".
+      region_captions: of each segment the one that was drawn, or "".
+      flipped: whether the image was mirrored.
+      augment: what hits the whole batch.
+      rng: the row's generator, after the draws of geometry.
+    """
+
+    settings: Settings
+    index: int
+    example: Mapping[str, Any]
+    caption: str
+    region_captions: Sequence[str]
+    flipped: bool
+    augment: BatchAugment | None
+    rng: np.random.Generator
+
+    @functools.cached_property
+    def boxes(self) -> np.ndarray:
+        """The box of each segment: around what is visible of it where the segments are read, else as moved."""
+        if "segments" in self.settings.needs:
+            return transforms.segment_boxes(self.example["segments"], len(self.example["class_ids"]))
+        return self.example["boxes"]
+
+    @functools.cached_property
+    def chosen(self) -> Int[np.ndarray, "n"]:
+        """The visible segments, from 0, the largest first; crowds only where `mask_iscrowd` is named."""
+        segments = "segments" in self.settings.needs
+        crowd = np.zeros(len(self.example["class_ids"] if segments else self.boxes), bool)
+        if "mask_iscrowd" not in self.settings.fields and "iscrowd" in self.example:
+            crowd = self.example["iscrowd"]
+        if segments:
+            return transforms.chosen_segments(self.example["segments"], crowd, len(crowd)) - 1
+        area = np.where(crowd, 0, (self.boxes[:, 2:] - self.boxes[:, :2]).prod(1))
+        order = np.argsort(-area, kind="stable")
+        return order[area[order] > 0]
+
+    def of_boxes(self, values: Sequence[Any], empty: Any) -> list[Any]:
+        """Returns the values of the segments in the slots of boxes; `empty` in a slot without one."""
+        count = self.settings.max_boxes
+        found = [values[k] if k < len(values) else empty for k in self.chosen[:count]]
+        return found + [empty] * (count - len(found))
+
+
+class Field(NamedTuple):
+    """What a field reads of an example, and how it is made."""
+
+    needs: frozenset[str]
+    make: Callable[[Seen], Arrays]
+
+
+def _image(seen: Seen) -> Arrays:
+    image = seen.example["image"]
+    if seen.augment is not None:
+        image = seen.augment.apply(image, seen.example["image_size"], seen.rng)
+    return {"image": image, "image_size": seen.example["image_size"]}
+
+
+def _masks(seen: Seen) -> Arrays:
+    count, ids = seen.settings.max_masks, seen.chosen[: seen.settings.max_masks] + 1
+    weight = (seen.augment.mask_weight if seen.augment else 1.0) if len(ids) else 0.0
+    return {
+        "masks": transforms.segment_masks(seen.example["segments"], ids, count, seen.settings.mask_stride),
+        "mask_valid": np.arange(count) < len(ids),
+        "mask_weight": np.asarray(weight, np.float32),
+    }
+
+
+def _of_masks(name: str, of: str, empty: Any) -> Callable[[Seen], Arrays]:
+    def make(seen: Seen) -> Arrays:
+        ids = seen.chosen[: seen.settings.max_masks]
+        values = np.asarray(seen.example[of])
+        padded = np.full(seen.settings.max_masks, empty, values.dtype)
+        padded[: len(ids)] = values[ids]
+        return {name: padded}
+
+    return make
+
+
+def _pixel_classes(seen: Seen) -> Arrays:
+    example, stride = seen.example, seen.settings.mask_stride
+    return {"pixel_classes": transforms.class_map(example["segments"], example["class_ids"], stride)}
+
+
+def _boxes(seen: Seen) -> Arrays:
+    count, ids = seen.settings.max_boxes, seen.chosen[: seen.settings.max_boxes]
+    boxes = np.zeros((count, 4), np.float32)
+    boxes[: len(ids)] = seen.boxes[ids]
+    return {"boxes": boxes, "box_valid": np.arange(count) < len(ids)}
+
+
+def _box_tokens(seen: Seen) -> Arrays:
+    ids, valid = seen.settings.token_rows(seen.of_boxes(seen.region_captions, ""))
+    return {"box_tokens": ids, "box_token_valid": valid}
+
+
+def _box_words(seen: Seen) -> Arrays:
+    settings = seen.settings
+    spoken = [_true_words(seen, text) for text in seen.of_boxes(seen.region_captions, "")]
+    made = [settings.word_row([word for word, _ in words]) for words in spoken]
+    ids, valid = (np.stack(column) for column in zip(*made, strict=True))
+    return {"box_word_ids": ids, "box_word_valid": valid}
+
+
+def _tags(seen: Seen) -> Arrays:
+    ids, valid = _tag_rows(seen, seen.example["tags"])
+    return {"tags": ids, "tag_valid": valid}
+
+
+def _box_tags(seen: Seen) -> Arrays:
+    made = [_tag_rows(seen, tags) for tags in seen.of_boxes(seen.example["region_tags"], ())]
+    ids, valid = (np.stack(column) for column in zip(*made, strict=True))
+    return {"box_tags": ids, "box_tag_valid": valid}
+
+
+def _tag_rows(seen: Seen, tags: Sequence[str]) -> tuple[Int[np.ndarray, "t l"], Bool[np.ndarray, "t l"]]:
+    """Tokens of tags, or word ids where the text side has no tokeniser."""
+    settings = seen.settings
+    texts = [*tags[: settings.max_tags], *[""] * (settings.max_tags - len(tags))]
+    if settings.tokenize is not None:
+        return settings.token_rows(texts)
+    made = [
+        settings.word_row([word for word in split_words(text) if word in settings.known]) for text in texts
+    ]
+    ids, valid = (np.stack(column) for column in zip(*made, strict=True))
+    return ids, valid
+
+
+def _words(seen: Seen) -> Arrays:
+    """Keeps each word with its probability kp (section 3.2); the luckiest stays if all would go."""
+    words = _true_words(seen, seen.caption)
+    if words:
+        draws = seen.rng.random(len(words))
+        keep = seen.settings.keep_prob
+        kept = [word for (word, pos), u in zip(words, draws, strict=True) if u < keep[pos]]
+        words = [(word, "") for word in kept] or [words[int(draws.argmin())]]
+    ids, valid = seen.settings.word_row([word for word, _ in words])
+    return {"word_ids": ids, "word_valid": valid}
+
+
+def _true_words(seen: Seen, text: str) -> list[tuple[str, str]]:
+    """The known words of a text that flip and augmentation leave true, with their parts of speech."""
+    settings = seen.settings
+    if not text:
+        return []
+    words = [
+        (word, pos)
+        for word, pos in extract_words(text, settings.keep, settings.tagger)
+        if word in settings.known
+    ]
+    if seen.flipped:
+        words = without_spoiled(words, FLIP_DROP)
+    if seen.augment is not None:
+        words = without_spoiled(words, seen.augment.drop, seen.augment.spare)
+    return words
+
+
+def _tokens(seen: Seen) -> Arrays:
+    ids, valid = seen.settings.token_rows([seen.caption])
+    return {"tokens": ids[0], "token_valid": valid[0]}
+
+
+def _label(seen: Seen) -> Arrays:
+    return {"label": np.asarray(seen.example["label"], np.int32)}
+
+
+def _feature(seen: Seen) -> Arrays:
+    """Consecutive rows that show one example get different views of it."""
+    feature = np.asarray(seen.example["feature"], np.float32)
+    if feature.ndim == 2:
+        group, place = divmod(seen.index, seen.settings.views)
+        order = np.random.default_rng([seen.settings.seed, group, 0]).permutation(len(feature))
+        feature = feature[order[place % len(order)]]
+    return {"feature": feature}
+
+
+def _field(needs: str, make: Callable[[Seen], Arrays]) -> Field:
+    return Field(frozenset(needs.split()), make)
+
+
+FIELDS: dict[str, Field] = {
+    # In the order in which they draw: what hits the image comes before the words.
+    "image": _field("image", _image),
+    "words": _field("captions", _words),
+    "tokens": _field("captions", _tokens),
+    "masks": _field("image segments class_ids", _masks),
+    "mask_classes": _field("image segments class_ids", _of_masks("mask_classes", "class_ids", -1)),
+    "mask_isthing": _field("image segments class_ids", _of_masks("mask_isthing", "isthing", False)),
+    "mask_iscrowd": _field("image segments class_ids", _of_masks("mask_iscrowd", "iscrowd", False)),
+    "pixel_classes": _field("image segments class_ids", _pixel_classes),
+    "boxes": _field("image boxes", _boxes),
+    "box_tokens": _field("image boxes region_captions", _box_tokens),
+    "box_words": _field("image boxes region_captions", _box_words),
+    "box_tags": _field("image boxes region_tags", _box_tags),
+    "tags": _field("tags", _tags),
+    "label": _field("label", _label),
+    "feature": _field("feature", _feature),
+}
+"""Every field by its name."""
+
+
+def batch_fields(method: Any, config: Any) -> tuple[str, ...]:
+    """Returns the fields that a method's loss reads, and those that `config.data.fields` adds.
+
+    Args:
+      method: with `fields(config)`.
+      config: the whole config of a run.
+    """
+    return tuple(dict.fromkeys((*method.fields(config), *(config.data.get("fields") or ()))))
+
+
+def _keep_prob(value: Any) -> dict[str, float]:
+    """kp for each part of speech: one number for all, or a mapping with a "default" for the unnamed."""
+    parts = FILTERS["all"]
+    if hasattr(value, "items"):
+        given = {key: float(p) for key, p in value.items()}
+        if unknown := sorted(set(given) - {*parts, "default"}):
+            raise UserError(
+                f"data.keep_prob has no key {unknown[0]!r}; it has {', '.join(parts)} and default"
+            )
+        keep = {pos: given.get(pos, given.get("default", 1.0)) for pos in parts}
+    else:
+        keep = dict.fromkeys(parts, float(value))
+    if not all(0 <= p <= 1 for p in keep.values()):
+        raise UserError(f"data.keep_prob={value} leaves 0..1")
+    return keep

@@ -1,0 +1,151 @@
+"""Geometry of a training row: one random flip, scale and crop of image, segments and boxes together.
+
+`data.augment` asks for `RandomCrop`, by which images of one class are trained; without it `ScaleJitter` moves scenes.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from ovseg_jax.data import transforms
+from ovseg_jax.data.rand_augment import rand_augment, rand_augment_dassl
+from ovseg_jax.errors import UserError
+
+RATIO = (3 / 4, 4 / 3)  # width by height of a random crop, as in torchvision
+POLICIES = {"torchvision": rand_augment, "dassl": rand_augment_dassl}
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleJitter:
+    """A flip, then `transforms.scale_jitter`.
+
+    Attributes:
+      size: side of the square canvas in pixels.
+      jitter: lowest and highest factor of the scale.
+      flip: whether half of the images are mirrored.
+    """
+
+    size: int
+    jitter: tuple[float, float] = (1.0, 1.0)
+    flip: bool = True
+
+    @classmethod
+    def from_config(cls, data: Any) -> "ScaleJitter":
+        """Reads `image_size`, `scale_jitter` and `flip` of `config.data`.
+
+        Raises:
+          UserError: a `scale_jitter` that cannot be.
+        """
+        jitter = tuple(float(f) for f in data.get("scale_jitter", (1.0, 1.0)))
+        if len(jitter) != 2 or not 0 < jitter[0] <= jitter[1]:
+            raise UserError(f"data.scale_jitter={jitter} is not (lowest, highest) with 0 < lowest <= highest")
+        return cls(int(data["image_size"]), jitter, bool(data.get("flip", True)))  # type: ignore[arg-type]
+
+    def __call__(
+        self, example: transforms.Example, rng: np.random.Generator, may_flip: bool = True
+    ) -> tuple[dict[str, Any], bool]:
+        """Returns the example with `image_size` added, and whether it was mirrored."""
+        flipped = self.flip and rng.random() < 0.5 and may_flip
+        example = transforms.flip(example) if flipped else example
+        return transforms.scale_jitter(example, self.size, self.jitter, rng), flipped
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomCrop:
+    """A random crop, resized to a square, then a flip, then RandAugment of the image.
+
+    Attributes:
+      size: side of the square in pixels.
+      crop: the smallest and largest share of the image's area.
+      flip: whether half of the images are mirrored.
+      randaugment: number of its operations; 0 for none.
+      policy: whose RandAugment, see `rand_augment`: "torchvision" (of magnitude 9) or "dassl".
+    """
+
+    size: int
+    crop: tuple[float, float] = (0.08, 1.0)
+    flip: bool = True
+    randaugment: int = 2
+    policy: str = "torchvision"
+
+    @classmethod
+    def from_config(cls, data: Any) -> "RandomCrop":
+        """Reads `image_size` and `augment` (the attributes above) of `config.data`.
+
+        Raises:
+          UserError: a key of `augment` that is none of these, or a value that cannot be.
+        """
+        given = dict((data.get("augment") or {}).items())
+        known = [field.name for field in dataclasses.fields(cls) if field.name != "size"]
+        if unknown := sorted(set(given) - set(known)):
+            raise UserError(f"data.augment has no key {unknown[0]!r}; it has {', '.join(known)}")
+        crop = tuple(float(share) for share in given.pop("crop", cls.crop))
+        if len(crop) != 2 or not 0 < crop[0] <= crop[1] <= 1:
+            raise UserError(
+                f"data.augment.crop={crop} is not (smallest, largest) with 0 < smallest <= largest <= 1"
+            )
+        augment = cls(int(data["image_size"]), crop, **given)
+        if augment.randaugment < 0:
+            raise UserError(f"data.augment.randaugment={augment.randaugment} is less than 0")
+        if augment.policy not in POLICIES:
+            raise UserError(f"data.augment.policy={augment.policy!r} is not one of {', '.join(POLICIES)}")
+        return augment
+
+    def __call__(
+        self, example: transforms.Example, rng: np.random.Generator, may_flip: bool = True
+    ) -> tuple[dict[str, Any], bool]:
+        """Returns the example with `image_size` added, and whether it was mirrored."""
+        height, width = example["image"].shape[:2]
+        out = transforms.crop_resize(example, random_crop(height, width, self.crop, rng), self.size)
+        flipped = self.flip and rng.random() < 0.5 and may_flip
+        out = transforms.flip(out) if flipped else out
+        if self.randaugment:
+            image = np.ascontiguousarray(out["image"])
+            out["image"] = POLICIES[self.policy](image, rng, self.randaugment)
+        return out, flipped
+
+
+def geometry_of(data: Any, moves_regions: bool) -> ScaleJitter | RandomCrop:
+    """Reads the geometry of `config.data`.
+
+    Args:
+      data: with `augment`, for `RandomCrop`, or else the keys of `ScaleJitter`.
+      moves_regions: whether masks or boxes move with the image.
+
+    Raises:
+      UserError: both are asked for, or RandAugment, which moves the image alone, with masks or boxes.
+    """
+    if data.get("augment") is None:
+        return ScaleJitter.from_config(data)
+    if "scale_jitter" in data or "flip" in data:
+        raise UserError(
+            "data.augment crops and mirrors in its own way (data.augment.crop, data.augment.flip): leave out "
+            "data.scale_jitter and data.flip"
+        )
+    crop = RandomCrop.from_config(data)
+    if moves_regions and crop.randaugment:
+        raise UserError(
+            f"data.augment.randaugment={crop.randaugment} moves images without their masks and boxes: set it to 0"
+        )
+    return crop
+
+
+def random_crop(
+    height: int, width: int, share: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Draws the (top, left, height, width) of a crop as torchvision's `RandomResizedCrop` does.
+
+    Its area is a `share` of the image's and its aspect lies in `RATIO`, evenly by logarithm; after ten draws
+    that do not fit, it is the largest one in the middle whose aspect lies there.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*share)
+        aspect = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    w = min(width, round(height * RATIO[1]))
+    h = min(height, round(width / RATIO[0]))
+    return (height - h) // 2, (width - w) // 2, h, w

@@ -1,0 +1,125 @@
+"""From an example of a source to a row of a training batch: geometry once, then each field that the batch holds."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ovseg_jax.data.batch_augment import BatchAugment, choose, parse_batch_augments
+from ovseg_jax.data.fields import FIELDS, Seen, Settings, Tokenize
+from ovseg_jax.data.geometry import RandomCrop, ScaleJitter, geometry_of
+from ovseg_jax.data.source_base import replaced
+from ovseg_jax.errors import UserError
+from ovseg_jax.vocab.lexicon import LEXICON
+from ovseg_jax.vocab.words import WordList, split_words
+
+# Keep a row's draws apart from those of the batch or the mixture of the same number.
+_STREAM, _REGION_STREAM = 0, 3
+_MOVED = ("image", "segments", "boxes")  # by geometry
+_WHOLE = (
+    "tokens",
+    "box_tokens",
+    "tags",
+    "box_tags",
+)  # fields of whole texts, from which no word can be dropped
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Makes row number `index` of the endless stream: a function of (seed, index, example) alone.
+
+    It reads of an example only what its fields need. The row has the arrays of each field, see `fields`, and
+    `example_mask`, True. Where a text that is kept whole speaks of left or right, the image is not mirrored.
+    """
+
+    settings: Settings
+    geometry: ScaleJitter | RandomCrop
+    augments: tuple[BatchAugment, ...]
+    steps: int
+    batch_size: int
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Any,
+        fields: Iterable[str],
+        words: WordList | None = None,
+        tokenize: Tokenize | None = None,
+    ) -> "Rows":
+        """Reads `seed`, `steps`, `batch_size` and `data` of a config.
+
+        Args:
+          config: of `data`: `image_size`, `mask_stride`, `max_masks`, `max_boxes` (by default as many), `max_tags`,
+            `max_words`, `caption_filter`, `keep_prob`, `tagger`, `batch_augment`, `views`, and the keys of
+            `geometry.geometry_of`.
+          fields: names of `FIELDS`: what a row holds.
+          words: the vocabulary, for fields of words.
+          tokenize: of the text side, for fields of tokens.
+
+        Raises:
+          UserError: an unknown field, one that lacks its vocabulary or tokeniser, or a value that cannot be.
+        """
+        data = config["data"]
+        settings = Settings.from_config(config, fields, words, tokenize)
+        augments = parse_batch_augments(data.get("batch_augment") or ())
+        whole = [name for name in settings.fields if name in _WHOLE]
+        if whole and any(augment.drop for augment in augments):
+            raise UserError(
+                f"data.batch_augment drops words from captions, but the batch field {whole[0]!r} keeps texts whole"
+            )
+        return cls(
+            settings,
+            geometry_of(data, bool(settings.needs & {"segments", "boxes"})),
+            augments,
+            int(config["steps"]),
+            int(config["batch_size"]),
+        )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The fields of a source that are read."""
+        return self.settings.needs
+
+    def __call__(self, index: int, example: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Makes the row `index % batch_size` of batch `index // batch_size`.
+
+        Raises:
+          UserError: a file of the example cannot be read, or the tokeniser refuses its text.
+        """
+        seed, needs = self.settings.seed, self.needs
+        rng = np.random.default_rng([seed, index, _STREAM])
+        caption, augment, flipped = "", None, False
+        if "captions" in needs:
+            captions = example["captions"]
+            caption = captions[int(rng.integers(len(captions)))] if len(captions) else ""
+        elif isinstance(self.geometry, ScaleJitter):
+            rng.integers(2)  # as for a caption: the picture does not depend on whether words are read
+        spoken = self._region_captions(index, example)
+        if moved := {name: example[name] for name in _MOVED if name in needs}:
+            batch = index // self.batch_size
+            augment = choose(self.augments, seed, batch, batch / max(self.steps, 1))
+            may_flip = not self._one_sided(example, caption, spoken)
+            moved, flipped = self.geometry(moved, rng, may_flip)
+        seen = Seen(self.settings, index, replaced(example, **moved), caption, spoken, flipped, augment, rng)
+        row = {"example_mask": np.asarray(True)}
+        for name in self.settings.fields:
+            row |= FIELDS[name].make(seen)
+        return row
+
+    def _region_captions(self, index: int, example: Mapping[str, Any]) -> list[str]:
+        """Of each segment one of its captions, or ""."""
+        if "region_captions" not in self.needs:
+            return []
+        rng = np.random.default_rng([self.settings.seed, index, _REGION_STREAM])
+        draw = lambda texts: texts[int(rng.integers(len(texts)))] if len(texts) else ""
+        return [draw(texts) for texts in example["region_captions"]]
+
+    def _one_sided(self, example: Mapping[str, Any], caption: str, region_captions: Sequence[str]) -> bool:
+        """Whether a text that is kept whole speaks of left or right."""
+        fields = self.settings.fields
+        texts = [caption] if "tokens" in fields else []
+        texts += region_captions if "box_tokens" in fields else []
+        texts += example["tags"] if "tags" in fields else []
+        texts += [tag for tags in example["region_tags"] for tag in tags] if "box_tags" in fields else []
+        return not all(LEXICON["side"].isdisjoint(split_words(text)) for text in texts)

@@ -1,0 +1,34 @@
+"""What methods on CLIP's towers read of the data: images of one class, or texts by the towers' tokeniser."""
+
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from ovseg_jax.data.fields import batch_fields
+from ovseg_jax.data.source_base import Source
+from ovseg_jax.protocols import Classifier, Trainable
+from ovseg_jax.towers.clip import Clip
+from ovseg_jax.towers.vocabulary import spoken_words
+from ovseg_jax.vocab.tokenizers import PieceTokenizer
+
+
+class OnClip(Trainable, Classifier):
+    """The data side of a method that has the towers `clip`."""
+
+    clip: Clip
+
+    @classmethod
+    def fields(cls, config: ConfigDict) -> tuple[str, ...]:
+        """Returns the batch fields that the loss reads: features of images where these are kept."""
+        return ("feature" if config.data.get("cache_features", 0) else "image", "label")
+
+    @classmethod
+    def vocabulary(cls, config: ConfigDict, source: Source) -> Sequence[str]:
+        """Returns the words that a tokeniser of words needs; only one of this run's own words needs those of texts."""
+        own = config.towers.get("tokenizer", "") == "words"
+        return spoken_words(config.data, source, batch_fields(cls, config) if own else ()).words
+
+    @property
+    def tokenizer(self) -> PieceTokenizer:
+        """The tokeniser of the text tower; read when it is first asked for."""
+        return self.clip.tokenizer
