@@ -249,9 +249,9 @@ def full(args: Args) -> dict[str, Any]:
             mask_scale=1.0,
             mask_bias=placeholder(float),  # 3.1: none; a number: where a learned one starts
             detach_masks=False,
-            # none | products | all (models/remat.py). With none, here and in the backbone, 16 images of 640 x 640 do
+            # none | dots | all (models/remat.py). With none, here and in the backbone, 16 images of 640 x 640 do
             # not fit a core of TPU v3.
-            remat="products",
+            remat="dots",
             dtype="bfloat16",  # ours
         ),
         text=text,

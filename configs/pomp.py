@@ -199,7 +199,7 @@ def published_towers(args: Args) -> dict[str, Any]:
     pixels = pixels_of(args.towers)
     return dict(
         image=dict(name=args.towers),
-        text=dict(name=args.towers, remat="products"),  # ours
+        text=dict(name=args.towers, remat="dots"),  # ours
         init=args.weights or weights_of(args.towers),
         tokenizer="",
         image_size=224,  # appendix A

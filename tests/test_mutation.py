@@ -52,6 +52,7 @@ from ovseg_jax.vocab.vectors import ClassVectors
 from ovseg_jax.vocab.words import WordList
 from tests.extras import require
 from tests.mutants import mutant
+from tests.pretrained import damaged
 
 MUTANTS = int(os.environ.get("MUTANTS", "4000"))
 SEED = int(os.environ.get("MUTATION_SEED", "0"))
@@ -482,6 +483,7 @@ READERS: dict[str, Reader] = {
     ),
     "journal": Reader(text("p.jsonl", '{"request": {"a": 1}}\n{"image": "a"}\n{"image": "b"}\n'), Journal),
     "metrics.jsonl of curves": Reader(text("metrics.jsonl", RECORDS), curves._read),
+    **{name: Reader(write, read, 0.3) for name, (write, read) in damaged.READERS.items()},
     "metrics.jsonl": Reader(text("metrics.jsonl", RECORDS), lambda path: read_metrics(path.parent)),
 }
 
@@ -577,6 +579,8 @@ OPENERS: dict[str, str] = {
     "pretrained/files.py:_safetensors": "safetensors",
     "pretrained/files.py:_shards": "index of shards",
     "pretrained/files.py:_torch": "PyTorch's zip",
+    "pretrained/stated.py:check": "none: a description in memory",
+    "pretrained/stated.py:read_config": "config.json beside weights",
     "reading.py:parse_json": "captions.jsonl",
     "reading.py:read_json": "segments.json",
     "reading.py:read_lines": "label file",

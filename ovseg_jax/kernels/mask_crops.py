@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-# Of the cubic kernel (Keys 1981); -0.5 is PIL's, -0.75 that of torch.nn.functional.interpolate, which ZSSeg uses.
-_A = -0.75
+from ovseg_jax.kernels.keys import keys
 
 
 def mask_crops(
@@ -47,19 +46,14 @@ def _of_axis(occupied: Bool[Array, "b n s"], size: int) -> Float[Array, "b n z s
 def cubic(
     size: int, pixels: int, start: Int[Array, ""], length: Int[Array, ""]
 ) -> Float[Array, "size pixels"]:
-    """Cubic interpolation of `size` points from the `length` pixels from `start` on (half-pixel centres).
+    """Cubic interpolation of `size` points from the `length` pixels from `start` on (half-pixel centres), as
+    `torch.nn.functional.interpolate` does it, which ZSSeg uses.
 
     Beyond the ends the first and the last of these pixels go on.
     """
     position = (jnp.arange(size) + 0.5) * length / size - 0.5
     taps = jnp.floor(position)[:, None] + jnp.arange(-1, 3)
-    weight = _keys(jnp.abs(position[:, None] - taps))
+    weight = keys(position[:, None] - taps)
     at = start + jnp.clip(taps, 0, length - 1).astype(jnp.int32)
     hit = at[..., None] == jnp.arange(pixels)
     return jnp.where(hit, weight[..., None], 0).sum(1)
-
-
-def _keys(x: Float[Array, "z 4"]) -> Float[Array, "z 4"]:
-    near = ((_A + 2) * x - (_A + 3)) * x**2 + 1
-    far = ((_A * x - 5 * _A) * x + 8 * _A) * x - 4 * _A
-    return jnp.where(x <= 1, near, jnp.where(x < 2, far, 0))

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ovseg_jax.kernels.all_pairs import LOWEST, over_batch, varying
 from ovseg_jax.kernels.contrastive import Contrast
+from ovseg_jax.kernels.unit import unit
 
 Encode = Callable[[Any, Any], Float[Array, "k d"]]
 Correction = Literal["log10", "log"] | float
@@ -140,7 +141,7 @@ def sampled_softmax(
             each = -(-count // devices)
             padded = jnp.pad(ids, (0, each * devices - count))
             own = jax.lax.dynamic_slice_in_dim(padded, jax.lax.axis_index(batch_axes) * each, each)
-        features = _unit(encode(params, _take(tokens, jnp.concatenate([own, labels[::views]]))))
+        features = unit(encode(params, _take(tokens, jnp.concatenate([own, labels[::views]]))))
         negative = features[: own.shape[0]]
         positive = jnp.repeat(features[own.shape[0] :], views, 0)[: labels.shape[0]]
         if devices > 1:
@@ -193,7 +194,7 @@ def full_softmax(
         def step(carry, number):
             best, total, truth = carry
             ids = (start * chunks + number) * chunk + jnp.arange(chunk)
-            features = _unit(encode(params, _take(tokens, jnp.minimum(ids, num_classes - 1))))
+            features = unit(encode(params, _take(tokens, jnp.minimum(ids, num_classes - 1))))
             logits = scale * jnp.matmul(image, features.T, preferred_element_type=jnp.float32)
             truth += jnp.where(labels[:, None] == ids, logits, 0).sum(1)
             logits = jnp.where(ids < num_classes, logits, LOWEST)
@@ -231,8 +232,3 @@ def _count(tokens: Any) -> int:
 
 def _take(tokens: Any, ids: Int[Array, " k"]) -> Any:
     return jax.tree.map(lambda x: jnp.take(x, ids, axis=0), tokens)
-
-
-def _unit(x: Array) -> Array:
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))

@@ -12,13 +12,13 @@ from ml_collections import ConfigDict
 from ovseg_jax.config import keys
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.contrastive import contrastive_loss
+from ovseg_jax.kernels.unit import unit
 from ovseg_jax.methods.on_clip import OnClip
 from ovseg_jax.parallel.sharding import active_batch_axes, on_host
 from ovseg_jax.protocols import Aux, Batch, Text, Variables
 from ovseg_jax.towers.clip import SPACE, TOWER_KEYS, TOWERS, Clip, from_training, write_towers
 from ovseg_jax.towers.packed_text import unstacked
 from ovseg_jax.towers.prompt_file import Prompt
-from ovseg_jax.towers.text import unit
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 

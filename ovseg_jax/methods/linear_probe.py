@@ -16,11 +16,11 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.config import keys
 from ovseg_jax.errors import UserError
+from ovseg_jax.kernels.unit import unit
 from ovseg_jax.methods.on_clip import OnClip
 from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.protocols import PRECISION, Aux, Batch, Text, Variables
 from ovseg_jax.towers.clip import TOWER_KEYS, Clip
-from ovseg_jax.towers.text import unit
 from ovseg_jax.vocab.classes import ClassList, rows_of_names
 from ovseg_jax.vocab.words import WordList
 

@@ -16,6 +16,7 @@ from ovseg_jax.data.source_base import Source, check_provides
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.all_pairs import FORMS
 from ovseg_jax.kernels.grounding import grounding_loss
+from ovseg_jax.kernels.unit import unit
 from ovseg_jax.losses.masks import best_match_dice_loss
 from ovseg_jax.models.backbones import build_backbone
 from ovseg_jax.models.openseg import OpenSegFeatures, OpenSegNet
@@ -23,7 +24,7 @@ from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.parallel.sharding import active_batch_axes
 from ovseg_jax.protocols import Aux, Batch, Prediction, Segmenting, Text, Trainable, Variables
 from ovseg_jax.towers.frozen_text import TEXT_TOWER, FrozenText
-from ovseg_jax.towers.text import embed_words, unit
+from ovseg_jax.towers.text import embed_words
 from ovseg_jax.towers.text_table import TextTable
 from ovseg_jax.towers.vocabulary import counted_words
 from ovseg_jax.vocab.classes import ClassList

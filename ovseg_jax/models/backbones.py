@@ -23,6 +23,7 @@ from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.small import SmallBackbone
 from ovseg_jax.models.swin import Swin
 from ovseg_jax.models.tower_pyramid import TowerPyramid
+from ovseg_jax.models.transformer import HOOKS
 from ovseg_jax.models.vit import ViT
 
 # Name -> (module, what the name stands for).
@@ -55,7 +56,7 @@ def build_backbone(cfg: ConfigDict | Mapping[str, Any], dtype: Any = jnp.float32
     if name not in BACKBONES:
         raise UserError(f"backbone.name is {name!r}; known are {', '.join(BACKBONES)}.")
     module, settled = BACKBONES[name]
-    known = {f.name for f in dataclasses.fields(module)} - {"parent", "name", "dtype", *settled}
+    known = {f.name for f in dataclasses.fields(module)} - {"parent", "name", "dtype", *HOOKS, *settled}
     unknown = options.keys() - known
     if unknown:
         wrong = ", ".join(sorted(map(repr, unknown)))

@@ -7,7 +7,6 @@ Parameter names are those of `resnet.ResNet`, with `conv{1..3}`, `norm{1..3}` in
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -15,6 +14,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.positions import resize_positions
 from ovseg_jax.models.remat import rematerialise
 from ovseg_jax.models.resnet import kernel_init, make_norm
+from ovseg_jax.models.transformer import attend
 
 # Published with `grid` = image / 32, for images of 224, 224, 288, 384 and 448 pixels.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -28,7 +28,7 @@ HEAD_CHANNELS = 64
 
 
 def average_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    """Means of 2x2 pixels, to ceil(h/2) x ceil(w/2): what is left at an odd side is averaged for itself."""
+    """Averages 2x2 pixels, to ceil(h/2) x ceil(w/2): what is left at an odd side is averaged for itself."""
     return nn.avg_pool(x, (2, 2), strides=(2, 2), padding="SAME", count_include_pad=False)
 
 
@@ -86,21 +86,21 @@ class AttentionPool(nn.Module):
         """Returns (pooled, dense); dense is value and output projection at each place alone, without positions
         (Zhou et al. 2022, MaskCLIP)."""
         b, h, w, c = x.shape
-        shape = (c // HEAD_CHANNELS, HEAD_CHANNELS)
         init = nn.initializers.normal(c**-0.5)
-        query, key, value = (
-            nn.DenseGeneral(shape, dtype=self.dtype, kernel_init=init, name=name)
-            for name in ("query", "key", "value")
-        )
-        out = nn.DenseGeneral(self.embed, axis=(-2, -1), dtype=self.dtype, kernel_init=init, name="out")
+        layers: dict[str, nn.DenseGeneral] = {}
+
+        def layer(name: str, shape: Any, **options: Any) -> nn.DenseGeneral:
+            # Kept: values and output are asked for twice.
+            layers[name] = nn.DenseGeneral(shape, dtype=self.dtype, kernel_init=init, name=name, **options)
+            return layers[name]
 
         positions = self.param("positions", init, (1 + self.grid**2, c))
         table = positions[1:].reshape(self.grid, self.grid, c)
         places = resize_positions(table, (h, w)).reshape(h * w, c)
         tokens = jnp.concatenate([x.mean((1, 2))[:, None], x.reshape(b, h * w, c)], axis=1)
         tokens = tokens + jnp.concatenate([positions[:1], places]).astype(self.dtype)
-        pooled = jax.nn.dot_product_attention(query(tokens[:, :1]), key(tokens), value(tokens))
-        return out(pooled)[:, 0], out(value(x))
+        pooled = attend(layer, c // HEAD_CHANNELS, tokens[:, :1], tokens, features=self.embed)
+        return pooled[:, 0], layers["out"](layers["value"](x))
 
 
 class ClipResNet(nn.Module):

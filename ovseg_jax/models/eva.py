@@ -8,11 +8,9 @@ Parameters: `embedding`, `cls`, `pos_embedding` [1 1+grid*grid c] with the class
 `norm1`, `attn/{query,key,value,inner_norm,out}`, `norm2`, `mlp/{gate,fc1,norm,fc2}`, then `norm` and `head`.
 """
 
-import functools
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -20,9 +18,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.positions import resize_positions
 from ovseg_jax.models.remat import rematerialise
 from ovseg_jax.models.tower import TowerOutput
-
-# Cosines and sines for each token and channel of a head, see `rotary_table`.
-Rotary = Float[Array, "2 n d"]
+from ovseg_jax.models.transformer import EVA, Adapter, Between, Block, Places, through_blocks
 
 _EVA02 = dict(rope_grid=16, swiglu=True, attn_norm=True, mlp_norm=True)
 _B = dict(_EVA02, width=768, depth=12, heads=12, hidden=2048, embed_dim=512)
@@ -39,12 +35,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "eva01_clip_g14": dict(_G, patch=14, grid=16),
 }
 
-# As published; there, deeper layers and the head start smaller still, which is left out.
-dense_init = nn.initializers.truncated_normal(0.02)
+# In the published code, deeper layers and the head start smaller still, which is left out.
+dense_init = EVA.kernel_init
+EPSILON = 1e-6
 
 
-def rotary_table(rows: int, columns: int, grid: int, size: int) -> Rotary:
-    """Cosines and sines of the angles by which `rotate` turns each pair of a head's channels (Su et al. 2021).
+def rotary_table(rows: int, columns: int, grid: int, size: int) -> Float[Array, "2 n d"]:
+    """Returns cosines and sines of the angles by which `rotate` turns each pair of a head's channels (Su et al. 2021).
 
     The first half of the pairs turns with the row, the other with the column, at rates 10000^(-4 i / size). Positions
     run from 0 to `grid` on both sides, whatever the image's size: EVA-02 keeps the range that it was pretrained on. The
@@ -66,108 +63,6 @@ def rotary_table(rows: int, columns: int, grid: int, size: int) -> Rotary:
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
 
 
-def rotate(x: Float[Array, "b n h d"], table: Rotary) -> Float[Array, "b n h d"]:
-    """Turns each pair of neighbouring channels of each token by its angle, in float32."""
-    cos, sin = table[:, :, None]
-    y = x.astype(jnp.float32)
-    # Neighbours by shifts: with an axis of pairs, attention compiled for a TPU v4 moves 29% more bytes.
-    first = jnp.arange(x.shape[-1]) % 2 == 0
-    turned = y * cos + jnp.where(first, -jnp.roll(y, -1, axis=-1), jnp.roll(y, 1, axis=-1)) * sin
-    return turned.astype(x.dtype)
-
-
-def _layer_norm(dtype: Any, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, name=name)
-
-
-def _dense(features: int, dtype: Any, name: str) -> nn.Dense:
-    return nn.Dense(features, dtype=dtype, kernel_init=dense_init, name=name)
-
-
-class Attention(nn.Module):
-    """Attention among all tokens.
-
-    Attributes:
-      heads: number of heads; divides the channels.
-      inner_norm: whether the heads' joined result is normalised before the projection (sub-LN).
-      dtype: compute type; the softmax is in float32.
-    """
-
-    heads: int
-    inner_norm: bool
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b n c"], rotary: Rotary | None) -> Float[Array, "b n c"]:
-        """Mixes tokens; `rotary` is a `rotary_table` for queries and keys."""
-        split = (self.heads, x.shape[-1] // self.heads)
-        project = functools.partial(nn.DenseGeneral, dtype=self.dtype, kernel_init=dense_init)
-        query = project(split, name="query")(x)
-        key = project(split, use_bias=False, name="key")(x)
-        value = project(split, name="value")(x)
-        if rotary is not None:
-            query, key = rotate(query, rotary), rotate(key, rotary)
-        mixed = jax.nn.dot_product_attention(query, key, value)
-        if self.inner_norm:
-            mixed = _layer_norm(self.dtype, "inner_norm")(mixed.reshape(x.shape)).reshape(mixed.shape)
-        return project(x.shape[-1], axis=(-2, -1), name="out")(mixed)
-
-
-class Mlp(nn.Module):
-    """fc2(norm(gelu(fc1(x)))), or fc2(norm(silu(gate(x)) * fc1(x))) (SwiGLU, Shazeer 2020).
-
-    Attributes:
-      hidden: channels inside.
-      swiglu: which of the two.
-      norm: whether the hidden channels are normalised (sub-LN).
-      dtype: compute type.
-    """
-
-    hidden: int
-    swiglu: bool
-    norm: bool
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        """Maps each token."""
-        y = _dense(self.hidden, self.dtype, "fc1")(x)
-        if self.swiglu:
-            y = nn.silu(_dense(self.hidden, self.dtype, "gate")(x)) * y
-        else:
-            y = nn.gelu(y, approximate=False)
-        if self.norm:
-            y = _layer_norm(self.dtype, "norm")(y)
-        return _dense(x.shape[-1], self.dtype, "fc2")(y)
-
-
-class Block(nn.Module):
-    """x + branch(norm(x)) for attention, then for the MLP; x + norm(branch(x)) with `post_norm`.
-
-    The other attributes are those of `Eva`.
-    """
-
-    heads: int
-    hidden: int
-    swiglu: bool
-    attn_norm: bool
-    mlp_norm: bool
-    post_norm: bool
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b n c"], rotary: Rotary | None) -> Float[Array, "b n c"]:
-        """Maps all tokens; `rotary` is a `rotary_table`, or None where the model has none."""
-        norm1, norm2 = _layer_norm(self.dtype, "norm1"), _layer_norm(self.dtype, "norm2")
-        attn = Attention(self.heads, self.attn_norm, self.dtype, name="attn")
-        mlp = Mlp(self.hidden, self.swiglu, self.mlp_norm, self.dtype, name="mlp")
-        if self.post_norm:
-            x = x + norm1(attn(x, rotary))
-            return x + norm2(mlp(x))
-        x = x + attn(norm1(x), rotary)
-        return x + mlp(norm2(x))
-
-
 class Eva(nn.Module):
     """An image tower of EVA-CLIP for images of any size; the published shapes are `PRESETS`.
 
@@ -186,6 +81,8 @@ class Eva(nn.Module):
       mlp_norm: a norm inside the MLP (sub-LN).
       post_norm: whether branches are normalised at their end.
       taps: numbers of the blocks, from 0, whose patch tokens are given back.
+      adapter, adapter_scale: what stands beside the branches of each block, see `transformer.Block`.
+      between: what happens to the patch tokens between two blocks, see `transformer.Between`.
       remat: what the backward pass computes again of each block, see `rematerialise`.
       dtype: compute type; parameters are float32.
     """
@@ -203,6 +100,9 @@ class Eva(nn.Module):
     mlp_norm: bool = False
     post_norm: bool = False
     taps: tuple[int, ...] = ()
+    adapter: Adapter | None = None
+    adapter_scale: float = 1.0
+    between: Between | None = None
     remat: str = "none"
     dtype: Any = jnp.float32
 
@@ -249,21 +149,34 @@ class Eva(nn.Module):
         if self.rope_grid is not None:
             rotary = rotary_table(rows, columns, self.rope_grid, self.width // self.heads)
         block_type = rematerialise(Block, self.remat)
-        taps = {}
-        for i in range(self.depth):
-            block = block_type(
+        x, places, tapped = through_blocks(
+            lambda i: block_type(
                 heads=self.heads,
                 hidden=self.hidden,
-                swiglu=self.swiglu,
-                attn_norm=self.attn_norm,
+                activation="swiglu" if self.swiglu else "gelu",
+                epsilon=EPSILON,
+                style=EVA,
+                order="post" if self.post_norm else "pre",
+                key_bias=False,
+                attention_norm=self.attn_norm,
                 mlp_norm=self.mlp_norm,
-                post_norm=self.post_norm,
+                adapter=self.adapter,
+                adapter_scale=self.adapter_scale,
                 dtype=self.dtype,
                 name=f"blocks_{i}",
-            )
-            x = block(x, rotary)
-            if i in self.taps:
-                taps[i] = x[:, 1:].reshape(b, rows, columns, self.width)
-        x = _layer_norm(self.dtype, "norm")(x)
-        pooled = _dense(self.embed_dim, self.dtype, "head")(x[:, 0])
-        return TowerOutput(pooled, x[:, 1:].reshape(b, rows, columns, self.width), taps)
+            ),
+            self.depth,
+            x,
+            Places((rows, columns), 1),
+            rotary=rotary,
+            between=self.between,
+            taps=self.taps,
+        )
+        x = places.unfold(nn.LayerNorm(EPSILON, dtype=self.dtype, name="norm")(x))
+        head = nn.Dense(self.embed_dim, dtype=self.dtype, kernel_init=dense_init, name="head")
+
+        def on_grid(tokens: Array) -> Array:
+            return tokens[:, 1:].reshape(b, rows, columns, self.width)
+
+        taps = {i: on_grid(p.unfold(tokens)) for i, (tokens, p) in tapped.items()}
+        return TowerOutput(head(x[:, 0]), on_grid(x), taps)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 
 def linear_init(rng: jax.Array, inputs: int, outputs: int) -> dict[str, Float[Array, "..."]]:
-    """`kernel` [inputs outputs] and `bias` [outputs], uniform in ±1/√inputs."""
+    """Draws `kernel` [inputs outputs] and `bias` [outputs], uniform in ±1/√inputs."""
     bound, shapes = inputs**-0.5, {"kernel": (inputs, outputs), "bias": (outputs,)}
     keys = jax.random.split(rng)
     return {
@@ -17,5 +17,5 @@ def linear_init(rng: jax.Array, inputs: int, outputs: int) -> dict[str, Float[Ar
 
 
 def linear(params: Mapping[str, Array], x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
-    """x W + b."""
+    """Computes x W + b."""
     return x @ params["kernel"] + params["bias"]

@@ -1,9 +1,12 @@
 """Mask decoders: from image features to queries, one per proposal."""
 
+from typing import Any
+
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from ovseg_jax.models.transformer import attend
 
 
 class RegionDecoder(nn.Module):
@@ -26,15 +29,15 @@ class RegionDecoder(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, features: Float[Array, "b p d"], seen: Bool[Array, "b p"]) -> Float[Array, "b n d"]:
-        """Queries after T blocks, from image features at P pixels, of which `seen` are no padding."""
+    def __call__(self, features: Float[Array, "b p d"], valid: Bool[Array, "b p"]) -> Float[Array, "b n d"]:
+        """Queries after T blocks, from image features at P pixels, of which `valid` are no padding."""
         b, _, d = features.shape
         keys = nn.LayerNorm(dtype=self.dtype, name="image_norm")(features)
         init = self.param("queries", nn.initializers.normal(0.5), (self.num_queries, d))
         q = jnp.broadcast_to(init.astype(self.dtype), (b, self.num_queries, d))
         for t in range(self.layers):
             x = nn.LayerNorm(dtype=self.dtype, name=f"query_norm_{t}")(q)
-            q = q + self._attend(t, x, keys, seen)
+            q = q + self._attend(t, x, keys, valid)
             x = nn.LayerNorm(dtype=self.dtype, name=f"mlp_norm_{t}")(q)
             x = nn.relu(nn.Dense(self.mlp_ratio * d, dtype=self.dtype, name=f"mlp_in_{t}")(x))
             q = q + nn.Dense(d, dtype=self.dtype, name=f"mlp_out_{t}")(x)
@@ -42,11 +45,8 @@ class RegionDecoder(nn.Module):
             nn.LayerNorm(dtype=self.dtype, name="out_norm")(q)
         )
 
-    def _attend(self, t: int, queries: Array, keys: Array, seen: Array) -> Array:
-        d = queries.shape[-1]
-        shape = (self.heads, d // self.heads)
-        q = nn.DenseGeneral(shape, dtype=self.dtype, name=f"query_{t}")(queries)
-        k = nn.DenseGeneral(shape, dtype=self.dtype, name=f"key_{t}")(keys)
-        v = nn.DenseGeneral(shape, dtype=self.dtype, name=f"value_{t}")(keys)
-        out = jax.nn.dot_product_attention(q, k, v, mask=seen[:, None, None, :])
-        return nn.DenseGeneral(d, axis=(-2, -1), dtype=self.dtype, name=f"out_{t}")(out)
+    def _attend(self, t: int, queries: Array, keys: Array, valid: Array) -> Array:
+        def layer(name: str, shape: Any, **options: Any) -> nn.DenseGeneral:
+            return nn.DenseGeneral(shape, dtype=self.dtype, name=f"{name}_{t}", **options)
+
+        return attend(layer, self.heads, queries, keys, mask=valid[:, None, None, :])

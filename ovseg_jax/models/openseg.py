@@ -36,7 +36,7 @@ def normalise(
     std: tuple[float, ...],
     dtype: jnp.dtype = jnp.float32,
 ) -> Float[Array, "b s t 3"]:
-    """`(x/255 - mean) / std`, and zero outside each image's own (height, width)."""
+    """Computes `(x/255 - mean) / std`, and zero outside each image's own (height, width)."""
     x = (image.astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
     return jnp.where(inside(image_size, image.shape[1:3])[..., None], x, 0).astype(dtype)
 
@@ -44,7 +44,7 @@ def normalise(
 def inside(
     image_size: Int[Array, "b 2"], shape: tuple[int, ...], stride: tuple[float, float] = (1, 1)
 ) -> Bool[Array, "b h w"]:
-    """Which cells of a grid, each `stride` pixels of the canvas, begin within each image's (height, width)."""
+    """Returns which cells of a grid, each `stride` pixels of the canvas, begin within each image's (height, width)."""
     rows = jnp.arange(shape[0])[None, :] * stride[0] < image_size[:, :1]
     cols = jnp.arange(shape[1])[None, :] * stride[1] < image_size[:, 1:]
     return rows[:, :, None] & cols[:, None, :]
@@ -112,15 +112,15 @@ class OpenSegNet(nn.Module):
         b, h, w, d = f_s.shape
         flat = f_s.reshape(b, h * w, d)
         stride = (image.shape[1] / h, image.shape[2] / w)
-        seen = inside(image_size, (h, w), stride).reshape(b, h * w)
+        valid = inside(image_size, (h, w), stride).reshape(b, h * w)
         queries = again(RegionDecoder)(
             self.num_queries, self.decoder_layers, self.decoder_heads, dtype=self.dtype, name="decoder"
-        )(flat, seen)
+        )(flat, valid)
         logits = jnp.einsum("bnd,bpd->bnp", queries, flat, preferred_element_type=jnp.float32)
         logits = logits * self.mask_scale
         if self.mask_bias is not None:
             logits = logits + self.param("mask_bias", nn.initializers.constant(self.mask_bias), ())
-        masks = jax.nn.sigmoid(logits) * seen[:, None, :]
+        masks = jax.nn.sigmoid(logits) * valid[:, None, :]
         if self.detach_masks:
             masks = jax.lax.stop_gradient(masks)
         region_sum = jnp.einsum("bnp,bpd->bnd", masks, f_z.reshape(b, h * w, -1))

@@ -3,9 +3,11 @@
 import numpy as np
 from jaxtyping import Float
 
+from ovseg_jax.kernels.keys import keys
+
 
 def axis_weights(length: int, size: int, method: str = "bicubic") -> Float[np.ndarray, "size length"]:
-    """What each of `size` new places takes from the `length` old ones, as float64; methods as in `resize_positions`."""
+    """Returns what each of `size` new places takes from the `length` old ones, in float64, see `resize_positions`."""
     new = np.arange(size, dtype=np.float64)
     if method == "bilinear":
         places = new * ((length - 1) / max(size - 1, 1))
@@ -14,9 +16,9 @@ def axis_weights(length: int, size: int, method: str = "bicubic") -> Float[np.nd
         places = (new + 0.5) * (length / (size + 0.1 * (method == "dino"))) - 0.5
     if method == "antialias":
         # What lies beyond the border is left out.
-        weights = _cubic((places[:, None] - np.arange(length)) / max(length / size, 1.0), a=-0.5)
+        weights = keys((places[:, None] - np.arange(length)) / max(length / size, 1.0), a=-0.5)
         return weights / weights.sum(1, keepdims=True)
-    kernel = _triangle if method == "bilinear" else _cubic
+    kernel = _triangle if method == "bilinear" else keys
     weights = np.zeros((size, length))
     for offset in (-1, 0, 1, 2):
         old = np.floor(places) + offset
@@ -28,11 +30,3 @@ def axis_weights(length: int, size: int, method: str = "bicubic") -> Float[np.nd
 
 def _triangle(x: np.ndarray) -> np.ndarray:
     return np.maximum(0.0, 1.0 - np.abs(x))
-
-
-def _cubic(x: np.ndarray, a: float = -0.75) -> np.ndarray:
-    """Cubic convolution (Keys 1981), whose own a is -0.5."""
-    x = np.abs(x)
-    near = ((a + 2) * x - (a + 3)) * x**2 + 1
-    far = a * (((x - 5) * x + 8) * x - 4)
-    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))

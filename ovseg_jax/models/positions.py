@@ -13,7 +13,7 @@ RESIZES = ("bicubic", "dino", "bilinear", "antialias")
 def resize_positions(
     table: Float[Array, "r c d"], size: tuple[int, int], method: str = "bicubic"
 ) -> Float[Array, "h w d"]:
-    """A position table for another grid; for its own grid, the table itself.
+    """Resizes a position table to another grid; for its own grid, returns the table itself.
 
     Args:
       table: one vector for each place of a grid, float32.

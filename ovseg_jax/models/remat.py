@@ -8,18 +8,18 @@ import jax
 
 from ovseg_jax.errors import UserError
 
-POLICIES = ("none", "products", "all")
-_PRODUCTS = ("dot_general", "conv_general_dilated")
+POLICIES = ("none", "dots", "all")
+_DOTS = ("dot_general", "conv_general_dilated")
 
 M = TypeVar("M", bound=type[nn.Module])
 
 
 def rematerialise(module: M, policy: str, static_argnums: tuple[int, ...] = ()) -> M:
-    """`module`, inside of which a backward pass keeps only what `policy` says.
+    """Wraps a module class so that the backward pass keeps what `policy` says and computes the rest again.
 
     Args:
       module: a class of modules; its inputs and its result are kept in any case.
-      policy: "none" keeps everything; "products" the results of matrix products and convolutions, and computes
+      policy: "none" keeps everything; "dots" the results of matrix products and convolutions, and computes
         normalisations and activations again, which cost bandwidth alone; "all" computes everything again.
       static_argnums: arguments of `__call__` that are no arrays, counted with `self` as 0.
 
@@ -31,7 +31,7 @@ def rematerialise(module: M, policy: str, static_argnums: tuple[int, ...] = ()) 
 
 
 def rematerialise_function(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
-    """`function`, inside of which a backward pass keeps only what `policy` says; see `rematerialise`."""
+    """Wraps a function so that the backward pass keeps what `policy` says; see `rematerialise`."""
     again, kept = _read(policy)
     return jax.checkpoint(function, policy=kept) if again else function
 
@@ -40,8 +40,8 @@ def _read(policy: str) -> tuple[bool, Callable[..., bool] | None]:
     """Whether anything is computed again, and what is not."""
     if policy not in POLICIES:
         raise UserError(f"remat is one of {', '.join(POLICIES)}, not {policy!r}")
-    return policy != "none", _is_product if policy == "products" else None
+    return policy != "none", _is_dot if policy == "dots" else None
 
 
-def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name in _PRODUCTS
+def _is_dot(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name in _DOTS

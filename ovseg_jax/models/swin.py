@@ -1,9 +1,8 @@
 """Swin Transformer (Liu et al. 2021) as a pyramid: attention inside windows that shift from block to block.
 
 Any size goes: windows are completed with zeros at the bottom and right, as in the paper's detectors (behind the
-norm; these tokens are attended to), odd sides are padded before merging. An axis that one window covers is not shifted,
-as in the classifiers, and a map smaller than the window is one window of its own size, with the inner part of
-the table of relative positions.
+norm; these tokens are attended to), odd sides are padded before merging. Where one window covers a side of the map, the
+published models differ, see `windows.RULES`. A smaller window has the inner part of the table of relative positions.
 """
 
 from typing import Any
@@ -16,6 +15,7 @@ from jaxtyping import Array, Float
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.remat import rematerialise
+from ovseg_jax.models.windows import RULES, window_and_shift
 
 # Section 3.3 of the paper; "_384" are those fine-tuned at 384 pixels.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -31,7 +31,7 @@ kernel_init = nn.initializers.truncated_normal(0.02)
 
 
 def relative_positions(height: int, width: int, window: int) -> np.ndarray:
-    """Rows of the table [(2*window-1)^2 ...] for each query and key of a window of height x width: [n n], n = h*w."""
+    """Returns the row of the table [(2*window-1)^2 ...] for each query and key of a window: [n n], n = h*w."""
     y, x = (axis.ravel() for axis in np.mgrid[:height, :width])
     down, right = (axis[:, None] - axis[None, :] + window - 1 for axis in (y, x))
     return down * (2 * window - 1) + right
@@ -47,13 +47,13 @@ def to_windows(x: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array
 def from_windows(
     x: Float[Array, "b windows n c"], size: tuple[int, int], height: int, width: int
 ) -> Float[Array, "b h w c"]:
-    """The inverse of `to_windows`, for a map of height x width."""
+    """Inverts `to_windows`, for a map of height x width."""
     x = x.reshape(x.shape[0], height // size[0], width // size[1], *size, x.shape[-1])
     return x.swapaxes(2, 3).reshape(x.shape[0], height, width, -1)
 
 
 def regions(height: int, width: int, size: tuple[int, int], shift: tuple[int, int]) -> np.ndarray:
-    """Which tokens of a shifted map were neighbours before it went round: the same number in one window, [windows n].
+    """Numbers tokens of a shifted map, [windows n]: the same number for those that were neighbours before the shift.
 
     Only the last `shift` rows and columns came from the other side.
     """
@@ -70,21 +70,21 @@ class WindowAttention(nn.Module):
       heads: number of heads; divides the channels.
       window: side of a window; the table `relative_position_bias` is [(2*window-1)^2 heads].
       shifted: whether windows begin half a window further down and right.
+      window_rule: see `windows.RULES`.
       dtype: compute type; the softmax is float32.
     """
 
     heads: int
     window: int
     shifted: bool
+    window_rule: str = "axis"
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """Attends within each window."""
         _, h, w, c = x.shape
-        size = (min(self.window, h), min(self.window, w))
-        half = self.window // 2 if self.shifted else 0
-        shift = (half if h > self.window else 0, half if w > self.window else 0)
+        size, shift = window_and_shift(h, w, self.window, self.shifted, self.window_rule)
         x = jnp.pad(x, ((0, 0), (0, -h % size[0]), (0, -w % size[1]), (0, 0)))
         height, width = x.shape[1:3]
         tokens = to_windows(jnp.roll(x, (-shift[0], -shift[1]), (1, 2)) if any(shift) else x, size)
@@ -117,6 +117,7 @@ class SwinBlock(nn.Module):
     window: int
     shifted: bool
     drop_rate: float = 0.0
+    window_rule: str = "axis"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -134,7 +135,9 @@ class SwinBlock(nn.Module):
                 return y
             return nn.Dropout(self.drop_rate, broadcast_dims=(1, 2, 3), deterministic=not train)(y)
 
-        attention = WindowAttention(self.heads, self.window, self.shifted, dtype=self.dtype, name="attn")
+        attention = WindowAttention(
+            self.heads, self.window, self.shifted, self.window_rule, dtype=self.dtype, name="attn"
+        )
         x = x + drop(attention(norm("norm1")(x)))
         y = nn.gelu(dense(4 * x.shape[-1], "fc1")(norm("norm2")(x)), approximate=False)
         return x + drop(dense(x.shape[-1], "fc2")(y))
@@ -169,6 +172,8 @@ class Swin(nn.Module):
       depths: blocks in each of the four stages.
       heads: attention heads in each of the four stages.
       window: side of a window, in tokens.
+      window_rule: what happens where one window covers a side of the map, see `windows.RULES`: the published model's
+        own rule gives its own numbers there.
       out_norms: levels whose map leaves through a LayerNorm of its own: all as in the published detectors, (5,) as
         in the classifiers, whose final norm it is, or () for the bare maps.
       drop_rate: stochastic depth: both branches of block i of n are dropped with probability
@@ -181,6 +186,7 @@ class Swin(nn.Module):
     depths: tuple[int, ...] = (2, 2, 6, 2)
     heads: tuple[int, ...] = (3, 6, 12, 24)
     window: int = 7
+    window_rule: str = "axis"
     out_norms: tuple[int, ...] = (2, 3, 4, 5)
     drop_rate: float = 0.2
     remat: str = "none"
@@ -198,8 +204,11 @@ class Swin(nn.Module):
           `c2`, `c3`, `c4`, `c5`: [b ceil(h/s) ceil(w/s) width*2^i] at strides s = 4, 8, 16, 32.
 
         Raises:
-          UserError: heads that do not divide the channels of their stage, or an unknown level in `out_norms`.
+          UserError: heads that do not divide the channels of their stage, an unknown level in `out_norms`, or an
+            unknown rule.
         """
+        if self.window_rule not in RULES:
+            raise UserError(f"window_rule of the Swin is {self.window_rule!r}; known are {', '.join(RULES)}")
         if unknown := set(self.out_norms) - {2, 3, 4, 5}:
             raise UserError(f"out_norms of the Swin has {sorted(unknown)}; known are the levels 2, 3, 4, 5")
         for stage, heads in enumerate(self.heads):
@@ -226,6 +235,7 @@ class Swin(nn.Module):
                     window=self.window,
                     shifted=i % 2 == 1,
                     drop_rate=self.drop_rate * index / last,
+                    window_rule=self.window_rule,
                     dtype=self.dtype,
                     name=f"stage{stage}_{i}",
                 )

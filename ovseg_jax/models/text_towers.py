@@ -5,23 +5,17 @@ Parameters follow big_vision's text transformer: `Embed_0`, `pos_embedding` [1 l
 `Encoder_0/encoder_norm`, `head`. ovseg_jax/pretrained/text.py has the names of others.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.remat import rematerialise
+from ovseg_jax.models.transformer import ACTIVATIONS, TEXT, Block
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-}
 _table_init = nn.initializers.normal(0.02)
 
 
@@ -37,61 +31,6 @@ class TextOutput(NamedTuple):
     tokens: Float[Array, "b l d"]
 
 
-class _Attention(nn.Module):
-    """Self-attention to valid tokens, causal or not; its softmax is float32 in any case."""
-
-    heads: int
-    causal: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b l d"], valid: Bool[Array, "b l"] | None) -> Float[Array, "b l d"]:
-        width = x.shape[-1]
-        if width % self.heads:
-            raise UserError(f"{self.heads} heads do not divide the text tower's width of {width}")
-        split = partial(nn.DenseGeneral, (self.heads, width // self.heads), dtype=self.dtype)
-        q, k, v = (split(name=name)(x) for name in ("query", "key", "value"))
-        mask = None if valid is None else valid[:, None, None, :]
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=self.causal)
-        return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")(y)
-
-
-class _Mlp(nn.Module):
-    hidden: int
-    activation: str
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        if self.activation not in ACTIVATIONS:
-            raise UserError(f"activation {self.activation!r}: known are {', '.join(ACTIVATIONS)}")
-        y = ACTIVATIONS[self.activation](nn.Dense(self.hidden, dtype=self.dtype, name="Dense_0")(x))
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="Dense_1")(y)
-
-
-class _Block(nn.Module):
-    """Attention and MLP, each with a norm before it or, in BERT's order (`post_norm`), behind the sum."""
-
-    heads: int
-    hidden: int
-    activation: str
-    epsilon: float
-    dtype: Any
-    causal: bool = False
-    post_norm: bool = False
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b l d"], valid: Bool[Array, "b l"] | None) -> Float[Array, "b l d"]:
-        norms = [nn.LayerNorm(self.epsilon, self.dtype, name=f"LayerNorm_{i}") for i in range(2)]
-        attention = _Attention(self.heads, self.causal, self.dtype, name="MultiHeadDotProductAttention_0")
-        mlp = _Mlp(self.hidden, self.activation, self.dtype, name="MlpBlock_0")
-        if self.post_norm:
-            x = norms[0](x + attention(x, valid))
-            return norms[1](x + mlp(x))
-        x = x + attention(norms[0](x), valid)
-        return x + mlp(norms[1](x))
-
-
 class _Encoder(nn.Module):
     """Blocks with the fields `block`, and a norm behind them unless they end in one."""
 
@@ -101,11 +40,11 @@ class _Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"], valid: Bool[Array, "b l"] | None) -> Float[Array, "b l d"]:
-        block = rematerialise(_Block, self.remat)
+        block = rematerialise(Block, self.remat)
         for i in range(self.layers):
             x = block(**self.block, name=f"encoderblock_{i}")(x, valid)
         norm = nn.LayerNorm(self.block["epsilon"], self.block["dtype"], name="encoder_norm")
-        return x if self.block.get("post_norm") else norm(x)
+        return x if self.block.get("order") == "sum" else norm(x)
 
 
 class TextTower(nn.Module):
@@ -129,11 +68,11 @@ class TextTower(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        """The token table, which `embed` and the tower share."""
+        """Makes the token table, which `embed` and the tower share."""
         self.Embed_0 = nn.Embed(self.vocab_size, self.width, dtype=self.dtype, embedding_init=_table_init)
 
     def embed(self, ids: Int[Array, "*n"]) -> Float[Array, "*n d"]:
-        """The token table's rows, without positions; ask for it by `method="embed"`."""
+        """Returns the token table's rows, without positions; ask for it by `method="embed"`."""
         return self.Embed_0(ids)
 
     def _add_positions(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
@@ -143,7 +82,12 @@ class TextTower(nn.Module):
         return x.astype(self.dtype) + positions[:, : x.shape[1]].astype(self.dtype)
 
     def _encode(self, x: Array, valid: Array | None, **block: Any) -> Float[Array, "b l d"]:
-        block |= dict(heads=self.heads, hidden=self.mlp_dim or 4 * self.width, dtype=self.dtype)
+        if self.width % self.heads:
+            raise UserError(f"{self.heads} heads do not divide the text tower's width of {self.width}")
+        if block["activation"] not in ACTIVATIONS:
+            raise UserError(f"activation {block['activation']!r}: known are {', '.join(ACTIVATIONS)}")
+        hidden = self.mlp_dim or 4 * self.width
+        block |= dict(heads=self.heads, hidden=hidden, style=TEXT, dtype=self.dtype)
         return _Encoder(self.layers, block, self.remat, name="Encoder_0")(x, valid)
 
 
@@ -244,7 +188,7 @@ class Bert(TextTower):
         types = self.param("type_embedding", _table_init, (2, self.width))
         x = self._add_positions(self.embed(ids)) + types[0].astype(self.dtype)
         x = nn.LayerNorm(1e-12, self.dtype, name="embedding_norm")(x)
-        x = self._encode(x, valid, activation="gelu", epsilon=1e-12, post_norm=True)
+        x = self._encode(x, valid, activation="gelu", epsilon=1e-12, order="sum")
         if self.pool == "mean":
             where = None if valid is None else valid[..., None]
             return TextOutput(jnp.mean(x, 1, jnp.float32, where=where).astype(self.dtype), x)
@@ -285,7 +229,7 @@ PRESETS: dict[str, tuple[type[TextTower], dict[str, Any]]] = {
 
 
 def text_tower(name: str, **fields: Any) -> TextTower:
-    """A published tower, random, with some of its fields changed.
+    """Builds a published tower, random, with some of its fields changed.
 
     Args:
       name: a key of PRESETS.

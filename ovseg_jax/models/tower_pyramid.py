@@ -52,5 +52,5 @@ class TowerPyramid(nn.Module):
 
 
 def level_of(patch: int) -> int:
-    """The pyramid's level whose stride is nearest to a patch: 8 -> 3, 14 and 16 -> 4, 32 -> 5."""
+    """Returns the pyramid's level whose stride is nearest to a patch: 8 -> 3, 14 and 16 -> 4, 32 -> 5."""
     return min(LEVELS, key=lambda level: abs(2**level - patch))

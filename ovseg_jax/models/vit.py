@@ -5,7 +5,7 @@ Parameters have the names and layouts of big_vision's ViT: `embedding`, `pos_emb
 a first row of `pos_embedding` for a class token that has a position of its own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,121 +17,60 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.positions import resize_positions
 from ovseg_jax.models.remat import rematerialise
 from ovseg_jax.models.tower import TowerOutput
+from ovseg_jax.models.transformer import (
+    ACTIVATIONS,
+    VIT,
+    Adapter,
+    Attention,
+    Between,
+    Block,
+    Mlp,
+    Places,
+    Taps,
+    through_blocks,
+)
 
 Fields = dict[str, Any]
 
-GELUS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
-    "exact": lambda x: nn.gelu(x, approximate=False),
-    "tanh": lambda x: nn.gelu(x, approximate=True),
-    "quick": lambda x: x * nn.sigmoid(1.702 * x),
-}
 CLS = ("none", "plain", "placed")
 POOLS = ("cls", "mean", "map")
 
-kernel_init = nn.initializers.xavier_uniform()
-
-
-class Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017); parameters like those of Flax's MultiHeadDotProductAttention.
-
-    Attributes:
-      heads: number of heads; divides the width.
-      dtype: compute type.
-    """
-
-    heads: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, queries: Float[Array, "b q d"], values: Float[Array, "b n d"]
-    ) -> Float[Array, "b q d"]:
-        """Each query gathers from all values."""
-        width = queries.shape[-1]
-
-        def project(x: jax.Array, name: str) -> jax.Array:
-            shape = (self.heads, width // self.heads)
-            return nn.DenseGeneral(shape, dtype=self.dtype, kernel_init=kernel_init, name=name)(x)
-
-        gathered = jax.nn.dot_product_attention(
-            project(queries, "query"), project(values, "key"), project(values, "value")
-        )
-        return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, kernel_init=kernel_init, name="out")(
-            gathered
-        )
-
-
-class MlpBlock(nn.Module):
-    """Dense, GELU, dense back to the width of the input.
-
-    Attributes:
-      mlp_dim: width inside.
-      gelu: see `ViT`.
-      dtype: compute type.
-    """
-
-    mlp_dim: int
-    gelu: str
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        """Maps each token."""
-        inits: Fields = dict(
-            kernel_init=kernel_init, bias_init=nn.initializers.normal(1e-6), dtype=self.dtype
-        )
-        y = GELUS[self.gelu](nn.Dense(self.mlp_dim, name="Dense_0", **inits)(x))
-        return nn.Dense(x.shape[-1], name="Dense_1", **inits)(y)
-
-
-class Block(nn.Module):
-    """Pre-norm attention and MLP, each added to its input. Attributes: see `ViT`."""
-
-    heads: int
-    mlp_dim: int
-    gelu: str
-    epsilon: float
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        """Maps tokens to tokens."""
-        y = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="LayerNorm_0")(x)
-        x = x + Attention(self.heads, self.dtype, name="MultiHeadDotProductAttention_0")(y, y)
-        y = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="LayerNorm_1")(x)
-        return x + MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")(y)
-
 
 class Transformer(nn.Module):
-    """Blocks and a final norm. Attributes: see `ViT`."""
+    """Blocks and a final norm. Attributes: those of the block; the others see `ViT`."""
 
     depth: int
-    heads: int
-    mlp_dim: int
-    gelu: str
-    epsilon: float
+    block: Mapping[str, Any]
+    between: Between | None
     taps: tuple[int, ...]
     remat: str
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n d"], prompts: Float[Array, "j m d"] | None = None
-    ) -> tuple[Float[Array, "b n d"], dict[int, Float[Array, "b n d"]]]:
-        """The normed tokens behind the last block, and the tokens behind each block of `taps`.
+        self, x: Float[Array, "b n d"], places: Places, prompts: Float[Array, "j m d"] | None = None
+    ) -> tuple[Float[Array, "b m d"], Places, Taps]:
+        """As `through_blocks`, with the norm behind the last block.
 
         In front of block i, from 1, prompts[i] take the places of the last M tokens, as long as there are any.
         """
         block_type = rematerialise(Block, self.remat)
-        tapped = {}
-        for i in range(self.depth):
+
+        def before(i: int, x: Array) -> Array:
             if prompts is not None and 1 <= i < len(prompts):
-                x = _append(x[:, : -prompts.shape[1]], prompts[i])
-            name = f"encoderblock_{i}"
-            x = block_type(self.heads, self.mlp_dim, self.gelu, self.epsilon, self.dtype, name=name)(x)
-            if i in self.taps:
-                tapped[i] = x
-        return nn.LayerNorm(self.epsilon, dtype=self.dtype, name="encoder_norm")(x), tapped
+                return _append(x[:, : -prompts.shape[1]], prompts[i])
+            return x
+
+        x, places, tapped = through_blocks(
+            lambda i: block_type(**self.block, name=f"encoderblock_{i}"),
+            self.depth,
+            x,
+            places,
+            between=self.between,
+            before=before,
+            taps=self.taps,
+        )
+        norm = nn.LayerNorm(self.block["epsilon"], dtype=self.block["dtype"], name="encoder_norm")
+        return norm(x), places, tapped
 
 
 class MAPHead(nn.Module):
@@ -139,18 +78,18 @@ class MAPHead(nn.Module):
 
     heads: int
     mlp_dim: int
-    gelu: str
+    activation: str
     epsilon: float
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
         """Gathers all tokens into one."""
-        probe = self.param("probe", kernel_init, (1, 1, x.shape[-1]))
+        probe = self.param("probe", VIT.kernel_init, (1, 1, x.shape[-1]))
         probe = jnp.broadcast_to(probe.astype(self.dtype), (x.shape[0], 1, x.shape[-1]))
-        x = Attention(self.heads, self.dtype, name="MultiHeadDotProductAttention_0")(probe, x)
+        x = Attention(self.heads, VIT, dtype=self.dtype, name=VIT.attention)(probe, x)
         y = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="LayerNorm_0")(x)
-        return (x + MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")(y))[:, 0]
+        return (x + Mlp(self.mlp_dim, self.activation, VIT, dtype=self.dtype, name=VIT.mlp)(y))[:, 0]
 
 
 class ViT(nn.Module):
@@ -169,11 +108,13 @@ class ViT(nn.Module):
       pool: what the image's embedding is made of: "cls", the class token; "mean", that of the patch tokens; "map", a
         learned query's answer (`MAPHead`). All behind the final norm.
       pre_norm: CLIP's: a norm in front of the blocks, and patches without a bias.
-      gelu: "exact"; "tanh", its approximation; "quick", x sigmoid(1.702 x).
+      activation: "gelu"; "gelu_tanh", its approximation; "quick_gelu", x sigmoid(1.702 x).
       epsilon: of all layer norms.
       embed_dim: channels of the embedding, by the projection `head`; 0 is none, and the embedding has `width`.
       head_bias: whether that projection has a bias (big_vision: yes, CLIP: no).
       taps: numbers of the blocks, from 0, whose tokens are returned.
+      adapter, adapter_scale: what stands beside the branches of each block, see `transformer.Block`.
+      between: what happens to the patch tokens between two blocks, see `transformer.Between`.
       remat: what the backward pass computes again of each block, see `rematerialise`.
       dtype: compute type; parameters are float32.
     """
@@ -188,11 +129,14 @@ class ViT(nn.Module):
     cls: str = "placed"
     pool: str = "cls"
     pre_norm: bool = False
-    gelu: str = "exact"
+    activation: str = "gelu"
     epsilon: float = 1e-6
     embed_dim: int = 0
     head_bias: bool = True
     taps: tuple[int, ...] = ()
+    adapter: Adapter | None = None
+    adapter_scale: float = 1.0
+    between: Between | None = None
     remat: str = "none"
     dtype: Any = jnp.float32
 
@@ -239,33 +183,46 @@ class ViT(nn.Module):
             cls = self.param("cls", nn.initializers.zeros, (1, 1, self.width))
             cls = cls + table[:, :1] if self.cls == "placed" else cls
             x = jnp.concatenate([jnp.broadcast_to(cls.astype(self.dtype), (b, 1, self.width)), x], axis=1)
-        count = x.shape[1]
         if prompts is not None:
             x = _append(x, prompts[0])
         if self.pre_norm:
             x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="pre_norm")(x)
 
-        same = (self.heads, self.mlp_dim, self.gelu, self.epsilon)
-        x, tapped = Transformer(
-            self.depth, *same, self.taps, self.remat, dtype=self.dtype, name="Transformer"
-        )(x, prompts)
-        x = x[:, :count]
+        block = dict(
+            heads=self.heads,
+            hidden=self.mlp_dim,
+            activation=self.activation,
+            epsilon=self.epsilon,
+            style=VIT,
+            adapter=self.adapter,
+            adapter_scale=self.adapter_scale,
+            dtype=self.dtype,
+        )
+        front = int(self.cls != "none")
+        transformer = Transformer(self.depth, block, self.between, self.taps, self.remat, name="Transformer")
+        x, places, tapped = transformer(x, Places((h, w), front), prompts)
+        x = places.unfold(x)
 
-        def places(tokens: jax.Array) -> jax.Array:
-            return tokens[:, int(self.cls != "none") : count].reshape(b, h, w, self.width)
+        def on_grid(tokens: jax.Array) -> jax.Array:
+            return tokens[:, front:].reshape(b, h, w, self.width)
 
         if self.pool == "map":
-            pooled = MAPHead(*same, dtype=self.dtype, name="MAPHead_0")(x)
+            head = MAPHead(
+                self.heads, self.mlp_dim, self.activation, self.epsilon, self.dtype, name="MAPHead_0"
+            )
+            pooled = head(x)
         else:
-            pooled = x[:, 0] if self.pool == "cls" else places(x).mean((1, 2))
+            pooled = x[:, 0] if self.pool == "cls" else on_grid(x).mean((1, 2))
         if self.embed_dim:
             pooled = nn.Dense(self.embed_dim, use_bias=self.head_bias, dtype=self.dtype, name="head")(pooled)
-        return TowerOutput(pooled, places(x), {i: places(tokens) for i, tokens in tapped.items()})
+        return TowerOutput(
+            pooled, on_grid(x), {i: on_grid(p.unfold(tokens)) for i, (tokens, p) in tapped.items()}
+        )
 
     def _check_fields(self) -> None:
         _check("cls", self.cls, CLS)
         _check("pool", self.pool, POOLS)
-        _check("gelu", self.gelu, tuple(GELUS))
+        _check("activation", self.activation, tuple(ACTIVATIONS))
         if self.pool != "mean" and (self.pool == "cls") != (self.cls != "none"):
             raise UserError(f"pool={self.pool!r} of the ViT does not go with cls={self.cls!r}")
         if self.width % self.heads:
@@ -299,10 +256,10 @@ _L: Fields = dict(width=1024, depth=24, heads=16, mlp_dim=4096)
 _H: Fields = dict(width=1280, depth=32, heads=16, mlp_dim=5120)
 _SO400M: Fields = dict(width=1152, depth=27, heads=16, mlp_dim=4304)
 _DINO: Fields = dict(resize="dino")
-_CLIP: Fields = dict(pre_norm=True, gelu="quick", epsilon=1e-5, head_bias=False)
+_CLIP: Fields = dict(pre_norm=True, activation="quick_gelu", epsilon=1e-5, head_bias=False)
 # open_clip's own models (LAION, DataComp) are CLIP's but for the GELU.
-_OPEN_CLIP: Fields = dict(_CLIP, gelu="exact")
-_SIGLIP: Fields = dict(gelu="tanh", resize="bilinear", cls="none", pool="map")
+_OPEN_CLIP: Fields = dict(_CLIP, activation="gelu")
+_SIGLIP: Fields = dict(activation="gelu_tanh", resize="bilinear", cls="none", pool="map")
 
 # Fields of `ViT` by model: `ViT(**PRESETS["dino_vits8"])`. A number at the end is the image's side, if not 224. 384 is
 # no multiple of so400m's patch: the published model leaves the last pixels out and sees 378.

@@ -20,7 +20,7 @@ TOWERS = ("img", "txt")
 
 
 def read_big_vision(path: str | Path, tower: str = "") -> dict[str, np.ndarray]:
-    """Parameters by path, `params/Transformer/encoderblock_0/...`, loop form.
+    """Reads parameters by path, `params/Transformer/encoderblock_0/...`, loop form.
 
     Args:
       path: an npz.
@@ -50,11 +50,13 @@ def write_big_vision(path: str | Path, arrays: Mapping[str, np.ndarray], *, scan
 
 
 def to_loop(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Stacked blocks one by one; what is no stack stays."""
+    """Splits stacked blocks one by one; what is no stack stays."""
     out: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
         head, found, tail = name.partition("encoderblock/")
         if found:
+            if not array.ndim:
+                raise UserError(f"{name} is no stack of blocks but one number")
             out |= {f"{head}encoderblock_{i}/{tail}": layer for i, layer in enumerate(array)}
         else:
             out[name] = array
@@ -62,7 +64,7 @@ def to_loop(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def to_scan(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The inverse of `to_loop`."""
+    """Inverts `to_loop`."""
     stacks: dict[str, dict[int, np.ndarray]] = {}
     out = {}
     for name, array in arrays.items():

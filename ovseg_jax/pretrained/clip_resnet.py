@@ -8,7 +8,7 @@ from ovseg_jax.pretrained.resnet import batch_norm
 
 
 def from_openai_clip_resnet(prefix: str = r"visual\.") -> list[Rename]:
-    """OpenAI's RN50 to RN50x64 or open_clip's state dict; the text tower is known and not needed.
+    """Returns the renames of OpenAI's RN50 to RN50x64 and of open_clip; the text tower is known and not needed.
 
     Args:
       prefix: a regex for what stands in front of the image tower's names; "" for the tower alone.
@@ -32,7 +32,7 @@ def from_openai_clip_resnet(prefix: str = r"visual\.") -> list[Rename]:
 
 
 def from_timm_clip_resnet() -> list[Rename]:
-    """timm's `resnet50_clip` and its sisters."""
+    """Returns the renames of timm's `resnet50_clip` and its sisters."""
     renames = [
         Rename(r"stem\.conv(\d)\.conv\.weight", r"params/conv\1/kernel", conv),
         *batch_norm(r"stem\.conv(\d)\.bn", r"norm\1"),

@@ -18,7 +18,7 @@ _OTHER_STAGES = {
 
 
 def from_timm_efficientnet(depth: float) -> list[Rename]:
-    """timm's names for `EfficientNet(depth=depth)`: it numbers blocks by stage, we through all stages."""
+    """Returns the renames of timm's `tf_efficientnet_*`, which numbers blocks by stage, where we count through."""
     renames = [
         Rename(r"conv_stem\.weight", "params/stem_conv/kernel", conv),
         *batch_norm("bn1", "stem_norm"),
@@ -41,7 +41,7 @@ def from_timm_efficientnet(depth: float) -> list[Rename]:
 
 
 def from_hf_efficientnet() -> list[Rename]:
-    """A transformers EfficientNetModel, or the classifier around one, for `models.efficientnet.EfficientNet`."""
+    """Returns the renames of transformers' EfficientNetModel, or the classifier around one."""
     top, ours = r"(?:efficientnet\.)?", r"block_\1"
     block = rf"{top}encoder\.blocks\.(\d+)"
     renames = [

@@ -10,7 +10,7 @@ _OURS = r"params/blocks_\1/"
 
 
 def from_timm_eva(heads: int) -> list[Rename]:
-    """timm's `eva02_*_clip_*` and `eva_giant_patch14_clip_224`, alone or inside open_clip (`visual.trunk.`)."""
+    """Returns the renames of timm's `eva*_clip_*`, alone or inside open_clip (`visual.trunk.`)."""
     prefix = r"(?:visual\.trunk\.)?"
     block = prefix + r"blocks\.(\d+)\."
     return [
@@ -25,7 +25,10 @@ def from_timm_eva(heads: int) -> list[Rename]:
 
 
 def from_eva_clip(heads: int) -> list[Rename]:
-    """BAAI's own EVA-CLIP checkpoints, with `visual.` or without; SwiGLU is w3(norm(silu(w1(x)) * w2(x))) there."""
+    """Returns the renames of BAAI's EVA-CLIP, with `visual.` or without.
+
+    SwiGLU is w3(norm(silu(w1(x)) * w2(x))) there.
+    """
     prefix = r"(?:visual\.)?"
     block = prefix + r"blocks\.(\d+)\."
     return [

@@ -1,11 +1,12 @@
 """Published weights on disk as NumPy arrays by name: safetensors, PyTorch's archives, big_vision's npz."""
 
+import argparse
 import json
+import math
 import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +14,7 @@ from etils import epath
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import verify
+from ovseg_jax.reading import reading
 
 # https://huggingface.co/docs/safetensors: the header's names of types.
 _TYPES = {
@@ -24,9 +26,15 @@ _TYPES = {
     "I32": np.int32,
     "I16": np.int16,
     "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
     "U8": np.uint8,
     "BOOL": np.bool_,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
 }
+_MOST_HEADER = 100_000_000  # bytes, as the safetensors package has it
 # What a folder may hold, best first.
 NAMES = (
     "model.safetensors",
@@ -46,27 +54,37 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     without pickle.
 
     Raises:
-      UserError: no such file, an unknown or damaged one, PyTorch missing.
+      UserError: no such file, an unknown or damaged one, arrays that are not numbers, PyTorch missing.
+    """
+    path = weights_file(path)
+    verify(path)
+    readers = {".safetensors": _safetensors, ".npz": _npz, ".bin": _torch, ".pt": _torch, ".pth": _torch}
+    read = _shards if path.name.endswith(".index.json") else readers.get(path.suffix)
+    if read is None:
+        raise UserError(f"{path}: known are {', '.join(readers)} and folders of Hugging Face")
+    with reading(path, "the weights"):
+        arrays = read(path)
+        for name, array in arrays.items():
+            if not _is_number(array.dtype):
+                raise ValueError(f"{name} holds {array.dtype}, not numbers")
+        return arrays
+
+
+def weights_file(path: str | Path) -> Path:
+    """Returns the file itself, or the one of `NAMES` that a folder holds.
+
+    Raises:
+      UserError: no such file, or a folder without weights.
     """
     path = Path(path)
     if path.is_dir():
-        found = next((path / name for name in NAMES if (path / name).exists()), None)
+        found = next((path / name for name in NAMES if (path / name).is_file()), None)
         if found is None:
             raise UserError(f"{path} holds no weights: none of {', '.join(NAMES)}")
-        path = found
+        return found
     if not path.exists():
         raise UserError(f"no such weights: {path}")
-    verify(path)
-    readers = {".safetensors": _safetensors, ".npz": _npz, ".bin": _torch, ".pt": _torch, ".pth": _torch}
-    try:
-        if path.name.endswith(".index.json"):
-            return _shards(path)
-        if path.suffix not in readers:
-            raise UserError(f"{path}: known are {', '.join(readers)} and folders of Hugging Face")
-        return readers[path.suffix](path)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} cannot be read as weights: {first}") from error
+    return path
 
 
 def write_safetensors(
@@ -94,41 +112,93 @@ def write_safetensors(
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors that `read_arrays` reads says beside its arrays."""
-    return _header(path)[0].get("__metadata__", {})
+    """Reads the texts that a safetensors holds beside its arrays.
+
+    Raises:
+      UserError: a damaged file.
+    """
+    with reading(path, "the weights"):
+        return _header(path)[1]
 
 
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header and its size in bytes."""
+class _Entry(NamedTuple):
+    """One array of a safetensors: its type, its shape, and where it stands in the data."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def _header(path: Path) -> tuple[dict[str, _Entry], dict[str, str], int]:
+    """The arrays, the metadata, and where the data begins.
+
+    All that the safetensors package checks is checked here: the arrays fill the data without a gap, an overlap or a
+    rest, and each has as many bytes as its shape and type need.
+    """
+    length = path.stat().st_size
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        if size > path.stat().st_size:
+        if size > min(length - 8, _MOST_HEADER):
             raise ValueError("its header is cut off")
-        return json.loads(file.read(size)), size
+        header = json.loads(file.read(size).decode(), object_pairs_hook=_no_repeats)
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("its __metadata__ is no object of texts")
+    entries = {name: _entry(name, given) for name, given in header.items()}
+    at = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if entry.begin != at:
+            raise ValueError(f"{name} begins at byte {entry.begin} of the data, not at {at}")
+        at = entry.end
+    if at != length - 8 - size:
+        raise ValueError(f"its arrays take {at} bytes, and it holds {length - 8 - size}")
+    return entries, metadata, 8 + size
+
+
+def _entry(name: str, given: Any) -> _Entry:
+    if not isinstance(given, dict) or not given.keys() >= {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name} is not described by dtype, shape and data_offsets")
+    shape, offsets = given["shape"], given["data_offsets"]
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+            raise ValueError(f"shape and data_offsets of {name} are no lists of counts")
+    if not isinstance(given["dtype"], str) or given["dtype"] not in _TYPES:
+        raise ValueError(f"{name} has the unknown type {given['dtype']!r}")
+    dtype = np.dtype(_TYPES[given["dtype"]])
+    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name} of {given['dtype']} {shape} does not fit its data_offsets {offsets}")
+    return _Entry(dtype, tuple(shape), *offsets)
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice in its header")
+    return found
 
 
 def _safetensors(path: Path) -> dict[str, np.ndarray]:
-    header, size = _header(path)
-    header.pop("__metadata__", None)
-    data = (
-        np.memmap(path, np.uint8, "r", offset=8 + size)
-        if path.stat().st_size > 8 + size
-        else np.empty(0, np.uint8)
-    )
-    arrays = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        if end > len(data):
-            raise ValueError(f"it ends before {name} does")
-        arrays[name] = data[begin:end].view(_TYPES[entry["dtype"]]).reshape(entry["shape"])
-    return arrays
+    entries, _, start = _header(path)
+    empty = path.stat().st_size == start
+    data = np.empty(0, np.uint8) if empty else np.memmap(path, np.uint8, "r", offset=start)
+    return {
+        name: data[entry.begin : entry.end].view(entry.dtype).reshape(entry.shape)
+        for name, entry in entries.items()
+    }
 
 
 def _shards(index: Path) -> dict[str, np.ndarray]:
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    where = json.loads(index.read_text("utf-8"))["weight_map"]
     arrays: dict[str, np.ndarray] = {}
-    for name in names:
+    for name in sorted(set(where.values())):
+        if name.endswith(".index.json"):
+            raise ValueError(f"it names the index {name} as a part")
         arrays |= read_arrays(index.parent / Path(name).name)
+    if lost := sorted(where.keys() - arrays.keys()):
+        raise ValueError(f"its parts lack {lost[0]}")
     return arrays
 
 
@@ -140,24 +210,31 @@ def _torch(path: Path) -> dict[str, np.ndarray]:
             f"{path} needs PyTorch to be read: pip install torch, or take the model's safetensors"
         ) from error
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # Full checkpoints of DINO and MAE keep their arguments.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError("it holds more than tensors") from error
     except RuntimeError as error:
         if "TorchScript" not in str(error):
             raise
         state = torch.jit.load(str(path), map_location="cpu").state_dict()
-    for key in ("state_dict", "model", "teacher"):  # How training scripts wrap it.
-        if key in state and isinstance(state[key], Mapping):
+    # How training scripts wrap it; DINO's full checkpoints hold `student` beside the published `teacher`.
+    for key in ("state_dict", "model", "teacher"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
+    if not isinstance(state, Mapping):
+        raise ValueError(f"it holds a {type(state).__name__}, not tensors by name")
     arrays = {}
     for name, tensor in state.items():
-        if not isinstance(tensor, torch.Tensor):
+        if not isinstance(tensor, torch.Tensor) or not isinstance(name, str):
             continue
         if tensor.dtype == torch.bfloat16:
             arrays[name] = tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         else:
             arrays[name] = tensor.detach().numpy()
+    if not arrays:
+        raise ValueError("it holds no tensors")
     return arrays
 
 
@@ -165,3 +242,7 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as data:
         # NumPy has no bfloat16 and keeps it as two bytes without a meaning.
         return {k: v.view(ml_dtypes.bfloat16) if v.dtype == "V2" else v for k, v in data.items()}
+
+
+def _is_number(dtype: np.dtype) -> bool:
+    return dtype.kind in "biuf" or dtype in (np.dtype(kind) for kind in _TYPES.values())

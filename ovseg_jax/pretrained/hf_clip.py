@@ -13,8 +13,8 @@ from ovseg_jax.models.vit import ViT
 from ovseg_jax.pretrained.files import write_safetensors
 from ovseg_jax.pretrained.to_torch import to_torch
 
-_ACTIVATIONS = {"exact": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
-_ACTIVATIONS |= {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
+# Our names of activations -> transformers'.
+HF_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
 
 # Our names, as `to_torch` gives them -> transformers'.
 _COMMON = (
@@ -43,7 +43,7 @@ _TEXT = (
 
 
 def is_clip(vision: Any, text: Any) -> bool:
-    """Whether two towers of ours make a CLIP as transformers knows it."""
+    """Tells whether two towers of ours make a CLIP as transformers knows it."""
     return (
         isinstance(vision, ViT)
         and isinstance(text, CLIPText)
@@ -87,7 +87,9 @@ def write_hf_clip(
         **shared,
         vision_config=dict(
             **shared,
-            **_sizes(vision.width, vision.mlp_dim, vision.depth, vision.heads, vision.gelu, vision.epsilon),
+            **_sizes(
+                vision.width, vision.mlp_dim, vision.depth, vision.heads, vision.activation, vision.epsilon
+            ),
             patch_size=vision.patch,
             image_size=vision.patch * vision.grid[0],
         ),
@@ -108,13 +110,15 @@ def write_hf_clip(
     write_safetensors(folder / "model.safetensors", arrays, {"format": "pt"})
 
 
-def _sizes(width: int, hidden: int, layers: int, heads: int, gelu: str, epsilon: float) -> dict[str, Any]:
+def _sizes(
+    width: int, hidden: int, layers: int, heads: int, activation: str, epsilon: float
+) -> dict[str, Any]:
     return dict(
         hidden_size=width,
         intermediate_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        hidden_act=_ACTIVATIONS[gelu],
+        hidden_act=HF_ACTIVATIONS[activation],
         layer_norm_eps=epsilon,
     )
 

@@ -20,6 +20,7 @@ _PREFIXES = ("hf", "timm", "openai", "open_clip", "big_vision")
 _COMPANIONS = (
     "config.json",
     "open_clip_config.json",
+    "preprocessor_config.json",
     "tokenizer*",
     "vocab*",
     "merges.txt",
@@ -29,7 +30,7 @@ _COMPANIONS = (
 
 
 def find(init: str) -> Path:
-    """The local path of weights; what lies on the hub is downloaded into its cache once.
+    """Finds the local path of weights; what lies on the hub is downloaded into its cache once.
 
     Raises:
       UserError: no such file; an unknown prefix; no huggingface_hub, no network, no such repository.

@@ -20,9 +20,10 @@ from ovseg_jax.models.tower_pyramid import TowerPyramid
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.pretrained import clip_resnet, efficientnet, eva, resnet, swin, text, vit
 from ovseg_jax.pretrained.big_vision import read_big_vision
-from ovseg_jax.pretrained.files import read_arrays
+from ovseg_jax.pretrained.files import read_arrays, weights_file
 from ovseg_jax.pretrained.hub import find
 from ovseg_jax.pretrained.rename import Rename, fit, rename
+from ovseg_jax.pretrained.stated import check, check_pixels
 from ovseg_jax.pretrained.to_torch import from_torch, torch_name
 
 # Which half of an image-text model of big_vision is meant.
@@ -33,9 +34,14 @@ FRESH: dict[type[nn.Module], Sequence[str]] = {Swin: (r"out_norm[234]",)}
 
 
 def load(
-    init: str, module: nn.Module, shapes: Mapping[str, Any], *, may_miss: Sequence[str] = ()
+    init: str,
+    module: nn.Module,
+    shapes: Mapping[str, Any],
+    *,
+    may_miss: Sequence[str] = (),
+    pixels: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> dict[str, Any]:
-    """A module's variables from published weights.
+    """Reads a module's variables from published weights.
 
     Args:
       init: see `hub.find`.
@@ -43,27 +49,36 @@ def load(
       shapes: its variables, {"params": ..., "batch_stats": ...}, as arrays or shapes.
       may_miss: regexes of paths that the weights may lack; these are left out of the result. A Swin may always lack
         the norms of its finer maps, which published classifiers do not have.
+      pixels: mean and standard deviation by which the caller normalises pixels, to be compared with the published ones
+        where a file beside the weights says them.
 
     Returns:
       NumPy arrays in a tree like `shapes`, in its dtypes.
 
     Raises:
-      UserError: weights that are not there, cannot be read, are of another architecture or of another shape.
+      UserError: weights that are not there, cannot be read, are of another architecture or of another shape; or what
+        lies beside them says that they compute something else than the module.
     """
     if isinstance(module, TowerPyramid):
         # The tower's weights are published; what makes a pyramid of it is new.
         inner = {name: tree["tower"] for name, tree in shapes.items() if "tower" in tree}
-        found = load(init, module.tower, inner, may_miss=may_miss)
+        found = load(init, module.tower, inner, may_miss=may_miss, pixels=pixels)
         return {name: {"tower": tree} for name, tree in found.items()}
     path, format_ = find(init), "big_vision's"
     if path.suffix == ".npz":
         arrays = read_big_vision(path, TOWERS.get(type(module), ""))
     else:
+        path = weights_file(path)
         arrays = read_arrays(path)
+        names = arrays.keys()
         if (own := from_ours(arrays, shapes)) is not None:
             format_, arrays = "ours", own
         else:
+            arrays = without_wrapper(arrays)
             format_, renames = recognise(arrays, formats(module), path)
+        check(path, module, format_, names)
+        if pixels:
+            check_pixels(path, *pixels)
     try:
         if format_ not in ("big_vision's", "ours"):
             arrays = rename(arrays, renames)
@@ -72,18 +87,32 @@ def load(
         raise UserError(f"init={init}, read as {format_}: {error}") from error
 
 
+def without_wrapper(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Takes away what training scripts put in front of names: `module.`, and `backbone.` beside a head's names.
+
+    Full checkpoints of DINO have them, and detectors with a Swin; of a file with `backbone.` nothing else is left.
+    """
+    if arrays and all(name.startswith("module.") for name in arrays):
+        arrays = {name.removeprefix("module."): x for name, x in arrays.items()}
+    own = {name.removeprefix("backbone."): x for name, x in arrays.items() if name.startswith("backbone.")}
+    return own or arrays
+
+
 def from_ours(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
-    """What `to_torch` made of such variables, by path; None where the names are others."""
+    """Returns what `to_torch` made of such variables, by path; None where the names are others."""
     flat = flax.traverse_util.flatten_dict(dict(shapes), sep="/")
     inner = {path.partition("/")[2]: path for path in flat}
     if arrays.keys() != {torch_name(path) for path in inner}:
         return None
-    found = from_torch(arrays, {path: flat[whole].shape for path, whole in inner.items()})
+    try:
+        found = from_torch(arrays, {path: flat[whole].shape for path, whole in inner.items()})
+    except ValueError as error:
+        raise UserError(f"the checkpoint's arrays have other shapes than the model's: {error}") from error
     return {inner[path]: array for path, array in found.items()}
 
 
 def formats(module: nn.Module) -> dict[str, list[Rename]]:
-    """The formats in which weights of such a module have been published: name -> renames."""
+    """Returns the formats in which weights of such a module have been published: name -> renames."""
     match module:
         case ResNet():
             return {
@@ -135,7 +164,7 @@ def formats(module: nn.Module) -> dict[str, list[Rename]]:
 def recognise(
     arrays: Mapping[str, np.ndarray], known: Mapping[str, list[Rename]], path: Path
 ) -> tuple[str, list[Rename]]:
-    """The format that knows most of the names.
+    """Finds the format that knows most of the names.
 
     Raises:
       UserError: none of them knows most of the names.

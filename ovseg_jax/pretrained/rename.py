@@ -20,32 +20,32 @@ Plain = Callable[[np.ndarray], np.ndarray]
 
 
 def same(x: np.ndarray) -> np.ndarray:
-    """As it is."""
+    """Returns the array as it is."""
     return x
 
 
 def dense(x: np.ndarray) -> np.ndarray:
-    """[out in] to [in out]."""
+    """Changes [out in] to [in out]."""
     return x.T
 
 
 def conv(x: np.ndarray) -> np.ndarray:
-    """[out in h w] to [h w in out]; of a depthwise one `in` is 1."""
+    """Changes [out in h w] to [h w in out]; of a depthwise one `in` is 1."""
     return x.transpose(2, 3, 1, 0)
 
 
 def heads_in(heads: int) -> Plain:
-    """Query, key or value: [heads*d in] to [in heads d], bias [heads*d] to [heads d]."""
+    """Splits query, key or value: [heads*d in] to [in heads d], bias [heads*d] to [heads d]."""
     return lambda x: x.reshape(heads, -1) if x.ndim == 1 else x.T.reshape(x.shape[1], heads, -1)
 
 
 def heads_out(heads: int) -> Plain:
-    """The projection behind attention: [out heads*d] to [heads d out]; its bias stays."""
+    """Splits the projection behind attention: [out heads*d] to [heads d out]; its bias stays."""
     return lambda x: x if x.ndim == 1 else x.T.reshape(heads, -1, x.shape[0])
 
 
 def heads_qkv(heads: int) -> Layout:
-    """Query, key and value joined, [3*heads*d in] or [3*heads*d], as three."""
+    """Splits query, key and value joined, [3*heads*d in] or [3*heads*d], into three."""
     split = heads_in(heads)
     return lambda x: {
         name: split(part) for name, part in zip(("query", "key", "value"), np.split(x, 3), strict=True)
@@ -68,7 +68,7 @@ class Rename(NamedTuple):
 
 
 def rename(source: Mapping[str, np.ndarray], renames: Iterable[Rename]) -> dict[str, np.ndarray]:
-    """Our arrays by path; each name of the source is taken by the first rename that matches it.
+    """Renames a checkpoint's arrays to our paths; each name is taken by the first rename that matches it.
 
     Raises:
       UserError: names that nothing matches, or two arrays for one path.
@@ -84,7 +84,10 @@ def rename(source: Mapping[str, np.ndarray], renames: Iterable[Rename]) -> dict[
         match, r = found
         if not r.target:
             continue
-        target, arrays = match.expand(r.target), r.layout(array)
+        try:
+            target, arrays = match.expand(r.target), r.layout(array)
+        except (ValueError, IndexError) as error:
+            raise UserError(f"{name} of the checkpoint has the shape {array.shape}: {error}") from error
         for part, value in (arrays if isinstance(arrays, dict) else {"": arrays}).items():
             path = target.replace("{}", part)
             if path in out:
@@ -102,7 +105,7 @@ def fit(
     may_miss: Sequence[str] = (),
     what: str = "the checkpoint",
 ) -> dict[str, Any]:
-    """The arrays as a tree like `shapes`, in its dtypes.
+    """Arranges the arrays as a tree like `shapes`, in its dtypes.
 
     Args:
       arrays: by path, such as `params/conv/kernel`.

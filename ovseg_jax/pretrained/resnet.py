@@ -4,7 +4,7 @@ from ovseg_jax.pretrained.rename import Rename, conv
 
 
 def batch_norm(pattern: str, target: str) -> list[Rename]:
-    """The arrays of a PyTorch batch norm; `target` is our path within a collection."""
+    """Returns the renames of a PyTorch batch norm; `target` is our path within a collection."""
     return [
         Rename(rf"{pattern}\.weight", f"params/{target}/scale"),
         Rename(rf"{pattern}\.bias", f"params/{target}/bias"),
@@ -15,7 +15,7 @@ def batch_norm(pattern: str, target: str) -> list[Rename]:
 
 
 def from_torchvision_resnet() -> list[Rename]:
-    """ResNet-50 or 101 of torchvision or timm (`layer1.0.conv1.weight`) for `models.resnet.ResNet`; no classifier."""
+    """Returns the renames of torchvision's or timm's ResNet-50 or 101 (`layer1.0.conv1.weight`)."""
     block, ours = r"layer(\d)\.(\d+)", r"layer\1_\2"
     return [
         Rename(r"conv1\.weight", "params/conv1/kernel", conv),
@@ -29,7 +29,7 @@ def from_torchvision_resnet() -> list[Rename]:
 
 
 def from_hf_resnet() -> list[Rename]:
-    """A transformers ResNetModel with bottlenecks, or the classifier around one, for `models.resnet.ResNet`."""
+    """Returns the renames of transformers' ResNetModel with bottlenecks, or the classifier around one."""
     stem = r"(?:resnet\.)?embedder\.embedder"
     renames = [
         Rename(rf"{stem}\.convolution\.weight", "params/conv1/kernel", conv),

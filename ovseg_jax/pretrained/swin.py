@@ -62,7 +62,7 @@ def _timm_blocks(heads: Sequence[int], prefix: str = "") -> list[Rename]:
 
 
 def from_timm_swin(heads: Sequence[int]) -> list[Rename]:
-    """timm's `swin_*` classifiers, where merging begins a stage (`layers.1.downsample`)."""
+    """Returns the renames of timm's `swin_*` classifiers, where merging begins a stage (`layers.1.downsample`)."""
     renames = _timm_blocks(heads) + _norm("norm", "out_norm5")
     for stage in range(1, len(heads)):
         renames += _merge(rf"layers\.{stage}\.downsample", f"merge{stage + 1}")
@@ -70,8 +70,11 @@ def from_timm_swin(heads: Sequence[int]) -> list[Rename]:
 
 
 def from_microsoft_swin(heads: Sequence[int], prefix: str = "") -> list[Rename]:
-    """The authors' checkpoints, where merging ends a stage (`layers.0.downsample`): the classifiers (`norm`), and the
-    detectors and Mask2Former's backbones (`norm0` to `norm3`, names behind a `prefix` such as "backbone.")."""
+    """Returns the renames of the authors' checkpoints, where merging ends a stage (`layers.0.downsample`).
+
+    These are the classifiers (`norm`), and the detectors and Mask2Former's backbones (`norm0` to `norm3`, names behind
+    a `prefix` such as "backbone.").
+    """
     prefix = re.escape(prefix)
     renames = _timm_blocks(heads, prefix) + _norm(rf"{prefix}norm", "out_norm5")
     for stage in range(len(heads)):
@@ -82,7 +85,7 @@ def from_microsoft_swin(heads: Sequence[int], prefix: str = "") -> list[Rename]:
 
 
 def from_hf_swin(heads: Sequence[int], backbone: bool = False) -> list[Rename]:
-    """transformers' SwinModel or the classifier around one; with `backbone` SwinBackbone, which has four norms.
+    """Returns the renames of transformers' SwinModel, or with `backbone` of SwinBackbone, which has four norms.
 
     Names inside of a block are those of the files on the hub or, since transformers 5, those of the modules.
     """

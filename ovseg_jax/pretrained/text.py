@@ -14,7 +14,7 @@ _SIZES = r"input_resolution|context_length|vocab_size"
 
 
 def from_hf_clip_text(heads: int) -> list[Rename]:
-    """transformers' CLIPTextModelWithProjection, and the text half of CLIPModel."""
+    """Returns the renames of transformers' CLIPTextModelWithProjection, and the text half of CLIPModel."""
     return [
         *_hf_tower(heads, r"text_model\."),
         *_linear(r"text_projection", "params/head"),
@@ -23,7 +23,7 @@ def from_hf_clip_text(heads: int) -> list[Rename]:
 
 
 def from_hf_siglip_text(heads: int) -> list[Rename]:
-    """transformers' SiglipTextModel, with `text_model.` before its names or not, and the text half of SiglipModel."""
+    """Returns the renames of transformers' SiglipTextModel, and of the text half of SiglipModel."""
     return [
         *_hf_tower(heads, r"(?:text_model\.)?"),
         *_linear(r"(?:text_model\.)?head", "params/head"),
@@ -32,7 +32,7 @@ def from_hf_siglip_text(heads: int) -> list[Rename]:
 
 
 def from_openai_clip_text(heads: int) -> list[Rename]:
-    """OpenAI's CLIP, and open_clip's models with EVA-CLIP's and SigLIP's, whose names may begin with `text.`."""
+    """Returns the renames of OpenAI's CLIP and of open_clip's models, EVA-CLIP's and SigLIP's too (`text.`)."""
     block = r"(?:text\.)?transformer\.resblocks\.(\d+)\."
     return [
         Rename(r"(?:text\.)?token_embedding\.weight", "params/Embed_0/embedding"),
@@ -53,7 +53,7 @@ def from_openai_clip_text(heads: int) -> list[Rename]:
 
 
 def from_hf_bert(heads: int, pooler: bool) -> list[Rename]:
-    """transformers' BertModel, and those with heads of pretraining, whose names begin with `bert.`.
+    """Returns the renames of transformers' BertModel, and of those with heads of pretraining (`bert.`).
 
     Args:
       heads: of attention.

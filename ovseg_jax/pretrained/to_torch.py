@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from ovseg_jax.errors import UserError
+from ovseg_jax.models.transformer import HOOKS
+
 # Flax's last name -> PyTorch's.
 _NAMES = {
     **dict.fromkeys(("kernel", "scale", "embedding"), "weight"),
@@ -22,7 +25,7 @@ _HEADS = re.compile(r"(query|key|value|out)(_\d+)?")
 
 
 def to_torch(parameters: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Parameters by path, `decoder/query_0/kernel`, as a state dictionary, `decoder.query_0.weight`."""
+    """Changes parameters by path, `decoder/query_0/kernel`, to a state dictionary, `decoder.query_0.weight`."""
     out = {}
     for path, value in parameters.items():
         order, joined = _layout(path, np.shape(value))
@@ -31,7 +34,7 @@ def to_torch(parameters: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def from_torch(state: Mapping[str, np.ndarray], shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
-    """The inverse of `to_torch`, for parameters of these shapes by path."""
+    """Inverts `to_torch`, for parameters of these shapes by path."""
     out = {}
     for path, shape in shapes.items():
         order, _ = _layout(path, shape)
@@ -42,18 +45,24 @@ def from_torch(state: Mapping[str, np.ndarray], shapes: Mapping[str, Sequence[in
 
 
 def describe(module: Any) -> dict[str, Any]:
-    """What a module of ours is, for JSON and for its PyTorch form: `kind`, the name of its class, and its fields."""
+    """Describes a module of ours for JSON and for its PyTorch form: `kind`, the name of its class, and its fields.
+
+    Raises:
+      UserError: a module with hooks, which have no such form.
+    """
+    if used := [hook for hook in ("adapter", "between") if getattr(module, hook, None) is not None]:
+        raise UserError(f"a {type(module).__name__} with {used[0]!r} has no form in PyTorch")
     fields = {
         field.name: getattr(module, field.name)
         for field in dataclasses.fields(module)
-        if field.name not in _TRAINING
+        if field.name not in (*_TRAINING, *HOOKS)
     }
     inner = {k: describe(v) if dataclasses.is_dataclass(v) else v for k, v in fields.items()}
     return {"kind": type(module).__name__, **inner}
 
 
 def torch_name(path: str) -> str:
-    """`a/b/kernel` as `a.b.weight`."""
+    """Changes `a/b/kernel` to `a.b.weight`."""
     *scope, last = path.split("/")
     return ".".join([*scope, _NAMES.get(last, last)])
 

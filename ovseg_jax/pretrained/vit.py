@@ -15,18 +15,18 @@ POOL = "params/MAPHead_0"
 
 
 def row_vectors(x: np.ndarray) -> np.ndarray:
-    """A position table [n d] to [1 n d], a class token [d] to [1 1 d]; what has three axes stays."""
+    """Changes a position table [n d] to [1 n d], a class token [d] to [1 1 d]; what has three axes stays."""
     return x.reshape(1, -1, x.shape[-1])
 
 
 def heads_kv(heads: int) -> Layout:
-    """Key and value joined, [2*heads*d in] or [2*heads*d], as two."""
+    """Splits key and value joined, [2*heads*d in] or [2*heads*d], into two."""
     split = heads_in(heads)
     return lambda x: {name: split(part) for name, part in zip(("key", "value"), np.split(x, 2), strict=True)}
 
 
 def from_hf_clip(heads: int) -> list[Rename]:
-    """transformers' CLIPVisionModelWithProjection, and the vision half of CLIPModel."""
+    """Returns the renames of transformers' CLIPVisionModelWithProjection, and the vision half of CLIPModel."""
     v = r"(?:vision_model\.)?"
     return [
         *_hf_encoder(heads),
@@ -38,7 +38,7 @@ def from_hf_clip(heads: int) -> list[Rename]:
 
 
 def from_hf_siglip(heads: int) -> list[Rename]:
-    """transformers' SiglipVisionModel with its pooling head, and the vision half of SiglipModel (SigLIP 2 too)."""
+    """Returns the renames of transformers' SiglipVisionModel with its head, and of SiglipModel's (SigLIP 2 too)."""
     pool = r"(?:vision_model\.)?head\."
     return [
         *_hf_encoder(heads),
@@ -53,7 +53,7 @@ def from_hf_siglip(heads: int) -> list[Rename]:
 
 
 def from_hf_vit(heads: int) -> list[Rename]:
-    """transformers' ViTModel (facebook/dino-vits16) and the encoder of ViTMAE (facebook/vit-mae-base).
+    """Returns the renames of transformers' ViTModel (facebook/dino-vits16) and of ViTMAE's encoder.
 
     The hub's files have the names of transformers 4, a state dict of transformers 5 has its own: both are read.
     """
@@ -82,7 +82,7 @@ def from_hf_vit(heads: int) -> list[Rename]:
 
 
 def from_openai_clip(heads: int) -> list[Rename]:
-    """`visual.…` of OpenAI's files (ViT-B-16.pt) and of open_clip's state dicts."""
+    """Returns the renames of `visual.…` of OpenAI's files (ViT-B-16.pt) and of open_clip's state dicts."""
     block = r"visual\.transformer\.resblocks\.(\d+)\."
     return [
         Rename(r"visual\.class_embedding", "params/cls", row_vectors),
@@ -106,7 +106,7 @@ def from_openai_clip(heads: int) -> list[Rename]:
 
 
 def from_timm_vit(heads: int) -> list[Rename]:
-    """timm's VisionTransformer, with its attention pooling too, and the files of DINO and MAE themselves.
+    """Returns the renames of timm's VisionTransformer, and of DINO's and MAE's own files.
 
     An open_clip model that has such a tower (SigLIP) calls it `visual.trunk`.
     """

@@ -13,7 +13,7 @@ HEAD_CHANNELS = 64
 
 
 def average_pool(x: Tensor) -> Tensor:
-    """Means of 2x2 pixels, to ceil(h/2) x ceil(w/2): what is left at an odd side is averaged for itself."""
+    """Averages 2x2 pixels, to ceil(h/2) x ceil(w/2): what is left at an odd side is averaged for itself."""
     return F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
 
 

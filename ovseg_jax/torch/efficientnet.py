@@ -65,5 +65,5 @@ class EfficientNet(nn.Module):
 
 
 def norm(channels: int) -> BatchNorm:
-    """Batch norm with TensorFlow's epsilon."""
+    """Makes a batch norm with TensorFlow's epsilon."""
     return BatchNorm(channels, eps=1e-3)

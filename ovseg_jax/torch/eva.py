@@ -12,7 +12,7 @@ from ovseg_jax.torch.tower import TowerOutput, count_patches, places
 
 
 def rotary_table(rows: int, columns: int, grid: int, size: int, device: torch.device) -> Tensor:
-    """Cosines and sines [2 1+rows*columns size] of the angles by which `rotate` turns each pair of channels."""
+    """Returns cosines and sines [2 1+rows*columns size] of the angles by which `rotate` turns each pair of channels."""
     index = lambda length: torch.arange(length, dtype=torch.float32, device=device)
     rates = 10000.0 ** (-index(size // 4) / (size // 4))
     y = index(rows)[:, None, None] * (grid / rows) * rates

@@ -25,7 +25,7 @@ KINDS: dict[str, type[nn.Module]] = {
 
 
 def build_backbone(described: Mapping[str, Any]) -> nn.Module:
-    """A backbone from its description: `kind`, the name of its class, and its arguments.
+    """Builds a backbone from its description: `kind`, the name of its class, and its arguments.
 
     Raises:
       UserError: another kind.
@@ -99,8 +99,8 @@ class RegionDecoder(nn.Module):
             self.add_module(f"mlp_in_{t}", nn.Linear(width, mlp_ratio * width))
             self.add_module(f"mlp_out_{t}", nn.Linear(mlp_ratio * width, width))
 
-    def forward(self, features: Tensor, seen: Tensor) -> Tensor:
-        """Queries [b n d] after all blocks, from pixels [b p d], of which `seen` [b p] are no padding."""
+    def forward(self, features: Tensor, valid: Tensor) -> Tensor:
+        """Queries [b n d] after all blocks, from pixels [b p d], of which `valid` [b p] are no padding."""
         layer = self.get_submodule
         keys = self.image_norm(features)
         q = self.queries.to(features.dtype).expand(features.shape[0], -1, -1)
@@ -111,7 +111,7 @@ class RegionDecoder(nn.Module):
                 split(layer(f"query_{t}")(x)),
                 split(layer(f"key_{t}")(keys)),
                 split(layer(f"value_{t}")(keys)),
-                attn_mask=seen[:, None, None, :],
+                attn_mask=valid[:, None, None, :],
             )
             q = q + layer(f"out_{t}")(x.transpose(1, 2).flatten(2))
             x = F.relu(layer(f"mlp_in_{t}")(layer(f"mlp_norm_{t}")(q)))
@@ -149,8 +149,8 @@ class OpenSegNet(nn.Module):
         self.backbone = backbone
         self.mask_scale, self.detach_masks = model["mask_scale"], model["detach_masks"]
         self.num_queries, width = model["num_queries"], model["width"]
-        self.register_buffer("mean", torch.tensor(model["mean"])[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(model["std"])[:, None, None], persistent=False)
+        self.register_buffer("mean", torch.tensor(model["mean"]).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(model["std"]).reshape(3, 1, 1), persistent=False)
         self.pyramid = FusedPyramid(backbone.channels, width, model["pyramid_output_conv"])
         self.head_z = ConvHead(width, model["head_convs"], model["embed_dim"])
         if self.num_queries:
@@ -175,12 +175,12 @@ class OpenSegNet(nn.Module):
         f_s = f_s + resize(self.position[None], f_s.shape[2:])
         h, w = f_s.shape[2:]
         pixels = f_s.flatten(2).transpose(1, 2)
-        seen = inside(image_size, (h, w), (image.shape[2] / h, image.shape[3] / w)).flatten(1)
-        queries = self.decoder(pixels, seen)
+        valid = inside(image_size, (h, w), (image.shape[2] / h, image.shape[3] / w)).flatten(1)
+        queries = self.decoder(pixels, valid)
         logits = (queries @ pixels.transpose(1, 2)).float() * self.mask_scale
         if self.mask_bias is not None:
             logits = logits + self.mask_bias
-        masks = torch.sigmoid(logits) * seen[:, None]
+        masks = torch.sigmoid(logits) * valid[:, None]
         if self.detach_masks:
             masks = masks.detach()
         region_sum = masks @ f_z.flatten(2).transpose(1, 2)
@@ -188,7 +188,7 @@ class OpenSegNet(nn.Module):
 
 
 def inside(image_size: Tensor, shape: Sequence[int], stride: Sequence[float] = (1, 1)) -> Tensor:
-    """Which cells [b h w] of a grid, each `stride` pixels of the canvas, begin within the image."""
+    """Returns which cells [b h w] of a grid, each `stride` pixels of the canvas, begin within the image."""
     rows, columns = (
         torch.arange(n, device=image_size.device)[None] * step < image_size[:, i : i + 1]
         for i, (n, step) in enumerate(zip(shape, stride, strict=True))

@@ -7,7 +7,7 @@ from ovseg_jax.models.position_weights import axis_weights
 
 
 def resize_positions(table: Tensor, size: tuple[int, int], method: str = "bicubic") -> Tensor:
-    """A table [r c d] for another grid, [h w d], in its own type; for its own grid, the table itself."""
+    """Resizes a position table to another grid; for its own grid, returns the table itself."""
     rows, columns, _ = table.shape
     if size == (rows, columns):
         return table

@@ -9,12 +9,12 @@ from ovseg_jax.torch.layers import BatchNorm
 
 
 def make_norm(kind: str, channels: int) -> nn.Module:
-    """Batch norm with its running statistics, or group norm."""
+    """Makes a batch norm with its running statistics, or group norm."""
     return nn.GroupNorm(32, channels, eps=1e-5) if kind == "group" else BatchNorm(channels, eps=1e-5)
 
 
 def conv(inputs: int, features: int, size: int, stride: int) -> nn.Conv2d:
-    """A convolution with PyTorch's symmetric padding."""
+    """Makes a convolution with PyTorch's symmetric padding."""
     return nn.Conv2d(inputs, features, size, stride, size // 2, bias=False)
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ovseg_jax.data.images import fit_canvas, read_image
 from ovseg_jax.errors import UserError
 from ovseg_jax.pretrained.files import read_arrays
+from ovseg_jax.reading import reading
+from ovseg_jax.torch.build import build
 from ovseg_jax.torch.layers import unit
 from ovseg_jax.torch.openseg import OpenSegNet
 from ovseg_jax.torch.text_towers import Bert, CLIPText, SiglipText
@@ -24,6 +26,7 @@ from ovseg_jax.vocab.tokenizers import load_tokenizer
 WEIGHTS, CONFIG, TEXT_TOWER = "model.safetensors", "config.json", "text_tower"
 TEXT_KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (CLIPText, SiglipText, Bert)}
 BATCH, LENGTH = 64, 77  # as `FrozenText` has them
+MOST_PIXELS = 16384  # side of a canvas
 STRIP, NAMES = 64, 256  # rows of an image, and names, that are scored at once
 
 
@@ -112,7 +115,7 @@ class Segmenter:
         return Segmentation(classes, label_map, confidence)
 
     def embed(self, names: Sequence[str]) -> Tensor:
-        """Unit vectors [T D] of names, by the text tower; or the normalised sums of their words' unit vectors."""
+        """Returns unit vectors [T D] of names, by the text tower or from their words' unit vectors."""
         if self.text is not None:
             return self.text(names)
         assert self.table is not None
@@ -125,9 +128,15 @@ class Text:
 
     def __init__(self, folder: Path, device: str):
         described = read_json(folder / CONFIG)
-        kind = TEXT_KINDS[described.pop("kind")]
-        self.tower, self.device = fill(kind(**described), folder).to(device).eval(), device
-        self.tokenizer: Any = load_tokenizer(folder, length=min(described["length"], LENGTH))
+        kind = TEXT_KINDS.get(str(described.pop("kind", None)))
+        if kind is None:
+            raise UserError(f"{folder / CONFIG} describes none of {', '.join(TEXT_KINDS)}")
+        ids = torch.zeros((1, 2), dtype=torch.long, device="meta")
+        inputs = (ids, torch.ones((1, 2), dtype=torch.bool, device="meta"))
+        tower = build(lambda: kind(**described), described, read_tensors(folder), str(folder), *inputs)
+        self.tower, self.device = tower.to(device).eval(), device
+        length = len(tower.get_parameter("pos_embedding")[0])
+        self.tokenizer: Any = load_tokenizer(folder, length=min(length, LENGTH))
         self.context: tuple[Tensor, ...] = ()
         if (folder / FILE).exists():
             prompt = load_prompt(folder / FILE)
@@ -145,7 +154,7 @@ class Text:
 
 
 def upsampling(pixels: int, cells: int, canvas: int, fitted: int, device: Any) -> Tensor:
-    """Bilinear interpolation [pixels cells] from a canvas grid to an image, see `kernels.resize.upsampling`."""
+    """Returns bilinear interpolation [pixels cells] from a canvas grid to an image, see `kernels.resize.upsampling`."""
     stride = canvas / cells
     position = (torch.arange(pixels, device=device) + 0.5) * fitted / pixels / stride - 0.5
     position = position.clamp(0, np.ceil(fitted / stride) - 1)
@@ -159,48 +168,37 @@ def load(folder: str | Path, device: str = "cpu") -> Segmenter:
       UserError: the folder holds none, or a damaged one.
     """
     folder = Path(folder)
-    config = read_json(folder / CONFIG)
-    try:
+    config, arrays = read_json(folder / CONFIG), read_tensors(folder)
+    table = arrays.pop("text.table", None)
+    with reading(folder, "the exported model"):
         described = {key: value for key, value in config["model"].items() if key != "kind"}
-        net = OpenSegNet(described)
-        arrays = read_tensors(folder)
-        table = arrays.pop("text.table", None)
+        side, words = config["image_size"], config["words"]
+        if type(side) is not int or not 0 < side <= MOST_PIXELS:
+            raise ValueError(f"image_size is {side!r}")
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise ValueError("words is no list of texts")
+        if table is not None and (table.ndim != 2 or len(table) != len(words)):
+            raise ValueError(f"{len(words)} words have a table {list(table.shape)}")
+        image = torch.zeros((1, 3, side, side), dtype=torch.uint8, device="meta")
+        size = torch.full((1, 2), side, device="meta")
+        net = build(lambda: OpenSegNet(described), described, arrays, str(folder), image, size)
         text = Text(folder / TEXT_TOWER, device) if table is None else None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder} holds no exported model: {error}") from error
-    fill(net, folder, arrays)
-    return Segmenter(net.to(device), table, text, config)
+        return Segmenter(net.to(device), table, text, config)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Reads a JSON object.
 
     Raises:
       UserError: no such file, or another content.
     """
-    try:
+    with reading(path.parent, "the exported model"):
         found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path.parent} holds no exported model: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path.parent} holds no exported model: {path.name} is no JSON object")
-    return found
+        if not isinstance(found, dict):
+            raise ValueError(f"{path.name} is no JSON object")
+        return found
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """A folder's arrays in float32, whatever they are kept in."""
+    """Reads a folder's arrays in float32, whatever they are kept in."""
     return {k: torch.from_numpy(np.array(v, np.float32)) for k, v in read_arrays(folder / WEIGHTS).items()}
-
-
-def fill(module: nn.Module, folder: Path, arrays: dict[str, Tensor] | None = None) -> nn.Module:
-    """The module, with a folder's parameters.
-
-    Raises:
-      UserError: they are not its own.
-    """
-    try:
-        module.load_state_dict(read_tensors(folder) if arrays is None else arrays, strict=True)
-    except RuntimeError as error:
-        text = " ".join(str(error).split())
-        raise UserError(f"{folder / WEIGHTS} does not fit {CONFIG}: {text}") from error
-    return module

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ovseg_jax.models.windows import window_and_shift
+
 
 def to_windows(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Cuts [b h w c], whose sides are multiples of `size`, into [b windows n c], both in reading order."""
@@ -15,7 +17,7 @@ def to_windows(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def from_windows(x: Tensor, size: tuple[int, int], height: int, width: int) -> Tensor:
-    """The inverse of `to_windows`, for a map [b height width c]."""
+    """Inverts `to_windows`, for a map [b height width c]."""
     b, _, _, c = x.shape
     x = x.reshape(b, height // size[0], width // size[1], *size, c)
     return x.transpose(2, 3).reshape(b, height, width, c)
@@ -26,9 +28,9 @@ class WindowAttention(nn.Module):
 
     index: Tensor
 
-    def __init__(self, channels: int, heads: int, window: int, shifted: bool):
+    def __init__(self, channels: int, heads: int, window: int, shifted: bool, window_rule: str):
         super().__init__()
-        self.heads, self.window, self.move = heads, window, window // 2 if shifted else 0
+        self.heads, self.window, self.shifted, self.rule = heads, window, shifted, window_rule
         self.query, self.key = nn.Linear(channels, channels), nn.Linear(channels, channels)
         self.value, self.out = nn.Linear(channels, channels), nn.Linear(channels, channels)
         side = 2 * window - 1
@@ -41,8 +43,7 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attends within each window of [b h w c]."""
         _, h, w, _ = x.shape
-        size = (min(self.window, h), min(self.window, w))
-        shift = (self.move if h > self.window else 0, self.move if w > self.window else 0)
+        size, shift = window_and_shift(h, w, self.window, self.shifted, self.rule)
         x = F.pad(x, (0, 0, 0, -w % size[1], 0, -h % size[0]))
         height, width = x.shape[1:3]
         tokens = to_windows(torch.roll(x, (-shift[0], -shift[1]), (1, 2)) if any(shift) else x, size)
@@ -56,7 +57,7 @@ class WindowAttention(nn.Module):
         return (torch.roll(x, shift, (1, 2)) if any(shift) else x)[:, :h, :w]
 
     def bias(self, size: tuple[int, int], shift: tuple[int, int], height: int, width: int) -> Tensor:
-        """Biases [windows*heads n n]; -inf between tokens that were no neighbours before the map went round."""
+        """Returns biases [windows*heads n n]; -inf between tokens that were no neighbours before the map went round."""
         n = size[0] * size[1]
         index = self.index[: size[0], : size[1], : size[0], : size[1]].reshape(n, n)
         bias = self.relative_position_bias[index].permute(2, 0, 1)[None]
@@ -76,10 +77,10 @@ class WindowAttention(nn.Module):
 class SwinBlock(nn.Module):
     """x + attention(norm1(x)), then x + mlp(norm2(x))."""
 
-    def __init__(self, channels: int, heads: int, window: int, shifted: bool):
+    def __init__(self, channels: int, heads: int, window: int, shifted: bool, window_rule: str):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
-        self.attn = WindowAttention(channels, heads, window, shifted)
+        self.attn = WindowAttention(channels, heads, window, shifted, window_rule)
         self.fc1, self.fc2 = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,6 +117,7 @@ class Swin(nn.Module):
         depths: Sequence[int] = (2, 2, 6, 2),
         heads: Sequence[int] = (3, 6, 12, 24),
         window: int = 7,
+        window_rule: str = "axis",
         out_norms: Sequence[int] = (2, 3, 4, 5),
     ):
         super().__init__()
@@ -127,7 +129,9 @@ class Swin(nn.Module):
             if stage > 1:
                 self.add_module(f"merge{stage}", PatchMerging(features // 2))
             for i in range(depth):
-                self.add_module(f"stage{stage}_{i}", SwinBlock(features, number, window, i % 2 == 1))
+                self.add_module(
+                    f"stage{stage}_{i}", SwinBlock(features, number, window, i % 2 == 1, window_rule)
+                )
             if stage + 1 in out_norms:
                 self.add_module(f"out_norm{stage + 1}", nn.LayerNorm(features))
 

@@ -6,9 +6,6 @@ from torch import Tensor, nn
 from ovseg_jax.errors import UserError
 from ovseg_jax.torch.transformer import Encoder
 
-# `CLIPText.activation` -> `gelu` of the encoder.
-ACTIVATIONS = {"gelu": "exact", "gelu_tanh": "tanh", "quick_gelu": "quick"}
-
 
 class TextTower(nn.Module):
     """Tables of tokens and of positions: what the towers below have in common."""
@@ -19,7 +16,7 @@ class TextTower(nn.Module):
         self.pos_embedding = nn.Parameter(torch.zeros(1, length, width))
 
     def embed(self, ids: Tensor, context: Tensor | None = None) -> Tensor:
-        """Tokens with their positions, [b l d]; -1 - i is vector i of a learned `context` [m d]."""
+        """Returns tokens with their positions, [b l d]; -1 - i is vector i of a learned `context` [m d]."""
         length = self.pos_embedding.shape[1]
         if ids.shape[1] > length:
             raise UserError(f"texts of {ids.shape[1]} tokens: this text tower takes {length} at most")
@@ -44,8 +41,7 @@ class CLIPText(TextTower):
         activation: str = "quick_gelu",
     ):
         super().__init__(vocab_size, length, width)
-        gelu = ACTIVATIONS[activation]
-        self.Encoder_0 = Encoder(layers, width, heads, mlp_dim or 4 * width, gelu, 1e-5, causal=True)
+        self.Encoder_0 = Encoder(layers, width, heads, mlp_dim or 4 * width, activation, 1e-5, causal=True)
         self.head = nn.Linear(width, embed_dim, bias=False)
 
     def forward(self, ids: Tensor, valid: Tensor | None = None, context: Tensor | None = None) -> Tensor:
@@ -75,7 +71,7 @@ class SiglipText(TextTower):
         embed_dim: int = 768,
     ):
         super().__init__(vocab_size, length, width)
-        self.Encoder_0 = Encoder(layers, width, heads, mlp_dim or 4 * width, "tanh", 1e-6)
+        self.Encoder_0 = Encoder(layers, width, heads, mlp_dim or 4 * width, "gelu_tanh", 1e-6)
         self.head = nn.Linear(width, embed_dim)
 
     def forward(self, ids: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -105,7 +101,7 @@ class Bert(TextTower):
         self.pool = pool
         self.type_embedding = nn.Parameter(torch.zeros(2, width))
         self.embedding_norm = nn.LayerNorm(width, 1e-12)
-        self.Encoder_0 = Encoder(layers, width, heads, mlp_dim or 4 * width, "exact", 1e-12, post_norm=True)
+        self.Encoder_0 = Encoder(layers, width, heads, mlp_dim or 4 * width, "gelu", 1e-12, post_norm=True)
         self.pooler = nn.Linear(width, width) if pool == "pooler" else None
 
     def forward(self, ids: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -116,7 +112,7 @@ class Bert(TextTower):
         """
         x, _ = self.Encoder_0(self.embedding_norm(self.embed(ids) + self.type_embedding[0]), valid)
         if self.pool == "mean":
-            seen = torch.ones_like(ids) if valid is None else valid
-            weights = seen.float() / seen.float().sum(1, keepdim=True)
+            valid = torch.ones_like(ids) if valid is None else valid
+            weights = valid.float() / valid.float().sum(1, keepdim=True)
             return (weights[:, None] @ x.float())[:, 0].to(x.dtype)
         return x[:, 0] if self.pooler is None else torch.tanh(self.pooler(x[:, 0]))

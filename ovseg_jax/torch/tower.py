@@ -22,7 +22,7 @@ class TowerOutput(NamedTuple):
 
 
 def count_patches(image: Tensor, patch: int) -> tuple[int, int]:
-    """Rows and columns of patches of images [b c h w].
+    """Returns rows and columns of patches of images [b c h w].
 
     Raises:
       UserError: sides that are no multiples of the patch.
@@ -37,6 +37,6 @@ def count_patches(image: Tensor, patch: int) -> tuple[int, int]:
 
 
 def places(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The last rows * columns of tokens [b n d], those of the patches, as a map [b d rows columns]."""
+    """Returns the last rows * columns of tokens [b n d], those of the patches, as a map [b d rows columns]."""
     rows, columns = grid
     return tokens[:, tokens.shape[1] - rows * columns :].transpose(1, 2).unflatten(2, grid)

@@ -32,7 +32,7 @@ class TowerPyramid(nn.Module):
         return {f"c{level}": self.level(tokens, level) for level in LEVELS}
 
     def level(self, x: Tensor, level: int) -> Tensor:
-        """One map from the tokens [b d h w]."""
+        """Returns one map from the tokens [b d h w]."""
         if level > self.own:
             return F.max_pool2d(x, 2 ** (level - self.own), ceil_mode=True)
         x = x.permute(0, 2, 3, 1)

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GELUS: dict[str, Callable[[Tensor], Tensor]] = {
-    "exact": F.gelu,
-    "tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick": lambda x: x * torch.sigmoid(1.702 * x),
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 
 
@@ -40,16 +40,16 @@ class Attention(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """Dense, GELU, dense back to the width of the input."""
+    """Dense, activation, dense back to the width of the input."""
 
-    def __init__(self, width: int, mlp_dim: int, gelu: str):
+    def __init__(self, width: int, mlp_dim: int, activation: str):
         super().__init__()
         self.Dense_0, self.Dense_1 = nn.Linear(width, mlp_dim), nn.Linear(mlp_dim, width)
-        self.gelu = GELUS[gelu]
+        self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps each token."""
-        return self.Dense_1(self.gelu(self.Dense_0(x)))
+        return self.Dense_1(self.activation(self.Dense_0(x)))
 
 
 class Block(nn.Module):
@@ -60,7 +60,7 @@ class Block(nn.Module):
         width: int,
         heads: int,
         mlp_dim: int,
-        gelu: str,
+        activation: str,
         epsilon: float,
         causal: bool = False,
         post_norm: bool = False,
@@ -69,7 +69,7 @@ class Block(nn.Module):
         self.post_norm = post_norm
         self.LayerNorm_0, self.LayerNorm_1 = nn.LayerNorm(width, epsilon), nn.LayerNorm(width, epsilon)
         self.MultiHeadDotProductAttention_0 = Attention(width, heads, causal)
-        self.MlpBlock_0 = MlpBlock(width, mlp_dim, gelu)
+        self.MlpBlock_0 = MlpBlock(width, mlp_dim, activation)
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """Maps tokens [b n d] to tokens."""
@@ -91,7 +91,7 @@ class Encoder(nn.Module):
         width: int,
         heads: int,
         mlp_dim: int,
-        gelu: str,
+        activation: str,
         epsilon: float,
         causal: bool = False,
         post_norm: bool = False,
@@ -99,7 +99,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.depth, self.post_norm = depth, post_norm
         for i in range(depth):
-            block = Block(width, heads, mlp_dim, gelu, epsilon, causal, post_norm)
+            block = Block(width, heads, mlp_dim, activation, epsilon, causal, post_norm)
             self.add_module(f"encoderblock_{i}", block)
         if not post_norm:
             self.encoder_norm = nn.LayerNorm(width, epsilon)

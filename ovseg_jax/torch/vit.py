@@ -13,12 +13,12 @@ from ovseg_jax.torch.transformer import Attention, Encoder, MlpBlock
 class MAPHead(nn.Module):
     """Pooling by one learned query."""
 
-    def __init__(self, width: int, heads: int, mlp_dim: int, gelu: str, epsilon: float):
+    def __init__(self, width: int, heads: int, mlp_dim: int, activation: str, epsilon: float):
         super().__init__()
         self.probe = nn.Parameter(torch.zeros(1, 1, width))
         self.MultiHeadDotProductAttention_0 = Attention(width, heads)
         self.LayerNorm_0 = nn.LayerNorm(width, epsilon)
-        self.MlpBlock_0 = MlpBlock(width, mlp_dim, gelu)
+        self.MlpBlock_0 = MlpBlock(width, mlp_dim, activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """Gathers all tokens [b n d] into one [b d]."""
@@ -41,7 +41,7 @@ class ViT(nn.Module):
         cls: str = "placed",
         pool: str = "cls",
         pre_norm: bool = False,
-        gelu: str = "exact",
+        activation: str = "gelu",
         epsilon: float = 1e-6,
         embed_dim: int = 0,
         head_bias: bool = True,
@@ -54,8 +54,8 @@ class ViT(nn.Module):
         self.pos_embedding = nn.Parameter(torch.zeros(1, self.first + grid[0] * grid[1], width))
         self.cls = nn.Parameter(torch.zeros(1, 1, width)) if cls != "none" else None
         self.pre_norm = nn.LayerNorm(width, epsilon) if pre_norm else None
-        self.Transformer = Encoder(depth, width, heads, mlp_dim, gelu, epsilon)
-        self.MAPHead_0 = MAPHead(width, heads, mlp_dim, gelu, epsilon) if pool == "map" else None
+        self.Transformer = Encoder(depth, width, heads, mlp_dim, activation, epsilon)
+        self.MAPHead_0 = MAPHead(width, heads, mlp_dim, activation, epsilon) if pool == "map" else None
         self.head = nn.Linear(width, embed_dim, head_bias) if embed_dim else None
 
     def forward(self, image: Tensor) -> TowerOutput:

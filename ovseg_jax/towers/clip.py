@@ -18,10 +18,13 @@ from ml_collections import ConfigDict
 from ovseg_jax.config import to_json
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import forget, record, write_recorded
-from ovseg_jax.models import clip_resnet, vit
+from ovseg_jax.kernels.unit import unit
+from ovseg_jax.models import clip_resnet, eva, vit
 from ovseg_jax.models.clip_resnet import ClipResNet
+from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.small import SmallBackbone
 from ovseg_jax.models.text_towers import PRESETS, CLIPText, text_tower
+from ovseg_jax.models.transformer import HOOKS
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.parallel.sharding import on_host
 from ovseg_jax.pretrained.files import read_arrays, write_safetensors
@@ -30,7 +33,6 @@ from ovseg_jax.towers.packed_text import stacked
 from ovseg_jax.towers.prompt import encode_names, even_order, phrase_tokens, window_size
 from ovseg_jax.towers.prompt_file import ANCHOR, Prompt
 from ovseg_jax.towers.prompt_layout import Layout, NameTokens
-from ovseg_jax.towers.text import unit
 from ovseg_jax.vocab.tokenizers import PieceTokenizer, load_tokenizer
 from ovseg_jax.vocab.word_tokenizer import WordTokenizer
 from ovseg_jax.vocab.words import WordList
@@ -78,7 +80,8 @@ class Clip:
     log(1/τ)}.
 
     Args:
-      config: `image`, a dict with `name` (a CLIP preset of `models.vit` or `models.clip_resnet`, "vit" or "small") and
+      config: `image`, a dict with `name` (a CLIP preset of `models.vit`, `models.clip_resnet` or
+        `models.eva`, "vit", "eva" or "small") and
         fields of its module; `text`, likewise of `models.text_towers` ("clip" for a CLIPText of these fields);
         `init`, where their weights are (`pretrained.hub`, or the folder of a run of method "clip"), "" for random
         ones; `tokenizer`, where it is if not with the weights: a folder, that of a run, or "words" for the words of
@@ -122,7 +125,7 @@ class Clip:
 
     @property
     def tokenizer(self) -> PieceTokenizer:
-        """The tokeniser; read when it is first asked for."""
+        """Returns the tokeniser; read when it is first asked for."""
         if self._tokenizer is None:
             from ovseg_jax.pretrained.hub import find
 
@@ -145,7 +148,7 @@ class Clip:
         return None
 
     def init(self, rng: jax.Array) -> dict[str, Any]:
-        """Random weights."""
+        """Returns random weights."""
         image_rng, text_rng = jax.random.split(rng)
         size = int(self.config.get("image_size", 224))
         image = self.image.init(image_rng, jnp.zeros((1, size, size, 3)))
@@ -154,7 +157,7 @@ class Clip:
         return {"image": dict(image), "text": stacked(text), "scale": scale}
 
     def pretrained(self) -> dict[str, Any]:
-        """The weights that `init` of the config names, as NumPy arrays; {} where it names none."""
+        """Returns the weights that `init` of the config names, as NumPy arrays; {} where it names none."""
         init = self.config.get("init", "")
         if not init:
             return {}
@@ -165,7 +168,7 @@ class Clip:
 
         text = jax.eval_shape(lambda: self.text.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
         return {
-            "image": load(init, self.image, shapes["image"]),
+            "image": load(init, self.image, shapes["image"], pixels=self._pixels()),
             "text": stacked(load(init, self.text, text)["params"]),
         }
 
@@ -186,10 +189,8 @@ class Clip:
         image: UInt8[Array, "b h w 3"],
         prompts: Float[Array, "j m d"] | None = None,
     ) -> Float[Array, "b d"]:
-        """Unit vectors of images; `prompts` are those of a ViT."""
-        mean, std = (
-            jnp.asarray(self.config.get(k, v), jnp.float32) for k, v in (("mean", MEAN), ("std", STD))
-        )
+        """Returns unit vectors of images; `prompts` are those of a ViT."""
+        mean, std = (jnp.asarray(values, jnp.float32) for values in self._pixels())
         x = (image.astype(jnp.float32) / 255 - mean) / std
         more: dict[str, Any] = {} if prompts is None else {"prompts": prompts}
         return unit(_pooled(self.image.apply(weights["image"], x.astype(self.dtype), **more)))
@@ -202,7 +203,7 @@ class Clip:
         tokens: NameTokens,
         deep: Float[Array, "j m d"] | None = None,
     ) -> Float[Array, "k e"]:
-        """Unit vectors of any number of names under a prompt, in memory that does not grow with their number."""
+        """Returns unit vectors of names under a prompt, in memory that does not grow with their number."""
         order = even_order(tokens.length)
         count, group = len(order), min(GROUP, len(order))
         size = window_size(tokens.length[order], group)
@@ -215,7 +216,7 @@ class Clip:
     def embed_prompt(
         self, weights: Mapping[str, Any], prompt: Prompt, names: Sequence[str]
     ) -> Float[Array, "k e"]:
-        """Unit vectors of names under a learned prompt.
+        """Returns unit vectors of names under a learned prompt.
 
         Raises:
           UserError: it was learned for another text tower, or for other classes.
@@ -227,11 +228,11 @@ class Clip:
         return self.embed_names(weights, jnp.asarray(prompt.context), prompt.layout, tokens)
 
     def anchor(self, weights: Mapping[str, Any]) -> tuple[float, ...]:
-        """What this text tower is known by, see `Prompt.anchor`; the same on all processes."""
+        """Returns what this text tower is known by, see `Prompt.anchor`; the same on all processes."""
         return tuple(on_host(weights["text"]["pos_embedding"][0, 0, :ANCHOR]).tolist())
 
     def embed_phrases(self, weights: Mapping[str, Any], texts: Sequence[str]) -> Float[Array, "k e"]:
-        """Unit vectors of texts as they stand."""
+        """Returns unit vectors of texts as they stand."""
         nothing = jnp.zeros((1, 0, self.text.width))
         return self.embed_names(weights, nothing, Layout(0), phrase_tokens(self.tokenizer, texts))
 
@@ -252,6 +253,9 @@ class Clip:
             self.text, weights["text"], start, context, layout, tokens, size, deep, may_exceed=may_exceed
         )
 
+    def _pixels(self) -> tuple[Sequence[float], Sequence[float]]:
+        return tuple(self.config.get("mean", MEAN)), tuple(self.config.get("std", STD))
+
     def _groups(self, weights, context, groups, deep, *, layout, size):
         one = lambda tokens: self.encode(weights, context, layout, tokens, size, deep)
         return unit(jax.lax.map(one, groups)).reshape(-1, self.dim)
@@ -262,7 +266,7 @@ SPACE = "clip"
 
 
 def from_training(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights of a trained method "clip"."""
+    """Returns the weights of a trained method "clip"."""
     params = variables["params"]
     rest = {name: tree["image"] for name, tree in variables.items() if name != "params"}
     return {
@@ -320,7 +324,7 @@ def read_towers(folder: epath.Path) -> dict[str, Any]:
 
 
 def image_tower(config: ConfigDict, dtype: Any) -> nn.Module:
-    """An image tower that ends in an embedding.
+    """Builds an image tower that ends in an embedding.
 
     Raises:
       UserError: an unknown name or field.
@@ -331,12 +335,14 @@ def image_tower(config: ConfigDict, dtype: Any) -> nn.Module:
         "small": (SmallImageTower, {}),
         "vit": (ViT, {}),
         **{n: (ViT, fields) for n, fields in vit.PRESETS.items() if fields.get("embed_dim")},
+        "eva": (Eva, {}),
+        **{n: (Eva, fields) for n, fields in eva.PRESETS.items()},
         **{n: (ClipResNet, fields) for n, fields in clip_resnet.PRESETS.items()},
     }
     if name not in kinds:
         raise UserError(f"towers.image.name={name!r}: known are {', '.join(kinds)}")
     kind, published = kinds[name]
-    known = {f.name for f in dataclasses.fields(kind)} - {"parent", "name", "dtype"}
+    known = {f.name for f in dataclasses.fields(kind)} - {"parent", "name", "dtype", *HOOKS}
     if wrong := sorted(options.keys() - known):
         raise UserError(f"towers.image of {name!r} has no {wrong[0]!r}; known are {', '.join(sorted(known))}")
     return kind(**{**published, **options}, dtype=dtype)

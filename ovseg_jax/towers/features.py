@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ovseg_jax.kernels.unit import unit
 from ovseg_jax.protocols import Classifier, Text, Variables
 from ovseg_jax.towers.clip import SPACE, Clip
 from ovseg_jax.towers.prompt_file import Prompt
 from ovseg_jax.towers.templates import fill
-from ovseg_jax.towers.text import unit
 
 TEXT_CHUNK = 1024
 

@@ -16,9 +16,9 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.kernels.unit import unit
 from ovseg_jax.models.text_towers import CLIPText, TextOutput, text_tower
 from ovseg_jax.towers.prompt_file import ANCHOR, FILE, Prompt, load_prompt, save_prompt
-from ovseg_jax.towers.text import unit
 from ovseg_jax.vocab.words import WordList
 
 BATCH = 64
@@ -74,17 +74,17 @@ class FrozenText:
         return prompt
 
     def init(self, rng: jax.Array) -> dict[str, Array]:
-        """The table of words before `pretrained` fills it."""
+        """Returns the table of words before `pretrained` fills it."""
         del rng
         return {"table": jnp.zeros((len(self.words), self.dim))}
 
     def pretrained(self) -> dict[str, np.ndarray]:
-        """The unit vectors of all words; zeros for the first, which stands for padding."""
+        """Returns the unit vectors of all words; zeros for the first, which stands for padding."""
         table = np.asarray(self.encode({}, self.words.words[1:]))
         return {"table": np.concatenate([np.zeros((1, self.dim), np.float32), table])}
 
     def encode(self, params: Any, texts: Sequence[str]) -> Float[Array, "k d"]:
-        """Unit vectors of texts, each as it stands: no template (as the released model has it); or in the prompt.
+        """Returns unit vectors of texts, each as it stands (as the released model has it) or in the prompt.
 
         Raises:
           UserError: no text, or an empty one; weights or tokeniser that cannot be read.
@@ -140,7 +140,7 @@ class FrozenText:
         (folder / "config.json").write_text(json.dumps(describe(self.tower), indent=1) + "\n")
 
     def weights(self) -> dict[str, np.ndarray]:
-        """The tower's parameters by path."""
+        """Returns the tower's parameters by path."""
         return flax.traverse_util.flatten_dict(self._all()[2]["params"], sep="/")
 
     def _all(self) -> tuple[Any, Any, Any]:

@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ovseg_jax.models.remat import rematerialise_function
-from ovseg_jax.models.text_towers import ACTIVATIONS, CLIPText
+from ovseg_jax.models.text_towers import CLIPText
+from ovseg_jax.models.transformer import ACTIVATIONS
 
 EPSILON = 1e-5
 
@@ -58,7 +59,7 @@ def pack(ids: Int[Array, "k l"], length: Int[Array, " k"], size: int) -> Packed:
 
 
 def stacked(params: Mapping[str, Any]) -> dict[str, Any]:
-    """`CLIPText`'s parameters with those of all blocks but the last in common arrays, [layers - 1 ...]."""
+    """Stacks the parameters of all blocks of a `CLIPText` but the last in common arrays, [layers - 1 ...]."""
     encoder = params["Encoder_0"]
     blocks = [encoder[f"encoderblock_{i}"] for i in range(len(encoder) - 1)]
     rest = {key: value for key, value in params.items() if key != "Encoder_0"}
@@ -72,7 +73,7 @@ def stacked(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unstacked(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `stacked`."""
+    """Inverts `stacked`."""
     count = jax.tree.leaves(weights["blocks"])[0].shape[0] if weights["blocks"] else 0
     blocks = [jax.tree.map(lambda x, i=i: x[i], weights["blocks"]) for i in range(count)]
     encoder = {f"encoderblock_{i}": block for i, block in enumerate([*blocks, weights["last"]])}

@@ -22,7 +22,7 @@ _ROUND = 8
 
 
 def phrase_tokens(tokenizer: PieceTokenizer, texts: Sequence[str]) -> NameTokens:
-    """Tokens of whole texts as they stand, for a context of length 0.
+    """Returns tokens of whole texts as they stand, for a context of length 0.
 
     Raises:
       UserError: no text, or an empty one.
@@ -47,7 +47,7 @@ def encode_names(
     *,
     may_exceed: bool = False,
 ) -> Float[Array, "k e"]:
-    """Features of classes under a prompt, not normalised.
+    """Returns features of classes under a prompt, not normalised.
 
     Args:
       tower: see `encode_packed`.
@@ -69,11 +69,11 @@ def encode_names(
     if size >= count * width or not may_exceed:
         return once(min(size, count * width), inputs, tokens)
     exceeds = tokens.length.sum() > size
-    # Memory is set aside for what is seldom, too: let it be little.
+    # The overflow branch reserves memory too: it is computed again in the backward pass.
     frugal = partial(_encode, tower.clone(remat="all"), start, layout)
     # Not one or the other: a branch of `cond` would hand on to the backward pass, as copies, what the other one keeps,
     # all weights among it.
-    parts = _seldom(partial(_in_parts, frugal, size), exceeds, inputs, tokens)
+    parts = _overflow(partial(_in_parts, frugal, size), exceeds, inputs, tokens)
     return jnp.where(exceeds, parts, once(size, inputs, tokens))
 
 
@@ -108,23 +108,23 @@ def _in_parts(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _seldom(function: Callable[..., Array], needed: Array, inputs: Any, tokens: NameTokens) -> Array:
+def _overflow(function: Callable[..., Array], needed: Array, inputs: Any, tokens: NameTokens) -> Array:
     """`function(inputs, tokens)` where it is `needed`, else zeros; the backward pass keeps the arguments alone."""
     nothing = lambda inputs, tokens: _zeros(jax.eval_shape(function, inputs, tokens), tokens)
     return jax.lax.cond(needed, function, nothing, inputs, tokens)
 
 
-def _seldom_forward(function, needed, inputs, tokens):
-    return _seldom(function, needed, inputs, tokens), (needed, inputs, tokens)
+def _overflow_forward(function, needed, inputs, tokens):
+    return _overflow(function, needed, inputs, tokens), (needed, inputs, tokens)
 
 
-def _seldom_backward(function, kept, cotangent):
+def _overflow_backward(function, kept, cotangent):
     needed, inputs, tokens = kept
     pull = lambda inputs, tokens: jax.vjp(lambda x: function(x, tokens), inputs)[1](cotangent)[0]
     return None, jax.lax.cond(needed, pull, _zeros, inputs, tokens), None
 
 
-_seldom.defvjp(_seldom_forward, _seldom_backward)
+_overflow.defvjp(_overflow_forward, _overflow_backward)
 
 
 def _zeros(tree: Any, tokens: NameTokens) -> Any:
@@ -136,7 +136,7 @@ def _zeros(tree: Any, tokens: NameTokens) -> Any:
 def likely_size(
     length: Int[np.ndarray, " n"], count: int, share: Float[np.ndarray, " n"] | None = None
 ) -> int:
-    """Tokens that `count` drawn classes take, but for one draw in ten thousand: four deviations above the mean.
+    """Returns how many tokens `count` drawn classes take, but for one draw in 10,000: four deviations above the mean.
 
     Room for every draw would cost more in each step than the few that exceed it (64 of ImageNet-21K: 5% more).
 
@@ -153,7 +153,7 @@ def likely_size(
 
 
 def even_order(length: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """An order of the classes in which neighbours together take about the same number of tokens wherever one looks.
+    """Orders the classes so that any neighbours together take about the same number of tokens.
 
     Steps of the golden ratio through the classes sorted by length; the shortest comes last.
     """
@@ -167,7 +167,7 @@ def even_order(length: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
 
 
 def window_size(length: Int[np.ndarray, " n"], count: int) -> int:
-    """Tokens of any `count` neighbours at most, the last class repeated behind the end."""
+    """Returns how many tokens any `count` neighbours have at most, the last class repeated behind the end."""
     padded = np.concatenate([length, np.full(count, length[-1])]).astype(np.int64)
     sums = np.cumsum(padded)
     most = (sums[count - 1 :] - np.concatenate([[0], sums[:-count]])).max()

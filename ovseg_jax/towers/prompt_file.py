@@ -85,7 +85,7 @@ class Prompt:
             )
 
     def tokens(self, tokenizer: PieceTokenizer, names: Sequence[str]) -> NameTokens:
-        """Tokens of names under this prompt.
+        """Returns tokens of names under this prompt.
 
         Raises:
           UserError: a name that is none of the classes with contexts of their own; and see `Layout.tokens`.
@@ -94,7 +94,7 @@ class Prompt:
         return tokens._replace(row=self.rows(names)) if self.layout.specific else tokens
 
     def rows(self, names: Sequence[str]) -> np.ndarray:
-        """Which of the contexts belongs to each name.
+        """Returns which of the contexts belongs to each name.
 
         Raises:
           UserError: the file does not say; and see `rows_of_names`.
@@ -107,7 +107,7 @@ class Prompt:
 
 
 def is_prompt_file(value: Any) -> bool:
-    """Whether a text is the path of a prompt, by its suffix."""
+    """Tells whether a text is the path of a prompt, by its suffix."""
     return isinstance(value, str) and (value.endswith(".safetensors") or bool(_ORIGINAL.search(value)))
 
 
@@ -200,11 +200,11 @@ def _original(path: Path) -> Float[np.ndarray, "..."]:
         try:
             with torch.serialization.safe_globals(known):
                 found = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
+        except (pickle.UnpicklingError, KeyError) as error:
             raise ValueError("it is none, or holds more than one does") from error
         state = found["state_dict"]
         ctx = state["ctx"].float().numpy()
-    if other := [name for name in state if name != "ctx" and not _IGNORED.fullmatch(name)]:
+    if other := [name for name in state if name != "ctx" and not _IGNORED.fullmatch(str(name))]:
         raise UserError(
             f"{path} holds more than a prompt, whose 'ctx' is of no use without it: {_listed(other)}"
         )
@@ -225,5 +225,5 @@ def _listing(metadata: Mapping[str, str], key: str) -> list[Any]:
 
 
 def _listed(names: Iterable[str]) -> str:
-    some = list(names)
+    some = list(map(str, names))
     return ", ".join(some[:4]) + (", ..." if len(some) > 4 else "") or "nothing"

@@ -46,16 +46,16 @@ class Layout(NamedTuple):
 
     @property
     def shared(self) -> int:
-        """How many context vectors stand in front of all names, the same for all."""
+        """Returns how many context vectors stand in front of all names, the same for all."""
         return 0 if self.specific else self.before
 
     @property
     def before(self) -> int:
-        """How many context vectors stand in front of a name."""
+        """Returns how many context vectors stand in front of a name."""
         return {"end": self.length, "middle": self.length // 2, "front": 0}[self.position]
 
     def tokens(self, tokenizer: PieceTokenizer, names: Sequence[str]) -> NameTokens:
-        """Tokens of names as the original writes them: `_` is a space, a full stop behind.
+        """Returns tokens of names as the original writes them: `_` is a space, a full stop behind.
 
         Raises:
           UserError: an empty name, or one that leaves no room for the context.
@@ -89,7 +89,7 @@ class Layout(NamedTuple):
     def whole(
         self, tokenizer: PieceTokenizer, names: Sequence[str]
     ) -> tuple[Int[np.ndarray, "n l"], Bool[np.ndarray, "n l"]]:
-        """As a tokeniser gives them, the texts that `tokens` gives without their common beginning.
+        """Returns the texts that `tokens` gives without their common beginning, as a tokeniser gives them.
 
         Raises:
           UserError: see `tokens`.

@@ -151,7 +151,7 @@ HARD = {
 
 
 def read_templates(prompt: Any) -> tuple[str, ...] | Prompt:
-    """The templates of a prompt as a config writes it, or the learned prompt of a file.
+    """Reads the templates of a prompt as a config writes it, or the learned prompt of a file.
 
     Args:
       prompt: a template, such as "a photo of a {}."; a list of them; a key of `TEMPLATES`; the path of a JSON file
@@ -180,5 +180,5 @@ def read_templates(prompt: Any) -> tuple[str, ...] | Prompt:
 
 
 def fill(template: str, name: str) -> str:
-    """The template with a class's name in its place; `_` in the name becomes a space, as in CoOp."""
+    """Puts a class's name into a template; `_` in the name becomes a space, as in CoOp."""
     return template.replace(PLACE, name.replace("_", " "))

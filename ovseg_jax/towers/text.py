@@ -1,23 +1,18 @@
 """The text side: words and phrases as unit vectors."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-
-def unit(x: Float[Array, "*n d"], eps: float = 1e-6) -> Float[Array, "*n d"]:
-    """x / |x| in float32, safe at zero."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), -1, keepdims=True) + eps**2)
+from ovseg_jax.kernels.unit import unit
 
 
 def embed_words(table: Float[Array, "v d"], ids: Int[Array, "*n"]) -> Float[Array, "*n d"]:
-    """Unit vectors of single words, looked up in a table."""
+    """Returns unit vectors of single words, looked up in a table."""
     return unit(table[ids])
 
 
 def embed_phrases(
     table: Float[Array, "v d"], ids: Int[Array, "*n l"], valid: Bool[Array, "*n l"]
 ) -> Float[Array, "*n d"]:
-    """Unit vectors of phrases: the normalised sum of their words' unit vectors."""
+    """Returns unit vectors of phrases: the normalised sum of their words' unit vectors."""
     return unit(jnp.sum(embed_words(table, ids) * valid[..., None], -2))

@@ -38,7 +38,7 @@ class TextTable:
             )
 
     def init(self, rng: jax.Array) -> dict[str, Array]:
-        """The table: standard normal where it is learned from nothing, else the file's vectors.
+        """Returns the table: standard normal where it is learned from nothing, else the file's vectors.
 
         Raises:
           UserError: the file is missing, malformed, of another dimension, or (frozen) lacks a word.
@@ -65,7 +65,7 @@ class TextTable:
         return {n: i for i, n in enumerate(names)}, vectors
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "k l"], Bool[np.ndarray, "k l"]]:
-        """Word ids of texts, padded to the longest.
+        """Returns word ids of texts, padded to the longest.
 
         Raises:
           UserError: no text, or what `vocab.phrases.word_ids` raises.
@@ -80,10 +80,10 @@ class TextTable:
         return ids, valid
 
     def encode(self, params: dict[str, Array], texts: Sequence[str]) -> Float[Array, "k d"]:
-        """Unit vectors of texts; raises what `tokenize` does."""
+        """Returns unit vectors of texts; raises what `tokenize` does."""
         ids, valid = self.tokenize(texts)
         return embed_phrases(params["table"], jnp.asarray(ids), jnp.asarray(valid))
 
     def pretrained(self) -> dict[str, np.ndarray]:
-        """Nothing: what a file holds, `init` reads."""
+        """Returns an empty tree, as `init` reads the vectors of a file."""
         return {}

@@ -1,7 +1,7 @@
 """A step of prompt tuning: ours against the original's way of computing.
 
   python tests/benchmarks/prompts.py [--classes=64,256] [--length=16] [--batch=32] [--rounds=3] [--names=10450]
-      [--exact=0] [--remat=products]
+      [--exact=0] [--remat=dots]
 
 CLIP ViT-B/16's text tower with random weights in float32, image features given, M = 16, ImageNet-21K's class names as
 timm lists them (10,450; --names=21841, or a file of others, one a line). The original (PyTorch,
@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--exact", type=int, default=0)
     parser.add_argument("--sides", default="ours,original")
     parser.add_argument("--names", default="10450")
-    parser.add_argument("--remat", default="products")
+    parser.add_argument("--remat", default="dots")
     args = parser.parse_args()
     names = class_names(args.names)
     context = multiprocessing.get_context("spawn")

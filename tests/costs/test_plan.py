@@ -155,9 +155,9 @@ def test_a_search_tries_the_cheapest_first(monkeypatch):
     model, backbone = "--config.model.remat", "--config.model.backbone.remat"
     changes = [change for change, _ in itertools.islice(search(config, "h100:1"), 4)]
     assert changes == [
-        f"{model}=products",
-        f"{model}=products {backbone}=products",
-        f"{model}=all {backbone}=products",
+        f"{model}=dots",
+        f"{model}=dots {backbone}=dots",
+        f"{model}=all {backbone}=dots",
         f"{model}=all {backbone}=all",
     ]
 

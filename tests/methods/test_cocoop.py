@@ -89,13 +89,13 @@ def test_a_sample_of_the_classes_on_one_and_on_eight_devices(room, monkeypatch):
     variables = torch_clip.draw(method)
     one = torch_clip.value_and_grad(method, variables, batch)
     exceeds: list[bool] = []
-    way = prompt._seldom
+    way = prompt._overflow
 
     def noted(function, needed, inputs, tokens):
         jax.debug.callback(lambda x: exceeds.append(bool(x)), needed)
         return way(function, needed, inputs, tokens)
 
-    monkeypatch.setattr(prompt, "_seldom", noted)
+    monkeypatch.setattr(prompt, "_overflow", noted)
     monkeypatch.setattr(cocoop, "likely_size", lambda *_: room)
     mesh = make_mesh({"data": 4, "fsdp": 2})
     with jax.set_mesh(mesh):

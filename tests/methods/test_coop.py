@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ovseg_jax.kernels.unit import unit
 from ovseg_jax.methods import build
 from ovseg_jax.protocols import only
 from ovseg_jax.towers.prompt import window_size
-from ovseg_jax.towers.text import unit
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 from tests.extras import require

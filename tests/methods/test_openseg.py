@@ -188,7 +188,7 @@ def test_a_config_that_cannot_be_is_a_sentence(change):
         make(**change)
 
 
-@pytest.mark.parametrize("policy", ["products", "all"])
+@pytest.mark.parametrize("policy", ["dots", "all"])
 def test_remat_changes_nothing_but_memory(policy):
     (loss, _), grad = grads(make(), batch())
     (again, _), grad_again = grads(make(remat=policy), batch())

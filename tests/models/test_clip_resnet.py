@@ -193,7 +193,7 @@ def test_remat_changes_nothing_but_memory():
         return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
 
     expected, expected_mutated = gradient("none")
-    for policy in ("products", "all"):
+    for policy in ("dots", "all"):
         grads, mutated = gradient(policy)
         reference.assert_trees_agree(grads, expected)
         reference.assert_trees_agree(mutated, expected_mutated)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.eva import PRESETS, Eva, rotary_table, rotate
+from ovseg_jax.models.eva import PRESETS, Eva, rotary_table
+from ovseg_jax.models.transformer import rotate
 from ovseg_jax.pretrained.eva import from_eva_clip, from_timm_eva
 from ovseg_jax.pretrained.rename import fit, rename
 from tests import reference
@@ -257,7 +258,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters(kind):
         assert 0 < reference.relative_error(ours.astype(jnp.float32), theirs) < 0.05
 
 
-@pytest.mark.parametrize("policy", ["products", "all"])
+@pytest.mark.parametrize("policy", ["dots", "all"])
 def test_remat_changes_nothing_but_memory(policy):
     x = images(2, 32, 16)
     plain = Eva(**{**TINY, "depth": 2, "taps": ()}, **KINDS["eva02"][0])

@@ -102,7 +102,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
         assert 0 < reference.relative_error(out[key].astype(jnp.float32), expected[key]) < 0.05
 
 
-@pytest.mark.parametrize("policy", ["products", "all"])
+@pytest.mark.parametrize("policy", ["dots", "all"])
 def test_remat_changes_nothing_but_memory(policy):
     x = images(2, 32, 32)
     plain, remat = ResNet(**TINY), ResNet(**TINY, remat=policy)

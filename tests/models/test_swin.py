@@ -7,6 +7,7 @@ import pytest
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.swin import PRESETS, Swin, SwinBlock, regions, relative_positions
+from ovseg_jax.models.windows import window_and_shift
 from ovseg_jax.pretrained.rename import fit, rename
 from ovseg_jax.pretrained.swin import from_hf_swin, from_microsoft_swin, from_timm_swin
 from tests import reference
@@ -38,8 +39,9 @@ def hf_config(transformers, **kwargs):
     )
 
 
-# Maps larger than the window at each stage, as the published detectors have them; odd sides and padded windows.
-@pytest.mark.parametrize("window,size", [(3, (150, 213)), (4, (161, 130))])
+# Maps larger than the window at each stage; odd sides and padded windows. Then maps that one window covers along one
+# side, along both, and maps smaller than it: the detectors shift and fill whole windows all the same.
+@pytest.mark.parametrize("window,size", [(3, (150, 213)), (4, (161, 130)), (4, (96, 160)), (5, (64, 130))])
 def test_detector_equals_hugging_face(window, size):
     torch, transformers = require("torch"), require("transformers")
     stages = ["stage1", "stage2", "stage3", "stage4"]
@@ -47,23 +49,23 @@ def test_detector_equals_hugging_face(window, size):
         transformers.SwinBackbone(hf_config(transformers, window_size=window, out_features=stages))
     )
     x = images(2, *size)
-    model = Swin(**{**TINY, "window": window})
+    model = Swin(**{**TINY, "window": window}, window_rule="always")
     variables = reference.load(model, original, from_hf_swin(HEADS, backbone=True), x)
     with torch.no_grad():
         expected = original(reference.torch_images(x)).feature_maps
     reference.assert_maps_agree(jax.jit(model.apply)(variables, x), expected, f"HF backbone {window} {size}")
 
 
-# c5 is one window, which is not shifted.
-@pytest.mark.parametrize("window,size", [(3, 96), (7, 224)])
+# c5 is one window, or two along one side: then neither side is shifted.
+@pytest.mark.parametrize("window,size", [(3, (96, 96)), (7, (224, 224)), (3, (96, 160)), (3, (160, 96))])
 def test_classifier_equals_hugging_face(window, size):
     torch, transformers = require("torch"), require("transformers")
     original = randomise(transformers.SwinModel(hf_config(transformers, window_size=window, image_size=size)))
-    x = images(2, size, size)
-    model = Swin(**{**TINY, "window": window}, out_norms=(5,))
+    x = images(2, *size)
+    model = Swin(**{**TINY, "window": window}, out_norms=(5,), window_rule="both")
     variables = reference.load(model, original, from_hf_swin(HEADS), x)
     with torch.no_grad():
-        expected = original(reference.torch_images(x))
+        expected = original(reference.torch_images(x), interpolate_pos_encoding=True)
     c5 = jax.jit(model.apply)(variables, x)["c5"]
     last = expected.last_hidden_state.reshape(2, *c5.shape[1:]).permute(0, 3, 1, 2)
     reference.assert_maps_agree({"c5": c5}, [last], f"HF classifier {window} {size}")
@@ -272,13 +274,24 @@ def test_remat_changes_nothing_but_memory():
         return jax.jit(jax.grad(lambda v: jnp.mean(apply(v, x, True, rngs=rngs)["c2"] ** 2)))(variables)
 
     expected = gradient("none")
-    for policy in ("products", "all"):
+    for policy in ("dots", "all"):
         reference.assert_trees_agree(gradient(policy), expected)
+
+
+@pytest.mark.parametrize(
+    "rule,expected", [("axis", ((3, 4), (0, 2))), ("both", ((3, 3), (0, 0))), ("always", ((4, 4), (2, 2)))]
+)
+def test_window_rules_differ_where_a_window_covers_a_side(rule, expected):
+    assert window_and_shift(3, 9, 4, True, rule) == expected
+    assert window_and_shift(8, 9, 4, True, rule) == ((4, 4), (2, 2))
+    assert window_and_shift(8, 9, 4, False, rule) == ((4, 4), (0, 0))
 
 
 def test_errors():
     x = images(1, 32, 32)
     with pytest.raises(UserError, match="3 heads do not divide the 32 channels of Swin stage 2"):
         reference.init(Swin(**{**TINY, "heads": (1, 3, 4, 8)}), x)
+    with pytest.raises(UserError, match="window_rule of the Swin is 'none'; known are axis, both, always"):
+        reference.init(Swin(**TINY, window_rule="none"), x)
     with pytest.raises(UserError, match=r"\[6\]; known are"):
         reference.init(Swin(**TINY, out_norms=(5, 6)), x)

@@ -25,6 +25,8 @@ def images(*shape):
         ((75, 46), {"window": 4}),
         ((61, 90), {"window": 7, "out_norms": (5,)}),
         ((30, 6), {"window": 2, "out_norms": ()}),
+        ((40, 130), {"window": 4, "window_rule": "both"}),
+        ((40, 130), {"window": 4, "window_rule": "always"}),
     ],
     ids=str,
 )

@@ -198,7 +198,7 @@ def test_siglip_equals_hugging_face(size):
         (dict(global_pool="avg", fc_norm=False), dict(pool="mean")),
         (
             dict(global_pool="map", class_token=False, act_layer="gelu_tanh"),
-            dict(pool="map", cls="none", gelu="tanh"),
+            dict(pool="map", cls="none", activation="gelu_tanh"),
         ),
     ],
     ids=["mae", "plain class token", "mean", "map"],
@@ -292,7 +292,7 @@ def test_presets_are_as_large_as_open_clips(preset, name):
     assert model.heads == original.transformer.resblocks[0].attn.num_heads
     assert model.grid == original.grid_size
     assert model.epsilon == original.ln_post.eps
-    assert model.gelu == ("quick" if config.get("quick_gelu") else "exact")
+    assert model.activation == ("quick_gelu" if config.get("quick_gelu") else "gelu")
 
 
 def test_every_preset_is_compared():
@@ -318,7 +318,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
 def test_remat_changes_nothing_but_memory():
     x = images(16, 24)
     plain, *others = (
-        tiny("clip_vitb16", depth=2, taps=(1,), remat=policy) for policy in ("none", "products", "all")
+        tiny("clip_vitb16", depth=2, taps=(1,), remat=policy) for policy in ("none", "dots", "all")
     )
     variables = reference.init(plain, x)
 
@@ -343,7 +343,7 @@ def test_remat_changes_nothing_but_memory():
     [
         (dict(cls="first"), "cls of the ViT is 'first'"),
         (dict(pool="max"), "pool of the ViT is 'max'"),
-        (dict(gelu="sigmoid"), "gelu of the ViT is 'sigmoid'"),
+        (dict(activation="sigmoid"), "activation of the ViT is 'sigmoid'"),
         (dict(resize="nearest"), "resize is 'nearest'"),
         (dict(cls="none", pool="cls"), "pool='cls' of the ViT does not go with cls='none'"),
         (dict(cls="placed", pool="map"), "pool='map' of the ViT does not go with cls='placed'"),

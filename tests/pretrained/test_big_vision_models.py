@@ -26,7 +26,7 @@ TEXT = RNG.integers(0, VOCAB, (2, LENGTH)).astype(np.int32)
 
 THEIRS = dict(width=WIDTH, depth=DEPTH, mlp_dim=MLP, num_heads=HEADS)
 SHAPE = dict(width=WIDTH, mlp_dim=MLP, heads=HEADS, embed_dim=EMBED)
-IMAGE_SHAPE = dict(SHAPE, depth=DEPTH, patch=PATCH, grid=(3, 3), gelu="tanh", resize="bilinear")
+IMAGE_SHAPE = dict(SHAPE, depth=DEPTH, patch=PATCH, grid=(3, 3), activation="gelu_tanh", resize="bilinear")
 OURS = {
     "map": ViT(**IMAGE_SHAPE, cls="none", pool="map"),
     "gap": ViT(**IMAGE_SHAPE, cls="none", pool="mean"),

@@ -2,13 +2,16 @@
 
 import json
 import pickle
+from argparse import Namespace
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.pretrained.files import read_arrays, write_safetensors
+from ovseg_jax.models.vit import ViT
+from ovseg_jax.pretrained.files import read_arrays, read_metadata, write_safetensors
+from ovseg_jax.pretrained.load import formats, recognise, without_wrapper
 from tests.extras import require
 
 RNG = np.random.default_rng(0)
@@ -79,6 +82,33 @@ def test_a_torchscript_archive(tmp_path):
     np.testing.assert_array_equal(found["weight"], module.weight.detach().numpy())
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_full_checkpoints_of_dino(tmp_path, prefix):
+    """`teacher` is what they publish; the student, the arguments and the head are left."""
+    torch = require("torch")
+    small = lambda value: (
+        {
+            f"{prefix}backbone.{name}": torch.full((2,), value)
+            for name in ("cls_token", "blocks.0.norm1.weight")
+        }
+        | {f"{prefix}head.mlp.0.weight": torch.zeros(3)}
+    )
+    full = dict(
+        student=small(1.0), teacher=small(2.0), optimizer={"state": {}}, epoch=3, args=Namespace(lr=1.0)
+    )
+    torch.save(full, tmp_path / "checkpoint.pth")
+    found = without_wrapper(read_arrays(tmp_path / "checkpoint.pth"))
+    assert found.keys() == {"cls_token", "blocks.0.norm1.weight"}
+    assert all((x == 2).all() for x in found.values())
+    assert recognise(found, formats(ViT()), tmp_path)[0] == "timm's ViT"
+
+
+def test_wrapped_names_without_a_backbone_keep_all():
+    arrays = {"module.conv1.weight": np.zeros(1), "module.fc.bias": np.ones(1)}
+    assert without_wrapper(arrays).keys() == {"conv1.weight", "fc.bias"}
+    assert without_wrapper({"module.a": np.zeros(1), "b": np.zeros(1)}).keys() == {"module.a", "b"}
+
+
 class Evil:
     def __reduce__(self):
         return (print, ("executed",))
@@ -89,7 +119,7 @@ def test_nothing_is_executed(tmp_path, capfd):
     torch.save({"x": Evil()}, tmp_path / "evil.pt")
     (tmp_path / "evil.bin").write_bytes(pickle.dumps({"x": Evil()}))
     for name in ("evil.pt", "evil.bin"):
-        with pytest.raises(UserError, match=f"{name} cannot be read as weights: it holds more than tensors"):
+        with pytest.raises(UserError, match=f"{name} cannot be read: it holds more than tensors"):
             read_arrays(tmp_path / name)
     assert "executed" not in capfd.readouterr().out
 
@@ -98,6 +128,74 @@ def test_npz_with_bfloat16(tmp_path):
     as_saved = {k: v.view("V2") if v.dtype == ml_dtypes.bfloat16 else v for k, v in ARRAYS.items()}
     np.savez(tmp_path / "w.npz", **as_saved)
     assert_same(read_arrays(tmp_path / "w.npz"))
+
+
+def header(**entries):
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+def entry(begin, end, dtype="F32", shape=None):
+    return dict(
+        dtype=dtype, shape=[(end - begin) // 4] if shape is None else shape, data_offsets=[begin, end]
+    )
+
+
+@pytest.mark.parametrize(
+    "text,data,expected",
+    [
+        (header(a=entry(0, 8), b=entry(8, 16)), 20, "its arrays take 16 bytes, and it holds 20"),
+        (header(a=entry(0, 8), b=entry(8, 16)), 12, "its arrays take 16 bytes, and it holds 12"),
+        (header(a=entry(4, 8), b=entry(8, 16)), 16, "a begins at byte 4 of the data, not at 0"),
+        (header(a=entry(0, 8), b=entry(4, 16)), 16, "b begins at byte 4 of the data, not at 8"),
+        (header(a=entry(0, 8), b=entry(0, 8)), 8, "b begins at byte 0 of the data, not at 8"),
+        (header(a=entry(-8, 0, shape=[2])), 8, "shape and data_offsets of a are no lists of counts"),
+        (header(a=entry(0, 8, shape=[-2])), 8, "shape and data_offsets of a are no lists of counts"),
+        (header(a=entry(0, 8, shape=[True, 2])), 8, "shape and data_offsets of a are no lists of counts"),
+        (header(a=entry(0, 8, shape=[2.0])), 8, "shape and data_offsets of a are no lists of counts"),
+        (header(a=entry(0, 8, shape=[3])), 8, "a of F32 .3. does not fit its data_offsets"),
+        (header(a=entry(0, 8, dtype="F64")), 8, "a of F64 .2. does not fit its data_offsets"),
+        (header(a=entry(0, 8, dtype="F31")), 8, "a has the unknown type 'F31'"),
+        (header(a=entry(0, 8, dtype=[])), 8, "a has the unknown type"),
+        (header(a=[0, 8]), 8, "a is not described by dtype, shape and data_offsets"),
+        (header(a=dict(dtype="F32", shape=[2])), 8, "a is not described by dtype, shape and data_offsets"),
+        (header(__metadata__={"a": 1}), 0, "its __metadata__ is no object of texts"),
+        (b"\x02\0\0\0\0\0\0\0[]", 0, "its header is no JSON object"),
+        (b"\xff" * 8, 8, "its header is cut off"),
+        (b"\x12\0\0\0\0\0\0\0" + b'{"a":{},"a": null}', 0, "a name stands twice in its header"),
+    ],
+)
+def test_safetensors_that_hold_something_else_than_they_say(tmp_path, text, data, expected):
+    """The package refuses each of them as well."""
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(text + bytes(data))
+    for read in (read_arrays, read_metadata):
+        with pytest.raises(UserError, match=f"x.safetensors cannot be read: {expected}"):
+            read(path)
+    if "twice" not in expected:  # The package takes the last one.
+        with pytest.raises(Exception, match=r".+"):
+            require("safetensors.numpy").load(path.read_bytes())
+
+
+def test_arrays_are_numbers(tmp_path):
+    np.savez(tmp_path / "w.npz", a=np.array(["x"]), b=np.zeros(2))
+    with pytest.raises(UserError, match=r"w.npz cannot be read: a holds <U1, not numbers"):
+        read_arrays(tmp_path / "w.npz")
+
+
+def test_shards_that_lack_some(tmp_path):
+    write_safetensors(tmp_path / "model-1.safetensors", {"b": ARRAYS["b"]})
+    index = tmp_path / "model.safetensors.index.json"
+    for text in (
+        '{"weight_map": {"b": "model-1.safetensors", "c": "model-1.safetensors"}}',
+        '{"weight_map": {"b": "model.safetensors.index.json"}}',
+        '{"weight_map": {"b": 3}}',
+        '{"weight_map": ["b"]}',
+        "[]",
+    ):
+        index.write_text(text)
+        with pytest.raises(UserError, match=r"model.safetensors.index.json cannot be read: "):
+            read_arrays(tmp_path)
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
@@ -112,7 +210,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     whole = (tmp_path / "x.safetensors").read_bytes()
     for cut in (0, 4, 30, len(whole) - 1):
         (tmp_path / "cut.safetensors").write_bytes(whole[:cut])
-        with pytest.raises(UserError, match=r"cut.safetensors cannot be read as weights"):
+        with pytest.raises(UserError, match=r"cut.safetensors cannot be read"):
             read_arrays(tmp_path / "cut.safetensors")
     (tmp_path / "w.npz").write_bytes(b"PK nonsense")
     with pytest.raises(UserError, match=r"w.npz cannot be read"):

@@ -14,7 +14,7 @@ from tests import reference
 from tests.extras import require
 
 VISION = ViT(
-    patch=8, width=32, depth=2, heads=2, mlp_dim=64, grid=(4, 4), pre_norm=True, gelu="quick", epsilon=1e-5,
+    patch=8, width=32, depth=2, heads=2, mlp_dim=64, grid=(4, 4), pre_norm=True, activation="quick_gelu", epsilon=1e-5,
     embed_dim=24, head_bias=False,
 )  # fmt: skip
 TEXT = CLIPText(vocab_size=60, length=12, width=16, layers=2, heads=2, embed_dim=24)
@@ -24,12 +24,12 @@ def by_path(params):
     return {path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(params)}
 
 
-@pytest.mark.parametrize("gelu", ["quick", "exact"])
-def test_transformers_loads_it_and_so_do_we(tmp_path, gelu):
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_transformers_loads_it_and_so_do_we(tmp_path, activation):
     torch, transformers = require("torch"), require("transformers")
     vision, text = (
-        VISION.clone(gelu=gelu),
-        TEXT.clone(activation={"quick": "quick_gelu", "exact": "gelu"}[gelu]),
+        VISION.clone(activation=activation),
+        TEXT.clone(activation=activation),
     )
     assert is_clip(vision, text)
     rng = np.random.default_rng(0)

@@ -25,6 +25,7 @@ def folder(tmp_path_factory):
     model = timm.create_model("tf_efficientnet_b0", num_classes=7)
     path = tmp_path_factory.mktemp("b0")
     write_safetensors(path / "model.safetensors", {k: v.numpy() for k, v in model.state_dict().items()})
+    (path / "config.json").write_text('{"architecture": "tf_efficientnet_b0"}')
     return path
 
 
@@ -68,6 +69,7 @@ def test_one_name_too_many_or_too_few_is_named(folder, tmp_path):
     arrays = dict(read_arrays(folder))
     stem = arrays.pop("conv_stem.weight")
     write_safetensors(tmp_path / "less.safetensors", arrays)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(UserError, match=r"lacks 1 names \(params/stem_conv/kernel\)"):
         load(str(tmp_path / "less.safetensors"), module, shapes_of(module))
     found = load(str(tmp_path / "less.safetensors"), module, shapes_of(module), may_miss=["stem_conv"])
@@ -101,7 +103,7 @@ def test_a_small_tower_is_recognised_beside_a_large_one(tmp_path):
 
 TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
 VIT = ViT(patch=8, width=32, depth=2, heads=2, mlp_dim=64, grid=(4, 4))
-CLIP_VIT = VIT.clone(pre_norm=True, gelu="quick", epsilon=1e-5, embed_dim=24, head_bias=False)
+CLIP_VIT = VIT.clone(pre_norm=True, activation="quick_gelu", epsilon=1e-5, embed_dim=24, head_bias=False)
 TEXT = dict(vocab_size=60, length=12, width=32, layers=2, heads=2, mlp_dim=64)
 
 
@@ -119,7 +121,7 @@ def save_tower(kind, path):
         transformers.SiglipModel(
             transformers.SiglipConfig(vision_config=vision, text_config=text)
         ).save_pretrained(path)
-        return VIT.clone(cls="none", pool="map", gelu="tanh"), SiglipText(**TEXT, embed_dim=32)
+        return VIT.clone(cls="none", pool="map", activation="gelu_tanh"), SiglipText(**TEXT, embed_dim=32)
     if kind == "dino":
         transformers.ViTModel(transformers.ViTConfig(**vision), add_pooling_layer=False).save_pretrained(path)
         return (TowerPyramid(VIT),)

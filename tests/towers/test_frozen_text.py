@@ -239,7 +239,9 @@ def test_a_clip_is_exported_for_transformers_and_for_big_vision(folder, tmp_path
 
     path, _ = folder
     tower = dict(width=32, depth=1, heads=2, mlp_dim=48, grid=(2, 2), embed_dim=EMBED, head_bias=False)
-    method = frozen(path, backbone=dict(name="vit", pre_norm=True, gelu="quick", epsilon=1e-5, **tower))
+    method = frozen(
+        path, backbone=dict(name="vit", pre_norm=True, activation="quick_gelu", epsilon=1e-5, **tower)
+    )
     variables = jax.tree.map(np.asarray, method.init(jax.random.key(0)))
     segmenter = Segmenter(method, variables, method.config, CLASSES)
     out = tmp_path_factory.mktemp("export")

@@ -64,7 +64,7 @@ def test_features_and_gradients(layers, window, lengths):
         jax.tree.map(close, value(packed, size, window), expected)
 
 
-@pytest.mark.parametrize("remat", ["products", "all"])
+@pytest.mark.parametrize("remat", ["dots", "all"])
 def test_what_is_computed_again_changes_nothing_but_what_is_kept(remat):
     ids, length = names([1, 6, 2, 4])
     context = jnp.asarray(np.random.default_rng(2).normal(size=(M, WIDTH)), jnp.float32)
@@ -81,7 +81,7 @@ def test_what_is_computed_again_changes_nothing_but_what_is_kept(remat):
         *(jax.jit(jax.value_and_grad(loss(policy)))(context) for policy in (remat, "none")), strict=True
     ):
         close(ours, expected, 1e-6)
-    order = [kept(policy) for policy in ("none", "products", "all")]
+    order = [kept(policy) for policy in ("none", "dots", "all")]
     assert order == sorted(order, reverse=True) and len(set(order)) == 3
 
 

@@ -1,0 +1,273 @@
+"""Compares a module with what published weights say of themselves, where names and shapes cannot tell two models apart.
+
+Activations, epsilons, the number of heads, padding and the places of strides leave no trace in a checkpoint. They stand
+in the files beside it: `config.json` of transformers (`model_type`), of timm (`architecture`) or of ours (`kind`), and
+`open_clip_config.json` (`model_cfg`). What a library leaves out of its file has that library's default.
+"""
+
+import json
+import logging
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.models.efficientnet import EfficientNet
+from ovseg_jax.models.eva import Eva
+from ovseg_jax.models.resnet import ResNet
+from ovseg_jax.models.swin import Swin
+from ovseg_jax.models.text_towers import Bert, CLIPText, SiglipText
+from ovseg_jax.models.vit import ViT
+from ovseg_jax.pretrained.hf_clip import HF_ACTIVATIONS
+from ovseg_jax.pretrained.to_torch import describe
+from ovseg_jax.reading import reading
+
+_LOG = logging.getLogger(__name__)
+
+Facts = dict[str, Any]
+
+# transformers: format -> (the types of models whose weights have these names, its defaults by our names of the facts).
+_BERT_SIZED: Facts = dict(activation="gelu", heads=12, epsilon=1e-12)
+_SWIN = (("swin", "maskformer-swin"), dict(activation="gelu", epsilon=1e-5))
+_HF: dict[str, tuple[tuple[str, ...], Facts]] = {
+    "transformers' ResNet": (("resnet",), dict(activation="relu", stride_in_first_convolution=False)),
+    "transformers' EfficientNet": (("efficientnet",), dict(activation="swish", epsilon=1e-3)),
+    "transformers' Swin": _SWIN,
+    "transformers' SwinBackbone": _SWIN,
+    "transformers' ViT": (("vit", "vit_mae", "vit_msn"), _BERT_SIZED),
+    "transformers' BERT": (("bert",), _BERT_SIZED),
+    "transformers' CLIP": (
+        ("clip", "clip_vision_model", "clip_text_model"),
+        dict(activation="quick_gelu", heads={"vision": 12, "text": 8}, epsilon=1e-5),
+    ),
+    "transformers' SigLIP": (
+        ("siglip", "siglip_vision_model", "siglip_text_model"),
+        dict(activation="gelu_pytorch_tanh", heads=12, epsilon=1e-6),
+    ),
+}
+_FILES = ("config.json", "open_clip_config.json")
+_HF_NAMES = (
+    ("activation", "hidden_act"),
+    ("heads", "num_attention_heads"),
+    ("epsilon", "layer_norm_eps"),
+    ("epsilon", "batch_norm_eps"),
+    ("stride_in_first_convolution", "downsample_in_bottleneck"),
+)
+_OF_HF = {theirs: ours for ours, theirs in HF_ACTIVATIONS.items()} | {"silu": "swish"}
+# timm: which architectures a format's names stand for here. Others have the same names and compute something else: an
+# `efficientnet_b0` without `tf_` pads at both sides and has another epsilon, a `resnetaa50` pools in other places.
+_TIMM = {
+    "timm's EfficientNet": r"tf_efficientnet_b[0-7]",
+    "torchvision's or timm's ResNet": r"(tv_|gluon_|ssl_|swsl_)?resnet(50|101|152)(_v1b)?",
+    "timm's CLIP ResNet": r"resnet(50|101|50x4|50x16|50x64)_clip",
+    "timm's Swin": r"swin_(tiny|small|base|large)_patch4_window\d+_\d+",
+    "timm's ViT": r"(vit|deit)_(?!.*(?:rope|relpos)).*_patch\d+.*",
+    "timm's EVA": r"eva(02)?_.*_patch\d+_(clip_)?\d+",
+}
+_OF_ONE_ARCHITECTURE = ("timm's EfficientNet",)  # without a config.json these are refused
+_WINDOW_RULES = {  # others: "axis"
+    "the authors' Swin": "both",
+    "transformers' Swin": "both",
+    "transformers' SwinBackbone": "always",
+}
+_TIMM_16_HEADS = ("huge", "giant", "giantopt", "gigantic", "so400m")  # others have 64 channels a head
+
+
+def check(path: Path, module: nn.Module, format_: str, names: Collection[str]) -> None:
+    """Compares the module with what the files beside its weights say.
+
+    Args:
+      path: of the weights.
+      module: what they are for.
+      format_: a key of `load.formats(module)`, or "ours".
+      names: of the arrays.
+
+    Raises:
+      UserError: another model by its config.json, one that cannot be read, or none where there has to be one.
+    """
+    # A folder of the hub may hold a model in several libraries' formats, each with its own file.
+    order = _FILES[::-1] if "open_clip" in format_ else _FILES
+    config, source = read_config(path.parent, order)
+    with reading(source or path):
+        theirs = _stated(config, module, format_)
+    own = facts(module)
+    if "input_resolution" in names:  # OpenAI's own archives
+        theirs |= {"activation": "quick_gelu"} if "activation" in own else {}
+    if refused := theirs.pop("refused", ""):
+        raise UserError(f"{source or path}: {refused}")
+    if format_ == "ours":
+        own = json.loads(json.dumps(describe(module)))
+    for fact, value in theirs.items():
+        if fact in own and not _equal(fact, value, own[fact]):
+            raise UserError(f"{source or path}: its {fact} is {value!r}, and this model's is {own[fact]!r}")
+    rule = "always" if "norm0.weight" in names else _WINDOW_RULES.get(format_, "axis")
+    if isinstance(module, Swin) and rule != module.window_rule:
+        _LOG.info(
+            "%s: where one window covers a side of the map, %s computes by window_rule=%r, this model by %r",
+            path,
+            format_,
+            rule,
+            module.window_rule,
+        )
+    if not theirs and format_ == "OpenAI's or open_clip's CLIP" and "activation" in own:
+        _LOG.warning(
+            "%s does not say its activation, and no open_clip_config.json beside it does: taken for %s",
+            path,
+            own["activation"],
+        )
+
+
+def check_pixels(path: Path, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Compares how pixels are normalised with what the files beside the weights say.
+
+    Raises:
+      UserError: a difference, or a file that cannot be read.
+    """
+    for name in ("preprocessor_config.json", *_FILES):
+        config, source = read_config(path.parent, (name,))
+        with reading(source or path):
+            given = config.get("pretrained_cfg") or config.get("preprocess_cfg") or {}
+            for fact, own in (("mean", mean), ("std", std)):
+                published = config.get(f"image_{fact}", given.get(fact))
+                if published is None or np.allclose(published, own, atol=2e-3):
+                    continue
+                raise UserError(
+                    f"{source}: the {fact} of pixels is {published}, and this config has {list(own)}: set mean and std "
+                    "to the published ones"
+                )
+
+
+def read_config(folder: Path, names: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """Reads the first of these files that a folder holds; returns it and its path, ({}, "") without one.
+
+    Raises:
+      UserError: a damaged file.
+    """
+    for name in names:
+        path = folder / name
+        if path.exists():
+            with reading(path):
+                found = json.loads(path.read_text("utf-8"))
+                if not isinstance(found, dict):
+                    raise ValueError("it is no JSON object")
+                return found, str(path)
+    return {}, ""
+
+
+def facts(module: nn.Module) -> Facts:
+    """Returns what a module computes and its parameters do not show."""
+    match module:
+        case ViT():
+            return dict(activation=module.activation, heads=module.heads, epsilon=module.epsilon)
+        case Eva():
+            rope = module.rope_grid
+            return dict(heads=module.heads, epsilon=1e-6, post_norm=module.post_norm, rope_grid=rope)
+        case CLIPText():
+            return dict(
+                activation=module.activation, heads=module.heads, epsilon=1e-5, causal=True, pool="argmax"
+            )
+        case SiglipText():
+            return dict(activation="gelu_tanh", heads=module.heads, epsilon=1e-6, causal=False, pool="last")
+        case Bert():
+            return dict(activation="gelu", heads=module.heads, epsilon=1e-12)
+        case Swin():
+            return dict(activation="gelu", epsilon=1e-5)
+        case ResNet():
+            return dict(activation="relu", stride_in_first_convolution=False)
+        case EfficientNet():
+            return dict(activation="swish", epsilon=1e-3)
+    return {}
+
+
+def _stated(config: Mapping[str, Any], module: nn.Module, format_: str) -> Facts:
+    """What a file says of the tower that `module` is, by the names of `facts`; `refused` is why it is another model."""
+    side = "text" if isinstance(module, CLIPText | SiglipText | Bert) else "vision"
+    if format_ == "ours":
+        same_kind = config.get("kind") == type(module).__name__
+        return {k: v for k, v in config.items() if k != "taps"} if same_kind else {}
+    if "model_cfg" in config:
+        return _of_open_clip(config["model_cfg"], side, format_)
+    if "architecture" in config or format_ in _OF_ONE_ARCHITECTURE:
+        return _of_timm(config.get("architecture"), config, format_)
+    if "model_type" in config:
+        return _of_transformers(config, side, format_)
+    return {}
+
+
+def _of_transformers(config: Mapping[str, Any], side: str, format_: str) -> Facts:
+    if format_ not in _HF:
+        return {}
+    types, stated = _HF[format_]
+    if config["model_type"] not in types:
+        return {
+            "refused": f"its model_type is {config['model_type']!r}, and {format_} is {' or '.join(types)}"
+        }
+    stated = {fact: value[side] if isinstance(value, dict) else value for fact, value in stated.items()}
+    section = config.get(f"{side}_config", config)
+    for fact, theirs in _HF_NAMES:
+        if fact in stated and theirs in section:
+            stated[fact] = section[theirs]
+    if "activation" in stated:
+        stated["activation"] = _OF_HF.get(stated["activation"], stated["activation"])
+    return stated
+
+
+def _of_timm(architecture: Any, config: Mapping[str, Any], format_: str) -> Facts:
+    if format_ not in _TIMM:
+        return {}
+    if architecture is None:
+        return {
+            "refused": f"nothing beside it says which of timm's models it is, and several have these names: put a "
+            f'config.json there with {{"architecture": ...}}, which has to match {_TIMM[format_]}'
+        }
+    name = re.sub(r"(_ns|_ap|_in22k|_in22ft1k|_in21k)$", "", architecture.partition(".")[0])
+    if not re.fullmatch(_TIMM[format_], name):
+        return {"refused": f"its architecture {architecture!r} is none that is known here ({_TIMM[format_]})"}
+    if format_ == "timm's EVA":
+        rotary = re.match(r"eva02_(tiny|small|base|large)", name)
+        return dict(post_norm="enormous" in name, rope_grid=16 if rotary else None)
+    if format_ != "timm's ViT":
+        return {}
+    stated: Facts = {"epsilon": 1e-5 if "_clip_" in name else 1e-6}
+    if isinstance(width := config.get("num_features"), int):
+        size = name.split("_")[1]
+        stated["heads"] = 16 if size in _TIMM_16_HEADS else width // 64
+    # timm builds SigLIP's towers with another GELU than that which they were trained with.
+    return stated if "siglip" in name else stated | {"activation": _gelu("quickgelu" in name, {})}
+
+
+def _of_open_clip(model: Mapping[str, Any], side: str, format_: str) -> Facts:
+    tower = model.get(f"{side}_cfg") or {}
+    if side == "vision" and tower.get("timm_model_name"):
+        return _of_timm(tower["timm_model_name"], {}, format_)
+    if side == "text" and tower.get("hf_model_name"):
+        return {"refused": f"its text tower is {tower['hf_model_name']!r} of transformers"}
+    stated: Facts = {
+        "activation": _gelu(bool(model.get("quick_gelu")), tower.get("act_kwargs") or {}),
+        "epsilon": (tower.get("norm_kwargs") or {}).get("eps", 1e-5),
+    }
+    if side == "vision":
+        return stated | {"heads": tower.get("width", 768) // tower.get("head_width", 64)}
+    if format_ == "open_clip's SigLIP" and stated["activation"] == "gelu":
+        del stated["activation"]  # As with timm's image towers, it is tanh's that they were trained with.
+    return stated | {
+        "heads": tower.get("heads", 8),
+        "causal": not tower.get("no_causal_mask", False),
+        "pool": tower.get("pool_type", "argmax"),
+    }
+
+
+def _gelu(quick: bool, options: Mapping[str, Any]) -> str:
+    return "quick_gelu" if quick else "gelu_tanh" if options.get("approximate") == "tanh" else "gelu"
+
+
+def _equal(fact: str, theirs: Any, own: Any) -> bool:
+    if fact == "epsilon" and isinstance(theirs, int | float):
+        # No activation's variance is near 1e-6: the libraries' 1e-12 is the authors' 1e-6.
+        return math.isclose(max(theirs, 1e-6), max(own, 1e-6), rel_tol=1e-3)
+    return theirs == own
