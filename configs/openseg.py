@@ -65,8 +65,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = scenes() if args.data == "scenes" else paper(args)
     if args.vectors:
         config.text = dict(learned=False, vectors=args.vectors)
-    if not config.text.get("learned", False):
-        config.optimizer.frozen = ("^text/",)
     if args.method == "lseg":
         # Words of captions can be dropped where an augmentation makes them wrong, but not the class of a pixel.
         config.data.batch_augment = []

@@ -207,6 +207,7 @@ def test_a_command_that_was_stopped_does_what_is_missing(run, tmp_path, monkeypa
     assert run(batch=2) == (130 if stop is KeyboardInterrupt else 1)
     err = capsys.readouterr().err
     assert "goes on" in err.splitlines()[-1] and "Traceback" not in err
+    assert stop is KeyboardInterrupt or "3 of 6 images are done" in err
     lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     assert [line["stem"] for line in lines[1:]] == ["0", "1", "2"]
     done = written(out)

@@ -1,11 +1,13 @@
 """Manners of the commands: what the libraries may print, mistakes as one sentence, exit statuses."""
 
 import argparse
+import atexit
 import contextlib
 import importlib.util
 import logging
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,6 +69,7 @@ def start(main: Callable[[], int]) -> NoReturn:
     """Runs a command's `main` as a process of its own."""
 
     def call() -> int:
+        ensure_home()
         use_compilation_cache()
         code = main()
         sys.stdout.flush()
@@ -178,6 +181,14 @@ def _known(text: str, shown: set[str]) -> bool:
     known = text in shown
     shown.add(text)
     return known
+
+
+def ensure_home() -> None:
+    """Gives a process whose user has no home, as in many containers, a temporary one: libraries fail without."""
+    if os.path.expanduser("~") == "~":
+        home = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, home, ignore_errors=True)
+        os.environ["HOME"] = home
 
 
 def use_compilation_cache() -> None:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from ovseg_jax.cli.console import check_addresses, guarded, silence
+from ovseg_jax.cli.console import check_addresses, ensure_home, guarded, silence
 from ovseg_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="FILE.py or FILE.py:key=value,...")
@@ -39,6 +39,7 @@ def launch(run: Callable[[list[str]], int]) -> NoReturn:
     """Parses the flags and runs; see `console.guarded` for exit statuses."""
 
     def call() -> int:
+        ensure_home()
         silence()
         try:
             app.run(run, flags_parser=parse)

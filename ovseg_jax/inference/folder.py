@@ -185,9 +185,10 @@ def _save_all(
             except (OSError, UserError) as error:
                 text = error.strerror if isinstance(error, OSError) and error.strerror else error
                 raise UserError(
-                    f"{out / name}: {text}; {bar.n} of {total} images are done, and the same command goes on from there"
+                    f"{out / name}: {text}; {done} of {total} images are done, and the same command goes on from there"
                 ) from error
             yield {"image": str(path), "stem": name, "stamp": stamp, **result.record()}
+            done += 1
             bar.update()
 
 

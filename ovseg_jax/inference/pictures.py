@@ -172,7 +172,7 @@ def _features(
     images: int = 48,
 ) -> None:
     """Fig. 6 of papers/000 for a few classes, evenly spread over those that occur, and a few images of each."""
-    from ovseg_jax.data.classification import ClassifyEval
+    from ovseg_jax.data.evaluation import ClassifyEval
     from ovseg_jax.towers.features import class_features
 
     source: Any = make_source(evaluation.source)

@@ -3,13 +3,17 @@
 import io
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jaxtyping import Float, Int32
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from ovseg_jax.config import resolved
 from ovseg_jax.data.images import list_images, save_mask
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import locked, write_whole
@@ -76,6 +80,7 @@ def label_folder(
     threshold: float,
     max_overlap: float,
     min_area: float,
+    out: epath.PathLike | None = None,
 ) -> Labelled:
     """Writes ROOT/masks/NAME.png for each image ROOT/images/NAME.* that has no mask.
 
@@ -85,12 +90,13 @@ def label_folder(
       threshold: see `select_masks`, as are the rest.
       max_overlap: of two proposals.
       min_area: of a proposal.
+      out: a folder for the masks that is not ROOT/masks.
 
     Raises:
       UserError: there are no images, two of them share a mask's name, or a mask cannot be written.
     """
     root = epath.Path(root)
-    images, masks = root / "images", root / "masks"
+    images, masks = root / "images", root / "masks" if out is None else epath.Path(out)
     if not images.is_dir():
         raise UserError(f"--data_dir={root} has no folder images/")
     files = list_images(images)
@@ -103,6 +109,8 @@ def label_folder(
     with locked(root):
         masks.mkdir(exist_ok=True)
         done = {path.stem for path in list_images(masks)}
+        if out is not None and (root / "masks").is_dir():
+            done |= {path.stem for path in list_images(root / "masks")}
         reader = ImageReader([path for path in files if path.stem not in done])
         written = 0
         if reader.files:
@@ -120,3 +128,44 @@ def label_folder(
                     written += 1
                     bar.update()
     return Labelled(written, len(files) - len(reader.files), reader.skipped)
+
+
+def label_stage(config: ConfigDict, folder: epath.Path) -> dict[str, Any]:
+    """Runs a stage of kind "pseudo_label": writes FOLDER/NAME.png for each image of a folder that has no mask.
+
+    `masks="stage:NAME"` of a source of kind "folder" reads them beside those that are there.
+
+    Args:
+      config: `teacher`, a run's folder or "stage:NAME"; `data_dir`, with images/; and, with the defaults of the
+        command, `threshold`, `max_overlap`, `min_area` and `batch_size`.
+      folder: of the stage.
+
+    Raises:
+      UserError: an unknown key, a missing one, or an image that cannot be read; and see `label_folder`.
+    """
+    defaults = {"threshold": 0.5, "max_overlap": 0.7, "min_area": 0.001, "batch_size": 8}
+    known = ("teacher", "data_dir", *defaults)
+    given = resolved(config, folder).to_dict()
+    if wrong := [*(given.keys() - set(known)), *({"teacher", "data_dir"} - given.keys())]:
+        raise UserError(
+            f"the stage {folder.name}: {sorted(wrong)[0]} is unknown or missing; it takes {', '.join(known)}"
+        )
+    rules: dict[str, Any] = defaults | given
+    teacher, root, batch_size = rules.pop("teacher"), rules.pop("data_dir"), rules.pop("batch_size")
+    problem = ""
+    if jax.process_index() == 0:
+        try:
+            load = lambda: Segmenter.from_checkpoint(teacher, batch_size=batch_size)
+            done = label_folder(load, root, out=folder, **rules)
+            print(f"{done.written} masks written to {folder}, {done.there} were there", flush=True)
+            if done.skipped:
+                problem = (
+                    f"{done.skipped} images of {root} could not be read: mend or remove them, and start again"
+                )
+        except UserError as error:
+            problem = str(error)
+    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(bool(problem)):
+        problem = problem or "the first process could not write the pseudo-masks"
+    if problem:
+        raise UserError(problem)
+    return {}

@@ -40,6 +40,7 @@ class LinearProbe(OnClip):
     """
 
     frozen_towers = True
+    frozen = ("^towers/",)
     by_place = True
     unit_norm = False
 

@@ -1,6 +1,5 @@
 """OpenSeg (papers/004): class-agnostic proposals from masks, words grounded to proposals from captions."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,11 +122,7 @@ class OpenSeg(Trainable, Segmenting):
         self.net = build_net(config)
         text = FrozenText if config.text.get("tower") else TextTable
         self.text = text(config.text, words, self.net.embed_dim)
-        frozen = config.get("optimizer", {}).get("frozen", ())
-        if not self.text.learned and not any(re.search(pattern, "text/table") for pattern in frozen):
-            raise UserError(
-                "text.learned=False needs '^text/' in optimizer.frozen, or the vectors would be trained"
-            )
+        self.frozen = () if self.text.learned else ("^text/",)
         if self.loss_config.contrast not in ("sync", "unsync"):
             raise UserError(f"loss.contrast is 'sync' or 'unsync', not '{self.loss_config.contrast}'")
         form = self.loss_config.form

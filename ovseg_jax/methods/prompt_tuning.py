@@ -67,6 +67,7 @@ class PromptTuning(OnClip):
     """
 
     frozen_towers = True
+    frozen = ("^towers/",)
     by_place = True
 
     @classmethod

@@ -42,6 +42,7 @@ class VPT(OnClip):
     """
 
     frozen_towers = True
+    frozen = ("^towers/",)
 
     @classmethod
     def fields(cls, config: ConfigDict) -> tuple[str, ...]:

@@ -4,6 +4,8 @@
     WORKDIR/checkpoints/<step>/variables    {"params": ..., other collections}: all that inference reads
     WORKDIR/checkpoints/<step>/optimizer    optax's state
     WORKDIR/checkpoints/<step>/average      averaged parameters, where the run keeps them
+    WORKDIR/checkpoints/<step>/log          sums of the metrics since the last record, so that the next one is the same
+    WORKDIR/checkpoints/frozen              the variables that never change, which no other checkpoint then holds
     WORKDIR/checkpoints/<step>/checksums.json   size and CRC-32 of each file, written before the folder gets its name
 
 The position in the data is the step (see `data.pipeline`), so that a checkpoint restores on any mesh and with any
@@ -13,13 +15,13 @@ A folder named otherwise is never read. One that is damaged (cut, altered, copie
 newest that is whole, with a warning; a run that goes on renames it to <step>.damaged.
 """
 
+import contextlib
 import errno
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -37,9 +40,10 @@ from ovseg_jax import config as config_lib
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import SUMS_FILE, checksum, is_recorded, read_recorded, write_recorded
 from ovseg_jax.parallel.sharding import DEFAULT_RULES, leaf_sharding, path_name
-from ovseg_jax.reading import DAMAGE, reason
+from ovseg_jax.reading import DAMAGE, reading, reason
 from ovseg_jax.towers.frozen_text import TEXT_TOWER
 from ovseg_jax.towers.prompt_file import FILE as PROMPT_FILE
+from ovseg_jax.train.metrics import Sums
 from ovseg_jax.train.state import TrainState
 
 CONFIG_FILE = "config.json"
@@ -49,6 +53,7 @@ METADATA_BYTES = 1 << 20
 # each device: not for less than this.
 SLICE_BYTES = 1 << 20
 ITEMS = ("variables", "optimizer", "average")
+FROZEN, LOG, LOG_FILE = "frozen", "log", "sums.json"
 _log = logging.getLogger(__name__)
 
 
@@ -59,19 +64,28 @@ class Checkpoints:
       workdir: where the run lives.
       every: save at multiples of this many steps; 0 = only where the loop forces it.
       keep: how many of the latest to keep.
+      frozen: whether a variable never changes, by its path, see `optimizer.freezer`.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, every: int, keep: int):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        every: int,
+        keep: int,
+        frozen: Callable[[str], bool] = lambda path: False,
+    ):
         self.directory = epath.Path(workdir).absolute() / "checkpoints"
         policies: list[Any] = [save_decision_policy.PreemptionCheckpointingPolicy()]
         if every > 0:
             policies.append(save_decision_policy.FixedIntervalPolicy(every))
-        self._saving = 0
+        self._frozen, self._frozen_saved, self._saving = frozen, False, ""
         with self._writing():
             _set_aside(self.directory)
             self._manager = ocp.CheckpointManager(
                 self.directory,
-                item_handlers={item: _handler() for item in ITEMS},
+                item_handlers={item: _handler() for item in ITEMS}
+                | {LOG: ocp.JsonCheckpointHandler(LOG_FILE)},
                 options=ocp.CheckpointManagerOptions(
                     save_decision_policy=save_decision_policy.AnySavePolicy(policies),
                     preservation_policy=preservation_policy.LatestN(max(keep, 1)),
@@ -93,15 +107,40 @@ class Checkpoints:
         """Whether all processes have agreed to stop at this step, after one of them was told to."""
         return self._manager.reached_preemption(step)
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Saves the state after `step` steps."""
+    def save(self, step: int, state: TrainState, sums: Sums | None = None) -> None:
+        """Saves the state after `step` steps, and the sums of the metrics since the last record."""
         with self._writing():
             self._check_space(state)
             self._manager.wait_until_finished()
-            self._saving = step
-            items = {"variables": state.variables, "optimizer": state.opt_state, "average": state.average}
-            args = {item: ocp.args.PyTreeSave(tree) for item, tree in items.items() if tree is not None}
-            self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+            variables, kept = split(state.variables, self._frozen)
+            if kept and not self._frozen_saved:
+                self._save_frozen(kept)
+            self._saving = str(step)
+            items = {"variables": variables, "optimizer": state.opt_state}
+            if state.average is not None:
+                items["average"] = split({"params": state.average}, self._frozen)[0].get("params", {})
+            args = {item: ocp.args.PyTreeSave(tree) for item, tree in items.items()}
+            log = ocp.args.JsonSave({name: list(pair) for name, pair in (sums or {}).items()})
+            self._manager.save(step, args=ocp.args.Composite(**args, **{LOG: log}), force=True)
+
+    def _save_frozen(self, kept: Any) -> None:
+        self._saving = FROZEN
+        options = ocp.AsyncOptions(post_finalization_callback=self._write_sums)
+        with contextlib.closing(ocp.AsyncCheckpointer(_handler(), async_options=options)) as checkpointer:
+            checkpointer.save(self.directory / FROZEN, args=ocp.args.PyTreeSave(kept), force=True)
+            checkpointer.wait_until_finished()
+        self._frozen_saved = True
+
+    def read_sums(self, step: int) -> Sums:
+        """Reads the sums that were saved with a step; {} where none were."""
+        path = self.directory / str(step) / LOG / LOG_FILE
+        if not path.exists():
+            return {}
+        with reading(path):
+            return {
+                name: (float(total), float(count))
+                for name, (total, count) in json.loads(path.read_text()).items()
+            }
 
     def restore(self, target: TrainState, step: int | None = None) -> TrainState:
         """Restores the latest (or the given) checkpoint.
@@ -116,19 +155,24 @@ class Checkpoints:
         step = self._manager.latest_step() if step is None else step
         if step is None:
             raise UserError(f"{self.directory} holds no checkpoint.")
-        items = {"variables": target.variables, "optimizer": target.opt_state, "average": target.average}
-        restored = {
-            item: _restore(self.directory / str(step) / item, tree)
-            for item, tree in items.items()
-            if tree is not None
-        }
-        variables = dict(restored["variables"])
+        folder = self.directory / str(step)
+        own, kept = split(target.variables, self._frozen)
+        variables = _restore(folder / "variables", own)
+        if kept:
+            variables = merged(variables, _restore(self.directory / FROZEN, kept))
+            self._frozen_saved = True
+        average = None
+        if target.average is not None:
+            own = split({"params": target.average}, self._frozen)[0]
+            average = {"params": _restore(folder / "average", own["params"])}
+            average = merged({"params": variables["params"]}, average)["params"]
+        opt_state = _restore(folder / "optimizer", target.opt_state)
         return TrainState(
             step=jax.device_put(jnp.asarray(step, jnp.int32), target.step.sharding),
             params=variables.pop("params"),
             model_state=variables,
-            opt_state=restored["optimizer"],
-            average=restored.get("average"),
+            opt_state=opt_state,
+            average=average,
         )
 
     def wait(self) -> None:
@@ -155,11 +199,14 @@ class Checkpoints:
         if "://" in str(self.directory):  # A bucket keeps its own.
             return
         for folder in Path(self.directory).glob(f"{self._saving}.orbax-checkpoint-tmp*"):
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            # Orbax goes on writing its own metadata when this is done.
+            files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "_CHECKPOINT_METADATA")
             sums = {path.relative_to(folder).as_posix(): checksum(path) for path in files}
+            if self._frozen_saved and self._saving != FROZEN:
+                sums[FROZEN] = checksum(self.directory / FROZEN / SUMS_FILE)
             (folder / SUMS_FILE).write_text(json.dumps(sums, indent=1))
 
-    @contextmanager
+    @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
@@ -218,9 +265,12 @@ def load_variables(
         return _restore(item, jax.tree.map_with_path(target, _saved_arrays(item)))
 
     variables = restore(directory / str(step) / "variables")
+    if (directory / FROZEN).exists():
+        variables = merged(variables, restore(directory / FROZEN))
     average = directory / str(step) / "average"
     if averaged and average.exists():
-        variables["params"] = restore(average, (jax.tree_util.DictKey("params"),))
+        params = restore(average, (jax.tree_util.DictKey("params"),))
+        variables = merged(variables, {"params": params})
     return jax.device_get(variables) if mesh is None else variables, step
 
 
@@ -234,6 +284,26 @@ def with_own_text(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
     if config.text.get("prompt", ""):
         config.text.prompt = str(folder / PROMPT_FILE)
     return config
+
+
+def split(
+    variables: Mapping[str, Any], frozen: Callable[[str], bool]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits a tree of variables into those that change and those that are frozen."""
+    flat = flatten_dict(dict(variables), keep_empty_nodes=True)
+    kept = {
+        path: leaf
+        for path, leaf in flat.items()
+        if frozen("/".join(path[1:] if path[0] == "params" else path))
+    }
+    own = {path: leaf for path, leaf in flat.items() if path not in kept}
+    return unflatten_dict(own), unflatten_dict(kept)
+
+
+def merged(variables: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Merges two trees of variables; the second one's take the place of the first one's."""
+    flat = [flatten_dict(dict(tree), keep_empty_nodes=True) for tree in (variables, others)]
+    return unflatten_dict(flat[0] | flat[1])
 
 
 def find_step(directory: epath.Path, step: int | None = None, items: Sequence[str] = ITEMS) -> int:
@@ -282,15 +352,26 @@ def find_damage(folder: epath.Path, items: Sequence[str] = ITEMS) -> str | None:
         files = {name: tuple(known) for name, known in sums.items() if name.split("/")[0] in items}
         if not any(name.startswith("variables/") for name in files):
             raise ValueError("it lists no variables")
-        for name, known in files.items():
-            if not (folder / name).is_file():
-                return f"{name} is missing"
-            if (found := tuple(checksum(folder / name))) != known:
-                return f"{name} is " + (
-                    "altered" if found[0] == known[0] else f"{found[0]} bytes, not {known[0]}"
-                )
+        if problem := _find_altered(folder, files):
+            return problem
+        if FROZEN in sums:
+            frozen = folder.parent / FROZEN
+            problem = _find_altered(frozen, {SUMS_FILE: tuple(sums[FROZEN])})
+            problem = problem or _find_altered(frozen, json.loads((frozen / SUMS_FILE).read_bytes()))
+            return problem and f"of {FROZEN}, {problem}"
     except DAMAGE as error:
         return f"{SUMS_FILE} cannot be read ({reason(error)})"
+    return None
+
+
+def _find_altered(folder: epath.Path, files: Mapping[str, Any]) -> str | None:
+    for name, known in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (found := checksum(folder / name)) != list(known):
+            return f"{name} is " + (
+                "altered" if found[0] == known[0] else f"{found[0]} bytes, not {known[0]}"
+            )
     return None
 
 

@@ -22,7 +22,7 @@ from ovseg_jax.protocols import Evaluator, Trainable
 from ovseg_jax.train import metrics as metrics_lib
 from ovseg_jax.train.checkpoints import Checkpoints
 from ovseg_jax.train.metrics import MetricWriter
-from ovseg_jax.train.optimizer import make_optimizer
+from ovseg_jax.train.optimizer import freezer, make_optimizer
 from ovseg_jax.train.profile import Profile
 from ovseg_jax.train.progress import Progress
 from ovseg_jax.train.state import (
@@ -91,12 +91,17 @@ def fit(
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         variables = abstract_variables(method, config.seed)
-        optimizer = make_optimizer(config.optimizer, variables["params"], steps)
+        frozen = tuple(getattr(method, "frozen", ()))
+        optimizer = make_optimizer(config.optimizer, variables["params"], steps, frozen)
         shardings = state_shardings(optimizer, variables, mesh, config.get("sharding", DEFAULT_RULES))
         train_step = make_step(method, optimizer, config.seed, shardings)
 
         every, keep = config.checkpoint.get("every", 0), config.checkpoint.get("keep", 1)
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, every=every, keep=keep)))
+        checkpoints = stack.enter_context(
+            contextlib.closing(
+                Checkpoints(workdir, every=every, keep=keep, frozen=freezer(config.optimizer, frozen))
+            )
+        )
         start = checkpoints.latest_step() or 0
         if checkpoints.latest_step() is None:
             state = create_state(method, optimizer, config.seed, shardings)
@@ -112,7 +117,9 @@ def fit(
             )
         )
         progress = stack.enter_context(contextlib.closing(Progress(steps, start, show=first_process)))
-        log = _Log(writer, progress, int(config.get("log_every", 50)), batch_size)
+        log = _Log(
+            writer, progress, int(config.get("log_every", 50)), batch_size, checkpoints.read_sums(start)
+        )
         stop = stack.enter_context(StopRequest(checkpoints.reached_preemption))
         profile = stack.enter_context(Profile(config.get("profile", ""), workdir))
         if start:
@@ -140,7 +147,7 @@ def fit(
             ):
                 log.drain()  # Raises where a step was not finite: what is saved can always be gone on from.
                 with log.pause():
-                    checkpoints.save(step, state)
+                    checkpoints.save(step, state, log.sums)
             if stopped or last:
                 log.drain()
                 checkpoints.wait()
@@ -177,11 +184,18 @@ class _Log:
     compilation, evaluation and saving.
     """
 
-    def __init__(self, writer: MetricWriter, progress: Progress, every: int, batch_size: int):
+    def __init__(
+        self,
+        writer: MetricWriter,
+        progress: Progress,
+        every: int,
+        batch_size: int,
+        sums: metrics_lib.Sums,
+    ):
         self._writer, self._progress = writer, progress
         self._every, self._batch_size = max(every, 1), batch_size
         self._pending: deque[tuple[int, Metrics]] = deque()
-        self._sums: metrics_lib.Sums = {}
+        self.sums = sums  # of the steps since the last record
         self._began = time.monotonic()
         self._earlier = max((r.get("seconds") or 0.0 for r in writer.records), default=0.0)
         # The clock of training starts when the first step, which compiles, is done.
@@ -235,7 +249,7 @@ class _Log:
                 f"training stopped at step {step}, where {', '.join(bad)} is not finite; the last good "
                 "checkpoint is kept; try a lower learning_rate, more warmup_steps or a smaller clip_norm."
             )
-        self._sums = metrics_lib.add(self._sums, sums)
+        self.sums = metrics_lib.add(self.sums, sums)
         if self._clock is None:
             self._clock = time.monotonic()
         else:
@@ -244,9 +258,9 @@ class _Log:
             seconds, steps = self._trained() - self._window[0], self._steps - self._window[1]
             self._window = (self._trained(), self._steps)
             rate = steps * self._batch_size / seconds if steps and seconds > 0 else 0.0
-            values = {**metrics_lib.means(self._sums), "images_per_second": rate, "seconds": self.seconds()}
+            values = {**metrics_lib.means(self.sums), "images_per_second": rate, "seconds": self.seconds()}
             self._writer.scalars(step, values)
-            self._sums = {}
+            self.sums = {}
         self._progress.update(step, metrics_lib.means(sums)["loss"], self.images_per_second())
 
 

@@ -3,8 +3,10 @@
 Every number is a sum and a count over the examples that are there, divided once, here.
 """
 
+import contextlib
 import importlib.util
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,10 +15,12 @@ import jax
 from etils import epath
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.reading import parse_json, read_lines, reading, short, whole
+from ovseg_jax.files import write_whole
+from ovseg_jax.reading import DAMAGE, parse_json, read_lines, reading, short, whole
 
 METRICS_FILE = "metrics.jsonl"
 Sums = dict[str, tuple[float, float]]
+_log = logging.getLogger(__name__)
 
 
 def to_host(metrics: Mapping[str, tuple[Any, Any]]) -> Sums:
@@ -62,7 +66,7 @@ class MetricWriter:
     ):
         self._path = epath.Path(workdir) / METRICS_FILE
         self._write = write
-        self._records = [record for record in read_metrics(workdir) if record["step"] <= step]
+        self._records = [record for record in _readable(workdir) if record["step"] <= step]
         self._board = _tensorboard(workdir) if tensorboard and write else None
         if write and self._path.exists():
             self._rewrite()
@@ -99,9 +103,22 @@ class MetricWriter:
             self._board.close()
 
     def _rewrite(self) -> None:
-        temporary = self._path.parent / (METRICS_FILE + ".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in self._records))
-        temporary.replace(self._path)
+        write_whole(self._path, "".join(json.dumps(record) + "\n" for record in self._records))
+
+
+def _readable(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    """The records of a run that goes on; of a damaged file those that can be read, and this is said."""
+    try:
+        return read_metrics(workdir)
+    except UserError as error:
+        _log.warning("%s; the lines that can be read are kept", error)
+    records = []
+    for line in (epath.Path(workdir) / METRICS_FILE).read_bytes().splitlines():
+        with contextlib.suppress(*DAMAGE):
+            record = json.loads(line)
+            whole(record["step"], "'step'")
+            records.append(record)
+    return records
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:

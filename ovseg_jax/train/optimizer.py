@@ -1,7 +1,7 @@
 """The optimiser, from its config: clipping, the rule, weight decay, rates by parameter, frozen parameters."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -66,7 +66,18 @@ def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     return schedule
 
 
-def make_optimizer(config: ConfigDict, params: Any, steps: int) -> Optimizer:
+def freezer(config: ConfigDict, more: Sequence[str] = ()) -> Callable[[str], bool]:
+    """Returns whether a variable is frozen, by its path: of a parameter without "params/", else with its collection.
+
+    Args:
+      config: `config.optimizer`, whose `multipliers` freeze by (regex, None).
+      more: further regexes, those of the method.
+    """
+    rules = [(pattern, None) for pattern in more] + list(config.get("multipliers", ()))
+    return lambda path: next((f is None for pattern, f in rules if re.search(pattern, path)), False)
+
+
+def make_optimizer(config: ConfigDict, params: Any, steps: int, more: Sequence[str] = ()) -> Optimizer:
     """Builds the optimiser that `config` describes for these parameters.
 
     Args:
@@ -74,11 +85,12 @@ def make_optimizer(config: ConfigDict, params: Any, steps: int) -> Optimizer:
         `warmup_steps`, `final_fraction`, `warmup_rate`, `decay_steps`, `hold_steps` (see `make_schedule`),
         `weight_decay` (on arrays of two or more dimensions, so never on biases, scales and temperatures), `clip_norm`
         (0 = off), `b1`, `b2`, `momentum` (sgd), `nesterov`,
-        `multipliers` ((regex, factor) pairs: the first that is found in a parameter's path scales its rate),
-        `frozen` (regexes), `ema` (the decay of the parameters' moving average, min(ema, (1 + t) / (10 + t)) at
-        step t, which is then what is evaluated and exported; 0 = none).
+        `multipliers` ((regex, factor) pairs: the first that is found in a parameter's path scales its rate, or freezes
+        it where the factor is None), `ema` (the decay of the parameters' moving average, min(ema, (1 + t) / (10 + t))
+        at step t, which is then what is evaluated and exported; 0 = none).
       params: the parameter tree; arrays or their shapes.
       steps: length of the run, for the schedule.
+      more: regexes of parameters that the method freezes.
 
     Raises:
       UserError: for an unknown name, a regex that finds no parameter, or an `ema` outside [0, 1).
@@ -88,8 +100,7 @@ def make_optimizer(config: ConfigDict, params: Any, steps: int) -> Optimizer:
         raise UserError(f'optimizer.name="{name}" is unknown; the optimisers are {", ".join(RULES)}.')
     paths = tree_paths(params)
     names = jax.tree.leaves(paths)
-    frozen, multipliers = tuple(config.get("frozen", ())), tuple(config.get("multipliers", ()))
-    _check_found("frozen", frozen, names)
+    multipliers = tuple(config.get("multipliers", ()))
     _check_found("multipliers", [pattern for pattern, _ in multipliers], names)
 
     ema = float(config.get("ema", 0.0))
@@ -114,13 +125,14 @@ def make_optimizer(config: ConfigDict, params: Any, steps: int) -> Optimizer:
     links += [*decay, rule] if name in COUPLED else [rule, *decay]
     if name == "lamb":
         links.append(optax.scale_by_trust_ratio())
-    if multipliers:
+    if any(factor is not None for _, factor in multipliers):
         links.append(_scale_by_path(multipliers))
     links.append(optax.scale_by_learning_rate(schedule))
     transform = optax.chain(*links)
 
-    trainable = jax.tree.map(lambda path: not any(re.search(p, path) for p in frozen), paths)
-    if frozen:
+    frozen = freezer(config, more)
+    trainable = jax.tree.map(lambda path: not frozen(path), paths)
+    if not all(jax.tree.leaves(trainable)):
         # The partition is outermost, so that neither clipping nor any state sees a frozen parameter.
         labels = jax.tree.map(lambda moves: "trained" if moves else "frozen", trainable)
         transform = optax.partition({"trained": transform, "frozen": optax.set_to_zero()}, labels)
@@ -139,9 +151,9 @@ def _has_matrix_shape(params: Any) -> Any:
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
-def _scale_by_path(multipliers: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
+def _scale_by_path(multipliers: Sequence[tuple[str, float | None]]) -> optax.GradientTransformation:
     def factor(path: str) -> float:
-        return next((float(f) for pattern, f in multipliers if re.search(pattern, path)), 1.0)
+        return next((float(f or 0) for pattern, f in multipliers if re.search(pattern, path)), 1.0)
 
     def scale(updates: Any, params: Any = None) -> Any:
         del params

@@ -41,7 +41,10 @@ def make_step(method: Trainable, optimizer: Optimizer, seed: int, shardings: Tra
         if average is not None:
             # Short at first, so that it soon forgets where the run began.
             share = 1 - jnp.minimum(optimizer.ema, (1 + state.step) / (10 + state.step))
-            average = optax.incremental_update(params, average, share)
+            averaged = optax.incremental_update(params, average, share)
+            average = jax.tree.map(
+                lambda p, a, moves: a if moves else p, params, averaged, optimizer.trainable
+            )
         new = TrainState(
             step=state.step + 1,
             params=params,

@@ -79,7 +79,7 @@ def jax_side(config, folder: Path, batches, device: str, count: int):
     method = build(config, words, ClassList.from_json(classes))
     jax.set_mesh(mesh)
     variables = abstract_variables(method, config.seed)
-    optimizer = make_optimizer(config.optimizer, variables["params"], config.steps)
+    optimizer = make_optimizer(config.optimizer, variables["params"], config.steps, method.frozen)
     shardings = state_shardings(optimizer, variables, mesh)
     state = create_state(method, optimizer, config.seed, shardings)
     train_step = make_step(method, optimizer, config.seed, shardings)

@@ -126,6 +126,18 @@ def test_a_user_without_a_home_has_no_cache(settings, monkeypatch, tmp_path, hom
     assert settings == {"jax_enable_compilation_cache": False}
 
 
+def test_a_user_without_a_home_gets_one(monkeypatch, tmp_path):
+    """nltk, which textblob imports, fails at import without."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    console.ensure_home()
+    assert os.environ["HOME"] == str(tmp_path)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    console.ensure_home()
+    home = os.environ["HOME"]
+    assert home != str(tmp_path) and os.access(home, os.W_OK) and not os.listdir(home)
+    os.rmdir(home)
+
+
 def test_the_reader_of_the_output_may_leave():
     """As `... | head -1` does; a process of its own, since its stdout is closed."""
     code = (

@@ -12,6 +12,7 @@ from PIL import Image
 from ovseg_jax import predict, pseudo_label
 from ovseg_jax.configs import openseg
 from ovseg_jax.data.scenes.source import Scenes
+from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.run import evaluate, train
 from ovseg_jax.inference.pseudo_masks import segments_of
@@ -123,6 +124,44 @@ def test_teacher_student_and_prediction(tmp_path, capsys):
         "predictions.jsonl",
     }
     assert set(np.unique(Image.open(out / "0.labels.png"))) <= {1, 2}
+
+
+def test_a_stage_labels_what_the_next_one_learns_from(tmp_path, capsys):
+    """A teacher, pseudo-masks, a student: one config, started anew in the middle."""
+    folder = tmp_path / "mine"
+    write_folder(folder, 4)
+    (folder / "masks").mkdir()
+    Image.fromarray(np.full((40, 40), 7, np.uint8)).save(folder / "masks" / "0.png")
+    teacher = shrunk("", grounding_weight=0.0)
+    teacher.final_evals = {}
+    student = shrunk(f"data=folder,data_dir={folder},init=scratch,text=learned")
+    student.data.train = [dict(name="folder", data_dir=str(folder), masks="stage:masks")]
+    labels = dict(teacher="stage:teacher", data_dir=str(folder), min_area=0.0)
+    student.stages = [
+        dict(name="masks", kind="pseudo_label", config=labels),
+        dict(name="teacher", kind="train", config=teacher),
+    ]
+    broken = folder / "images" / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8\xff\xe0 cut")
+    with pytest.raises(UserError, match=r"1 images of .*mine could not be read"):
+        train(student, tmp_path / "run")
+    masks = tmp_path / "run" / "masks"
+    assert sorted(p.name for p in masks.glob("*.png")) == ["1.png", "2.png", "3.png"]
+    broken.unlink()
+    (masks / "2.png").unlink()  # As if it had been killed before.
+    kept = (masks / "1.png").stat().st_mtime_ns
+    capsys.readouterr()
+    summary = train(student, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "first: teacher" not in said and "1 masks written" in said
+    assert summary["steps"] == 2 and (masks / "1.png").stat().st_mtime_ns == kept
+    assert [p.name for p in (folder / "masks").iterdir()] == ["0.png"]
+    source = make_source(dict(name="folder", data_dir=str(folder), masks=str(masks)))
+    assert set(np.unique(source[0]["segments"])) == {1} and len(np.unique(source[1]["segments"])) > 0
+    assert "first:" not in (train(student, tmp_path / "run"), capsys.readouterr().out)[1]
+    student.stages[0]["config"]["threshold"] = 0.6
+    with pytest.raises(UserError, match=r"the stage masks in .* another config: threshold was absent"):
+        train(student, tmp_path / "run")
 
 
 def features(masks) -> PixelFeatures:

@@ -23,7 +23,7 @@ CLASSES = ClassList(
 )
 
 
-def make(method="openseg", backbone=None, loss=None, text=None, frozen=(), **model):
+def make(method="openseg", backbone=None, loss=None, text=None, **model):
     config = ConfigDict(
         dict(
             method=method,
@@ -45,7 +45,6 @@ def make(method="openseg", backbone=None, loss=None, text=None, frozen=(), **mod
                 **model,
             ),
             text=text or dict(learned=True),
-            optimizer=dict(frozen=frozen),
             loss=dict(
                 dict(
                     mask_weight=2.0,
@@ -211,12 +210,12 @@ def test_given_vectors_stay_while_the_image_side_learns(tmp_path):
     vectors = np.random.default_rng(0).normal(size=(len(WORDS), 8)).astype(np.float32)
     np.savez(tmp_path / "vectors.npz", words=np.array(WORDS.words), vectors=vectors)
     text = dict(learned=False, vectors=str(tmp_path / "vectors.npz"))
-    method = make(text=text, frozen=("^text/",), embed_dim=8)
-    settings = dict(name="sgd", learning_rate=1e-2, schedule="constant", frozen=("^text/",))
+    method = make(text=text, embed_dim=8)
+    settings = dict(name="sgd", learning_rate=1e-2, schedule="constant")
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
     with jax.set_mesh(mesh):
         variables = abstract_variables(method, 0)
-        optimizer = make_optimizer(ConfigDict(settings), variables["params"], 2)
+        optimizer = make_optimizer(ConfigDict(settings), variables["params"], 2, method.frozen)
         shardings = state_shardings(optimizer, variables, mesh, DEFAULT_RULES)
         state = create_state(method, optimizer, 0, shardings)
         before = jax.device_get(state.params)

@@ -54,7 +54,7 @@ def folder(tmp_path, monkeypatch):
 
 def frozen(path, prompt="", **changes):
     text = dict(tower="tiny_clip", init=str(path), prompt=prompt)
-    return make(text=text, frozen=("^text/",), embed_dim=EMBED, **changes)
+    return make(text=text, embed_dim=EMBED, **changes)
 
 
 def test_texts_and_the_table_of_words(folder):
@@ -98,11 +98,11 @@ def test_a_loss_with_it(folder, name):
 def test_what_is_wrong_is_said(folder):
     path, _ = folder
     with pytest.raises(UserError, match=r"gives 24 numbers: set model.embed_dim=24"):
-        make(text=dict(tower="tiny_clip", init=str(path)), frozen=("^text/",), embed_dim=10)
+        make(text=dict(tower="tiny_clip", init=str(path)), embed_dim=10)
     with pytest.raises(UserError, match=r"text.tower=tiny_clip needs text.init"):
-        make(text=dict(tower="tiny_clip"), frozen=("^text/",), embed_dim=EMBED)
+        make(text=dict(tower="tiny_clip"), embed_dim=EMBED)
     with pytest.raises(UserError, match=r"no text tower is called 'gpt'"):
-        make(text=dict(tower="gpt", init="x"), frozen=("^text/",))
+        make(text=dict(tower="gpt", init="x"))
     with pytest.raises(UserError, match=r"would be trained"):
         make(text=dict(tower="tiny_clip", init=str(path)), embed_dim=EMBED)
     method = frozen(path)
@@ -208,7 +208,7 @@ def test_a_prompt_that_is_not_the_tower_s(folder):
 
     def build(prompt, **text):
         save_prompt(file, prompt)
-        make(text=dict(init=str(path), prompt=str(file)) | text, frozen=("^text/",), embed_dim=EMBED)
+        make(text=dict(init=str(path), prompt=str(file)) | text, embed_dim=EMBED)
 
     context = np.ones((2, 3, WIDTH), np.float32)
     with pytest.raises(UserError, match=f"has vectors of 8 numbers; those of the text tower have {WIDTH}"):
@@ -216,10 +216,10 @@ def test_a_prompt_that_is_not_the_tower_s(folder):
     with pytest.raises(UserError, match="a context for each of some classes"):
         build(Prompt(context, Layout(3, specific=True), (("a",), ("b",))), tower="tiny_clip")
     with pytest.raises(UserError, match="bert_base takes no prompt"):
-        make(text=dict(tower="bert_base", init="x", prompt=str(file)), frozen=("^text/",), embed_dim=768)
+        make(text=dict(tower="bert_base", init="x", prompt=str(file)), embed_dim=768)
     with pytest.raises(UserError, match="needs a text tower to stand in"):
         make(text=dict(prompt=str(file)))
-    method = make(text=dict(tower="tiny_clip", init=str(path)), frozen=("^text/",), embed_dim=EMBED)
+    method = make(text=dict(tower="tiny_clip", init=str(path)), embed_dim=EMBED)
     assert method.text.prompt is None
     for anchor, known in ((method.text.weights()["pos_embedding"][0, 0, :8], True), (np.ones(8), False)):
         save_prompt(file, Prompt(context[:1], Layout(3), anchor=tuple(anchor.tolist())))

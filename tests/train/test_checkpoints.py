@@ -148,3 +148,60 @@ def test_nothing_is_said_on_saving_and_loading(tmp_path, caplog, capfd):
     write_config(tmp_path, make_config(steps=10))
     load_variables(tmp_path)
     assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
+
+
+def train_frozen(workdir, steps=10, ema=0.5):
+    optimizer = dict(make_config().optimizer, schedule="constant", multipliers=(("^tower/", None),), ema=ema)
+    config = make_config(steps=steps, optimizer=optimizer)
+
+    class Frozen(LinearMethod):
+        """Beside the tower of the config's rule, a collection that never changes."""
+
+        frozen = ("^table/",)
+
+        def init(self, rng):
+            return {**super().init(rng), "table": {"rows": jax.random.normal(rng, (10_000,))}}
+
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    result = fit(config, workdir, Frozen(), make_batches(config), [], mesh)
+    write_config(workdir, config)
+    return result
+
+
+def saved(step):
+    return sum(p.stat().st_size for p in step.rglob("*") if p.is_file())
+
+
+def test_frozen_variables_are_saved_once_a_run_and_come_back(tmp_path):
+    whole = train_frozen(tmp_path / "whole")
+    train_frozen(tmp_path / "run", steps=5)
+    frozen = tmp_path / "run" / "checkpoints" / "frozen"
+    written = {path: path.stat().st_mtime_ns for path in frozen.rglob("*")}
+    assert train_frozen(tmp_path / "run").started == 5
+    assert written == {path: path.stat().st_mtime_ns for path in frozen.rglob("*")}
+    assert saved(tmp_path / "run" / "checkpoints" / "10" / "variables") < 10_000 < saved(frozen)
+    for averaged, expected in ((True, whole.state.averaged), (False, whole.state.variables)):
+        found = load_variables(tmp_path / "run", averaged=averaged)[0]
+        assert jax.tree.structure(found) == jax.tree.structure(jax.device_get(expected))
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(a, b)
+    tower = whole.state.params["tower"]["kernel"]
+    np.testing.assert_array_equal(whole.state.average["tower"]["kernel"], tower)
+
+
+def test_frozen_variables_are_checked_as_all_others(tmp_path):
+    train_frozen(tmp_path, steps=5)
+    frozen = tmp_path / "checkpoints" / "frozen"
+    path = largest(frozen)
+    whole = path.read_bytes()
+    flip(path)
+    for load in (lambda: load_variables(tmp_path), lambda: train_frozen(tmp_path)):
+        with pytest.raises(
+            UserError, match=r"no whole checkpoint: .*/5 is damaged: of frozen, d/.* is altered"
+        ):
+            load()
+    path.write_bytes(whole)
+    assert load_variables(tmp_path)[1] == 5
+    shutil.rmtree(frozen)
+    with pytest.raises(UserError, match=r"of frozen, checksums\.json is missing"):
+        load_variables(tmp_path)

@@ -73,6 +73,18 @@ def test_a_run_in_two_parts_equals_one_run(tmp_path):
     assert series(second.records, "loss") == series(whole.records, "loss")
 
 
+def test_the_first_record_after_a_restart_is_of_as_many_steps(tmp_path):
+    """The checkpoint is in the middle of what a record is the mean of."""
+    optimizer = dict(make_config().optimizer, schedule="constant", warmup_steps=0)
+    whole = run(tmp_path / "one", optimizer=optimizer, log_every=8, steps=16)
+    run(tmp_path / "two", optimizer=optimizer, log_every=8, steps=13)
+    second = run(tmp_path / "two", optimizer=optimizer, log_every=8, steps=16)
+    assert second.started == 13
+    for name in ("loss", "error", "grad_norm"):
+        assert series(second.records, name) == series(whole.records, name)
+        assert series(whole.records, name)[0] == [8, 16]
+
+
 def test_records_beyond_the_checkpoint_are_dropped(tmp_path):
     run(tmp_path, steps=10)
     path = tmp_path / "metrics.jsonl"
@@ -189,7 +201,7 @@ def test_what_is_saved_does_not_move_while_training_goes_on(tmp_path):
 
 def test_frozen_parameters_stay_and_have_no_state(tmp_path):
     optimizer = make_config().optimizer
-    optimizer.update(dict(frozen=("^tower/",), clip_norm=1.0))
+    optimizer.update(dict(multipliers=(("^tower/", None),), clip_norm=1.0))
     result = run(tmp_path, optimizer=optimizer, steps=4)
     start = jax.jit(LinearMethod().init)(jax.random.key(3))["params"]
     np.testing.assert_array_equal(result.state.params["tower"]["kernel"], start["tower"]["kernel"])

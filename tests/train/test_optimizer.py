@@ -75,11 +75,13 @@ def test_the_first_multiplier_that_is_found_counts():
 @pytest.mark.parametrize("name", RULES)
 def test_frozen_parameters_do_not_move_and_are_not_part_of_the_norm(name):
     big = jax.tree.map(jnp.asarray, {**GRADS, "temperature": jnp.array(1e6)})
-    config = dict(name=name, weight_decay=0.1, clip_norm=0.25, multipliers=(("head", 0.5),))
-    moved = updates(3, big, frozen=("temperature",), **config)
+    config = dict(
+        name=name, weight_decay=0.1, clip_norm=0.25, multipliers=(("temperature", None), ("head", 0.5))
+    )
+    moved = updates(3, big, **config)
     assert moved["temperature"] == 0
     assert np.all(moved["head"]["kernel"] != 0)
-    other = updates(3, {**big, "temperature": jnp.array(0.0)}, frozen=("temperature",), **config)
+    other = updates(3, {**big, "temperature": jnp.array(0.0)}, **config)
     np.testing.assert_array_equal(moved["head"]["kernel"], other["head"]["kernel"])
 
 
@@ -88,7 +90,7 @@ def test_frozen_parameters_do_not_move_and_are_not_part_of_the_norm(name):
     [
         (dict(name="adamx"), "adamx.*sgd"),
         (dict(schedule="stairs"), "stairs.*cosine"),
-        (dict(frozen=("hed/",)), 'frozen has "hed/"'),
+        (dict(multipliers=(("hed/", None),)), 'multipliers has "hed/"'),
         (dict(multipliers=(("hed/", 1.0),)), 'multipliers has "hed/"'),
     ],
 )

@@ -41,7 +41,11 @@ class Folder(Source):
     """
 
     def __init__(
-        self, data_dir: epath.PathLike, kind: str = "segments", labels: epath.PathLike | None = None
+        self,
+        data_dir: epath.PathLike,
+        kind: str = "segments",
+        labels: epath.PathLike | None = None,
+        masks: epath.PathLike | None = None,
     ):
         """Lists the files and reads the texts; images and masks are read when they are asked for.
 
@@ -49,6 +53,7 @@ class Folder(Source):
           data_dir: DIR.
           kind: what a mask's values are, "segments" or "semantic".
           labels: a label file in place of DIR/classes.txt.
+          masks: a folder of masks for images that DIR/masks has none of, such as pseudo-masks; of kind "segments".
 
         Raises:
           UserError: the layout is not as above: no images, a mask or caption of no image, an unknown class
@@ -65,8 +70,12 @@ class Folder(Source):
         if not self._files:
             raise UserError(f"{images} holds no image that can be read, such as NAME.jpg or NAME.png")
         self._by_name = _names(self._files, images)
-        masks = self._root / "masks"
-        self._masks = self._list_masks(masks) if masks.is_dir() else {}
+        own = self._root / "masks"
+        self._masks = self._list_masks(own) if own.is_dir() else {}
+        if masks:
+            if kind != "segments" or not epath.Path(masks).is_dir():
+                raise UserError(f"folder: masks={str(masks)!r} is no folder, or kind is not 'segments'")
+            self._masks = self._list_masks(epath.Path(masks)) | self._masks
         self._segment_names = self._read_segment_names()
         self.classes = self._read_classes(labels)
         self._class_of = self.classes.index
