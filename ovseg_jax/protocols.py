@@ -15,6 +15,7 @@ from etils import epath
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.kernels.unit import unit
 
 Variables = Mapping[str, Any]
 Batch = Mapping[str, Array]
@@ -91,9 +92,11 @@ class Trainable:
 
     Attributes:
       tokenizer: turns texts into (ids, which are valid), for fields of tokens; each worker process gets a copy.
+      frozen: patterns of the variables that are never trained: checkpoints hold these once a run.
     """
 
     tokenizer: Any = None
+    frozen: tuple[str, ...] = ()
 
     @classmethod
     def keys(cls, config: Any) -> dict[str, dict[str, bool]]:
@@ -316,8 +319,3 @@ def common_space(seen: Mapping[str, Any], text: Mapping[str, Any]) -> str:
             f"{', '.join(sorted(text)) or 'none'}: a method with these needs scores of its own"
         )
     return common[0]
-
-
-def unit(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-    """Normalises vectors to length 1."""
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ovseg_jax.protocols import Aux, Prediction, RegionScores, Segmenting, Trainable, unit
+from ovseg_jax.kernels.unit import unit
+from ovseg_jax.protocols import Aux, Prediction, RegionScores, Segmenting, Trainable
 from ovseg_jax.towers.vocabulary import counted_words
 from ovseg_jax.vocab.phrases import word_ids
 

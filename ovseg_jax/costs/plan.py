@@ -141,9 +141,7 @@ def _abstract(config: ConfigDict, mesh: Any, words: int, classes: int) -> tuple[
         config.towers.update(dict(init="", tokenizer="words"))
     method = build(config, vocabulary, _stand_ins(words, classes if labelled else min(133, words)))
     variables = abstract_variables(method, config.seed)
-    optimizer = make_optimizer(
-        config.optimizer, variables["params"], int(config.steps), getattr(method, "frozen", ())
-    )
+    optimizer = make_optimizer(config.optimizer, variables["params"], int(config.steps), method.frozen)
     shardings = state_shardings(optimizer, variables, mesh, config.get("sharding", DEFAULT_RULES))
     state = abstract_state(method, optimizer, config.seed, shardings)
     size = int(config.data.image_size)

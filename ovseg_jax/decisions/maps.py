@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ovseg_jax.kernels.resize import coverage, row_block, split_rows, upsampling
-from ovseg_jax.protocols import PRECISION, Prediction, Segmenting, Text, Vocabulary, unit
+from ovseg_jax.kernels.unit import unit
+from ovseg_jax.protocols import PRECISION, Prediction, Segmenting, Text, Vocabulary
 from ovseg_jax.vocab.classes import ClassList
 
 Mode = Literal["predicted", "none", "truth"]

@@ -91,7 +91,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         variables = abstract_variables(method, config.seed)
-        frozen = tuple(getattr(method, "frozen", ()))
+        frozen = tuple(method.frozen)
         optimizer = make_optimizer(config.optimizer, variables["params"], steps, frozen)
         shardings = state_shardings(optimizer, variables, mesh, config.get("sharding", DEFAULT_RULES))
         train_step = make_step(method, optimizer, config.seed, shardings)
