@@ -15,7 +15,7 @@ Segments an image, or every image of a folder, by the words you give.
 For each image NAME it writes into --out
   NAME.overlay.png   the image under its segments, with names and a legend
   NAME.labels.png    the label map: 0 = unknown, k = the k-th category (16 bits above 255 categories)
-  NAME.json          category, score, area, box and COCO RLE mask of each segment
+  NAME.json          category, instance, score, area, box and COCO RLE mask of each segment
   NAME.features.npz  with --features: pixels, embedding [h w D], masks [N h w], regions [N D] in float16
 and predictions.json, the segments of all images. NAME is the image's name without its suffix, or with it where two
 images share it. The same command after one that was stopped does the images that are missing, as predictions.jsonl,
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> Parser:
     """Returns the command's flags."""
+    from ovseg_jax.decisions.rules import DECISIONS
     from ovseg_jax.inference.segmenter import UNKNOWN_BELOW
 
     parser = Parser("predict", _DESCRIPTION)
@@ -50,6 +51,12 @@ def parser() -> Parser:
         metavar="T",
         help=f"pixels with a lower confidence are unknown (default {UNKNOWN_BELOW}; with --proposals, whose scores "
         "are shares of all classes, none are)",
+    )
+    add(
+        "--decision",
+        choices=tuple(DECISIONS),
+        help="how scores become segments, in place of --threshold: panoptic and instances tell things of one category "
+        "apart",
     )
     add(
         "--tile",
@@ -89,6 +96,7 @@ def _tile(text: str) -> tuple[int, int]:
 def _run(arguments: argparse.Namespace) -> int:
     from ovseg_jax.cli.outputs import run_stamp
     from ovseg_jax.data.images import read_image
+    from ovseg_jax.decisions.rules import decision_of
     from ovseg_jax.inference.folder import image_files, segment_files
     from ovseg_jax.inference.segmenter import UNKNOWN_BELOW, Segmenter
     from ovseg_jax.inference.tiles import spans
@@ -101,6 +109,10 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--{next(iter(rules))} is of use with --proposals alone")
     if arguments.proposals and arguments.step is not None:
         raise UserError("--step does not go with --proposals: the latest checkpoints are taken")
+    if arguments.decision and arguments.threshold is not None:
+        raise UserError("--decision takes the place of --threshold: give one of them")
+    if arguments.decision and arguments.tile and decision_of(arguments.decision).needs_masks:
+        raise UserError(f"--decision={arguments.decision} is for whole images: leave out --tile")
     if arguments.features and arguments.tile:
         raise UserError(
             "--features are those of the whole image: leave out --tile, or cut the images yourself"
@@ -140,6 +152,7 @@ def _run(arguments: argparse.Namespace) -> int:
         vectors or labels,
         request,
         threshold=threshold,
+        decision=arguments.decision,
         tile=arguments.tile,
         features=arguments.features,
         overwrite=arguments.overwrite,

@@ -297,3 +297,20 @@ def test_odd_labels_and_requests(run, tmp_path, capsys):
         err = capsys.readouterr().err
         assert err.startswith("error: ") and err.count("\n") == 1
     assert run(tile="4096") == 0
+
+
+def test_things_apart(run, tmp_path, capsys):
+    """Each colour is one proposal of the fake method, so that a category is one instance."""
+    save(tmp_path / "in" / "a.png", ["red", "green"])
+    assert run(labels="green; red", decision="panoptic") == 0
+    segments = json.loads((tmp_path / "out" / "a.json").read_text())["segments"]
+    assert {(s["category"], s["instance"], s["isthing"]) for s in segments} == {
+        ("green", 1, True),
+        ("red", 1, True),
+    }
+    assert sum(s["area"] for s in segments) > 0.9 * 24 * 40
+    assert run(labels="green", decision="panoptic", threshold=0.5) == 1
+    assert "--decision takes the place of --threshold" in capsys.readouterr().err
+    assert run(labels="green", decision="instances", tile=8) == 1
+    assert "is for whole images" in capsys.readouterr().err
+    assert run(labels="green", decision="argmax", tile=16, out=tmp_path / "tiles") == 0

@@ -82,6 +82,7 @@ def segment_files(
     request: Mapping[str, Any],
     *,
     threshold: float,
+    decision: str | None = None,
     tile: tuple[int, int] | None = None,
     features: bool = False,
     overwrite: bool = False,
@@ -98,6 +99,7 @@ def segment_files(
       labels: see `Segmenter.stream`.
       request: all else that the results depend on, as plain values.
       threshold: see `Segmenter.stream`.
+      decision: see `Segmenter.stream`.
       tile: see `Segmenter.stream`.
       features: whether to write features too.
       overwrite: whether to replace files in `out` that no earlier call has written.
@@ -122,6 +124,7 @@ def segment_files(
             "ids": None if classes is None else list(classes.ids),
             "vectors": _digest(labels.vectors) if isinstance(labels, ClassVectors) else None,
             "threshold": threshold,
+            "decision": decision,
             "tile": tile,
             "features": features,
         }
@@ -145,7 +148,9 @@ def segment_files(
                 if classes is None and segmenter.classes is not None:
                     listed = [list(group) for group in segmenter.classes.names]
                     journal.start(request, names={**known, **names}, labels=listed)
-                results = segmenter.stream(reader, labels, threshold=threshold, tile=tile, features=features)
+                results = segmenter.stream(
+                    reader, labels, threshold=threshold, decision=decision, tile=tile, features=features
+                )
                 for record in _save_all(results, reader, out, names, len(paths), count):
                     journal.append(record)
                     done[record["image"]] = record
@@ -156,6 +161,7 @@ def segment_files(
         summary = {
             "checkpoint": request.get("checkpoint"),
             "threshold": threshold,
+            "decision": decision,
             "labels": journal.head["labels"] or [],
             "images": shown,
         }
