@@ -42,7 +42,7 @@ from ovseg_jax.experiment.run import _read_summary
 from ovseg_jax.experiment.scores import read_suite
 from ovseg_jax.towers.templates import read_templates
 from ovseg_jax.train.checkpoints import load_variables, read_config, write_config
-from ovseg_jax.train.metrics import read_metrics
+from ovseg_jax.train.metrics import _readable, read_metrics
 from ovseg_jax.viz import curves
 from ovseg_jax.vocab.class_files import read_class_file
 from ovseg_jax.vocab.classes import ClassList, parse_labels, read_label_file
@@ -486,6 +486,7 @@ READERS: dict[str, Reader] = {
     "metrics.jsonl of curves": Reader(text("metrics.jsonl", RECORDS), curves._read),
     **{name: Reader(write, read, 0.3) for name, (write, read) in damaged.READERS.items()},
     "metrics.jsonl": Reader(text("metrics.jsonl", RECORDS), lambda path: read_metrics(path.parent)),
+    "metrics.jsonl of a restart": Reader(text("metrics.jsonl", RECORDS), lambda path: _readable(path.parent)),
 }
 
 
@@ -602,6 +603,8 @@ OPENERS: dict[str, str] = {
     "train/checkpoints.py:find_damage": "sums of a checkpoint",
     "train/checkpoints.py:read_config": "config.json of a run",
     "train/checkpoints.py:write_config": "none: compares bytes",
+    "train/checkpoints.py:read_sums": "none: the checkpoint's checksums are looked at before",
+    "train/metrics.py:_readable": "metrics.jsonl of a restart",
     "train/metrics.py:read_metrics": "metrics.jsonl",
     "viz/curves.py:_read": "metrics.jsonl of curves",
     "vocab/class_files.py:_read_lines": "class list",

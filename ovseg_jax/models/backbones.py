@@ -19,11 +19,11 @@ from ovseg_jax.models.clip_resnet import ClipResNet
 from ovseg_jax.models.efficientnet import EfficientNet
 from ovseg_jax.models.efficientnet_scaling import SCALING
 from ovseg_jax.models.eva import Eva
+from ovseg_jax.models.hooks import HOOKS
 from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.small import SmallBackbone
 from ovseg_jax.models.swin import Swin
 from ovseg_jax.models.tower_pyramid import TowerPyramid
-from ovseg_jax.models.transformer import HOOKS
 from ovseg_jax.models.vit import ViT
 
 # Name -> (module, what the name stands for).

@@ -19,7 +19,6 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
-HOOKS = ("adapter", "adapter_scale", "between")  # fields of towers that no config file can hold
 # Cosines and sines for each token and channel of a head, of all images alike or of each; see `eva.rotary_table`.
 Rotary = Float[Array, "2 n r"] | Float[Array, "2 b n r"]
 

@@ -48,7 +48,7 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "b n d"], places: Places, prompts: Float[Array, "j m d"] | None = None
-    ) -> tuple[Float[Array, "b m d"], Places, Taps]:
+    ) -> tuple[Float[Array, "b _ d"], Places, Taps]:
         """As `through_blocks`, with the norm behind the last block.
 
         In front of block i, from 1, prompts[i] take the places of the last M tokens, as long as there are any.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.transformer import HOOKS
+from ovseg_jax.models.hooks import HOOKS
 
 # Flax's last name -> PyTorch's.
 _NAMES = {

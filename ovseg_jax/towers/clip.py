@@ -22,9 +22,9 @@ from ovseg_jax.kernels.unit import unit
 from ovseg_jax.models import clip_resnet, eva, vit
 from ovseg_jax.models.clip_resnet import ClipResNet
 from ovseg_jax.models.eva import Eva
+from ovseg_jax.models.hooks import HOOKS
 from ovseg_jax.models.small import SmallBackbone
 from ovseg_jax.models.text_towers import PRESETS, CLIPText, text_tower
-from ovseg_jax.models.transformer import HOOKS
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.parallel.sharding import on_host
 from ovseg_jax.pretrained.files import read_arrays, write_safetensors

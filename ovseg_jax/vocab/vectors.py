@@ -30,8 +30,10 @@ def read_vectors(path: epath.PathLike, key: str) -> tuple[list[str], Float[np.nd
                 f"it is no .npz with 'words' and 'vectors', but with {', '.join(arrays) or 'nothing'}"
             )
         names, vectors = arrays["words"], arrays["vectors"]
-        if names.dtype.kind != "U" or vectors.dtype.kind != "f" or vectors.dtype.itemsize > 8:
-            raise ValueError(f"'words' are {names.dtype} and 'vectors' {vectors.dtype}, not texts and floats")
+        if names.dtype.kind != "U" or vectors.dtype.kind not in "fiu" or vectors.dtype.itemsize > 8:
+            raise ValueError(
+                f"'words' are {names.dtype} and 'vectors' {vectors.dtype}, not texts and numbers"
+            )
         if vectors.ndim != 2 or names.shape != vectors.shape[:1]:
             raise ValueError(f"it holds {vectors.shape} vectors for {names.shape} words")
         if not np.isfinite(vectors := vectors.astype(np.float32)).all():

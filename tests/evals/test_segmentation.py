@@ -275,7 +275,6 @@ def test_an_unknown_type_is_said():
         (dict(type="ovseg_jax.evals.segmentation:Missing"), "cannot be imported"),
         (dict(type="no_such_module:Class"), "cannot be imported"),
         (dict(type="ovseg_jax.evals.segmentation:Sums"), "is no evaluator"),
-        (dict(masks="predicted", treshold=1), "no key 'treshold'"),
         (dict(type="classification"), "cannot do"),
     ):
         with pytest.raises(UserError, match=said):

@@ -25,7 +25,9 @@ def kept(tmp_path, monkeypatch):
 
     monkeypatch.setattr(features, "_compute", compute)
     monkeypatch.setattr(pipeline, "view_batches", lambda *_, **__: iter(()))
-    config = ConfigDict({"data": {"cache_features": 2}})
+    config = ConfigDict(
+        {"data": {"cache_features": 2, "image_size": 32}, "seed": 0, "steps": 1, "batch_size": 4}
+    )
 
     def ask(shots):
         source = make_source({"name": "scene_objects", "split": "test", "shots": shots, "image_size": 32})
