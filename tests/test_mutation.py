@@ -82,6 +82,7 @@ SAID = (
     "summary.json",
     "config.json beside a run",
     "journal",
+    "metrics.jsonl of a restart",
 )
 
 
