@@ -112,8 +112,10 @@ def _readable(workdir: epath.PathLike) -> list[dict[str, Any]]:
         return read_metrics(workdir)
     except UserError as error:
         _log.warning("%s; the lines that can be read are kept", error)
-    records = []
-    for line in (epath.Path(workdir) / METRICS_FILE).read_bytes().splitlines():
+    path, records = epath.Path(workdir) / METRICS_FILE, []
+    with reading(path):
+        lines = path.read_bytes().splitlines()
+    for line in lines:
         with contextlib.suppress(*DAMAGE):
             record = json.loads(line)
             whole(record["step"], "'step'")
