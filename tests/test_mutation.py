@@ -266,6 +266,11 @@ def tokenizer_json(folder: Path) -> Path:
     return text("tokenizer.json", json.dumps({"model": model}))(folder)
 
 
+def word_pieces(folder: Path) -> Path:
+    require("tokenizers")
+    return text("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\na\nred\n##b\n")(folder)
+
+
 def unigram_json(folder: Path) -> Path:
     library = require("tokenizers")
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((c, -2.0) for c in "▁abcdefgh")]
@@ -446,7 +451,7 @@ READERS: dict[str, Reader] = {
     "CLIP's vocab.json": Reader(clip_files("vocab.json"), tokens),
     "CLIP's merges.txt": Reader(clip_files("merges.txt"), tokens),
     "CLIP's tokenizer.json": Reader(tokenizer_json, tokens),
-    "BERT's vocab.txt": Reader(text("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\na\nred\n##b\n"), tokens),
+    "BERT's vocab.txt": Reader(word_pieces, tokens),
     "SigLIP's tokenizer.json": Reader(unigram_json, tokens),
     "SigLIP's model": Reader(sentences, tokens),
     "templates": Reader(
