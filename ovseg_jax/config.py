@@ -1,9 +1,10 @@
 """Configs: the `key=value,...` argument of `get_config(arg)`, and configs as JSON."""
 
 import difflib
+import importlib
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -82,6 +83,30 @@ def unknown_key(key: str, known: Collection[str]) -> str:
     close = difflib.get_close_matches(key.rpartition(".")[2], known, 1)
     hint = f" (did you mean '{close[0]}'?)" if close else ""
     return f"unknown config key '{key}'{hint}; known keys: {', '.join(sorted(known))}"
+
+
+def import_class(name: Any, base: type, what: str, known: Iterable[str]) -> Any:
+    """Imports the class "module:Class", which derives from `base`.
+
+    Args:
+      name: "module:Class".
+      base: what it has to derive from.
+      what: what it is called in errors.
+      known: the names that stand for classes of ours, for errors.
+
+    Raises:
+      UserError: there is no such class, or it does not derive from `base`.
+    """
+    module, colon, attribute = str(name).partition(":")
+    if not colon:
+        raise UserError(f"the {what} {name!r} is not one of {', '.join(known)}, and no 'module:Class'")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"the {what} {name!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise UserError(f"{name!r} is no {what}: it does not derive from {base.__module__}.{base.__name__}")
+    return found
 
 
 def keys(names: str, effect: bool = True) -> dict[str, bool]:

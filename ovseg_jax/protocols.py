@@ -4,8 +4,7 @@ A method derives from `Trainable` and from `Segmenting` or `Classifier` or both.
 NotImplementedError here; everything else has a default.
 """
 
-import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -269,30 +268,6 @@ class Evaluator:
     def run(self, variables: Variables) -> dict[str, float]:
         """Returns the metrics, without the prefix, on every process."""
         raise NotImplementedError
-
-
-def import_class(name: Any, base: type, what: str, known: Iterable[str]) -> Any:
-    """Imports the class "module:Class", which derives from `base`.
-
-    Args:
-      name: "module:Class".
-      base: what it has to derive from.
-      what: what it is called in errors.
-      known: the names that stand for classes of ours, for errors.
-
-    Raises:
-      UserError: there is no such class, or it does not derive from `base`.
-    """
-    module, colon, attribute = str(name).partition(":")
-    if not colon:
-        raise UserError(f"the {what} {name!r} is not one of {', '.join(known)}, and no 'module:Class'")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"the {what} {name!r} cannot be imported: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, base)):
-        raise UserError(f"{name!r} is no {what}: it does not derive from ovseg_jax.protocols.{base.__name__}")
-    return found
 
 
 def only(spaces: Mapping[str, Any]) -> Any:

@@ -14,9 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from ovseg_jax.config import import_class
 from ovseg_jax.data.source_base import check_provides
 from ovseg_jax.errors import UserError
-from ovseg_jax.protocols import Evaluator, Trainable, import_class
+from ovseg_jax.protocols import Evaluator, Trainable
 from ovseg_jax.towers.prompt_file import Prompt
 from ovseg_jax.towers.templates import read_templates
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ovseg_jax.config import import_class
 from ovseg_jax.data.fields import batch_fields
 from ovseg_jax.data.rows import Rows
 from ovseg_jax.methods.clip import ClipTraining
@@ -14,7 +15,7 @@ from ovseg_jax.methods.maple import MaPLe
 from ovseg_jax.methods.openseg import OpenSeg
 from ovseg_jax.methods.prompt_tuning import PromptTuning
 from ovseg_jax.methods.vpt import VPT
-from ovseg_jax.protocols import Trainable, import_class
+from ovseg_jax.protocols import Trainable
 from ovseg_jax.towers.vocabulary import SPOKEN
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList

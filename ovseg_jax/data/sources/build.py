@@ -4,13 +4,13 @@ A new kind of data set is one class derived from `source_base.Source`; a config 
 entry in `SOURCES`.
 """
 
-import importlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from ovseg_jax.config import import_class
 from ovseg_jax.data.source_base import Example, Extent, Regions, Source, Wrapped, check_provides, replaced
 from ovseg_jax.data.sources.few_shot import FewShot
 from ovseg_jax.errors import UserError
@@ -54,7 +54,7 @@ def make_source(cfg: Any) -> Source:
 def _make_one(cfg: dict[str, Any]) -> Source:
     cfg = {key: value for key, value in cfg.items() if key != "weight"}
     name, cache = cfg.pop("name", None), cfg.pop("cache", False)
-    kind = _source_class(name)
+    kind = import_class(SOURCES.get(name, name), Source, "data source", SOURCES)
     known = inspect.signature(kind).parameters
     few = {}
     if any(key in cfg and key not in known for key in ("shots", "group")):
@@ -82,19 +82,6 @@ _EMPTY: dict[str, Any] = {
     "region_captions": (),
     "region_tags": (),
 }
-
-
-def _source_class(name: Any) -> type[Source]:
-    module, colon, attribute = str(SOURCES.get(name, name)).partition(":")
-    if not colon:
-        raise UserError(f"the data source {name!r} is not one of {', '.join(SOURCES)}, and no 'module:Class'")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"the data source {name!r} cannot be imported: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Source)):
-        raise UserError(f"{name!r} is no data source: it does not derive from {Source.__module__}.Source")
-    return found
 
 
 class Mixture(Source):
