@@ -132,7 +132,8 @@ class GroupVit(Decision):
         self, layers: Layers, frame: Frame, vocabulary: Vocabulary, views: Bool[Array, "v t"]
     ) -> Decided:
         """Decides on one image."""
-        winner = _flat_strips(layers.maps, frame, lambda x, inside: x.argmax(0).astype(jnp.int32))
+        strongest = lambda x, inside: x.argmax(0).astype(jnp.int32)
+        winner = _joined(_strips(layers.maps, frame, strongest), frame)
 
         def view(allowed: Bool[Array, "t"]) -> tuple[Array, Array]:
             score = class_scores(layers.weights, vocabulary, allowed)  # [K N]
@@ -392,7 +393,3 @@ def _strips(maps: Float[Array, "n h w"], at: Frame, function: Callable[..., Any]
 def _joined(x: Array, at: Frame) -> Array:
     """[strips r W ...] as [H W ...]."""
     return x.reshape(-1, *x.shape[2:])[: at.rows.shape[0]]
-
-
-def _flat_strips(maps: Float[Array, "n h w"], at: Frame, function: Callable[..., Array]) -> Array:
-    return _joined(_strips(maps, at, function), at)

@@ -92,7 +92,7 @@ def make_evaluators(config: ConfigDict, method: Trainable, mesh: Mesh, key: str 
     """Makes the evaluators of `config.evals`, or of `config.final_evals` with that `key`, in alphabetical order.
 
     Raises:
-      UserError: an unknown type or key, a type that is not the method's, or a source that cannot be read or lacks what
+      UserError: an unknown type, a type that is not the method's, or a source that cannot be read or lacks what
         the evaluator needs.
     """
     from ovseg_jax.data.pipeline import make_source  # grain's import takes long
