@@ -50,7 +50,8 @@ def prompts_picture(
     )
     axes.margins(0.25, 0.2)
     written: list[tuple[bool, float]] = []
-    height = 0.04 * max(float(np.ptp(y)), 1e-6)  # of a line, about
+    # A line has 13 points, and the spread of y about 200.
+    height = 0.065 * max(float(np.ptp(y)), 1e-6)
     for point in sorted(points, key=lambda point: -point.alignment):
         # Words lie towards the middle, so that none leaves the picture, and below others that would cover them.
         right = point.uniformity <= (x.min() + x.max()) / 2
