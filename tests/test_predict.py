@@ -118,7 +118,7 @@ def test_labels_with_vectors(run, tmp_path):
         ({"images": "photo.png", "tile": "8,9"}, "overlap"),
         ({"images": "photo.png", "batch": 0}, "--batch=0"),
         ({"images": "photo.png", "features": True, "tile": "40"}, "leave out --tile"),
-        ({"images": "photo.png", "out": "photo.png/x"}, "cannot be made"),
+        ({"images": "photo.png", "out": "photo.png/x"}, "cannot be created"),
     ],
 )
 def test_a_wrong_request_is_one_sentence_and_status_1(run, tmp_path, monkeypatch, capsys, flags, message):
@@ -310,7 +310,7 @@ def test_things_apart(run, tmp_path, capsys):
     }
     assert sum(s["area"] for s in segments) > 0.9 * 24 * 40
     assert run(labels="green", decision="panoptic", threshold=0.5) == 1
-    assert "--decision takes the place of --threshold" in capsys.readouterr().err
+    assert "--decision replaces --threshold" in capsys.readouterr().err
     assert run(labels="green", decision="instances", tile=8) == 1
     assert "is for whole images" in capsys.readouterr().err
     assert run(labels="green", decision="argmax", tile=16, out=tmp_path / "tiles") == 0

@@ -153,12 +153,12 @@ def test_a_published_text_tower(run, folder, tmp_path):  # noqa: F811
     [
         ({"out": "out.txt"}, "--out=out.txt: known are .npy"),
         ({"out": "nowhere/out.npy"}, "nowhere/out.npy cannot be written"),
-        ({"classes": None}, "say --classes=FILE"),
+        ({"classes": None}, "--classes=FILE is missing"),
         ({"classes": "empty.txt"}, "empty.txt holds no class"),
         ({"classes": "strange.txt"}, "holds 'zebra'"),
-        ({"checkpoint": None}, "say --checkpoint=WORKDIR, or --towers"),
+        ({"checkpoint": None}, "give either --checkpoint=WORKDIR, or --towers"),
         ({"checkpoint": None, "towers": "x"}, "with --text_tower"),
-        ({"checkpoint": None, "towers": "x", "text_tower": "clip_vitb16"}, "which prompt?"),
+        ({"checkpoint": None, "towers": "x", "text_tower": "clip_vitb16"}, "needs a prompt"),
         (
             {"checkpoint": None, "towers": "x", "text_tower": "bert_base", "template": "{}"},
             "not of CLIP's kind",
@@ -168,8 +168,8 @@ def test_a_published_text_tower(run, folder, tmp_path):  # noqa: F811
         ({"prompt": "narrow.safetensors"}, "vectors of 8 numbers"),
         ({"prompt": "none.safetensors"}, "no prompt none.safetensors"),
         ({"template": "a photo"}, "no {} for the name"),
-        ({"out": "p.pth.tar", "checkpoint": None}, "is a prompt: say --checkpoint"),
-        ({"out": "p.pth.tar", "template": "a {}"}, "is a prompt: say --checkpoint"),
+        ({"out": "p.pth.tar", "checkpoint": None}, "is a prompt file: give --checkpoint"),
+        ({"out": "p.pth.tar", "template": "a {}"}, "is a prompt file: give --checkpoint"),
     ],
 )
 def test_a_wrong_request_is_one_sentence(run, tmp_path, monkeypatch, flags, message):

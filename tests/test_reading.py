@@ -173,7 +173,7 @@ def test_a_name_of_two_categories_means_one(folder, caplog):
         ("99999999999999999999:dog", "line 1"),
         ("1:dog\n01:cat", "line 2.*twice"),
         ("", "holds no class"),
-        ("3,airplane\n5,dog", "an id and a comma"),
+        ("3,airplane\n5,dog", "followed by a colon, not a comma"),
     ],
 )
 def test_forms_of_class_files_are_not_mixed(tmp_path, content, expected):
@@ -340,7 +340,7 @@ def test_coco_captions_and_names_are_checked(coco):
     (coco / "annotations/captions_val.json").unlink()
     image(file_name="a\0b.png")(data)
     (coco / "annotations/panoptic_val.json").write_text(json.dumps(data))
-    with pytest.raises(UserError, match=r"is named in .* but is not there"):
+    with pytest.raises(UserError, match=r"listed in .* does not exist"):
         dict(Coco(coco, "val")[0])
 
 

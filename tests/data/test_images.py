@@ -75,7 +75,7 @@ def test_what_is_no_mask(tmp_path):
     grey = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))
     wrong("a.jpg", grey, "JPEG may have changed its values")
     wrong("a.webp", grey, "WEBP may have changed")
-    wrong("a.tif", grey, "may have changed", compression="jpeg")
+    wrong("a.tif", grey, "may change", compression="jpeg")
     wrong("b.tif", grey, "stores its pixels as 'L;I'", tiffinfo={262: 0})
     wrong("c.tif", Image.fromarray(np.zeros((2, 2), np.float32)), "mode F")
     wrong("d.tif", Image.fromarray(np.full((2, 2), -1, np.int32)), "outside 0..65535")
@@ -188,7 +188,7 @@ def test_masks_are_listed_by_the_same_rule(tmp_path):
     for name in ("a.PNG", "a.bmp", "b.tif"):
         (tmp_path / "masks" / name).unlink()
     (tmp_path / "masks/a.npy").write_bytes(b"x")
-    with pytest.raises(UserError, match="holds no mask"):
+    with pytest.raises(UserError, match="holds no readable mask"):
         Folder(tmp_path)
 
 

@@ -299,7 +299,7 @@ def test_too_many_masks_and_words_are_cut():
             {"batch_augment": [{"name": "blur", "probability": 1.0, "drop": ("colour",)}]},
             "word rule 'colour'",
         ),
-        ({"batch_augment": [{"name": "blur", "probability": 2.0}]}, r"leaves 0\.\.1"),
+        ({"batch_augment": [{"name": "blur", "probability": 2.0}]}, r"is outside 0\.\.1"),
     ],
 )
 def test_bad_settings(data, message):

@@ -205,7 +205,7 @@ def test_settings_are_checked():
             "no setting 'overlap'; it has object_threshold, overlap_threshold",
         ),
         ({"type": "panoptic", "overlap_threshold": "half"}, "is a number, not 'half'"),
-        ({"type": "groupvit", "scale": float("nan")}, "is a number"),
+        ({"type": "groupvit", "scale": float("nan")}, "must be a number"),
         ({"type": "instances", "top": 0}, "at least 1"),
         ({"type": "argmax", "threshold": 1}, "it has no setting"),
     ):

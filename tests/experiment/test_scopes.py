@@ -88,9 +88,9 @@ def test_what_is_needed():
         ([stage("")], "'' is no name"),
         ([stage("a", kind="dance")], "a is of kind 'dance'; known are train, pseudo_label, annotate"),
         ([stage("a", kind="annotate")], "a is of kind 'annotate', which this version cannot run yet"),
-        ([dict(name="a")], r"each is dict\(name=\.\.\., kind=\.\.\., config=\.\.\.\)"),
+        ([dict(name="a")], r"each stage is dict\(name=\.\.\., kind=\.\.\., config=\.\.\.\)"),
         ([stage("a", init="stage:b")], "stage:b: there is no stage 'b'; known are a"),
-        (["a"], "each is dict"),
+        (["a"], "each stage is dict"),
     ],
 )
 def test_stages_that_cannot_be(workdir, stages, message):

@@ -140,7 +140,7 @@ def test_labels_that_come_with_their_vectors(tmp_path):
     ("vectors", "message"),
     [
         (np.ones((2, 7)), "labels: their vectors have 7 numbers, and this model's"),
-        (np.zeros((2, 3)), "zero or no finite numbers"),
+        (np.zeros((2, 3)), "zero or not finite"),
         (np.ones((0, 3)), "v.npz cannot be read"),
         (np.ones((3, 3)), r"\(3, 3\) vectors for \(2,\) words"),
         (None, "no such file"),

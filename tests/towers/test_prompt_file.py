@@ -174,7 +174,7 @@ def test_a_run_starts_from_a_prompt(tmp_path):
         (
             Prompt(each.context, each.layout, (("a",), *names[1:])),
             {"prompt.specific": True},
-            "is none of them",
+            "but none is called",
         ),
         (Prompt(each.context, each.layout), {"prompt.specific": True}, "but not their names"),
     ):
