@@ -191,7 +191,7 @@ def test_a_set_of_tfds_and_of_a_chosen_split():
         ({"suite": "pets.json", "checkpoint": "MASKS"}, "method=masks, which classifies no images"),
         ({"suite": "pets.json", "batch": 0}, "--batch=0"),
         ({"suite": "pets.json", "out": "sets/pets/x/y.csv"}, "--out=sets/pets/x/y.csv cannot be written"),
-        ({"suite": "metric.json"}, "metric is 'f1': here are accuracy"),
+        ({"suite": "metric.json"}, "metric='f1' is not one of accuracy"),
         ({"suite": "split.json"}, "is not a folder"),
         ({"suite": "dot.json"}, "pe.ts"),
     ],

@@ -234,9 +234,9 @@ def test_an_evaluation_under_the_prompt_of_another_run(tmp_path):
     twins = dataclasses.replace(specific, names=(("crane", "bird"), ("crane",)))
     assert twins.rows(["crane", "bird", "crane"]).tolist() == [0, 0, 1]
     assert twins.rows(["crane", "crane"]).tolist() == [0, 1] and twins.rows(["bird"]).tolist() == [0]
-    with pytest.raises(UserError, match="2 classes by the name 'crane'"):
+    with pytest.raises(UserError, match="2 classes called 'crane'"):
         twins.rows(["crane"])
     save_prompt(path, specific)
     assert only(class_features(mine, variables, ["house"], read_templates(path))).shape == (1, 12)
-    with pytest.raises(UserError, match="'small kite' is none of them"):
+    with pytest.raises(UserError, match="none is called 'small kite'"):
         class_features(mine, variables, NAMES, read_templates(path))
