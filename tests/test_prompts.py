@@ -167,7 +167,7 @@ def test_a_published_text_tower(run, folder, tmp_path):  # noqa: F811
         ({"checkpoint": "nowhere"}, "nowhere holds no run"),
         ({"prompt": "narrow.safetensors"}, "vectors of 8 numbers"),
         ({"prompt": "none.safetensors"}, "no prompt none.safetensors"),
-        ({"template": "a photo"}, "no {} for the name"),
+        ({"template": "a photo"}, "no {} for the class name"),
         ({"out": "p.pth.tar", "checkpoint": None}, "is a prompt file: give --checkpoint"),
         ({"out": "p.pth.tar", "template": "a {}"}, "is a prompt file: give --checkpoint"),
     ],

@@ -127,7 +127,7 @@ def test_a_prompt_whose_words_are_not_known_is_left_out(run, monkeypatch):
         ({"proposals": "pixels"}, "has no segmentation evaluation"),
         ({"checkpoint": "masks"}, "does not classify images"),
         ({"prompts": " ; "}, "names no prompt"),
-        ({"prompts": "a photo"}, "no {} for the name"),
+        ({"prompts": "a photo"}, "no {} for the class name"),
         ({"ensemble": 2}, "between 0"),
         ({"split": "zebra"}, "'zebra' is not one of the 6"),
         ({"data": "folder,here"}, "not of the form key=value"),

@@ -96,7 +96,7 @@ def _runner(kind: str, train: Runner) -> Runner:
 
 
 def _differences(before: Any, now: ConfigDict) -> list[str]:
-    """How a stage, as its marker or the config around it holds it, differs from what it is now."""
+    """Returns the differences between a stage's finished config and its config now."""
     found = [] if before["kind"] == now.kind else [f"kind was {before['kind']}, is {now.kind}"]
     old = ConfigDict(before["config"])
     found += config_differences(old, now.config, grow=False)

@@ -120,7 +120,7 @@ class Clip:
         self.dim = _pooled(shape).shape[-1]
         if self.dim != self.text.embed_dim:
             raise UserError(
-                f"towers: the image tower has embeddings of {self.dim} numbers, but the text tower of {self.text.embed_dim}"
+                f"towers: images have embeddings of {self.dim} numbers, but texts of {self.text.embed_dim}"
             )
         self._encode_groups = jax.jit(self._groups, static_argnames=("layout", "size"))
 

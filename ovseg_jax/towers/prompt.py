@@ -168,7 +168,7 @@ def even_order(length: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
 
 
 def window_size(length: Int[np.ndarray, " n"], count: int) -> int:
-    """Returns the largest number of tokens of any `count` consecutive classes, with the last one repeated at the end."""
+    """Returns the largest number of tokens of any `count` consecutive classes, the last one repeated at the end."""
     padded = np.concatenate([length, np.full(count, length[-1])]).astype(np.int64)
     sums = np.cumsum(padded)
     most = (sums[count - 1 :] - np.concatenate([[0], sums[:-count]])).max()

@@ -23,7 +23,7 @@ def test_a_missing_path_is_named(init):
 
 
 def test_an_unknown_prefix():
-    with pytest.raises(UserError, match=r"init=s3:x: known are a path, hf:..., timm:..."):
+    with pytest.raises(UserError, match=r"init=s3:x is neither a path nor of the form hf:..., timm:..."):
         hub.find("s3:x")
 
 

@@ -85,7 +85,7 @@ def test_the_original_s_and_back(tmp_path):
         np.testing.assert_array_equal(read["state_dict"]["ctx"].numpy(), expected)
         same(load_prompt(path), prompt)
     for prompt, path in ((found, tmp_path / "out.pth.tar"), (shared, folder / "out.pth.tar")):
-        with pytest.raises(UserError, match=f"this one's is {prompt.layout.position}"):
+        with pytest.raises(UserError, match=f"this one has {prompt.layout.position}"):
             save_original(path, prompt)
     with pytest.raises(FileNotFoundError):
         save_original(tmp_path / "missing" / "out.pth.tar", shared)
@@ -110,7 +110,7 @@ def test_what_is_no_prompt(tmp_path):
 
     wrong("none.safetensors", "there is no prompt")
     wrong("other.safetensors", "holds ctx, not a 'context' alone", {"ctx": context})
-    wrong("format.safetensors", "is no prompt", {"context": context}, format="pt")
+    wrong("format.safetensors", "is not a prompt", {"context": context}, format="pt")
     wrong("flat.safetensors", r"'context' is not \[M d\].*\[16\]", {"context": context[0]})
     wrong("empty.safetensors", r"\[0, 16\]", {"context": context[:0]})
     wrong("nan.safetensors", "finite", {"context": context * np.nan})
@@ -134,7 +134,7 @@ def test_what_is_no_prompt(tmp_path):
     wrong("cut.safetensors", "cannot be read")
 
     (tmp_path / "text.pth.tar").write_text("hello")
-    wrong("text.pth.tar", "cannot be read: it is none")
+    wrong("text.pth.tar", "cannot be read: it is not a checkpoint")
     (tmp_path / "empty.pth.tar").write_bytes(b"")
     wrong("empty.pth.tar", "cannot be read")
     torch.save({"model": {}}, tmp_path / "keys.pth.tar-1")

@@ -277,7 +277,7 @@ class Folder(Source):
 
 
 def _nfc(name: str) -> str:
-    """One spelling of a name with accents, of which macOS and others write two."""
+    """Returns one spelling (NFC) of a name with accents, since macOS and others write different ones."""
     return unicodedata.normalize("NFC", name)
 
 
