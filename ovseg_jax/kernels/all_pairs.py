@@ -76,7 +76,7 @@ def pick(
     return "ring", min(fitting, key=lambda block: row_to_column / block[1] + 1 / block[0], default=(1, 1))
 
 
-def settle(
+def resolve_form(
     name: str, form: Form | None, block: Block | None, picked: tuple[Form, Block]
 ) -> tuple[Form, Block]:
     """Returns the requested form and block, or else the picked ones, and logs them."""

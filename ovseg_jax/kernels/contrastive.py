@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ovseg_jax.kernels.all_pairs import Block, Form, Kind, PairSums, all_pairs, over_batch, pick, settle
+from ovseg_jax.kernels.all_pairs import Block, Form, Kind, PairSums, all_pairs, over_batch, pick, resolve_form
 
 
 class Contrast(NamedTuple):
@@ -60,7 +60,7 @@ def contrastive_loss(
       block: rows and columns to score at once in the ring; by default chosen by size.
     """
     picked = pick(image.shape[0], batch_axes, bytes_per_pair=4)
-    form, block = settle("contrastive loss", form, block, picked)
+    form, block = resolve_form("contrastive loss", form, block, picked)
     shared = jnp.asarray(temperature, jnp.float32), jnp.asarray(bias, jnp.float32)
 
     def local(image, text, valid, shared) -> Contrast:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ovseg_jax.kernels.all_pairs import Block, Form, all_pairs, over_batch, pick, settle
+from ovseg_jax.kernels.all_pairs import Block, Form, all_pairs, over_batch, pick, resolve_form
 from ovseg_jax.kernels.contrastive import Contrast, contrast
 
 
@@ -84,7 +84,7 @@ def grounding_loss(
         return jax.tree.map(jnp.sum, jax.vmap(dense)(*groups))
     k = words.shape[1]
     picked = pick(b, batch_axes, bytes_per_pair=4 * k * n, row_to_column=n / k)
-    form, block = settle("grounding loss", form, block, picked)
+    form, block = resolve_form("grounding loss", form, block, picked)
 
     def share(*batch_and_temperatures) -> Contrast:
         out = local(*batch_and_temperatures, form=form, block=block, axes=batch_axes)

@@ -241,7 +241,7 @@ class Folder(Source):
         for file, names in self._segment_names.items():
             if unknown := [name for name in names.values() if name not in self._class_of]:
                 raise UserError(
-                    f"{self._root / 'segments.json'}: {unknown[0]!r} of {file} is no name in classes.txt"
+                    f"{self._root / 'segments.json'}: the name {unknown[0]!r} of {file} is not in classes.txt"
                 )
 
     def _read_captions(self) -> list[list[str]]:
@@ -254,7 +254,7 @@ class Folder(Source):
         readers = {".json": _from_json, ".jsonl": _from_lines, ".tsv": _from_table}
         for path in found:
             pairs = readers[path.suffix](path)
-            # A narratives file covers a whole data set, of which the folder may hold a part.
+            # A narratives file covers a whole data set, but the folder may hold only a part of it.
             partial = path.suffix == ".jsonl"
             matched = False
             for key, caption in pairs:
@@ -265,13 +265,13 @@ class Folder(Source):
                 if spoken := " ".join(caption.split()):
                     captions[file].append(spoken)
             if partial and not matched:
-                raise UserError(f"{path} has no caption of any image in {self._root / 'images'}")
+                raise UserError(f"{path} has no caption for any image in {self._root / 'images'}")
         return [captions[file] for file in self._files]
 
     def _image_of(self, key: str, path: epath.Path) -> str:
         if _nfc(key) not in self._by_name:
             raise UserError(
-                f"{path} speaks of {short(key)}, but there is no such image in {self._root / 'images'}"
+                f"{path} refers to {short(key)}, but there is no such image in {self._root / 'images'}"
             )
         return self._by_name[_nfc(key)]
 
@@ -292,7 +292,7 @@ def _names(files: list[str], folder: epath.Path) -> dict[str, str]:
         stem = _stem(file)
         if stem in names:
             raise UserError(
-                f"{folder} holds both {names[stem]} and {file}: masks and captions could mean either"
+                f"{folder} holds both {names[stem]} and {file}: masks and captions could belong to either"
             )
         names[_nfc(file)] = names[stem] = file
     short_names: dict[str, list[str]] = {}

@@ -46,7 +46,7 @@ def test_named_segments(root):
     source = Folder(root)
     assert source.classes.ids == (4, 9) and source[1]["class_ids"].tolist() == [-1, 1]
     (root / "classes.txt").write_text("4:sky\n")
-    with pytest.raises(UserError, match=r"'puppy' of a\.jpg is no name in classes\.txt"):
+    with pytest.raises(UserError, match=r"the name 'puppy' of a\.jpg is not in classes\.txt"):
         Folder(root)
 
 
