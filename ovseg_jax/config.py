@@ -56,7 +56,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> Args:
     """Parses a config argument such as `"data=coco,size=tiny"`; each value gets the type of its default.
 
     Args:
-      arg: the text behind the colon of `--config=FILE.py:ARG`, or None. A bare `key` means `key=true`. A value runs
+      arg: the text after the colon of `--config=FILE.py:ARG`, or None. A bare `key` means `key=true`. A value runs
         to the next `,key=` or the end, so a path may hold commas.
       **defaults: the known keys. A tuple lists the values that a key may have, the default first; `AtLeast` gives a
         lower bound.

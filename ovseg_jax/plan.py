@@ -1,15 +1,11 @@
 """The command that plans a run for another machine: `python -m ovseg_jax.plan --config=FILE.py --topology=v3:4x8`.
 
-
-For GPUs, for which nothing can be compiled here, memory and time are counts alone (`--topology=h100:8`).
 The TPU compiler, which runs on any x86-64 Linux machine (`pip install -e '.[tpu]'`), compiles the config's own train
 step, sharded over the topology's devices. It reports the memory; FLOPs are counted in the traced program, bytes and
 collectives in the compiled one. From those and the chip's published peaks follows the shortest time that a step can
 take: a roofline, not a prediction.
 
 For GPUs (`--topology=h100:8`) nothing is compiled, and memory and time are only counted.
-
-For GPUs, for which nothing can be compiled here, memory and time are counts alone (`--topology=h100:8`).
 """
 
 import json

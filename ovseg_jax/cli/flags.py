@@ -43,7 +43,7 @@ def launch(run: Callable[[list[str]], int]) -> NoReturn:
         silence()
         try:
             app.run(run, flags_parser=parse)
-        except SystemExit as stop:  # absl's, with what `run` returned
+        except SystemExit as stop:  # absl exits with the value that `run` returned.
             return stop.code if isinstance(stop.code, int) else 0
         return 0
 
@@ -65,6 +65,6 @@ def parse(arguments: list[str]) -> list[str]:
             raise
         cause: Any = error
         while isinstance(cause, AttributeError | KeyError) and cause.args:
-            cause = cause.args[0]  # An AttributeError of a KeyError, whose own text would be quoted twice.
+            cause = cause.args[0]  # An AttributeError may hold a KeyError, whose text would be quoted twice.
         text = str(cause) if cause is error else f"unknown config key {cause}"
         raise UserError(" ".join(text.split())) from error

@@ -137,8 +137,8 @@ def random_crop(
 ) -> tuple[int, int, int, int]:
     """Draws the (top, left, height, width) of a crop as torchvision's `RandomResizedCrop` does.
 
-    Its area is a `share` of the image's and its aspect lies in `RATIO`, evenly by logarithm; after ten draws
-    that do not fit, it is the largest one in the middle whose aspect lies there.
+    Its area is a random share of the image's, within `share`, and its aspect is log-uniform within `RATIO`. If ten
+    draws do not fit, it is the largest central crop with an aspect within `RATIO`.
     """
     for _ in range(10):
         area = height * width * rng.uniform(*share)

@@ -32,7 +32,7 @@ class TextOutput(NamedTuple):
 
 
 class _Encoder(nn.Module):
-    """Blocks with the fields `block`, and a norm behind them unless they end in one."""
+    """A sequence of blocks with the fields `block`, and a final norm unless blocks end in one."""
 
     layers: int
     block: Mapping[str, Any]

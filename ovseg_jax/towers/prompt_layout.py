@@ -70,7 +70,9 @@ class Layout(NamedTuple):
         for name, given in zip(plain, names, strict=True):
             whole, all_valid = tokenizer([name + "."])
             name_length = int(tokenizer([name])[1].sum()) - skip - 1
-            pieces = whole[0, skip : int(all_valid.sum())].tolist()  # With the end.
+            pieces = whole[
+                0, skip : int(all_valid.sum())
+            ].tolist()  # The tokens of the name, the full stop and the end.
             own = range(self.shared, self.before), range(self.before, self.length)
             codes = [[-1 - i for i in part] for part in own]
             row = codes[0] + pieces[:name_length] + codes[1] + pieces[name_length:]

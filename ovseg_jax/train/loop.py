@@ -268,7 +268,7 @@ def _next(iterator: Any, step: int) -> Mapping[str, Any]:
     try:
         return next(iterator)
     except StopIteration:
-        raise UserError(f"the training data ended after {step} batches; it should repeat for ever.") from None
+        raise UserError(f"the training data ended after {step} batches; it must repeat endlessly.") from None
 
 
 def _line(scores: Mapping[str, float]) -> str:

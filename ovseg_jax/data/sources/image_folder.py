@@ -3,7 +3,6 @@
     DIR/train/n01440764/n01440764_10026.JPEG      or, without splits, DIR/n01440764/...
     DIR/val/n01440764/...
 
-
 The name of a class is that of its folder, with `_` read as a space, or given by the file `names` in one of these forms:
 
     n01440764: tench, Tinca tinca                 a line each; a tab or a space may replace the colon
