@@ -1,4 +1,4 @@
-"""What all commands share: quiet libraries, errors as one sentence, exit statuses, the compilation cache."""
+"""Shared parts of all commands: quiet libraries, errors as one sentence, exit statuses, the compilation cache."""
 
 import argparse
 import atexit

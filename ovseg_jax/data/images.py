@@ -1,5 +1,6 @@
-"""Image files: images as u8 [H W 3], upright and on white where they are transparent; masks, whose pixel
-values are labels; and the listing of image folders.
+"""Image files: images, masks (whose pixel values are labels), and the listing of image folders.
+
+Images are read as u8 [H W 3], upright and on white where they are transparent.
 """
 
 import contextlib
@@ -414,9 +415,7 @@ def fit_canvas(
 
 
 def centre_square(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "s s 3"]:
-    """Resizes the shorter side to S, bicubically, and crops the centre to S x S, as CLIP's preprocessing
-    does.
-    """
+    """Resizes the shorter side to S, bicubically, and crops the centre to S x S, as CLIP's preprocessing does."""
     height, width = image.shape[:2]
     short = min(height, width)
     scaled = (size * height // short, size * width // short)

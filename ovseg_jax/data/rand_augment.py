@@ -84,9 +84,7 @@ def torchvision_strengths(width: int, height: int, magnitude: int) -> dict[str, 
 def rand_augment_dassl(
     image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator, num_ops: int = 2, probability: float = 0.6
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Applies Dassl's `RandAugment2`: `num_ops` of 15 operations, each with `probability` and a random
-    strength.
-    """
+    """Applies Dassl's `RandAugment2`: `num_ops` operations, each with `probability` and of a random strength."""
     ranges = dassl_ranges(image.shape[1], image.shape[0])
     picture = Image.fromarray(image)
     for name in rng.choice(list(OPERATIONS), num_ops):

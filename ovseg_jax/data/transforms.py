@@ -32,11 +32,11 @@ def flip(example: Example) -> dict[str, Any]:
 def scale_jitter(
     example: Example, size: int, jitter: tuple[float, float], rng: np.random.Generator
 ) -> dict[str, Any]:
-    """Scales an example by a random factor, then crops or pads it to a square (OpenSeg, 4.1; the small jitter
-    of Simple Copy-Paste).
+    """Scales an example by a random factor, then crops or pads it to a square (OpenSeg, 4.1).
 
-    The image is scaled to fit into a square of side `f * size`, f uniform in `jitter`, keeping its aspect. A side
-    longer than `size` is cropped at a random place; a shorter one is padded at the bottom or right.
+    This is the small jitter of Simple Copy-Paste. The image is scaled to fit into a square of side `f * size`, f
+    uniform in `jitter`, keeping its aspect. A side longer than `size` is cropped at a random place; a shorter one is
+    padded at the bottom or right.
 
     Args:
       example: with `image`, and optionally `segments` and `boxes`.
@@ -115,10 +115,10 @@ def scramble_channels(
 def rotate_hue(
     image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator, degrees: float = 180.0, grey: float = 0.5
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Rotates the hue by a random angle in [-degrees, degrees] and removes a random share of the saturation,
-    at most `grey`.
+    """Rotates the hue by at most `degrees` in either direction and removes at most a share `grey` of the saturation.
 
-    The rotation is linear in RGB and keeps luminance (the matrix of CSS's `hue-rotate`), so shading stays natural.
+    Both amounts are random. The rotation is linear in RGB and keeps luminance (the matrix of CSS's `hue-rotate`), so
+    shading stays natural.
     """
     angle = np.deg2rad(rng.uniform(-degrees, degrees))
     luma = np.tile([0.213, 0.715, 0.072], (3, 1))

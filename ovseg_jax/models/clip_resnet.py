@@ -1,5 +1,7 @@
-"""CLIP's ResNets (Radford et al. 2021, section 2.4): a stem of three convolutions, average pooling before
-strided convolutions, and attention in place of the global average.
+"""CLIP's ResNets (Radford et al. 2021, section 2.4).
+
+They differ from `resnet` in a stem of three convolutions, average pooling in place of strides, and attention in place
+of the global average.
 
 Parameter names are those of `resnet.ResNet`, with `conv{1..3}`, `norm{1..3}` in the stem too, and `attnpool`.
 """
@@ -83,8 +85,10 @@ class AttentionPool(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b e"], Float[Array, "b h w e"]]:
-        """Returns (pooled, dense); dense is the value and output projection at each position, without
-        position embedding (Zhou et al. 2022, MaskCLIP).
+        """Computes (pooled, dense).
+
+        dense is the value and output projection at each position, without position embedding (Zhou et al. 2022,
+        MaskCLIP).
         """
         b, h, w, c = x.shape
         init = nn.initializers.normal(c**-0.5)

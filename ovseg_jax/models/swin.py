@@ -123,7 +123,7 @@ class SwinBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
-        """Keeps the shape."""
+        """Maps [b h w c] to the same shape."""
 
         def norm(name: str) -> nn.LayerNorm:
             return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)

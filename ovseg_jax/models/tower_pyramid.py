@@ -1,5 +1,6 @@
-"""A plain transformer as a backbone: the simple feature pyramid of ViTDet (Li et al., Exploring Plain Vision
-Transformer Backbones for Object Detection, 2022, section 3).
+"""A plain transformer as a backbone: the simple feature pyramid of ViTDet.
+
+Li et al., Exploring Plain Vision Transformer Backbones for Object Detection, 2022, section 3.
 """
 
 from typing import Any

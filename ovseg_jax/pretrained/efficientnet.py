@@ -1,5 +1,6 @@
-"""Names of published EfficientNets: timm's `tf_efficientnet_b0` to `b7`, which include noisy student's
-weights, and transformers'. The top convolution and the classifier are ignored.
+"""Names of published EfficientNets: timm's `tf_efficientnet_b0` to `b7`, and transformers'.
+
+timm's include noisy student's weights. The top convolution and the classifier are ignored.
 """
 
 from ovseg_jax.models.efficientnet_scaling import STAGES, round_blocks

@@ -114,13 +114,12 @@ def overlay(
 
 
 class GridRow(NamedTuple):
-    """One image of `prediction_grid`; maps may have another resolution than the image, and -1 is void or
-    unknown.
+    """One image of `prediction_grid`; maps may have another resolution than the image.
 
     Attributes:
       image: u8 [H W 3].
-      truth: label map, or None.
-      prediction: label map.
+      truth: label map with -1 for void, or None.
+      prediction: label map with -1 for unknown.
       proposals: the index of the best proposal for every pixel, or None.
     """
 

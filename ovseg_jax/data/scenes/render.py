@@ -118,10 +118,10 @@ def extent(outline: str) -> float:
 def pattern(
     name: str, x: Float[np.ndarray, "h w"], y: Float[np.ndarray, "h w"], rng: np.random.Generator
 ) -> Float[np.ndarray, "h w"]:
-    """Computes the figure of a pattern, from 0 (the thing's colour) to 1 (the tone); x and y are units from
-    the object's centre.
+    """Computes the figure of a pattern, from 0 (the thing's colour) to 1 (the tone).
 
-    Periods vary by up to 20% and phases are random, so that no two objects of a noun are equal.
+    x and y are positions relative to the object's centre. Periods vary by up to 20% and phases are random, so that no
+    two objects of a noun are equal.
     """
     q = rng.uniform(0.85, 1.2)
     a, b = rng.random(2)

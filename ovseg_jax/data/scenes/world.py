@@ -25,8 +25,7 @@ SIZES = ("tiny", "small", "medium", "large")
 
 @dataclasses.dataclass(frozen=True)
 class Noun:
-    """A kind of thing: its names (the usual one first), its outline, and its texture in worlds without
-    pattern adjectives.
+    """A kind of thing: names (the usual one first), outline, and texture in worlds without pattern adjectives.
 
     A network learns a noun mostly from `pattern` and `tone` (the colour of the pattern's figure: "white", "black" or
     "dark", a darker shade of the thing's own colour); it learns outlines far more slowly.
@@ -124,8 +123,9 @@ _COUNTS = {"tiny": (4, 4, 0, 4), "small": (8, 7, 0, 8), "medium": (12, 8, 4, 10)
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """One size of the vocabulary; thing classes come first, ordered by colour, noun, pattern, then stuff
-    classes.
+    """One size of the vocabulary.
+
+    The classes of things come first, ordered by colour, noun and pattern, then those of stuff.
     """
 
     nouns: tuple[Noun, ...]
