@@ -294,7 +294,7 @@ def image(**changes):
         (segment(id=-7), "'id'"),
         (segment(id=1 << 24), "'id'"),
         (segment(id=7.0), "'id'"),
-        (segment(category_id=4), "the category 4"),
+        (segment(category_id=4), "the category_id 4"),
         (segment(category_id=[3]), "'category_id'"),
         (segment(iscrowd=2), "'iscrowd'"),
         (segment(bbox=[0, 0, 4]), "'bbox'"),
@@ -353,4 +353,4 @@ def test_labels_with_ids_are_no_labels():
 def test_equal_names_are_said(tmp_path, caplog):
     (tmp_path / "l.txt").write_text("1:dog\n2:dog,hound\n")
     assert read_label_file(tmp_path / "l.txt").names == (("dog",), ("dog", "hound"))
-    assert "list: 1, such as 'dog' by 'dog', 'dog'" in caplog.text
+    assert "names listed by several categories: 1, such as 'dog' by 'dog', 'dog'" in caplog.text

@@ -110,7 +110,7 @@ class ClassList:
         if shared := [name for k, own in enumerate(self.names) for name in own if index[name] != k]:
             owners = ", ".join(repr(self.display(k)) for k, own in enumerate(self.names) if shared[0] in own)
             _LOG.warning(
-                "%s: %d names are listed by several categories, such as %r by %s; it is taken to mean %s",
+                "%s: names listed by several categories: %d, such as %r by %s; this name means %s",
                 where,
                 len(set(shared)),
                 shared[0],

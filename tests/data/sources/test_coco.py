@@ -137,7 +137,7 @@ def test_json_and_files_disagree(tmp_path, edit, message):
     ("edit", "message"),
     [
         (lambda d: d.pop("categories"), "no list 'categories'"),
-        (lambda d: d["annotations"][0].update(image_id=99), "image 99"),
+        (lambda d: d["annotations"][0].update(image_id=99), "image_id 99"),
         (
             lambda d: d["annotations"][1]["segments_info"][0].update(category_id=6),
             "the category_id 6, which 'categories' does not list",

@@ -114,7 +114,7 @@ def test_narratives_of_coco_count_ids_without_zeros(root):
         ("captions.json", "{", "not valid JSON"),
         ("captions.tsv", "a.jpg a wall\n", "line 1"),
         ("captions.jsonl", '{"image_id": "a"}\n', "line 1"),
-        ("captions.jsonl", '{"image_id": "z", "caption": "x"}\n', "no caption of any image"),
+        ("captions.jsonl", '{"image_id": "z", "caption": "x"}\n', "no caption for any image"),
         ("segments.json", '{"z.jpg": {"1": "dog"}}', "no such image"),
         ("segments.json", '{"a.jpg": {"one": "dog"}}', "expected .1. to .65535., got .one."),
     ],

@@ -60,7 +60,7 @@ def test_labels_names_and_images(package):
     [
         (dict(split="dev"), r"'zoo', split 'dev', cannot be opened \(Unknown split 'dev'\.\); tfds build"),
         (dict(split="train", image_key="photo"), "no feature 'photo'; it has image, label, text"),
-        (dict(split="train", label_key="text"), "'text' of zoo is no class"),
+        (dict(split="train", label_key="text"), "'text' of zoo is not a class"),
     ],
 )
 def test_what_is_wrong_is_named(package, arguments, message):
