@@ -128,7 +128,7 @@ def test_the_prompt_itself(run, runs, tmp_path):
     assert run(prompt=tmp_path / "p.safetensors", out=tmp_path / "again.npy")[0] == 0
     np.testing.assert_allclose(np.load(tmp_path / "again.npy"), own, atol=1e-6)
     code, out = run(out=tmp_path / "p.safetensors", checkpoint=runs[0] / "clip", classes=None)
-    assert code == 1 and "method=clip learns no such prompt" in out.err
+    assert code == 1 and "method=clip learns no prompt that can be saved" in out.err
 
 
 def test_a_published_text_tower(run, folder, tmp_path):  # noqa: F811

@@ -188,7 +188,7 @@ def test_a_set_of_tfds_and_of_a_chosen_split():
         ({"suite": "cross-domain"}, "holds none of the sets"),
         ({"suite": "wrong.json"}, "the suite wrong.json cannot be read"),
         ({"suite": "pets.json", "checkpoint": "elsewhere"}, "elsewhere holds no run"),
-        ({"suite": "pets.json", "checkpoint": "MASKS"}, "method=masks, which classifies no images"),
+        ({"suite": "pets.json", "checkpoint": "MASKS"}, "method=masks, which does not classify images"),
         ({"suite": "pets.json", "batch": 0}, "--batch=0"),
         ({"suite": "pets.json", "out": "sets/pets/x/y.csv"}, "--out=sets/pets/x/y.csv cannot be written"),
         ({"suite": "metric.json"}, "metric='f1' is not one of accuracy"),

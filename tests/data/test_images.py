@@ -73,8 +73,8 @@ def test_what_is_no_mask(tmp_path):
         assert name in str(caught.value) and "\n" not in str(caught.value)
 
     grey = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))
-    wrong("a.jpg", grey, "JPEG may have changed its values")
-    wrong("a.webp", grey, "WEBP may have changed")
+    wrong("a.jpg", grey, "JPEG may change a mask's values")
+    wrong("a.webp", grey, "WEBP may change")
     wrong("a.tif", grey, "may change", compression="jpeg")
     wrong("b.tif", grey, "stores its pixels as 'L;I'", tiffinfo={262: 0})
     wrong("c.tif", Image.fromarray(np.zeros((2, 2), np.float32)), "mode F")

@@ -551,7 +551,7 @@ def test_mixture_of_classification_sources():
 
 
 def test_fields_need_their_kind_of_source():
-    with pytest.raises(UserError, match=r"data\.fields has no 'outlines'; known are image, words"):
+    with pytest.raises(UserError, match=r"data\.fields: 'outlines' is not one of image, words"):
         batches(labels_config(), Labelled(), 1, ("outlines",))
     with pytest.raises(UserError, match=r"'pictures' has no label, which the batch field 'label' needs"):
         batches(labels_config(), Pictures(), 1, LABELS)

@@ -42,7 +42,10 @@ def test_proposals(tmp_path):
         ('[{"image_id": 1, "bbox": [1, 2, 3]}]', "box 0: 'bbox': expected a list of 4 numbers"),
         ('[{"image_id": 1, "bbox": [1, 2, 0, 3]}]', "bbox of box 0 is not \\[x, y"),
         ('[{"image_id": 1, "bbox": [1, NaN, 1, 3]}]', "box 0: 'bbox': expected a finite number"),
-        ('[{"image_id": 1, "bbox": [1, 2, 1, 3], "score": 3.5}]', "score of box 0 is 3.5: a probability"),
+        (
+            '[{"image_id": 1, "bbox": [1, 2, 1, 3], "score": 3.5}]',
+            "score of box 0 is 3.5: it must be a probability",
+        ),
     ],
 )
 def test_what_are_no_proposals(tmp_path, content, message):
@@ -205,8 +208,8 @@ def test_boxes_of_images_that_the_annotations_have_under_another_kind_of_id(tmp_
 @pytest.mark.parametrize(
     ("part", "entry", "message"),
     [
-        ("annotations", {"image_id": 5}, "annotation 1 is of image 5, which the file does not list"),
-        ("annotations", {"category_id": 4}, "annotation 1 is of category 4, which"),
+        ("annotations", {"image_id": 5}, "annotation 1 refers to the image 5, which the file does not list"),
+        ("annotations", {"category_id": 4}, "annotation 1 refers to the category 4, which"),
         ("annotations", {"bbox": None}, "annotation 1"),
         ("annotations", {"bbox": [1, 2, float("nan"), 4]}, "annotation 1"),
         ("annotations", {"area": "large"}, "annotation 1"),

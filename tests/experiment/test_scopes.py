@@ -81,12 +81,12 @@ def test_what_is_needed():
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ([stage("a", init="stage:b"), stage("b", init="stage:a")], "each of a, b waits for another one"),
+        ([stage("a", init="stage:b"), stage("b", init="stage:a")], "a, b depend on each other"),
         ([stage("a", init="stage:a")], "depend on each other, or on themselves"),
         ([stage("a"), stage("a")], "the name 'a' is used twice, or has other"),
         ([stage("a/b")], "the name 'a/b' is used twice, or has other"),
         ([stage("")], "the name '' is used twice, or has other"),
-        ([stage("a", kind="dance")], "a is of kind 'dance'; known are train, pseudo_label, annotate"),
+        ([stage("a", kind="dance")], "a has the kind 'dance'; known kinds: train, pseudo_label, annotate"),
         ([stage("a", kind="annotate")], "a has the kind 'annotate', which is not implemented yet"),
         ([dict(name="a")], r"each stage is dict\(name=\.\.\., kind=\.\.\., config=\.\.\.\)"),
         ([stage("a", init="stage:b")], "stage:b: there is no stage 'b'; known stages: a"),

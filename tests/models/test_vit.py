@@ -341,9 +341,9 @@ def test_remat_changes_nothing_but_memory():
 @pytest.mark.parametrize(
     "fields,match",
     [
-        (dict(cls="first"), "cls of the ViT is 'first'"),
-        (dict(pool="max"), "pool of the ViT is 'max'"),
-        (dict(activation="sigmoid"), "activation of the ViT is 'sigmoid'"),
+        (dict(cls="first"), "cls='first' of the ViT is not one of"),
+        (dict(pool="max"), "pool='max' of the ViT is not one of"),
+        (dict(activation="sigmoid"), "activation='sigmoid' of the ViT is not one of"),
         (dict(resize="nearest"), "resize='nearest' of the ViT is not one of"),
         (dict(cls="none", pool="cls"), "pool='cls' of the ViT cannot be combined with cls='none'"),
         (dict(cls="placed", pool="map"), "pool='map' of the ViT cannot be combined with cls='placed'"),

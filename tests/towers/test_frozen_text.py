@@ -213,7 +213,7 @@ def test_a_prompt_that_is_not_the_tower_s(folder):
         build(Prompt(context[:1, :, :8], Layout(3)), tower="tiny_clip")
     with pytest.raises(UserError, match="a context for each of some classes"):
         build(Prompt(context, Layout(3, specific=True), (("a",), ("b",))), tower="tiny_clip")
-    with pytest.raises(UserError, match="bert_base takes no prompt"):
+    with pytest.raises(UserError, match="bert_base cannot use a prompt"):
         make(text=dict(tower="bert_base", init="x", prompt=str(file)), embed_dim=768)
     with pytest.raises(UserError, match="needs a text tower, such as"):
         make(text=dict(prompt=str(file)))

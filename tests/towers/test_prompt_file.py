@@ -109,9 +109,9 @@ def test_what_is_no_prompt(tmp_path):
         assert name in str(caught.value) and "\n" not in str(caught.value)
 
     wrong("none.safetensors", "there is no prompt")
-    wrong("other.safetensors", "holds ctx, not a 'context' alone", {"ctx": context})
+    wrong("other.safetensors", "holds ctx instead of a single 'context'", {"ctx": context})
     wrong("format.safetensors", "is not a prompt", {"context": context}, format="pt")
-    wrong("flat.safetensors", r"'context' is not \[M d\].*\[16\]", {"context": context[0]})
+    wrong("flat.safetensors", r"'context' must be floats of shape \[M d\].*\[16\]", {"context": context[0]})
     wrong("empty.safetensors", r"\[0, 16\]", {"context": context[:0]})
     wrong("nan.safetensors", "finite", {"context": context * np.nan})
     wrong("left.safetensors", "'position' is 'left'", {"context": context}, position="left")
@@ -224,7 +224,7 @@ def test_an_evaluation_under_the_prompt_of_another_run(tmp_path):
             read_templates(path),
         )
 
-    with pytest.raises(UserError, match="ColourClassifier has no place for the prompt"):
+    with pytest.raises(UserError, match="ColourClassifier cannot use the prompt"):
         class_features(ColourClassifier(), {}, NAMES, read_templates(path))
     save_prompt(path, random_prompt(width=12))
     with pytest.raises(UserError, match=r"prompt.safetensors has vectors of 12 numbers"):
