@@ -1,4 +1,4 @@
-"""The train step: one for all methods."""
+"""The train step, shared by all methods."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def make_step(method: Trainable, optimizer: Optimizer, seed: int, shardings: TrainState) -> Step:
-    """Compiles `(state, batch) -> (state, metrics)`; the state that goes in is donated.
+    """Compiles `(state, batch) -> (state, metrics)`, which donates its input state.
 
     The step's random key is fold_in(key(seed), step), so that it depends on nothing that came before. Beside
     the method's own metrics come `loss`, `grad_norm` (before clipping), `param_norm` (of all variables after

@@ -167,7 +167,7 @@ def test_processes_share_one_batch():
     for step, batch in enumerate(whole):
         for p in range(2):
             assert_same({k: v[2 * p : 2 * p + 2] for k, v in batch.items()}, shares[p][step])
-    with pytest.raises(UserError, match="batch_size=4 does not divide by 3"):
+    with pytest.raises(UserError, match="batch_size=4 is not a multiple of the 3"):
         batches(config, source, 1, process_count=3)
 
 
