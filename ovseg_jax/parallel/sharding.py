@@ -59,7 +59,7 @@ def mesh_shape(shape: ConfigDict | Mapping[str, int] | None, count: int) -> tupl
 
 
 def on_cpu(mesh: AnyMesh) -> bool:
-    """Returns whether the devices of `mesh` are CPUs; the planner's devices that are not there are not."""
+    """Tells whether the devices of `mesh` are CPUs; False for an abstract mesh, as the planner uses."""
     return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
 
 
