@@ -49,7 +49,7 @@ def plan(config: ConfigDict, topology: str, *, words: int = 10_000, classes: int
     method, optimizer, state, batch, shardings = _abstract(config, mesh, words, classes)
     with jax.sharding.use_abstract_mesh(mesh) if counts_only else jax.set_mesh(mesh):
         step: Any = make_step(method, optimizer, config.seed, shardings)
-        flops = count_flops(jax.make_jaxpr(step)(state, batch).jaxpr, mesh.size) / mesh.size
+        flops = count_flops(step.trace(state, batch).jaxpr.jaxpr, mesh.size) / mesh.size
         counted: dict[str, Any] = dict(
             topology=topology,
             devices=mesh.size,

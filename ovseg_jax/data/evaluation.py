@@ -1,4 +1,4 @@
-"""From an example to a row of an evaluation batch: images with segments, or images of one class."""
+"""Rows of evaluation batches, made from examples: images with segments, or images of one class."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -13,12 +13,11 @@ from ovseg_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform:
-    """Makes a row of a position in a source of images with segments; -1 makes a row of padding.
+    """Makes evaluation rows of images with segments; the index -1 makes a row of padding.
 
-    The image is scaled to fit the canvas, its aspect kept; labels and segments keep their own size, in the
-    top left of a canvas of `label_size`, since labels are never resized (FACTS: evaluation traps). `segment_valid`
-    marks the segments that are visible and no crowds; `segment_classes`, `segment_isthing` and `segment_iscrowd` tell
-    of all.
+    The image is scaled to fit the canvas, keeping its aspect. Labels are never resized, which would change scores:
+    labels and segments keep their own size, in the top left of a canvas of `label_size`. `segment_valid` marks the
+    visible segments that are not crowds; `segment_classes`, `segment_isthing` and `segment_iscrowd` cover all.
     """
 
     needs: ClassVar = frozenset({"image", "segments", "class_ids"})
@@ -30,7 +29,7 @@ class EvalTransform:
 
     @classmethod
     def from_config(cls, data: Any, source: Source) -> "EvalTransform":
-        """Reads `image_size`, `label_size` and `max_segments` of `config.data`."""
+        """Creates it from `image_size`, `label_size` and `max_segments` of `config.data`."""
         label_size, segments = data.get("label_size"), data.get("max_segments")
         if not label_size or not segments:
             extent = source.extent()
@@ -40,10 +39,10 @@ class EvalTransform:
         return cls(source, int(data["image_size"]), (int(height), int(width)), int(segments))
 
     def __call__(self, index: int) -> dict[str, np.ndarray]:
-        """Reads example `index` of the source.
+        """Returns the row of example `index` of the source.
 
         Raises:
-          UserError: the example needs more than `label_size` or `max_segments`.
+          UserError: the example exceeds `label_size` or `max_segments`.
         """
         row: dict[str, Any] = {
             "image": np.zeros((self.image_size, self.image_size, 3), np.uint8),
@@ -67,7 +66,7 @@ class EvalTransform:
         if height > self.label_size[0] or width > self.label_size[1]:
             raise UserError(
                 f"{where} is {height} x {width} (height x width), larger than data.label_size="
-                f"{self.label_size}: raise it, or leave it out to fit the largest"
+                f"{self.label_size}: raise it, or leave it out to fit the largest example"
             )
         if count > self.max_segments:
             raise UserError(
@@ -88,7 +87,7 @@ class EvalTransform:
 
 @dataclasses.dataclass(frozen=True)
 class ClassifyEval:
-    """Makes a row of a position in a source of images of one class; -1 makes a row of padding.
+    """Makes evaluation rows of images of one class; the index -1 makes a row of padding.
 
     The row holds `image` (see `centre_square`) or the example's `feature`, `label`, `index` and
     `example_mask`.
@@ -101,11 +100,11 @@ class ClassifyEval:
 
     @classmethod
     def from_config(cls, data: Any, source: Source) -> "ClassifyEval":
-        """Reads `image_size` of `config.data`."""
+        """Creates it from `image_size` of `config.data`."""
         return cls(source, int(data["image_size"]))
 
     def __call__(self, index: int) -> dict[str, np.ndarray]:
-        """Reads example `index` of the source."""
+        """Returns the row of example `index` of the source."""
         example = self.source[max(index, 0)]
         if "feature" in example:
             row = {"feature": np.asarray(example["feature"], np.float32)}

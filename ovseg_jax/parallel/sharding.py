@@ -56,6 +56,11 @@ def mesh_shape(shape: ConfigDict | Mapping[str, int] | None, count: int) -> tupl
     return tuple(sizes)
 
 
+def on_cpu(mesh: AnyMesh) -> bool:
+    """Returns whether the devices of `mesh` are CPUs; the planner's devices that are not there are not."""
+    return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
+
+
 def replicated(mesh: AnyMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ovseg_jax.parallel.sharding import DEFAULT_RULES, AnyMesh, leaf_sharding, replicated, tree_paths
+from ovseg_jax.parallel.sharding import DEFAULT_RULES, AnyMesh, leaf_sharding, on_cpu, replicated, tree_paths
 from ovseg_jax.protocols import Trainable, Variables
 from ovseg_jax.train.optimizer import Optimizer
 
@@ -85,11 +85,12 @@ def state_shardings(
 
 def create_state(method: Trainable, optimizer: Optimizer, seed: int, shardings: TrainState) -> TrainState:
     """The state before the first step, each device computing only the shards that it keeps."""
-    on_cpu = shardings.step.mesh.devices.flat[0].platform == "cpu"
-    # Runs once: a CPU would spend more time on optimising this program than on running it.
-    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    # Runs once: a CPU would spend more time and memory on optimising this program than on running it.
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
     return jax.jit(
-        lambda: _create(method, optimizer, seed), out_shardings=shardings, compiler_options=options
+        lambda: _create(method, optimizer, seed),
+        out_shardings=shardings,
+        compiler_options=options if on_cpu(shardings.step.mesh) else None,
     )()
 
 

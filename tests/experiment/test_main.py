@@ -117,7 +117,7 @@ def test_a_finished_run_shows_its_scores_again(main, trained):
     before = (workdir / "summary.json").read_text()
     done = main(f"--config={TINY}:steps=6", f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
-    assert "has already made its 6 steps" in done.stdout and "held_out" in done.stdout
+    assert "has already completed its 6 steps" in done.stdout and "held_out" in done.stdout
     assert (workdir / "summary.json").read_text() == before
 
 
