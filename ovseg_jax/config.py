@@ -108,9 +108,7 @@ def import_class(name: Any, base: type, what: str, known: Iterable[str]) -> Any:
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"the {what} {name!r} cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise UserError(
-            f"{name!r} is not a {what}: it does not derive from {base.__module__}.{base.__name__}"
-        )
+        raise UserError(f"the {what} {name!r} does not derive from {base.__module__}.{base.__name__}")
     return found
 
 

@@ -165,7 +165,7 @@ def test_all_is_checked_before_the_model_is_loaded(run, root, tmp_path, monkeypa
     code, out = run(annotations=tmp_path / "fewer.json")
     assert code == 1 and "boxes of the image 1, which --annotations does not list" in out.err
     code, out = run(out=root / "boxes.json")
-    assert code == 1 and "is the file of --boxes" in out.err
+    assert code == 1 and "is also the input of --boxes" in out.err
     assert {path.name for path in tmp_path.iterdir()} == {"fewer.json"}
 
 

@@ -166,7 +166,7 @@ def test_a_published_text_tower(run, folder, tmp_path):  # noqa: F811
         ({"checkpoint": None, "towers": "x", "text_tower": "gpt", "template": "{}"}, "'gpt'"),
         ({"checkpoint": "nowhere"}, "nowhere holds no run"),
         ({"prompt": "narrow.safetensors"}, "vectors of 8 numbers"),
-        ({"prompt": "none.safetensors"}, "no prompt none.safetensors"),
+        ({"prompt": "none.safetensors"}, "no prompt file none.safetensors"),
         ({"template": "a photo"}, "no {} for the class name"),
         ({"out": "p.pth.tar", "checkpoint": None}, "is a prompt file: give --checkpoint"),
         ({"out": "p.pth.tar", "template": "a {}"}, "is a prompt file: give --checkpoint"),

@@ -65,7 +65,7 @@ def test_a_file_that_cannot_be_written_or_is_read_too(tmp_path):
     (tmp_path / "a.json").write_text("")
     check_out_file(tmp_path / "b.json", {"--boxes": str(tmp_path / "a.json"), "--classes": None})
     (tmp_path / "link.json").symlink_to(tmp_path / "a.json")
-    with pytest.raises(UserError, match="is the file of --boxes"):
+    with pytest.raises(UserError, match="is also the input of --boxes"):
         check_out_file(tmp_path / "link.json", {"--boxes": str(tmp_path / "a.json")})
     for wrong in (tmp_path, tmp_path / "none" / "b.json", tmp_path / "a.json" / "b"):
         with pytest.raises(UserError, match="cannot be written"):

@@ -259,7 +259,7 @@ def test_mistakes_are_said():
         evaluate(metric="f1")
     evals = lambda **cfg: ConfigDict({"data": {"image_size": S}, "evals": {"a": cfg}})
     mesh = make_mesh(devices=jax.devices()[:1])
-    with pytest.raises(UserError, match="RandomMethod cannot do"):
+    with pytest.raises(UserError, match="does not support the method RandomMethod"):
         make_evaluators(evals(type="segmentation", batch_size=1), RandomMethod(), mesh)
     source = dict(name="scenes", split="test", num_examples=2, image_size=32)
     with pytest.raises(UserError, match=r"'scenes' has no label, which evals\.a"):

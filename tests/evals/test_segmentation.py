@@ -274,7 +274,10 @@ def test_an_unknown_type_is_said():
         (dict(type="detection"), "'detection' is not one of segmentation"),
         (dict(type="ovseg_jax.evals.segmentation:Missing"), "cannot be imported"),
         (dict(type="no_such_module:Class"), "cannot be imported"),
-        (dict(type="ovseg_jax.evals.segmentation:Sums"), "is no evaluator"),
+        (
+            dict(type="ovseg_jax.evals.segmentation:Sums"),
+            "evaluator 'ovseg_jax.evals.segmentation:Sums' does not derive from",
+        ),
         (dict(type="classification"), "does not support"),
     ):
         with pytest.raises(UserError, match=said):

@@ -85,7 +85,7 @@ def test_a_run_that_died_goes_on_to_the_same_parameters(workdir, tmp_path, monke
 def test_names_that_are_no_method_are_said(tmp_path):
     for name, said in (
         ("toy_method:Missing", "cannot be imported"),
-        ("toy_method:unit", "is no method: it does not derive from"),
+        ("toy_method:unit", "does not derive from"),
         ("openclip", "is not one of openseg"),
     ):
         wrong = config()

@@ -95,7 +95,7 @@ def test_all_deep_maps_start_from_the_same_values():
         ({"prompt.position": "middle"}, "prompt.position=end"),
         ({"prompt.specific": True}, "prompt.specific=False"),
         ({"towers.text.layers": 2}, "exceeds the 2 blocks of the text tower"),
-        ({"prompt.depth": 0}, "1 to 3"),
+        ({"prompt.depth": 0}, "between 1 and the 3"),
     ],
 )
 def test_what_cannot_be(changes, said):

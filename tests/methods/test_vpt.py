@@ -76,7 +76,7 @@ def test_parts_of_a_batch_give_the_same():
 @pytest.mark.parametrize(
     "changes,said",
     [
-        ({"towers.image": dict(name="small", width=16, levels=2, embed_dim=torch_clip.D)}, "'small' is none"),
+        ({"towers.image": dict(name="small", width=16, levels=2, embed_dim=torch_clip.D)}, "'small' is not"),
         ({"prompt.depth": 4}, "between 1 and the 3"),
         ({"prompt.length": 0}, "is less than 1"),
         ({"data.cache_features": 2}, "cache_features"),

@@ -386,5 +386,5 @@ def test_what_cannot_be():
         make(1.2)
     with pytest.raises(UserError, match="threshold=0"):
         make(threshold=0.0)
-    with pytest.raises(UserError, match="has predicted"):
+    with pytest.raises(UserError, match="supports predicted"):
         SegmentationEvaluator("x", make(), CLASSES, list, make_mesh(), modes=("predicted", "none"))
