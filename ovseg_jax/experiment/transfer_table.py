@@ -64,7 +64,7 @@ def compare_prompts(
             f"the run --proposals={proposals} was evaluated on nothing: say --data=NAME,KEY=VALUE,..."
         )
     source = make_source(evaluation.pop("source"))
-    check_provides(source, ("image", "segments", "class_ids"), "--data")
+    check_provides(source, TransferEvaluator.needs, "--data")
     classes = load_split(source.classes, split) if split else source.classes
     processes = jax.process_count()
     batch_size = int(evaluation.pop("batch_size"))
@@ -73,6 +73,7 @@ def compare_prompts(
     batches = partial(
         eval_batches,
         source,
+        TransferEvaluator.needs,
         {"data": {**first.config.data, **evaluation}},
         batch_size=batch_size // processes,
         process_index=jax.process_index(),
