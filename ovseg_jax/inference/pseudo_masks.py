@@ -10,10 +10,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import Float, Int32
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ovseg_jax.config import resolved
 from ovseg_jax.data.images import list_images, save_mask
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import locked, write_whole
@@ -93,8 +91,12 @@ def label_folder(
       out: a folder for the masks that is not ROOT/masks.
 
     Raises:
-      UserError: there are no images, two of them share a mask's name, or a mask cannot be written.
+      UserError: a number is not between 0 and 1, there are no images, two of them share a mask's name, or a mask
+        cannot be written.
     """
+    for name, value in dict(threshold=threshold, max_overlap=max_overlap, min_area=min_area).items():
+        if not (isinstance(value, int | float) and 0 <= value <= 1):
+            raise UserError(f"{name}={value}: it is between 0 and 1")
     root = epath.Path(root)
     images, masks = root / "images", root / "masks" if out is None else epath.Path(out)
     if not images.is_dir():
@@ -130,38 +132,41 @@ def label_folder(
     return Labelled(written, len(files) - len(reader.files), reader.skipped)
 
 
-def label_stage(config: ConfigDict, folder: epath.Path) -> dict[str, Any]:
+def label_stage(
+    folder: epath.Path,
+    *,
+    teacher: str,
+    data_dir: str,
+    threshold: float = 0.5,
+    max_overlap: float = 0.7,
+    min_area: float = 0.001,
+    batch_size: int = 8,
+) -> dict[str, Any]:
     """Runs a stage of kind "pseudo_label": writes FOLDER/NAME.png for each image of a folder that has no mask.
 
     `masks="stage:NAME"` of a source of kind "folder" reads them beside those that are there.
 
     Args:
-      config: `teacher`, a run's folder or "stage:NAME"; `data_dir`, with images/; and, with the defaults of the
-        command, `threshold`, `max_overlap`, `min_area` and `batch_size`.
-      folder: of the stage.
+      folder: of the stage. The others are the keys of its config.
+      teacher: a run's folder, or "stage:NAME".
+      data_dir: a folder with images/.
+      threshold: see `select_masks`, as are the next two.
+      max_overlap: of two proposals.
+      min_area: of a proposal.
+      batch_size: images at once.
 
     Raises:
-      UserError: an unknown key, a missing one, or an image that cannot be read; and see `label_folder`.
+      UserError: an image cannot be read; and see `label_folder`.
     """
-    defaults = {"threshold": 0.5, "max_overlap": 0.7, "min_area": 0.001, "batch_size": 8}
-    known = ("teacher", "data_dir", *defaults)
-    given = resolved(config, folder).to_dict()
-    if wrong := [*(given.keys() - set(known)), *({"teacher", "data_dir"} - given.keys())]:
-        raise UserError(
-            f"the stage {folder.name}: {sorted(wrong)[0]} is unknown or missing; it takes {', '.join(known)}"
-        )
-    rules: dict[str, Any] = defaults | given
-    teacher, root, batch_size = rules.pop("teacher"), rules.pop("data_dir"), rules.pop("batch_size")
+    rules = dict(threshold=threshold, max_overlap=max_overlap, min_area=min_area)
     problem = ""
     if jax.process_index() == 0:
         try:
             load = lambda: Segmenter.from_checkpoint(teacher, batch_size=batch_size)
-            done = label_folder(load, root, out=folder, **rules)
+            done = label_folder(load, data_dir, out=folder, **rules)
             print(f"{done.written} masks written to {folder}, {done.there} were there", flush=True)
             if done.skipped:
-                problem = (
-                    f"{done.skipped} images of {root} could not be read: mend or remove them, and start again"
-                )
+                problem = f"{done.skipped} images of {data_dir} could not be read: mend or remove them, and start again"
         except UserError as error:
             problem = str(error)
     if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(bool(problem)):
