@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 TABLE_2 = ("A-847", "PC-459", "A-150", "PC-59", "PAS-20")  # papers/004
 
-Cell = str | float | None
+Cell = str | int | float | None
 
 
 class Table:

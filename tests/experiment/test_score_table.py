@@ -48,5 +48,5 @@ def test_a_table_is_as_wide_as_it_needs():
     table = Table({"set": ["a long name"], "metric": []}, ["n", "a long title"])
     assert table.head == "set          metric          n  a long title"
     assert table.line("b", "x", 3, 2.0) == "b            x               3          2.00"
-    assert table.line("b", "x", None, "-") == "b            x                            -"
+    assert table.line("b", "x", None, "-") == "b            x                             -"
     assert table.line("b", "a long text alone runs over") == "b            a long text alone runs over"
