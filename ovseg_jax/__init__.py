@@ -5,7 +5,7 @@ __all__ = ["Segmenter", "UserError"]
 
 
 def __getattr__(name: str):
-    """Public names, imported when asked for: `import ovseg_jax` alone stays cheap."""
+    """Imports a public name when it is first used, so that `import ovseg_jax` alone stays fast."""
     if name == "Segmenter":
         from ovseg_jax.inference.segmenter import Segmenter
 

@@ -1,4 +1,4 @@
-"""A prompt put to detection: `python -m ovseg_jax.classify_boxes --checkpoint=WORKDIR --boxes=FILE ... --out=FILE`."""
+"""The command that names a detector's boxes: `python -m ovseg_jax.classify_boxes --checkpoint=WORKDIR ...`."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,27 +11,27 @@ Names the boxes that a detector proposes, and scores them where there are annota
   python -m ovseg_jax.classify_boxes --checkpoint=runs/pomp --images=val2017 --boxes=proposals.json \\
       --classes=instances_val2017.json --annotations=instances_val2017.json --out=results.json
 
---boxes is a JSON list of {"image_id", "bbox": [x, y, width, height], "score"}, as COCO has results; category_id is not
-read. Images are found by the annotations' file names, or by their ids. --out is of the same form, with the ids of
---classes as category_id: what COCO's and LVIS's servers and tools take. The same command after one that was stopped
-does the images that are missing.
+--boxes is a JSON list of {"image_id", "bbox": [x, y, width, height], "score"}, in COCO's results format; category_id is
+ignored. Images are found by the file names in --annotations, or by their ids. --out has the same format, with the ids
+of --classes as category_id, and can be sent to the COCO and LVIS servers. If the command was stopped, run it again to
+continue.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     return run_command(parser, _run, argv)
 
 
 def parser() -> Parser:
-    """Returns the command's flags."""
+    """Returns the command's parser."""
     from ovseg_jax.cli.prompt_flags import add_prompt_flags
 
     parser = Parser("classify_boxes", _DESCRIPTION)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="WORKDIR", help="a training run that classifies images")
     add("--images", required=True, metavar="DIR", help="the images")
-    add("--boxes", required=True, metavar="FILE", help="the proposals, see above")
+    add("--boxes", required=True, metavar="FILE", help="the detector's boxes, see above")
     add(
         "--classes",
         required=True,
@@ -42,14 +42,14 @@ def parser() -> Parser:
     add(
         "--annotations",
         metavar="FILE",
-        help="score the results: AP of COCO, or of LVIS where `lvis` is installed",
+        help="score the results: COCO's AP, or LVIS's where `lvis` is installed",
     )
     add("--batch", type=int, default=64, metavar="N", help="crops at once (default %(default)s)")
     add(
         "--max_boxes",
         type=int,
         metavar="N",
-        help="results an image (default 100, with annotations of LVIS 300)",
+        help="results per image (default 100; 300 with LVIS annotations)",
     )
     add_prompt_flags(parser)
     return parser

@@ -1,4 +1,4 @@
-"""Configs: the `key=value,...` argument of `get_config(arg)`, and configs as JSON."""
+"""Config arguments (`get_config("key=value,...")`), stages of a run, and configs as JSON."""
 
 import difflib
 import importlib
@@ -19,14 +19,14 @@ _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
 class AtLeast(NamedTuple):
-    """A number as the default of a key, and the least that the key may have."""
+    """The default of a numeric key, with the smallest value that the key accepts."""
 
     default: int
     least: int
 
 
 class Args:
-    """The values of a config's argument as attributes; remembers which of them were read."""
+    """The values of a config's argument as attributes, with a record of which were read."""
 
     def __init__(self, values: Mapping[str, Any], given: Collection[str], choices: Collection[str] = ()):
         self._values, self._given, self._choices = dict(values), given, choices
@@ -39,7 +39,7 @@ class Args:
         return self._values[key]
 
     def check_read(self) -> None:
-        """Raises a UserError for a key that was given and that nothing has read: the run would be another one."""
+        """Raises a UserError for a key that was given but never read, and so has no effect."""
         for key in self._given:
             if key not in self._read:
                 reasons = [k for k in self._given if k in self._read] or [
@@ -48,20 +48,21 @@ class Args:
                 others = ",".join(f"{k}={self._values[k]}" for k in reasons)
                 raise UserError(
                     f"{key}={self._values[key]} has no effect with {others}: "
-                    f"keys that have one are {', '.join(sorted(self._read))}"
+                    f"keys that have an effect are {', '.join(sorted(self._read))}"
                 )
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> Args:
-    """Parses `"data=coco,size=tiny"`; each value gets the type of its default.
+    """Parses a config argument such as `"data=coco,size=tiny"`; each value gets the type of its default.
 
     Args:
-      arg: the text behind the colon of `--config=FILE.py:ARG`, or None. A bare `key` means `key=true`. A value runs
+      arg: the text after the colon of `--config=FILE.py:ARG`, or None. A bare `key` means `key=true`. A value runs
         to the next `,key=` or the end, so a path may hold commas.
-      **defaults: the known keys. A tuple lists the values that a key may have, the default first; `AtLeast` bounds it.
+      **defaults: the known keys. A tuple lists the values that a key may have, the default first; `AtLeast` gives a
+        lower bound.
 
     Returns:
-      A value for each key of `defaults`. A config ends by `check_read()`.
+      A value for each key of `defaults`; `get_config` calls its `check_read()` at the end.
 
     Raises:
       UserError: an unknown key (the message lists the known ones) or value, or a value of the wrong type.
@@ -79,38 +80,42 @@ def parse_arg(arg: str | None, **defaults: Any) -> Args:
 
 
 def unknown_key(key: str, known: Collection[str]) -> str:
-    """Returns the sentence for a key that does not exist, "optimizer.rate" beside the `known` ones of its section."""
+    """Returns the error message for an unknown key, with the `known` keys of its section."""
     close = difflib.get_close_matches(key.rpartition(".")[2], known, 1)
     hint = f" (did you mean '{close[0]}'?)" if close else ""
     return f"unknown config key '{key}'{hint}; known keys: {', '.join(sorted(known))}"
 
 
 def import_class(name: Any, base: type, what: str, known: Iterable[str]) -> Any:
-    """Imports the class "module:Class", which derives from `base`.
+    """Imports a class named "module:Class" and checks that it derives from `base`.
 
     Args:
       name: "module:Class".
-      base: what it has to derive from.
-      what: what it is called in errors.
-      known: the names that stand for classes of ours, for errors.
+      base: the required base class.
+      what: the role of the class in errors, such as "method".
+      known: the built-in names, for errors.
 
     Raises:
       UserError: there is no such class, or it does not derive from `base`.
     """
     module, colon, attribute = str(name).partition(":")
     if not colon:
-        raise UserError(f"the {what} {name!r} is not one of {', '.join(known)}, and no 'module:Class'")
+        raise UserError(
+            f"the {what} {name!r} is not one of {', '.join(known)}, nor of the form 'module:Class'"
+        )
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"the {what} {name!r} cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise UserError(f"{name!r} is no {what}: it does not derive from {base.__module__}.{base.__name__}")
+        raise UserError(
+            f"{name!r} is not a {what}: it does not derive from {base.__module__}.{base.__name__}"
+        )
     return found
 
 
 def keys(names: str, effect: bool = True) -> dict[str, bool]:
-    """Returns the keys of a section as `experiment.keys` takes them: whether each has an effect."""
+    """Returns a dict from the keys of a section to whether they have an effect, for `experiment.keys`."""
     return dict.fromkeys(names.split(), effect)
 
 
@@ -128,13 +133,13 @@ def _typed(key: str, text: str, default: Any) -> Any:
     if isinstance(default, AtLeast):
         value = _typed(key, text, default.default)
         if value < default.least:
-            raise UserError(f"{key}={text}: the least is {default.least}")
+            raise UserError(f"{key}={text}: the smallest allowed value is {default.least}")
         return value
     kind = type(default)
     if kind is tuple:
         if text in default:
             return text
-        raise UserError(f"{key}={text}: known are {', '.join(filter(None, default))}")
+        raise UserError(f"{key}={text}: known values are {', '.join(filter(None, default))}")
     if kind is bool:
         if text.lower() in _TRUE + _FALSE:
             return text.lower() in _TRUE
@@ -149,24 +154,24 @@ def _typed(key: str, text: str, default: Any) -> Any:
 
 
 def to_json(config: ConfigDict) -> str:
-    """The resolved config as indented JSON with sorted keys."""
+    """Returns the resolved config as indented JSON with sorted keys."""
     return json.dumps(_plain(config), indent=2, sort_keys=True) + "\n"
 
 
 def from_json(text: str) -> ConfigDict:
-    """The config that `to_json` wrote."""
+    """Parses a config that `to_json` wrote."""
     return ConfigDict(json.loads(text))
 
 
 def _plain(value: Any) -> Any:
-    """Dicts and lists in place of ConfigDicts and tuples, those inside lists too."""
+    """Converts ConfigDicts and tuples, also inside lists, to dicts and lists."""
     if isinstance(value, Mapping | ConfigDict):
         return {key: _plain(inner) for key, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def stages_of(config: ConfigDict) -> dict[str, ConfigDict]:
-    """Returns the stages of a config by their names, each with `kind` and `config`.
+    """Returns the stages of a config by name, each with `kind` and `config`.
 
     Raises:
       UserError: `config.stages` is not a list of dict(name, kind, config), or two have one name.
@@ -177,21 +182,25 @@ def stages_of(config: ConfigDict) -> dict[str, ConfigDict]:
             name, kind, own = stage["name"], stage["kind"], ConfigDict(_plain(stage["config"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"config.stages: each is dict(name=..., kind=..., config=...) ({error})"
+                f"config.stages: each stage is dict(name=..., kind=..., config=...) ({error})"
             ) from error
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in stages:
-            raise UserError(f"config.stages: {name!r} is no name of a stage, or two have it")
+            raise UserError(
+                f"config.stages: the name {name!r} is used twice, or has other characters than letters, digits, _, -"
+            )
         if kind not in STAGE_KINDS:
-            raise UserError(f"config.stages: {name} is of kind {kind!r}; known are {', '.join(STAGE_KINDS)}")
+            raise UserError(
+                f"config.stages: {name} has the kind {kind!r}; known kinds: {', '.join(STAGE_KINDS)}"
+            )
         stages[name] = ConfigDict({"kind": kind, "config": own})
     return stages
 
 
 def resolved(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
-    """Returns the config of a run with each "stage:NAME/..." as that path in the folder of the stage.
+    """Returns the config with each "stage:NAME/..." replaced by that path in the folder of the stage.
 
-    A name is one of the run's own stages, or else one of the run that it is a stage of, and so on outward. The stages'
-    own configs stay as they are: each is resolved when it runs.
+    A name is looked up among the run's own stages, then among those of the run that contains it, and so on outward.
+    The configs of the stages are left alone: each is resolved when it runs.
 
     Raises:
       UserError: there is no stage of that name.
@@ -202,7 +211,7 @@ def resolved(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
         name, slash, rest = path.partition("/")
         if name not in places:
             raise UserError(
-                f"{STAGE}{path}: there is no stage {name!r}; known are {', '.join(places) or 'none'}"
+                f"{STAGE}{path}: there is no stage {name!r}; known stages: {', '.join(places) or 'none'}"
             )
         return str(places[name]) + slash + rest
 
@@ -212,7 +221,7 @@ def resolved(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
 
 
 def needed(config: ConfigDict) -> set[str]:
-    """Returns the outer stages that a config names; those that its own stages name count too."""
+    """Returns the names of the outer stages that a config, or one of its own stages, refers to."""
     own = stages_of(config)
     paths: list[str] = []
     _replaced({k: v for k, v in _plain(config).items() if k != "stages"}, paths.append)
@@ -221,7 +230,7 @@ def needed(config: ConfigDict) -> set[str]:
 
 
 def _places(config: ConfigDict, workdir: epath.Path) -> dict[str, epath.Path]:
-    """The folders of the stages that a run can name: its own, and those of the runs around it."""
+    """Returns the folders of the stages that a run can name: its own and those of the runs that contain it."""
     places = {name: workdir / name for name in stages_of(config)}
     outer = workdir.absolute().parent / "config.json"
     if outer.exists():
@@ -229,14 +238,14 @@ def _places(config: ConfigDict, workdir: epath.Path) -> dict[str, epath.Path]:
             around = from_json(outer.read_text())
             inside = workdir.absolute().name in stages_of(around)
         except (*DAMAGE, UserError):
-            return places  # The folder beside is no run's.
+            return places  # The outer folder does not belong to a run.
         if inside:
             places = _places(around, workdir.parent) | places
     return places
 
 
 def _replaced(value: Any, replace: Callable[[str], Any]) -> Any:
-    """A tree with `replace(PATH)` in the place of each "stage:PATH"."""
+    """Returns a tree with each "stage:PATH" replaced by `replace(PATH)`."""
     if isinstance(value, dict):
         return {key: _replaced(inner, replace) for key, inner in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Writes a trained model for others: `python -m ovseg_jax.export --checkpoint=WORKDIR --to=torch --out=DIR`."""
+"""The command that exports a trained model: `python -m ovseg_jax.export --checkpoint=WORKDIR --to=torch --out=DIR`."""
 
 import argparse
 import os
@@ -8,41 +8,41 @@ from ovseg_jax.cli.console import Parser, run_command, start
 from ovseg_jax.errors import UserError
 
 _DESCRIPTION = """\
-Writes a trained model for programs that do not have JAX, or not this library.
+Exports a trained model for programs without JAX or without this library.
 
   python -m ovseg_jax.export --checkpoint=runs/openseg --to=torch --out=exported
 
   torch       model.safetensors and config.json, which `ovseg_jax.torch.load(DIR)` runs without JAX; a frozen text
-              tower in text_tower/; of a CLIP's two towers also clip/, for transformers.CLIPModel.from_pretrained
-  onnx        the same, and its network as model.onnx, for any number of images
-  stablehlo   model.stablehlo, which takes any number of images and names on CPU, CUDA and TPU, and its
-              parameters in model.safetensors; example.py shows how it is run with JAX alone
-  big_vision  model.npz, all parameters by their paths; of a ViT and a SigLIP text tower also towers.npz, by the
-              names of big_vision's two-tower models (which have none for CLIP's norm before the blocks)
+              tower goes into text_tower/; a CLIP's two towers also into clip/, for transformers.CLIPModel
+  onnx        the same, and the network as model.onnx, for any batch size
+  stablehlo   model.stablehlo, for any number of images and names on CPU, CUDA and TPU, and its parameters in
+              model.safetensors; example.py shows how to run it with JAX alone
+  big_vision  model.npz with all parameters by their paths; a ViT with a SigLIP text tower also as towers.npz, with
+              the names of big_vision's two-tower models (which lack CLIP's norm before the blocks)
 
-Files that are in --out already are replaced with --overwrite alone.
---dtype=bfloat16 or float16 halves the file; how much the prediction changes by that is measured and printed.
+Files in --out are only replaced with --overwrite.
+--dtype=bfloat16 or float16 halves the file; the resulting change of the prediction is measured and printed.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     return run_command(parser, _run, argv)
 
 
 def parser() -> Parser:
-    """Returns the command's flags."""
+    """Returns the command's parser."""
     parser = Parser("export", _DESCRIPTION)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="WORKDIR", help="the folder of a training run")
     add("--to", required=True, choices=("torch", "onnx", "stablehlo", "big_vision"))
-    add("--out", required=True, metavar="DIR", help="where to write; made if missing")
-    add("--overwrite", action="store_true", help="replace files that are there")
+    add("--out", required=True, metavar="DIR", help="the output folder, created if missing")
+    add("--overwrite", action="store_true", help="replace existing files")
     add("--step", type=int, metavar="N", help="the checkpoint of this step (default: the latest)")
     add(
         "--last",
         action="store_true",
-        help="the last parameters of a run with optimizer.ema, not their average",
+        help="for a run with optimizer.ema: the last parameters, not their average",
     )
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     return parser
@@ -53,7 +53,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from ovseg_jax.inference.segmenter import Segmenter
 
     if os.path.realpath(arguments.out) == os.path.realpath(arguments.checkpoint):
-        raise UserError(f"--out={arguments.out} is the run itself: choose another folder")
+        raise UserError(f"--out={arguments.out} is the folder of --checkpoint: choose another folder")
     load = lambda: Segmenter.from_checkpoint(
         arguments.checkpoint, arguments.step, averaged=not arguments.last
     )

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, their checksums, and folders that one process at a time works in."""
+"""Atomic file writing, checksums, and a lock that gives a folder to one process at a time."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ _CHUNK = 1 << 22
 
 
 def write_whole(path: epath.PathLike, content: str | bytes) -> None:
-    """Writes a file aside and renames it, so that a reader finds the old content or the new one.
+    """Writes a temporary file and renames it, so that a reader finds the old content or the new one.
 
     Raises:
       UserError: the file cannot be written, such as on a full disk.
@@ -40,7 +40,7 @@ def write_whole(path: epath.PathLike, content: str | bytes) -> None:
 
 
 def checksum(path: epath.PathLike) -> list[int]:
-    """Returns a file's size and CRC-32."""
+    """Returns the size and the CRC-32 of a file."""
     size = crc = 0
     with epath.Path(path).open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -51,7 +51,7 @@ def checksum(path: epath.PathLike) -> list[int]:
 def write_recorded(path: epath.PathLike, content: str) -> None:
     """Writes a file whole, and its checksum into `checksums.json` beside it.
 
-    A process killed in between leaves the file without a checksum, which is then not compared.
+    A process killed between the two leaves the file without a checksum; `verify` then passes.
     """
     path = epath.Path(path)
     forget(path)
@@ -75,7 +75,7 @@ def record(path: epath.PathLike) -> None:
 
 
 def is_recorded(path: epath.PathLike, content: str | None = None) -> bool | None:
-    """Tells whether a file (or what is to be its content) has its recorded checksum; None where none is recorded."""
+    """Tells whether a file (or its future content) has its recorded checksum; None where none is recorded."""
     path = epath.Path(path)
     known = _sums(path.parent).get(path.name)
     if known is None:
@@ -86,7 +86,7 @@ def is_recorded(path: epath.PathLike, content: str | None = None) -> bool | None
 
 
 def verify(path: epath.PathLike) -> None:
-    """Compares a file with its recorded checksum, where there is one.
+    """Compares a file with its recorded checksum, if there is one.
 
     Raises:
       UserError: they differ.
@@ -94,16 +94,16 @@ def verify(path: epath.PathLike) -> None:
     path = epath.Path(path)
     if is_recorded(path) is False:
         raise UserError(
-            f"{path} is not what was written there: it is damaged, or was edited (if so, delete "
+            f"{path} does not match its checksum: it is damaged, or was edited (after an edit, delete "
             f"{path.parent / SUMS_FILE})"
         )
 
 
 def read_recorded(path: epath.PathLike) -> str:
-    """Reads a text file and compares it with its checksum, where there is one.
+    """Reads a text file and compares it with its recorded checksum, if there is one.
 
     Raises:
-      UserError: the file is missing, is no text, or is not what was written.
+      UserError: the file is missing, is not text, or does not match its checksum.
     """
     path = epath.Path(path)
     try:
@@ -120,28 +120,28 @@ def _sums(folder: epath.Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes()) if path.exists() else {}
         if isinstance(found, dict):
             return found
-        raise ValueError("no JSON object")
+        raise ValueError("it is not a JSON object")
     except DAMAGE as error:
-        raise UserError(f"{path} cannot be read: {reason(error)}; it may be deleted") from error
+        raise UserError(f"{path} cannot be read: {reason(error)}; you may delete it") from error
 
 
 @contextlib.contextmanager
 def locked(
     folder: epath.PathLike, remedy: str = "wait for it, stop it, or choose another folder"
 ) -> Iterator[None]:
-    """Makes a folder, and keeps other processes out of it as long as the context lasts.
+    """Creates a folder and keeps other processes out of it while the context lasts.
 
-    The operating system holds the lock and drops it with the process, however that ends, so that the file of a killed
-    process locks nothing. Buckets, and file systems without locks, are not locked.
+    The operating system releases the lock when the process ends, so that a lock file left by a killed process locks
+    nothing. Buckets, and file systems without locks, are not locked.
 
     Raises:
-      UserError: another process works there; the message names it.
+      UserError: another process holds the lock; the message names it.
     """
     folder = epath.Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"the folder {folder} cannot be made: {reason(error)}") from error
+        raise UserError(f"the folder {folder} cannot be created: {reason(error)}") from error
     if "://" in str(folder):
         yield
         return
@@ -151,7 +151,7 @@ def locked(
         yield
     finally:
         if descriptor is not None:
-            # While it is still held: afterwards it could be another process's.
+            # Deleted before the lock is released: afterwards the file could be another process's.
             with contextlib.suppress(OSError):
                 path.unlink()
             os.close(descriptor)
@@ -176,12 +176,12 @@ def _lock(path: epath.Path, remedy: str) -> int | None:
                 ) from error
             return None  # This file system has no locks.
         with contextlib.suppress(OSError):
-            # Another process may have removed the file since it was opened: that lock holds nobody off.
+            # Another process may have removed the file since it was opened: a lock on it then excludes nobody.
             if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
                 break
         os.close(descriptor)
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    with contextlib.suppress(OSError):  # On a full disk the lock holds all the same.
+    with contextlib.suppress(OSError):  # On a full disk the lock works without its text.
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}".encode(), 0)
     return descriptor

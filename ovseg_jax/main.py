@@ -1,6 +1,6 @@
-"""The entry: `python -m ovseg_jax.main --config=configs/openseg.py [--workdir=DIR] [--mode=train|eval]`.
+"""The command that trains: `python -m ovseg_jax.main --config=configs/openseg.py [--workdir=DIR] [--mode=train|eval]`.
 
-Logic is in `experiment.run`; here are flags, several processes, the compilation cache, and errors as sentences.
+This module holds the flags, joins processes and sets up the compilation cache; `experiment.run` trains and evaluates.
 """
 
 import os
@@ -17,16 +17,16 @@ from ovseg_jax.cli.flags import chosen_config, given_keys, launch
 from ovseg_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder or gs:// bucket of the run; runs/<config> if not said."
+    "workdir", None, "Folder or gs:// bucket of the run; by default runs/<config>."
 )
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate the last checkpoint.")
 _DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", None, "Join other processes. By default where JAX_COORDINATOR_ADDRESS is set."
+    "distributed", None, "Join other processes; by default if JAX_COORDINATOR_ADDRESS is set."
 )
 
 
 def default_workdir(arguments: list[str]) -> str:
-    """Returns `runs/` and the command line's settings, so that the same command finds its run again.
+    """Returns `runs/` and the command line's settings, so that the same command resumes the same run.
 
     `--config=configs/openseg.py:data=coco,data_dir=../coco --config.steps=9` gives
     `runs/openseg-data=coco-data_dir=coco-steps=9`.
@@ -39,15 +39,15 @@ def default_workdir(arguments: list[str]) -> str:
             parts = [Path(path).stem, *filter(None, settings.split(",")), *parts]
         elif name.startswith("config."):
             parts.append(f"{name.removeprefix('config.')}={value}")
-    # Of a path, its last part.
+    # Only the last part of a path.
     parts = [re.sub(r"=.*/", "=", part.rstrip("/")) for part in parts]
     return "runs/" + re.sub(r"[^A-Za-z0-9_.=-]+", "_", "-".join(parts))
 
 
 def run(argv: list[str]) -> int:
-    """Trains or evaluates as the flags say; returns the exit status."""
+    """Trains or evaluates as the flags say and returns the exit status."""
     if len(argv) > 1:
-        raise UserError(f"unexpected arguments {argv[1:]}; a setting is --config.key=value.")
+        raise UserError(f"unexpected arguments {argv[1:]}; settings are written --config.key=value.")
     config = chosen_config()
     workdir = _WORKDIR.value or default_workdir(sys.argv[1:])
     check_addresses({"--workdir": workdir})
@@ -81,9 +81,10 @@ def _draw(workdir: Any, run: Any, outdated: bool) -> None:
 
 
 def join_processes() -> None:
-    """Connects to the other processes: on TPU VMs, under SLURM and the like, JAX finds them by itself.
+    """Connects this process to the others of the run.
 
-    Elsewhere JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID say it.
+    JAX finds them by itself on TPU VMs, under SLURM and the like. Elsewhere JAX_COORDINATOR_ADDRESS (host:port of the
+    first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set.
     """
     names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
     try:
@@ -92,13 +93,13 @@ def join_processes() -> None:
         }
         jax.distributed.initialize(**said)
     except ValueError as error:
-        raise UserError(f"the processes cannot be joined: {error}") from error
+        raise UserError(f"this process cannot join the others of the run: {error}") from error
 
 
 def use_all_cores(batch_size: int) -> None:
-    """Makes CPU cores devices of their own: XLA runs a convolution on one core, however many there are.
+    """Makes each CPU core a JAX device of its own, since XLA runs a convolution on a single core.
 
-    Has no effect on accelerators, nor where XLA_FLAGS already says how many devices the CPU is.
+    Has no effect on accelerators, nor where XLA_FLAGS already sets the number of CPU devices.
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -107,7 +108,7 @@ def use_all_cores(batch_size: int) -> None:
 
 
 def main() -> None:
-    """Runs the command."""
+    """Runs the command and exits with its status."""
     setup_logging()
     launch(run)
 

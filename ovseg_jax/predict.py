@@ -1,4 +1,4 @@
-"""Segments files by words: `python -m ovseg_jax.predict --checkpoint=WORKDIR --images=PHOTOS --out=DIR`."""
+"""The command that segments images by words: `python -m ovseg_jax.predict --checkpoint=DIR --images=PATH --out=DIR`."""
 
 import argparse
 from collections.abc import Sequence
@@ -17,19 +17,18 @@ For each image NAME it writes into --out
   NAME.labels.png    the label map: 0 = unknown, k = the k-th category (16 bits above 255 categories)
   NAME.json          category, instance, score, area, box and COCO RLE mask of each segment
   NAME.features.npz  with --features: pixels, embedding [h w D], masks [N h w], regions [N D] in float16
-and predictions.json, the segments of all images. NAME is the image's name without its suffix, or with it where two
-images share it. The same command after one that was stopped does the images that are missing, as predictions.jsonl,
-with a line for each image that is done, says.
+and predictions.json, the segments of all images. NAME is the image's name without its suffix, or with it if two images
+share the stem. If the command was stopped, run it again to continue: predictions.jsonl lists the finished images.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 1 also where some images could not be read."""
+    """Runs the command; the exit status is 1 also if some images could not be read."""
     return run_command(parser, _run, argv)
 
 
 def parser() -> Parser:
-    """Returns the command's flags."""
+    """Returns the command's parser."""
     from ovseg_jax.decisions.rules import DECISIONS
     from ovseg_jax.inference.segmenter import UNKNOWN_BELOW
 
@@ -37,7 +36,7 @@ def parser() -> Parser:
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="WORKDIR", help="the folder (or bucket) of a training run")
     add("--images", required=True, metavar="PATH", help="an image, a folder of images, or a pattern with *")
-    add("--out", required=True, metavar="DIR", help="where to write; made if missing")
+    add("--out", required=True, metavar="DIR", help="the output folder, created if missing")
     add(
         "--labels",
         metavar="TEXT|FILE",
@@ -49,20 +48,19 @@ def parser() -> Parser:
         "--threshold",
         type=float,
         metavar="T",
-        help=f"pixels with a lower confidence are unknown (default {UNKNOWN_BELOW}; with --proposals, whose scores "
-        "are shares of all classes, none are)",
+        help=f"pixels with a lower confidence are unknown (default {UNKNOWN_BELOW}; none are with --proposals)",
     )
     add(
         "--decision",
         choices=tuple(DECISIONS),
-        help="how scores become segments, in place of --threshold: panoptic and instances tell things of one category "
-        "apart",
+        help="how scores become segments, in place of --threshold; panoptic and instances separate objects of one "
+        "category",
     )
     add(
         "--tile",
         type=_tile,
         metavar="SIZE[,OVERLAP]",
-        help="see larger images in overlapping tiles of SIZE pixels, in more detail (overlap: a quarter)",
+        help="segment large images in overlapping tiles of SIZE pixels, for more detail (default overlap: a quarter)",
     )
     add(
         "--proposals",
@@ -73,8 +71,8 @@ def parser() -> Parser:
         "--ensemble",
         type=float,
         metavar="W",
-        help="with --proposals: w of ovseg_jax.transfer, where no class is seen unless the run says which are not; "
-        "0: --checkpoint alone names (default 0.8)",
+        help="with --proposals: weight w of ovseg_jax.transfer; 0 classifies by --checkpoint alone (default 0.8). "
+        "All classes count as unseen unless the run lists unseen ones",
     )
     add(
         "--fill",
@@ -103,25 +101,23 @@ def _run(arguments: argparse.Namespace) -> int:
     from ovseg_jax.vocab.classes import load_labels
     from ovseg_jax.vocab.vectors import ClassVectors
 
-    # Mistakes in the request are found before the model is loaded.
+    # Errors in the request are reported before the model is loaded.
     rules = {key: value for key in ("ensemble", "fill") if (value := getattr(arguments, key)) is not None}
     if rules and not arguments.proposals:
-        raise UserError(f"--{next(iter(rules))} is of use with --proposals alone")
+        raise UserError(f"--{next(iter(rules))} needs --proposals")
     if arguments.proposals and arguments.step is not None:
-        raise UserError("--step does not go with --proposals: the latest checkpoints are taken")
+        raise UserError("--step cannot be used with --proposals, which takes the latest checkpoints")
     if arguments.decision and arguments.threshold is not None:
-        raise UserError("--decision takes the place of --threshold: give one of them")
+        raise UserError("--decision replaces --threshold: give only one of them")
     if arguments.decision and arguments.tile and decision_of(arguments.decision).needs_masks:
-        raise UserError(f"--decision={arguments.decision} is for whole images: leave out --tile")
+        raise UserError(f"--decision={arguments.decision} works on whole images: leave out --tile")
     if arguments.features and arguments.tile:
-        raise UserError(
-            "--features are those of the whole image: leave out --tile, or cut the images yourself"
-        )
+        raise UserError("--features works on whole images: leave out --tile, or cut the images yourself")
     if arguments.features and arguments.proposals:
-        raise UserError("--features are those of one model: leave out --proposals")
+        raise UserError("--features works with a single model: leave out --proposals")
     if arguments.batch < 1:
-        raise UserError(f"--batch={arguments.batch}: it takes at least 1")
-    spans(1, arguments.tile)  # raises for tiles that cannot be
+        raise UserError(f"--batch={arguments.batch} is less than 1")
+    spans(1, arguments.tile)  # raises for an impossible size or overlap
     threshold = arguments.threshold
     if threshold is None:
         threshold = -1.0 if arguments.proposals else UNKNOWN_BELOW
@@ -163,7 +159,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"{record['stem']}: {found or 'unknown'}")
     if len(done.records) > 10:
         print(f"... and {len(done.records) - 10} more")
-    there = f" ({done.there} of them before)" if done.there else ""
+    there = f" ({done.there} of them earlier)" if done.there else ""
     bad = f", {done.skipped} could not be read" if done.skipped else ""
     print(f"{len(done.records)} segmented{there}{bad}; see {arguments.out}")
     return FAILED if done.skipped else 0

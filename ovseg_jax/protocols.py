@@ -1,4 +1,4 @@
-"""The contracts between the parts: what a method and an evaluator are to the step, the loop, evaluators and Segmenter.
+"""The interfaces between the parts: methods, predictions and evaluators, as training and inference use them.
 
 A method derives from `Trainable` and from `Segmenting` or `Classifier` or both. It must define the functions that raise
 NotImplementedError here; everything else has a default.
@@ -21,19 +21,19 @@ Batch = Mapping[str, Array]
 Text = dict[str, Float[Array, "t d"]]
 """Embeddings of T texts in each space that a method has, by the space's name."""
 
-# The accelerators' default for float32 products is a bfloat16 or TF32 pass, enough to swap two near names.
+# Accelerators compute float32 products in bfloat16 or TF32 by default, which can swap two names of similar scores.
 PRECISION = jax.lax.Precision.HIGHEST
 
 
 class Aux(NamedTuple):
-    """Beside the loss: metrics as (sum, count), and the collections that the forward pass updated."""
+    """The outputs beside the loss: metrics as (sum, count), and collections that the forward pass updated."""
 
     metrics: dict[str, tuple[jax.Array, jax.Array]]
     mutated: dict[str, Any]
 
 
 class Prediction(NamedTuple):
-    """A method's output for a batch of images, before any words are asked for.
+    """A method's output for a batch of images, which does not depend on words.
 
     Attributes:
       mask_logits: [B N h w] logits of the proposals' sigmoid masks, or None for a per-pixel method.
@@ -49,11 +49,11 @@ class Prediction(NamedTuple):
 
 
 class Vocabulary(NamedTuple):
-    """The classes that are asked for, as arrays; T names of K classes.
+    """The requested classes as arrays, with T names of K classes.
 
     Attributes:
       owner: [T] the class of each name.
-      seen: [T] whether the name is one of a class that the method was trained on, as far as it says so.
+      seen: [T] whether the method lists the name among those it was trained on, see `Segmenting.seen_names`.
       isthing: [K] whether a class is countable.
     """
 
@@ -66,8 +66,8 @@ class RegionScores(NamedTuple):
     """The scores of an image's proposals.
 
     Attributes:
-      names: [T N] of each name for each proposal.
-      void: [N] of "no object" in the same unit, or None.
+      names: [T N] the score of each name for each proposal.
+      void: [N] the score of "no object" on the same scale, or None.
     """
 
     names: Float[Array, "t n"]
@@ -75,11 +75,11 @@ class RegionScores(NamedTuple):
 
 
 class PixelScores(NamedTuple):
-    """The scores of an image's pixels in factors: a name scores `weights @ maps`, which [T h w] would hold.
+    """The scores of an image's pixels, [T h w], as the factors of `weights @ maps`.
 
     Attributes:
-      weights: [T C].
-      maps: [C h w].
+      weights: [T C] the weights of each name.
+      maps: [C h w] feature maps.
     """
 
     weights: Float[Array, "t c"]
@@ -87,11 +87,11 @@ class PixelScores(NamedTuple):
 
 
 class Trainable:
-    """A model and its loss: all that step and loop know. It is made of (config, words, classes).
+    """A model and its loss, as training uses them; it is created from (config, words, classes).
 
     Attributes:
-      tokenizer: turns texts into (ids, which are valid), for fields of tokens; each worker process gets a copy.
-      frozen: patterns of the variables that are never trained: checkpoints hold these once a run.
+      tokenizer: converts texts to (ids, valid mask), for fields of tokens; each worker process gets a copy.
+      frozen: regular expressions for variables that are never trained; they are saved once in a run.
     """
 
     tokenizer: Any = None
@@ -99,7 +99,7 @@ class Trainable:
 
     @classmethod
     def keys(cls, config: Any) -> dict[str, dict[str, bool]]:
-        """Returns the keys of the config's sections that are its own, and whether each has an effect; none by default.
+        """Returns the method's own keys in each config section, and whether each has an effect; {} by default.
 
         See `experiment.keys`.
         """
@@ -113,16 +113,16 @@ class Trainable:
 
     @classmethod
     def vocabulary(cls, config: Any, source: Any) -> Sequence[str]:
-        """Returns the words that the text side knows, of a source's captions and class names; none by default."""
+        """Returns the words that the text side knows, from a source's captions and class names; () by default."""
         del config, source
         return ()
 
     def init(self, rng: jax.Array) -> Variables:
-        """Makes the variables: `params`, and other collections such as `batch_stats`."""
+        """Creates the variables: `params`, and other collections such as `batch_stats`."""
         raise NotImplementedError
 
     def pretrained(self) -> Mapping[str, Any]:
-        """Returns NumPy arrays in a tree like the variables, which replace what `init` draws; {} by default."""
+        """Returns a tree of NumPy arrays that replace variables of `init`; {} by default."""
         return {}
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
@@ -130,23 +130,26 @@ class Trainable:
         raise NotImplementedError
 
     def save_assets(self, workdir: Path) -> None:
-        """Writes into a run's folder what the method took from elsewhere and needs again; nothing by default.
+        """Copies external files that the method needs again into a run's folder; none by default.
 
-        It is called at every start, by the first process.
+        The first process calls it at every start.
         """
         del workdir
 
     def artifacts(self, variables: Variables) -> dict[str, Callable[[epath.Path], None]]:
-        """Returns the files that a finished run holds beside its checkpoints, {name: writer}; all processes call it."""
+        """Returns the files that a finished run writes beside its checkpoints, {name: writer}.
+
+        All processes call it.
+        """
         del variables
         return {}
 
 
 class Segmenting:
-    """What predicts masks and pixels, and has a text side: all that evaluators and Segmenter know.
+    """A method that predicts masks and pixel features and embeds texts, as evaluators and Segmenter use it.
 
     Attributes:
-      modes: the masks that its scores are defined for, see `decisions.rules.decide`.
+      modes: the origins of masks that its scores are defined for, see `decisions.rules.decide`.
     """
 
     modes: tuple[str, ...] = ("predicted", "none", "truth")
@@ -158,16 +161,16 @@ class Segmenting:
         raise NotImplementedError
 
     def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
-        """Embeds texts in every space; unit vectors where cosines are to score them."""
+        """Embeds texts in every space, as unit vectors if scores are cosines."""
         raise NotImplementedError
 
     def score_regions(self, prediction: Prediction, text: Text, vocabulary: Vocabulary) -> RegionScores:
         """Scores every name for every proposal of one image; by default the cosine in the only space. Jittable.
 
         Args:
-          prediction: of one image, without the axis of images.
+          prediction: the prediction for one image, without the batch axis.
           text: the names' embeddings.
-          vocabulary: of the names.
+          vocabulary: the classes of the names.
         """
         del vocabulary
         space = common_space(prediction.regions, text)
@@ -181,24 +184,25 @@ class Segmenting:
         return PixelScores(text[space], jnp.moveaxis(unit(prediction.pixels[space]), -1, 0))
 
     def region_scale(self, variables: Variables) -> float | None:
-        """Returns 1/τ, by which a region's cosine becomes a logit; None where the method has learned none."""
+        """Returns 1/τ, the factor from a region's cosine to a logit; None if the method has not learned one."""
         del variables
         return None
 
     def seen_names(self) -> frozenset[str]:
-        """Returns the names of the classes that training knew, where scores depend on it; none by default."""
+        """Returns the names of the training classes, if scores depend on them; none by default."""
         return frozenset()
 
 
 class Classifier:
-    """What classifies whole images by their similarity to class names in a prompt.
+    """A method that classifies whole images by their similarity to class names in a prompt.
 
     Attributes:
-      frozen_towers: the towers never change, so that features under prompts other than its own are computed once a run.
-      by_place: it has parameters of its own for each class: its `embed_text` gets the names of all classes at once,
-        since classes of one name differ by their places.
-      text_per_image: its class features differ between images: `embed_text_for` gives them, `embed_text` refuses.
-      unit_norm: scores are cosines times `logit_scale`, so that distances between features mean something.
+      frozen_towers: whether the towers never change; features under other prompts are then computed only once in a run.
+      by_place: whether it has parameters for each class; `embed_text` then needs the names of all classes at once,
+        since classes of the same name differ only by their position.
+      text_per_image: whether class features depend on the image; `embed_text_for` then computes them, and `embed_text`
+        raises an error.
+      unit_norm: whether features are unit vectors, scores cosines, and distances between features meaningful.
     """
 
     frozen_towers = False
@@ -215,19 +219,19 @@ class Classifier:
         raise NotImplementedError
 
     def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Text:
-        """Embeds whole texts as they stand, without the method's own prompt."""
+        """Embeds texts unchanged, without the method's own prompt."""
         raise NotImplementedError
 
     def embed_prompt(self, variables: Variables, prompt: Any, texts: Sequence[str]) -> Text:
         """Embeds class names in another learned prompt (`towers.prompt_file.Prompt`).
 
         Raises:
-          UserError: the method has no place for one.
+          UserError: the method cannot use one.
         """
-        raise UserError(f"the method {type(self).__name__} has no place for the prompt {prompt.source}")
+        raise UserError(f"the method {type(self).__name__} cannot use the prompt {prompt.source}")
 
     def embed_text_for(self, variables: Variables, texts: Sequence[str], image: Float[Array, " d"]) -> Text:
-        """Embeds class names for one image, given by its feature, where `text_per_image`. Jittable."""
+        """Embeds class names for one image, given by its feature, if `text_per_image`. Jittable."""
         raise NotImplementedError
 
     def score_images(self, image: Float[Array, "b d"], text: Text) -> Float[Array, "b t"]:
@@ -235,7 +239,7 @@ class Classifier:
         return jnp.matmul(image, only(text).T, precision=PRECISION)
 
     def logit_scale(self, variables: Variables) -> Float[Array, ""]:
-        """Returns 1/τ: what a score is multiplied by to be a logit."""
+        """Returns 1/τ, the factor from scores to logits."""
         raise NotImplementedError
 
 
@@ -246,9 +250,9 @@ class Evaluator:
       name: prefix of its metrics in metrics.jsonl and summary.json.
       every: steps between two runs during training; 0 for the end only.
       tables: after `run`, the rows of each per-class table.
-      needs: the fields that it needs of its source.
-      takes: the kind of method that it evaluates.
-      overrides: keys of `config.data` that the evaluation may set for itself.
+      needs: the fields that its source must provide.
+      takes: the class of methods that it evaluates.
+      overrides: keys of `config.data` that the evaluation may override.
       options: keys of its own.
     """
 
@@ -262,11 +266,11 @@ class Evaluator:
 
     @classmethod
     def from_config(cls, setup: Any) -> "Evaluator":
-        """Makes the evaluator from an `evals.registry.Setup`."""
+        """Creates the evaluator from an `evals.registry.Setup`."""
         raise NotImplementedError
 
     def run(self, variables: Variables) -> dict[str, float]:
-        """Returns the metrics, without the prefix, on every process."""
+        """Computes the metrics, named without the prefix, on every process."""
         raise NotImplementedError
 
 
@@ -277,7 +281,9 @@ def only(spaces: Mapping[str, Any]) -> Any:
       UserError: there are several, or none.
     """
     if len(spaces) != 1:
-        raise UserError(f"one space is needed, and here are {', '.join(sorted(spaces)) or 'none'}")
+        raise UserError(
+            f"exactly one embedding space is needed, but there are {', '.join(sorted(spaces)) or 'none'}"
+        )
     return next(iter(spaces.values()))
 
 
@@ -291,6 +297,6 @@ def common_space(seen: Mapping[str, Any], text: Mapping[str, Any]) -> str:
     if len(common) != 1:
         raise UserError(
             f"images have features in {', '.join(sorted(seen)) or 'no space'} and texts in "
-            f"{', '.join(sorted(text)) or 'none'}: a method with these needs scores of its own"
+            f"{', '.join(sorted(text)) or 'none'}: such a method must define its own scores"
         )
     return common[0]

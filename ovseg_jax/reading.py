@@ -1,4 +1,4 @@
-"""Reads files from outside under one guard: whatever is wrong with one ends in one sentence that names it.
+"""Readers of files from outside: any fault of a file becomes one UserError that names the file.
 
 A reader decodes under `with reading(path):` and states what it expects through `text`, `whole`, `numbers`, `objects`,
 `texts` and `column`, whose ValueErrors the guard turns into a UserError.
@@ -43,7 +43,7 @@ DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
 )
-"""What decoders raise of a file that is cut, altered or of another kind; Pillow alone raises eight of these."""
+"""The exceptions that decoders raise for a file that is truncated, altered or of another format."""
 
 INT64 = 2**63 - 1
 _LARGEST = float(np.finfo(np.float32).max)
@@ -53,11 +53,11 @@ _REQUIRED: Any = object()
 
 @contextlib.contextmanager
 def reading(path: Any, what: str = "") -> Iterator[None]:
-    """Turns what goes wrong inside the block, which decodes one file, into one UserError that names the file.
+    """Turns an error inside the block, which decodes one file, into a UserError that names the file.
 
     Args:
       path: the file.
-      what: what it is to the user, such as "the mask".
+      what: the file's role in the message, such as "the mask".
 
     Raises:
       UserError: in place of any of `DAMAGE`; those raised inside pass as they are.
@@ -69,15 +69,15 @@ def reading(path: Any, what: str = "") -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """Returns the first line of what an exception says, in plain words where it is a common one."""
+    """Returns the first line of an exception's message, in plain words for the common exceptions."""
     if isinstance(error, UnicodeDecodeError):
-        return f"it is no UTF-8 text (byte 0x{error.object[error.start]:02x} at {error.start})"
+        return f"it is not UTF-8 text (byte 0x{error.object[error.start]:02x} at {error.start})"
     if isinstance(error, json.JSONDecodeError):
         return f"it is not valid JSON: {error}"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if isinstance(error, MemoryError):
-        return "it asks for more memory than there is"
+        return "it needs more memory than there is"
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
     if isinstance(error, IsADirectoryError):
@@ -85,7 +85,7 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     if isinstance(error, KeyError) and "://" in str(error):
-        return f"files of {error} are not known here: download them first"
+        return f"addresses like {error} are not supported: download the file first"
     if isinstance(error, KeyError):
         return f"it has no {error}"
     first = str(error).strip().partition("\n")[0]
@@ -93,25 +93,25 @@ def reason(error: BaseException) -> str:
 
 
 def read_text(path: epath.PathLike, what: str = "") -> str:
-    """Reads a text file: UTF-8, or UTF-16 with its mark; line ends become \\n, and a byte order mark goes.
+    """Reads a text file, UTF-8 or UTF-16 with a byte order mark, which is removed; line ends become \\n.
 
     Raises:
-      UserError: it cannot be read, or is no text.
+      UserError: it cannot be read, or is not text.
     """
     with reading(path, what):
         data = epath.Path(path).read_bytes()
         wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
         found = data.decode("utf-16" if wide else "utf-8-sig")
         if "\0" in found:
-            raise ValueError("it holds zero bytes, and is no text")
+            raise ValueError("it holds zero bytes, so it is not text")
         return found.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_lines(path: epath.PathLike, what: str = "") -> Iterator[tuple[int, str]]:
-    """Reads the lines of a text file that are not blank, one by one, with their numbers from 1.
+    """Yields the lines of a text file that are not blank, with their numbers from 1.
 
     Raises:
-      UserError: it cannot be read, or a line is no text.
+      UserError: it cannot be read, or a line is not text.
     """
     with reading(path, what):
         with epath.Path(path).open("rb") as file:
@@ -130,16 +130,16 @@ def read_lines(path: epath.PathLike, what: str = "") -> Iterator[tuple[int, str]
                     except UnicodeDecodeError as error:
                         raise ValueError(f"line {number}: {reason(error)}") from error
                     if "\0" in line:
-                        raise ValueError(f"line {number} holds zero bytes, and is no text")
+                        raise ValueError(f"line {number} holds zero bytes, so it is not text")
                     if line.strip():
                         yield number, line
 
 
 def parse_json(content: str) -> Any:
-    """Parses JSON, of which no object holds a key twice.
+    """Parses JSON and refuses an object in which a key occurs twice.
 
     Raises:
-      ValueError: it is no JSON, or a key occurs twice.
+      ValueError: it is not JSON, or a key occurs twice.
     """
     return json.loads(content, object_pairs_hook=_object)
 
@@ -148,14 +148,14 @@ def read_json(path: epath.PathLike, what: str = "") -> Any:
     """Reads a JSON file.
 
     Raises:
-      UserError: it cannot be read, is no JSON, or an object in it holds a key twice.
+      UserError: it cannot be read, is not JSON, or an object in it holds a key twice.
     """
     with reading(path, what):
         return parse_json(read_text(path, what))
 
 
 def read_npz(path: epath.PathLike, what: str = "") -> dict[str, np.ndarray]:
-    """Reads all arrays of an .npz.
+    """Reads all arrays of an .npz file.
 
     Raises:
       UserError: it cannot be read, or holds Python objects.
@@ -163,7 +163,7 @@ def read_npz(path: epath.PathLike, what: str = "") -> dict[str, np.ndarray]:
     with reading(path, what), epath.Path(path).open("rb") as file:
         data = np.load(file, allow_pickle=False)
         if not isinstance(data, np.lib.npyio.NpzFile):
-            raise ValueError("it is no .npz")
+            raise ValueError("it is not an .npz file")
         with data:
             return dict(data.items())
 
@@ -178,16 +178,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def short(value: Any) -> str:
-    """Returns a value as a text of at most 60 characters, for errors."""
+    """Returns a value's repr, cut to 60 characters, for error messages."""
     found = repr(value)
     return found if len(found) <= 60 else f"{found[:57]}..."
 
 
 def text(value: Any, name: str) -> str:
-    """Returns a text, halves of surrogate pairs replaced.
+    """Checks that a value is a text and returns it, with lone surrogates replaced.
 
     Raises:
-      ValueError: it is none.
+      ValueError: it is not a text.
     """
     if type(value) is not str:
         raise ValueError(f"{name}: expected a text, got {short(value)}")
@@ -195,10 +195,10 @@ def text(value: Any, name: str) -> str:
 
 
 def array(value: Any, name: str) -> list[Any]:
-    """Returns a list.
+    """Checks that a value is a list and returns it.
 
     Raises:
-      ValueError: it is none.
+      ValueError: it is not a list.
     """
     if not isinstance(value, list):
         raise ValueError(f"{name}: expected a list, got {short(value)}")
@@ -206,7 +206,7 @@ def array(value: Any, name: str) -> list[Any]:
 
 
 def texts(value: Any, name: str) -> list[str]:
-    """Returns a list of texts; one text is a list of one.
+    """Checks that a value is a text or a list of texts and returns a list.
 
     Raises:
       ValueError: it is neither.
@@ -218,10 +218,10 @@ def texts(value: Any, name: str) -> list[str]:
 
 
 def whole(value: Any, name: str, low: int = 0, high: int = INT64) -> int:
-    """Returns a whole number from `low` to `high`.
+    """Checks that a value is a whole number from `low` to `high` and returns it.
 
     Raises:
-      ValueError: it is none.
+      ValueError: it is not.
     """
     if type(value) is not int or not low <= value <= high:
         limits = f"of at least {low}" if high == INT64 else f"from {low} to {high}"
@@ -230,10 +230,10 @@ def whole(value: Any, name: str, low: int = 0, high: int = INT64) -> int:
 
 
 def flag(value: Any, name: str) -> bool:
-    """Returns a truth value, which many files write as 0 and 1.
+    """Checks that a value is true, false, 0 or 1 and returns it as a bool.
 
     Raises:
-      ValueError: it is none.
+      ValueError: it is not.
     """
     if type(value) not in (bool, int) or value not in (0, 1):
         raise ValueError(f"{name}: expected true or false, got {short(value)}")
@@ -241,10 +241,10 @@ def flag(value: Any, name: str) -> bool:
 
 
 def number(value: Any, name: str) -> float:
-    """Returns a finite number.
+    """Checks that a value is a finite number and returns it as a float.
 
     Raises:
-      ValueError: it is none.
+      ValueError: it is not.
     """
     if type(value) not in (int, float) or not abs(value) <= _LARGEST:
         raise ValueError(f"{name}: expected a finite number, got {short(value)}")
@@ -252,10 +252,10 @@ def number(value: Any, name: str) -> float:
 
 
 def numbers(value: Any, name: str, count: int) -> list[float]:
-    """Returns a list of `count` finite numbers.
+    """Checks that a value is a list of `count` finite numbers and returns it.
 
     Raises:
-      ValueError: it is none.
+      ValueError: it is not.
     """
     if not isinstance(value, list) or len(value) != count:
         raise ValueError(f"{name}: expected a list of {count} numbers, got {short(value)}")
@@ -263,10 +263,10 @@ def numbers(value: Any, name: str, count: int) -> list[float]:
 
 
 def objects(value: Any, name: str) -> list[dict[str, Any]]:
-    """Returns a list of JSON objects.
+    """Checks that a value is a list of JSON objects and returns it.
 
     Raises:
-      ValueError: it is none.
+      ValueError: it is not.
     """
     if wrong := [item for item in array(value, name) if not isinstance(item, dict)]:
         raise ValueError(f"{name}: expected objects, got {short(wrong[0])}")
@@ -281,15 +281,15 @@ def column(
     default: Any = _REQUIRED,
     of: str = "entry",
 ) -> list[T]:
-    """Returns what stands under one key of each row.
+    """Returns the checked value under one key of each row.
 
     Args:
       rows: JSON objects.
-      key: of theirs.
-      kind: a function as `whole`, which is called with the value, a name for errors and `limits`.
-      limits: its other arguments.
-      of: what a row is, for errors.
-      default: stands for a missing value, unchecked; without one each row has to have the key.
+      key: the key to look up in each row.
+      kind: a checking function such as `whole`, called with the value, a name for errors and `limits`.
+      limits: further arguments of `kind`.
+      default: replaces a missing value, unchecked; without it each row must have the key.
+      of: the name of a row in errors, such as "image".
 
     Raises:
       ValueError: a row lacks the key, or its value is of another kind.

@@ -1,4 +1,4 @@
-"""A classifier on many data sets: `python -m ovseg_jax.score --checkpoint=WORKDIR --suite=pomp --data_dir=DIR`."""
+"""The command that scores a classifier: `python -m ovseg_jax.score --checkpoint=DIR --suite=pomp --data_dir=DIR`."""
 
 import argparse
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from ovseg_jax.cli.console import Parser, run_command, start
 
 _DESCRIPTION = """\
-Scores a trained classifier, zero-shot, on the data sets of a suite, and beside it a hand-written prompt.
+Scores a trained classifier zero-shot on the data sets of a suite, and compares it with a hand-written prompt.
 
   python -m ovseg_jax.score --checkpoint=runs/pomp --suite=pomp --data_dir=../sets --out=scores.csv
 
@@ -15,26 +15,26 @@ A suite is one of
   cross-domain   its four variants of ImageNet: {cross_domain}
   imagenet21k    validation images of ImageNet-21K
   pomp           all of these
-or a JSON file, {{"sets": {{NAME: {{...}}}}}}, where a set has any of
-  metric     the measure that counts: accuracy (default), per_class, harmonic, ...
-  average    the average that it belongs to
+or a JSON file, {{"sets": {{NAME: {{...}}}}}}, where a set may have
+  metric     the main metric: accuracy (default), per_class, harmonic, ...
+  average    the average that it counts in
   prompts    {{NAME: template, list of templates, imagenet | simple | vild, or FILE.json}}
   tfds       name of a TFDS data set in DIR, in place of a folder
   split, names, ...   arguments of its data source, image_folder or tfds
-  limit      only the first so many images
-The images of a set lie in DIR/NAME/CLASS, or DIR/NAME/test/CLASS, or DIR/NAME/val/CLASS, and DIR/NAME/names.txt (or
-names.json), if there is one, names the folders. A set without a folder is listed as missing, and an average then says
-of how many sets it is. The same command after one that was stopped, with --out, scores the sets that are missing.
+  limit      use only the first so many images
+The images of a set lie in DIR/NAME/CLASS, DIR/NAME/test/CLASS or DIR/NAME/val/CLASS; the optional DIR/NAME/names.txt
+(or names.json) gives the class name of each folder. A set without a folder is listed as missing, and each average
+states how many sets it covers. If the command was stopped, run it again with the same --out to continue.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     return run_command(parser, _run, argv)
 
 
 def parser() -> Parser:
-    """Returns the command's flags."""
+    """Returns the command's parser."""
     from ovseg_jax.experiment.scores import CROSS_DATASET, CROSS_DOMAIN
 
     parser = Parser(
@@ -43,9 +43,9 @@ def parser() -> Parser:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="WORKDIR", help="the folder (or bucket) of a training run")
-    add("--suite", required=True, metavar="NAME|FILE", help="what to score on, see above")
-    add("--data_dir", required=True, metavar="DIR", help="where the sets are: DIR/NAME")
-    add("--out", metavar="FILE.csv", help="also write everything measured, a line for each set and prompt")
+    add("--suite", required=True, metavar="NAME|FILE", help="the data sets, see above")
+    add("--data_dir", required=True, metavar="DIR", help="the folder that holds each set as DIR/NAME")
+    add("--out", metavar="FILE.csv", help="also write all scores, a line for each set and prompt")
     add("--batch", type=int, default=64, metavar="N", help="images at once (default %(default)s)")
     add("--step", type=int, metavar="N", help="the checkpoint of this step (default: the latest)")
     return parser

@@ -1,4 +1,4 @@
-"""A prompt put to segmentation: `python -m ovseg_jax.transfer --proposals=WORKDIR --checkpoint=WORKDIR2`."""
+"""The command that segments with two runs: `python -m ovseg_jax.transfer --proposals=WORKDIR --checkpoint=WORKDIR2`."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,25 +7,26 @@ from ovseg_jax.cli.console import Parser, run_command, start
 
 _DESCRIPTION = """\
 Segments with the masks of one run and the classifier of another (ZSSeg's two stages; POMP's tables 4, 5 and 13), and
-scores each prompt: a line for each, in percent.
+prints the scores of each prompt in percent.
 
   python -m ovseg_jax.transfer --proposals=runs/openseg --checkpoint=runs/pomp
   python -m ovseg_jax.transfer --proposals=runs/openseg --checkpoint=runs/pomp \\
       --data=coco,data_dir=../coco_stuff,split=val2017 --split=coco_stuff
 
-A proposal's class is judged twice, by the proposal network (p) and, cut out, by the classifier (q). Classes that the
-proposal network was trained with score p^w q^(1-w), all others p^(1-w) q^w; --ensemble=0 is q alone. mIoU divides by
-the classes in truth or prediction, mIoU_gt by those in truth; hIoU is the harmonic mean over seen and unseen classes.
+Each proposal is classified twice: by the proposal network (p) and, as a crop of the image, by the classifier (q).
+Classes that the proposal network was trained with score p^w q^(1-w), all others p^(1-w) q^w; --ensemble=0 is q alone.
+mIoU averages over the classes in truth or prediction, mIoU_gt over those in the truth; hIoU is the harmonic mean of
+the seen and the unseen classes' mIoU.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     return run_command(parser, _run, argv)
 
 
 def parser() -> Parser:
-    """Returns the command's flags."""
+    """Returns the command's parser."""
     from ovseg_jax.experiment.transfer import FILLS
     from ovseg_jax.experiment.transfer_table import HARD, LEARNED, SINGLE
     from ovseg_jax.towers.templates import TEMPLATES
@@ -38,21 +39,21 @@ def parser() -> Parser:
     add(
         "--data",
         metavar="NAME,KEY=VALUE,...",
-        help="a source of images with segments, such as folder,data_dir=DIR,kind=semantic; by default what the run "
-        "of --proposals is evaluated on at its end",
+        help="a source of images with segments, such as folder,data_dir=DIR,kind=semantic; by default that of the "
+        "final evaluation of --proposals",
     )
     add(
         "--split",
         metavar="NAME|TEXT|FILE.json",
         help=f"the unseen classes: {' or '.join(UNSEEN)}, 'cow; giraffe; ...', or a file that lists them; by default "
-        "the data's own groups, and where it has none all classes are unseen, as in a cross-dataset evaluation",
+        "the data's own groups; without any, all classes are unseen, as in a cross-dataset evaluation",
     )
     add("--ensemble", type=float, default=0.8, metavar="W", help="w, see above (default %(default)s)")
     add(
         "--prompts",
         default=f"{SINGLE}; imagenet; vild; {LEARNED}",
         metavar="A;B;...",
-        help=f"of {LEARNED} (the classifier's own), {', '.join((*HARD, *TEMPLATES))}, a template with {{}}, "
+        help=f"each is {LEARNED} (the classifier's own), {', '.join((*HARD, *TEMPLATES))}, a template with {{}}, "
         "or FILE.json (default '%(default)s')",
     )
     add(
@@ -60,7 +61,7 @@ def parser() -> Parser:
         type=float,
         default=0.5,
         metavar="T",
-        help="mask value of a crop's pixels (default %(default)s)",
+        help="mask value from which a pixel belongs to the crop (default %(default)s)",
     )
     add(
         "--fill",

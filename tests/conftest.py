@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, fast compilation, and every shape annotation of the package checked at call time."""
 
+import gc
 import os
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
@@ -11,3 +12,6 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 from jaxtyping import install_import_hook
 
 install_import_hook("ovseg_jax", "beartype.beartype")
+
+# Traced programs are kept to the end, and a full collection walks them all: let there be few.
+gc.set_threshold(100_000, 50, 100)

@@ -163,7 +163,7 @@ def test_all_is_checked_before_the_model_is_loaded(run, root, tmp_path, monkeypa
     (tmp_path / "fewer.json").write_text(json.dumps(content))
     monkeypatch.setattr(box_classes, "load_run", None)
     code, out = run(annotations=tmp_path / "fewer.json")
-    assert code == 1 and "boxes of the image 1, which --annotations lacks" in out.err
+    assert code == 1 and "boxes of the image 1, which --annotations does not list" in out.err
     code, out = run(out=root / "boxes.json")
     assert code == 1 and "is the file of --boxes" in out.err
     assert {path.name for path in tmp_path.iterdir()} == {"fewer.json"}
@@ -180,13 +180,13 @@ def test_images_without_boxes_count_as_missed(run, root, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"checkpoint": "masks"}, "classifies no images"),
+        ({"checkpoint": "masks"}, "does not classify images"),
         ({"images": "nowhere"}, "is not a folder"),
-        ({"boxes": "annotations.json"}, "is no list of boxes"),
-        ({"boxes": "elsewhere.json"}, "holds no image of the id 99"),
+        ({"boxes": "annotations.json"}, "is not a list of boxes"),
+        ({"boxes": "elsewhere.json"}, "holds no image with the id 99"),
         (
             {"classes": "names.txt", "annotations": "annotations.json"},
-            "has no category 1, the 'red' of --classes",
+            "has no category 1, which --classes calls 'red'",
         ),
         ({"annotations": "boxes.json"}, "has no images, annotations or categories"),
         ({"batch": 0}, "--batch=0"),

@@ -99,7 +99,11 @@ def test_the_numbers_of_pomp():
 @pytest.mark.parametrize(
     ("name", "arg", "message"),
     [
-        ("pomp", "sample=0", r"sample=0 has no effect with data=scenes: keys that have one are data, seed"),
+        (
+            "pomp",
+            "sample=0",
+            r"sample=0 has no effect with data=scenes: keys that have an effect are data, seed",
+        ),
         ("pomp", "method=vpt", "method=vpt has no effect with data=scenes"),
         (
             "pomp",
@@ -189,7 +193,7 @@ def test_the_number_of_classes_is_that_of_the_data(tmp_path):
         (tmp_path / name).mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(tmp_path / name / "a.png")
     folder = f"data=folder,data_dir={tmp_path}"
-    with pytest.raises(UserError, match=r"train holds 2 class folders, and num_classes=10451 .*classes=2\)"):
+    with pytest.raises(UserError, match=r"train holds 2 class folders, but num_classes=10451 .*classes=2\)"):
         make_source(load("pomp", folder).data.train)
     out = load("pomp", f"{folder},classes=2")
     assert len(make_source(out.data.train)) == 2 and out.steps == 20

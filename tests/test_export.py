@@ -167,5 +167,5 @@ def test_a_folder_that_is_none_of_ours(tmp_path):
     (tmp_path / "config.json").write_text(
         (tmp_path / "config.json").read_text().replace('"width": 16', '"width": 32', 1)
     )
-    with pytest.raises(UserError, match=r"and by its description"):
+    with pytest.raises(UserError, match=r"but by its description"):
         ovseg_jax.torch.load(tmp_path)

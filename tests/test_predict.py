@@ -109,7 +109,7 @@ def test_labels_with_vectors(run, tmp_path):
     ("flags", "message"),
     [
         ({"images": "nowhere"}, "no such file or folder"),
-        ({}, "no image in this folder"),
+        ({}, "the folder holds no readable image"),
         ({"checkpoint": "elsewhere", "images": "photo.png"}, "elsewhere holds no run"),
         ({"images": "photo.png", "labels": " "}, "no labels"),
         ({"images": "photo.png", "labels": "red; unicorn"}, "unicorn"),
@@ -118,7 +118,7 @@ def test_labels_with_vectors(run, tmp_path):
         ({"images": "photo.png", "tile": "8,9"}, "overlap"),
         ({"images": "photo.png", "batch": 0}, "--batch=0"),
         ({"images": "photo.png", "features": True, "tile": "40"}, "leave out --tile"),
-        ({"images": "photo.png", "out": "photo.png/x"}, "cannot be made"),
+        ({"images": "photo.png", "out": "photo.png/x"}, "cannot be created"),
     ],
 )
 def test_a_wrong_request_is_one_sentence_and_status_1(run, tmp_path, monkeypatch, capsys, flags, message):
@@ -206,7 +206,7 @@ def test_a_command_that_was_stopped_does_what_is_missing(run, tmp_path, monkeypa
     monkeypatch.setattr(Result, "save", stopped)
     assert run(batch=2) == (130 if stop is KeyboardInterrupt else 1)
     err = capsys.readouterr().err
-    assert "goes on" in err.splitlines()[-1] and "Traceback" not in err
+    assert "continues" in err.splitlines()[-1] and "Traceback" not in err
     assert stop is KeyboardInterrupt or "3 of 6 images are done" in err
     lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     assert [line["stem"] for line in lines[1:]] == ["0", "1", "2"]
@@ -214,7 +214,7 @@ def test_a_command_that_was_stopped_does_what_is_missing(run, tmp_path, monkeypa
     (out / "1.labels.png").unlink()  # and one of its files is lost
     assert run(batch=2) == 0
     assert len(count) == 4 + 4
-    assert "6 segmented (2 of them before)" in capsys.readouterr().out
+    assert "6 segmented (2 of them earlier)" in capsys.readouterr().out
     assert {name: written(out)[name] for name in done if name[0] in "02"} == {
         name: done[name] for name in done if name[0] in "02"
     }
@@ -235,7 +235,7 @@ def test_what_has_changed_is_done_again(run, tmp_path, capsys):
     assert run(labels="red; green; blue") == 0 and there() == "2 segmented"
     save(folder / "a.png", ["blue"], size=(25, 40))
     save(folder / "c.png", ["red"])
-    assert run(labels="red; green; blue") == 0 and there() == "3 segmented (1 of them before)"
+    assert run(labels="red; green; blue") == 0 and there() == "3 segmented (1 of them earlier)"
     assert json.loads((out / "a.json").read_text())["segments"][0]["category"] == "blue"
     for changed in ({"labels": "red; green"}, {"labels": "red; green", "threshold": 0.5}):
         assert run(**changed) == 0 and there() == "3 segmented"
@@ -248,7 +248,7 @@ def test_a_picture_that_cannot_be_drawn_costs_nothing_else(run, tmp_path, monkey
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("a.labels.png", "a.json", "predictions.json", "predictions.jsonl")
     }
-    assert "a.overlay.png is not drawn: ZeroDivisionError" in caplog.text
+    assert "a.overlay.png was not drawn: ZeroDivisionError" in caplog.text
 
 
 @pytest.mark.parametrize("size", [(1, 600), (900, 20), (1, 1), (3, 2)])
@@ -273,7 +273,7 @@ def test_a_pattern_of_names(run, tmp_path, capsys):
     assert run(images=f"{tmp_path}/in/*.jpg") == 0
     assert "2 segmented" in capsys.readouterr().out
     assert run(images=f"{tmp_path}/in/*.gif") == 1
-    assert "no image has a name of this pattern" in capsys.readouterr().err
+    assert "no image matches this pattern" in capsys.readouterr().err
 
 
 def test_odd_labels_and_requests(run, tmp_path, capsys):
@@ -310,7 +310,7 @@ def test_things_apart(run, tmp_path, capsys):
     }
     assert sum(s["area"] for s in segments) > 0.9 * 24 * 40
     assert run(labels="green", decision="panoptic", threshold=0.5) == 1
-    assert "--decision takes the place of --threshold" in capsys.readouterr().err
+    assert "--decision replaces --threshold" in capsys.readouterr().err
     assert run(labels="green", decision="instances", tile=8) == 1
-    assert "is for whole images" in capsys.readouterr().err
+    assert "works on whole images" in capsys.readouterr().err
     assert run(labels="green", decision="argmax", tile=16, out=tmp_path / "tiles") == 0

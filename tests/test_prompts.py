@@ -95,7 +95,7 @@ def test_hand_written_prompts(run, runs, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-6)
     # The small tower has not all words of CLIP's templates.
     code, out = run("--ensemble")
-    assert code == 1 and "none of the" in out.err
+    assert code == 1 and "but none is called" in out.err
 
 
 def test_vectors_that_a_table_of_words_reads(run, tmp_path):
@@ -128,7 +128,7 @@ def test_the_prompt_itself(run, runs, tmp_path):
     assert run(prompt=tmp_path / "p.safetensors", out=tmp_path / "again.npy")[0] == 0
     np.testing.assert_allclose(np.load(tmp_path / "again.npy"), own, atol=1e-6)
     code, out = run(out=tmp_path / "p.safetensors", checkpoint=runs[0] / "clip", classes=None)
-    assert code == 1 and "method=clip learns no such prompt" in out.err
+    assert code == 1 and "method=clip learns no prompt that can be saved" in out.err
 
 
 def test_a_published_text_tower(run, folder, tmp_path):  # noqa: F811
@@ -151,25 +151,25 @@ def test_a_published_text_tower(run, folder, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"out": "out.txt"}, "--out=out.txt: known are .npy"),
+        ({"out": "out.txt"}, "--out=out.txt must end in .npy"),
         ({"out": "nowhere/out.npy"}, "nowhere/out.npy cannot be written"),
-        ({"classes": None}, "say --classes=FILE"),
-        ({"classes": "empty.txt"}, "empty.txt holds no class"),
+        ({"classes": None}, "--classes=FILE is missing"),
+        ({"classes": "empty.txt"}, "empty.txt lists no class"),
         ({"classes": "strange.txt"}, "holds 'zebra'"),
-        ({"checkpoint": None}, "say --checkpoint=WORKDIR, or --towers"),
+        ({"checkpoint": None}, "give either --checkpoint=WORKDIR, or --towers"),
         ({"checkpoint": None, "towers": "x"}, "with --text_tower"),
-        ({"checkpoint": None, "towers": "x", "text_tower": "clip_vitb16"}, "which prompt?"),
+        ({"checkpoint": None, "towers": "x", "text_tower": "clip_vitb16"}, "needs a prompt"),
         (
             {"checkpoint": None, "towers": "x", "text_tower": "bert_base", "template": "{}"},
-            "not of CLIP's kind",
+            "not a text tower of CLIP's kind",
         ),
         ({"checkpoint": None, "towers": "x", "text_tower": "gpt", "template": "{}"}, "'gpt'"),
         ({"checkpoint": "nowhere"}, "nowhere holds no run"),
         ({"prompt": "narrow.safetensors"}, "vectors of 8 numbers"),
         ({"prompt": "none.safetensors"}, "no prompt none.safetensors"),
-        ({"template": "a photo"}, "no {} for the name"),
-        ({"out": "p.pth.tar", "checkpoint": None}, "is a prompt: say --checkpoint"),
-        ({"out": "p.pth.tar", "template": "a {}"}, "is a prompt: say --checkpoint"),
+        ({"template": "a photo"}, "no {} for the class name"),
+        ({"out": "p.pth.tar", "checkpoint": None}, "is a prompt file: give --checkpoint"),
+        ({"out": "p.pth.tar", "template": "a {}"}, "is a prompt file: give --checkpoint"),
     ],
 )
 def test_a_wrong_request_is_one_sentence(run, tmp_path, monkeypatch, flags, message):

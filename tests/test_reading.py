@@ -29,7 +29,7 @@ def test_text_of_every_encoding(tmp_path):
     path.write_text('["a\u2028b"]')  # which ends no line
     assert [line for _, line in read_lines(path)] == ['["a\u2028b"]']
     path.write_bytes(b"a\nb\xe9\n")
-    with pytest.raises(UserError, match=r"a\.txt cannot be read: line 2: it is no UTF-8 text \(byte 0xe9"):
+    with pytest.raises(UserError, match=r"a\.txt cannot be read: line 2: it is not UTF-8 text \(byte 0xe9"):
         list(read_lines(path))
     path.write_bytes("ab".encode("utf-16-le"))
     with pytest.raises(UserError, match="zero bytes"):
@@ -63,7 +63,7 @@ def test_one_sentence_for_what_is_not_there(tmp_path):
 
 def test_addresses_of_unknown_schemes():
     for reader in (read_text, read_json, read_image, list_images):
-        with pytest.raises(UserError, match=r"files of 'foo://' are not known"):
+        with pytest.raises(UserError, match=r"addresses like 'foo://' are not supported"):
             reader("foo://bucket/x.json")
 
 
@@ -133,7 +133,7 @@ def test_texts_of_a_folder(folder, name, content, expected):
 def test_latin_1_captions_name_their_line(folder):
     for name, line in (("captions.tsv", b"a.png\tcaf\xe9"), ("captions.jsonl", b'{"caption": "caf\xe9"}')):
         (folder / name).write_bytes(b"\n" + line)
-        with pytest.raises(UserError, match=f"{name} cannot be read: line 2: it is no UTF-8"):
+        with pytest.raises(UserError, match=f"{name} cannot be read: line 2: it is not UTF-8"):
             Folder(folder)
         (folder / name).unlink()
 
@@ -153,7 +153,7 @@ def test_a_name_of_two_categories_means_one(folder, caplog):
     source = Folder(folder)
     assert source[0]["class_ids"].tolist() == [0, 3]
     assert source.classes.names == (("ball",), ("grass",), ("drum",), ("sphere",))
-    assert "names that several categories list: 2, such as" in caplog.text
+    assert "2 names are listed by several categories, such as" in caplog.text
     mixed = union([parse_labels("cat,kitty; dog"), parse_labels("kitty,cub; cub; dog,pup")])
     assert mixed.names == (("cat",), ("dog", "pup"), ("kitty",), ("cub",))
     split = load_split(parse_labels("screen door,screen; screen,display; wall"), "screen")
@@ -172,8 +172,8 @@ def test_a_name_of_two_categories_means_one(folder, caplog):
         ("1:dog\n²:cat", "line 2"),
         ("99999999999999999999:dog", "line 1"),
         ("1:dog\n01:cat", "line 2.*twice"),
-        ("", "holds no class"),
-        ("3,airplane\n5,dog", "an id and a comma"),
+        ("", "lists no class"),
+        ("3,airplane\n5,dog", "followed by a colon, not a comma"),
     ],
 )
 def test_forms_of_class_files_are_not_mixed(tmp_path, content, expected):
@@ -294,12 +294,12 @@ def image(**changes):
         (segment(id=-7), "'id'"),
         (segment(id=1 << 24), "'id'"),
         (segment(id=7.0), "'id'"),
-        (segment(category_id=4), "the category 4"),
+        (segment(category_id=4), "the category_id 4"),
         (segment(category_id=[3]), "'category_id'"),
         (segment(iscrowd=2), "'iscrowd'"),
         (segment(bbox=[0, 0, 4]), "'bbox'"),
         (segment(bbox=[0, 0, 1e400, 4]), "'bbox'"),
-        (lambda d: d["annotations"].append(d["annotations"][0]), "two annotations of the image 1"),
+        (lambda d: d["annotations"].append(d["annotations"][0]), "two annotations for the image 1"),
         (lambda d: d["annotations"][0]["segments_info"].append({"id": 7, "category_id": 3}), "the id 7"),
         (lambda d: d["annotations"][0].update(segments_info=None), "'segments_info'"),
         (lambda d: d["annotations"].append(3), "'annotations': expected objects"),
@@ -340,7 +340,7 @@ def test_coco_captions_and_names_are_checked(coco):
     (coco / "annotations/captions_val.json").unlink()
     image(file_name="a\0b.png")(data)
     (coco / "annotations/panoptic_val.json").write_text(json.dumps(data))
-    with pytest.raises(UserError, match=r"is named in .* but is not there"):
+    with pytest.raises(UserError, match=r"listed in .* does not exist"):
         dict(Coco(coco, "val")[0])
 
 
@@ -353,4 +353,4 @@ def test_labels_with_ids_are_no_labels():
 def test_equal_names_are_said(tmp_path, caplog):
     (tmp_path / "l.txt").write_text("1:dog\n2:dog,hound\n")
     assert read_label_file(tmp_path / "l.txt").names == (("dog",), ("dog", "hound"))
-    assert "list: 1, such as 'dog' by 'dog', 'dog'" in caplog.text
+    assert "names listed by several categories: 1, such as 'dog' by 'dog', 'dog'" in caplog.text

@@ -112,7 +112,9 @@ def test_a_prompt_whose_words_are_not_known_is_left_out(run, monkeypatch):
     monkeypatch.setattr(ColourClassifier, "embed_phrases", choosy)
     code, out, err = run(prompts="single; vild")
     assert (
-        code == 0 and list(rows(out)) == ["single"] and "without the prompt 'vild': what is a scene?" in err
+        code == 0
+        and list(rows(out)) == ["single"]
+        and "the prompt 'vild' is skipped: what is a scene?" in err
     )
     assert run(prompts="vild")[0] == 1
 
@@ -120,14 +122,14 @@ def test_a_prompt_whose_words_are_not_known_is_left_out(run, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"proposals": "colours"}, "proposes no masks"),
-        ({"proposals": "pixels", "data": "folder,data_dir=data,kind=semantic"}, "proposes no masks"),
-        ({"proposals": "pixels"}, "evaluated on nothing"),
-        ({"checkpoint": "masks"}, "classifies no images"),
+        ({"proposals": "colours"}, "does not propose masks"),
+        ({"proposals": "pixels", "data": "folder,data_dir=data,kind=semantic"}, "does not propose masks"),
+        ({"proposals": "pixels"}, "has no segmentation evaluation"),
+        ({"checkpoint": "masks"}, "does not classify images"),
         ({"prompts": " ; "}, "names no prompt"),
-        ({"prompts": "a photo"}, "no {} for the name"),
+        ({"prompts": "a photo"}, "no {} for the class name"),
         ({"ensemble": 2}, "between 0"),
-        ({"split": "zebra"}, "'zebra' is none of the 6"),
+        ({"split": "zebra"}, "'zebra' is not one of the 6"),
         ({"data": "folder,here"}, "not of the form key=value"),
         ({"data": "nothing"}, "'nothing' is not one of"),
         ({"batch": 0}, "--batch=0"),

@@ -81,5 +81,5 @@ def test_a_folder_is_locked_as_long_as_its_process_works(tmp_path):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text(json.dumps(1))
-    with pytest.raises(UserError, match="file/run cannot be made"), locked(tmp_path / "file" / "run"):
+    with pytest.raises(UserError, match="file/run cannot be created"), locked(tmp_path / "file" / "run"):
         pass

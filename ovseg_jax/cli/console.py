@@ -1,4 +1,4 @@
-"""Manners of the commands: what the libraries may print, mistakes as one sentence, exit statuses."""
+"""Shared parts of all commands: quiet libraries, errors as one sentence, exit statuses, the compilation cache."""
 
 import argparse
 import atexit
@@ -17,15 +17,15 @@ from typing import Any, NoReturn
 from ovseg_jax.errors import UserError
 
 FAILED, INTERRUPTED = 1, 130
-"""Exit statuses of a mistake, which one sentence on stderr names, and of Ctrl-C."""
+"""Exit statuses: of an error, printed as one sentence on stderr, and of Ctrl-C."""
 
-# Of each kind of address that can be read, the package that does it.
+# The package that reads each supported kind of address.
 _BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}
 _CLIENTS = frozenset(("aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs"))
 
 
 class Parser(argparse.ArgumentParser):
-    """The flags of a command; a mistake in them is one sentence."""
+    """An argument parser whose errors are one sentence."""
 
     def __init__(self, verb: str, description: str):
         super().__init__(
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Raises the mistake, which `guarded` prints."""
+        """Raises a UserError with the message, which `guarded` prints."""
         raise UserError(f"{message}; {self.prog} --help lists the flags")
 
 
@@ -48,7 +48,7 @@ def run_command(
     """Parses the arguments and runs a command.
 
     Args:
-      parser: makes the parser of its flags.
+      parser: creates the command's parser.
       run: the command; it returns an exit status, or None for 0.
       argv: the arguments; by default those of the process.
 
@@ -66,7 +66,7 @@ def run_command(
 
 
 def start(main: Callable[[], int]) -> NoReturn:
-    """Runs a command's `main` as a process of its own."""
+    """Runs a command's `main` as this process and exits with its status."""
 
     def call() -> int:
         ensure_home()
@@ -79,14 +79,14 @@ def start(main: Callable[[], int]) -> NoReturn:
 
 
 def guarded(call: Callable[[], int]) -> int:
-    """Calls, and turns what a person has to know into one sentence on stderr.
+    """Calls a function and prints its expected errors as one sentence on stderr.
 
     Returns:
-      What `call` returns; FAILED where it raised a UserError, or an error of the disk or of a bucket; INTERRUPTED at
-      Ctrl-C.
+      The result of `call`; FAILED if it raised a UserError, or an error of the disk or of a bucket; INTERRUPTED
+      after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
-        # A name that the terminal cannot show is shown escaped.
+        # Characters that the terminal's encoding lacks are escaped instead of raising an error.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -94,9 +94,9 @@ def guarded(call: Callable[[], int]) -> int:
     except UserError as error:
         return print_error(error)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
+        print("stopped; the same command continues from here", file=sys.stderr, flush=True)
         return INTERRUPTED
-    except BrokenPipeError:  # The reader of stdout is gone, as of `... | head`: nobody is there to be told.
+    except BrokenPipeError:  # The reader of stdout has ended, as in `... | head`: nobody reads a message.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
@@ -109,29 +109,29 @@ def guarded(call: Callable[[], int]) -> int:
 
 
 def print_error(error: UserError) -> int:
-    """Prints the sentence; returns the exit status."""
+    """Prints an error on stderr and returns the exit status."""
     print(f"error: {error}", file=sys.stderr, flush=True)
     return FAILED
 
 
 def describe_os_error(error: OSError) -> str:
-    """The file and what the system says of it."""
+    """Returns the file of an OSError and the system's message."""
     text = " ".join(str(error.strerror or error).split())
     return f"{error.filename}: {text}" if error.filename and error.strerror else text
 
 
 def check_addresses(values: Mapping[str, Any]) -> None:
-    """Raises a UserError for an address that cannot be read: of an unknown kind, or of a package that is missing.
+    """Raises a UserError for an address of an unsupported kind, or one whose package is missing.
 
     Args:
-      values: texts, or trees of them, by the names of what they were given for.
+      values: texts, or trees of texts, by the flag or key that they belong to.
     """
     for name, value in _texts(values):
         for scheme in re.findall(r"(?:^|[=,])([A-Za-z][\w+.-]*)://", value):
             if scheme not in _BUCKETS:
                 known = " or ".join(f"{bucket}://" for bucket in _BUCKETS)
                 raise UserError(
-                    f"{name}={value}: {scheme}:// cannot be read: download it first, or name a bucket with {known}"
+                    f"{name}={value}: {scheme}:// is not supported: download it first, or use a bucket with {known}"
                 )
             if importlib.util.find_spec(_BUCKETS[scheme]) is None:
                 raise UserError(
@@ -149,23 +149,23 @@ def _texts(tree: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def silence() -> None:
-    """Leaves the libraries' warnings, not their progress, and not the errors that Orbax both logs and raises."""
+    """Hides the libraries' progress messages, and errors that Orbax both logs and raises; warnings stay."""
     from absl import logging as absl_logging
 
     absl_logging.set_verbosity(absl_logging.WARNING)
     logging.getLogger("absl").addFilter(_is_not_of_orbax)
     for name in ("jax", "grain", "etils"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Of a save that fails, asyncio would log each part that nobody asked for again; gcsfs each attempt.
+    # After a save that failed, asyncio would log every part that nobody awaited, and gcsfs every attempt.
     for name in ("asyncio", "gcsfs"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _ignore_late
 
 
 def setup_logging() -> None:
-    """Shows what the package itself logs: a line on stderr, of the first process only.
+    """Shows the package's own log messages on stderr, in the first process only.
 
-    Each line is shown once: what is logged while a program is traced comes as often as JAX traces it.
+    Each line is shown once, since JAX may trace a function, and log its messages, several times.
     """
     import jax
 
@@ -184,7 +184,7 @@ def _known(text: str, shown: set[str]) -> bool:
 
 
 def ensure_home() -> None:
-    """Gives a process whose user has no home, as in many containers, a temporary one: libraries fail without."""
+    """Creates a temporary home folder where the user has none, as in many containers: libraries need one."""
     if os.path.expanduser("~") == "~":
         home = tempfile.mkdtemp()
         atexit.register(shutil.rmtree, home, ignore_errors=True)
@@ -194,9 +194,9 @@ def ensure_home() -> None:
 def use_compilation_cache() -> None:
     """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache folder.
 
-    Not those of several CPU devices: out of the cache they come without the order of their collectives (jaxlib 0.10),
-    and the devices wait for each other for ever. The processes have to be joined before. Where the folder cannot be
-    written, as of a user without a home, nothing is kept.
+    Programs for several CPU devices are not kept: when loaded from the cache they lose the order of their collectives
+    (jaxlib 0.10) and deadlock. Call it after `jax.distributed.initialize`. If the folder cannot be written, as for a
+    user without a home, nothing is kept.
     """
     import jax
 
@@ -228,7 +228,7 @@ def _is_not_of_orbax(record: logging.LogRecord) -> bool:
 
 
 def _ignore_late(unraisable: Any) -> None:
-    # When a save fails, the threads of the array writer still report to an event loop that is gone by then.
+    # After a failed save, the threads of the array writer still report to an event loop that is already closed.
     error = unraisable.exc_value
     if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
         sys.__unraisablehook__(unraisable)

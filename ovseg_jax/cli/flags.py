@@ -1,4 +1,4 @@
-"""What the commands that take a config have in common: the flag, and mistakes as sentences."""
+"""The `--config` flag of the commands that take a config, and its errors as sentences."""
 
 import sys
 import traceback
@@ -18,14 +18,14 @@ def chosen_config() -> ConfigDict:
     """Returns the config of `--config=FILE.py:ARG`, changed by `--config.key=value`.
 
     Raises:
-      UserError: there is none, no such file, or an address in it that cannot be read.
+      UserError: no config is named, there is no such file, or an address in it cannot be read.
     """
     config = _CONFIG.value
     if isinstance(config, ConfigDict):
         check_addresses({"config": config.to_dict()})
         return config
     if config is None:
-        raise UserError("say which --config=FILE.py to run, such as configs/openseg.py.")
+        raise UserError("--config=FILE.py is missing, such as --config=configs/openseg.py.")
     path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
     raise UserError(f"the config file {path} does not exist or cannot be read.")
 
@@ -36,14 +36,14 @@ def given_keys() -> list[str]:
 
 
 def launch(run: Callable[[list[str]], int]) -> NoReturn:
-    """Parses the flags and runs; see `console.guarded` for exit statuses."""
+    """Parses the flags, calls `run` and exits with its status; see `console.guarded`."""
 
     def call() -> int:
         ensure_home()
         silence()
         try:
             app.run(run, flags_parser=parse)
-        except SystemExit as stop:  # absl's, with what `run` returned
+        except SystemExit as stop:  # absl exits with the value that `run` returned.
             return stop.code if isinstance(stop.code, int) else 0
         return 0
 
@@ -51,20 +51,20 @@ def launch(run: Callable[[list[str]], int]) -> NoReturn:
 
 
 def parse(arguments: list[str]) -> list[str]:
-    """Parses the flags, and returns what is left over.
+    """Parses the flags and returns the arguments that are left over.
 
     Raises:
-      UserError: for an unknown flag, an unknown key of the config, a value of the wrong type.
+      UserError: an unknown flag, an unknown key of the config, or a value of the wrong type.
     """
     try:
         return flags.FLAGS(arguments)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        # A config file that is itself wrong is for its author, who wants to see where.
+        # An error inside the config file keeps its traceback, which shows its author where it is.
         frames = traceback.walk_tb(error.__traceback__)
         if any(frame.f_code.co_name == "get_config" for frame, _ in frames) or "Traceback" in str(error):
             raise
         cause: Any = error
         while isinstance(cause, AttributeError | KeyError) and cause.args:
-            cause = cause.args[0]  # An AttributeError of a KeyError, whose own text would be quoted twice.
+            cause = cause.args[0]  # An AttributeError may hold a KeyError, whose text would be quoted twice.
         text = str(cause) if cause is error else f"unknown config key {cause}"
         raise UserError(" ".join(text.split())) from error

@@ -1,4 +1,4 @@
-"""Files that commands write: complete or not at all, under names of their own, never in the place of another's."""
+"""Output files of the commands: written atomically, named without clashes, never over another command's files."""
 
 import hashlib
 import json
@@ -13,42 +13,42 @@ from etils import epath
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import write_whole
 
-# What file systems allow for a name is 255 bytes; the rest is for ".overlay.png" and the like.
+# File systems allow 255 bytes for a name; the rest is for suffixes such as ".overlay.png".
 _LONGEST = 200
 
 
 def check_out_file(path: epath.PathLike, inputs: Mapping[str, str | None]) -> None:
-    """Raises a UserError unless --out can be written and is another file than those that are read.
+    """Raises a UserError if --out cannot be written or is one of the input files.
 
     Args:
       path: the value of --out.
-      inputs: paths by the flags that they were given for.
+      inputs: the input paths, by flag.
     """
     out = os.fspath(path)
     for flag, given in inputs.items():
         if given and os.path.exists(given) and os.path.exists(out) and os.path.samefile(given, out):
-            raise UserError(f"--out={out} is the file of {flag}: choose another name")
+            raise UserError(f"--out={out} is also the input of {flag}: choose another name")
     folder = os.path.dirname(out) or "."
     if "://" in out:
         return
     if os.path.isdir(out) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise UserError(
             f"--out={out} cannot be written: "
-            + ("it is a folder" if os.path.isdir(out) else f"{folder} is no folder that can be written")
+            + ("it is a folder" if os.path.isdir(out) else f"{folder} is not a writable folder")
         )
 
 
 def check_out_folder(out: epath.PathLike) -> epath.Path:
-    """Makes the folder of --out where it is missing.
+    """Creates the folder of --out if it is missing.
 
     Raises:
-      UserError: it cannot be made, or nothing can be written into it.
+      UserError: it cannot be created, or is not writable.
     """
     out = epath.Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out={out} cannot be made: {error.strerror or error}") from error
+        raise UserError(f"--out={out} cannot be created: {error.strerror or error}") from error
     if "://" not in str(out) and not os.access(out, os.W_OK):
         raise UserError(f"--out={out} cannot be written: it is read-only")
     return out
@@ -57,14 +57,14 @@ def check_out_folder(out: epath.PathLike) -> epath.Path:
 def output_names(
     paths: Sequence[epath.Path], known: Mapping[str, str], reserved: Collection[str]
 ) -> dict[str, str]:
-    """Chooses a name for what is written of each file: its stem where no other has it, else its whole name.
+    """Chooses the output name of each file: its stem if unique, else its whole name.
 
-    Names differ in more than the case of letters, since some file systems do not see it.
+    Names differ in more than the case of letters, since some file systems ignore case.
 
     Args:
       paths: the files.
-      known: names chosen before, by path; they stay.
-      reserved: names that are taken.
+      known: names chosen by an earlier call, by path; they stay.
+      reserved: names that must not be chosen.
     """
     names = {str(path): known[str(path)] for path in paths if str(path) in known}
     taken = {_folded(name) for name in (*reserved, *known.values())}
@@ -95,12 +95,12 @@ def output_names(
 
 
 def check_not_foreign(out: epath.PathLike, files: Collection[str], own: Collection[str]) -> None:
-    """Raises a UserError where a file that is to be written is there already and not of an earlier call.
+    """Raises a UserError if a file to be written exists and is not from an earlier call.
 
     Args:
       out: the folder.
-      files: names of the files that are to be written.
-      own: names of those that an earlier call has written.
+      files: names of the files to be written.
+      own: names of the files that an earlier call wrote.
     """
     out = epath.Path(out)
     own_folded = {_folded(name) for name in own}
@@ -110,7 +110,7 @@ def check_not_foreign(out: epath.PathLike, files: Collection[str], own: Collecti
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise UserError(
             f"--out={out} holds a file {foreign[0]}{more} that this command has not written: choose another --out, "
-            "or say --overwrite"
+            "or add --overwrite"
         )
 
 
@@ -119,14 +119,14 @@ def _folded(name: str) -> str:
 
 
 class Journal:
-    """Records that a command writes one by one, and reads again when the same command goes on.
+    """Records that a command writes one by one and reads back when it is run again.
 
-    A file of JSON lines: first {"request": ..., ...} with all that the records depend on, then a line a record. A last
-    line that a kill has cut short is left out.
+    A file of JSON lines: first {"request": ..., ...} with everything that the records depend on, then one line for each
+    record. A last line that is incomplete, because the process was killed, is ignored.
     """
 
     def __init__(self, path: epath.PathLike):
-        """Reads what an earlier call has written.
+        """Reads the records of an earlier call.
 
         Raises:
           UserError: the file cannot be read.
@@ -147,16 +147,16 @@ class Journal:
             if isinstance(entry, dict) and not self.head:
                 self.head = entry if isinstance(entry.get("request"), dict) else {}
                 if not self.head:
-                    return  # no file of ours
+                    return  # not a journal
             elif isinstance(entry, dict):
                 self.records.append(entry)
 
     def start(self, request: Mapping[str, Any], **more: Any) -> None:
-        """Begins to write; records of another request are dropped.
+        """Starts writing; records of a different request are dropped.
 
         Args:
-          request: all that the records depend on, as plain values.
-          **more: what else belongs into the first line.
+          request: everything that the records depend on, as plain values.
+          **more: further entries of the first line.
         """
         if self.head.get("request") != json.loads(json.dumps(request)):
             self.records = []
@@ -172,17 +172,17 @@ class Journal:
         if self._file is not None:
             self._file.write(json.dumps(record).encode() + b"\n")
             self._file.flush()
-        elif len(self.records) % 50 == 0:  # A bucket has no appending.
+        elif len(self.records) % 50 == 0:  # Files in a bucket cannot be appended to.
             self._write_all()
 
     def close(self) -> None:
-        """Writes what is left, and ends."""
+        """Writes the remaining records and closes the file."""
         if self._file is None:
             self._write_all()
         self._stop()
 
     def remove(self) -> None:
-        """Ends, and deletes the file: the result stands elsewhere."""
+        """Closes and deletes the file."""
         self._stop()
         self.path.unlink(missing_ok=True)
 
@@ -197,7 +197,7 @@ class Journal:
 
 
 def file_stamp(path: epath.PathLike) -> list[int]:
-    """Returns the size and the time of change of a file, by which a changed one is recognised."""
+    """Returns the size and modification time of a file, to detect changes; [-1, -1] if there is none."""
     try:
         if "://" in str(path):
             found = epath.Path(path).stat()
@@ -209,7 +209,7 @@ def file_stamp(path: epath.PathLike) -> list[int]:
 
 
 def run_stamp(workdir: epath.PathLike, step: int | None = None) -> list[Any]:
-    """Returns the checkpoint that a run's folder gives, and its time: a run that went on gives other results."""
+    """Returns the step and modification time of a run's checkpoint, to detect that the run went on."""
     folder = epath.Path(workdir) / "checkpoints"
     try:
         steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]

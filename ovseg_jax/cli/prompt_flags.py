@@ -1,4 +1,4 @@
-"""The flags that say which prompt class names are put into, of the commands that take one."""
+"""Command-line flags that choose the prompt around class names."""
 
 import argparse
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ SYNONYMS = ("first", "average")
 
 
 def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags for the prompt, and for the way the names of one class make one vector."""
+    """Adds the flags for the prompt and for the handling of several names of a class."""
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument(
         "--prompt", metavar="FILE", help="a learned prompt: prompt.safetensors or model.pth.tar-20"
     )
     prompt.add_argument(
-        "--template", metavar="TEXT|NAME|FILE", help="a hand-written one, as 'a photo of a {}.'"
+        "--template", metavar="TEXT|NAME|FILE", help="a hand-written prompt, such as 'a photo of a {}.'"
     )
     prompt.add_argument(
         "--ensemble", action="store_true", help=f"the mean over CLIP's {len(IMAGENET)} templates"
@@ -25,12 +25,12 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
         "--synonyms",
         choices=SYNONYMS,
         default=SYNONYMS[0],
-        help="of a class with several names, the vector of the first or the mean of all (default %(default)s)",
+        help="for a class with several names: use the first, or the mean of all (default %(default)s)",
     )
 
 
 def chosen_prompt(arguments: argparse.Namespace) -> Prompt | Sequence[str] | None:
-    """Returns the prompt of the flags; None where they name none.
+    """Returns the prompt that the flags choose, or None.
 
     Raises:
       UserError: a prompt or a template that cannot be read.

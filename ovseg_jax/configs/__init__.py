@@ -1,4 +1,4 @@
-"""The configs in a checkout, where their files lie in the folder configs/ beside the package.
+"""The example configs, which lie in the folder configs/ beside the package in a checkout.
 
 An installation holds the files of configs/ here instead (package_dir in setup.py).
 """

@@ -1,4 +1,4 @@
-"""Counting the FLOPs of a program before anything compiles it."""
+"""FLOP counts of a traced program, before it is compiled."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def count_flops(jaxpr: Any, devices: int) -> float:
-    """FLOPs of the matrix products and convolutions of a program, of all devices together.
+    """Counts the FLOPs of a program's matrix products and convolutions, over all devices together.
 
-    A `scan` counts as often as it runs, a `while` of unknown length once, of a `cond` the cheapest branch: what a step
-    takes at least (in `towers.prompt` the other one hardly ever runs).
+    A `scan` counts once for each iteration, a `while`, whose length is unknown, once, and a `cond` by its cheapest
+    branch, so that the count is a lower bound (the other branch in `towers.prompt` hardly ever runs).
     """
     total = 0.0
     for eqn in jaxpr.eqns:
@@ -21,7 +21,7 @@ def count_flops(jaxpr: Any, devices: int) -> float:
         elif name == "conv_general_dilated":
             kernel, numbers = eqn.invars[1].aval.shape, params["dimension_numbers"]
             inner = math.prod(kernel) / kernel[numbers.rhs_spec[0]]
-            # Zeros that dilation puts between inputs are not multiplied by a good kernel.
+            # A good kernel skips the zeros that dilation inserts between the inputs.
             holes = math.prod(params["lhs_dilation"])
             total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * inner / holes / params["batch_group_count"]
         else:

@@ -1,6 +1,6 @@
-"""What a compiled program reads, writes and sends, counted in its text with loops as often as they run.
+"""Memory and network traffic of a compiled program, counted from its HLO text.
 
-The compiler's own `cost_analysis` counts the body of a loop once.
+Loops count once for each iteration, where the compiler's own `cost_analysis` counts their body once.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# These name, bundle or go on waiting for what others made.
+# These move no data: they name, group or await the results of other instructions.
 _FREE = (
     "parameter constant get-tuple-element tuple bitcast while conditional call after-all partition-id replica-id"
 ).split()
@@ -20,11 +20,11 @@ _SHAPE = re.compile(r"([a-z]+[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 
 
 class Traffic(NamedTuple):
-    """Of one device and one run of the program.
+    """The memory and network traffic of one device in one run of a program.
 
     Attributes:
-      accessed: bytes that its instructions read from and write to main memory.
-      collectives: kind -> (how many run, bytes of their results).
+      accessed: bytes read from and written to main memory.
+      collectives: kind -> (number of runs, bytes of their results).
     """
 
     accessed: float
@@ -48,11 +48,11 @@ _Computation = dict[str, _Instruction]
 
 
 def count_traffic(text: str) -> Traffic:
-    """Reads `compiled.as_text()`.
+    """Counts the traffic of a program from the text that `compiled.as_text()` returns.
 
-    An instruction reads its operands and writes its result, once each; of a fusion, those that it only takes
-    slices of, or only puts a slice into, count by the slice. What lives on the chip (memory spaces other than the
-    default) is free. A loop whose number of turns cannot be read counts once.
+    Each instruction reads its operands and writes its result once. Operands of a fusion that are only sliced, or
+    updated by a slice, count by the slice. Arrays in on-chip memory (memory spaces other than the default) are free.
+    A loop whose number of iterations cannot be read counts once.
     """
     computations, entry = _parse(text)
     accessed = 0.0
@@ -78,7 +78,7 @@ def count_traffic(text: str) -> Traffic:
             kind = opcode.removesuffix("-start")
             if kind in _COLLECTIVES:
                 sizes = _sizes(instruction.shape, everywhere=True)
-                # The start of an asynchronous one returns its operands too.
+                # The start of an asynchronous collective returns its operands too.
                 size = max(sizes, default=0) if opcode.endswith("-start") else sum(sizes)
                 count, total = collectives[kind]
                 collectives[kind] = count + times, total + times * size
@@ -99,14 +99,14 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
             opcode, _, rest = rest.partition("(")
             end = _closing("(" + rest) - 1
             operands = re.findall(r"%[\w.\-]+", rest[: end - 1])
-            # A constant or parameter has its value or number where others have operands.
+            # A constant has its value, and a parameter its number, in the place of operands.
             rest = rest if opcode in ("constant", "parameter") else rest[end:]
             current[found[2]] = _Instruction(found[2], bool(found[1]), shape, opcode, operands, rest)
     return computations, entry
 
 
 def _closing(text: str) -> int:
-    """The place behind the bracket that closes the one at the start."""
+    """Returns the index after the bracket that closes the one at the start."""
     depth = 0
     for i, character in enumerate(text):
         depth += (character == "(") - (character == ")")
@@ -116,7 +116,7 @@ def _closing(text: str) -> int:
 
 
 def _sizes(shape: str, everywhere: bool = False) -> list[int]:
-    """Bytes of each array of a shape, a tuple's of all; of those in main memory only, unless `everywhere`."""
+    """Returns the bytes of each array of a (tuple) shape, on-chip arrays only if `everywhere`."""
     sizes = []
     for kind, dims, layout in _SHAPE.findall(shape):
         digits = re.search(r"\d+$", kind)
@@ -170,7 +170,7 @@ def _accessed(
 
 
 def _used(value: _Instruction, inner: _Computation) -> float:
-    """Bytes of a fusion's parameter that are looked at: all, unless only slices of it are."""
+    """Returns the bytes of a fusion's parameter that are read: all of them, unless it is only sliced."""
     used = 0.0
     for user in inner.values():
         if value.name not in user.operands:

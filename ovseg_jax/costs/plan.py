@@ -1,4 +1,4 @@
-"""The memory and time of a config's train step on devices that are not there, compiled or counted."""
+"""The memory and time of a config's train step on devices that are not available, compiled or counted."""
 
 import math
 import re
@@ -49,7 +49,7 @@ def plan(config: ConfigDict, topology: str, *, words: int = 10_000, classes: int
     method, optimizer, state, batch, shardings = _abstract(config, mesh, words, classes)
     with jax.sharding.use_abstract_mesh(mesh) if counts_only else jax.set_mesh(mesh):
         step: Any = make_step(method, optimizer, config.seed, shardings)
-        flops = count_flops(jax.make_jaxpr(step)(state, batch).jaxpr, mesh.size) / mesh.size
+        flops = count_flops(step.trace(state, batch).jaxpr.jaxpr, mesh.size) / mesh.size
         counted: dict[str, Any] = dict(
             topology=topology,
             devices=mesh.size,
@@ -129,7 +129,7 @@ def devices_of(topology: str, config: ConfigDict) -> tuple[Chip, Any]:
 
 
 def _abstract(config: ConfigDict, mesh: Any, words: int, classes: int) -> tuple[Any, Any, Any, dict, Any]:
-    """Method, optimiser, and the shapes of state and batch, all that `make_step` and `lower` take."""
+    """Returns method, optimiser, and the shapes of state and batch, which `make_step` and `lower` take."""
     from ovseg_jax.data.fields import batch_fields
     from ovseg_jax.methods import build, method_type, training_rows
     from ovseg_jax.vocab.words import WordList
@@ -170,20 +170,20 @@ def _abstract(config: ConfigDict, mesh: Any, words: int, classes: int) -> tuple[
 
 
 def _stand_ins(words: int, count: int) -> ClassList:
-    """So many classes, of one to five words each as often as another: with [EOT] 4 tokens in the mean."""
+    """Returns `count` invented classes with names of one to five words, equally often."""
     names = ((" ".join(f"word{(k + i) % words}" for i in range(1 + k % 5)),) for k in range(count))
     return ClassList(tuple(names), tuple(range(count)), (True,) * count)
 
 
 def _share(tree: Any) -> int:
-    """Bytes of a tree of shapes on one device."""
+    """Computes the bytes of a tree of shapes on one device."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)
     )
 
 
 def _activations(method: Any, state: Any, batch: Any) -> int:
-    """Bytes that the forward pass of the whole batch keeps for the backward pass, parameters not counted."""
+    """Computes the bytes that the forward pass of the whole batch keeps for the backward pass, without parameters."""
 
     def residuals(params, rest, batch):
         loss = lambda params: method.loss({"params": params, **rest}, batch, jax.random.key(0))[0]
@@ -195,7 +195,7 @@ def _activations(method: Any, state: Any, batch: Any) -> int:
 
 
 def _too_large(error: Exception, counted: dict[str, Any]) -> Plan:
-    """The compiler's refusal, `(16.51G) exceeds available HBM (15.48G)` or `Used 20.5G of 15.7G hbm`, as a plan."""
+    """Converts the compiler's refusal, `(16.51G) exceeds available HBM (15.48G)` or the like, to a plan."""
     size = r"([\d.]+)([KMG])"
     found = re.search(rf"\({size}\) exceeds available HBM \({size}\)|Used {size} of {size} hbm", str(error))
     if not found:
@@ -219,7 +219,7 @@ def _too_large(error: Exception, counted: dict[str, Any]) -> Plan:
 def largest_batch(
     config: ConfigDict, topology: str, *, words: int = 10_000, classes: int = 10_451
 ) -> Plan | None:
-    """Returns the plan of the largest batch that fits, in steps of what devices, parts and groups allow, or None."""
+    """Returns the plan of the largest batch that fits, in multiples that devices, parts and groups need, or None."""
     mesh = devices_of(topology, config)[1]
     unit = math.lcm(mesh.size * config.get("accumulate", 1), config.get("loss", {}).get("group", 1))
 
@@ -240,7 +240,7 @@ def largest_batch(
 
 
 def _remat(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yields the keys of a config that choose what is computed again, with their values."""
+    """Yields the rematerialisation keys of a config with their values."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _remat(value, f"{prefix}{key}.")
@@ -251,7 +251,7 @@ def _remat(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 def search(
     config: ConfigDict, topology: str, *, words: int = 10_000, classes: int = 10_451
 ) -> Iterator[tuple[str, Plan]]:
-    """Tries what may make a config fit, cheapest first, until one does: yields (the flags that do it, its plan)."""
+    """Tries settings that reduce memory, cheapest first, until the config fits; yields (the flags, their plan)."""
     mesh = devices_of(topology, config)[1]
     flags: dict[str, Any] = {}
     networks = {section: config[section].to_dict() for section in ("model", "towers") if section in config}

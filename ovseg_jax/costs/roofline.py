@@ -1,4 +1,4 @@
-"""Chips, and the least time of a step on them: what one step takes of one device, beside the device's peaks."""
+"""Published peaks of chips, and the roofline: the shortest time that a step can take on them."""
 
 from typing import NamedTuple
 
@@ -6,13 +6,13 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """Published peaks of one device as JAX counts devices (of v3 a core, of the others a chip).
+    """Published peak rates of one device as JAX counts devices (a core of v3, a chip of all others).
 
     Attributes:
       memory: HBM in bytes.
-      flops: bfloat16 multiply-adds count two, a second.
-      bandwidth: of HBM, bytes a second.
-      network: bytes a second that a device sends over one axis of the interconnect, both directions together.
+      flops: bfloat16 FLOP/s; a multiply-add counts as two.
+      bandwidth: of HBM, in bytes/s.
+      network: bytes/s that a device sends over one axis of the interconnect, both directions together.
     """
 
     memory: int
@@ -34,27 +34,30 @@ CHIPS = {
 
 
 class Plan(NamedTuple):
-    """The cost of one step on one device, in bytes unless said otherwise.
+    """The cost of one train step on one device, in bytes unless stated otherwise.
 
     Attributes:
-      topology: as asked for.
-      devices: how many share the batch.
-      batch_size: of all devices.
-      parameters: with the other collections, such as `batch_stats`.
-      optimizer: what the optimiser keeps.
+      topology: the requested topology, such as "v3:4x8".
+      devices: the number of devices that share the batch.
+      batch_size: over all devices.
+      parameters: parameters and the other collections, such as `batch_stats`.
+      optimizer: the optimiser's state.
       batch: the examples.
-      activations: what the forward pass hands to the backward pass, before the compiler fuses any of it away.
-      temporary: everything that lives during a step, activations included; the compiler's figure, None by count.
-      total: the most that is alive at once; by count, the sum of the others.
-      capacity: of the device.
-      fits: total <= capacity; what the compiler says.
-      over: how much is missing.
-      flops: of matrix products and convolutions.
-      accessed: read and written in HBM; None by count.
-      collectives: kind -> (count, bytes that a device receives). None by count.
-      compute_seconds: flops at the peak rate.
-      memory_seconds: accessed at the peak rate; None by count.
-      network_seconds: collectives at the peak rate of one axis; None by count.
+      activations: kept from the forward pass for the backward pass, before the compiler fuses any of them away.
+      temporary: everything allocated during a step, activations included, as the compiler reports it.
+      total: the peak of allocated memory; for GPUs, where it is only counted, the sum of the others.
+      capacity: the memory of the device.
+      fits: whether the program fits, as the compiler reports it or by total <= capacity.
+      over: by how much the total exceeds the capacity.
+      flops: FLOPs of matrix products and convolutions.
+      accessed: bytes read from and written to HBM.
+      collectives: kind -> (count, bytes that a device receives).
+      compute_seconds: `flops` at the peak rate.
+      memory_seconds: `accessed` at the peak rate.
+      network_seconds: `collectives` at the peak rate of one axis.
+
+    For GPUs, for which nothing is compiled, `temporary`, `accessed`, `collectives` and the times that depend on them
+    are None.
     """
 
     topology: str
@@ -78,7 +81,7 @@ class Plan(NamedTuple):
 
     @property
     def bound(self) -> str:
-        """Returns the slowest of compute, memory and network by the roofline."""
+        """The slowest of compute, memory and network by the roofline."""
         times = {
             "compute": self.compute_seconds,
             "memory": self.memory_seconds or 0.0,
@@ -88,12 +91,12 @@ class Plan(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Returns the least time of a step."""
+        """The shortest possible time of a step in seconds."""
         return max(self.compute_seconds, self.memory_seconds or 0.0, self.network_seconds or 0.0)
 
 
 def report(p: Plan) -> str:
-    """Returns a plan as lines to read."""
+    """Formats a plan as lines of text."""
     gib = lambda n: f"{n / GIB:8.2f} GiB"
     ms = lambda s: "" if s is None else f"{1e3 * s:.1f} ms"
     lines = [

@@ -1,10 +1,9 @@
-"""Augmentations that hit a whole batch and take the words that they make untrue out of its captions.
+"""Augmentations of whole batches, which also remove the words that they make untrue from the captions.
 
-Captions allow shortcuts: where colour predicts which nouns never occur together, a network need not look at
-nouns at all. A batch without true colours, whose captions have lost their colour words, closes that way; a
-blurred batch that has lost the names of small things does the same for colours. The whole batch must share
-the choice, because the grounding loss compares its captions with each other: a caption without colour words
-would otherwise be told by that alone.
+They prevent shortcuts: if colour predicts the noun, a network need not learn the noun's shape. A batch with false
+colours, whose captions have lost their colour words, forces it to; a blurred batch whose captions have lost the names
+of small objects does the same for colours. A whole batch shares the augmentation, because the grounding loss compares
+its captions with each other: a single caption without colour words would be recognised by that alone.
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.words import spoiled
 
 NAMES = ("channels", "hue", "blur")
-# Probabilities stay as they are for this share of the training, then move linearly to their end.
+# Probabilities are constant for this share of the training, then change linearly to their final value.
 _HOLD = 0.4
 
 
@@ -29,17 +28,17 @@ class BatchAugment:
     """One entry of `data.batch_augment`.
 
     Attributes:
-      name: "channels" (channels permuted and mixed with grey: drawn images), "hue" (hue turned: photographs)
-        or "blur".
+      name: "channels" (permutes channels and mixes them with grey, for drawn images), "hue" (rotates the hue, for
+        photographs) or "blur".
       probability: share of the batches.
-      probability_end: what `probability` moves to, linearly, between 40% and 100% of training; None = it
-        stays.
-      drop: rules for the words it spoils, see `vocab.words.spoiled`.
+      probability_end: the final value of `probability`, reached linearly between 40% and 100% of training; None
+        keeps it constant.
+      drop: rules for the words to remove, see `vocab.words.spoiled`.
       spare: rules for words that stay nevertheless.
       mask_weight: factor for the mask loss of its examples.
-      factor: of "blur": detail finer than so many pixels goes.
-      degrees: of "hue": the largest turn.
-      grey: of "channels" and "hue": the largest share of saturation that is taken away.
+      factor: for "blur": detail finer than this many pixels is removed.
+      degrees: for "hue": the largest rotation.
+      grey: for "channels" and "hue": the largest share of saturation that is removed.
     """
 
     name: str
@@ -53,7 +52,7 @@ class BatchAugment:
     grey: float = 0.8
 
     def probability_at(self, progress: float) -> float:
-        """The probability after a share `progress` of the training."""
+        """Returns the probability after a share `progress` (0..1) of the training."""
         end = self.probability if self.probability_end is None else self.probability_end
         moved = min(max((progress - _HOLD) / (1 - _HOLD), 0.0), 1.0)
         return self.probability + (end - self.probability) * moved
@@ -61,7 +60,7 @@ class BatchAugment:
     def apply(
         self, image: UInt8[np.ndarray, "s s 3"], image_size: Int[np.ndarray, "2"], rng: np.random.Generator
     ) -> UInt8[np.ndarray, "s s 3"]:
-        """The image changed; draws of one example."""
+        """Returns the changed image u8 [S S 3] of one example."""
         if self.name == "blur":
             return transforms.blur(image, image_size, self.factor)
         if self.name == "hue":
@@ -70,10 +69,10 @@ class BatchAugment:
 
 
 def parse_batch_augments(entries: Sequence[Mapping[str, Any]]) -> tuple[BatchAugment, ...]:
-    """Reads `data.batch_augment`.
+    """Parses `data.batch_augment`.
 
     Raises:
-      UserError: an unknown name, key or word rule, or probabilities that are none.
+      UserError: a name, key or word rule is unknown, or a probability is outside 0..1.
     """
     known = {field.name for field in dataclasses.fields(BatchAugment)}
     augments = []
@@ -81,27 +80,29 @@ def parse_batch_augments(entries: Sequence[Mapping[str, Any]]) -> tuple[BatchAug
         values = {key: _typed(key, value) for key, value in entry.items()}
         if unknown := sorted(set(values) - known):
             raise UserError(
-                f"data.batch_augment has no key {unknown[0]!r}; it has {', '.join(sorted(known))}"
+                f"data.batch_augment has no key {unknown[0]!r}; known keys: {', '.join(sorted(known))}"
             )
         if values.get("name") not in NAMES or "probability" not in values:
             raise UserError(
-                f"data.batch_augment: {dict(entry)} needs a name out of {', '.join(NAMES)} and a probability"
+                f"data.batch_augment: {dict(entry)} needs a probability and a name, one of {', '.join(NAMES)}"
             )
         augment = BatchAugment(**values)
         ends = augment.probability_at(0.0), augment.probability_at(1.0)
         if not all(0 <= p <= 1 for p in ends):
-            raise UserError(f"data.batch_augment: the probability of {augment.name!r} leaves 0..1: {ends}")
+            raise UserError(
+                f"data.batch_augment: the probability of {augment.name!r} is outside 0..1: {ends}"
+            )
         for rule in augment.drop + augment.spare:
             spoiled("", "noun", rule)
         augments.append(augment)
     return tuple(augments)
 
 
-@functools.lru_cache(maxsize=64)  # asked for by every example of a batch
+@functools.lru_cache(maxsize=64)  # every example of a batch calls it
 def choose(augments: tuple[BatchAugment, ...], seed: int, batch: int, progress: float) -> BatchAugment | None:
-    """Which augmentation hits a batch: the first, in order, whose coin falls; none where no coin does.
+    """Draws the augmentation of a batch: the first, in order, whose draw succeeds, or None.
 
-    So the second one hits a share (1 - p1) * p2 of the batches, and no batch is hit twice.
+    So the second one applies to a share (1 - p1) * p2 of the batches, and no batch gets two.
     """
     if not augments:
         return None
@@ -118,5 +119,5 @@ def _typed(key: str, value: Any) -> Any:
     return float(value) if isinstance(value, int) else value
 
 
-# Keeps a batch's draws apart from those of the example of the same number.
+# Separates the random draws of a batch from those of the example with the same number.
 _STREAM = 1

@@ -1,4 +1,4 @@
-"""From an example to a row of an evaluation batch: images, with segments or a class where an evaluator needs them."""
+"""Rows of evaluation batches, made from examples: images, with segments or a class if the evaluator needs them."""
 
 import dataclasses
 from collections.abc import Callable, Collection
@@ -31,7 +31,7 @@ def eval_rows(needs: Collection[str], data: Any, source: Source) -> Callable[[in
 
 @dataclasses.dataclass(frozen=True)
 class ImageEval:
-    """Makes a row of a position in a source of images; -1 makes a row of padding.
+    """Makes evaluation rows of images; the index -1 makes a row of padding.
 
     The image is scaled to fit the canvas, its aspect kept; it covers the `image_size` (height, width) at the top left.
     """
@@ -41,21 +41,21 @@ class ImageEval:
 
     @classmethod
     def from_config(cls, data: Any, source: Source) -> "ImageEval":
-        """Reads `image_size` of `config.data`."""
+        """Creates it from `image_size` of `config.data`."""
         return cls(source, int(data["image_size"]))
 
     def __call__(self, index: int) -> Row:
-        """Reads example `index` of the source."""
+        """Returns the row of example `index` of the source."""
         return _image_row(self.source[index]["image"] if index >= 0 else None, self.image_size, index)
 
 
 @dataclasses.dataclass(frozen=True)
 class SegmentsEval:
-    """Makes a row of a position in a source of images with segments; -1 makes a row of padding.
+    """Makes evaluation rows of images with segments; the index -1 makes a row of padding.
 
-    To the row of `ImageEval` it adds labels and segments. These keep their own size, in the top left of a canvas of
-    `label_size`, since labels are never resized (FACTS: evaluation traps). `segment_valid` marks the segments that are
-    visible and no crowds; `segment_classes`, `segment_isthing` and `segment_iscrowd` tell of all.
+    It adds labels and segments to the row of `ImageEval`. Labels are never resized, which would change scores: labels
+    and segments keep their own size, in the top left of a canvas of `label_size`. `segment_valid` marks the visible
+    segments that are not crowds; `segment_classes`, `segment_isthing` and `segment_iscrowd` cover all.
     """
 
     source: Source
@@ -65,7 +65,7 @@ class SegmentsEval:
 
     @classmethod
     def from_config(cls, data: Any, source: Source) -> "SegmentsEval":
-        """Reads `image_size`, `label_size` and `max_segments` of `config.data`."""
+        """Creates it from `image_size`, `label_size` and `max_segments` of `config.data`."""
         label_size, segments = data.get("label_size"), data.get("max_segments")
         if not label_size or not segments:
             extent = source.extent()
@@ -75,10 +75,10 @@ class SegmentsEval:
         return cls(source, int(data["image_size"]), (int(height), int(width)), int(segments))
 
     def __call__(self, index: int) -> Row:
-        """Reads example `index` of the source.
+        """Returns the row of example `index` of the source.
 
         Raises:
-          UserError: the example needs more than `label_size` or `max_segments`.
+          UserError: the example exceeds `label_size` or `max_segments`.
         """
         row = {
             "label": np.full(self.label_size, -1, np.int32),
@@ -98,7 +98,7 @@ class SegmentsEval:
         if height > self.label_size[0] or width > self.label_size[1]:
             raise UserError(
                 f"{where} is {height} x {width} (height x width), larger than data.label_size="
-                f"{self.label_size}: raise it, or leave it out to fit the largest"
+                f"{self.label_size}: raise it, or leave it out to fit the largest example"
             )
         if count > self.max_segments:
             raise UserError(
@@ -117,7 +117,7 @@ class SegmentsEval:
 
 @dataclasses.dataclass(frozen=True)
 class ClassifyEval:
-    """Makes a row of a position in a source of images of one class; -1 makes a row of padding.
+    """Makes evaluation rows of images of one class; the index -1 makes a row of padding.
 
     The row holds `image` (see `centre_square`) or the example's `feature`, `label`, `index` and
     `example_mask`.
@@ -128,11 +128,11 @@ class ClassifyEval:
 
     @classmethod
     def from_config(cls, data: Any, source: Source) -> "ClassifyEval":
-        """Reads `image_size` of `config.data`."""
+        """Creates it from `image_size` of `config.data`."""
         return cls(source, int(data["image_size"]))
 
     def __call__(self, index: int) -> Row:
-        """Reads example `index` of the source."""
+        """Returns the row of example `index` of the source."""
         example = self.source[max(index, 0)]
         if "feature" in example:
             row = {"feature": np.asarray(example["feature"], np.float32)}

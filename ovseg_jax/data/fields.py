@@ -1,23 +1,23 @@
-"""The fields of a training batch: for each name that `data.fields` may hold, what it reads and how it is made.
+"""The fields of a training batch: their arrays, what they read from an example, and how they are made.
 
     field            arrays of a row
-    image            image u8 [S S 3], image_size (height, width of what is no padding)
+    image            image u8 [S S 3], image_size (height, width of the part that is not padding)
     masks            masks u8 [M h w], mask_valid [M], mask_weight (0 for an image without masks)
     mask_classes     [M] class of each mask, -1 for none and for padding
     mask_isthing     [M]
-    mask_iscrowd     [M]; crowds are among the masks where this is named, and left out where it is not
-    pixel_classes    [h w] class of the middle of each cell, -1 for none
+    mask_iscrowd     [M]; crowds are among the masks only if this field is requested
+    pixel_classes    [h w] class at the centre of each cell, -1 for none
     boxes            boxes f32 [R 4] (x0, y0, x1, y1 in pixels of the canvas), box_valid [R]
     box_tokens       [R L], box_token_valid: a caption of each box by the text side's tokeniser
     box_words        box_word_ids [R W], box_word_valid: its words by the vocabulary
     box_tags         [R T L], box_tag_valid: the tags of each box
     tags             [T L], tag_valid: the tags of the image
-    words            word_ids [W], word_valid: words of one caption, filtered and drawn (OpenSeg, 3.2)
-    tokens           [L], token_valid: one caption by the text side's tokeniser; none is valid without a caption
-    label, feature   as in the example; of several views of a feature one is drawn
+    words            word_ids [W], word_valid: words of one caption, filtered and sampled (OpenSeg, 3.2)
+    tokens           [L], token_valid: one caption by the text side's tokeniser; all invalid without a caption
+    label, feature   as in the example; if a feature has several views, one of them
 
-Slot k of masks and of boxes is the same segment: the largest come first. Each function takes what has been seen of an
-example and returns arrays; geometry and draws that several fields share have been made before.
+Slot k of masks and of boxes is the same segment; the largest come first. The function of a field takes a `Seen`, an
+example after the geometry and the random draws that several fields share, and returns arrays.
 """
 
 import dataclasses
@@ -35,20 +35,20 @@ from ovseg_jax.vocab.words import FILTERS, WordList, extract_words, keep_of, spl
 
 Arrays = dict[str, np.ndarray]
 Tokenize = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
-"""Texts to token ids i32 [n L] and which of them are no padding; a copy goes to each worker process."""
+"""A function from texts to token ids i32 [n L] and a mask, False at padding; it is copied to worker processes."""
 
 FLIP_DROP = ("lexicon:side",)  # a flip invalidates these words (left, right)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the fields of a batch are made by: keys of `config.data`, and the text side.
+    """The settings of a batch's fields: keys of `config.data`, the vocabulary and the tokeniser.
 
     Attributes:
-      fields: names of `FIELDS`, in their order.
+      fields: names of `FIELDS`, in the order of `FIELDS`.
       known: the vocabulary that word ids index.
-      tokenize: of the text side, for tokens and tags.
-      views: how many consecutive rows show one example.
+      tokenize: the text side's tokeniser, for tokens and tags.
+      views: the number of consecutive rows that show one example.
     """
 
     fields: tuple[str, ...]
@@ -69,10 +69,10 @@ class Settings:
     def from_config(
         cls, config: Any, fields: Iterable[str], words: WordList | None, tokenize: Tokenize | None
     ) -> "Settings":
-        """Reads `seed` and `data` of a config; see `Rows.from_config`."""
+        """Creates the settings from `seed` and `data` of a config; see `Rows.from_config`."""
         data, named = config["data"], set(fields)
         if unknown := sorted(named - FIELDS.keys()):
-            raise UserError(f"data.fields has no {unknown[0]!r}; known are {', '.join(FIELDS)}")
+            raise UserError(f"data.fields: {unknown[0]!r} is not one of {', '.join(FIELDS)}")
         if named & {"words", "box_words"} and words is None:
             raise UserError(
                 "the batch fields 'words' and 'box_words' need a vocabulary, which this method lacks"
@@ -83,7 +83,7 @@ class Settings:
             )
         size, stride = int(data["image_size"]), int(data.get("mask_stride", 4))
         if named & {"masks", "pixel_classes"} and size % stride:
-            raise UserError(f"data.image_size={size} does not divide by data.mask_stride={stride}")
+            raise UserError(f"data.image_size={size} is not a multiple of data.mask_stride={stride}")
         views, masks = int(data.get("views", 1)), int(data.get("max_masks", 64))
         if views < 1:
             raise UserError(f"data.views={views} is less than 1")
@@ -105,17 +105,17 @@ class Settings:
 
     @functools.cached_property
     def needs(self) -> frozenset[str]:
-        """The fields of a source that are read."""
+        """The fields that are read from the source."""
         return frozenset(need for name in self.fields for need in FIELDS[name].needs)
 
     def token_rows(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "n l"], Bool[np.ndarray, "n l"]]:
-        """Tokenises texts; an empty one has no valid token."""
+        """Tokenises texts to ids and a mask [n L]; an empty text has no valid token."""
         assert self.tokenize is not None
         ids, valid = self.tokenize(list(texts))
         return ids, valid & np.array([bool(text) for text in texts], bool)[:, None]
 
     def word_row(self, words: Sequence[str]) -> tuple[Int[np.ndarray, "w"], Bool[np.ndarray, "w"]]:
-        """Returns the ids of the first `max_words` words, padded, and which are no padding."""
+        """Returns the ids i32 [W] of the first `max_words` words, padded, and a mask, False at padding."""
         words = words[: self.max_words]
         ids = np.zeros(self.max_words, np.int32)
         ids[: len(words)] = self.known.ids(words)
@@ -124,17 +124,17 @@ class Settings:
 
 @dataclasses.dataclass
 class Seen:
-    """An example as all fields of its row see it.
+    """An example after geometry and shared random draws, from which each field makes its arrays.
 
     Attributes:
-      settings: of the fields.
+      settings: the settings of the fields.
       index: the number of the row.
-      example: `image`, `segments` and `boxes` moved, with `image_size`; the rest as the source gives it.
-      caption: the caption that was drawn, or "".
-      region_captions: of each segment the one that was drawn, or "".
+      example: `image`, `segments` and `boxes` after geometry, with `image_size`; the rest as the source returns it.
+      caption: the sampled caption, or "".
+      region_captions: the sampled caption of each segment, or "".
       flipped: whether the image was mirrored.
-      augment: what hits the whole batch.
-      rng: the row's generator, after the draws of geometry.
+      augment: the augmentation of the whole batch.
+      rng: the row's random generator, after the draws of geometry.
     """
 
     settings: Settings
@@ -148,14 +148,14 @@ class Seen:
 
     @functools.cached_property
     def boxes(self) -> np.ndarray:
-        """The box of each segment: around what is visible of it where the segments are read, else as moved."""
+        """The box of each segment, f32 [n 4]: around its visible pixels if segments are read, else as transformed."""
         if "segments" in self.settings.needs:
             return transforms.segment_boxes(self.example["segments"], len(self.example["class_ids"]))
         return self.example["boxes"]
 
     @functools.cached_property
     def chosen(self) -> Int[np.ndarray, "n"]:
-        """The visible segments, from 0, the largest first; crowds only where `mask_iscrowd` is named."""
+        """Indices (from 0) of the visible segments, the largest first; crowds only if `mask_iscrowd` is requested."""
         segments = "segments" in self.settings.needs
         crowd = np.zeros(len(self.example["class_ids"] if segments else self.boxes), bool)
         if "mask_iscrowd" not in self.settings.fields and "iscrowd" in self.example:
@@ -167,14 +167,14 @@ class Seen:
         return order[area[order] > 0]
 
     def of_boxes(self, values: Sequence[Any], empty: Any) -> list[Any]:
-        """Returns the values of the segments in the slots of boxes; `empty` in a slot without one."""
+        """Returns the values of the segments in the box slots, and `empty` for unused slots."""
         count = self.settings.max_boxes
         found = [values[k] if k < len(values) else empty for k in self.chosen[:count]]
         return found + [empty] * (count - len(found))
 
 
 class Field(NamedTuple):
-    """What a field reads of an example, and how it is made."""
+    """The fields that a batch field needs from an example, and the function that makes its arrays."""
 
     needs: frozenset[str]
     make: Callable[[Seen], Arrays]
@@ -245,7 +245,7 @@ def _box_tags(seen: Seen) -> Arrays:
 
 
 def _tag_rows(seen: Seen, tags: Sequence[str]) -> tuple[Int[np.ndarray, "t l"], Bool[np.ndarray, "t l"]]:
-    """Tokens of tags, or word ids where the text side has no tokeniser."""
+    """Tokenises tags; without a tokeniser, returns word ids."""
     settings = seen.settings
     texts = [*tags[: settings.max_tags], *[""] * (settings.max_tags - len(tags))]
     if settings.tokenize is not None:
@@ -258,7 +258,7 @@ def _tag_rows(seen: Seen, tags: Sequence[str]) -> tuple[Int[np.ndarray, "t l"], 
 
 
 def _words(seen: Seen) -> Arrays:
-    """Keeps each word with its probability kp (section 3.2); the luckiest stays if all would go."""
+    """Keeps each word with its probability kp (section 3.2); if all are dropped, the one with the lowest draw stays."""
     words = _true_words(seen, seen.caption)
     if words:
         draws = seen.rng.random(len(words))
@@ -270,7 +270,7 @@ def _words(seen: Seen) -> Arrays:
 
 
 def _true_words(seen: Seen, text: str) -> list[tuple[str, str]]:
-    """The known words of a text that flip and augmentation leave true, with their parts of speech."""
+    """Returns the known words of a text, with parts of speech, that flip and augmentation leave true."""
     settings = seen.settings
     if not text:
         return []
@@ -296,7 +296,7 @@ def _label(seen: Seen) -> Arrays:
 
 
 def _feature(seen: Seen) -> Arrays:
-    """Consecutive rows that show one example get different views of it."""
+    """Returns the feature; consecutive rows of one example get different views of it."""
     feature = np.asarray(seen.example["feature"], np.float32)
     if feature.ndim == 2:
         group, place = divmod(seen.index, seen.settings.views)
@@ -310,7 +310,7 @@ def _field(needs: str, make: Callable[[Seen], Arrays]) -> Field:
 
 
 FIELDS: dict[str, Field] = {
-    # In the order in which they draw: what hits the image comes before the words.
+    # In the order of their random draws: those for the image come before those for the words.
     "image": _field("image", _image),
     "words": _field("captions", _words),
     "tokens": _field("captions", _tokens),
@@ -331,27 +331,27 @@ FIELDS: dict[str, Field] = {
 
 
 def batch_fields(method: Any, config: Any) -> tuple[str, ...]:
-    """Returns the fields that a method's loss reads, and those that `config.data.fields` adds.
+    """Returns the fields that a method's loss reads and those that `config.data.fields` adds.
 
     Args:
-      method: with `fields(config)`.
+      method: a method, whose `fields(config)` is called.
       config: the whole config of a run.
     """
     return tuple(dict.fromkeys((*method.fields(config), *(config.data.get("fields") or ()))))
 
 
 def _keep_prob(value: Any) -> dict[str, float]:
-    """kp for each part of speech: one number for all, or a mapping with a "default" for the unnamed."""
+    """Returns kp for each part of speech from one number, or from a mapping with an optional "default"."""
     parts = FILTERS["all"]
     if hasattr(value, "items"):
         given = {key: float(p) for key, p in value.items()}
         if unknown := sorted(set(given) - {*parts, "default"}):
             raise UserError(
-                f"data.keep_prob has no key {unknown[0]!r}; it has {', '.join(parts)} and default"
+                f"data.keep_prob has no key {unknown[0]!r}; known keys: {', '.join(parts)} and default"
             )
         keep = {pos: given.get(pos, given.get("default", 1.0)) for pos in parts}
     else:
         keep = dict.fromkeys(parts, float(value))
     if not all(0 <= p <= 1 for p in keep.values()):
-        raise UserError(f"data.keep_prob={value} leaves 0..1")
+        raise UserError(f"data.keep_prob={value} is outside 0..1")
     return keep

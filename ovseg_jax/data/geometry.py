@@ -1,6 +1,6 @@
-"""Geometry of a training row: one random flip, scale and crop of image, segments and boxes together.
+"""Geometric augmentation of a training row: one random flip, scale and crop of image, segments and boxes together.
 
-`data.augment` asks for `RandomCrop`, by which images of one class are trained; without it `ScaleJitter` moves scenes.
+With `data.augment` it is `RandomCrop`, meant for images of one class; otherwise `ScaleJitter`, meant for scenes.
 """
 
 import dataclasses
@@ -13,13 +13,13 @@ from ovseg_jax.data import transforms
 from ovseg_jax.data.rand_augment import rand_augment, rand_augment_dassl
 from ovseg_jax.errors import UserError
 
-RATIO = (3 / 4, 4 / 3)  # width by height of a random crop, as in torchvision
+RATIO = (3 / 4, 4 / 3)  # bounds of a random crop's width / height, as in torchvision
 POLICIES = {"torchvision": rand_augment, "dassl": rand_augment_dassl}
 
 
 @dataclasses.dataclass(frozen=True)
 class ScaleJitter:
-    """A flip, then `transforms.scale_jitter`.
+    """A random flip, then `transforms.scale_jitter`.
 
     Attributes:
       size: side of the square canvas in pixels.
@@ -33,10 +33,10 @@ class ScaleJitter:
 
     @classmethod
     def from_config(cls, data: Any) -> "ScaleJitter":
-        """Reads `image_size`, `scale_jitter` and `flip` of `config.data`.
+        """Creates it from `image_size`, `scale_jitter` and `flip` of `config.data`.
 
         Raises:
-          UserError: a `scale_jitter` that cannot be.
+          UserError: `scale_jitter` is not (lowest, highest) with 0 < lowest <= highest.
         """
         jitter = tuple(float(f) for f in data.get("scale_jitter", (1.0, 1.0)))
         if len(jitter) != 2 or not 0 < jitter[0] <= jitter[1]:
@@ -54,14 +54,14 @@ class ScaleJitter:
 
 @dataclasses.dataclass(frozen=True)
 class RandomCrop:
-    """A random crop, resized to a square, then a flip, then RandAugment of the image.
+    """A random crop, resized to a square, then a random flip, then RandAugment of the image.
 
     Attributes:
       size: side of the square in pixels.
       crop: the smallest and largest share of the image's area.
       flip: whether half of the images are mirrored.
-      randaugment: number of its operations; 0 for none.
-      policy: whose RandAugment, see `rand_augment`: "torchvision" (of magnitude 9) or "dassl".
+      randaugment: number of RandAugment operations; 0 for none.
+      policy: the variant of RandAugment, see `rand_augment`: "torchvision" (magnitude 9) or "dassl".
     """
 
     size: int
@@ -72,15 +72,15 @@ class RandomCrop:
 
     @classmethod
     def from_config(cls, data: Any) -> "RandomCrop":
-        """Reads `image_size` and `augment` (the attributes above) of `config.data`.
+        """Creates it from `image_size` and `augment` (the attributes above) of `config.data`.
 
         Raises:
-          UserError: a key of `augment` that is none of these, or a value that cannot be.
+          UserError: `augment` has an unknown key or an invalid value.
         """
         given = dict((data.get("augment") or {}).items())
         known = [field.name for field in dataclasses.fields(cls) if field.name != "size"]
         if unknown := sorted(set(given) - set(known)):
-            raise UserError(f"data.augment has no key {unknown[0]!r}; it has {', '.join(known)}")
+            raise UserError(f"data.augment has no key {unknown[0]!r}; known keys: {', '.join(known)}")
         crop = tuple(float(share) for share in given.pop("crop", cls.crop))
         if len(crop) != 2 or not 0 < crop[0] <= crop[1] <= 1:
             raise UserError(
@@ -108,26 +108,26 @@ class RandomCrop:
 
 
 def geometry_of(data: Any, moves_regions: bool) -> ScaleJitter | RandomCrop:
-    """Reads the geometry of `config.data`.
+    """Creates the geometric augmentation that `config.data` describes.
 
     Args:
-      data: with `augment`, for `RandomCrop`, or else the keys of `ScaleJitter`.
-      moves_regions: whether masks or boxes move with the image.
+      data: `config.data`, with `augment` for `RandomCrop`, or else the keys of `ScaleJitter`.
+      moves_regions: whether masks or boxes are transformed with the image.
 
     Raises:
-      UserError: both are asked for, or RandAugment, which moves the image alone, with masks or boxes.
+      UserError: the keys of both are given, or RandAugment, which transforms only the image, with masks or boxes.
     """
     if data.get("augment") is None:
         return ScaleJitter.from_config(data)
     if "scale_jitter" in data or "flip" in data:
         raise UserError(
-            "data.augment crops and mirrors in its own way (data.augment.crop, data.augment.flip): leave out "
+            "data.augment has its own crop and flip (data.augment.crop, data.augment.flip): leave out "
             "data.scale_jitter and data.flip"
         )
     crop = RandomCrop.from_config(data)
     if moves_regions and crop.randaugment:
         raise UserError(
-            f"data.augment.randaugment={crop.randaugment} moves images without their masks and boxes: set it to 0"
+            f"data.augment.randaugment={crop.randaugment} transforms images without their masks and boxes: set it to 0"
         )
     return crop
 
@@ -137,8 +137,8 @@ def random_crop(
 ) -> tuple[int, int, int, int]:
     """Draws the (top, left, height, width) of a crop as torchvision's `RandomResizedCrop` does.
 
-    Its area is a `share` of the image's and its aspect lies in `RATIO`, evenly by logarithm; after ten draws
-    that do not fit, it is the largest one in the middle whose aspect lies there.
+    Its area is a random share of the image's, within `share`, and its aspect is log-uniform within `RATIO`. If ten
+    draws do not fit, it is the largest central crop with an aspect within `RATIO`.
     """
     for _ in range(10):
         area = height * width * rng.uniform(*share)

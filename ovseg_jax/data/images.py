@@ -1,5 +1,7 @@
-"""Images as people have them, read into one form: u8 [H W 3], upright, on white where they are
-transparent; masks, whose stored values are labels; and the one rule by which image files are listed."""
+"""Image files: images, masks (whose pixel values are labels), and the listing of image folders.
+
+Images are read as u8 [H W 3], upright and on white where they are transparent.
+"""
 
 import contextlib
 import functools
@@ -22,10 +24,10 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.reading import reading
 
 _LOG = logging.getLogger(__name__)
-# Formats that Pillow knows by name only, or reads with another program.
+# Formats that Pillow only identifies, or reads with another program.
 _STUBS = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
 _ORIENTATION = 0x0112  # EXIF's tag
-# Decoders of Pillow that give back what was stored; those of JPEG, WebP, AVIF and JPEG 2000 do not.
+# Pillow's lossless decoders; those of JPEG, WebP, AVIF and JPEG 2000 may change values.
 _EXACT = ("zip", "raw", "libtiff", "packbits", "tiff_lzw", "bmp_rle")
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 _MASK_FORMATS = ("PNG", "TIFF", "BMP", "PPM")
@@ -33,16 +35,16 @@ _MASK_FORMATS = ("PNG", "TIFF", "BMP", "PPM")
 
 @functools.cache
 def image_suffixes() -> frozenset[str]:
-    """Returns the suffixes, in lower case, of all files that Pillow reads by itself."""
+    """Returns the lower-case suffixes of all files that Pillow can read by itself."""
     Image.init()
     known = Image.registered_extensions().items()
     return frozenset(suffix for suffix, kind in known if kind in Image.OPEN and kind not in _STUBS)
 
 
 def list_images(folder: epath.PathLike) -> list[epath.Path]:
-    """Lists the images of a folder by name: of any suffix that Pillow reads, in any case, none that is hidden.
+    """Lists the images of a folder by name: every suffix that Pillow reads, in any case, without hidden files.
 
-    What is left out is counted and logged once.
+    Other entries are counted, and the counts are logged.
 
     Raises:
       UserError: the folder cannot be read.
@@ -53,7 +55,7 @@ def list_images(folder: epath.PathLike) -> list[epath.Path]:
 
 
 def scan_images(folder: epath.PathLike) -> tuple[list[str], Counter[str]]:
-    """Returns the names of the images that `list_images` lists, and how many of which kind of entry it leaves out.
+    """Returns the names of the images that `list_images` lists, and the number of other entries by kind.
 
     Raises:
       UserError: the folder cannot be read.
@@ -84,7 +86,7 @@ def has_image(folder: epath.PathLike) -> bool:
 
 
 def list_folders(folder: epath.PathLike) -> list[str]:
-    """Lists the names of the folders in a folder, none that is hidden.
+    """Lists the names of the folders in a folder, without hidden ones.
 
     Raises:
       UserError: the folder cannot be read.
@@ -97,10 +99,10 @@ def list_folders(folder: epath.PathLike) -> list[str]:
 
 
 def say_left_out(folder: epath.PathLike, left_out: Counter[str]) -> None:
-    """Logs how many entries of a folder were left out, if any were."""
+    """Logs how many entries of a folder were left out, if any."""
     if left_out:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
-        _LOG.warning("%s: left out what is no image that can be read: %s", folder, kinds)
+        _LOG.warning("%s: ignored entries that are not readable images: %s", folder, kinds)
 
 
 def _suffix(name: str) -> str:
@@ -112,9 +114,9 @@ def _is_image(name: str) -> bool:
 
 
 def _entries(folder: epath.Path) -> Iterator[tuple[str, bool]]:
-    """The names in a folder, and whether each is a file, as which a link that leads nowhere counts."""
+    """Yields the names in a folder, and whether each is a file; a broken link counts as a file."""
     if "://" in str(folder):
-        # In a bucket each question takes a request: only what looks like no image is asked.
+        # Each check in a bucket is a request, so only names without an image suffix are checked.
         for path in folder.iterdir():
             yield path.name, _is_image(path.name) or not path.is_dir()
         return
@@ -126,14 +128,14 @@ def _entries(folder: epath.Path) -> Iterator[tuple[str, bool]]:
 
 
 def read_image(image: Any) -> UInt8[np.ndarray, "h w 3"]:
-    """Reads a file, a PIL image or an array.
+    """Reads an image from a file, a PIL image or an array.
 
     Args:
       image: a path (local or of a bucket); a PIL image of any mode; or an array [H W], [H W 1], [H W 3] or
-        [H W 4] of uint8, of uint16 (scaled by 257), or of floats in 0..1. EXIF rotation is undone.
+        [H W 4] of uint8, of uint16 (divided by 257), or of floats in 0..1. EXIF rotation is applied.
 
     Raises:
-      UserError: the file is missing, truncated or no image, or the array is of none of these forms.
+      UserError: the file is missing, truncated or not an image, or the array is not of these forms.
     """
     if isinstance(image, str | os.PathLike):
         return read_oriented(image)[0]
@@ -142,14 +144,14 @@ def read_image(image: Any) -> UInt8[np.ndarray, "h w 3"]:
             return _from_pil(image, "the image")
     if hasattr(image, "__array__"):
         return _from_array(np.asarray(image))
-    raise UserError(f"an image is a path, a PIL image or an array, not a {type(image).__name__}")
+    raise UserError(f"an image must be a path, a PIL image or an array, not a {type(image).__name__}")
 
 
 def read_oriented(path: epath.PathLike) -> tuple[UInt8[np.ndarray, "h w 3"], int]:
-    """Reads an image file upright, and the EXIF orientation (1 to 8) in which it is stored.
+    """Reads an image file, turned upright, and the EXIF orientation (1 to 8) of the stored image.
 
     Raises:
-      UserError: the file is missing, damaged or no image.
+      UserError: the file is missing, damaged or not an image.
     """
     with _decoding(path, "the image"):
         image = _open(path)
@@ -158,56 +160,56 @@ def read_oriented(path: epath.PathLike) -> tuple[UInt8[np.ndarray, "h w 3"], int
 
 
 def read_header(path: epath.PathLike) -> tuple[tuple[int, int], int]:
-    """Reads height and width of an image as it stands upright, and the EXIF orientation (1 to 8) in which it is stored.
+    """Reads the height and width of an image after it is turned upright, and its EXIF orientation (1 to 8).
 
     Raises:
-      UserError: the file is missing, damaged or no image.
+      UserError: the file is missing, damaged or not an image.
     """
     with _decoding(path, "the image"):
         image = _open(path)
         orientation, (width, height) = _orientation(image), image.size
-        # Pillow turns a TIFF itself.
+        # Pillow already turns TIFFs.
         turned = orientation > 4 and image.format != "TIFF"
         return ((width, height) if turned else (height, width)), orientation
 
 
 def read_mask(path: epath.PathLike) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"]:
-    """Reads the stored values of a one-channel picture without loss: of a palette the numbers, of 1 to 16 bits.
+    """Reads the stored values of a one-channel picture without loss (palette indices, or 1 to 16 bits).
 
     Args:
-      path: a PNG, whose checksums are compared, or a TIFF, BMP or PGM.
+      path: a PNG, whose checksums are verified, or a TIFF, BMP or PGM.
 
     Returns:
-      uint8, or uint16 where it has 16 bits or more.
+      [H W] as uint8, or as uint16 if the file has 16 bits or more.
 
     Raises:
-      UserError: the file is damaged, a colour picture, or of a kind that changes values.
+      UserError: the file is damaged, a colour picture, or in a lossy format.
     """
     with _decoding(path, "the mask"):
         image = _open(path, checksums=True)
         if getattr(image, "n_frames", 1) > 1:
-            raise ValueError(f"it holds {image.n_frames} pictures, and a mask is one")  # type: ignore[attr-defined]
+            raise ValueError(f"it holds {image.n_frames} pictures, but a mask has one")  # type: ignore[attr-defined]
         return _stored(image)
 
 
 def read_colours(path: epath.PathLike, what: str) -> UInt8[np.ndarray, "h w 3"]:
-    """Reads the stored colours of a picture of 8 bits a channel, such as COCO's panoptic PNGs.
+    """Reads the stored colours of a PNG with 8 bits a channel, such as COCO's panoptic PNGs.
 
     Raises:
-      UserError: the file is damaged, or of another kind.
+      UserError: the file is damaged, or not such a PNG.
     """
     with _decoding(path, what):
         image = _open(path, checksums=True)
         if image.format != "PNG" or _raw_mode(image) not in ("RGB", "RGBA", "P", "P;1", "P;2", "P;4"):
             raise ValueError(f"it is {image.format} of mode {_raw_mode(image)}, not a PNG of 8-bit colours")
-        # Without alpha: where it is zero, the colours still count.
+        # The alpha channel is dropped: colours count also where it is zero.
         return np.asarray(image.convert("RGB"))
 
 
 def save_mask(
     file: IO[bytes] | io.BytesIO, mask: UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"]
 ) -> None:
-    """Writes a mask that lies on its upright image as a PNG which says so, as `turn_mask` understands it."""
+    """Writes a mask as a PNG with EXIF orientation 1, so that `turn_mask` knows that it is upright."""
     exif = Image.Exif()
     exif[_ORIENTATION] = 1
     Image.fromarray(mask).save(file, "PNG", exif=exif)
@@ -220,20 +222,21 @@ def turn_mask(
     upright: tuple[int, ...],
     orientation: int,
 ) -> np.ndarray:
-    """Returns a mask as it lies on its image once that stands upright.
+    """Returns a mask turned upright, to match its image after that is turned upright.
 
-    The EXIF orientation of an image may be meant by its mask or not, and only sizes tell: a mask of the size of the
-    image as stored is turned with it, one of the upright size stays. A PNG that has an orientation itself goes by that.
+    A mask may have been drawn on the image as stored, or on the upright image; only the sizes show which. A mask of the
+    stored image's size is turned like the image, one of the upright size is not. A PNG with an EXIF orientation of its
+    own is turned by that.
 
     Args:
-      mask: what was read of `mask_path`, [H W] or [H W C].
-      mask_path: for errors, and for the mask's own orientation.
-      image_path: for errors.
-      upright: height and width of the image once it stands upright.
-      orientation: of the image, 1 to 8.
+      mask: the content of `mask_path`, [H W] or [H W C].
+      mask_path: the file, for errors and for its own orientation.
+      image_path: the image's file, for errors.
+      upright: height and width of the upright image.
+      orientation: the EXIF orientation of the image, 1 to 8.
 
     Raises:
-      UserError: the size is another one, or does not tell.
+      UserError: the mask has another size, or the size does not show how it is oriented.
     """
     stored, own = upright[::-1] if orientation > 4 else upright, 1
     if orientation != 1:
@@ -243,8 +246,8 @@ def turn_mask(
         if own not in range(1, 9):
             if stored == upright == mask.shape[:2]:
                 raise UserError(
-                    f"the image {image_path} has the EXIF orientation {orientation}, and nothing tells whether its "
-                    f"mask {mask_path} is to be turned as well: save the image upright"
+                    f"the image {image_path} has the EXIF orientation {orientation}, but it is unclear whether its "
+                    f"mask {mask_path} must be turned as well: save the image upright"
                 )
             own = orientation if mask.shape[:2] == stored else 1
     flips = {2: "x", 3: "xy", 4: "y", 5: "t", 6: "tx", 7: "txy", 8: "ty"}.get(own, "")
@@ -261,18 +264,18 @@ def turn_mask(
 
 
 def _open(path: epath.PathLike, checksums: bool = False) -> ImageFile.ImageFile:
-    """Opens a picture, of which Pillow has read the header."""
+    """Opens a picture and reads its header."""
     data = epath.Path(path).read_bytes()
     if checksums and data.startswith(b"\x89PNG"):
         _check_png(data)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a large photograph is welcome
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large photographs are allowed
         return Image.open(io.BytesIO(data))
 
 
 @contextlib.contextmanager
 def _decoding(path: Any, what: str = "") -> Iterator[None]:
-    """`reading`, with Pillow's own errors."""
+    """Turns errors into UserErrors as `reading` does, and those of Pillow too."""
     with reading(path, what):
         try:
             yield
@@ -283,7 +286,7 @@ def _decoding(path: Any, what: str = "") -> Iterator[None]:
 
 
 def _check_png(data: bytes) -> None:
-    """Compares the checksum of every chunk, which Pillow does for the header's only."""
+    """Verifies the checksum of every chunk; Pillow only verifies the header's."""
     at, kind = 8, b""
     while kind != b"IEND":
         length = int.from_bytes(data[at : at + 4], "big")
@@ -296,7 +299,7 @@ def _check_png(data: bytes) -> None:
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
-    # Of a PNG without one Pillow would decode all pixels to find this out.
+    # Pillow would decode all pixels of a PNG to find out that it has no orientation.
     if image.format == "PNG" and isinstance(image.fp, io.BytesIO):
         data = image.fp.getvalue()
         if not any(mark in data for mark in (b"eXIf", b"exif", b"XML:com.adobe")):
@@ -306,17 +309,17 @@ def _orientation(image: ImageFile.ImageFile) -> int:
 
 
 def _raw_mode(image: ImageFile.ImageFile) -> str:
-    """How the file stores its pixels, in Pillow's words."""
+    """Returns Pillow's name for the pixel format of the file."""
     args = image.tile[0][3] if image.tile else ""
     return str(args if isinstance(args, str) else next(iter(args or ()), ""))
 
 
 def _stored(image: ImageFile.ImageFile) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"]:
-    """The numbers in the file of a picture that was not decoded yet, where a picture's are scaled to 0..255."""
+    """Decodes the stored values of a picture; Pillow would scale some to 0..255."""
     codec, raw = (image.tile[0][0] if image.tile else ""), _raw_mode(image)
     lossy = codec not in _EXACT or image.info.get("compression") in _LOSSY_TIFF
     if image.format not in _MASK_FORMATS or lossy:
-        raise ValueError(f"a mask as {image.format} may have changed its values: save it as PNG")
+        raise ValueError(f"the format {image.format} may change a mask's values: save it as PNG")
     if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
         raise ValueError(f"it is a picture of mode {image.mode}: save it with one channel, 8 or 16 bits")
     pixels = np.asarray(image)
@@ -327,7 +330,7 @@ def _stored(image: ImageFile.ImageFile) -> UInt8[np.ndarray, "h w"] | UInt16[np.
     form = re.fullmatch(r"(?:1|L|P)(?:;([124]))?R?", raw)
     if form is None or pixels.ndim != 2:
         raise ValueError(f"it stores its pixels as {raw!r}: save it with one channel, 8 or 16 bits")
-    # Of 2 and 4 bits Pillow spreads grey values over 0..255.
+    # Pillow scales grey values of 2 and 4 bits to 0..255.
     step = {"2": 85, "4": 17}.get(form[1] or "", 1) if image.mode == "L" else 1
     return pixels.astype(np.uint8) // np.uint8(step)
 
@@ -340,7 +343,7 @@ def _from_pil(image: Image.Image, name: str) -> UInt8[np.ndarray, "h w 3"]:
         highest = values.max(initial=0)
         if image.mode == "F" or highest > 65535 or values.min(initial=0) < 0:
             raise UserError(
-                f"{name} has pixels of mode {image.mode!r}, which is no picture: convert it to 8 or 16 bits"
+                f"{name} has pixels of mode {image.mode!r}, outside the range of a picture: convert it to 8 or 16 bits"
             )
         if 0 < highest < 4096:
             _say_dark(os.path.dirname(name), os.path.basename(name), int(highest))
@@ -353,13 +356,13 @@ def _from_pil(image: Image.Image, name: str) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def _say_dark(folder: str, name: str, highest: int) -> None:
-    """Logs, once a folder, that images of 12 bits in 16 come out dark."""
+    """Logs, once for each folder, that images with 12 bits stored in 16 come out dark."""
     said = _dark_folders()
     if folder not in said:
         said.add(folder)
         _LOG.warning(
-            "%s has 16 bits a pixel and values up to %d of 65535, which is nearly black: scale it, and others of its "
-            "folder, if it is not",
+            "%s has 16 bits a pixel but no value above %d of 65535, so it is read as nearly black: if it should be "
+            "brighter, scale the values of all images in its folder",
             os.path.join(folder, name),
             highest,
         )
@@ -375,18 +378,18 @@ def _from_array(array: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
         array = array[..., None]
     if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
         raise UserError(
-            f"an image array has the shape [H W], [H W 1], [H W 3] or [H W 4], not {list(array.shape)}"
+            f"an image array must have the shape [H W], [H W 1], [H W 3] or [H W 4], not {list(array.shape)}"
         )
     if array.dtype == np.uint16:
-        # By table: as floats, a hundred megapixels would take gigabytes.
+        # A lookup table, since floats would take gigabytes for a hundred megapixels.
         array = np.round(np.arange(1 << 16) / 257).astype(np.uint8)[array]
     elif np.issubdtype(array.dtype, np.floating):
         low, high = array.min(), array.max()
         if not (low >= 0 and high <= 1):  # also false for NaN
-            raise UserError(f"an image array of floats has values in 0..1, not {low:g}..{high:g}")
+            raise UserError(f"an image array of floats must have values in 0..1, not {low:g}..{high:g}")
         array = np.round(array * 255)
     elif array.dtype != np.uint8:
-        raise UserError(f"an image array holds uint8, uint16 or floats in 0..1, not {array.dtype}")
+        raise UserError(f"an image array must hold uint8, uint16 or floats in 0..1, not {array.dtype}")
     array = array.astype(np.uint8)
     if array.shape[-1] == 4:
         return _from_pil(Image.fromarray(array), "the image")
@@ -396,10 +399,10 @@ def _from_array(array: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
 def fit_canvas(
     image: UInt8[np.ndarray, "h w 3"], size: int
 ) -> tuple[UInt8[np.ndarray, "s s 3"], tuple[int, int]]:
-    """The image, its aspect kept, at the top left of an S x S canvas, and its (height, width) there.
+    """Scales an image to fit an S x S canvas, at its top left; returns the canvas and (height, width) there.
 
-    It is scaled by min(S/h, S/w), bilinearly. The rest is padding, which methods zero after normalisation (as
-    OpenSeg's demo does).
+    The aspect is kept: both sides are scaled by min(S/h, S/w), bilinearly. The rest is padding, which methods zero
+    after normalisation (as OpenSeg's demo does).
     """
     height, width = image.shape[:2]
     scale = min(size / height, size / width)
@@ -412,20 +415,19 @@ def fit_canvas(
 
 
 def centre_square(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "s s 3"]:
-    """The middle of the image as an S x S square, as CLIP sees an image: its shorter side is scaled to S,
-    bicubically, and the longer one cropped."""
+    """Resizes the shorter side to S, bicubically, and crops the centre to S x S, as CLIP's preprocessing does."""
     height, width = image.shape[:2]
     short = min(height, width)
     scaled = (size * height // short, size * width // short)
     if scaled != (height, width):
         image = np.asarray(Image.fromarray(image).resize(scaled[::-1], Image.Resampling.BICUBIC))
-    # Halves are rounded to even numbers, as in torchvision.
+    # Halves are rounded to even, as in torchvision.
     top, left = (round((length - size) / 2) for length in scaled)
     return image[top : top + size, left : left + size]
 
 
 def colour(name: str, fill: Sequence[float]) -> UInt8[np.ndarray, "3"]:
-    """A colour of bytes, of what a config gives the source `name`.
+    """Checks the `fill` colour in the config of the source `name` and returns it as u8 [3].
 
     Raises:
       UserError: it is not three numbers from 0 to 255.

@@ -1,4 +1,4 @@
-"""The order in which a mixture draws from its parts."""
+"""The order in which a mixture of sources draws from its parts."""
 
 import fractions
 import math
@@ -10,14 +10,14 @@ import numpy as np
 
 
 class MixingOrder(grain.transforms.DatasetSelectionMap):
-    """Draws from several endless parts by weight, each block of draws in an order of its own.
+    """A random order that draws from several endless parts by weight, in shuffled blocks.
 
-    A block holds each part in exact proportion. Its order is shuffled, because with a fixed turn a group of
-    examples, or a process, might see some parts alone.
+    Each block holds the parts in exact proportion. It is shuffled, because in a fixed order a group of examples, or a
+    process, might only see some of the parts.
     """
 
     def __init__(self, weights: Sequence[float], seed: int, block: int = 32):
-        """Proportions are exact where a block of 1000 allows it, and rounded to 1/1000 elsewhere."""
+        """Computes the counts of a block: exact if 1000 draws suffice, else rounded to 1/1000."""
         shares = [fractions.Fraction(w / sum(weights)).limit_denominator(1000) for w in weights]
         shortest = math.lcm(*(share.denominator for share in shares))
         if shortest <= 1000 and all(shares):

@@ -1,7 +1,7 @@
-"""RandAugment (Cubuk et al., 2020): a few operations drawn from a list, by Pillow.
+"""RandAugment (Cubuk et al., 2020), in the variants of torchvision and Dassl: a few operations drawn from a list.
 
-Two sets of rules are in use under this name. torchvision's `RandAugment` gives every operation one strength;
-`RandAugment2` of Dassl, on which CoOp and POMP are built, draws the strengths and leaves operations out.
+torchvision's `RandAugment` applies every drawn operation at one strength; Dassl's `RandAugment2`, on which CoOp and
+POMP are built, draws the strengths and skips operations at random.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ BINS = 30  # the strongest magnitude of torchvision
 
 
 def _affine(image: Image.Image, *matrix: float | int) -> Image.Image:
-    """The nearest pixel of the place that the matrix maps to; black outside."""
+    """Applies an affine map with nearest-neighbour sampling; outside of the image is black."""
     return image.transform(image.size, Image.Transform.AFFINE, matrix)
 
 
@@ -40,7 +40,7 @@ OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "equalize": lambda image, v: ImageOps.equalize(image),
     "invert": lambda image, v: ImageOps.invert(image),
 }
-"""What each operation does with a strength: pixels, degrees, a change of contrast, bits, a threshold."""
+"""The operations (image, strength) -> image; the strength is in pixels, degrees, contrast, bits or a threshold."""
 
 TORCHVISION = tuple(name for name in OPERATIONS if name != "invert")
 """The 14 operations of torchvision."""
@@ -49,7 +49,7 @@ TORCHVISION = tuple(name for name in OPERATIONS if name != "invert")
 def rand_augment(
     image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator, num_ops: int = 2, magnitude: int = 9
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """torchvision's rules: `num_ops` of its 14 operations, each of the given magnitude in 0..30, signs drawn."""
+    """Applies torchvision's RandAugment: `num_ops` operations of one magnitude (0..30) with random signs."""
     strengths = torchvision_strengths(image.shape[1], image.shape[0], magnitude)
     picture = Image.fromarray(image)
     for name in rng.choice(TORCHVISION, num_ops):
@@ -60,7 +60,7 @@ def rand_augment(
 
 
 def torchvision_strengths(width: int, height: int, magnitude: int) -> dict[str, tuple[float, bool]]:
-    """The strength of each of torchvision's operations, and whether it may have either sign."""
+    """Returns the strength of each of torchvision's operations, and whether its sign is random."""
     share = magnitude / BINS
     enhance = (0.9 * share, True)
     return {
@@ -84,8 +84,7 @@ def torchvision_strengths(width: int, height: int, magnitude: int) -> dict[str, 
 def rand_augment_dassl(
     image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator, num_ops: int = 2, probability: float = 0.6
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Dassl's `RandAugment2`: `num_ops` of 15 operations, each done with `probability` at a strength drawn
-    anew."""
+    """Applies Dassl's `RandAugment2`: `num_ops` operations, each with `probability` and of a random strength."""
     ranges = dassl_ranges(image.shape[1], image.shape[0])
     picture = Image.fromarray(image)
     for name in rng.choice(list(OPERATIONS), num_ops):
@@ -95,7 +94,7 @@ def rand_augment_dassl(
 
 
 def dassl_ranges(width: int, height: int) -> dict[str, tuple[float, float]]:
-    """The lowest and highest strength of each operation of Dassl's `RandAugment2`."""
+    """Returns the lowest and highest strength of each operation of Dassl's `RandAugment2`."""
     none, enhance = (0.0, 0.0), (-0.9, 0.9)
     return {
         "identity": none,

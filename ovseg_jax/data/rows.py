@@ -1,4 +1,4 @@
-"""From an example of a source to a row of a training batch: geometry once, then each field that the batch holds."""
+"""Rows of training batches, made from examples: geometry once, then each field of the batch."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,9 +14,9 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.lexicon import LEXICON
 from ovseg_jax.vocab.words import WordList, split_words
 
-# Keep a row's draws apart from those of the batch or the mixture of the same number.
+# Separate the random draws of a row from those of the batch or the mixture with the same number.
 _STREAM, _REGION_STREAM = 0, 3
-_MOVED = ("image", "segments", "boxes")  # by geometry
+_MOVED = ("image", "segments", "boxes")  # fields that geometry transforms
 _WHOLE = (
     "tokens",
     "box_tokens",
@@ -27,10 +27,10 @@ _WHOLE = (
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Makes row number `index` of the endless stream: a function of (seed, index, example) alone.
+    """Makes training rows; a row depends only on (seed, index, example).
 
-    It reads of an example only what its fields need. The row has the arrays of each field, see `fields`, and
-    `example_mask`, True. Where a text that is kept whole speaks of left or right, the image is not mirrored.
+    Only the needed fields of an example are read. The row has the arrays of each field, see `fields`, and
+    `example_mask`, True. If a text that is kept whole mentions left or right, the image is not mirrored.
     """
 
     settings: Settings
@@ -47,18 +47,18 @@ class Rows:
         words: WordList | None = None,
         tokenize: Tokenize | None = None,
     ) -> "Rows":
-        """Reads `seed`, `steps`, `batch_size` and `data` of a config.
+        """Creates it from `seed`, `steps`, `batch_size` and `data` of a config.
 
         Args:
-          config: of `data`: `image_size`, `mask_stride`, `max_masks`, `max_boxes` (by default as many), `max_tags`,
-            `max_words`, `caption_filter`, `keep_prob`, `tagger`, `batch_augment`, `views`, and the keys of
-            `geometry.geometry_of`.
-          fields: names of `FIELDS`: what a row holds.
+          config: in `data`: `image_size`, `mask_stride`, `max_masks`, `max_boxes` (by default equal to `max_masks`),
+            `max_tags`, `max_words`, `caption_filter`, `keep_prob`, `tagger`, `batch_augment`, `views`, and the keys
+            of `geometry.geometry_of`.
+          fields: names of `FIELDS` that a row holds.
           words: the vocabulary, for fields of words.
-          tokenize: of the text side, for fields of tokens.
+          tokenize: the text side's tokeniser, for fields of tokens.
 
         Raises:
-          UserError: an unknown field, one that lacks its vocabulary or tokeniser, or a value that cannot be.
+          UserError: a field is unknown or lacks its vocabulary or tokeniser, or a value is invalid.
         """
         data = config["data"]
         settings = Settings.from_config(config, fields, words, tokenize)
@@ -78,11 +78,11 @@ class Rows:
 
     @property
     def needs(self) -> frozenset[str]:
-        """The fields of a source that are read."""
+        """The fields that are read from the source."""
         return self.settings.needs
 
     def __call__(self, index: int, example: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Makes the row `index % batch_size` of batch `index // batch_size`.
+        """Returns row `index % batch_size` of batch `index // batch_size`.
 
         Raises:
           UserError: a file of the example cannot be read, or the tokeniser refuses its text.
@@ -94,7 +94,9 @@ class Rows:
             captions = example["captions"]
             caption = captions[int(rng.integers(len(captions)))] if len(captions) else ""
         elif isinstance(self.geometry, ScaleJitter):
-            rng.integers(2)  # as for a caption: the picture does not depend on whether words are read
+            rng.integers(
+                2
+            )  # the same draw as for a caption, so that the image does not depend on reading captions
         spoken = self._region_captions(index, example)
         if moved := {name: example[name] for name in _MOVED if name in needs}:
             batch = index // self.batch_size
@@ -108,7 +110,7 @@ class Rows:
         return row
 
     def _region_captions(self, index: int, example: Mapping[str, Any]) -> list[str]:
-        """Of each segment one of its captions, or ""."""
+        """Draws one caption for each segment; "" if it has none."""
         if "region_captions" not in self.needs:
             return []
         rng = np.random.default_rng([self.settings.seed, index, _REGION_STREAM])
@@ -116,7 +118,7 @@ class Rows:
         return [draw(texts) for texts in example["region_captions"]]
 
     def _one_sided(self, example: Mapping[str, Any], caption: str, region_captions: Sequence[str]) -> bool:
-        """Whether a text that is kept whole speaks of left or right."""
+        """Tells whether a text that is kept whole mentions left or right."""
         fields = self.settings.fields
         texts = [caption] if "tokens" in fields else []
         texts += region_captions if "box_tokens" in fields else []

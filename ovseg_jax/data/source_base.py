@@ -1,15 +1,15 @@
-"""The contract of a data set: `Source`, its lazy examples, and the check that it has the fields that a consumer needs.
+"""The interface of data sets: `Source`, its lazy examples, and the check that it provides the needed fields.
 
-An example is a mapping of one image's fields. Each field is read when it is first asked for, and never otherwise:
+An example is a mapping with the fields of one image. Each field is only read when it is first accessed:
 
     image            u8 [H W 3]
-    segments         i32 [H W], 0 = void, else 1-based into the rows of the five below
-    class_ids        i32 [n], -1 = unlabelled; with it `isthing` and `iscrowd`, bool [n]
+    segments         i32 [H W], 0 = void, else the 1-based row of the segment in the fields below
+    class_ids        i32 [n], -1 = unlabelled; comes with `isthing` and `iscrowd`, bool [n]
     boxes            f32 [n 4], (x0, y0, x1, y1) in pixels, exclusive ends
     region_captions  for each segment a list of texts
     region_tags      for each segment a list of words
     captions, tags   lists of texts of the whole image, maybe empty
-    label            int, where the image has one class; `feature`, f32 [D] or [V D], may stand for the image
+    label            int, if the image has one class; `feature`, f32 [D] or [V D], may replace the image
     image_id         str
 """
 
@@ -24,10 +24,10 @@ from ovseg_jax.vocab.classes import ClassList
 FIELDS = frozenset(
     "image segments class_ids boxes captions tags region_captions region_tags label feature".split()
 )
-"""The fields that a source may provide; `image_id` is always there, `isthing` and `iscrowd` with `class_ids`."""
+"""The fields that a source may provide; all have `image_id`, and `isthing` and `iscrowd` come with `class_ids`."""
 
 TEXTS = ("captions", "tags", "region_captions", "region_tags")
-"""Those that are texts."""
+"""The fields that hold texts."""
 
 
 class Extent(NamedTuple):
@@ -39,10 +39,13 @@ class Extent(NamedTuple):
 
 
 class Regions(NamedTuple):
-    """The segments of a source that have a class and are no crowds, one a row.
+    """The segments of a source that have a class and are not crowds, one per row.
 
-    `image` i32 [n] and `segment` i32 [n] (from 0) say where, `class_id` i32 [n] which class, `box` f32 [n 4] how
-    large (as `boxes` of an example).
+    Attributes:
+      image: i32 [n], the index of the example.
+      segment: i32 [n], the segment's row in the example, from 0.
+      class_id: i32 [n], its class.
+      box: f32 [n 4], its box as in `boxes` of an example.
     """
 
     image: np.ndarray
@@ -52,9 +55,9 @@ class Regions(NamedTuple):
 
 
 class Example(Mapping[str, Any]):
-    """The fields of one image. A function in a field's place is called with the example when it is first read.
+    """A lazy mapping of the fields of one image; a function given as a field is called at the first access.
 
-    Two threads may both call it; both get equal values.
+    The function takes the example. Two threads may both call it; both get equal values.
     """
 
     def __init__(self, **fields: Any):
@@ -72,12 +75,12 @@ class Example(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._fields)
 
-    def __contains__(self, field: object) -> bool:  # Mapping's own would read the field
+    def __contains__(self, field: object) -> bool:  # the one of Mapping would read the field
         return field in self._fields
 
 
 def replaced(example: Mapping[str, Any], **fields: Any) -> Example:
-    """Returns the example with some fields replaced or added, and reads none."""
+    """Returns the example with some fields replaced or added, without reading any field."""
     kept: dict[str, Any] = {field: _get(example, field) for field in example if field not in fields}
     return Example(**kept, **fields)
 
@@ -87,17 +90,17 @@ def _get(example: Mapping[str, Any], field: str) -> Callable[[Example], Any]:
 
 
 class Source:
-    """Random access to the examples of a data set; the base class of all.
+    """The base class of data sets: random access to their examples.
 
-    A subclass sets `name`, `classes` and `provides`, and defines `__len__` and `__getitem__`. The other methods look
-    through all examples; a subclass that has an index file overrides `extent` and `regions`.
+    A subclass sets `name`, `classes` and `provides`, and defines `__len__` and `__getitem__`. The other methods read
+    all examples by default; a subclass with an index file overrides `extent` and `regions`.
 
     Attributes:
-      name: for messages.
+      name: the name in messages.
       classes: the classes that `class_ids` and `label` index.
       provides: the fields of `FIELDS` that its examples have.
-      labels: i32 [n], the class of every example, where each has one.
-      counts: i32 [classes], how many examples of each class the whole data set has, where this is a part of it.
+      labels: i32 [n], the class of every example, or None if examples have no single class.
+      counts: i32 [classes], the number of examples of each class in the whole data set, if this is a part of it.
     """
 
     name: str
@@ -113,18 +116,18 @@ class Source:
         raise NotImplementedError
 
     def captions(self) -> Iterator[str]:
-        """Returns all captions, one after another; no image is decoded."""
+        """Yields all captions, one after another, without decoding images."""
         return self.texts("captions")
 
     def texts(self, field: str) -> Iterator[str]:
-        """Returns all texts of a field of `TEXTS`, one after another; none where the source lacks it."""
+        """Yields all texts of a field of `TEXTS`, one after another; none if the source lacks the field."""
         if field in self.provides:
             for index in range(len(self)):
                 for text in self[index][field]:
                     yield from [text] if isinstance(text, str) else text
 
     def extent(self) -> Extent:
-        """Returns the size of the canvas and the number of segments that the largest examples need."""
+        """Returns the largest height, width and number of segments of the examples."""
         sizes = [(1, 1, 1)]
         for index in range(len(self)):
             example = self[index]
@@ -135,7 +138,7 @@ class Source:
         return Extent(*(max(column) for column in zip(*sizes, strict=True)))
 
     def regions(self) -> Regions:
-        """Returns all segments that have a class and are no crowds, without their pixels."""
+        """Returns all segments that have a class and are not crowds, without their pixels."""
         found = []
         for index in range(len(self)):
             example = self[index]
@@ -152,7 +155,7 @@ class Source:
 
 
 class Wrapped(Source):
-    """A source that stands before another and answers for it."""
+    """A base class for sources that wrap another source."""
 
     def __init__(self, source: Source):
         self.source = source
@@ -163,32 +166,32 @@ class Wrapped(Source):
         return len(self.source)
 
     def extent(self) -> Extent:
-        """Returns the extent of the source behind."""
+        """Returns the extent of the wrapped source."""
         return self.source.extent()
 
 
 def join_regions(parts: Sequence[Regions]) -> Regions:
-    """Returns the rows of all parts, of which there may be none."""
+    """Concatenates the rows of all parts; there may be none."""
     none = np.zeros(0, np.int32)
     columns = zip(Regions(none, none, none, np.zeros((0, 4), np.float32)), *parts, strict=True)
     return Regions(*(np.concatenate(column) for column in columns))
 
 
 def check_provides(source: Source, needs: Iterable[str], consumer: str, advice: str = "") -> None:
-    """Checks that a source has the fields that a consumer needs.
+    """Checks that a source provides the fields that a consumer needs.
 
     Args:
       source: the source.
-      needs: of `FIELDS`.
-      consumer: who needs them, for the message.
-      advice: the end of the message, in brackets.
+      needs: names of `FIELDS`.
+      consumer: the part that needs them, for the message.
+      advice: advice at the end of the message, in parentheses.
 
     Raises:
-      UserError: naming the source, the consumer and the fields that are missing.
+      UserError: a field is missing; the message names the source, the consumer and the fields.
     """
     if missing := sorted(set(needs) - source.provides):
         has = ", ".join(sorted(source.provides)) or "nothing"
         raise UserError(
-            f"the source {source.name!r} has no {' and no '.join(missing)}, which {consumer} needs; it has {has}"
+            f"the source {source.name!r} has no {' and no '.join(missing)}, which {consumer} needs; it provides {has}"
             + (f" ({advice})" if advice else "")
         )

@@ -1,7 +1,7 @@
-"""Transforms of one example: image, segments and boxes move together; plain NumPy and Pillow, no state.
+"""Pure functions that transform one example: image, segments and boxes together.
 
-Every function takes and returns plain values and leaves its arguments as they are (examples may come from a
-cache). Those that draw take a `numpy.random.Generator`, so that the caller decides what the draw depends on.
+No function changes its arguments, since examples may come from a cache. Random ones take a `numpy.random.Generator`, so
+that the caller decides what the draw depends on.
 """
 
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ Example = Mapping[str, Any]
 
 
 def flip(example: Example) -> dict[str, Any]:
-    """Mirrors image, segments and boxes, those that there are, left to right.
+    """Mirrors an example's image, and its segments and boxes if present, left to right.
 
-    Words such as "left" are the caller's to drop.
+    The caller has to drop words such as "left".
     """
     out, width = dict(example), example["image"].shape[1]
     out["image"] = example["image"][:, ::-1]
@@ -32,14 +32,14 @@ def flip(example: Example) -> dict[str, Any]:
 def scale_jitter(
     example: Example, size: int, jitter: tuple[float, float], rng: np.random.Generator
 ) -> dict[str, Any]:
-    """Scales by a random factor, then crops or pads to a square (OpenSeg, 4.1; Simple Copy-Paste's small
-    jitter).
+    """Scales an example by a random factor, then crops or pads it to a square (OpenSeg, 4.1).
 
-    The image is scaled to fit into a square of side `f * size`, f uniform in `jitter`, its aspect kept. What
-    is longer than `size` is cropped at a random place; what is shorter is padded at the bottom and right.
+    This is the small jitter of Simple Copy-Paste. The image is scaled to fit into a square of side `f * size`, f
+    uniform in `jitter`, keeping its aspect. A side longer than `size` is cropped at a random place; a shorter one is
+    padded at the bottom or right.
 
     Args:
-      example: with `image`, and maybe `segments` and `boxes`.
+      example: with `image`, and optionally `segments` and `boxes`.
       size: side S of the square in pixels.
       jitter: lowest and highest f.
       rng: draws f and the place of the crop.
@@ -63,7 +63,7 @@ def scale_jitter(
         segments = np.zeros((size, size), np.int32)
         rows = _nearest(height, scaled[0])[top : top + kept[0]]
         columns = _nearest(width, scaled[1])[left : left + kept[1]]
-        # Two gathers of whole rows and columns are several times as fast as one by pairs of indices.
+        # Gathering rows, then columns, is several times as fast as one gather by pairs of indices.
         segments[: kept[0], : kept[1]] = example["segments"].take(rows, 0).take(columns, 1)
         out["segments"] = segments
     if "boxes" in example:
@@ -74,10 +74,10 @@ def scale_jitter(
 
 
 def crop_resize(example: Example, crop: tuple[int, int, int, int], size: int) -> dict[str, Any]:
-    """Cuts a rectangle out and resizes it to a square, bicubically; segments keep their values.
+    """Crops a rectangle and resizes it to a square, bicubically; segments by nearest neighbour.
 
     Args:
-      example: with `image`, and maybe `segments` and `boxes`.
+      example: with `image`, and optionally `segments` and `boxes`.
       crop: (top, left, height, width) in pixels, inside the image.
       size: side S of the square in pixels.
 
@@ -86,7 +86,7 @@ def crop_resize(example: Example, crop: tuple[int, int, int, int], size: int) ->
       x0 = x1 or y0 = y1), and `image_size` = (S, S).
     """
     top, left, height, width = crop
-    # Cut first: a filter that reaches over the border would show what lies outside.
+    # Cropped before resizing: the filter would otherwise mix in pixels from outside of the crop.
     part = Image.fromarray(example["image"][top : top + height, left : left + width])
     image = np.asarray(part.resize((size, size), Image.Resampling.BICUBIC))
     out = {**example, "image": image, "image_size": np.array((size, size), np.int32)}
@@ -102,9 +102,9 @@ def crop_resize(example: Example, crop: tuple[int, int, int, int], size: int) ->
 def scramble_channels(
     image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator, grey: float = 0.8
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Permutes the colour channels and mixes them with their mean by a share uniform in [0, grey].
+    """Permutes the colour channels and mixes them with their mean by a random share in [0, grey].
 
-    No colour word survives it, textures and outlines do. Meant for drawn images; see `rotate_hue` for
+    It makes colour words untrue and keeps textures and outlines. Meant for drawn images; see `rotate_hue` for
     photographs.
     """
     share = rng.random() * grey
@@ -115,11 +115,10 @@ def scramble_channels(
 def rotate_hue(
     image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator, degrees: float = 180.0, grey: float = 0.5
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Turns the hue by an angle uniform in [-degrees, degrees] and takes up to a share `grey` of the
-    saturation.
+    """Rotates the hue by at most `degrees` in either direction and removes at most a share `grey` of the saturation.
 
-    The turn is linear in RGB and keeps luminance (the matrix of CSS's `hue-rotate`), so shading stays
-    natural.
+    Both amounts are random. The rotation is linear in RGB and keeps luminance (the matrix of CSS's `hue-rotate`), so
+    shading stays natural.
     """
     angle = np.deg2rad(rng.uniform(-degrees, degrees))
     luma = np.tile([0.213, 0.715, 0.072], (3, 1))
@@ -132,7 +131,7 @@ def rotate_hue(
 def mix_channels(
     image: UInt8[np.ndarray, "h w 3"], matrix: Float[np.ndarray, "3 3"]
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Each output channel is a row of `matrix` times the input channels, rounded and clipped to 0..255."""
+    """Multiplies the RGB channels by a matrix, rounded and clipped to 0..255; row i makes output channel i."""
     coefficients = np.concatenate([matrix, np.zeros((3, 1))], 1)
     return np.asarray(Image.fromarray(image).convert("RGB", tuple(coefficients.ravel().tolist())))
 
@@ -140,7 +139,7 @@ def mix_channels(
 def blur(
     image: UInt8[np.ndarray, "h w 3"], image_size: Int[np.ndarray, "2"], factor: float
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Takes away detail finer than `factor` pixels: scales the valid part down by `factor` and up again."""
+    """Removes detail finer than `factor` pixels by scaling the valid part down and up again."""
     height, width = (int(n) for n in image_size)
     part = Image.fromarray(image[:height, :width])
     small = part.resize(
@@ -154,7 +153,7 @@ def blur(
 def chosen_segments(
     segments: Int[np.ndarray, "h w"], iscrowd: Bool[np.ndarray, "n"], max_masks: int
 ) -> Int[np.ndarray, "m"]:
-    """The ids (1-based) of at most `max_masks` visible segments that are no crowds, the largest first."""
+    """Returns the 1-based ids of at most `max_masks` visible segments that are not crowds, the largest first."""
     area = np.bincount(segments.ravel(), minlength=len(iscrowd) + 1)[1:]
     area[iscrowd] = 0
     order = np.argsort(-area, kind="stable")[:max_masks]
@@ -164,9 +163,9 @@ def chosen_segments(
 def segment_masks(
     segments: Int[np.ndarray, "s s"], ids: Int[np.ndarray, "m"], max_masks: int, stride: int
 ) -> UInt8[np.ndarray, "{max_masks} s//{stride} s//{stride}"]:
-    """How much of each cell of `stride` x `stride` pixels each segment covers, in 0..255.
+    """Computes the share of each cell of `stride` x `stride` pixels that each segment covers, in 0..255.
 
-    Counts (segment, cell) pairs in one pass, so no full-size mask is ever made. Rows beyond `len(ids)` are 0.
+    It counts (segment, cell) pairs in one pass and makes no full-size masks. Rows beyond `len(ids)` are 0.
     """
     size = segments.shape[0] // stride
     slot = np.full(max(int(segments.max(initial=0)), int(ids.max(initial=0))) + 1, len(ids), np.int64)
@@ -185,14 +184,14 @@ def segment_masks(
 def class_map(
     segments: Int[np.ndarray, "h w"], class_ids: Int[np.ndarray, "n"], stride: int = 1
 ) -> Int[np.ndarray, "h//{stride} w//{stride}"]:
-    """The class of every pixel, or of the middle pixel of every cell; -1 where it is void or unlabelled."""
+    """Returns the class of every pixel, or of the middle pixel of every cell; -1 if void or unlabelled."""
     height, width = (n // stride * stride for n in segments.shape)
     middle = segments[stride // 2 : height : stride, stride // 2 : width : stride]
     return np.concatenate([[-1], class_ids]).astype(np.int32)[middle]
 
 
 def segment_boxes(segments: Int[np.ndarray, "h w"], count: int) -> Float[np.ndarray, "{count} 4"]:
-    """Boxes (x0, y0, x1, y1; exclusive ends, pixels) of segments 1..count; zeros for one without pixels."""
+    """Computes boxes (x0, y0, x1, y1; exclusive ends, pixels) of segments 1..count; zeros without pixels."""
     return np.stack(
         [
             edge
@@ -204,7 +203,7 @@ def segment_boxes(segments: Int[np.ndarray, "h w"], count: int) -> Float[np.ndar
 
 
 def _extent(segments: np.ndarray, count: int, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """First and one past the last position along `axis` at which each segment has a pixel."""
+    """Returns the first, and one past the last, position along `axis` at which each segment has a pixel."""
     length = segments.shape[axis]
     position = np.arange(length) if axis else np.arange(length)[:, None]
     seen = np.bincount(
@@ -216,14 +215,14 @@ def _extent(segments: np.ndarray, count: int, axis: int) -> tuple[np.ndarray, np
 
 
 def _nearest(length: int, scaled: int) -> np.ndarray:
-    """The source position whose pixel covers the middle of each scaled pixel."""
+    """Returns the source position whose pixel covers the middle of each scaled pixel."""
     return np.minimum(((np.arange(scaled) + 0.5) * (length / scaled)).astype(np.int64), length - 1)
 
 
 def _resize_part(
     image: np.ndarray, scaled: tuple[int, int], top: int, left: int, kept: tuple[int, int]
 ) -> np.ndarray:
-    """The part [top:, left:] of size `kept` of the image resized to `scaled`, without making the rest."""
+    """Resizes an image to `scaled`, but computes only the part [top:, left:] of size `kept`."""
     if scaled == image.shape[:2]:
         return image[top : top + kept[0], left : left + kept[1]]
     y, x = image.shape[0] / scaled[0], image.shape[1] / scaled[1]

@@ -1,12 +1,11 @@
-"""From a prediction and words to maps of the labels' own size, in memory that no vocabulary makes grow.
+"""Label maps of the labels' own size, from predictions and words, in memory that does not grow with the vocabulary.
 
-OpenSeg, section 3.4: with scores <w, z> of names and regions and masks s, the segmentation logits are
-y = <w, z> . s, and a pixel's category is that of its best name (equation 6), so a category's score is the
-maximum over its names. y would be [names H W]; here it is computed for a block of rows and a block of names
-at a time with a running maximum. s is upsampled and y follows, which is the same as upsampling y, since y is
-linear in s (never a resize of labels). Of predicted masks the logits are upsampled before the sigmoid, as the
-mask loss does it: a border then lies where the logits cross zero between two cells, not on a ramp of the
-grid's width. (The paper has s of H x W and does not say how it came to that size.)
+OpenSeg, section 3.4: with scores <w, z> of names and regions and masks s, the segmentation logits are y = <w, z> . s,
+and a pixel's category is that of its best name (equation 6), so a category's score is the maximum over its names. y
+would be [names H W]; it is computed for a block of rows and a block of names at a time, with a running maximum. s is
+upsampled rather than y, which is equivalent since y is linear in s; labels are never resized. For predicted masks the
+logits are upsampled before the sigmoid, as in the mask loss: a border then lies where the interpolated logits cross
+zero. (The paper does not state how s is resized to H x W.)
 """
 
 import dataclasses
@@ -33,13 +32,13 @@ NAME_BLOCK = 128
 @partial(jax.tree_util.register_dataclass, data_fields=["weights", "maps", "void"], meta_fields=["masks"])
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """The scores of one image in factors, for every method: of name t at a pixel, `weights[t] . up(maps)`.
+    """The scores of one image in factors: the score of name t at a pixel is `weights[t] . up(maps)`.
 
     Attributes:
       weights: [T C] the score of each name for each map.
       maps: [C h w] mask logits of proposals, or channels of pixel features.
       void: [C] the score of "no object" for each proposal, or None.
-      masks: whether the maps are mask logits, which a sigmoid follows after the upsampling.
+      masks: whether the maps are mask logits, which need a sigmoid after the upsampling.
     """
 
     weights: Float[Array, "t c"]
@@ -49,12 +48,12 @@ class Layers:
 
 
 class Frame(NamedTuple):
-    """Where the pixels of one label lie on the model's grid.
+    """The position of a label's pixels on the model's grid, as upsampling matrices.
 
     Attributes:
       rows: [H h] upsampling matrix of the rows.
       columns: [W w] upsampling matrix of the columns.
-      inside: [H W] the pixels of the label; the others are padding.
+      inside: [H W] True for pixels of the label, False for padding.
     """
 
     rows: Float[Array, "height h"]
@@ -76,7 +75,7 @@ def frame(
 
 
 def vocabulary_of(classes: ClassList, seen: Collection[str] = ()) -> Vocabulary:
-    """Returns the classes as arrays; `seen` are the names that the method says training knew."""
+    """Returns the classes as arrays; `seen` are the names that the method was trained on."""
     names, owner = classes.flat()
     known = np.array([name in seen for name in names], bool)
     return Vocabulary(jnp.asarray(owner), jnp.asarray(known), jnp.asarray(classes.isthing, bool))
@@ -85,7 +84,7 @@ def vocabulary_of(classes: ClassList, seen: Collection[str] = ()) -> Vocabulary:
 def layers_of(
     method: Segmenting, prediction: Prediction, text: Text, vocabulary: Vocabulary, mode: Mode = "predicted"
 ) -> Layers:
-    """Scores one image's proposals, or its pixels where mode is "none" or it has no proposals. Jittable."""
+    """Scores one image's proposals, or its pixels if mode is "none" or there are no proposals. Jittable."""
     if mode == "predicted" and prediction.mask_logits is not None:
         scores = method.score_regions(prediction, text, vocabulary)
         return Layers(scores.names, prediction.mask_logits, scores.void, True)
@@ -96,12 +95,12 @@ def layers_of(
 def confidence_of(
     score: Float[Array | np.ndarray, "*v h w"], cover: Float[Array | np.ndarray, "h w"]
 ) -> Float[Array | np.ndarray, "*v h w"]:
-    """Returns how well a category fits a pixel: the mean score over the proposals there, fading to 0 where none is.
+    """Computes how well a category fits a pixel: the mean score of the proposals there, 0 where there is none.
 
-    With masks s and scores y: sum_n s_n y_n / max(1, sum_n s_n). OpenSeg's demo calls less than 0.04 unknown.
+    With masks s and scores y it is sum_n s_n y_n / max(1, sum_n s_n). OpenSeg's demo treats less than 0.04 as unknown.
 
     Args:
-      score: sum_n s_n y_n of the category's best name; of pixel features the score itself.
+      score: sum_n s_n y_n of the category's best name; for pixel features the score itself.
       cover: sum_n s_n; 1 for pixel features.
     """
     return score / jnp.maximum(cover, 1)
@@ -118,7 +117,7 @@ def true_scores(
     image_size: Int[Array, "2"],
     label_size: Int[Array, "2"],
 ) -> Float[Array, "t m"]:
-    """Scores the true segments by the pixel features under them (mode "truth" of Table 4); m is segment m + 1."""
+    """Scores the true segments by the pixel features under them (mode "truth" of Table 4); row m is segment m + 1."""
     grid = next(iter(prediction.pixels.values())).shape[:2]
     rows, columns = (
         coverage(segments.shape[i], grid[i], canvas, image_size[i], label_size[i]) for i in range(2)
@@ -139,27 +138,27 @@ def best_names(
     *,
     logits: bool = False,
 ) -> tuple[Int[Array, "v height width"], Float[Array, "v height width"], Float[Array, "height width"]]:
-    """Finds argmax and max over names of `weights . up(maps)`, where up = rows x cols is the upsampling; one image.
+    """Computes argmax and max over names of `weights . up(maps)` for one image, with up = rows x cols.
 
-    Works through blocks of rows, and inside through blocks of names with a running maximum; of equal names
-    the first wins.
+    It loops over blocks of rows, and inside over blocks of names with a running maximum; among equal scores the first
+    name wins.
 
     Args:
       weights: a score of every name for every map.
       maps: masks or channels on the grid.
       rows: upsampling matrix of the rows.
       cols: upsampling matrix of the columns.
-      views: the names that may win, per view.
-      logits: the maps are logits of masks, to be squashed by a sigmoid after the upsampling.
+      views: the names that may win, in each view.
+      logits: whether the maps are mask logits, which need a sigmoid after the upsampling.
 
     Returns:
-      The best name and its score (-inf where no name may win), per view; and the sum of the upsampled maps.
+      The best name and its score (-inf where no name may win) in each view, and the sum of the upsampled maps.
     """
     height, width = rows.shape[0], cols.shape[0]
     names, channels = weights.shape
     block = min(NAME_BLOCK, names)
     weight_blocks = split_rows(weights, block)
-    view_blocks = split_rows(views.T, block).transpose(0, 2, 1)  # padding names are allowed nowhere
+    view_blocks = split_rows(views.T, block).transpose(0, 2, 1)  # padding names are never allowed
     starts = jnp.arange(weight_blocks.shape[0], dtype=jnp.int32) * block
     strip = row_block(height, width * max(block, channels))
 
@@ -230,7 +229,7 @@ def paint(
 
 
 def _argmax(y: Float[Array, "v t p"]) -> tuple[Int[Array, "v p"], Float[Array, "v p"]]:
-    """The first best name and its score. Two plain reductions: on CPU five times as fast as XLA's argmax."""
+    """Returns the first best name and its score by two plain reductions: on CPU five times as fast as XLA's argmax."""
     top = y.max(1)
     index = jnp.arange(y.shape[1], dtype=jnp.int32)[:, None]
     return jnp.where(y == top[:, None], index, y.shape[1]).min(1), top

@@ -1,9 +1,9 @@
-"""Decisions: named functions from the scores of one image to categories and segments.
+"""Decisions: named rules that turn the scores of one image into categories and segments.
 
     argmax                 the best category of every pixel (papers/004, eq. 6)
-    background_threshold   the same, and none where the confidence is below a threshold
-    groupvit               proposals do not overlap, and classes compete in the image's top five (NVlabs/GroupViT)
-    panoptic               one proposal a pixel, things apart, stuff merged (Mask2Former, FC-CLIP)
+    background_threshold   the same, but none where the confidence is below a threshold
+    groupvit               the best category of each pixel's strongest proposal, or background (NVlabs/GroupViT)
+    panoptic               one proposal per pixel; things stay separate, stuff is merged (Mask2Former, FC-CLIP)
     instances              the best things, which may overlap (Mask2Former)
 
 Evaluators, `Segmenter` and pictures use these; the exported PyTorch model has `background_threshold`.
@@ -37,9 +37,9 @@ class Segments(NamedTuple):
     """The segments of an image, at most S.
 
     Attributes:
-      number: [H W] the segment of every pixel, from 1; 0 where there is none. Of overlapping ones the best.
-      category: [S] the category of each; -1 beyond the last segment.
-      score: [S] the score of its category.
+      number: [H W] the segment of every pixel, from 1; 0 where there is none; the best of overlapping segments.
+      category: [S] the category of each segment; -1 beyond the last.
+      score: [S] the score of that category.
       masks: [S H W] for segments that may overlap, else None.
     """
 
@@ -50,12 +50,12 @@ class Segments(NamedTuple):
 
 
 class Decided(NamedTuple):
-    """What a decision says of an image, for each of V views.
+    """The result of a decision on an image, for each of V views.
 
     Attributes:
       category: [V H W] index of the category of every pixel, -1 where there is none.
-      confidence: [V H W] see `maps.confidence_of`; where a pixel belongs to one proposal, of this one alone.
-      segments: for decisions that tell instances apart, else None: a segment is all pixels of a category.
+      confidence: [V H W] see `maps.confidence_of`; that of a single proposal if the decision gives a pixel to one.
+      segments: for decisions that separate instances; None if a segment is all pixels of a category.
     """
 
     category: Int[Array, "*v h w"]
@@ -65,9 +65,9 @@ class Decided(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """A function of (layers, frame, vocabulary, views), with its settings. Jittable, and a constant to jit.
+    """A rule with its settings: a jittable function of (layers, frame, vocabulary, views), static under jit.
 
-    `views` [V T] are the names that may be chosen in each view.
+    `views` [V T] marks the names that may be chosen in each view.
     """
 
     needs_masks: ClassVar[bool] = True
@@ -81,7 +81,7 @@ class Decision:
 
 @dataclasses.dataclass(frozen=True)
 class Argmax(Decision):
-    """Gives every pixel its best category."""
+    """The best category for every pixel."""
 
     needs_masks: ClassVar[bool] = False
 
@@ -98,7 +98,7 @@ class Argmax(Decision):
 
 @dataclasses.dataclass(frozen=True)
 class BackgroundThreshold(Argmax):
-    """Gives every pixel its best category, or none where the confidence is below `threshold`."""
+    """The best category for every pixel, or none where the confidence is below `threshold`."""
 
     threshold: float = 0.04
 
@@ -112,16 +112,16 @@ class BackgroundThreshold(Argmax):
 
 @dataclasses.dataclass(frozen=True)
 class GroupVit(Decision):
-    """Gives every pixel the best category of its strongest proposal, or none (NVlabs/GroupViT, its inference).
+    """The best category of each pixel's strongest proposal, or none (the inference of NVlabs/GroupViT).
 
     A proposal's affinity to a class is the softmax of its logits over all classes times that over the `top` classes of
-    the image, which are those of the highest mean over the proposals; a pixel whose best affinity is below `threshold`,
-    or below the best of the whole image where that is lower, has no category.
+    the image, those with the highest mean over the proposals. A pixel has no category if its best affinity is below
+    `threshold`, or below the best affinity of the whole image if that is lower.
 
     Attributes:
-      threshold: of the background; published: 0.95 for VOC and COCO, 0.35 for Context.
-      scale: 1/τ, by which scores become logits.
-      top: how many classes compete.
+      threshold: affinity below which a pixel is background; published: 0.95 for VOC and COCO, 0.35 for Context.
+      scale: 1/τ, the factor from scores to logits.
+      top: the number of classes that compete.
     """
 
     threshold: float = 0.95
@@ -152,15 +152,15 @@ class GroupVit(Decision):
 
 @dataclasses.dataclass(frozen=True)
 class Panoptic(Decision):
-    """Gives every pixel one proposal: things are segments of their own, stuff of one category is one segment.
+    """One proposal for every pixel: each thing is a segment, all stuff of one category is one segment.
 
-    As Mask2Former does it: a proposal whose best class is "no object" or does not exceed `object_threshold` is
-    dropped; a pixel belongs to the proposal with the largest score times mask, if that mask is at least 0.5 there; a
-    proposal that keeps less than `overlap_threshold` of its mask is dropped with its pixels.
+    As in Mask2Former, a proposal is dropped if its best class is "no object" or does not exceed `object_threshold`; a
+    pixel belongs to the proposal with the largest score times mask, if that mask is at least 0.5 there; a proposal that
+    keeps less than `overlap_threshold` of its mask is dropped with its pixels.
 
     Attributes:
-      object_threshold: published: 0.8 for Mask2Former on COCO, 0 for FC-CLIP.
-      overlap_threshold: published: 0.8.
+      object_threshold: lowest score of a proposal; published: 0.8 for Mask2Former on COCO, 0 for FC-CLIP.
+      overlap_threshold: lowest share of its mask that a proposal keeps; published: 0.8.
     """
 
     object_threshold: float = 0.0
@@ -213,12 +213,13 @@ class Panoptic(Decision):
 
 @dataclasses.dataclass(frozen=True)
 class Instances(Decision):
-    """Finds the best pairs of a proposal and a thing; masks may overlap, a proposal may be several things.
+    """The best pairs of a proposal and a thing class; masks may overlap, a proposal may give several pairs.
 
-    As Mask2Former does it: a mask is where its sigmoid exceeds 0.5, and the score is the class's times its mean there.
+    As in Mask2Former, a mask is where its sigmoid exceeds 0.5, and the score is the class's score times the mean of the
+    mask there.
 
     Attributes:
-      top: how many pairs; published: 100.
+      top: the number of pairs; published: 100.
     """
 
     top: int = 100
@@ -272,10 +273,10 @@ DECISIONS: dict[str, type[Decision]] = {
 
 
 def decision_of(value: Any) -> Decision:
-    """Makes a decision of its name, or of a mapping of `type` and settings.
+    """Creates a decision from its name, or from a mapping of `type` and settings.
 
     Raises:
-      UserError: an unknown name or setting, or a setting that is no number.
+      UserError: the name or a setting is unknown, or a setting is not a number.
     """
     if isinstance(value, Decision):
         return value
@@ -287,12 +288,12 @@ def decision_of(value: Any) -> Decision:
     fields: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(kind)}
     for key, number in settings.items():
         if key not in fields:
-            known = ", ".join(fields) or "no setting"
-            raise UserError(f"the decision {name!r} has no setting {key!r}; it has {known}")
+            known = ", ".join(fields) or "none"
+            raise UserError(f"the decision {name!r} has no setting {key!r}; known settings: {known}")
         if isinstance(number, bool) or not isinstance(number, int | float) or number != number:
-            raise UserError(f"{key} of the decision {name!r} is a number, not {number!r}")
+            raise UserError(f"{key} of the decision {name!r} must be a number, not {number!r}")
         if fields[key] is int and number < 1:
-            raise UserError(f"{key}={number} of the decision {name!r}: it is at least 1")
+            raise UserError(f"{key}={number} of the decision {name!r} is less than 1")
     return kind(**{key: fields[key](number) for key, number in settings.items()})
 
 
@@ -312,23 +313,23 @@ def decide(
     segments: Int[Array, "b hl wl"] | None = None,
     max_segments: int = 0,
 ) -> Decided:
-    """Decides on every image of a batch at the labels' own size: [B V H W], B first everywhere. Jittable.
+    """Decides on every image of a batch at the labels' own size: [B V H W]. Jittable.
 
-    Several views cost `argmax` little more than one.
+    For `argmax`, several views cost little more than one.
 
     Args:
-      method: what predicted.
-      prediction: of the batch.
+      method: the method that made the prediction.
+      prediction: the prediction for the batch.
       text: embeddings of all names.
-      vocabulary: of the names.
+      vocabulary: the classes of the names.
       image_size: height and width of each image on the canvas, in pixels.
       label_size: height and width of each label; both at most `shape`.
       views: the names that may be chosen in each image and view.
-      canvas: size of the square canvas that the model was given, in pixels.
+      canvas: size of the model's square input in pixels.
       shape: height and width of the maps to return.
-      decision: what to decide by.
-      mode: where the masks come from (Table 4): "predicted" by the model, "none" (each pixel's own feature is
-        scored), or "truth" (the segments pool the pixel features, and each is named as a whole).
+      decision: the decision to apply.
+      mode: the origin of the masks (Table 4): "predicted" by the model, "none" (each pixel's own feature is scored), or
+        "truth" (pixel features are pooled over each true segment, which gets one name).
       segments: for "truth", the segment of every label pixel, from 1; 0 is void and gets no category.
       max_segments: for "truth", the largest segment number that can occur.
 
@@ -339,7 +340,9 @@ def decide(
         raise ValueError("mode 'truth' needs segments and max_segments")
     masks = mode == "predicted" and prediction.mask_logits is not None
     if decision.needs_masks and not masks:
-        raise UserError(f"the decision {type(decision).__name__} needs predicted masks, and there are none")
+        raise UserError(
+            f"the decision {type(decision).__name__} needs predicted masks, which this method or mode does not have"
+        )
     if mode == "predicted" and not masks:
         raise ValueError("a per-pixel prediction has no masks: use mode 'none'")
     _, *grid, _ = next(iter(prediction.pixels.values())).shape
@@ -353,7 +356,7 @@ def decide(
             return named(name, score, score, at, vocabulary)
         return decision(layers_of(method, seen, text, vocabulary, mode), at, vocabulary, allowed)
 
-    # Image after image: the working set is that of one image, whatever the batch.
+    # One image at a time, so that memory does not grow with the batch.
     return jax.lax.map(one_image, (prediction, image_size, label_size, views, segments))
 
 
@@ -372,13 +375,13 @@ def named(
 def class_scores(
     weights: Float[Array, "t n"], vocabulary: Vocabulary, allowed: Bool[Array, "t"]
 ) -> Float[Array, "k n"]:
-    """Returns the scores of classes, that of its best allowed name each; -inf for a class without one."""
+    """Returns the score of each class, which is that of its best allowed name; -inf for a class without one."""
     weights = jnp.where(allowed[:, None], weights, -jnp.inf)
     return jax.ops.segment_max(weights, vocabulary.owner, num_segments=len(vocabulary.isthing))
 
 
 def _strips(maps: Float[Array, "n h w"], at: Frame, function: Callable[..., Any]) -> Any:
-    """`function(upsampled maps [N r W], inside [r W])` of each block of rows; results stacked, [strips ...]."""
+    """Calls `function(upsampled maps [N r W], inside [r W])` for each block of rows and stacks the results."""
     n, width = len(maps), at.columns.shape[0]
     block = row_block(at.rows.shape[0], width * n)
 
@@ -391,5 +394,5 @@ def _strips(maps: Float[Array, "n h w"], at: Frame, function: Callable[..., Any]
 
 
 def _joined(x: Array, at: Frame) -> Array:
-    """[strips r W ...] as [H W ...]."""
+    """Reshapes [strips r W ...] to [H W ...]."""
     return x.reshape(-1, *x.shape[2:])[: at.rows.shape[0]]

@@ -1,4 +1,4 @@
-"""Files of boxes: proposals and images in, AP out, in the forms of COCO and LVIS."""
+"""Files of boxes in the formats of COCO and LVIS: proposals, annotations, and AP of results."""
 
 import contextlib
 import io
@@ -46,17 +46,17 @@ class Proposals(NamedTuple):
 
 
 def read_boxes(path: epath.PathLike) -> dict[int | str, Proposals]:
-    """Reads COCO's result format, a JSON list of {"image_id", "bbox", "score"}; by image, in the order of their ids.
+    """Reads COCO's result format, a JSON list of {"image_id", "bbox", "score"}; returns boxes by image, sorted by id.
 
-    Without a score all boxes of the file are equally good.
+    Boxes without a score get 1.
 
     Raises:
-      UserError: no such file, none of that form, no box; a box without a size, or a score outside 0..1.
+      UserError: the file is missing, not of this form, or empty; a box has no area, or a score is outside 0..1.
     """
     entries = read_json(path)
     if not isinstance(entries, list) or not entries:
         raise UserError(
-            f"{path} is no list of boxes: [{{'image_id': 285, 'bbox': [x, y, width, height], 'score': 1}}, ...]"
+            f"{path} is not a list of boxes: [{{'image_id': 285, 'bbox': [x, y, width, height], 'score': 1}}, ...]"
         )
     by_image: dict[str, list[tuple[list[float], float]]] = {}
     keys: dict[str, int | str] = {}
@@ -65,9 +65,9 @@ def read_boxes(path: epath.PathLike) -> dict[int | str, Proposals]:
         ids, boxes = column(rows, "image_id", image_id, of="box"), column(rows, "bbox", numbers, 4, of="box")
         for i, score in enumerate(column(rows, "score", number, default=1.0, of="box")):
             if min(boxes[i][2:]) <= 0:
-                raise ValueError(f"the bbox of box {i} is not x, y, width and height of a box: {boxes[i]}")
+                raise ValueError(f"the bbox of box {i} is not [x, y, width, height] of a box: {boxes[i]}")
             if not 0 <= score <= 1:
-                raise ValueError(f"the score of box {i} is {score}: a probability is wanted, not a logit")
+                raise ValueError(f"the score of box {i} is {score}: it must be a probability, not a logit")
             keys.setdefault(str(ids[i]), ids[i])
             by_image.setdefault(str(ids[i]), []).append((boxes[i], score))
     return {
@@ -77,7 +77,7 @@ def read_boxes(path: epath.PathLike) -> dict[int | str, Proposals]:
 
 
 def image_id(value: Any, name: str = "the image's id") -> int | str:
-    """Returns an image's id, which is a whole number or a text.
+    """Checks that a value is an image id, a whole number or a text, and returns it.
 
     Raises:
       ValueError: it is neither.
@@ -86,7 +86,7 @@ def image_id(value: Any, name: str = "the image's id") -> int | str:
 
 
 def _id(value: Any, name: str) -> int:
-    """A whole number, which some tools write as 3.0."""
+    """Checks that a value is a whole number, which some tools write as 3.0, and returns it."""
     return whole(int(value) if isinstance(value, float) and value.is_integer() else value, name)
 
 
@@ -98,10 +98,10 @@ class Annotations(NamedTuple):
     """An annotation file of COCO or LVIS, checked and completed.
 
     Attributes:
-      data: `images`, `annotations` and `categories` as the packages that compute AP want them, with ids of images and
-        annotations from 1.
-      ids: the file's own id of each image, in the order of those from 1.
-      files: the file name of each, or its address, or "".
+      data: `images`, `annotations` and `categories` in the form of the packages that compute AP, with new ids of images
+        and annotations from 1.
+      ids: the file's own id of each image, in the order of the new ids.
+      files: the file name of each image, or its address, or "".
       is_lvis: whether its categories have frequencies.
     """
 
@@ -112,19 +112,19 @@ class Annotations(NamedTuple):
 
     @property
     def numbers(self) -> dict[str, int]:
-        """The number of each image from 1 by its id as a text: tools write 285 and "285" for one image."""
+        """The new id of each image, from 1, by its own id as text, since tools write both 285 and "285"."""
         return {str(key): number for number, key in enumerate(self.ids, 1)}
 
 
 def read_annotations(path: epath.PathLike, classes: ClassList) -> Annotations:
-    """Reads annotations whose categories these classes are, and completes what the evaluators take for granted.
+    """Reads annotations of these classes and adds the fields that the evaluation packages require.
 
-    Annotations get ids from 1, since pycocotools takes 0 for "no match", `iscrowd` 0 and the area of the box where
-    they have none.
+    Annotations get ids from 1, since pycocotools takes 0 for "no match"; a missing `iscrowd` becomes 0, and a missing
+    area that of the box.
 
     Raises:
-      UserError: it cannot be read, has no category with the id of a class, or an annotation of an unknown image or
-        category, or without a box.
+      UserError: the file cannot be read, has no category with the id of a class, or an annotation names an unknown
+        image or category or has no box.
     """
     found = read_json(path)
     parts = ("images", "annotations", "categories")
@@ -134,7 +134,7 @@ def read_annotations(path: epath.PathLike, classes: ClassList) -> Annotations:
         raise UserError(f"{path} has no images, annotations or categories")
     with reading(path):
         rows, truth, kinds = (
-            # What is null is as if it were not there.
+            # null is treated as a missing value.
             [{k: v for k, v in row.items() if v is not None} for row in objects(found[key], repr(key))]
             for key in parts
         )
@@ -168,7 +168,7 @@ def read_annotations(path: epath.PathLike, classes: ClassList) -> Annotations:
         for i, (image, category, box, area, crowd) in enumerate(zip(*columns, strict=True)):
             if str(image) not in numbers_of or category not in known:
                 what = f"image {image!r}" if str(image) not in numbers_of else f"category {category}"
-                raise ValueError(f"annotation {i} is of {what}, which the file does not list")
+                raise ValueError(f"annotation {i} refers to the {what}, which the file does not list")
             annotations.append(
                 {
                     "id": i + 1,
@@ -181,7 +181,7 @@ def read_annotations(path: epath.PathLike, classes: ClassList) -> Annotations:
             )
     if strange := [k for k, own in enumerate(classes.ids) if own not in known]:
         own, name = classes.ids[strange[0]], classes.display(strange[0])
-        raise UserError(f"{path} has no category {own}, the {name!r} of --classes: take --classes={path}")
+        raise UserError(f"{path} has no category {own}, which --classes calls {name!r}: use --classes={path}")
     data = {
         "images": [{"id": n, **lvis} for n, (_, _, lvis) in enumerate(images, 1)],
         "annotations": annotations,
@@ -204,30 +204,32 @@ def _ids(value: Any, name: str) -> list[int]:
 def match_images(
     proposals: Mapping[int | str, Proposals], annotations: Annotations
 ) -> dict[int | str, Proposals]:
-    """Returns the proposals by the ids that the annotations have for their images.
+    """Returns the proposals under the ids that the annotations give their images.
 
     Raises:
-      UserError: an image that the annotations lack, so that no score could be computed.
+      UserError: the annotations lack an image, so that no score could be computed.
     """
     numbers = annotations.numbers
     if foreign := [key for key in proposals if str(key) not in numbers]:
         more = f" and of {len(foreign) - 1} more" if len(foreign) > 1 else ""
-        raise UserError(f"--boxes has boxes of the image {foreign[0]!r}{more}, which --annotations lacks")
+        raise UserError(
+            f"--boxes has boxes of the image {foreign[0]!r}{more}, which --annotations does not list"
+        )
     return {annotations.ids[numbers[str(key)] - 1]: boxes for key, boxes in proposals.items()}
 
 
 def find_images(
     folder: epath.PathLike, ids: Iterable[int | str], annotations: Annotations | None = None
 ) -> dict[int | str, epath.Path]:
-    """Finds the image files of some ids: as the annotations name them, or called by the id as COCO writes it.
+    """Finds the image files of some ids: as the annotations name them, or named by the id as in COCO.
 
     Raises:
-      UserError: there is no such file.
+      UserError: an image has no such file.
     """
     folder = epath.Path(folder)
     if not folder.is_dir():
         raise UserError(f"--images={folder} is not a folder")
-    # LVIS has the address in place of the name, with the folder of COCO's split before it.
+    # LVIS gives an address in place of the name, which includes the folder of COCO's split.
     named = dict(zip(annotations.ids, annotations.files, strict=True)) if annotations else {}
     files = {path.stem: path for path in list_images(folder)}
     found = {}
@@ -237,26 +239,26 @@ def find_images(
         path = next((place for place in places if place.exists()), None)
         path = path or files.get(str(key)) or files.get(str(key).zfill(12))
         if path is None:
-            raise UserError(f"--images={folder} holds no image of the id {key}")
+            raise UserError(f"--images={folder} holds no image with the id {key}")
         found[key] = path
     return found
 
 
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-"""COCO's twelve, in their order."""
+"""COCO's twelve metrics, in COCO's order."""
 
 
 def average_precision(annotations: Annotations, results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Computes AP and AR of boxes in percent, averaged over IoU 0.5 to 0.95, and their parts; NaN without boxes.
+    """Computes AP and AR of boxes in percent, over IoU 0.5 to 0.95, and their variants; NaN without boxes.
 
-    By pycocotools, at most 100 boxes an image; of an LVIS file by the package lvis, at most 300.
+    It uses pycocotools, with at most 100 boxes per image, or for LVIS files the package lvis, with at most 300.
 
     Args:
-      annotations: the truth.
-      results: boxes of images that the annotations list, at least one.
+      annotations: the ground truth.
+      results: at least one box, in images that the annotations list.
 
     Raises:
-      ImportError: the file is LVIS's, and lvis is not installed.
+      ImportError: the file is LVIS's, and the package lvis is not installed.
     """
     numbers = annotations.numbers
     keys = ("category_id", "bbox", "score")
@@ -285,7 +287,7 @@ def _lvis(annotations: dict[str, Any], results: list[dict[str, Any]]) -> dict[st
     import lvis
     import lvis.eval
 
-    # lvis 0.5.3, the last one, says np.float, which NumPy 2 has no more.
+    # lvis 0.5.3, the latest, uses np.float, which NumPy 2 removed.
     lvis.eval.np = SimpleNamespace(**{**vars(np), "float": float})
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(annotations, file)

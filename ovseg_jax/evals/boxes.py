@@ -1,9 +1,9 @@
-"""Boxes that any detector proposes, named by a classifier of whole images, as ViLD names cropped regions.
+"""Classification of a detector's boxes by a classifier of whole images, as ViLD classifies cropped regions.
 
-Each box is cut out as it is and 1.5 times as large, and stretched to the square that the image tower sees; the mean of
-both unit vectors, normalised, is classified by a softmax (Gu et al. 2022, 3.2). Its score as a class is the geometric
-mean of the detector's objectness and that probability (CenterNet2, Zhou et al. 2021, and Detic: MULT_PROPOSAL_SCORE in
-their code). Of a class, boxes that overlap a better one by an IoU above 0.5 are dropped (Detic).
+Each box is cropped at its own size and 1.5 times as large, and resized to the square input of the image tower. The mean
+of both unit vectors, normalised, is classified by a softmax (Gu et al. 2022, 3.2). The score of a class is the
+geometric mean of the detector's objectness and that probability (CenterNet2, Zhou et al. 2021, and Detic:
+MULT_PROPOSAL_SCORE in their code). Within a class, boxes with an IoU above 0.5 with a better box are dropped (Detic).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +30,7 @@ OVERLAP = 0.5
 
 
 class Detection(NamedTuple):
-    """A box with a class: the numbers of both, and the score."""
+    """A box with a class: the indices of both, and the score."""
 
     box: int
     category: int
@@ -40,7 +40,7 @@ class Detection(NamedTuple):
 def crop(
     image: Image.Image, box: Float[np.ndarray, "4"], context: float, size: int
 ) -> UInt8[np.ndarray, "z z 3"]:
-    """Cuts out a box, enlarged around its middle, and resizes it to a square; bicubic, antialiased."""
+    """Crops a box, enlarged about its centre by `context`, and resizes it to a square; bicubic, antialiased."""
     left, top, width, height = box
     grow = (context - 1) / 2
     spans = []
@@ -60,15 +60,15 @@ def region_features(
     size: int,
     batch: int,
 ) -> Iterator[Float[np.ndarray, "n d"]]:
-    """Computes unit vectors of the boxes of each image, one image after the other.
+    """Yields the unit vectors of the boxes of each image, [n D], one image at a time.
 
     Args:
-      embed: unit vectors of images, as a classifier's `embed_image` gives them.
-      variables: what it takes.
-      images: each with its boxes.
+      embed: a classifier's `embed_image`, which returns unit vectors.
+      variables: its variables.
+      images: the path and the boxes of each image.
       mesh: the devices.
-      size: z, what `embed` takes.
-      batch: crops that go through it at once.
+      size: the side z of the images that `embed` takes.
+      batch: number of crops to embed at once.
     """
     jobs = (
         (image, box, context, size)
@@ -106,8 +106,8 @@ def detect(proposals: Proposals, probability: Float[np.ndarray, "n c"], limit: i
 
     Args:
       proposals: the boxes.
-      probability: of each class for each box.
-      limit: how many.
+      probability: the probability of each class for each box.
+      limit: the maximum number of detections.
     """
     score = np.sqrt(proposals.objectness[:, None] * probability)
     overlap = _iou(proposals.boxes)

@@ -1,8 +1,8 @@
-"""Classification of whole images by names: accuracies, and the geometry of the features behind them.
+"""Classification of whole images by class names: accuracies, and alignment and uniformity of the features.
 
-One pass over the images gives everything, for the method's own prompt and for any number of hand-written ones:
-the images are embedded on the mesh, each device finds the classes nearest to its images, and what an image comes
-to is a few numbers, which every process gathers and the host counts.
+One pass over the images computes all metrics, for the method's own prompt and for any number of others: the images are
+embedded on the mesh, each device finds the classes nearest to its images, and every process gathers these few numbers
+of each image and counts them on the host.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,14 +31,14 @@ PAIRS = (("base", "new"), ("seen", "unseen"), ("seen", "held_out"))
 
 
 class Outcomes(NamedTuple):
-    """What images come to under each of P prompts.
+    """The results of images under each of P prompts.
 
     Attributes:
       label: the true class; -1 for padding.
       predicted: the nearest of all classes.
       top5: whether the true class is among the five nearest.
       own: the nearest class within each of V groups.
-      distance: ||x - w_y||² of the image to its class's first name; None where features have no unit norm.
+      distance: ||x - w_y||² of the image to its class's first name; None if features are not unit vectors.
     """
 
     label: Int[np.ndarray, "b"]
@@ -49,15 +49,15 @@ class Outcomes(NamedTuple):
 
 
 class AccuracyRow(NamedTuple):
-    """A line of the per-class table, of the method's own prompt.
+    """A line of the per-class table, for the method's own prompt.
 
     Attributes:
       name: the class's first name.
-      group: the groups that it is in, with "+" between several.
-      images: how many there are.
-      correct: how many are taken for it.
+      group: its groups, joined by "+".
+      images: the number of its images.
+      correct: the number of them that are classified correctly.
       accuracy: in percent; None without images.
-      confused_with: what the others are taken for most often; None without any.
+      confused_with: the class predicted most often for the others; None if there are none.
     """
 
     name: str
@@ -69,11 +69,12 @@ class AccuracyRow(NamedTuple):
 
 
 class ClassificationEvaluator(Evaluator):
-    """Scores accuracy over all classes of a source, in percent, and alignment and uniformity.
+    """An evaluator of accuracy over all classes of a source, in percent, and alignment and uniformity.
 
-    Metrics: those of `scores`, and `uniformity` (papers/000, eq. 7, over the classes' first names). They are of
-    the method's own prompt; each further prompt has the same ones with the suffix `[<prompt>]`. `score` is the
-    one that `metric` names: the data set's own measure.
+    Metrics: those of `scores`, and `uniformity` (papers/000, eq. 7, over the classes' first names). Without a suffix
+      they
+    belong to the method's own prompt; those of each further prompt have the suffix `[<prompt>]`. `score` repeats the
+    metric that the option `metric` names, the main one of the data set.
     """
 
     needs = frozenset({"image", "label"})
@@ -93,18 +94,18 @@ class ClassificationEvaluator(Evaluator):
         metric: str | None = None,
         every: int = 0,
     ):
-        """Makes an evaluator that compiles once and runs many times.
+        """Creates an evaluator that compiles once and runs many times.
 
         Args:
           name: see `Evaluator`.
-          method: what to evaluate.
+          method: the method to evaluate.
           classes: the classes that `label` indexes.
           batches: starts a pass over this process's share of the images, or of their unit-norm features (`feature`
-            in place of `image`), in equal shapes and numbers on all processes.
+            in place of `image`), with equal shapes and numbers of batches on all processes.
           mesh: the devices.
-          prompts: hand-written or learned prompts by name; of several templates the unit features are averaged and
+          prompts: hand-written or learned prompts by name; the unit features of several templates are averaged and
             normalised (CLIP's prompt ensemble).
-          metric: which metric is repeated as `score`, such as "accuracy" or "per_class"; none by default.
+          metric: the metric to repeat as `score`, such as "accuracy" or "per_class"; none by default.
           every: see `Evaluator`.
         """
         self.name, self.every = name, every
@@ -121,7 +122,7 @@ class ClassificationEvaluator(Evaluator):
 
     @classmethod
     def from_config(cls, setup: Setup) -> "ClassificationEvaluator":
-        """Makes the evaluator of `prompts` (see `Setup.prompts`) and `metric`, the one that is "score"."""
+        """Creates the evaluator with `prompts` (see `Setup.prompts`) and `metric`, the one to repeat as "score"."""
         return cls(
             setup.name,
             setup.method,
@@ -134,7 +135,7 @@ class ClassificationEvaluator(Evaluator):
         )
 
     def run(self, variables: Variables) -> dict[str, float]:
-        """Evaluates; fills `tables`.
+        """Computes the metrics and fills `tables`.
 
         Raises:
           UserError: there is no image with a class, or no such `metric`.
@@ -150,7 +151,7 @@ class ClassificationEvaluator(Evaluator):
             if self._method.text_per_image:
                 spread[0] = None
         if not outcomes or not (known := np.concatenate([o.label for o in outcomes]) >= 0).any():
-            raise UserError(f"evals.{self.name}: there is no image with a class to evaluate on")
+            raise UserError(f"evals.{self.name}: the source has no image with a class to evaluate on")
         total = jax.tree.map(lambda *parts: np.concatenate(parts, -1)[..., known], *outcomes)
         result: dict[str, float] = {}
         for p, prompt in enumerate(["", *self._prompts]):
@@ -161,16 +162,16 @@ class ClassificationEvaluator(Evaluator):
             if self._metric is not None:
                 if self._metric not in found:
                     raise UserError(
-                        f"evals.{self.name}.metric is {self._metric!r}: here are {', '.join(found)}"
+                        f"evals.{self.name}.metric={self._metric!r} is not one of {', '.join(found)}"
                     )
                 found["score"] = found[self._metric]
-            # Chance knows no prompt.
+            # Chance does not depend on the prompt.
             result |= {k + suffix: v for k, v in found.items() if not (suffix and k.startswith("chance"))}
         self.tables = {"accuracy": table(total, self._classes)}
         return result
 
     def _text(self, variables: Variables) -> dict[str, Float[Array, "p t d"]]:
-        """Features of every name under every prompt, [P T D] by space; zeros where the own one differs by image."""
+        """Embeds every name under every prompt, [P T D] by space; zeros for a prompt that depends on the image."""
         under = lambda templates: class_features(self._method, variables, self._texts, templates)
         if self._method.text_per_image:
             like = self._method.embed_phrases(variables, self._texts[:1])
@@ -197,13 +198,13 @@ class ClassificationEvaluator(Evaluator):
             mesh=self._mesh,
             in_specs=(split, split, PartitionSpec(), PartitionSpec()),
             out_specs=(split, of_prompts, of_prompts, PartitionSpec(None, None, AXES), of_prompts),
-            # A scan's constant start is not marked as differing between devices, which the check would demand.
+            # A scan's constant initial value is not marked as varying between devices, which the check requires.
             check_vma=False,
         )
         return Outcomes(*judge(image, label, text, variables if self._method.text_per_image else None))
 
     def _judge(self, image, label, text, variables) -> tuple[Array | None, ...]:
-        """The outcomes of one device's images, in the order of `Outcomes`."""
+        """Computes the outcomes of one device's images, in the order of `Outcomes`."""
 
         def under(text, image=image, label=label):
             near = nearest_classes(self._method.score_images, image, text, self._names, self._allowed, 5)
@@ -225,7 +226,7 @@ class ClassificationEvaluator(Evaluator):
 
 
 def own_groups(classes: ClassList) -> list[str]:
-    """The groups that are scored among their own classes: those of the first of `PAIRS` that the list has."""
+    """Returns the groups that are scored among their own classes: the first pair of `PAIRS` that the list has."""
     for pair in PAIRS:
         if all(classes.groups.get(group) for group in pair):
             return list(pair)
@@ -233,19 +234,19 @@ def own_groups(classes: ClassList) -> list[str]:
 
 
 def scores(outcomes: Outcomes, p: int, classes: ClassList) -> dict[str, float]:
-    """The scores under prompt `p`, in percent but for the last.
+    """Computes the scores under prompt `p`, in percent except for `alignment`.
 
-    - `accuracy`: share of images whose class is the nearest of all. `accuracy@5`: ... among the five nearest; left
-      out where there are no more than five classes.
-    - `per_class`: mean over the classes that occur of the share of their images that are right, the measure of
-      Caltech101, Pets, Flowers102 and Aircraft (papers/000, table 11).
-    - for each group, `accuracy@<group>`: of the group's images, among all classes.
-    - of base and new, or seen and held_out or unseen: `accuracy@<group>@own`, among the group's classes only, and
+    - `accuracy`: share of images whose class is the nearest of all. `accuracy@5`: share of images whose class is among
+      the five nearest; omitted for five classes or fewer.
+    - `per_class`: the accuracy averaged over the classes that occur, the metric of Caltech101, Pets, Flowers102 and
+      Aircraft (papers/000, table 11).
+    - for each group, `accuracy@<group>`: accuracy on the group's images, among all classes.
+    - for base and new, or seen and held_out or unseen: `accuracy@<group>@own`, among the group's classes only, and
       `harmonic`, the harmonic mean of these two (CoCoOp's protocol of base and new classes).
-    - `chance`, `chance@<group>@own`: what an answer at random gets.
+    - `chance`, `chance@<group>@own`: the expected accuracy of random answers.
     - `alignment`: mean of ||x - w_y||² (papers/000, eq. 6), lower is better.
 
-    A score whose divisor is zero is left out.
+    A score whose divisor is zero is omitted.
     """
     label, right = outcomes.label, outcomes.predicted[p] == outcomes.label
     n = len(classes)
@@ -274,7 +275,7 @@ def scores(outcomes: Outcomes, p: int, classes: ClassList) -> dict[str, float]:
 
 
 def table(outcomes: Outcomes, classes: ClassList) -> list[AccuracyRow]:
-    """A row for each class, under the method's own prompt."""
+    """Returns a row for each class, under the method's own prompt."""
     label, predicted, n = outcomes.label, outcomes.predicted[0], len(classes)
     images, correct = np.bincount(label, minlength=n), np.bincount(label[predicted == label], minlength=n)
     wrong = (predicted != label) & (predicted >= 0)

@@ -1,7 +1,7 @@
-"""Semantic segmentation scores from three exact counts a class: pixels of its truth, its prediction and both.
+"""Semantic segmentation scores from three exact counts per class: pixels of its truth, its prediction and both.
 
-The K x K confusion matrix is never needed for IoU, pixel accuracy or frequency-weighted IoU, and at 20,000
-classes it would have 400 million entries.
+IoU, pixel accuracy and frequency-weighted IoU do not need the K x K confusion matrix, which would have 400 million
+entries for 20,000 classes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,12 @@ from ovseg_jax.vocab.classes import ClassList
 
 
 class Counts(NamedTuple):
-    """Pixels per class, [K] each; pixels without a label are counted nowhere.
+    """Pixel counts per class, [K] each; pixels without a label are not counted.
 
     Attributes:
-      intersection: labelled as the class and predicted as it.
-      truth: labelled as the class.
-      prediction: predicted as the class, among labelled pixels.
+      intersection: pixels labelled and predicted as the class.
+      truth: pixels labelled as the class.
+      prediction: labelled pixels predicted as the class.
     """
 
     intersection: Int[Array | np.ndarray, "k"]
@@ -38,12 +38,12 @@ class ClassRow(NamedTuple):
 
 
 def count(label: Int[Array, "*b h w"], predicted: Int[Array, "*b h w"], num_classes: int) -> Counts:
-    """Counts the pixels of one batch, in int32: exact below 2^31 labelled pixels a batch. Jittable.
+    """Counts the pixels of one batch in int32, exact below 2^31 labelled pixels. Jittable.
 
     Args:
       label: the class of every pixel; anything outside 0..K-1 (void, padding) is ignored.
-      predicted: the predicted class; outside 0..K-1 means none, which is wrong wherever there is a label.
-      num_classes: K.
+      predicted: the predicted class; anything outside 0..K-1 means none and counts as wrong where there is a label.
+      num_classes: the number K of classes.
     """
     known = (label >= 0) & (label < num_classes)
     guess = known & (predicted >= 0) & (predicted < num_classes)
@@ -60,43 +60,46 @@ def _histogram(values, where, bins):
 
 
 def present_classes(label: Int[Array, "b h w"], num_classes: int) -> Bool[Array, "b k"]:
-    """Which classes occur in each label: the queries of Grounding mIoU. Values outside 0..K-1 are ignored."""
+    """Tells which classes occur in each label, bool [B K]: the queries of Grounding mIoU.
+
+    Values outside 0..K-1 are ignored.
+    """
     b = label.shape[0]
     slot = jnp.where((label >= 0) & (label < num_classes), label, num_classes).reshape(b, -1)
     return jnp.zeros((b, num_classes), bool).at[jnp.arange(b)[:, None], slot].set(True, mode="drop")
 
 
 def add(total: Any, batch: Any) -> Any:
-    """Adds a batch's counts, any tree of integer arrays, to the sum so far (or None): int64, on the host."""
+    """Adds a batch's counts, any tree of integer arrays, to the total (or None), in int64 on the host."""
     wide = jax.tree.map(lambda x: np.asarray(x).astype(np.int64), batch)
     return wide if total is None else jax.tree.map(np.add, total, wide)
 
 
 def iou(counts: Counts) -> tuple[np.ndarray, np.ndarray]:
-    """IoU of each class in percent, and whether it occurs in truth or prediction (else its IoU is void)."""
+    """Returns the IoU of each class in percent, and whether it occurs in truth or prediction (else it is undefined)."""
     intersection, truth, prediction = map(np.asarray, counts)
     union = truth + prediction - intersection
     return 100.0 * intersection / np.maximum(union, 1), union > 0
 
 
 def scores(counts: Counts, groups: Mapping[str, Sequence[int]] | None = None) -> dict[str, float]:
-    """The scores of a data set, all in percent.
+    """Computes the scores of a data set, all in percent.
 
     - `miou`: mean IoU over the classes that occur in truth or prediction (mmsegmentation, old detectron2).
-    - `miou_gt`: mean IoU over the classes that occur in the truth (detectron2 since July 2022). The two
-      differ by points where many classes are predicted but absent: compare like with like.
-    - `pacc`: share of labelled pixels that are right. `macc`: mean over classes in the truth of the share of
-      their pixels that are right. `fwiou`: IoU weighted by pixels of truth.
-    - `chance_miou`: what `miou` tends to if every pixel gets one of the K classes at random. With t the share
-      of a class's pixels in the truth, its expected intersection is t/K and its prediction 1/K, so its IoU is
+    - `miou_gt`: mean IoU over the classes that occur in the truth (detectron2 since July 2022). It differs from `miou`
+      by several points if many absent classes are predicted, so the two must not be compared.
+    - `pacc`: share of labelled pixels that are correct. `macc`: mean over classes in the truth of the share of
+      their pixels that are correct. `fwiou`: IoU weighted by pixels of truth.
+    - `chance_miou`: the expected `miou` if every pixel gets one of the K classes at random. With t the share of a
+      class's pixels in the truth, its expected intersection is t/K and its prediction 1/K, so its IoU is
       (t/K) / (t + 1/K - t/K) = t / (1 + (K-1) t); the mean is over all K classes, since all are predicted.
       `chance_miou_gt` is the mean over the classes in the truth.
-    - for each group, `miou/<group>`, `miou_gt/<group>` and the chance levels: the mean over the group's
-      classes only, predictions being made over all classes.
+    - for each group, `miou/<group>`, `miou_gt/<group>` and the chance levels: the mean over the group's classes, with
+      predictions among all classes.
     - `hiou`, `hiou_gt`: the harmonic mean of `miou/seen` and `miou/unseen` (or `miou/held_out`), and of their
       `miou_gt` (papers/000, appendix C).
 
-    A score whose divisor is zero (a group that never occurs, no labelled pixel) is left out.
+    A score whose divisor is zero (a group that never occurs, no labelled pixel) is omitted.
     """
     total = int(counts.truth.sum())
     if not total:
@@ -129,7 +132,7 @@ def scores(counts: Counts, groups: Mapping[str, Sequence[int]] | None = None) ->
 
 
 def table(counts: Counts, classes: ClassList) -> list[ClassRow]:
-    """A row for each class: its first name, its pixels in the truth, its IoU."""
+    """Returns a row for each class: its first name, its pixels in the truth, its IoU."""
     each, either = iou(counts)
     return [
         ClassRow(classes.display(k), int(counts.truth[k]), float(each[k]) if either[k] else None)

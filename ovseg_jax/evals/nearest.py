@@ -1,4 +1,4 @@
-"""The classes whose names are nearest to an image, out of any number of classes, in bounded memory."""
+"""The classes nearest to an image, out of any number of classes, in bounded memory."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from ovseg_jax.vocab.classes import ClassList
 
 
 def names_of(classes: ClassList) -> Int[np.ndarray, "n l"]:
-    """For each class the positions of its names in `classes.flat()`; the first repeats where there are fewer."""
+    """Returns the positions of each class's names in `classes.flat()`, padded with the first one."""
     most = max(len(names) for names in classes.names)
     starts = np.cumsum([0, *(len(names) for names in classes.names[:-1])])
     counts = np.array([len(names) for names in classes.names])
@@ -29,19 +29,19 @@ def nearest_classes(
     allowed: Bool[np.ndarray, "v n"],
     count: int,
 ) -> Int[Array, "v b count"]:
-    """Finds the classes of the highest scores, the nearest first, for several choices of classes. Jittable.
+    """Finds the classes with the highest scores, the nearest first, for several subsets of classes. Jittable.
 
-    A class scores as its best name (papers/004; FACTS: evaluation traps). Of equal classes the first is nearer.
-    Where fewer than `count` classes are allowed, or a score is not a number, the rest is -1. Worked through in
-    blocks of classes: [B N] never exists.
+    The score of a class is that of its best name (papers/004). Among equal scores the first class is nearer. If fewer
+    than `count` classes are allowed, or scores are NaN, the remaining entries are -1. Classes are processed in blocks,
+    so that [B N] is never stored.
 
     Args:
       score: a classifier's `score_images`.
       image: features of images.
       text: features of names.
       names: positions in `text` of each class's names, see `names_of`.
-      allowed: the choices: which classes may be an answer.
-      count: how many answers.
+      allowed: the classes of each subset.
+      count: the number of classes to return.
     """
     n, width = names.shape
     block = row_block(n, width * sum(image.shape))
@@ -51,7 +51,7 @@ def nearest_classes(
         names, number, allowed = part
         each = score(image, {space: x[names.ravel()] for space, x in text.items()})
         best = each.reshape(len(image), *names.shape).max(-1)
-        # Also false for NaN.
+        # `best > -inf` is also False for NaN.
         best = jnp.where(allowed.T[:, None] & (best > -jnp.inf), best, -jnp.inf)
         number = jnp.broadcast_to(number, best.shape)
         scores, place = jax.lax.top_k(jnp.concatenate([scores, best], -1), count)
@@ -60,7 +60,7 @@ def nearest_classes(
 
     shape = (len(allowed), len(image), count)
     start = jnp.full(shape, -jnp.inf), jnp.full(shape, -1, jnp.int32)
-    # The zeros that fill the last block are not allowed.
+    # The zeros that pad the last block are never allowed.
     parts = names, np.arange(n, dtype=np.int32), allowed.T
     blocks = jax.tree.map(lambda x: split_rows(jnp.asarray(x), block), parts)
     return jax.lax.scan(merge, start, blocks)[0][1]

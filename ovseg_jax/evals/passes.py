@@ -13,13 +13,13 @@ from ovseg_jax.parallel.sharding import put_batch
 def each_batch(
     batches: Iterable[Mapping[str, np.ndarray]], step: Callable[[dict[str, jax.Array]], Any], mesh: Mesh
 ) -> Iterator[Any]:
-    """What `step` returns for each batch, as NumPy arrays.
+    """Yields the result of `step` for each batch as NumPy arrays.
 
-    The host has one batch's results while the devices work on the next, and never runs further ahead.
+    While the host handles one batch's results, the devices compute the next; the host never runs further ahead.
 
     Args:
       batches: this process's share of each batch, of any size, with `example_mask`.
-      step: a compiled function of the global batch, whose results are whole on every process.
+      step: a compiled function of the global batch, whose results are replicated on every process.
       mesh: the devices.
     """
     waiting: Any = None
@@ -33,7 +33,7 @@ def each_batch(
 
 
 def pad_to_multiple(batch: Mapping[str, np.ndarray], multiple: int) -> dict[str, np.ndarray]:
-    """Adds empty examples (`example_mask` False) until the devices share the batch evenly."""
+    """Pads a batch with empty examples (`example_mask` False) to a multiple of the number of devices."""
     batch = {key: np.asarray(value) for key, value in batch.items()}
     extra = -len(batch["example_mask"]) % multiple
     return {key: np.pad(v, [(0, extra)] + [(0, 0)] * (v.ndim - 1)) for key, v in batch.items()}

@@ -1,4 +1,4 @@
-"""Recall of mask proposals (OpenSeg, Table 1): does any proposal match a true segment, whatever its class?"""
+"""Recall of mask proposals (OpenSeg, Table 1): whether any proposal matches a true segment, ignoring classes."""
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +18,18 @@ def best_iou(
     *,
     canvas: int,
 ) -> Float[Array, "b m"]:
-    """The IoU of the best proposal for each segment, at the label's own size. Jittable.
+    """Computes the IoU of the best proposal for each segment, at the label's own size. Jittable.
 
-    A proposal is where its upsampled logit is positive. Areas are those inside the label, void included; a
-    segment without pixels has IoU 0. Worked through in blocks of rows, so [N H W] never exists.
+    A proposal covers the pixels where its upsampled logit is positive. Areas count inside the label, including void; a
+    segment without pixels has IoU 0. Rows are processed in blocks, so that [N H W] is never stored.
 
     Args:
       mask_logits: logits of the proposals.
       image_size: height and width of each image on the canvas, in pixels.
       label_size: height and width of each label.
       segments: the segment of every label pixel, from 1; 0 is void.
-      max_segments: M; entry m of the result is segment m + 1.
-      canvas: size of the square canvas that the model was given, in pixels.
+      max_segments: the number M of segments; entry m of the result is segment m + 1.
+      canvas: size of the model's square input in pixels.
     """
     height, width = segments.shape[1:]
     n, *grid = mask_logits.shape[1:]
@@ -49,7 +49,7 @@ def best_iou(
             ours = ((x > 0) & inside).astype(jnp.float32)
             true = (segments == jnp.arange(1, max_segments + 1)[:, None, None]) & inside
             true = true.astype(jnp.float32)
-            # Sums of zeros and ones in float32: exact up to 2^24 pixels a segment.
+            # Sums of zeros and ones in float32 are exact up to 2^24 pixels per segment.
             inter = jnp.einsum("mrw,nrw->mn", true, ours)
             return (sums[0] + inter, sums[1] + true.sum((1, 2)), sums[2] + ours.sum((1, 2))), None
 
@@ -63,6 +63,6 @@ def best_iou(
 
 
 def count_recalled(iou: Float[Array, "b m"], valid: Bool[Array, "b m"]) -> Int[Array, "4"]:
-    """How many valid segments have an IoU of at least 0.5, 0.7, 0.9, and how many there are."""
+    """Counts the valid segments with an IoU of at least 0.5, 0.7 and 0.9, and all valid segments."""
     hits = [(valid & (iou >= threshold)).sum() for threshold in THRESHOLDS]
     return jnp.stack([*hits, valid.sum()]).astype(jnp.int32)

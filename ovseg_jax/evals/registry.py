@@ -1,8 +1,8 @@
-"""Evaluators by name: what a config's `evals` and `final_evals` sections mean.
+"""Evaluators by name, as the `evals` and `final_evals` sections of a config describe them.
 
 Each entry is `name: {type: ..., source: {...}, batch_size: images over all processes, every: steps, limit: images or
-None, ...}`. `type` is a key of `EVALUATORS` or "module:Class" of any class that derives from `protocols.Evaluator`; the
-class says which further keys it has (`options`) and which of `config.data` it may set (`overrides`).
+None, ...}`. `type` is a key of `EVALUATORS`, or "module:Class" for any class that derives from `protocols.Evaluator`;
+the class defines which further keys it has (`options`) and which keys of `config.data` it may override (`overrides`).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -26,20 +26,20 @@ EVALUATORS = {
     "classification": "ovseg_jax.evals.classification:ClassificationEvaluator",
     "transfer": "ovseg_jax.experiment.transfer:TransferEvaluator",
 }
-"""Where each type lives; it is imported when it is asked for."""
+"""The class of each type, imported when it is used."""
 COMMON = ("type", "source", "batch_size", "every", "limit")
 
 
 class Setup(NamedTuple):
-    """The parts that an evaluator is made of.
+    """The arguments for creating an evaluator.
 
     Attributes:
-      name: of the evaluation.
+      name: the name of the evaluation.
       evaluation: its section of the config.
-      config: of the run.
-      method: what is evaluated.
+      config: the config of the run.
+      method: the method to evaluate.
       mesh: the devices.
-      source: the images.
+      source: the source of the images.
     """
 
     name: str
@@ -55,10 +55,10 @@ class Setup(NamedTuple):
         return int(self.evaluation.get("every", 0) or 0)
 
     def batches(self, **data: Any) -> Callable[[], Iterable[Mapping[str, np.ndarray]]]:
-        """Returns what starts a pass over this process's share of the images.
+        """Returns a function that starts a pass over this process's share of the images.
 
         Args:
-          **data: values in place of those of `config.data`; the evaluation's own come first.
+          **data: values that replace those of `config.data`; the evaluation's own values take precedence.
         """
         from ovseg_jax.data.pipeline import eval_batches  # grain's import takes long
 
@@ -76,24 +76,24 @@ class Setup(NamedTuple):
         )
 
     def prompts(self) -> dict[str, tuple[str, ...] | Prompt]:
-        """Returns `prompts` of the evaluation: {name: what `towers.templates.read_templates` takes}."""
+        """Returns the `prompts` of the evaluation by name, read by `towers.templates.read_templates`."""
         return {k: read_templates(v) for k, v in (self.evaluation.get("prompts") or {}).items()}
 
 
 def evaluator_type(name: str) -> type[Evaluator]:
-    """Imports the evaluator of a `type`.
+    """Returns the evaluator class of a `type`.
 
     Raises:
-      UserError: there is none of this name, or it is no evaluator.
+      UserError: there is no such class, or it is not an evaluator.
     """
     return import_class(EVALUATORS.get(name, name), Evaluator, "evaluator", EVALUATORS)
 
 
 def make_evaluators(config: ConfigDict, method: Trainable, mesh: Mesh, key: str = "evals") -> list[Evaluator]:
-    """Makes the evaluators of `config.evals`, or of `config.final_evals` with that `key`, in alphabetical order.
+    """Creates the evaluators of the section `key` of a config, in alphabetical order.
 
     Raises:
-      UserError: an unknown type, a type that is not the method's, or a source that cannot be read or lacks what
+      UserError: the type is unknown or does not fit the method, or the source cannot be read or lacks a field that
         the evaluator needs.
     """
     from ovseg_jax.data.pipeline import make_source  # grain's import takes long
@@ -104,10 +104,10 @@ def make_evaluators(config: ConfigDict, method: Trainable, mesh: Mesh, key: str 
         kind = evaluation.get("type", "segmentation")
         evaluator = evaluator_type(kind)
         if not isinstance(method, evaluator.takes):
-            raise UserError(f"{where}.type is {kind!r}, which the method {type(method).__name__} cannot do")
+            raise UserError(f"{where}.type={kind!r} does not support the method {type(method).__name__}")
         if evaluation.batch_size % jax.process_count():
             raise UserError(
-                f"{where}.batch_size={evaluation.batch_size} does not divide by {jax.process_count()} processes"
+                f"{where}.batch_size={evaluation.batch_size} is not a multiple of the {jax.process_count()} processes"
             )
         source = make_source(evaluation.source)
         check_provides(source, evaluator.needs, f"{where} of type {kind!r}")

@@ -1,7 +1,7 @@
-"""Semantic segmentation and mask proposals: the scores of a method on images with segments.
+"""Scores of semantic segmentation and mask proposals on images with segments.
 
-One pass over the images gives everything: the method predicts on the mesh, each device turns its images into
-label maps and counts, the counts are summed over all devices of all processes, and the host adds them up and
+One pass over the images computes all metrics: the method predicts on the mesh, each device turns its predictions into
+label maps and counts, the counts are summed over all devices of all processes, and the host accumulates them and
 divides once. Every process returns the same numbers.
 """
 
@@ -29,11 +29,11 @@ from ovseg_jax.vocab.classes import ClassList
 
 
 class Sums(NamedTuple):
-    """What one pass counts.
+    """The counts of one pass.
 
     Attributes:
-      every_class: for each mode, the counts when all classes are asked for.
-      own_classes: the same when each image is asked only for the classes in its truth.
+      every_class: for each mode, the counts with predictions among all classes.
+      own_classes: the same with predictions only among the classes in each image's truth.
       recalled: [4] segments matched at each of `proposals.THRESHOLDS`, and segments; None without proposals.
     """
 
@@ -43,14 +43,14 @@ class Sums(NamedTuple):
 
 
 class SegmentationEvaluator(Evaluator):
-    """Scores semantic segmentation and mask proposals, in percent.
+    """An evaluator of semantic segmentation and mask proposals, in percent.
 
     Metrics: those of `confusion.scores` (`miou`, `miou_gt`, `pacc`, `macc`, `fwiou`, groups, chance);
-    `grounding_miou`, the mean IoU when each image is asked only for the classes in its truth (OpenSeg, 4.3:
-    never in one column with mIoU; no class is predicted that is absent, so both divisors agree);
-    `recall@0.5`, `recall@0.7` and `recall@0.9` of the proposals over all segments that are neither crowd nor
-    absent. The first of several modes is reported under these names, the others with the suffix `@<mode>`. A
-    per-pixel method has no masks: "predicted" then means "none", and there is no recall.
+    `grounding_miou`, the mean IoU with predictions only among the classes in each image's truth (OpenSeg, 4.3; not
+    comparable with mIoU; absent classes are never predicted, so both divisors agree); `recall@0.5`, `recall@0.7` and
+    `recall@0.9` of the proposals over all visible segments that are not crowds. The first of several modes is reported
+    under these names, the others with the suffix `@<mode>`. A per-pixel method has no masks: "predicted" then means
+    "none", and there is no recall.
     """
 
     needs = frozenset({"image", "segments", "class_ids"})
@@ -71,24 +71,24 @@ class SegmentationEvaluator(Evaluator):
         background: str | None = None,
         every: int = 0,
     ):
-        """Makes an evaluator that compiles once and runs many times.
+        """Creates an evaluator that compiles once and runs many times.
 
         Args:
           name: see `Evaluator`.
-          method: what to evaluate.
+          method: the method to evaluate.
           classes: the classes that `label` indexes.
-          batches: starts a pass over this process's share of the images, in equal shapes and numbers on all
-            processes.
+          batches: starts a pass over this process's share of the images, with equal shapes and numbers of batches on
+            all processes.
           mesh: the devices.
-          modes: where masks come from, see `decisions.rules.decide`.
-          decision: what `decisions.rules.decision_of` takes.
-          background: name of a class that is never asked for: pixels without a category are of it.
+          modes: the origins of the masks, see `decisions.rules.decide`.
+          decision: see `decisions.rules.decision_of`.
+          background: the name of a class that is not predicted by its name but given to pixels without a category.
           every: see `Evaluator`.
         """
         unknown = [mode for mode in modes if mode not in method.modes]
         if unknown or not modes:
             raise UserError(
-                f"evals.{name}.masks is {', '.join(unknown) or 'empty'}: {type(method).__name__} has "
+                f"evals.{name}.masks is {', '.join(unknown) or 'empty'}: {type(method).__name__} supports "
                 f"{', '.join(method.modes)}"
             )
         self.name, self.every = name, every
@@ -99,7 +99,7 @@ class SegmentationEvaluator(Evaluator):
         self._background = None
         if background is not None:
             if background not in classes.index:
-                raise UserError(f"evals.{name}.background={background!r} is none of the classes")
+                raise UserError(f"evals.{name}.background={background!r} is not one of the classes")
             self._background = classes.index[background]
         self._names, _ = classes.flat()
         self._vocabulary = vocabulary_of(classes, method.seen_names())
@@ -107,7 +107,7 @@ class SegmentationEvaluator(Evaluator):
 
     @classmethod
     def from_config(cls, setup: Setup) -> "SegmentationEvaluator":
-        """Makes the evaluator of `masks: "predicted" | "none" | "truth" | several`, `decision` and `background`."""
+        """Creates the evaluator with `masks` (one or several modes), `decision` and `background`."""
         modes = setup.evaluation.get("masks", "predicted")
         return cls(
             setup.name,
@@ -122,7 +122,7 @@ class SegmentationEvaluator(Evaluator):
         )
 
     def run(self, variables: Variables) -> dict[str, float]:
-        """Evaluates; fills `tables`.
+        """Computes the metrics and fills `tables`.
 
         Raises:
           UserError: there is no image, or no pixel with a label.
@@ -132,13 +132,13 @@ class SegmentationEvaluator(Evaluator):
         return self.compare(variables, {"": text})[""]
 
     def compare(self, variables: Variables, texts: Mapping[str, Text]) -> dict[str, dict[str, float]]:
-        """The metrics under each of several text sides, in one pass over the images.
+        """Computes the metrics for each of several text embeddings in one pass over the images.
 
-        Fills `tables`; those of a text side have the suffix `[<its key>]`, if it has a key.
+        It fills `tables`, with the suffix `[<key>]` for embeddings under a key that is not "".
 
         Args:
           variables: the method's variables.
-          texts: embeddings of all names of the classes, as `embed_text` of the method gives them.
+          texts: embeddings of all names of the classes, as the method's `embed_text` returns them.
 
         Raises:
           UserError: there is no image, or no pixel with a label.
@@ -149,7 +149,9 @@ class SegmentationEvaluator(Evaluator):
             for sums in each_batch(self._batches(), step, self._mesh):
                 total = confusion.add(total, sums)
         if total is None or not next(iter(total.values())).every_class[self._modes[0]].truth.sum():
-            raise UserError(f"evals.{self.name}: there is no image with a labelled pixel to evaluate on")
+            raise UserError(
+                f"evals.{self.name}: the source has no image with a labelled pixel to evaluate on"
+            )
         self.tables = {}
         return {key: self._summarise(total[key], f"[{key}]" if key else "") for key in texts}
 
@@ -163,8 +165,7 @@ class SegmentationEvaluator(Evaluator):
             mesh=self._mesh,
             in_specs=(split, split, whole, whole),
             out_specs=whole,
-            # A scan's constant start is not marked as differing between devices, which the check would
-            # demand.
+            # A scan's constant initial value is not marked as varying between devices, which the check requires.
             check_vma=False,
         )
         rest = {k: v for k, v in batch.items() if k != "image"}
@@ -179,7 +180,7 @@ class SegmentationEvaluator(Evaluator):
         *,
         canvas: int,
     ) -> dict[str, Sums]:
-        """Counts of one device's images, summed over all devices."""
+        """Counts one device's images, summed over all devices."""
         k, background = len(self._classes), self._background
         label = jnp.where(batch["example_mask"][:, None, None], batch["label"], -1)
         valid = batch["segment_valid"] & batch["example_mask"][:, None]
@@ -228,7 +229,7 @@ class SegmentationEvaluator(Evaluator):
         for mode in self._modes:
             suffix = "" if mode == self._modes[0] else f"@{mode}"
             for metric, value in confusion.scores(total.every_class[mode], self._classes.groups).items():
-                if not (suffix and metric.startswith("chance")):  # chance knows no mode
+                if not (suffix and metric.startswith("chance")):  # chance does not depend on the mode
                     result[metric + suffix] = value
             result["grounding_miou" + suffix] = confusion.scores(total.own_classes[mode])["miou"]
             self.tables["iou" + suffix + mark] = confusion.table(total.every_class[mode], self._classes)

@@ -16,14 +16,15 @@ from ovseg_jax.parallel.sharding import AXES, replicated
 def distances(
     image: Float[Array, "b d"], classes: Float[Array, "n d"], label: Int[Array, "b"]
 ) -> Float[Array, "b"]:
-    """||x - w_y||² of each image's feature to that of its class: the mean of it is eq. 6. Jittable."""
+    """Computes ||x - w_y||² of each image's feature to that of its class, whose mean is eq. 6. Jittable."""
     return jnp.sum(jnp.square(image - classes[label]), -1)
 
 
 def uniformity(classes: Float[Array, "n d"], mesh: Mesh) -> float | None:
-    """Eq. 7: log of the mean of exp(-2 ||w_i - w_j||²) over the N (N-1) pairs i ≠ j; None for a single class.
+    """Computes eq. 7: log of the mean of exp(-2 ||w_i - w_j||²) over the N (N-1) pairs i ≠ j; None for one class.
 
-    Each device takes a share of the rows, in blocks: [N N] never exists. Every process returns the same number.
+    Each device computes a share of the rows in blocks, so that [N N] is never stored. Every process returns the same
+    number.
     """
     n = len(classes)
     if n < 2:
@@ -34,7 +35,7 @@ def uniformity(classes: Float[Array, "n d"], mesh: Mesh) -> float | None:
 
 @partial(jax.jit, static_argnames="mesh")
 def _row_sums(classes: Float[Array, "n d"], *, mesh: Mesh) -> Float[Array, "m"]:
-    """For each class the sum over all others, and zeros up to a multiple of the devices' blocks."""
+    """Computes each class's sum over all others, padded with zeros to a multiple of the devices' blocks."""
     n = len(classes)
     share = -(-n // mesh.size)
     block = row_block(share, n + classes.shape[1])

@@ -1,4 +1,4 @@
-"""Names boxes that a detector proposes, with the classifier of a run, and scores them."""
+"""Classification of a detector's boxes with a trained run, and their scores."""
 
 import json
 import math
@@ -30,7 +30,7 @@ from ovseg_jax.towers.prompt_file import Prompt
 from ovseg_jax.vocab.class_files import read_class_file
 
 LIMITS = {False: 100, True: 300}
-"""Boxes of an image that COCO and (True) LVIS evaluate."""
+"""The number of boxes per image that COCO (False) and LVIS (True) evaluate."""
 
 
 def classify_boxes(
@@ -46,29 +46,29 @@ def classify_boxes(
     batch: int = 64,
     max_boxes: int | None = None,
 ) -> None:
-    """Writes the classes of boxes, and prints AP and AR where there are annotations.
+    """Classifies boxes, writes the results, and prints AP and AR if there are annotations.
 
-    The boxes of an image are recorded beside `out` until all are done, so that the same call after one that was
-    stopped does the images that are missing.
+    The results of finished images are recorded beside `out` until all are done, so that a stopped command continues
+    when it is run again.
 
     Args:
       checkpoint: the folder of a run that classifies images.
-      images: their folder.
+      images: the folder of the images.
       boxes: the file of boxes, see `read_boxes`.
       classes: the file of classes, see `read_class_file`.
-      out: where the results go, a JSON list in COCO's form.
+      out: the file for the results, a JSON list in COCO's format.
       prompt: see `TextSide`.
-      annotations: the file of the truth, see `read_annotations`.
+      annotations: the annotation file, see `read_annotations`.
       synonyms: see `class_vectors`.
-      batch: crops at once.
-      max_boxes: results an image; by default as many as COCO, or LVIS, evaluates.
+      batch: number of crops to classify at once.
+      max_boxes: the maximum number of results per image; by default the number that COCO, or LVIS, evaluates.
 
     Raises:
-      UserError: for anything that a person can mend; all files are checked before the model is loaded.
+      UserError: an argument or a file is invalid; all files are checked before the model is loaded.
     """
     for flag, value in (("batch", batch), ("max_boxes", max_boxes)):
         if value is not None and value < 1:
-            raise UserError(f"--{flag}={value}: at least 1")
+            raise UserError(f"--{flag}={value} is less than 1")
     check_out_file(out, {"--boxes": boxes, "--classes": classes, "--annotations": annotations})
     listed = read_class_file(classes)
     truth = read_annotations(annotations, listed) if annotations else None
@@ -97,7 +97,7 @@ def classify_boxes(
         if waiting:
             mesh = make_mesh()
             with jax.set_mesh(mesh):
-                run = load_run(checkpoint, mesh, kind=Classifier, lacking="classifies no images")
+                run = load_run(checkpoint, mesh, kind=Classifier, lacking="does not classify images")
                 text = class_vectors(TextSide(run.method, run.variables, prompt), listed, synonyms)
                 scale = float(run.method.logit_scale(run.variables))
                 features = region_features(
@@ -126,22 +126,22 @@ def classify_boxes(
         journal.close()
     results = [result for key in proposals for result in done[key]]
     write_whole(Path(out), json.dumps(results))
-    print(f"wrote {len(results)} boxes of {len(proposals)} images into {out}")
+    print(f"wrote {len(results)} boxes of {len(proposals)} images to {out}")
     if truth:
         print(score_boxes(truth, results))
     journal.remove()
 
 
 def score_boxes(truth: Annotations, results: Sequence[dict[str, Any]]) -> str:
-    """Returns AP and AR of boxes as a text, with what they leave out."""
+    """Formats AP and AR of boxes as text, with a note on images without boxes."""
     if not results:
         return "no box has a score above 0: AP is 0"
     try:
         scores = average_precision(truth, results)
     except ImportError as error:
-        return f"AP of LVIS needs its package ({error}): pip install lvis"
+        return f"AP of LVIS needs a package ({error}): pip install lvis"
     cells = (f"{name} {'-' if math.isnan(value) else f'{value:.2f}'}" for name, value in scores.items())
     lines = ["  ".join(cells)]
     if missing := len(truth.ids) - len({result["image_id"] for result in results}):
-        lines.append(f"{missing} of the {len(truth.ids)} annotated images have no boxes, and count as missed")
+        lines.append(f"{missing} of the {len(truth.ids)} annotated images have no boxes and count as missed")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What may change between two starts of a run: its config and its classes, compared."""
+"""Comparison of configs and class lists, to decide whether a run may resume."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.vocab.classes import ClassList
 
-# What may change between two starts of one run: it alters what is reported or where, never what is learned.
+# Keys that may change when a run resumes: they affect reporting and the use of hardware, not what is learned.
 RESUME_MUTABLE_KEYS = (
     "accumulate",
     "checkpoint",
@@ -26,14 +26,14 @@ RESUME_MUTABLE_KEYS = (
 
 
 def config_differences(before: ConfigDict, now: ConfigDict, *, grow: bool = True) -> list[str]:
-    """Returns what keeps a run from going on under another config, as "key was a, is b"; [] where nothing does.
+    """Returns the differences that prevent a run from resuming, as "key was a, is b"; [] if there are none.
 
     The keys in RESUME_MUTABLE_KEYS may change, and `steps` may grow (a schedule over `steps` then changes with it).
-    Stages are compared by themselves, see `stages.check_finished`.
+    Stages are compared separately, see `stages.check_finished`.
 
     Args:
-      before: the config of the run that is there.
-      now: the one that is to go on.
+      before: the config of the existing run.
+      now: the config to resume with.
       grow: whether `steps` may grow.
     """
     old, new = (
@@ -55,7 +55,7 @@ def config_differences(before: ConfigDict, now: ConfigDict, *, grow: bool = True
 
 
 def is_harmless(key: str) -> bool:
-    """Tells whether a key of a config may change between two starts of a run."""
+    """Tells whether a key of a config may change when a run resumes."""
     return any(key == mutable or key.startswith(mutable + ".") for mutable in RESUME_MUTABLE_KEYS)
 
 
@@ -71,7 +71,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """The leaves of a config by their paths."""
+    """Returns the leaves of a config by their paths."""
     if isinstance(tree, Mapping):
         items: Iterable[tuple[Any, Any]] = tree.items()
     elif isinstance(tree, list | tuple):
@@ -85,18 +85,18 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def class_differences(before: ClassList, now: ClassList) -> list[str]:
-    """Returns how two class lists differ in what a label means, as sentences; [] where they do not.
+    """Returns how two class lists differ in the meaning of labels, as sentences; [] if they do not.
 
-    How many examples a class has may change, whether it has any may not.
+    The number of examples of a class may change, but not from or to zero.
     """
-    differing = [f"there were {len(before)}, there are {len(now)}"] if len(before) != len(now) else []
+    differing = [f"there were {len(before)} classes, now {len(now)}"] if len(before) != len(now) else []
     for field in ("names", "ids", "isthing", "groups"):
         a, b = getattr(before, field), getattr(now, field)
         if a != b:
             pairs = zip(a, b, strict=False) if isinstance(a, tuple) and isinstance(b, tuple) else [(a, b)]
             places = [(k, was, is_) for k, (was, is_) in enumerate(pairs) if was != is_]
-            differing += [f"{field} of number {k} were {was}, are {is_}" for k, was, is_ in places[:3]]
-            differing += [f"{field} of {len(places) - 3} others differ"] if len(places) > 3 else []
+            differing += [f"{field} of class {k} were {was}, are {is_}" for k, was, is_ in places[:3]]
+            differing += [f"{field} of {len(places) - 3} other classes differ"] if len(places) > 3 else []
     some = lambda classes: [n > 0 for n in classes.examples]
     if not differing and some(before) != some(now):
         names = [
@@ -104,5 +104,7 @@ def class_differences(before: ClassList, now: ClassList) -> list[str]:
             for k, pair in enumerate(zip(some(before), some(now), strict=False))
             if pair[0] != pair[1]
         ]
-        differing.append(f"other classes have examples ({', '.join(names[:8]) or 'none was counted'})")
+        differing.append(
+            f"other classes have examples than before ({', '.join(names[:8]) or 'none were counted'})"
+        )
     return differing

@@ -1,4 +1,4 @@
-"""Unit vectors of class names under a prompt, of a run or of published towers."""
+"""Unit vectors of class names under a prompt, from a run or from published towers."""
 
 import io
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from ovseg_jax.vocab.words import WordList
 
 
 class TextSide(NamedTuple):
-    """Everything that makes vectors of names: arguments of `class_features`.
+    """The arguments of `class_features`: a classifier with its variables, and a prompt.
 
     Attributes:
       method: a classifier.
@@ -45,13 +45,13 @@ def class_vectors(side: TextSide, classes: ClassList, synonyms: str = "first") -
     """Computes a unit vector for each class.
 
     Args:
-      side: what makes vectors of names.
+      side: the classifier and the prompt.
       classes: the classes.
-      synonyms: of a class with several names, "first" takes the first; "average" the mean of the unit vectors of all,
-        normalised.
+      synonyms: for a class with several names, "first" takes the first name, "average" the normalised mean of the unit
+        vectors of all.
     """
     if not side.method.unit_norm:
-        raise UserError(f"{type(side.method).__name__} has no unit vectors of classes")
+        raise UserError(f"the method {type(side.method).__name__} has no unit vectors of classes")
 
     def embed(names: list[str]) -> np.ndarray:
         return np.asarray(only(class_features(side.method, side.variables, names, side.prompt)), np.float32)
@@ -69,9 +69,9 @@ def text_side_of_run(workdir: str, mesh: Mesh, prompt: Prompt | Sequence[str] | 
     """Loads the text side of a run that classifies images.
 
     Raises:
-      UserError: there is no run, or one that classifies no images.
+      UserError: there is no run, or it does not classify images.
     """
-    run = load_run(workdir, mesh, kind=Classifier, lacking="classifies no images")
+    run = load_run(workdir, mesh, kind=Classifier, lacking="does not classify images")
     return TextSide(run.method, run.variables, prompt)
 
 
@@ -79,12 +79,12 @@ def text_side_of_towers(name: str, init: str, prompt: Prompt | Sequence[str]) ->
     """Loads the text half of published CLIP towers.
 
     Raises:
-      UserError: an unknown text tower, or one that is not of CLIP's kind; weights that cannot be read.
+      UserError: the text tower is unknown or not of CLIP's kind, or the weights cannot be read.
     """
     tower = text_tower(name)
     if not isinstance(tower, CLIPText):
-        raise UserError(f"--text_tower={name} is not of CLIP's kind")
-    # No image is looked at.
+        raise UserError(f"--text_tower={name} is not a text tower of CLIP's kind")
+    # A placeholder, since no image is embedded.
     image = {"name": "small", "embed_dim": tower.embed_dim}
     clip = Clip(ConfigDict({"image": image, "text": {"name": name}, "init": init}), WordList([]))
     shapes = jax.eval_shape(lambda: clip.text.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
@@ -92,19 +92,21 @@ def text_side_of_towers(name: str, init: str, prompt: Prompt | Sequence[str]) ->
 
 
 def prompt_of_run(workdir: str, mesh: Mesh) -> Prompt:
-    """Returns the prompt that a run has learned.
+    """Returns the learned prompt of a run.
 
     Raises:
-      UserError: there is no run, or its method learns no prompt that a file can hold.
+      UserError: there is no run, or its method learns no prompt that can be saved.
     """
-    run = load_run(workdir, mesh, kind=Classifier, lacking="classifies no images")
+    run = load_run(workdir, mesh, kind=Classifier, lacking="does not classify images")
     if FILE not in run.method.artifacts(run.variables):
-        raise UserError(f"--checkpoint={workdir}: method={run.config.method} learns no such prompt")
+        raise UserError(
+            f"--checkpoint={workdir}: method={run.config.method} learns no prompt that can be saved"
+        )
     return run.method.whole_prompt(run.variables)
 
 
 def write_class_vectors(path: Path, classes: ClassList, vectors: Float[np.ndarray, "c d"]) -> None:
-    """Writes vectors as .npy, or as .npz with the first name and the number of each class."""
+    """Writes vectors as .npy, or as .npz with the first name and the id of each class."""
     content = io.BytesIO()
     if path.suffix == ".npy":
         np.save(content, vectors)

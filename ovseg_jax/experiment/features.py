@@ -1,4 +1,4 @@
-"""Features of a frozen image tower, computed once: an epoch of prompt tuning then costs the text side alone."""
+"""Features of a frozen image tower, computed once, so that prompt tuning only runs the text tower."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ from ovseg_jax.train.state import abstract_variables, replaced
 
 FOLDER = "features"
 NEEDS = ("image", "label")
-"""The fields that features are computed of and stand beside."""
+"""The fields that a source must provide for cached features."""
 _log = logging.getLogger(__name__)
 
 
@@ -30,7 +30,7 @@ class Features(Source):
 
     Args:
       source: the source of the images.
-      features: [n V d].
+      features: [n V d], the unit vectors of all views.
     """
 
     provides = frozenset({"feature", "label"})
@@ -50,10 +50,10 @@ class Features(Source):
 
 
 def cached_features(config: ConfigDict, workdir: epath.Path, parts: Any, source: Any) -> Features:
-    """A source of features in place of images, computed on all devices, or read where a run has computed them.
+    """Returns a source of features in place of images, computed on all devices or read from the run's folder.
 
-    `config.data.cache_features` is V, how many augmented views of each image are kept. The towers are those that the
-    run starts from, so they have to be frozen.
+    `config.data.cache_features` is V, the number of augmented views of each image. The features are those of the towers
+    that the run starts from, so the towers must be frozen.
     """
     from ovseg_jax.data.pipeline import view_batches  # grain's import takes long
     from ovseg_jax.data.rows import Rows
@@ -63,7 +63,7 @@ def cached_features(config: ConfigDict, workdir: epath.Path, parts: Any, source:
     folder = workdir / FOLDER
     wanted = {"examples": len(source), "views": views, "data": _fingerprint(source)}
     features = kept_features(folder, wanted)
-    # All processes compute or none does, though a shared disk may show them different things.
+    # All processes must agree to compute, though a shared disk may show them different states.
     if multihost_utils.process_allgather(np.array(features is None)).any():
         process = dict(process_index=jax.process_index(), process_count=jax.process_count())
         batches = view_batches(config, Rows.from_config(config, NEEDS), source, views, **process)
@@ -78,31 +78,33 @@ def cached_features(config: ConfigDict, workdir: epath.Path, parts: Any, source:
         multihost_utils.sync_global_devices("features")
         features = kept_features(folder, wanted)
     if features is None:
-        raise UserError(f"{folder} cannot be read by all processes: it has to be on a disk that they share")
+        raise UserError(f"{folder} cannot be read by all processes: it must be on a shared disk")
     return Features(source, features)
 
 
 def kept_features(folder: epath.Path, wanted: dict[str, Any]) -> np.ndarray | None:
-    """Reads the features that a run has computed; None where it has not, or they are damaged or of other data."""
+    """Reads the features of an earlier start; None if there are none, or they are damaged or of other data."""
     if not (folder / "done.json").exists():
         return None
     try:
         if (found := read_json(folder / "done.json")) != wanted:
-            raise UserError(f"{folder} holds features of other data: {short(found)}, not {short(wanted)}")
+            raise UserError(
+                f"{folder} holds features of other data: {short(found)} instead of {short(wanted)}"
+            )
         path = folder / "features.npy"
         verify(path)
         with reading(path), path.open("rb") as file:
             features = np.load(file, allow_pickle=False)
             if features.ndim != 3 or features.shape[:2] != (wanted["examples"], wanted["views"]):
-                raise ValueError(f"it holds an array {features.shape}")
+                raise ValueError(f"it holds an array of the shape {features.shape}")
             return features
     except UserError as error:
-        _log.warning("%s; they are computed anew", error)
+        _log.warning("%s; the features are computed again", error)
         return None
 
 
 def _fingerprint(source: Source) -> int:
-    """A checksum of the names of the images, in their order."""
+    """Returns a checksum of the image ids in order."""
     crc = 0
     for index in range(len(source)):
         crc = zlib.crc32(str(source[index]["image_id"]).encode("utf-8", "surrogateescape") + b"\n", crc)
@@ -110,7 +112,7 @@ def _fingerprint(source: Source) -> int:
 
 
 def _compute(config: ConfigDict, parts: Any, batches: Any, count: int) -> np.ndarray:
-    """Features of `count` rows that come in batches, in order."""
+    """Computes the features of the first `count` rows of the batches, in order."""
     method: Any = parts.method
     mesh, rules = parts.mesh, config.get("sharding", DEFAULT_RULES)
     rows: list[np.ndarray] = []
@@ -126,7 +128,7 @@ def _compute(config: ConfigDict, parts: Any, batches: Any, count: int) -> np.nda
 
 
 def _start(method: Any, seed: int, mesh: Any, rules: Any) -> Any:
-    """The variables that a run starts from."""
+    """Returns the variables that a run starts from."""
     shapes = abstract_variables(method, seed)
     place = lambda leaf, path: leaf_sharding(path, leaf.shape, mesh, rules)
     placed = {name: jax.tree.map(place, tree, tree_paths(tree)) for name, tree in shapes.items()}

@@ -1,4 +1,4 @@
-"""The keys of a config: each has a reader, and what is set has an effect."""
+"""Checks of config keys: each must be known, and keys set by a person must have an effect."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -15,23 +15,23 @@ from ovseg_jax.parallel.sharding import AXES
 from ovseg_jax.towers.vocabulary import SPOKEN
 
 TOP = keys("method seed steps batch_size accumulate profile tensorboard log_every sharding stages")
-# Of `config`, what `--mode=eval` reads; the rest is that of the run.
+# The sections that `--mode=eval` reads from the given config; all others come from the run.
 EVALUATED = ("data", "evals", "final_evals", "mesh", "sharding")
 
 
 def check_config(config: ConfigDict, given: Collection[str] = (), where: str = "") -> None:
-    """Refuses a config with a key that nothing reads, and so its stages.
+    """Raises a UserError for a key that nothing reads, also in the stages of a config.
 
-    Keys of networks, sources and augmentations are checked where those are made.
+    Keys of networks, sources and augmentations are checked when those are created.
 
     Args:
-      config: of a run.
-      given: keys that a person has set, such as "optimizer.momentum": those are also refused if they have no effect
-        beside the config's other values.
-      where: the place of a stage's config, for errors.
+      config: the config of a run.
+      given: keys set by a person, such as "optimizer.momentum"; these must also have an effect together with the
+        config's other values.
+      where: the position of a stage's config, for errors.
 
     Raises:
-      UserError: names the first such key, and those that are known.
+      UserError: a key is unknown or has no effect; the message names it and the known keys.
     """
     sections = known_keys(config)
     for key, value in config.items():
@@ -52,9 +52,11 @@ def check_config(config: ConfigDict, given: Collection[str] = (), where: str = "
         section, _, name = key.partition(".")
         if not sections.get(section, {}).get(name.partition(".")[0], True):
             effective = ", ".join(k for k, effect in sections[section].items() if effect)
-            raise UserError(f"{key} has no effect in this config; those of {section} that have: {effective}")
+            raise UserError(
+                f"{key} has no effect in this config; keys of {section} that have an effect: {effective}"
+            )
         if section == "final_evals" and name.endswith(".every"):
-            raise UserError(f"{key} has no effect: final_evals come at the end")
+            raise UserError(f"{key} has no effect: final_evals only run at the end")
     for name, stage in stages_of(config).items():
         if stage.kind == "train":
             check_config(stage.config, where=f"{where}stages.{name}.")
@@ -63,20 +65,21 @@ def check_config(config: ConfigDict, given: Collection[str] = (), where: str = "
 
 
 def check_evaluation(given: Collection[str]) -> None:
-    """Refuses a key that an evaluation takes from the run itself.
+    """Raises a UserError for a key that an evaluation takes from the run.
 
     Raises:
-      UserError: names it.
+      UserError: there is such a key; the message names it.
     """
     for key in given:
         if key.split(".")[0] not in EVALUATED:
             raise UserError(
-                f"{key} has no effect with --mode=eval, which keeps the run's own; it reads {', '.join(EVALUATED)}"
+                f"{key} has no effect with --mode=eval, which only reads {', '.join(EVALUATED)} and keeps the run's "
+                "other settings"
             )
 
 
 def known_keys(config: ConfigDict) -> dict[str, Mapping[str, bool]]:
-    """Returns the keys of each section, and whether each has an effect beside the config's other values."""
+    """Returns the known keys of each section, and whether each has an effect with the config's other values."""
     optimizer, data = config.get("optimizer", {}), config.get("data", {})
     sgd, constant = optimizer.get("name", "adamw") == "sgd", optimizer.get("schedule") == "constant"
     method = methods.method_type(config.get("method"))
@@ -112,7 +115,7 @@ def known_keys(config: ConfigDict) -> dict[str, Mapping[str, bool]]:
 
 
 def evaluation_keys(evaluation: ConfigDict) -> dict[str, bool]:
-    """Returns the keys of an evaluation of its type."""
+    """Returns the known keys of an evaluation, which depend on its type."""
     evaluator = evaluator_type(evaluation.get("type", "segmentation"))
     return dict.fromkeys((*COMMON, *evaluator.overrides, *evaluator.options), True)
 

@@ -1,4 +1,4 @@
-"""A run that is there: its config, vocabulary, method and variables, loaded in one place."""
+"""Loading of a run from its folder: config, vocabulary, classes, method and variables."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -21,15 +21,15 @@ WORDS_FILE, CLASSES_FILE = "words.json", "classes.json"
 
 
 class Run(NamedTuple):
-    """A finished run, or one that is going on.
+    """A run, finished or in progress.
 
     Attributes:
-      config: resolved, see `config.resolved`.
-      method: built for it.
-      variables: trained.
-      words: its caption vocabulary.
-      classes: of its training data.
-      step: how many steps the variables have made.
+      config: the config, resolved by `config.resolved`.
+      method: the method that the config describes.
+      variables: the trained variables.
+      words: the caption vocabulary.
+      classes: the classes of the training data.
+      step: the number of training steps of the variables.
     """
 
     config: ConfigDict
@@ -54,17 +54,17 @@ def load_run(
     """Loads a run from its folder or bucket.
 
     Args:
-      workdir: where it is.
-      mesh: where its variables go; by default this process's own device.
-      step: which checkpoint; by default the newest whole one.
+      workdir: its folder or bucket.
+      mesh: the mesh for its variables; by default this process's own device.
+      step: the step of the checkpoint; by default the newest undamaged one.
       rules: the sharding rules on that mesh; by default the run's own.
       averaged: take the averaged parameters of a run that keeps them.
-      kind: a protocol that its method has to have.
+      kind: the class that the method must derive from.
       key: the flag or setting that named the run, for errors.
-      lacking: what a method of another kind does not do, for errors.
+      lacking: the end of the error for a method of another class, such as "does not classify images".
 
     Raises:
-      UserError: there is no run, or no such checkpoint, or its method is not of this kind; a file is damaged.
+      UserError: there is no run or no such checkpoint, its method is of another class, or a file is damaged.
     """
     workdir = epath.Path(workdir)
     config = read_run(workdir)
@@ -77,7 +77,7 @@ def load_run(
 
 
 def read_method(config: ConfigDict, workdir: epath.Path) -> tuple[Any, WordList, ClassList]:
-    """Builds the method of a run with the vocabulary and the classes in its folder; returns all three.
+    """Creates the method of a run with the vocabulary and classes in its folder; returns all three.
 
     Raises:
       UserError: a file is missing or damaged.

@@ -1,11 +1,11 @@
-"""One run, from a config to scores: its folder, its vocabulary, training, the final evaluation, the summary.
+"""A whole run: its folder, stages, vocabulary, training, final evaluation and summary.
 
 WORKDIR/config.json     the resolved config            WORKDIR/metrics.jsonl   one JSON object a line
 WORKDIR/words.json      the caption vocabulary         WORKDIR/summary.json    final scores
-WORKDIR/classes.json    the training data's classes    WORKDIR/tables/*.csv    IoU of each class
+WORKDIR/classes.json    the training data's classes    WORKDIR/tables/*.csv    scores of each class
 WORKDIR/checkpoints/    see `train.checkpoints`
-WORKDIR/<stage>/        each stage of `config.stages`, which comes first: see `experiment.stages`
-WORKDIR/...             what else a method leaves, see `protocols.Trainable`
+WORKDIR/<stage>/        each stage of `config.stages`, which runs first: see `experiment.stages`
+WORKDIR/...             further files of a method, see `protocols.Trainable`
 """
 
 import contextlib
@@ -55,7 +55,7 @@ _log = logging.getLogger(__name__)
 
 
 class Parts(NamedTuple):
-    """What a config stands for, assembled."""
+    """The objects that a config describes."""
 
     method: Any
     words: WordList
@@ -63,25 +63,25 @@ class Parts(NamedTuple):
     mesh: Mesh
 
 
-# Called at the end of a run to draw what a person wants to see: (workdir, run, whether what is there is outdated).
+# Draws the pictures at the end of a run: (workdir, run, whether existing pictures are outdated).
 Finish = Callable[[epath.Path, Run, bool], None]
 
 
 def train(config: ConfigDict, workdir: epath.PathLike, *, finish: Finish | None = None) -> dict[str, Any]:
-    """Trains, or goes on training, and evaluates at the end.
+    """Trains a run from scratch or from its last checkpoint, and evaluates it at the end.
 
     Args:
       config: see `configs/`.
-      workdir: a folder or a bucket; made where it is missing.
-      finish: called after the final evaluation, on all processes; what it raises is a warning.
+      workdir: a folder or a bucket; created if missing.
+      finish: called after the final evaluation, on all processes; its exceptions are logged as warnings.
 
     Returns:
-      The summary, which is also in `summary.json`: `steps`, `seconds`, `images_per_second`,
-      `data_wait_seconds`, and "<evaluation>/<metric>" for each of `config.final_evals`. A run that was told
-      to stop returns {"steps": ..., "stopped": True} and writes no summary.
+      The summary, which is also in `summary.json`: `steps`, `seconds`, `images_per_second`, `data_wait_seconds`, and
+      "<evaluation>/<metric>" for each of `config.final_evals`. A run that was stopped by a signal returns
+      {"steps": ..., "stopped": True} and writes no summary.
 
     Raises:
-      UserError: for whatever the user can mend.
+      UserError: the config, the data or a file is invalid, or the disk is full.
     """
     workdir = epath.Path(workdir)
     config = config_lib.from_json(config_lib.to_json(config))
@@ -97,7 +97,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, finish: Finish | None 
 
 @contextlib.contextmanager
 def _locked(workdir: epath.Path) -> Iterator[None]:
-    """Keeps other runs out of the folder; of several processes the first holds the lock, and all learn of it."""
+    """Locks the folder against other runs; the first process holds the lock, and all raise if it fails."""
     with contextlib.ExitStack() as stack:
         remedy = "wait for it, stop it, or choose another --workdir"
         _on_first_process(lambda: stack.enter_context(locked(workdir, remedy)))
@@ -105,7 +105,7 @@ def _locked(workdir: epath.Path) -> Iterator[None]:
 
 
 def _on_first_process(action: Callable[[], Any]) -> None:
-    """Runs an action on the first process and waits for it; where it is a UserError, all processes raise one."""
+    """Runs an action on the first process while the others wait; if it raises a UserError, all processes raise one."""
     problem = None
     if jax.process_index() == 0:
         try:
@@ -119,10 +119,10 @@ def _on_first_process(action: Callable[[], Any]) -> None:
 
 
 def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
-    """Runs `config.final_evals` (or `config.evals` where there are none) on the last checkpoint in `workdir`.
+    """Evaluates the last checkpoint in `workdir` by `config.final_evals`, or by `config.evals` if there are none.
 
-    The network and its vocabulary are those of the run; of `config`, only the evaluations, their data and the
-    mesh are used.
+    Method and vocabulary are those of the run; from `config` only the evaluations, their data, the mesh and the
+    sharding are used.
     """
     workdir = epath.Path(workdir)
     config = config_lib.resolved(config, workdir)
@@ -148,7 +148,7 @@ def _train(config: ConfigDict, workdir: epath.Path, finish: Finish | None) -> di
     stream = config
     if config.data.get("cache_features", 0):
         source = cached_features(config, workdir, parts, source)
-        # Nothing is left to decode, and each worker would have a copy of all features.
+        # No images are decoded any more, and each worker would hold a copy of all features.
         stream = config.copy_and_resolve_references()
         stream.data.workers = 0
     process = dict(process_index=jax.process_index(), process_count=jax.process_count())
@@ -162,19 +162,21 @@ def _train(config: ConfigDict, workdir: epath.Path, finish: Finish | None) -> di
     run = Run(config, parts.method, result.state.averaged, parts.words, parts.classes, result.step)
     before = _read_summary(workdir)
     done = before is not None and before["steps"] == result.step and result.started == result.step
-    # Before the evaluation: whatever happens there, what was learned is there.
+    # Written before the evaluation, so that they exist even if it fails.
     artifacts = parts.method.artifacts(run.variables)
     if jax.process_index() == 0:
         for name, write in artifacts.items():
             if not (done and (workdir / name).exists()):
                 forget(workdir / name)
                 write(workdir / name)
-                if (workdir / name).is_file():  # A folder has its own checksums.
+                if (workdir / name).is_file():  # A folder contains checksums of its own.
                     record(workdir / name)
     if before is not None and done:
         summary = before
         if jax.process_index() == 0:
-            print(f"{workdir} has already made its {result.step} steps; a new run needs another --workdir")
+            print(
+                f"{workdir} has already completed its {result.step} steps; a new run needs another --workdir"
+            )
     else:
         scores, tables = run_evaluators(final_evaluators(config, parts.method, parts.mesh), run.variables)
         summary = _summary(result, scores)
@@ -189,7 +191,7 @@ def _train(config: ConfigDict, workdir: epath.Path, finish: Finish | None) -> di
 
 
 def _draw(finish: Finish, workdir: epath.Path, run: Run, summary: dict[str, Any]) -> None:
-    """Draws a finished run, or what is missing of its pictures; a run whose pictures fail is still a finished run."""
+    """Draws the missing or outdated pictures of a finished run; failures are logged as warnings."""
     try:
         finish(workdir, run, summary.get("drawn") != run.step)
     except Exception as error:
@@ -204,16 +206,16 @@ def _write_summary(workdir: epath.Path, summary: Mapping[str, Any]) -> None:
 
 
 def prepare_workdir(workdir: epath.Path, config: ConfigDict) -> None:
-    """Makes the folder and writes `config.json`, unless another run lives there.
+    """Creates the folder and writes `config.json`, unless the folder holds a run of another config.
 
     Raises:
-      UserError: listing the keys in which the config differs from that run's, or a stage's from that of a finished one.
+      UserError: it does, or a finished stage has another config; the message lists the keys that differ.
     """
     check_finished(config, workdir)
     before = read_config(workdir)
     if before is not None and (differing := config_differences(before, config)):
         raise UserError(
-            f"{workdir} holds a run of another config: {'; '.join(differing)}. "
+            f"{workdir} holds a run with another config: {'; '.join(differing)}. "
             "Choose another --workdir, or delete that folder."
         )
     if jax.process_index() == 0:
@@ -222,17 +224,17 @@ def prepare_workdir(workdir: epath.Path, config: ConfigDict) -> None:
 
 
 def make_parts(config: ConfigDict, workdir: epath.Path, source: Any) -> Parts:
-    """Assembles a run that may be new: its vocabulary is built from the captions once, and kept."""
+    """Creates the method of a run; for a new run, builds and saves its vocabulary first."""
     config = with_own_text(config, workdir)
     _on_first_process(lambda: _write_vocabulary(config, workdir, source))
     parts = Parts(*read_method(config, workdir), make_mesh(config.get("mesh")))
-    if "://" not in str(workdir) and jax.process_index() == 0:  # A tokeniser reads local files.
+    if "://" not in str(workdir) and jax.process_index() == 0:  # Tokenisers only read local files.
         parts.method.save_assets(Path(workdir))
     return parts
 
 
 def _counted(source: Any) -> ClassList:
-    """The classes of a source, with their numbers of examples where each example is of one class."""
+    """Returns the classes of a source, with example counts if each example has one class."""
     if source.labels is None:
         return source.classes
     counts = source.counts
@@ -247,10 +249,10 @@ def _write_vocabulary(config: ConfigDict, workdir: epath.Path, source: Any) -> N
 
 
 def _write_words(config: ConfigDict, workdir: epath.Path, source: Any) -> None:
-    """Writes the vocabulary, unless it is there; one that is missing or damaged is made again.
+    """Writes the vocabulary if it is missing or damaged.
 
     Raises:
-      UserError: the captions give other words than those that the run began with.
+      UserError: the captions now give other words than at the start of the run.
     """
     from ovseg_jax.methods import method_type
 
@@ -261,7 +263,8 @@ def _write_words(config: ConfigDict, workdir: epath.Path, source: Any) -> None:
     words = WordList(method_type(config.method).vocabulary(config, source)).to_json()
     if is_recorded(path, words) is False:
         raise UserError(
-            f"{path} is {'damaged' if there else 'missing'}, and the captions now give other words"
+            f"{path} is {'damaged' if there else 'missing'} and cannot be rebuilt, since the captions have changed: "
+            "choose another --workdir"
         )
     if there:
         _log.warning("%s was damaged and is made again", path)
@@ -277,23 +280,24 @@ def _reads(read: Callable[[epath.Path], Any], path: epath.Path) -> bool:
 
 
 def _write_classes(workdir: epath.Path, source: Any) -> None:
-    """Writes the class list, unless it is there; one that is missing or damaged is made again.
+    """Writes the class list if it is missing or damaged.
 
     Raises:
-      UserError: the data's classes are not those that the run began with.
+      UserError: the classes of the data have changed since the start of the run.
     """
     path, now = workdir / CLASSES_FILE, ClassList.from_json(_counted(source).to_json())
     there = path.exists()
     if there and _reads(lambda path: read_classes(path.parent), path):
         if differing := class_differences(read_classes(workdir), now):
             raise UserError(
-                f"the classes of the data have changed since {workdir} began: {'; '.join(differing)}. Undo that, or "
-                "choose another --workdir"
+                f"the classes of the data have changed since {workdir} began: {'; '.join(differing)}. Restore the "
+                "data, or choose another --workdir"
             )
         return
     if is_recorded(path, now.to_json()) is False:
         raise UserError(
-            f"{path} is {'damaged' if there else 'missing'}, and the data's classes are not as they were"
+            f"{path} is {'damaged' if there else 'missing'} and cannot be rebuilt, since the classes of the data have "
+            "changed: choose another --workdir"
         )
     if there:
         _log.warning("%s was damaged and is made again", path)
@@ -301,14 +305,14 @@ def _write_classes(workdir: epath.Path, source: Any) -> None:
 
 
 def final_evaluators(config: ConfigDict, method: Any, mesh: Mesh) -> list[Any]:
-    """The evaluators of the end of a run."""
+    """Creates the evaluators for the end of a run."""
     return _evaluators(config, method, mesh, "final_evals" if config.get("final_evals") else "evals")
 
 
 def run_evaluators(
     evaluators: Sequence[Evaluator], variables: Variables
 ) -> tuple[dict[str, float], dict[str, list[Any]]]:
-    """Runs each and returns ("<evaluation>/<metric>" -> value, "<evaluation>-<table>" -> rows)."""
+    """Runs each evaluator and returns ("<evaluation>/<metric>" -> value, "<evaluation>-<table>" -> rows)."""
     scores: dict[str, float] = {}
     tables: dict[str, list[Any]] = {}
     for evaluator in evaluators:
@@ -340,7 +344,7 @@ def _evaluators(config: ConfigDict, method: Any, mesh: Mesh, key: str = "evals")
 
 
 def _read_summary(workdir: epath.Path) -> dict[str, Any] | None:
-    """Reads the summary of a finished run; None where there is none, or one that is damaged, which is then said."""
+    """Reads the summary of a finished run; None if it is missing, or damaged, which is logged."""
     path = workdir / SUMMARY_FILE
     if not path.exists():
         return None

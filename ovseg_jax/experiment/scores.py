@@ -1,4 +1,4 @@
-"""Scores of a classifier on many data sets: suites, a line for each set and prompt, averages."""
+"""Scores of a classifier on suites of data sets, with averages."""
 
 import csv
 import io
@@ -19,7 +19,7 @@ from ovseg_jax.protocols import Classifier
 from ovseg_jax.reading import column, objects, read_json, reading, short, text, texts, whole
 from ovseg_jax.towers.templates import HARD
 
-# papers/000, table 11 and FACTS: the mean over classes for four of them.
+# These four are scored by the mean over classes (papers/000, table 11).
 _PER_CLASS = ("caltech101", "oxford_pets", "flowers102", "fgvc_aircraft")
 CROSS_DATASET = (
     *("caltech101", "oxford_pets", "stanford_cars", "flowers102", "food101"),
@@ -49,14 +49,14 @@ SUITES["pomp"] = SUITES["imagenet21k"] | SUITES["cross-dataset"] | SUITES["cross
 
 
 class Score(NamedTuple):
-    """A data set under a prompt: a line of the CSV file. In percent but for alignment and uniformity.
+    """The scores of a data set under a prompt, a line of the CSV file; in percent except alignment and uniformity.
 
     Attributes:
-      set: its name in the suite.
-      average: the average that it belongs to, or "".
-      prompt: "" for the method's own.
-      metric: the measure that counts, and `score` its value.
-      images: how many were classified, and `classes` among how many.
+      set: the name of the data set in the suite.
+      average: the average that it counts in, or "".
+      prompt: the name of the prompt; "" for the method's own.
+      metric: the main metric, whose value is `score`.
+      images: the number of images that were classified among `classes` classes.
       others: see `evals.classification.scores`.
     """
 
@@ -84,25 +84,25 @@ def score_suite(
     batch: int = 64,
     out: str | None = None,
 ) -> None:
-    """Prints a line for each set of a suite, and its averages; also writes them as a CSV file.
+    """Prints a line for each data set of a suite and its averages, and optionally writes them as a CSV file.
 
-    With `out`, a set that is scored is recorded beside it until all are, so that the same call after one that was
-    stopped scores the sets that are missing.
+    With `out`, finished sets are recorded beside it until all are done, so that a stopped command continues when it is
+    run again.
 
     Args:
       checkpoint: the folder of a run that classifies images.
       suite: see `read_suite`.
-      data_dir: where the sets are.
-      step: the checkpoint's; the latest by default.
-      batch: images at once.
+      data_dir: the folder of the data sets.
+      step: the step of the checkpoint; by default the latest.
+      batch: number of images to classify at once.
       out: the CSV file.
 
     Raises:
-      UserError: no set of the suite is there, the run cannot be used, or the file cannot be written.
+      UserError: no data set of the suite exists, the run cannot be used, or the file cannot be written.
     """
-    # Mistakes in the request are found before the model is loaded.
+    # Errors in the request are reported before the model is loaded.
     if batch < 1:
-        raise UserError(f"--batch={batch}: at least one image at once")
+        raise UserError(f"--batch={batch} is less than 1")
     sets, folder = read_suite(suite), epath.Path(data_dir)
     sources = {name: source_of(name, entry, folder) for name, entry in sets.items()}
     if not any(sources.values()):
@@ -127,7 +127,7 @@ def score_suite(
         if source is None:
             print(table.line(name, f"missing: there is no folder {folder / name}"), flush=True)
             continue
-        # A set that was stopped between two of its lines is scored again.
+        # A set whose recorded lines are incomplete is scored again.
         found = known.get(name, [])
         if [s.prompt for s in found] != ["", *sets[name].get("prompts", {})]:
             scorer = scorer or Scorer(checkpoint, step, batch)
@@ -147,19 +147,21 @@ def score_suite(
 
 
 class Scorer:
-    """A classifier of a finished run, which scores one data set after another."""
+    """A trained classifier that scores data sets."""
 
     def __init__(self, workdir: epath.PathLike, step: int | None, batch_size: int):
-        """Loads it.
+        """Loads the run.
 
         Raises:
-          UserError: there is no run, or one that does not classify.
+          UserError: there is no run, or it does not classify images.
         """
         self._mesh, self._batch_size = make_mesh(), batch_size
-        self._run = load_run(workdir, self._mesh, step=step, kind=Classifier, lacking="classifies no images")
+        self._run = load_run(
+            workdir, self._mesh, step=step, kind=Classifier, lacking="does not classify images"
+        )
 
     def score(self, name: str, entry: Mapping[str, Any], source: Mapping[str, Any]) -> list[Score]:
-        """Scores one set, under the method's own prompt and then under each of the entry's."""
+        """Scores one data set under the method's own prompt and each of the entry's prompts."""
         metric = entry.get("metric", "accuracy")
         evaluation = {"type": "classification", "batch_size": self._batch_size, "source": dict(source)}
         chosen = {key: entry[key] for key in ("limit", "prompts") if key in entry}
@@ -193,16 +195,16 @@ class Scorer:
 
 
 def read_suite(suite: str) -> dict[str, dict[str, Any]]:
-    """Returns the sets of a suite, by its name or from a JSON file; the command's help lists what is in it.
+    """Returns the data sets of a suite, given by its name or a JSON file; `score --help` describes the format.
 
     Raises:
-      UserError: neither, or a file that is not of that form.
+      UserError: there is no such suite or file, or the file is not of that form.
     """
     if suite in SUITES:
         return SUITES[suite]
     path = epath.Path(suite)
     if not path.exists():
-        raise UserError(f"--suite={suite} is no file, and none of {', '.join(SUITES)}")
+        raise UserError(f"--suite={suite} is neither a file nor one of {', '.join(SUITES)}")
     found = read_json(path, "the suite")
     with reading(path, "the suite"):
         sets = found.get("sets") if isinstance(found, dict) else None
@@ -219,7 +221,7 @@ def read_suite(suite: str) -> dict[str, dict[str, Any]]:
 
 
 def source_of(name: str, entry: Mapping[str, Any], data_dir: epath.Path) -> dict[str, Any] | None:
-    """Returns the config of a set's data source; None where its folder is missing."""
+    """Returns the config of a data set's source; None if its folder is missing."""
     own = ("metric", "average", "prompts", "limit", "tfds")
     arguments = {key: value for key, value in entry.items() if key not in own}
     if "tfds" in entry:
@@ -245,7 +247,7 @@ def suite_table(suite: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def averages(suite: Mapping[str, Mapping[str, Any]], scores: Sequence[Score]) -> Iterator[str]:
-    """Yields a line for each average of the suite: the unweighted mean over its sets, as published averages are."""
+    """Yields a line for each average of the suite: the unweighted mean over its data sets, as in publications."""
     table = suite_table(suite)
     for average in dict.fromkeys(entry["average"] for entry in suite.values() if "average" in entry):
         wanted = [name for name, entry in suite.items() if entry.get("average") == average]

@@ -1,11 +1,11 @@
-"""Stages: what a run does first, each in a folder of its own, WORKDIR/<name>.
+"""Stages of a run, which run before it, each in a folder of its own, WORKDIR/<name>.
 
-`config.stages` is a list of dict(name, kind, config). A stage that names another one, as "stage:NAME" or
-"stage:NAME/FILE", comes after it; a stage may have stages itself. `stage.json` in its folder says that it is finished,
-and of which config.
+`config.stages` is a list of dict(name, kind, config). A stage that refers to another one, as "stage:NAME" or
+"stage:NAME/FILE", runs after it; a stage may have stages of its own. `stage.json` in its folder marks it as
+finished and holds its config.
 
     train         a run, see `experiment.run`
-    pseudo_label  masks for the images of a folder, see `inference.pseudo_masks.label_stage`
+    pseudo_label  writes masks for the images of a folder, see `inference.pseudo_masks.label_stage`
 """
 
 import hashlib
@@ -28,37 +28,37 @@ from ovseg_jax.files import read_recorded, write_recorded
 from ovseg_jax.reading import DAMAGE, reason
 
 MARKER = "stage.json"
-# Where the kinds are that stand above this room; each is called as (folder, **resolved config) and returns its end.
+# Kinds implemented in higher rooms, called as (folder, **resolved config); see `Runner` for what they return.
 _ELSEWHERE = {"pseudo_label": "ovseg_jax.inference.pseudo_masks:label_stage"}
 
-# (config, folder) -> a dict with "stopped" where it was told to stop.
+# (config, folder) -> a dict, with "stopped" if it was stopped by a signal.
 Runner = Callable[[ConfigDict, epath.Path], Mapping[str, Any]]
 
 
 def run_stages(config: ConfigDict, workdir: epath.Path, train: Runner) -> bool:
-    """Runs the stages of `config` that are not finished; returns False where one was told to stop.
+    """Runs the unfinished stages of `config`; returns False if one was stopped by a signal.
 
     Raises:
-      UserError: stages that wait for each other, a kind that does not exist yet, or what a stage raises.
+      UserError: stages depend on each other in a circle, or a stage fails.
     """
     waiting = stages_of(config)
     while waiting:
         name = next((n for n, stage in waiting.items() if not needed(stage.config) & waiting.keys()), None)
         if name is None:
             raise UserError(
-                f"config.stages: each of {', '.join(waiting)} waits for another one of them, or for itself"
+                f"config.stages: {', '.join(waiting)} depend on each other, or on themselves, in a circle"
             )
         stage, folder = waiting.pop(name), workdir / name
         if (folder / MARKER).exists():
             continue
         if jax.process_index() == 0:
-            print(f"first: {name}, in {folder}", flush=True)
+            print(f"running the stage {name} in {folder} first", flush=True)
         if _runner(stage.kind, train)(stage.config, folder).get("stopped"):
             return False
         if jax.process_index() == 0:
             marker = {"hash": _hash(stage), "kind": stage.kind, "config": stage.config.to_dict()}
             write_recorded(folder / MARKER, json.dumps(marker, indent=1) + "\n")
-        multihost_utils.sync_global_devices("the first process has written all of a stage")
+        multihost_utils.sync_global_devices("the first process has written a whole stage")
     return True
 
 
@@ -66,13 +66,13 @@ def check_finished(config: ConfigDict, workdir: epath.Path) -> None:
     """Compares each finished stage with its config, before anything is run or written.
 
     Raises:
-      UserError: naming the keys in which they differ.
+      UserError: they differ; the message names the keys.
     """
     for name, stage in stages_of(config).items():
         path = workdir / name / MARKER
         if stage.kind not in ("train", *_ELSEWHERE):
             raise UserError(
-                f"config.stages: {name} is of kind {stage.kind!r}, which this version cannot run yet"
+                f"config.stages: {name} has the kind {stage.kind!r}, which is not implemented yet"
             )
         if not path.exists():
             continue
@@ -85,7 +85,7 @@ def check_finished(config: ConfigDict, workdir: epath.Path) -> None:
         if differing:
             raise UserError(
                 f"the stage {name} in {path.parent} was finished with another config: {'; '.join(differing)}. Choose "
-                "another --workdir, or delete that folder and what was made from it."
+                "another --workdir, or delete that folder and everything made from it."
             )
 
 
@@ -122,7 +122,7 @@ def _function(kind: str) -> Callable[..., Mapping[str, Any]]:
 
 
 def _differences(before: Any, now: ConfigDict) -> list[str]:
-    """How a stage, as its marker or the config around it holds it, differs from what it is now."""
+    """Returns the differences between a stage's finished config and its config now."""
     found = [] if before["kind"] == now.kind else [f"kind was {before['kind']}, is {now.kind}"]
     old = ConfigDict(before["config"])
     found += config_differences(old, now.config, grow=False)
@@ -137,7 +137,7 @@ def _differences(before: Any, now: ConfigDict) -> list[str]:
 
 
 def _hash(stage: ConfigDict) -> str:
-    """A number for the kind and the config of a stage, of all keys that may not change."""
+    """Returns a hash of the kind and the config of a stage, without keys that may change."""
 
     def kept(config: ConfigDict) -> dict[str, Any]:
         own = {k: v for k, v in json.loads(config_lib.to_json(config)).items() if k != "stages"}

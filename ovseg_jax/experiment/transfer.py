@@ -1,4 +1,4 @@
-"""A classifier's prompts put to segmentation, with the masks of another run (`methods.zsseg`)."""
+"""Segmentation with a classifier's prompts and the masks of another run (`methods.zsseg`)."""
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,14 +23,14 @@ from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.splits import load_split
 
 FILLS = {"mean": 255.0, "zero": 0.0}
-"""Colours of what does not belong to a crop, in units of the mean pixel."""
+"""Colours of pixels outside of a crop's mask, in units of the mean pixel."""
 
 
 class TransferEvaluator(Evaluator):
-    """Scores segmentation with the masks of one run and the classifier of another, under each of several prompts.
+    """An evaluator of segmentation with the masks of one run and the classifier of another, for several prompts.
 
     Metrics: those of `SegmentationEvaluator`, without a suffix for the classifier's own prompt, with `[<prompt>]` for
-    each other. A prompt with words that the classifier does not know is left out, with a line on stderr.
+    the others. A prompt with words that the classifier does not know is skipped with a message on stderr.
     """
 
     needs = frozenset({"image", "segments", "class_ids"})
@@ -51,17 +51,17 @@ class TransferEvaluator(Evaluator):
         prompts: Mapping[str, Sequence[str] | Prompt | None],
         every: int = 0,
     ):
-        """Makes an evaluator that compiles once and runs many times.
+        """Creates an evaluator that compiles once and runs many times.
 
         Args:
           name: see `Evaluator`.
           proposals: the run that proposes masks.
           classifier: the method that classifies them; `run` takes its variables.
-          classes: the classes that `label` indexes; those in no group "unseen" or "held_out" are seen.
-          batches: as of `SegmentationEvaluator`.
+          classes: the classes that `label` indexes; those not in the groups "unseen" and "held_out" are seen.
+          batches: see `SegmentationEvaluator`.
           mesh: the devices.
-          rules: how the two are joined.
-          prompts: templates, or a learned prompt, by name; None is the classifier's own.
+          rules: the rules for joining the two stages.
+          prompts: templates, or a learned prompt, by name; None is the classifier's own prompt.
           every: see `Evaluator`.
         """
         self.name, self.every = name, every
@@ -72,21 +72,23 @@ class TransferEvaluator(Evaluator):
 
     @classmethod
     def from_config(cls, setup: Setup) -> "TransferEvaluator":
-        """Makes the evaluator of
+        """Creates the evaluator from its section of the config.
 
-        - `proposals`: the folder of a run that proposes masks, whose image size counts;
+        - `proposals`: the folder of a run that proposes masks, whose image size is used;
         - `split`: the unseen classes, see `vocab.splits.load_split`;
-        - `prompts`, see `Setup.prompts`, beside the classifier's own;
-        - `ensemble`, `threshold` and `fill`, see `rules_of`.
+        - `prompts`: further prompts beside the classifier's own, see `Setup.prompts`;
+        - `ensemble`, `threshold` and `fill`: see `rules_of`.
         """
         if not setup.evaluation.get("proposals"):
-            raise UserError(f"the evaluation {setup.name!r} of type 'transfer' needs proposals=WORKDIR")
+            raise UserError(
+                f"the evaluation {setup.name!r} of type 'transfer' needs the key proposals=WORKDIR"
+            )
         proposals = load_run(
             setup.evaluation.proposals,
             setup.mesh,
             kind=Segmenting,
             key=f"{setup.name}.proposals",
-            lacking="proposes no masks",
+            lacking="does not propose masks",
         )
         chosen, classes = rules_in(setup.evaluation, setup.source.classes)
         return cls(
@@ -102,21 +104,21 @@ class TransferEvaluator(Evaluator):
         )
 
     def run(self, variables: Variables) -> dict[str, float]:
-        """The metrics of all prompts; fills `tables`."""
+        """Computes the metrics of all prompts and fills `tables`."""
         result = {}
         for prompt, scores in self.compare(variables).items():
             suffix = f"[{prompt}]" if self._prompts[prompt] is not None else ""
-            # Chance and proposals know no prompt.
+            # Chance and recall do not depend on the prompt.
             for metric, value in scores.items():
                 if not (suffix and metric.startswith(("chance", "recall"))):
                     result[metric + suffix] = value
         return result
 
     def compare(self, variables: Variables) -> dict[str, dict[str, float]]:
-        """The metrics by prompt.
+        """Computes the metrics by prompt.
 
         Raises:
-          UserError: there is no image with a label, or none of the prompts can be used.
+          UserError: there is no image with a label, or the classifier's own or only prompt cannot be used.
         """
         both = {"proposals": self._proposals.variables, "classifier": variables}
         texts: dict[str, Any] = {}
@@ -125,10 +127,10 @@ class TransferEvaluator(Evaluator):
                 with jax.set_mesh(self._mesh):
                     embed = partial(self._join(templates=templates).embed_text, both)
                     texts[prompt] = embed_in_chunks(embed, self._classes.flat()[0])
-            except UserError as error:  # A small tower does not know the words of every template.
+            except UserError as error:  # A small tower may not know the words of every template.
                 if len(self._prompts) == 1 or templates is None:
                     raise
-                print(f"{self.name} without the prompt {prompt!r}: {error}", file=sys.stderr)
+                print(f"{self.name}: the prompt {prompt!r} is skipped: {error}", file=sys.stderr)
         found = self._evaluator.compare(both, texts)
         self.tables = self._evaluator.tables
         return found
@@ -137,13 +139,13 @@ class TransferEvaluator(Evaluator):
 def rules_of(
     proposals: Run, config: ConfigDict, ensemble: float = 0.8, threshold: float = 0.5, fill: str = "mean"
 ) -> Rules:
-    """The rules that the run of the proposals and the config of the classifier imply.
+    """Returns the rules for joining the run of the proposals with the classifier of `config`.
 
-    Each is taken at the temperature that it learned; crops are as the classifier knows images. What does not belong to
-    a crop is, as in ZSSeg's code, of the colour `fill`: the "mean" of the classifier's images, or "zero", black.
+    Each stage uses its learned temperature; crops have the size of the classifier's images. As in ZSSeg's code, pixels
+    outside of the mask get the colour `fill`: the "mean" of the classifier's images, or "zero", black.
 
     Raises:
-      UserError: another `fill`, or see `Rules`.
+      UserError: `fill` is unknown; and see `Rules`.
     """
     if fill not in FILLS:
         raise UserError(f"fill={fill!r} is not one of {', '.join(FILLS)}")
@@ -158,12 +160,12 @@ def rules_of(
 
 
 def rules_in(evaluation: ConfigDict, classes: ClassList) -> tuple[dict[str, Any], ClassList]:
-    """What an evaluation of type "transfer" says of the rules, as `rules_of` takes it; the classes with its split."""
+    """Returns the arguments for `rules_of` of an evaluation of type "transfer", and the classes with its split."""
     rules = {key: evaluation[key] for key in ("ensemble", "threshold", "fill") if key in evaluation}
     return rules, load_split(classes, evaluation["split"]) if evaluation.get("split") else classes
 
 
 def seen_names(classes: ClassList) -> list[str]:
-    """All names of the classes that are in no group "unseen" or "held_out"; none where there is no such group."""
+    """Returns the names of the classes outside of the groups "unseen" and "held_out"; [] without such groups."""
     unseen = classes.withheld()
     return [name for k, names in enumerate(classes.names) if unseen and k not in unseen for name in names]

@@ -1,4 +1,4 @@
-"""A table of prompts put to segmentation, of two finished runs."""
+"""A comparison of prompts on segmentation, for two finished runs."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -22,7 +22,7 @@ LEARNED, SINGLE = "learned", "single"
 HARD = {SINGLE: ("a sculpture of a {}.",)}
 """The single prompt of papers/000, table 13."""
 
-# Column, metric, as in `evals.confusion.scores`.
+# Column and metric, see `evals.confusion.scores`.
 _COLUMNS = (
     *(("mIoU", "miou"), ("mIoU_gt", "miou_gt"), ("fwIoU", "fwiou"), ("mACC", "macc"), ("pACC", "pacc")),
     *(("hIoU", "hiou"), ("hIoU_gt", "hiou_gt"), ("seen", "miou/seen"), ("unseen", "miou/unseen")),
@@ -46,22 +46,22 @@ def compare_prompts(
     """Scores prompts of one run's classifier on another run's masks; the arguments are the command's flags.
 
     Returns:
-      The table, in the first process; "" in the others.
+      The table in the first process; "" in the others.
 
     Raises:
-      UserError: for anything that a person can mend.
+      UserError: an argument or a file is invalid.
     """
     from ovseg_jax.data.pipeline import eval_batches, make_source  # grain's import takes long
 
-    # Mistakes in the request are found before a model is loaded.
+    # Errors in the request are reported before a model is loaded.
     asked = read_prompts(prompts)
     mesh = make_mesh()
-    first = load_run(proposals, mesh, kind=Segmenting, key="--proposals", lacking="proposes no masks")
-    second = load_run(checkpoint, mesh, kind=Classifier, lacking="classifies no images")
+    first = load_run(proposals, mesh, kind=Segmenting, key="--proposals", lacking="does not propose masks")
+    second = load_run(checkpoint, mesh, kind=Classifier, lacking="does not classify images")
     evaluation = evaluation_of(first.config, data, batch)
     if not evaluation:
         raise UserError(
-            f"the run --proposals={proposals} was evaluated on nothing: say --data=NAME,KEY=VALUE,..."
+            f"the run --proposals={proposals} has no segmentation evaluation: give --data=NAME,KEY=VALUE,..."
         )
     source = make_source(evaluation.pop("source"))
     check_provides(source, TransferEvaluator.needs, "--data")
@@ -69,7 +69,7 @@ def compare_prompts(
     processes = jax.process_count()
     batch_size = int(evaluation.pop("batch_size"))
     if batch_size < 1 or batch_size % processes:
-        raise UserError(f"--batch={batch_size} does not divide by {processes} processes")
+        raise UserError(f"--batch={batch_size} is not a positive multiple of the {processes} processes")
     batches = partial(
         eval_batches,
         source,
@@ -89,21 +89,21 @@ def compare_prompts(
 
 
 def read_prompts(text: str) -> dict[str, tuple[str, ...] | Prompt | None]:
-    """Reads the prompts of a list "single; vild; learned" by `read_templates`; None is the classifier's own.
+    """Parses a list of prompts such as "single; vild; learned"; None stands for the classifier's own.
 
     Raises:
-      UserError: the list is empty, or a prompt is none.
+      UserError: the list is empty, or a prompt is invalid.
     """
     names = [name for part in text.split(";") if (name := part.strip())]
     if not names:
-        raise UserError(f"--prompts={text!r} names no prompt: say for example --prompts='vild; {LEARNED}'")
+        raise UserError(f"--prompts={text!r} names no prompt: give for example --prompts='vild; {LEARNED}'")
     return {name: None if name == LEARNED else HARD.get(name) or read_templates(name) for name in names}
 
 
 def evaluation_of(config: ConfigDict, data: str | None, batch: int | None) -> dict[str, Any]:
-    """Returns the run's own evaluation, or that of --data: `source`, `batch_size` and changes of `config.data`.
+    """Returns `source`, `batch_size` and changes of `config.data`, from --data or the run's own evaluation.
 
-    It is empty where there is neither.
+    The result is empty if there is neither.
     """
     own = [
         dict(e.items())
@@ -120,11 +120,10 @@ def evaluation_of(config: ConfigDict, data: str | None, batch: int | None) -> di
 
 
 def read_source(text: str) -> dict[str, Any]:
-    """Reads the config of a data source from "coco,data_dir=DIR,split=val2017".
+    """Parses the config of a data source such as "coco,data_dir=DIR,split=val2017".
 
-    Whole numbers, true and false are read as such, but for keys whose values are texts: paths, splits, names of files.
-
-    A value goes on to the next `,key=`, so that a path may hold commas.
+    Values that are whole numbers, true or false are converted, except for keys of paths, splits, files and groups. A
+    value ends at the next `,key=`, so that a path may hold commas.
     """
     name, *items = text.split(",")
     settings: list[str] = []
@@ -149,7 +148,7 @@ def _is_text(key: str) -> bool:
 
 
 def table(found: Mapping[str, Mapping[str, float]]) -> str:
-    """Formats a line for each prompt; columns that no prompt has a number for are left out."""
+    """Formats a line for each prompt; columns without any number are left out."""
     columns = [(title, key) for title, key in _COLUMNS if any(key in scores for scores in found.values())]
     lines = Table({"prompt": found}, [title for title, _ in columns])
     rows = (lines.line(name, *(scores.get(key) for _, key in columns)) for name, scores in found.items())

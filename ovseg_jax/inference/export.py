@@ -1,4 +1,4 @@
-"""Writes a trained model for programs that do not have JAX, or not this library."""
+"""Export of trained models for programs without JAX or without this library."""
 
 import importlib.util
 import json
@@ -35,11 +35,11 @@ from safetensors.numpy import load_file
 folder = sys.argv[1]
 run = jax.export.deserialize(open(f"{folder}/model.stablehlo", "rb").read()).call
 parameters = load_file(f"{folder}/model.safetensors")
-images = np.zeros((2, SIZE, SIZE, 3), np.uint8)  # at the top left of the canvas, the rest is padding
-sizes = np.full((2, 2), SIZE, np.int32)  # height and width of each on it
+images = np.zeros((2, SIZE, SIZE, 3), np.uint8)  # each at the top left of its canvas, the rest is padding
+sizes = np.full((2, 2), SIZE, np.int32)  # height and width of each image on the canvas
 names = np.ones((5, WIDTH), np.float32) / WIDTH**0.5  # unit vectors of the text tower
-# Mask logits, scores of names for proposals, pixel features; of a method without proposals, scores of names for pixels
-# and the features.
+# Mask logits, scores of names for proposals, pixel features; for a method without proposals, scores of names for
+# pixels, and pixel features.
 for result in run(parameters, images, sizes, names):
     print(result.shape)
 '''
@@ -48,20 +48,20 @@ for result in run(parameters, images, sizes, names):
 def export_model(
     load: Callable[[], Segmenter], to: str, out: str, dtype: str = "float32", *, overwrite: bool = False
 ) -> str:
-    """Writes a model in one of the forms of `WRITERS`.
+    """Writes a model in one of the formats of `WRITERS`.
 
     Args:
-      load: makes the segmenter whose model it is.
-      to: the form.
-      out: the folder; made where it is missing.
-      dtype: of floats in the files.
-      overwrite: whether to replace files that are there.
+      load: loads the segmenter with the model.
+      to: the format.
+      out: the folder; created if missing.
+      dtype: the dtype of floats in the files.
+      overwrite: whether to replace existing files.
 
     Returns:
-      A text for a person: the files, and how much another dtype changes the prediction.
+      A text that lists the files and, for another dtype than float32, states how much the prediction changes.
 
     Raises:
-      UserError: files that are there where `overwrite` is False; a package is missing; nothing can be written.
+      UserError: a file exists and `overwrite` is False, a package is missing, or the folder cannot be written.
     """
     folder = Path(out)
     check_out_folder(folder)
@@ -74,7 +74,7 @@ def export_model(
     kind = np.dtype(jnp.dtype(dtype))
     with locked(folder):
         WRITERS[to](segmenter, folder, kind)
-    lines = [f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} in {folder}"]
+    lines = [f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} to {folder}"]
     if dtype != "float32":
         change = difference(segmenter, kind)
         lines.insert(0, f"as {dtype}, mask logits or features change by {change:.2e} of their largest value")
@@ -82,14 +82,14 @@ def export_model(
 
 
 def by_path(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns the image network's variables by path, statistics among them; and `text/table`."""
+    """Returns the image network's variables by path, including batch statistics, and `text/table`."""
     trees = [variables["params"]["image"], *(tree for name, tree in variables.items() if name != "params")]
     flat = {path_name(path): np.asarray(x) for tree in trees for path, x in jax.tree.leaves_with_path(tree)}
     return flat | {"text/table": np.asarray(variables["params"]["text"]["table"])}
 
 
 def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
-    """Writes a folder for `ovseg_jax.torch.load`; a frozen text tower goes into a folder of its own."""
+    """Writes a folder for `ovseg_jax.torch.load`, with a frozen text tower in a subfolder."""
     method: Any = segmenter.method
     arrays = to_torch(by_path(segmenter.variables))
     if isinstance(method.text, FrozenText):
@@ -111,7 +111,7 @@ def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
 
 
 def towers(segmenter: Segmenter) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Returns parameters by path of the image tower in a pyramid and of a frozen text tower; {} where there is none."""
+    """Returns the parameters by path of the pyramid's image tower and the frozen text tower; {} for a missing one."""
     image = segmenter.variables["params"]["image"]["backbone"].get("tower", {})
     text: Any = segmenter.method.text  # type: ignore[attr-defined]
     seen = {path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(image)}
@@ -119,7 +119,7 @@ def towers(segmenter: Segmenter) -> tuple[dict[str, np.ndarray], dict[str, np.nd
 
 
 def to_big_vision(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
-    """Writes npz files of parameters by path."""
+    """Writes .npz files of parameters by path."""
     method: Any = segmenter.method
     flat = {path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(segmenter.variables)}
     cast = lambda arrays: {k: x.astype(dtype) if x.dtype == np.float32 else x for k, x in arrays.items()}
@@ -133,10 +133,10 @@ def to_big_vision(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
 
 
 def to_onnx(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
-    """Writes a program of (image u8 [b 3 S S], image_size i32 [b 2]), and what `to_folder` writes.
+    """Writes the files of `to_folder` and a program of (image u8 [b 3 S S], image_size i32 [b 2]).
 
-    It returns mask logits [b N h w], the sums of F_z under the masks [b N D] and F_z [b D h w]; of a method without
-    proposals only the last.
+    The program returns mask logits [b N h w], the sums of F_z under the masks [b N D] and F_z [b D h w]; for a method
+    without proposals only the last.
     """
     import torch
 
@@ -163,8 +163,8 @@ def to_onnx(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
 def to_stablehlo(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     """Writes a program of (parameters, images u8 [b S S 3], sizes i32 [b 2], names f32 [t D]).
 
-    It returns mask logits [b N h w], scores of names for proposals [b t N] and pixel features [b h w D]; of a method
-    without proposals, scores of names for pixels [b t h w] and the features.
+    The program returns mask logits [b N h w], scores of names for proposals [b t N] and pixel features [b h w D]; for a
+    method without proposals, scores of names for pixels [b t h w] and pixel features.
     """
     method: Any = segmenter.method
     size, width = int(segmenter.config.data.image_size), int(method.net.embed_dim)
@@ -196,10 +196,10 @@ def to_stablehlo(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
 
 
 def difference(segmenter: Segmenter, dtype: np.dtype) -> float:
-    """Measures how far rounding the parameters moves mask logits, or pixel features, of a random image.
+    """Measures how much rounding the parameters changes mask logits, or pixel features, of a random image.
 
     Returns:
-      The largest error over the largest value.
+      The largest error divided by the largest value.
     """
     size = int(segmenter.config.data.image_size)
     image = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
@@ -226,4 +226,4 @@ FILES = {
     "stablehlo": ("model.stablehlo", "model.safetensors", "example.py"),
     "big_vision": ("model.npz", "towers.npz"),
 }
-"""What each form may write."""
+"""The files that each format may write."""

@@ -1,4 +1,4 @@
-"""Segments the images of a folder into another: names, records as they come, pictures last."""
+"""Segmentation of the images of a folder into another folder, with a journal of the finished images."""
 
 import collections
 import glob
@@ -30,9 +30,9 @@ class Done(NamedTuple):
     """The outcome of `segment_files`.
 
     Attributes:
-      records: of each image, in their order, as they are in predictions.json.
-      skipped: images that could not be read.
-      there: images that an earlier call had segmented.
+      records: the record of each image, in order, as in predictions.json.
+      skipped: the number of images that could not be read.
+      there: the number of images that an earlier call has segmented.
     """
 
     records: list[dict[str, Any]]
@@ -41,19 +41,19 @@ class Done(NamedTuple):
 
 
 def image_files(path: epath.PathLike) -> list[epath.Path]:
-    """Lists an image, or the images of a folder (not of folders in it) or of a pattern with `*`, by name.
+    """Lists an image, the images of a folder (without subfolders), or those of a pattern with `*`, by name.
 
-    Files that `segment_files` has written into the folder are none of its images.
+    Files that `segment_files` has written into the folder are not included.
 
     Raises:
-      UserError: there is nothing, or no image in the folder.
+      UserError: the path does not exist, or there is no image.
     """
     path = epath.Path(path)
     if path.is_dir():
         own = written_files(Journal(path / JOURNAL).head)
         files = [file for file in list_images(path) if file.name not in own]
         if not files:
-            raise UserError(f"--images={path}: no image in this folder that can be read")
+            raise UserError(f"--images={path}: the folder holds no readable image")
         return files
     if path.exists():
         return [path]
@@ -62,12 +62,12 @@ def image_files(path: epath.PathLike) -> list[epath.Path]:
         files = [file for file in files if file.suffix.lower() in image_suffixes() and not file.is_dir()]
         if files:
             return files
-        raise UserError(f"--images={path}: no image has a name of this pattern")
+        raise UserError(f"--images={path}: no image matches this pattern")
     raise UserError(f"--images={path}: there is no such file or folder")
 
 
 def written_files(head: Mapping[str, Any]) -> set[str]:
-    """Returns the names of all files that a call with this head of its journal has written."""
+    """Returns the names of all files written by a call with this journal head."""
     names = head.get("names")
     if not isinstance(names, dict):
         return set()
@@ -87,25 +87,25 @@ def segment_files(
     features: bool = False,
     overwrite: bool = False,
 ) -> Done:
-    """Segments files, and writes what the command `predict` names in its help.
+    """Segments files and writes the results that the help of the command `predict` lists.
 
-    Each image has its record in predictions.jsonl as soon as its files are complete, so that the same call after one
-    that was stopped does what is missing.
+    An image is recorded in predictions.jsonl as soon as its files are complete, so that a stopped command continues
+    when it is run again.
 
     Args:
-      load: makes the segmenter, where an image is left to do.
+      load: loads the segmenter; called only if an image is left to segment.
       paths: the images.
       out: the folder to write into.
       labels: see `Segmenter.stream`.
-      request: all else that the results depend on, as plain values.
+      request: everything else that the results depend on, as plain values.
       threshold: see `Segmenter.stream`.
       decision: see `Segmenter.stream`.
       tile: see `Segmenter.stream`.
-      features: whether to write features too.
+      features: whether to also write features.
       overwrite: whether to replace files in `out` that no earlier call has written.
 
     Raises:
-      UserError: such a file where `overwrite` is False; a folder that cannot be written.
+      UserError: there is such a file and `overwrite` is False, or the folder cannot be written.
     """
     out = check_out_folder(out)
     with locked(out):
@@ -177,7 +177,7 @@ def _save_all(
     total: int,
     done: int,
 ) -> Iterator[dict[str, Any]]:
-    """Writes the files of each result, and yields its record."""
+    """Writes the files of each result and yields its record."""
     with tqdm(total=total, initial=done, unit="image", disable=None, dynamic_ncols=True) as bar:
         reader.report = lambda error: (bar.update(), bar.write(f"skipped: {error}", sys.stderr))
         for result in results:
@@ -191,7 +191,7 @@ def _save_all(
             except (OSError, UserError) as error:
                 text = error.strerror if isinstance(error, OSError) and error.strerror else error
                 raise UserError(
-                    f"{out / name}: {text}; {done} of {total} images are done, and the same command goes on from there"
+                    f"{out / name}: {text}; {done} of {total} images are done; the same command continues from there"
                 ) from error
             yield {"image": str(path), "stem": name, "stamp": stamp, **result.record()}
             done += 1
@@ -199,7 +199,7 @@ def _save_all(
 
 
 class ImageReader:
-    """Reads files one after the other, skips the bad ones and remembers which came through."""
+    """An iterator over the images of files, which skips unreadable ones and remembers the others."""
 
     def __init__(self, files: Sequence[epath.Path]):
         self.files = files

@@ -1,4 +1,4 @@
-"""What a person wants to see of a finished run: predictions or features for each evaluation, and training curves."""
+"""Pictures of a finished run: predictions or features for each evaluation, and training curves."""
 
 import contextlib
 import io
@@ -40,32 +40,34 @@ def draw_run(
     images: int = 6,
     again: bool = True,
 ) -> list[epath.Path]:
-    """Writes `pictures/<evaluation>.png` for each of `config.final_evals` (or `evals`), and `curves.png`.
+    """Draws `pictures/<evaluation>.png` for each of `config.final_evals` (or `evals`), and `curves.png`.
 
-    Of a segmentation, a picture shows `images` examples, evenly spread over the source, with all of the source's
-    classes asked for (argmax, nothing unknown); those of the groups "unseen" and "held_out" are marked. Of a
-    classification it shows features of a few classes on a sphere, and `pictures/<evaluation>-prompts.png` compares its
-    prompts by what `summary.json` says of them.
+    The picture of a segmentation shows `images` examples, spread evenly over the source, segmented by all classes of
+    the source and the evaluation's decision; classes of the groups "unseen" and "held_out" are marked. The picture of
+    a classification shows features of a few classes on a sphere, and `pictures/<evaluation>-prompts.png` compares the
+    prompts by their scores in `summary.json`.
+
+    All processes must call it, since each may hold a part of the variables.
 
     Args:
-      config: of the run.
-      workdir: of the run, with its `metrics.jsonl`.
-      method: as built for the run, a `Method` for segmentations and a `Classifier` for classifications.
-      variables: trained, on whatever devices. All processes call this, since each may hold a part of them.
-      images: examples in a picture.
-      again: also draw what is there.
+      config: the config of the run.
+      workdir: the folder of the run, with its `metrics.jsonl`.
+      method: the method of the run, `Segmenting` for segmentations and a `Classifier` for classifications.
+      variables: the trained variables, on any devices.
+      images: the number of examples in a picture.
+      again: whether to redraw existing pictures.
 
     Returns:
-      The paths written, all by the first process.
+      The paths of the pictures in the first process, which writes them all.
 
     Raises:
-      Exception: the first of those of pictures that could not be drawn, when all others are.
+      Exception: the first error of a picture that could not be drawn, after all others are drawn.
     """
     workdir = epath.Path(workdir)
     folder, paths = workdir / "pictures", []
     evaluations = config.get("final_evals") or config.evals
     if isinstance(method, Classifier) and (method.text_per_image or not method.unit_norm):
-        # Class features that differ from image to image, or are no unit vectors, have no picture.
+        # There is no picture of class features that depend on the image or are not unit vectors.
         evaluations = {}
     wanted = {
         name: evaluations[name] for name in evaluations if again or not (folder / f"{name}.png").exists()
@@ -74,7 +76,7 @@ def draw_run(
         variables = on_host(variables)
     proposals = {
         name: load_run(
-            evaluation.proposals, kind=Segmenting, key=f"{name}.proposals", lacking="proposes no masks"
+            evaluation.proposals, kind=Segmenting, key=f"{name}.proposals", lacking="does not propose masks"
         )
         for name, evaluation in wanted.items()
         if evaluation.get("type") == "transfer"
@@ -90,8 +92,8 @@ def draw_run(
             paths += draw(
                 workdir, Run(config, method, variables), name, evaluation, proposals.get(name), images
             )
-        except Exception as error:  # The other pictures are drawn all the same.
-            _LOG.warning("%s is not drawn: %r", folder / f"{name}.png", error)
+        except Exception as error:  # The other pictures are still drawn.
+            _LOG.warning("%s was not drawn: %r", folder / f"{name}.png", error)
             failed.append(error)
     if again or not (workdir / "curves.png").exists():
         with contextlib.suppress(UserError):  # a run too short to have logged anything
@@ -106,7 +108,7 @@ def _draw_classification(
     workdir: epath.Path, run: Run, name: str, evaluation: ConfigDict, proposals: Run | None, images: int
 ) -> list[epath.Path]:
     paths = [workdir / "pictures" / f"{name}{end}.png" for end in ("", "-prompts")]
-    # First, as the other one tells whether all is drawn.
+    # Drawn first, because the existence of the other picture means that both are drawn.
     if points := _prompt_points(workdir, name, evaluation):
         prompts_picture(points, name, paths[1])
     _features(run.config, evaluation, run.method, run.variables, name, paths[0])
@@ -171,7 +173,7 @@ def _features(
     classes: int = 6,
     images: int = 48,
 ) -> None:
-    """Fig. 6 of papers/000 for a few classes, evenly spread over those that occur, and a few images of each."""
+    """Draws Fig. 6 of papers/000 for a few classes, spread evenly over those that occur, and a few images of each."""
     from ovseg_jax.data.evaluation import ClassifyEval
     from ovseg_jax.towers.features import class_features
 
@@ -190,7 +192,7 @@ def _features(
         parts = [embed(variables, pictures[i : i + images]) for i in range(0, len(pictures), images)]
         seen = np.concatenate([np.asarray(part) for part in parts])
     names = [source.classes.display(int(k)) for k in chosen]
-    # As in the paper, the method's own prompt and one to compare it with, CoOp's if it is there: more hide one another.
+    # As in the paper, the method's own prompt and one other, CoOp's if available: more would hide each other.
     others = dict((evaluation.get("prompts") or {}).items())
     other = next((k for k in ("coop", "before", "pomp", "hard", *others) if k in others), None)
     prompts: dict[str, Any] = {"own": None} | (
@@ -201,7 +203,7 @@ def _features(
 
 
 def _prompt_points(workdir: epath.Path, name: str, evaluation: ConfigDict) -> list[PromptPoint]:
-    """Fig. 5 of papers/000: what the run's summary says of each prompt of an evaluation."""
+    """Returns the points of Fig. 5 of papers/000 from the scores in the run's summary."""
     summary = workdir / "summary.json"
     scores = read_json(summary) if summary.exists() else {}
     scores = scores if isinstance(scores, dict) else {}

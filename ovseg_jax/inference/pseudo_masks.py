@@ -1,4 +1,4 @@
-"""Pseudo-masks: proposals of a teacher as non-overlapping segments, a PNG for each image of a folder."""
+"""Pseudo-masks: a teacher's proposals as non-overlapping segments, a PNG for each image of a folder."""
 
 import io
 import sys
@@ -21,7 +21,7 @@ from ovseg_jax.inference.segmenter import Segmenter
 
 
 class Labelled(NamedTuple):
-    """How many masks `label_folder` wrote, how many were there, and how many images could not be read."""
+    """The numbers of masks that `label_folder` wrote, of existing masks, and of unreadable images."""
 
     written: int
     there: int
@@ -31,10 +31,10 @@ class Labelled(NamedTuple):
 def select_masks(
     masks: Float[np.ndarray, "n h w"], threshold: float, max_overlap: float, min_area: float
 ) -> list[int]:
-    """Selects proposals worth keeping, the surest first (the paper gives no rule: ours).
+    """Selects the proposals to keep, the most confident first (this rule is ours; the paper gives none).
 
-    A proposal counts where it exceeds `threshold`; its sureness is its mean there. One that is smaller than
-    `min_area` of the image, or that overlaps a surer one by an IoU above `max_overlap`, is left out.
+    A proposal covers the pixels where it exceeds `threshold`; its confidence is its mean there. It is dropped if it is
+    smaller than `min_area` of the image, or has an IoU above `max_overlap` with a more confident one.
     """
     binary = (masks > threshold).reshape(len(masks), -1)
     area = binary.sum(1)
@@ -53,16 +53,17 @@ def select_masks(
 def segments_of(
     features: PixelFeatures, threshold: float = 0.5, max_overlap: float = 0.7, min_area: float = 0.001
 ) -> Int32[np.ndarray, "H W"]:
-    """Makes non-overlapping segments at the image's own size, numbered from 1; 0 is void.
+    """Converts proposals to non-overlapping segments i32 [H W] at the image's size, numbered from 1; 0 is void.
 
-    Smaller proposals lie in front of larger ones, so that a part or a small thing is not swallowed by what
-    surrounds it.
+    Smaller proposals lie in front of larger ones, so that a part or a small thing is not covered by its surroundings.
 
     Raises:
-      UserError: a per-pixel model, which has no proposals.
+      UserError: the model is a per-pixel model without proposals.
     """
     if features.mask_logits is None:
-        raise UserError("the teacher is a per-pixel model, which proposes no masks: train OpenSeg as teacher")
+        raise UserError(
+            "the teacher is a per-pixel model without mask proposals: use an OpenSeg run as teacher"
+        )
     kept = select_masks(sigmoid(features.mask_logits), threshold, max_overlap, min_area)
     segments = np.zeros(features.size, np.int32)
     masks = sigmoid(features.upsample(features.mask_logits[kept])) > threshold
@@ -83,12 +84,12 @@ def label_folder(
     """Writes ROOT/masks/NAME.png for each image ROOT/images/NAME.* that has no mask.
 
     Args:
-      load: makes the teacher, where an image is left to do.
+      load: loads the teacher; called only if an image is left to label.
       root: a folder in the layout of `data.sources.folder`.
-      threshold: see `select_masks`, as are the rest.
-      max_overlap: of two proposals.
-      min_area: of a proposal.
-      out: a folder for the masks that is not ROOT/masks.
+      threshold: see `select_masks`.
+      max_overlap: see `select_masks`.
+      min_area: see `select_masks`.
+      out: the folder for the masks, if it is not ROOT/masks.
 
     Raises:
       UserError: a number is not between 0 and 1, there are no images, two of them share a mask's name, or a mask
@@ -96,14 +97,14 @@ def label_folder(
     """
     for name, value in dict(threshold=threshold, max_overlap=max_overlap, min_area=min_area).items():
         if not (isinstance(value, int | float) and 0 <= value <= 1):
-            raise UserError(f"{name}={value}: it is between 0 and 1")
+            raise UserError(f"{name}={value} is not between 0 and 1")
     root = epath.Path(root)
     images, masks = root / "images", root / "masks" if out is None else epath.Path(out)
     if not images.is_dir():
         raise UserError(f"--data_dir={root} has no folder images/")
     files = list_images(images)
     if not files:
-        raise UserError(f"{images} holds no image")
+        raise UserError(f"{images} holds no readable image")
     by_stem: dict[str, epath.Path] = {}
     for path in files:
         if (other := by_stem.setdefault(path.stem, path)) != path:
@@ -119,7 +120,7 @@ def label_folder(
             with tqdm(
                 total=len(files), initial=len(files) - len(reader.files), unit="image", disable=None
             ) as bar:
-                reader.report = lambda error: (bar.update(), bar.write(f"left out: {error}", sys.stderr))
+                reader.report = lambda error: (bar.update(), bar.write(f"skipped: {error}", sys.stderr))
                 for features in load().stream_features(reader):
                     path, _ = reader.done.popleft()
                     segments = segments_of(features, threshold, max_overlap, min_area)
@@ -142,18 +143,18 @@ def label_stage(
     min_area: float = 0.001,
     batch_size: int = 8,
 ) -> dict[str, Any]:
-    """Runs a stage of kind "pseudo_label": writes FOLDER/NAME.png for each image of a folder that has no mask.
+    """Runs a stage of kind "pseudo_label": writes FOLDER/NAME.png for each image of a folder without a mask.
 
-    `masks="stage:NAME"` of a source of kind "folder" reads them beside those that are there.
+    `masks="stage:NAME"` of a source of kind "folder" reads these masks in addition to its own.
 
     Args:
-      folder: of the stage. The others are the keys of its config.
-      teacher: a run's folder, or "stage:NAME".
+      folder: the folder of the stage; the other arguments are the keys of its config.
+      teacher: a run's folder or "stage:NAME".
       data_dir: a folder with images/.
-      threshold: see `select_masks`, as are the next two.
-      max_overlap: of two proposals.
-      min_area: of a proposal.
-      batch_size: images at once.
+      threshold: see `select_masks`.
+      max_overlap: see `select_masks`.
+      min_area: see `select_masks`.
+      batch_size: the number of images at once.
 
     Raises:
       UserError: an image cannot be read; and see `label_folder`.
@@ -164,9 +165,10 @@ def label_stage(
         try:
             load = lambda: Segmenter.from_checkpoint(teacher, batch_size=batch_size)
             done = label_folder(load, data_dir, out=folder, **rules)
-            print(f"{done.written} masks written to {folder}, {done.there} were there", flush=True)
+            print(f"{done.written} masks written to {folder}, {done.there} existed", flush=True)
             if done.skipped:
-                problem = f"{done.skipped} images of {data_dir} could not be read: mend or remove them, and start again"
+                unread = f"{done.skipped} images of {data_dir} could not be read"
+                problem = f"{unread}: repair or remove them, and run it again"
         except UserError as error:
             problem = str(error)
     if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(bool(problem)):

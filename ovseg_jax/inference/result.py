@@ -1,4 +1,4 @@
-"""Results for an image: a label map and segments with masks, scores, pictures and files; text-aligned features."""
+"""Results for an image: a label map, segments with masks and scores, pictures and files; text-aligned features."""
 
 import dataclasses
 import io
@@ -26,11 +26,11 @@ class Segment:
     """A segment of an image.
 
     Attributes:
-      category: index into the classes that were asked for.
-      score: its confidence, see `Result`; of a proposal as a whole, the score of its category.
+      category: index into the requested classes.
+      score: its mean confidence, see `Result`; for decisions that separate instances, the score of its category.
       isthing: whether the category is countable.
-      instance: 0 where a segment is all pixels of its category, else its number among those of this category, from 1.
-      area: its pixels.
+      instance: its number among the segments of this category, from 1; 0 if a segment is all pixels of its category.
+      area: its number of pixels.
     """
 
     category: int
@@ -43,22 +43,23 @@ class Segment:
 
     @property
     def mask(self) -> Bool[np.ndarray, "h w"]:
-        """Its pixels."""
+        """Its mask, bool [H W]."""
         return self._map == self._number
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """An image, segmented.
+    """The segmentation of an image.
 
     Attributes:
       image: the image as it was read, u8 [H W 3].
-      classes: the categories that were asked for.
+      classes: the requested categories.
       label_map: index into `classes` for every pixel, -1 = unknown.
-      confidence: for every pixel how well its category fits, see `decisions.maps.confidence_of`: the mean score of its
-        best name over the proposals that cover the pixel, fading to 0 where none does.
-      segments: from large to small. Where the decision tells no instances apart, a segment is all pixels of a category.
-      features: text-aligned features, where they were asked for.
+      confidence: how well the category of every pixel fits, see `decisions.maps.confidence_of`: the mean score of its
+        best name over the proposals that cover the pixel, approaching 0 where none does.
+      segments: the segments, from large to small; unless the decision separates instances, a segment is all pixels of a
+        category.
+      features: text-aligned features, if requested.
     """
 
     image: UInt8[np.ndarray, "h w 3"]
@@ -78,7 +79,7 @@ class Result:
         segments: Segments | None = None,
         features: "PixelFeatures | None" = None,
     ) -> "Result":
-        """Makes a result of what a decision says, see `decisions.rules.Decided`."""
+        """Creates a result from the output of a decision, see `decisions.rules.Decided`."""
         if segments is None:
             known = label_map >= 0
             areas = np.bincount(label_map[known], minlength=len(classes))
@@ -112,35 +113,35 @@ class Result:
 
     @property
     def labels(self) -> list[str]:
-        """First name of each segment's category."""
+        """The first name of each segment's category."""
         return [self.classes.display(segment.category) for segment in self.segments]
 
     @property
     def areas(self) -> Int[np.ndarray, "n"]:
-        """Pixels of each segment."""
+        """The number of pixels of each segment."""
         return np.array([segment.area for segment in self.segments], np.int64)
 
     @property
     def scores(self) -> Float[np.ndarray, "n"]:
-        """Score of each segment."""
+        """The score of each segment."""
         return np.array([segment.score for segment in self.segments], np.float64)
 
     @property
     def masks(self) -> Bool[np.ndarray, "n h w"]:
-        """Mask of each segment."""
+        """The mask of each segment, [n H W]."""
         masks = [segment.mask for segment in self.segments]
         return np.array(masks, bool).reshape(-1, *self.label_map.shape)
 
     def overlay(self, alpha: float = 0.55, legend: bool = True) -> Image.Image:
-        """The image with its segments in colour, outlined and named, over a legend; see `draw.overlay`."""
+        """Draws the image with its segments coloured, outlined and named, over a legend; see `viz.segments.overlay`."""
         names = [self.classes.display(k) for k in range(len(self.classes))]
         return draw.overlay(self.image, self.label_map, names, alpha=alpha, legend=legend)
 
     def record(self) -> dict[str, Any]:
-        """Returns the result as plain values: of each segment category, names, id, score, area, box and mask.
+        """Returns the result as plain values: for each segment category, names, id, score, area, box and mask.
 
-        `category_id` is the index + 1 (as in the label map that `save` writes), `id` the number in the label
-        file, `instance` that of `Segment`. The mask is COCO's RLE, decoded by `pycocotools.mask.decode`; `bbox` is
+        `category_id` is the index + 1 (as in the label map that `save` writes), `id` the id in the label file, and
+        `instance` that of `Segment`. The mask is in COCO's RLE, which `pycocotools.mask.decode` decodes; `bbox` is
         COCO's [x, y, width, height].
         """
         from pycocotools import mask as coco
@@ -170,8 +171,8 @@ class Result:
     def panoptic(self) -> tuple[Image.Image, list[dict[str, Any]]]:
         """Returns COCO's panoptic PNG, whose colours are R + 256 G + 65536 B = id, and its `segments_info`.
 
-        `category_id` is the class's number in the label file. Of overlapping segments the one of the higher score is
-        in front.
+        `category_id` is the class's id in the label file. Where segments overlap, the one with the higher score is in
+        front.
         """
         from pycocotools import mask as coco
 
@@ -198,22 +199,22 @@ class Result:
         return Image.fromarray(colours), rows
 
     def to_json(self) -> str:
-        """`record` as JSON."""
+        """Returns `record` as JSON."""
         return json.dumps(self.record(), indent=1)
 
     def label_image(self) -> Image.Image:
-        """The label map as a grey picture: index + 1, 0 = unknown; 16 bits for more than 255 categories."""
+        """Returns the label map as a grey picture: index + 1, 0 = unknown; 16 bits for more than 255 categories."""
         if len(self.classes) > 65535:
             raise UserError(
-                f"{len(self.classes)} categories do not fit a 16-bit label map: take the JSON instead"
+                f"{len(self.classes)} categories do not fit a 16-bit label map: use the JSON output instead"
             )
         kind = np.uint8 if len(self.classes) < 256 else np.uint16
         return Image.fromarray((self.label_map + 1).astype(kind))
 
     def save(self, folder: epath.PathLike, stem: str) -> list[epath.Path]:
-        """Writes `stem.labels.png`, `stem.json` and, at last, `stem.overlay.png` into a folder.
+        """Writes `stem.labels.png`, `stem.json` and finally `stem.overlay.png` into a folder.
 
-        A picture that cannot be drawn is a warning: the results are there.
+        If the overlay cannot be drawn, this is logged as a warning.
 
         Returns:
           The paths of the files.
@@ -226,7 +227,7 @@ class Result:
         try:
             picture = _png(self.overlay())
         except Exception as error:
-            logging.getLogger(__name__).warning("%s is not drawn: %r", paths[2], error)
+            logging.getLogger(__name__).warning("%s was not drawn: %r", paths[2], error)
             return paths[:2]
         write_whole(paths[2], picture)
         return paths
@@ -240,20 +241,18 @@ def _png(picture: Image.Image) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class PixelFeatures:
-    """Text-aligned features of one image, on the model's grid cut to the image's part of it.
+    """Text-aligned features of one image, on the part of the model's grid that the image covers.
 
     Attributes:
       size: height and width of the image.
-      fitted: height and width of the image on the model's canvas.
-      stride: canvas pixels per grid cell; where it does not divide `fitted`, the last cell lies partly
-        outside.
-      pixels: [h w D] mean over the proposals at a pixel of their features, weighted by their masks. Its dot
-        product with a name's embedding is the confidence of `Result` on this grid, so a search over these
-        features finds what `segment` finds. (OpenSeg's demo: `ppixel_ave_feat`.) For a per-pixel method, F_z
-        of unit norm.
+      fitted: height and width of the image in the model's input.
+      stride: input pixels per grid cell; if it does not divide `fitted`, the last cell lies partly outside.
+      pixels: [h w D] mean over the proposals at a pixel of their features, weighted by their masks. Its dot product
+        with a name's embedding is the confidence of `Result` on this grid, so a search over these features finds the
+        same pixels as `segment`. (OpenSeg's demo: `ppixel_ave_feat`.) For a per-pixel method, F_z of unit norm.
       embedding: [h w D] F_z itself, not normalised (`image_embedding_feat`).
-      mask_logits: [N h w] the proposals, None for a per-pixel method.
-      regions: [N D] their unit-norm features, None likewise.
+      mask_logits: [N h w] logits of the proposals; None for a per-pixel method.
+      regions: [N D] their unit-norm features; None for a per-pixel method.
     """
 
     size: tuple[int, int]
@@ -273,23 +272,23 @@ class PixelFeatures:
         size: tuple[int, int],
         space: str | None = None,
     ) -> "PixelFeatures":
-        """Takes the features of one space from a prediction of one image that fills `fitted` pixels of its canvas.
+        """Extracts the features of one space from a prediction of one image that fills `fitted` input pixels.
 
         Raises:
-          UserError: no such space, or several and none was named.
+          UserError: there is no such space, or there are several and none is named.
         """
         spaces = sorted(prediction.pixels)
         if prediction.mask_logits is not None:
             spaces = sorted(prediction.pixels.keys() & prediction.regions.keys())
             if other := sorted(prediction.regions.keys() - prediction.pixels.keys()):
                 raise UserError(
-                    f"regions have features ({', '.join(other)}) that pixels have not: two stages have no common "
-                    "features, ask the run that proposes the masks for its own"
+                    f"regions have features ({', '.join(other)}) that pixels lack, since two stages have no common "
+                    "features: load the run that proposes the masks alone"
                 )
         if space is None and len(spaces) == 1:
             space = spaces[0]
         if space not in spaces:
-            raise UserError(f"features of which space? here are {', '.join(spaces)}, not {space!r}")
+            raise UserError(f"the space {space!r} of the features is not one of {', '.join(spaces)}")
         embedding = np.asarray(prediction.pixels[space][0], np.float32)
         stride = canvas // embedding.shape[0]
         h, w = (-(-pixels // stride) for pixels in fitted)
@@ -302,24 +301,24 @@ class PixelFeatures:
 
     @property
     def masks(self) -> Float[np.ndarray, "n h w"] | None:
-        """Each proposal's mask in [0, 1]; None for a per-pixel method."""
+        """The mask of each proposal in [0, 1], [N h w]; None for a per-pixel method."""
         return None if self.mask_logits is None else sigmoid(self.mask_logits)
 
     def at_image_size(self) -> Float[np.ndarray, "H W d"]:
-        """`pixels` for every pixel of the image: H W D floats, which may be many.
+        """Returns `pixels` for every pixel of the image, [H W D], which may need much memory.
 
-        Masks (their logits) are upsampled bilinearly where there are any, features otherwise.
+        The logits of masks are upsampled bilinearly if there are any, otherwise the features.
         """
         if self.mask_logits is None or self.regions is None:
             return np.moveaxis(self.upsample(np.moveaxis(self.pixels, -1, 0)), 0, -1)
         return _mean_over_masks(self.upsample(self.mask_logits), self.regions)
 
     def proposals(self) -> Int[np.ndarray, "H W"] | None:
-        """The strongest proposal at every pixel of the image; None for a per-pixel method."""
+        """Returns the index of the strongest proposal at every pixel; None for a per-pixel method."""
         return None if self.mask_logits is None else self.upsample(self.mask_logits).argmax(0)
 
     def upsample(self, maps: Float[np.ndarray, "c h w"]) -> Float[np.ndarray, "c H W"]:
-        """Maps on this grid (mask logits, features) at the image's size, bilinearly."""
+        """Upsamples maps on this grid (mask logits, features) to the image's size, bilinearly."""
         axes = zip(self.size, maps.shape[1:], self.fitted, strict=True)
         rows, columns = (
             upsampling_matrix(size, cells, cells * self.stride, fitted) for size, cells, fitted in axes
@@ -327,7 +326,7 @@ class PixelFeatures:
         return np.einsum("Hh,chw,Ww->cHW", rows, maps, columns, optimize=True)
 
     def arrays(self) -> dict[str, Any]:
-        """What `save` writes."""
+        """Returns the arrays that `save` writes."""
         arrays = {"pixels": self.pixels, "embedding": self.embedding}
         if self.masks is not None and self.regions is not None:
             arrays |= {"masks": self.masks, "regions": self.regions}
@@ -339,21 +338,21 @@ class PixelFeatures:
         }
 
     def save(self, path: epath.PathLike) -> None:
-        """Writes an .npz of the arrays by their names here, features and masks in float16."""
+        """Writes `arrays` as an .npz file, with features and masks in float16."""
         content = io.BytesIO()
         np.savez_compressed(content, **self.arrays())
         write_whole(path, content.getvalue())
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(-x)), without overflow."""
+    """Computes 1 / (1 + exp(-x)) without overflow."""
     return 0.5 + 0.5 * np.tanh(0.5 * logits)
 
 
 def _mean_over_masks(
     logits: Float[np.ndarray, "n h w"], regions: Float[np.ndarray, "n d"]
 ) -> Float[np.ndarray, "h w d"]:
-    """The mean over the proposals at each pixel of their features, fading to 0 where none is."""
+    """Computes the mean of the features of the proposals at each pixel, approaching 0 where there are none."""
     masks = sigmoid(logits)
     pixels = np.einsum("nhw,nd->hwd", masks, regions, optimize=True)
     return pixels / np.maximum(masks.sum(0), 1)[..., None]

@@ -1,4 +1,4 @@
-"""Segment images by words of your own.
+"""The class for using a trained model: segmentation of images by words of your own.
 
 segmenter = Segmenter.from_checkpoint("runs/openseg")
 result = segmenter.segment("photo.jpg", "bride,woman in white; groom; cake")
@@ -30,18 +30,18 @@ from ovseg_jax.vocab.classes import ClassList, Labels, as_classes
 from ovseg_jax.vocab.vectors import ClassVectors
 
 UNKNOWN_BELOW = 0.04  # the released demo's threshold
-SHAPE_STEP = 128  # pixels, of decisions that are compiled for an image's size
+SHAPE_STEP = 128  # pixels to which sizes are rounded up, for decisions that are compiled for an image's size
 
 
 class Segmenter:
-    """Images and texts in; masks, labels, scores, pictures and features out.
+    """A trained model that segments images by words: returns masks, labels, scores, pictures and features.
 
     Args:
-      method: what predicts and embeds texts.
+      method: the method that predicts and embeds texts.
       variables: the method's variables.
-      config: the config of the run; `config.data.image_size` is the size of the canvas that the model sees.
-      classes: the labels to use where none are given.
-      batch_size: images, or tiles of large ones, that go through the model together.
+      config: the config of the run; `config.data.image_size` is the size of the model's square input.
+      classes: the labels to use if none are given.
+      batch_size: number of images, or tiles of large ones, in a batch.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Segmenter:
         batch_size: int = 8,
     ):
         if batch_size < 1:
-            raise UserError(f"batch_size={batch_size}: it takes at least 1")
+            raise UserError(f"batch_size={batch_size} is less than 1")
         self.method, self.config, self.classes, self.batch_size = method, config, classes, batch_size
         self.variables = jax.device_put(variables)
         self._predict = jax.jit(fast_on_cpu(method.predict))
@@ -71,12 +71,12 @@ class Segmenter:
         averaged: bool = True,
         batch_size: int = 8,
     ) -> "Segmenter":
-        """Loads a run: its config, words, classes and, of its checkpoints, the latest or that of `step`.
+        """Loads a run, with its latest checkpoint or that of `step`.
 
-        Of a run with `optimizer.ema` it takes the averaged parameters, or the last ones where `averaged` is False.
+        From a run with `optimizer.ema` it takes the averaged parameters, or the last ones if `averaged` is False.
 
         Raises:
-          UserError: the folder holds no run, or no such checkpoint.
+          UserError: the folder holds no run or no such checkpoint, or the run does not segment.
         """
         from ovseg_jax.experiment.load import load_run
 
@@ -85,7 +85,7 @@ class Segmenter:
             step=step,
             averaged=averaged,
             kind=Segmenting,
-            lacking="does not segment; where it classifies images, --proposals=WORKDIR takes the masks of another run "
+            lacking="does not segment; if it classifies images, add --proposals=WORKDIR, the masks of another run "
             "(in Python, Segmenter.from_two_stages)",
         )
         return cls(run.method, run.variables, run.config, run.classes, batch_size=batch_size)
@@ -101,21 +101,21 @@ class Segmenter:
         batch_size: int = 8,
         **rules: Any,
     ) -> "Segmenter":
-        """The masks of one run, named by the classifier of another: ZSSeg's two stages, see `methods.zsseg.TwoStage`.
+        """Loads the masks of one run and the classifier of another: ZSSeg's two stages, see `TwoStage`.
 
         Args:
           proposals: the folder of a run that proposes masks, or an `experiment.load.Run`.
           classifier: the folder of a run that classifies images, such as a prompt's, or a `Run`.
-          classes: the labels to use where none are given, by default those that the proposals were trained with.
-            Classes in no group "unseen" or "held_out" are seen; without such a group none is, as in an evaluation
+          classes: the labels to use if none are given, by default the training classes of the proposals. Classes
+            outside of the groups "unseen" and "held_out" are seen; without such groups none is, as in an evaluation
             across data sets.
           templates: hand-written prompts or the file of a learned one, see `towers.templates.read_templates`; by
-            default the classifier's own.
-          batch_size: images, or tiles of large ones, that go through the models together.
+            default the classifier's own prompt.
+          batch_size: number of images, or tiles of large ones, in a batch.
           **rules: see `experiment.transfer.rules_of`.
 
         Raises:
-          UserError: a folder holds no run, or one that does something else; and see `rules_of`.
+          UserError: a folder holds no run, or a run of the wrong kind; and see `rules_of`.
         """
         from ovseg_jax.experiment.load import Run, load_run
         from ovseg_jax.experiment.transfer import rules_of, seen_names
@@ -126,11 +126,11 @@ class Segmenter:
         def run_of(given: Any, kind: type, key: str, lacking: str) -> Run:
             return given if isinstance(given, Run) else load_run(given, kind=kind, key=key, lacking=lacking)
 
-        first = run_of(proposals, Segmenting, "--proposals", "proposes no masks")
-        second = run_of(classifier, Classifier, "--checkpoint", "classifies no images")
+        first = run_of(proposals, Segmenting, "--proposals", "does not propose masks")
+        second = run_of(classifier, Classifier, "--checkpoint", "does not classify images")
         classes = first.classes if classes is None else classes
         if classes is None:
-            raise UserError("say classes=: this Run of proposals does not know what they were trained with")
+            raise UserError("the argument classes= is missing: this Run of proposals has no training classes")
         method = TwoStage(
             first.method,
             second.method,
@@ -151,28 +151,27 @@ class Segmenter:
         tile: tuple[int, int] | None = None,
         features: bool = False,
     ) -> Any:
-        """Gives every pixel the category that fits it best (eq. 6), or "unknown"; or what `decision` says.
+        """Gives every pixel the category that fits it best (eq. 6), or "unknown"; or applies `decision`.
 
         Args:
-          image: a path, a PIL image or an array, as `read_image` takes them; or a list of such.
-          labels: categories with their names: `"bride,woman in white; groom; cake"`, a list of such
-            categories, the path of a label file, or a ClassList; or the path of an .npz of names with vectors, which
-            `python -m ovseg_jax.prompts` writes, or ClassVectors. By default the classes that the model was trained
-            with. A category scores as its best name does; of two equal ones the first wins.
+          image: a path, a PIL image or an array, see `read_image`; or a list of these.
+          labels: categories with their names: `"bride,woman in white; groom; cake"`, a list of such categories, the
+            path of a label file, or a ClassList; or the path of an .npz of names with vectors, which `python -m
+            ovseg_jax.prompts` writes, or ClassVectors. By default the training classes of the model. The score of a
+            category is that of its best name; among equal scores the first category wins.
           threshold: pixels with a lower confidence (see `Result`) are unknown.
           decision: how scores become categories and segments, in place of the threshold: the name of a decision, such
             as "panoptic", or a mapping of its `type` and settings, see `decisions.rules`.
-          tile: (size, overlap) in pixels of the image. A larger image is cut into overlapping tiles which the
-            model sees one by one, in more detail; their scores are blended. By default it sees the whole
-            image at once.
-          features: fill `Result.features` too, from the same pass through the model. Not with `tile`.
+          tile: (size, overlap) in pixels of the image. A larger image is segmented in overlapping tiles, in more
+            detail, and the scores of the tiles are blended. By default the whole image is one input.
+          features: whether to also fill `Result.features`, from the same forward pass. Not with `tile`.
 
         Returns:
           A Result, or for a list of images a list of Results.
 
         Raises:
-          UserError: an image that cannot be read; empty labels; a word that the text side cannot embed; vectors of
-            another width; features of tiles; an unknown decision, or one that has no tiles or needs masks.
+          UserError: an image cannot be read; labels are empty; the text side cannot embed a word; vectors have another
+            width; features are requested with tiles; the decision is unknown, needs masks, or does not support tiles.
         """
         many = isinstance(image, list | tuple)
         results = self.stream(
@@ -195,16 +194,16 @@ class Segmenter:
         tile: tuple[int, int] | None = None,
         features: bool = False,
     ) -> Iterator[Result]:
-        """`segment` for any number of images: one Result after the other, reading a batch ahead."""
+        """Segments any number of images, see `segment`; yields one Result at a time, reading a batch ahead."""
         if features and tile:
-            raise UserError(
-                "features are those of the whole image: leave out tile, or cut the image yourself"
-            )
+            raise UserError("features works on whole images: leave out tile, or cut the image yourself")
         chosen = BackgroundThreshold(threshold) if decision is None else decision_of(decision)
-        # Of these two, blocks and tiles of any image are decided by the same compiled program.
+        # For these two decisions, one compiled program processes the blocks and tiles of images of any size.
         blocks = isinstance(chosen, Argmax)
         if tile and not blocks:
-            raise UserError(f"tile: the decision {type(chosen).__name__} is for whole images")
+            raise UserError(
+                f"tile: the decision {type(chosen).__name__} works on whole images: leave out tile"
+            )
         given = ClassVectors.of(labels)
         classes = self._categories(given or labels)
         text, owner = self.embed(given or classes), classes.flat()[1]
@@ -216,7 +215,7 @@ class Segmenter:
             size = job.image.shape[:2]
             dense = PixelFeatures.of(prediction, self._canvas, fitted, size) if features else None
             if not blocks:
-                # Few different shapes, few compilations.
+                # Sizes are rounded up, to limit compilations.
                 shape = tuple(-(-pixels // SHAPE_STEP) * SHAPE_STEP for pixels in size)
                 decided = self._decide(
                     prediction,
@@ -245,20 +244,20 @@ class Segmenter:
             blender = None
 
     def features(self, image: Any) -> Any:
-        """Text-aligned features of an image's pixels and regions: `PixelFeatures`, or a list for a list."""
+        """Computes text-aligned features of an image's pixels and regions: `PixelFeatures`, or a list for a list."""
         if not isinstance(image, list | tuple):
             return next(self.stream_features([image]))
         return list(self.stream_features(image))
 
     def stream_features(self, images: Iterable[Any]) -> Iterator[PixelFeatures]:
-        """`features` for any number of images, one after the other, reading a batch ahead."""
+        """Computes `features` of any number of images; yields one at a time, reading a batch ahead."""
         for job, fitted, prediction in self._predictions(images, None):
             yield PixelFeatures.of(prediction, self._canvas, fitted, job.image.shape[:2])
 
     def embed(self, labels: Labels | ClassVectors) -> Text:
         """Embeds all names, category by category, in each space of the method; computed once per set of labels.
 
-        ClassVectors are of one space, which has no name: {"": vectors}.
+        ClassVectors have one space without a name: {"": vectors}.
         """
         if given := ClassVectors.of(labels):
             return {"": jnp.asarray(given.vectors)}
@@ -278,17 +277,17 @@ class Segmenter:
         if labels is None:
             labels = self.classes
         if labels is None:
-            raise UserError('no labels were given: name some, for example "dog; grass,lawn"')
+            raise UserError('no labels were given: give for example "dog; grass,lawn"')
         if not isinstance(labels, ClassList):
             labels = as_classes(labels)
         if not len(labels):
-            raise UserError('the list of labels is empty: name some, for example "dog; grass,lawn"')
+            raise UserError('the list of labels is empty: give for example "dog; grass,lawn"')
         return labels
 
     def _predictions(
         self, images: Iterable[Any], tile: tuple[int, int] | None
     ) -> Iterator[tuple["_Job", tuple[int, int], Prediction]]:
-        """Every tile of every image through the model: what it is of, its size on the canvas, one view."""
+        """Yields every tile of every image with its size in the model's input and its prediction."""
         waiting: deque[_Job] = deque()
         for job in _jobs(images, tile):
             waiting.append(job)
@@ -301,7 +300,7 @@ class Segmenter:
     def _forward(self, jobs: Iterable["_Job"]) -> Iterator[tuple["_Job", tuple[int, int], Prediction]]:
         jobs = list(jobs)
         fitted = [fit_canvas(job.image[slice(*job.row), slice(*job.column)], self._canvas) for job in jobs]
-        # Batches of 1, 2, 4, ...: few compilations, and one image does not pay for eight.
+        # Batches of 1, 2, 4, ... images: few compilations, and a single image is not padded to a full batch.
         count = min(self.batch_size, 1 << (len(jobs) - 1).bit_length())
         canvases = np.zeros((count, self._canvas, self._canvas, 3), np.uint8)
         sizes = np.full((count, 2), self._canvas, np.int32)
@@ -331,23 +330,25 @@ def _jobs(images: Iterable[Any], tile: tuple[int, int] | None) -> Iterator[_Job]
 
 
 def _layers(method: Segmenting, prediction: Prediction, text: Text, vocabulary: Vocabulary) -> Layers:
-    """The scores of the only image of a prediction."""
+    """Computes the scores of the only image of a prediction."""
     return layers_of(method, jax.tree.map(lambda x: x[0], prediction), text, vocabulary)
 
 
 def _text_of(given: ClassVectors, prediction: Prediction) -> Text:
-    """Vectors as embeddings in the only space of a prediction."""
+    """Returns class vectors as embeddings in the only space of a prediction."""
     spaces = prediction.pixels if prediction.mask_logits is None else prediction.regions
     if len(spaces) > 1:
-        raise UserError("labels with vectors are for one model: masks of one and names of another take words")
+        raise UserError("labels with vectors cannot be used with two runs: give the labels as words")
     (space, features), vectors = *spaces.items(), given.vectors
     if vectors.shape[1] != (width := features.shape[-1]):
-        raise UserError(f"labels: their vectors have {vectors.shape[1]} numbers, and this model's {width}")
+        raise UserError(
+            f"labels: their vectors have {vectors.shape[1]} numbers, but this model's have {width}"
+        )
     return {space: jnp.asarray(vectors)}
 
 
 def _result(image: np.ndarray, classes: ClassList, decided: Decided, dense: PixelFeatures | None) -> Result:
-    """The result of the only image and view of what was decided, cut to the image."""
+    """Creates the result of the only image and view of a decision, cropped to the image."""
     height, width = image.shape[:2]
     cut = lambda x: np.asarray(x)[0, 0][..., :height, :width]
     segments = decided.segments

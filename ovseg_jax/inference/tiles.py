@@ -1,10 +1,9 @@
-"""Large images as overlapping tiles, and scores blended from tiles at the image's own size, block by block.
+"""Segmentation of large images in overlapping tiles, with scores blended at the image's own size, block by block.
 
-Eq. 6 of OpenSeg is linear in the masks, y[k] = sum_n <w_k, z_n> s_n, and so is blending with weights that
-depend on the place alone. All tiles' proposals over a place are therefore one longer list of proposals, each
-under its own interpolation matrices and weights: a block of pixels needs no more than these, whatever the
-size of the image. A per-pixel method is the case in which the "masks" are the channels of its unit-norm
-feature and the weights are the names' embeddings.
+Eq. 6 of OpenSeg is linear in the masks, y[k] = sum_n <w_k, z_n> s_n, and so is blending with weights that only depend
+on the position. The proposals of all tiles at a position are therefore one longer list of proposals, each with its
+own interpolation matrices and weights: a block of pixels needs only these, for any size of the image. For a per-pixel
+method the "masks" are the channels of its unit-norm feature and the weights are the names' embeddings.
 """
 
 import functools
@@ -31,13 +30,13 @@ class Span(NamedTuple):
 
 
 class View(NamedTuple):
-    """One tile of an image.
+    """The prediction for one tile of an image.
 
     Attributes:
       rows: the tile's rows in the image.
       columns: the tile's columns in the image.
-      canvas: size of the square canvas that the model was given, in pixels.
-      fitted: height and width of the tile on that canvas.
+      canvas: size of the model's square input in pixels.
+      fitted: height and width of the tile in that input.
       layers: its scores.
     """
 
@@ -49,16 +48,16 @@ class View(NamedTuple):
 
 
 def spans(length: int, tile: tuple[int, int] | None) -> list[Span]:
-    """The fewest spans of `tile` = (size, overlap) that cover an axis, evenly spread; None = one span.
+    """Computes the fewest spans of `tile` = (size, overlap) that cover an axis, evenly spaced; None gives one span.
 
     Raises:
-      UserError: a size that is not positive, or an overlap that is not below it.
+      UserError: the size is not positive, or the overlap is not smaller than the size.
     """
     if tile is None:
         return [Span(0, length)]
     size, overlap = tile
     if size < 1 or not 0 <= overlap < size:
-        raise UserError(f"a tile of {size} pixels with an overlap of {overlap}: it takes size > overlap >= 0")
+        raise UserError(f"a tile of {size} pixels with an overlap of {overlap} must have size > overlap >= 0")
     if length <= size:
         return [Span(0, length)]
     count = -(-(length - overlap) // (size - overlap))
@@ -67,9 +66,9 @@ def spans(length: int, tile: tuple[int, int] | None) -> list[Span]:
 
 
 def shares(axis: Sequence[Span]) -> list[Float[np.ndarray, "size"]]:
-    """For each span, its weight at each of its pixels: ramps in the overlaps, 1 elsewhere.
+    """Computes the blending weight of each span at each of its pixels: ramps in the overlaps, 1 elsewhere.
 
-    The weights of the spans over a pixel add up to 1.
+    The weights at a pixel sum to 1.
     """
     length = max(span.stop for span in axis)
     hats = []
@@ -88,15 +87,15 @@ def shares(axis: Sequence[Span]) -> list[Float[np.ndarray, "size"]]:
 
 
 class Blender:
-    """Turns the views of an image, given row by row of tiles, into the best name of every pixel.
+    """An accumulator that blends the views of an image, added row by row, into the best name of every pixel.
 
-    Only the tiles that can still contribute are kept, so memory is bounded by two rows of tiles (for overlaps
-    up to half a tile), whatever the image's height.
+    Only tiles that can still contribute are kept, so memory is bounded by two rows of tiles (for overlaps up to half a
+    tile), for any height of the image.
 
     Attributes:
       name: i32 [H W], index of the best name.
       score: f32 [H W], y of eq. 6 for that name.
-      cover: f32 [H W], the sum of the masks: how much the proposals cover a pixel.
+      cover: f32 [H W], the sum of the masks at a pixel.
     """
 
     def __init__(self, rows: Sequence[Span], columns: Sequence[Span]):
@@ -111,7 +110,7 @@ class Blender:
         self._seen = 0
 
     def add(self, view: View) -> bool:
-        """Takes the next view, in the order of rows, then columns. True when the image is complete."""
+        """Adds the next view, in the order of rows, then columns; returns True when the image is complete."""
         self._views.append(view)
         self._seen += 1
         row, column = divmod(self._seen, len(self.columns))
@@ -122,7 +121,7 @@ class Blender:
         return row == len(self.rows)
 
     def _finish(self, band: Span) -> None:
-        """Scores rows on which every tile has been seen."""
+        """Scores a band of rows for which all tiles have been added."""
         width = self.columns[-1].stop
         across = min(BLOCK_COLUMNS, -(-width // 64) * 64)
         for y in range(band.start, band.stop, BLOCK_ROWS):
@@ -136,7 +135,7 @@ class Blender:
                     result[at] = np.asarray(block)[: rows.stop - y, : columns.stop - x]
 
     def _score(self, views: list[View], rows: Span, columns: Span, across: int) -> tuple[Array, Array, Array]:
-        # Few different shapes, few compilations: the views added to make a power of two have shares of zero.
+        # The number of views is padded to a power of two, to limit compilations; the added views have shares of zero.
         count = 1 << (len(views) - 1).bit_length()
         h, w = views[0].layers.maps.shape[1:]
         down = np.zeros((count, BLOCK_ROWS, h), np.float32)
@@ -165,7 +164,7 @@ def _place(
     canvas: int,
     fitted: int,
 ) -> None:
-    """Writes those rows of a tile's interpolation matrix that fall into a block, and the tile's share there."""
+    """Writes the rows of a tile's interpolation matrix that fall into a block, and the tile's share there."""
     start, stop = max(extent.start, tile.start), min(extent.stop, tile.stop)
     inside = slice(start - tile.start, stop - tile.start)
     matrix = upsampling_matrix(tile.stop - tile.start, block.shape[1], canvas, fitted)
@@ -178,7 +177,7 @@ _compiled = functools.partial(jax.jit, static_argnums=(0, 1, 2))(upsampling)
 
 @functools.lru_cache(64)
 def upsampling_matrix(size: int, cells: int, canvas: int, fitted: int) -> Float[np.ndarray, "size cells"]:
-    """`kernels.resize.upsampling` to `size` pixels, on the host, compiled once for many sizes."""
+    """Computes `kernels.resize.upsampling` to `size` pixels on the host, compiled once for many sizes."""
     padded = -(-size // 256) * 256
     return np.asarray(_compiled(padded, cells, canvas, jnp.asarray(fitted), jnp.asarray(size)))[:size]
 
@@ -194,7 +193,7 @@ def _best(
     *,
     logits: bool,
 ) -> tuple[Int[Array, "r c"], Float[Array, "r c"], Float[Array, "r c"]]:
-    """Best name of a block of pixels, its score, and the sum of the masks there."""
+    """Computes the best name of a block of pixels, its score, and the sum of the masks."""
     everything = jnp.ones((1, weights[0].shape[0]), bool)
     if len(maps) == 1:
         name, score, cover = best_names(weights[0], maps[0], rows[0], columns[0], everything, logits=logits)

@@ -1,15 +1,15 @@
-"""Contrastive sums over all pairs of a global batch, in three forms that give the same values and gradients.
+"""Contrastive sums over all pairs of a global batch, in three forms with equal values and gradients.
 
-`dense`: one matrix of all pairs; what XLA makes of it on one device, and the reference of the others.
-`gather`: under `shard_map`, the columns are gathered on every device, which scores its own rows against them all.
-`ring`: no matrix at all. One side stays, the other travels: every device scores its own rows against the columns
-that pass by, keeps what the loss needs of each row, and sends along with the columns what it needs of each column.
-After as many steps as there are devices the columns are home again. The backward pass goes round once more and
-scores again, so that no more than one block of pairs is ever alive, forward or backward, whatever the batch. The
-next columns are sent for before the present ones are scored, so a device waits for the network only where the
-network is slower than it. On one device there is no ring, and the same code streams the columns block by block.
+`dense`: one matrix of all pairs, on one device; the reference for the others.
+`gather`: under `shard_map`, every device gathers all columns and scores its own rows against them.
+`ring`: no full matrix. Rows stay on their device and columns travel: every device scores its rows against the passing
+columns, accumulates the sums of its rows, and sends the columns on together with their sums. After as many steps as
+there are devices, the columns are back. The backward pass repeats the round and recomputes the scores, so that only one
+block of pairs is in memory at a time, forward or backward, for any batch. The next columns are requested before the
+present ones are scored, so that communication overlaps with computation. On one device the same code processes the
+columns block by block.
 
-Gathering costs memory, the ring a second scoring: `pick` takes the gather as long as its pairs fit.
+Gathering needs memory, the ring computes the scores twice: `pick` chooses `gather` as long as its pairs fit.
 """
 
 import logging
@@ -28,14 +28,14 @@ Form = Literal["dense", "gather", "ring"]
 Block = tuple[int, int]
 FORMS: tuple[Form, ...] = ("dense", "gather", "ring")
 Score = Callable[[Any, Any, Any], Float[Array, "b c"]]
-# Bytes a device: of a TPU v3 core's 16 GiB, a 64th and a 256th.
+# Bytes per device: 1/64 and 1/256 of the 16 GiB of a TPU v3 core.
 GATHER_BUDGET, RING_BUDGET = 256 << 20, 64 << 20
 LOWEST = jnp.finfo(jnp.float32).min
 _LOG = logging.getLogger(__name__)
 
 
 class PairSums(NamedTuple):
-    """What a contrastive loss needs of the scores G of all pairs, for the items of this device.
+    """The sums over the scores G of all pairs that a contrastive loss needs, for the items of this device.
 
     Attributes:
       row: "softmax": log Σ_j exp G_ij over all columns; "sigmoid": Σ_j log(1 + exp G_ij).
@@ -53,17 +53,18 @@ class PairSums(NamedTuple):
 def pick(
     batch: int, axes: tuple[str, ...], bytes_per_pair: int, row_to_column: float = 1.0
 ) -> tuple[Form, Block]:
-    """Form and block for a global batch, by its size, under the mesh in use.
+    """Chooses form and block for a global batch, by its size, under the mesh in use.
 
-    `dense` on one device and else `gather`, while the scores of a device's rows with all columns fit
-    `GATHER_BUDGET`; beyond it `ring`, in blocks of rows and columns that fit `RING_BUDGET`, of the sides that read
-    least: every pair costs a row of a block once in as many pairs as it has columns, and the reverse.
+    It is `dense` on one device, else `gather`, while the scores of a device's rows with all columns fit
+    `GATHER_BUDGET`; beyond that `ring`, in blocks of rows and columns that fit `RING_BUDGET`. Among these it takes the
+    block that reads least memory: a row is read once for each block of columns, and a column once for each block of
+    rows.
 
     Args:
       batch: size of the global batch.
       axes: the mesh axes over which it is sharded.
-      bytes_per_pair: of the largest intermediate that scoring makes for a pair.
-      row_to_column: how many times as large a row is as a column.
+      bytes_per_pair: bytes of the largest intermediate result for a pair.
+      row_to_column: the size of a row in units of the size of a column.
     """
     shape = jax.sharding.get_abstract_mesh().shape
     devices = math.prod(shape[axis] for axis in axes)
@@ -75,10 +76,10 @@ def pick(
     return "ring", min(fitting, key=lambda block: row_to_column / block[1] + 1 / block[0], default=(1, 1))
 
 
-def settle(
+def resolve_form(
     name: str, form: Form | None, block: Block | None, picked: tuple[Form, Block]
 ) -> tuple[Form, Block]:
-    """What was asked for, else what was picked; said in the log, once for each program that is traced."""
+    """Returns the requested form and block, or else the picked ones, and logs them."""
     form, block = form or picked[0], block or picked[1]
     blocks = f" in blocks of {block[0]} x {block[1]}" if form == "ring" else ""
     _LOG.info("%s of the whole batch: %s%s", name, form, blocks)
@@ -98,28 +99,28 @@ def all_pairs(
     axes: tuple[str, ...] = (),
     block: Block | None = None,
 ) -> PairSums:
-    """Sums over all pairs of the global batch; called under `shard_map` when `axes` are given.
+    """Computes sums over all pairs of the global batch; called under `shard_map` if `axes` are given.
 
     Args:
-      score: `score(rows, columns, shared)`, the scores of this device's rows with some columns, [b c]. Row i and
-        column i are a pair. A row or column without anything valid opposite has a sum that means nothing.
-      rows: what stays, a tree of floating arrays with a leading axis of b.
-      columns: what travels, the same.
-      shared: what all devices have in common, a tree of floating arrays: temperatures.
-      row_valid: False for padding, which is in nobody's sum.
-      column_valid: the same of the columns.
-      form: how, see above.
-      kind: what is summed, see `PairSums`.
-      axes: the mesh axes over which the batch is sharded; () on one device, where "gather" is "dense".
-      block: ring: score so many rows and columns at once; each divides b. All of a device's by default.
+      score: `score(rows, columns, shared)` returns the scores of this device's rows with some columns, [b c]. Row i and
+        column i are a positive pair. The sum of a row or column without any valid partner is undefined.
+      rows: a tree of floating arrays with a leading axis of b, which stay on their device.
+      columns: the same for the columns, which travel in the ring.
+      shared: a tree of floating arrays that are equal on all devices, such as temperatures.
+      row_valid: False for padding, which no sum includes.
+      column_valid: the same for the columns.
+      form: how to compute the sums, see above.
+      kind: what to sum, see `PairSums`.
+      axes: the mesh axes over which the batch is sharded; () on one device, where "gather" equals "dense".
+      block: for the ring: (rows, columns) to score at once, which divide b; by default all of a device.
     """
     if form != "ring":
         return _at_once(score, kind, axes, rows, columns, shared, row_valid, column_valid)
     b = row_valid.shape[0]
     block = block or (b, b)
     if b % block[0] or b % block[1]:
-        raise ValueError(f"{b} rows and columns do not divide into blocks of {block}")
-    # Made each device's own: the gradients of all devices are then summed.
+        raise ValueError(f"{b} rows and columns are not a multiple of the block {block}")
+    # Marked as varying, so that the gradients of all devices are summed.
     shared = varying(shared, axes)
     cut = lambda tree, size: jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), tree)
     rows, columns = cut((rows, row_valid), block[0]), cut((columns, column_valid), block[1])
@@ -127,7 +128,7 @@ def all_pairs(
 
 
 def over_batch(local: Callable, axes: tuple[str, ...], batched: tuple, shared: Any) -> Any:
-    """`local(*batched, shared)` on each device's share of a batch; what it returns is the same on all."""
+    """Runs `local(*batched, shared)` on each device's share of a batch; its result must be equal on all devices."""
     if not axes:
         return local(*batched, shared)
     share = PartitionSpec(axes)
@@ -144,7 +145,7 @@ def _at_once(score, kind, axes, rows, columns, shared, row_valid, column_valid) 
         columns, column_valid = jax.tree.map(gather, (columns, column_valid))
     scores = score(rows, columns, shared).astype(jnp.float32)
     own_column = start + jnp.arange(b)[:, None] == jnp.arange(scores.shape[1])
-    positive = jnp.where(own_column, scores, 0).sum(1)  # A mask: the gradient of a gather is a slow scatter.
+    positive = jnp.where(own_column, scores, 0).sum(1)  # Not a gather, whose gradient is a slow scatter.
     scores = jnp.where(row_valid[:, None] & column_valid, scores, LOWEST)
     best = jax.lax.stop_gradient(scores).max(0)
     if axes:
@@ -159,7 +160,7 @@ def _at_once(score, kind, axes, rows, columns, shared, row_valid, column_valid) 
 
 
 def varying(x: Any, axes: tuple[str, ...]) -> Any:
-    """Inside of `over_batch`: what is the same on all devices, from here on each device's own."""
+    """Marks values that are equal on all devices as varying from here on; for use inside of `over_batch`."""
     return jax.lax.pcast(x, axes, to="varying") if axes else x
 
 
@@ -177,10 +178,10 @@ def _steps(axes: tuple[str, ...]) -> Array:
 def _each_block(
     pair: Callable, axes: tuple[str, ...], rows: Any, columns: Any, row_sums: Any, column_sums: Any
 ):
-    """Goes through the pairs of blocks of a device's rows with the columns that it holds.
+    """Loops over the pairs of blocks of a device's rows with the columns that it holds.
 
-    `pair(i, rows, row_sums, j, columns, column_sums)` returns the sums of row block i and column block j with the
-    pair of them added. All trees have a leading axis of blocks.
+    `pair(i, rows, row_sums, j, columns, column_sums)` adds the pairs of row block i and column block j to their sums
+    and returns both. All trees have a leading axis of blocks.
     """
     number = lambda tree: varying(jnp.arange(len(jax.tree.leaves(tree)[0])), axes)
 
@@ -197,13 +198,13 @@ def _each_block(
 
 
 def _own(t: Array, i: Array, j: Array, shape: tuple[int, ...]) -> Bool[Array, "r c"]:
-    """Which pairs of row block i and column block j at step t belong together: at step 0 the columns are its own."""
+    """Marks the positive pairs of row block i and column block j; at step t = 0 a device holds its own columns."""
     r, c = shape
     return (t == 0) & ((i * r + jnp.arange(r))[:, None] == j * c + jnp.arange(c))
 
 
 class _Running(NamedTuple):
-    """A sum under way: for "softmax" the largest score so far and the sum beside it, else the sum alone."""
+    """A running sum: for "softmax" the largest score so far and the sum relative to it, else just the sum."""
 
     best: Array
     sum: Array
@@ -225,7 +226,7 @@ class _Running(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _pairs(score: Score, kind: Kind, axes: tuple[str, ...], rows, columns, shared) -> PairSums:
-    """`rows` and `columns` are (tree, valid), cut into blocks."""
+    """Computes the sums of the ring; `rows` and `columns` are (tree, valid), cut into blocks."""
     vary = partial(varying, axes=axes)
     row_shape, column_shape = rows[1].shape, columns[1].shape
 
@@ -284,7 +285,7 @@ def _backward(score, kind, axes, saved, g: PairSums):
     as_rows, as_columns = lambda x: x.reshape(row_shape), lambda x: x.reshape(column_shape)
     fixed = rows, as_rows(row_total), as_rows(g.row), as_rows(g.positive)
     travelling = columns, as_columns(column_total), as_columns(g.column)
-    # What all have in common gets a gradient from each block of rows.
+    # The shared arrays get a gradient from each block of rows.
     of_shared = jax.tree.map(lambda x: jnp.zeros((row_shape[0], *x.shape)), shared)
     zeros = lambda tree: varying(jax.tree.map(lambda x: jnp.zeros(x.shape), tree), axes)
     start = travelling, zeros(columns[0]), zeros((rows[0], of_shared))

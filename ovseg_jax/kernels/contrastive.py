@@ -1,4 +1,4 @@
-"""Image-text contrastive losses over the global batch (papers/002, eq. 2-3; SigLIP's sigmoid beside it)."""
+"""Image-text contrastive losses over the global batch (papers/002, eq. 2-3, and SigLIP's sigmoid)."""
 
 from typing import NamedTuple
 
@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ovseg_jax.kernels.all_pairs import Block, Form, Kind, PairSums, all_pairs, over_batch, pick, settle
+from ovseg_jax.kernels.all_pairs import Block, Form, Kind, PairSums, all_pairs, over_batch, pick, resolve_form
 
 
 class Contrast(NamedTuple):
-    """Sums over the pairs that count, and their number.
+    """Sums over the valid pairs, and their number.
 
     Attributes:
-      loss: "softmax": both directions added; "sigmoid": every pair of the batch, a positive's row each.
-      correct: how many texts score highest with their own image.
-      pairs: how many pairs count.
+      loss: "softmax": the sum of both directions; "sigmoid": the sum over all pairs of the batch.
+      correct: the number of texts that score highest with their own image.
+      pairs: the number of valid positive pairs.
     """
 
     loss: Float[Array, ""]
@@ -24,7 +24,7 @@ class Contrast(NamedTuple):
 
 
 def contrast(sums: PairSums, valid: Bool[Array, " b"], kind: Kind = "softmax") -> Contrast:
-    """The loss of some items from their sums over all pairs.
+    """Computes the loss of some items from their sums over all pairs.
 
     "softmax": `Σ_i (log Σ_j exp G_ij - G_ii) + (log Σ_j exp G_ji - G_ii)`. "sigmoid": `-Σ_ij log σ(z_ij G_ij)` with
     z = 1 for a pair and -1 otherwise, which is `Σ_ij log(1 + exp G_ij) - Σ_i G_ii`.
@@ -53,14 +53,14 @@ def contrastive_loss(
       text: unit-norm embeddings of their texts.
       valid: False for padding, which is neither positive nor negative.
       temperature: σ.
-      bias: SigLIP's, for "sigmoid".
+      bias: SigLIP's bias, for "sigmoid".
       kind: "softmax" (CLIP, P-Seg) or "sigmoid" (SigLIP).
-      form: how the pairs are computed; by size where nothing is said, see `all_pairs`.
+      form: how the pairs are computed, see `all_pairs`; by default chosen by size.
       batch_axes: mesh axes over which the batch is sharded.
-      block: rows and columns at once in the ring; by size where nothing is said.
+      block: rows and columns to score at once in the ring; by default chosen by size.
     """
     picked = pick(image.shape[0], batch_axes, bytes_per_pair=4)
-    form, block = settle("contrastive loss", form, block, picked)
+    form, block = resolve_form("contrastive loss", form, block, picked)
     shared = jnp.asarray(temperature, jnp.float32), jnp.asarray(bias, jnp.float32)
 
     def local(image, text, valid, shared) -> Contrast:

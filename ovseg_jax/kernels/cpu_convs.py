@@ -1,9 +1,9 @@
 """Convolutions in the forms that are fastest on a CPU, for inference.
 
-XLA leaves convolutions on a CPU to a general routine. Three kinds are faster as what XLA compiles well, sums and
-matrix products: depthwise ones (13 to 49 times), 3x3 of many channels by Winograd's F(4x4, 3x3) (Lavin and Gray 2016;
-twice, with a quarter of the multiplications and errors of 2e-5 of the largest value), and most 1x1. GPUs and
-TPUs have convolutions of their own, and float16 has too few digits for Winograd's.
+On CPU, XLA computes convolutions by a general routine. Three kinds are faster as sums and matrix products, which XLA
+compiles well: depthwise ones (13 to 49 times as fast), 3x3 ones of many channels by Winograd's F(4x4, 3x3) (Lavin and
+Gray 2016; twice as fast, with a quarter of the multiplications and errors of 2e-5 of the largest value), and most 1x1.
+GPUs and TPUs have fast convolutions, and float16 is too imprecise for Winograd's.
 """
 
 import functools
@@ -19,10 +19,10 @@ from jaxtyping import Array, Float
 Function = TypeVar("Function", bound=Callable[..., Any])
 Pads = Sequence[tuple[int, int]]
 
-# Below, transforming costs more than it saves.
+# With fewer channels the transforms cost more than they save.
 WINOGRAD_CHANNELS = 64
 
-# Lavin and Gray, 4.2: of the input, of the kernel, of the output.
+# The transforms of input, kernel and output (Lavin and Gray, 4.2).
 _INPUT = (
     (4, 0, -5, 0, 1, 0),
     (0, -4, -4, 1, 1, 0),
@@ -38,9 +38,9 @@ _OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, 
 
 
 def fast_on_cpu(function: Function) -> Function:
-    """`function`, with the convolutions of Flax's modules in it computed as above where JAX runs on a CPU.
+    """Returns `function` with the convolutions of its Flax modules computed as above, if JAX runs on a CPU.
 
-    For functions that are not differentiated: a gradient would keep every transformed tile.
+    Not for functions that are differentiated: the gradient would keep every transformed tile in memory.
     """
     if jax.default_backend() != "cpu":
         return function
@@ -92,7 +92,7 @@ def _replace(next_function: Callable, args: Any, kwargs: Any, context: nn.module
 def depthwise(
     x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"], stride: int, pads: Pads
 ) -> Float[Array, "b r s c"]:
-    """A convolution of each channel by itself, as a sum of shifted images that compiles to one pass over memory."""
+    """Convolves each channel by itself, as a sum of shifted images that compiles to one pass over memory."""
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     size = kernel.shape[0]
     rows, columns = ((n - size) // stride + 1 for n in x.shape[1:3])
@@ -107,7 +107,7 @@ def depthwise(
 def winograd(
     x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c d"], pads: Pads
 ) -> Float[Array, "b r s d"]:
-    """A 3x3 convolution with stride 1: 4x4 results from each 6x6 square by 36 products instead of 144."""
+    """Convolves 3x3 with stride 1: each 4x4 block of results takes 36 products instead of 144."""
     b, c, d = x.shape[0], *kernel.shape[2:]
     height, width = (n + sum(pad) - 2 for n, pad in zip(x.shape[1:3], pads, strict=True))
     rows, columns = -(-height // 4), -(-width // 4)
@@ -121,7 +121,7 @@ def winograd(
         for part in down
         for tile in _mix(_INPUT, [part[:, :, j : j + 4 * columns - 3 : 4] for j in range(6)])
     ]
-    # Without this XLA would compute them again inside each product's operand.
+    # Without this XLA would recompute the tiles in each product.
     tiles = jax.lax.optimization_barrier(tiles)
     products = [
         (tile.reshape(-1, c) @ u).reshape(b, rows, columns, d) for tile, u in zip(tiles, kernels, strict=True)
@@ -133,7 +133,7 @@ def winograd(
 
 
 def _mix(matrix: Sequence[Sequence[int]], parts: Sequence[Array]) -> list[Array]:
-    """Each row's sum of the parts, without the products by 0 and 1."""
+    """Returns each row's weighted sum of the parts, without products by 0 and 1."""
     return [
         functools.reduce(jnp.add, [p if f == 1 else f * p for f, p in zip(row, parts, strict=True) if f])
         for row in matrix

@@ -1,4 +1,4 @@
-"""OpenSeg's grounding loss (papers/004, eq. 2-4): captions are matched to images through words and regions."""
+"""OpenSeg's grounding loss (papers/004, eq. 2-4), which matches captions with images through words and regions."""
 
 from functools import partial
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ovseg_jax.kernels.all_pairs import Block, Form, all_pairs, over_batch, pick, settle
+from ovseg_jax.kernels.all_pairs import Block, Form, all_pairs, over_batch, pick, resolve_form
 from ovseg_jax.kernels.contrastive import Contrast, contrast
 
 
@@ -16,7 +16,7 @@ def caption_scores(
     word_valid: Bool[Array, "c k"] | Float[Array, "c k"],
     temperature: Float[Array, ""],
 ) -> Float[Array, "b c"]:
-    """Similarity of every image to every caption, eq. 3: `G = 1/K Σ_j Σ_i σ(g(z, w_j))_i <z_i, w_j>`.
+    """Computes the similarity of every image to every caption, eq. 3: `1/K Σ_j Σ_i σ(g(z, w_j))_i <z_i, w_j>`.
 
     Args:
       regions: unit-norm region embeddings.
@@ -25,7 +25,7 @@ def caption_scores(
       temperature: τ of the softmax over regions, eq. 2.
     """
     similarity = jnp.einsum("bnd,ckd->bckn", regions, words, preferred_element_type=jnp.float32)
-    # The softmax is divided out behind the sum: compiled for a TPU, this keeps one array of all similarities less.
+    # The softmax is normalised after the sum, which on TPU saves one array of all similarities.
     highest = jax.lax.stop_gradient(similarity.max(-1, keepdims=True))
     attention = jnp.exp((similarity - highest) / temperature)
     per_word = jnp.sum(attention * similarity, -1) / attention.sum(-1) * word_valid
@@ -59,10 +59,10 @@ def grounding_loss(
       group: contrast within consecutive groups of this many examples ("unsync" in the paper, where a group is the
         16 examples of one core; here it does not depend on the number of devices); None contrasts the whole batch
         ("sync", appendix F).
-      form: how the whole batch is computed, see `all_pairs`; by size where nothing is said. Regions stay, words
-        travel.
+      form: how the pairs of the whole batch are computed, see `all_pairs` (rows are regions, columns are words); by
+        default chosen by size.
       batch_axes: mesh axes over which the batch is sharded.
-      block: images and captions at once in the ring; by size where nothing is said.
+      block: images and captions to score at once in the ring; by default chosen by size.
     """
     b, n, _ = regions.shape
     temperatures = jnp.asarray(region_temperature), jnp.asarray(pair_temperature)
@@ -78,13 +78,13 @@ def grounding_loss(
     batch = regions, words, word_valid, example_mask
     if group is not None:
         if b % group:
-            raise ValueError(f"a batch of {b} does not divide into groups of {group}")
+            raise ValueError(f"the batch size {b} is not a multiple of the group {group}")
         groups = jax.tree.map(lambda x: x.reshape(b // group, group, *x.shape[1:]), batch)
         dense = partial(local, temperatures=temperatures, form="dense", block=None, axes=())
         return jax.tree.map(jnp.sum, jax.vmap(dense)(*groups))
     k = words.shape[1]
     picked = pick(b, batch_axes, bytes_per_pair=4 * k * n, row_to_column=n / k)
-    form, block = settle("grounding loss", form, block, picked)
+    form, block = resolve_form("grounding loss", form, block, picked)
 
     def share(*batch_and_temperatures) -> Contrast:
         out = local(*batch_and_temperatures, form=form, block=block, axes=batch_axes)

@@ -1,4 +1,4 @@
-"""The kernel of cubic convolution, for arrays of JAX and of NumPy."""
+"""Keys' cubic convolution kernel, for arrays of JAX and of NumPy."""
 
 from typing import TypeVar
 
@@ -6,7 +6,7 @@ T = TypeVar("T")
 
 
 def keys(x: T, a: float = -0.75) -> T:
-    """Returns the weights of samples at these distances, 0 from 2 on (Keys 1981).
+    """Returns the kernel's weights of samples at these distances, 0 from 2 on (Keys 1981).
 
     Args:
       x: distances, an array.

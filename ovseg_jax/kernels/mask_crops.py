@@ -1,6 +1,6 @@
-"""What lies under a mask as an image of its own, as ZSSeg cuts it out (Xu et al. 2021): boxes of any size, one shape.
+"""Crops of masked regions at one size, as ZSSeg makes them (Xu et al. 2021).
 
-A box is cut and resized by one small matrix per axis, so that it may differ from mask to mask inside one compiled
+A box is cropped and resized by one small matrix per axis, so that boxes may differ between masks inside one compiled
 function.
 """
 
@@ -14,21 +14,21 @@ from ovseg_jax.kernels.keys import keys
 def mask_crops(
     image: UInt8[Array, "b s t 3"], inside: Bool[Array, "b n s t"], fill: Float[Array, "3"], size: int
 ) -> UInt8[Array, "b n z z 3"]:
-    """The box around each mask, stretched to `size` x `size`, with `fill` wherever the mask is not.
+    """Crops the box around each mask, resized to `size` x `size`, with `fill` outside of the mask.
 
-    Bicubic without antialiasing, and rounded. An empty mask gives nothing but `fill`.
+    Interpolation is bicubic without antialiasing, rounded. The crop of an empty mask is all `fill`.
 
     Args:
       image: the images.
-      inside: the masks of each.
+      inside: the masks of each image.
       fill: a colour, 0..255.
-      size: z, in pixels.
+      size: the side z of a crop in pixels.
     """
     rows = _of_axis(inside.any(3), size)
     columns = _of_axis(inside.any(2), size)
-    # Where the mask is not, nothing remains of the difference to `fill`.
+    # Outside of the mask the difference to `fill` is 0.
     difference = jnp.where(inside[..., None], image[:, None] - fill, 0)
-    # Sums of four products: the accelerators' default precision would lose whole levels of 255.
+    # At their default precision accelerators would be off by whole levels of 255.
     highest = jax.lax.Precision.HIGHEST
     strips = jnp.einsum("bnzs,bnstc->bnztc", rows, difference, precision=highest)
     crops = jnp.einsum("bnyt,bnztc->bnzyc", columns, strips, precision=highest) + fill
@@ -36,7 +36,7 @@ def mask_crops(
 
 
 def _of_axis(occupied: Bool[Array, "b n s"], size: int) -> Float[Array, "b n z s"]:
-    """For each mask the resampling of the axis between its first and its last occupied pixel."""
+    """Returns the resampling matrix of each mask from its first to its last occupied position on an axis."""
     first = jnp.argmax(occupied, -1)
     length = occupied.shape[-1] - jnp.argmax(occupied[..., ::-1], -1) - first
     matrix = jax.vmap(jax.vmap(lambda start, span: cubic(size, occupied.shape[-1], start, span)))
@@ -46,10 +46,9 @@ def _of_axis(occupied: Bool[Array, "b n s"], size: int) -> Float[Array, "b n z s
 def cubic(
     size: int, pixels: int, start: Int[Array, ""], length: Int[Array, ""]
 ) -> Float[Array, "size pixels"]:
-    """Cubic interpolation of `size` points from the `length` pixels from `start` on (half-pixel centres), as
-    `torch.nn.functional.interpolate` does it, which ZSSeg uses.
+    """Returns the matrix that interpolates `size` points from `length` pixels from `start` on, bicubically.
 
-    Beyond the ends the first and the last of these pixels go on.
+    It has half-pixel centres and repeats the border pixels, as `torch.nn.functional.interpolate`, which ZSSeg uses.
     """
     position = (jnp.arange(size) + 0.5) * length / size - 0.5
     taps = jnp.floor(position)[:, None] + jnp.arange(-1, 3)

@@ -1,9 +1,9 @@
-"""Resizing between a model's grid and a label's own pixels, as one small matrix per axis.
+"""Resizing between a model's grid and a label's own pixels, by one small matrix per axis.
 
-An image keeps its aspect: it is scaled to `image` pixels of a square canvas of `canvas` pixels, top left, the
-rest is padding. The model answers on a grid of `cells` over the whole canvas. A label has the original's own
-size, `label` pixels. Written as a matrix per axis, a resize is two matrix products, works on any block of
-rows, and may differ from image to image inside one compiled function.
+An image is scaled, keeping its aspect, to `image` pixels at the top left of a square canvas of `canvas` pixels; the
+rest is padding. The model predicts on a grid of `cells` over the whole canvas. A label has the original's size,
+`label` pixels. As a matrix per axis, a resize is two matrix products, works on any block of rows, and may differ
+between the images of one compiled function.
 """
 
 import jax
@@ -14,11 +14,10 @@ from jaxtyping import Array, Float, Int
 def upsampling(
     pixels: int, cells: int, canvas: int, image: Int[Array, ""], label: Int[Array, ""]
 ) -> Float[Array, "pixels cells"]:
-    """Bilinear interpolation from grid cells to label pixels (half-pixel centres), along one axis.
+    """Returns the matrix of bilinear interpolation from grid cells to label pixels (half-pixel centres) on one axis.
 
-    Positions are clamped to the cells that the image touches, so nothing of the padding bleeds in, and the
-    border of the image continues its last cell as usual. Rows past `label` repeat the last one: cut or mask
-    them.
+    Positions are clamped to the cells that the image touches, so that padding has no influence and border pixels repeat
+    the last cell as usual. Rows past `label` repeat the last one: crop or mask them.
 
     Args:
       pixels: rows of the matrix, at least `label`.
@@ -39,10 +38,10 @@ def upsampling(
 def coverage(
     pixels: int, cells: int, canvas: int, image: Int[Array, ""], label: Int[Array, ""]
 ) -> Float[Array, "cells pixels"]:
-    """The share of each grid cell that each label pixel covers, along one axis: area averaging.
+    """Returns the share of each grid cell that each label pixel covers, on one axis, for area averaging.
 
-    Arguments as in `upsampling`. Columns past `label` are zero; a row sums to the share of its cell inside
-    the image.
+    The arguments are those of `upsampling`. Columns past `label` are zero; a row sums to the share of its cell that is
+    inside the image.
     """
     stride = canvas / cells
     image, label = jnp.maximum(image, 1), jnp.maximum(label, 1)
@@ -54,7 +53,7 @@ def coverage(
 
 
 def row_block(rows: int, floats_per_row: int, budget: int = 1 << 22) -> int:
-    """Rows to compute at once so that a block holds at most `budget` floats (16 MiB), in equal blocks."""
+    """Returns the rows per block, in nearly equal blocks of at most `budget` floats (16 MiB)."""
     most = max(1, budget // max(1, floats_per_row))
     blocks = -(-rows // most)
     return -(-rows // blocks)

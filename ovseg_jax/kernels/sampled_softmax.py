@@ -1,8 +1,8 @@
 """Softmax over very many classes: exactly, or against a sample of them (POMP, papers/000, section 3.2).
 
-The features of the classes come from an encoder, `encode(params, tokens) -> [k d]`, which is what costs; here it
-sees K classes a step (`sampled_softmax`), or all N in chunks of which one is alive at a time (`full_softmax`).
-Either way the classes are dealt out to the devices of the mesh, and the images meet the features of all of them.
+Most of the cost is the encoder of the class features, `encode(params, tokens) -> [k d]`. It encodes K sampled classes
+in each step (`sampled_softmax`), or all N in chunks, one in memory at a time (`full_softmax`). Both distribute the
+classes over the devices of the mesh and compare all images with all of these classes.
 """
 
 import functools
@@ -28,21 +28,21 @@ def sample_classes(
 
     Args:
       key: the same key draws the same classes on every device.
-      count: how many.
-      num_classes: N.
+      count: the number of classes to draw.
+      num_classes: the number N of all classes.
       log_weights: logits of the proposal distribution; uniform by default.
 
     Raises:
-      ValueError: more classes are asked for than there are.
+      ValueError: `count` exceeds `num_classes`.
     """
     if not 0 < count <= num_classes:
-        raise ValueError(f"{count} of {num_classes} classes cannot be sampled")
+        raise ValueError(f"cannot sample {count} of {num_classes} classes")
     gumbel = jax.random.gumbel(key, (num_classes,))
     return jax.lax.top_k(gumbel if log_weights is None else gumbel + log_weights, count)[1]
 
 
 def frequency_proposal(examples: Float[Array, " n"] | Int[Array, " n"]) -> Float[Array, " n"]:
-    """Logits of eq. 8, `Q_i = M_i / Σ_j M_j`, from the number of training examples of each class."""
+    """Returns the logits of eq. 8, `Q_i = M_i / Σ_j M_j`, from the numbers of training examples per class."""
     return jnp.log(examples.astype(jnp.float32))
 
 
@@ -52,7 +52,9 @@ def similarity_proposal(
     valid: Bool[Array, " b"],
     scale: Float[Array, ""] | float,
 ) -> Float[Array, " n"]:
-    """Logits of eq. 9, `Q_i(x) ∝ exp(x·w_i / τ)`, averaged over a batch, since its images share their negatives.
+    """Returns the logits of eq. 9, `Q_i(x) ∝ exp(x·w_i / τ)`, averaged over a batch.
+
+    The average is taken because the images of a batch share their negatives.
 
     Args:
       image: unit-norm features of the images.
@@ -65,13 +67,13 @@ def similarity_proposal(
 
 
 def local_correction(num_classes: int, negatives: Int[Array, "..."], kind: Correction) -> Float[Array, "..."]:
-    """The margin m of eq. 5 that is added to the logits of the sampled negatives.
+    """Returns the margin m of eq. 5, which is added to the logits of the sampled negatives.
 
     Args:
-      num_classes: N.
-      negatives: how many negatives an image has, K - 1 less those that are its own class.
-      kind: "log10" is `log10((N-1) / (K-1))`, what the paper's figures and its code have; "log" is the natural
-        logarithm that eq. 5 writes; a number is a fixed margin (Table 9), 0 for none.
+      num_classes: the number N of all classes.
+      negatives: the number of negatives of each image, K - 1 without those that are its own class.
+      kind: "log10" is `log10((N-1) / (K-1))`, as in the paper's figures and its code; "log" is the natural logarithm,
+        as eq. 5 reads; a number is a fixed margin (Table 9), 0 for none.
     """
     if isinstance(kind, int | float):
         return jnp.full(negatives.shape, kind, jnp.float32)
@@ -96,26 +98,26 @@ def sampled_softmax(
     views: int = 1,
     batch_axes: tuple[str, ...] = (),
 ) -> Contrast:
-    """Local contrast with local correction, eq. 4: an image's class against K - 1 sampled ones.
+    """Computes local contrast with local correction, eq. 4: an image's class against K - 1 sampled ones.
 
-    A sampled class that is an image's own is no negative of that image, and its margin counts without it, as in
-    the original's code.
+    A sampled class that is an image's own class is not one of its negatives and does not count in its margin, as in the
+    authors' code.
 
     Args:
-      encode: features of classes, normalised here, from `params` and their tokens.
-      params: of the encoder; the gradient flows to them.
-      tokens: a tree of arrays [N ...], what `encode` takes of each class.
+      encode: returns features of classes, normalised here, from `params` and the classes' tokens.
+      params: parameters of the encoder, which get gradients.
+      tokens: a tree of arrays [N ...], the encoder's input for each class.
       image: unit-norm features of the global batch.
-      labels: its classes.
+      labels: the class of each image.
       valid: False for padding.
-      key: of the step.
+      key: the random key of the step.
       scale: 1/τ.
       sample: K; N makes it the softmax over all classes.
       correction: see `local_correction`.
-      log_weights: proposal of the negatives, see `sample_classes`.
-      per_device: every device draws negatives of its own for its images, and encodes all of them, as the original
-        does. Otherwise all images share one sample, whose encoding is spread over the devices.
-      views: each `views` neighbours of a device's share of the batch are of one class, which is encoded once.
+      log_weights: proposal logits of the negatives, see `sample_classes`.
+      per_device: whether every device draws its own negatives and encodes all of them, as the authors' code does;
+        otherwise all images share one sample, whose encoding is distributed over the devices.
+      views: number of consecutive images in a device's share that have one class, which is encoded once.
       batch_axes: mesh axes over which the batch is sharded.
 
     Returns:
@@ -123,14 +125,14 @@ def sampled_softmax(
     """
     num_classes = _count(tokens)
     if not 2 <= sample <= num_classes:
-        raise ValueError(f"sample={sample}: K is between 2 and the number of classes, {num_classes}")
-    # All N where nothing is left out: a draw of N - 1 would miss one class for everybody but its own images.
+        raise ValueError(f"sample={sample} is not between 2 and the number of classes, {num_classes}")
+    # With K = N all classes are drawn: a draw of N - 1 would miss one class for all images of other classes.
     count = sample - 1 if sample < num_classes else num_classes
 
     def local(image, labels, valid, rest) -> Contrast:
         params, tokens, key, scale, log_weights = rest
-        # Gradients are summed over devices here, once, and not inside of `encode`: of a branch there that only some
-        # devices take, they would wait for the others for ever.
+        # Gradients are summed over devices here, once. Inside of `encode`, a branch that only some devices take would
+        # deadlock.
         params = varying(params, batch_axes)
         if per_device and batch_axes:
             key = jax.random.fold_in(key, jax.lax.axis_index(batch_axes))
@@ -173,16 +175,16 @@ def full_softmax(
     chunk: int,
     batch_axes: tuple[str, ...] = (),
 ) -> Contrast:
-    """The softmax over all N classes, exactly, in memory that does not grow with N.
+    """Computes the exact softmax over all N classes, in memory that does not grow with N.
 
-    Each device goes through its share of the classes, `chunk` at a time, for the images of all devices; the
-    backward pass encodes each chunk once more instead of keeping it. Arguments as in `sampled_softmax`.
+    Each device loops over its share of the classes, `chunk` at a time, for the images of all devices; the backward pass
+    encodes each chunk again instead of keeping it. The arguments are those of `sampled_softmax`.
     """
     num_classes = _count(tokens)
 
     def local(image, labels, valid, rest) -> Contrast:
         params, tokens, scale = rest
-        params = varying(params, batch_axes)  # Or gradients would be summed over devices for each chunk.
+        params = varying(params, batch_axes)  # Otherwise each chunk would sum its gradients over the devices.
         start, devices = jnp.zeros((), jnp.int32), 1
         if batch_axes:
             start, devices = jax.lax.axis_index(batch_axes), jax.lax.axis_size(batch_axes)
@@ -209,7 +211,7 @@ def full_softmax(
         if batch_axes:
             here, best = best, jax.lax.pmax(best, batch_axes)
             total, truth = jax.lax.psum((total * jnp.exp(here - best), truth), batch_axes)
-            # The same on all devices, which each count their own images.
+            # The values are equal on all devices; each device counts its own images.
             b = image.shape[0] // devices
             share = lambda x: jax.lax.dynamic_slice_in_dim(x, start * b, b)
             best, total, truth, valid = share(best), share(total), share(truth), share(valid)

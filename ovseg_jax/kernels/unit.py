@@ -1,4 +1,4 @@
-"""Vectors of length 1."""
+"""Normalisation of vectors to length 1."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 def unit(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
     """Returns x / |x| along the last axis in float32; zeros stay zeros."""
     x = x.astype(jnp.float32)
-    # Of sums above 1e-5 the constant changes no bit.
+    # The constant changes no bit of sums above 1e-5.
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), -1, keepdims=True) + 1e-12)
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Num
 def dice_coefficient(
     pred: Float[Array, "b n p"], target: Float[Array, "b m p"], eps: float = 1e-3
 ) -> Float[Array, "b n m"]:
-    """Dice coefficient of every pair, `2 Σ s t / (Σ s² + Σ t²)` (V-Net, the form that OpenSeg cites).
+    """Computes the Dice coefficient of every pair, `2 Σ s t / (Σ s² + Σ t²)` (V-Net, cited by OpenSeg).
 
     Args:
       pred: soft masks in [0, 1].
@@ -26,19 +26,19 @@ def best_match_dice_loss(
     mask_valid: Bool[Array, "b m"],
     weight: Float[Array, " b"],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """OpenSeg's mask loss (papers/004, eq. 1): `1/M Σ_j (1 - max_i Dice(s_i, t_j))`.
+    """Computes OpenSeg's mask loss (papers/004, eq. 1): `1/M Σ_j (1 - max_i Dice(s_i, t_j))`.
 
-    Each labelled mask pulls its best proposal; the other proposals are free ("no object" is never said, since
-    the labels are one of many ways to organise an image).
+    Each labelled mask trains its best proposal only; other proposals get no loss and no "no object" label, since the
+    labels are one of many ways to segment an image.
 
     Args:
-      mask_logits: proposals; they are resized bilinearly to the labels' grid.
+      mask_logits: logits of the proposals, which are resized bilinearly to the labels' grid.
       masks: labelled masks as coverage in 0..255 (uint8), or in [0, 1] (floating).
       mask_valid: False for padding.
       weight: weight of each image; an image of weight 0 or without a valid mask does not count.
 
     Returns:
-      (weighted sum over images, count of images).
+      (weighted sum over images, number of images).
     """
     b, n, _, _ = mask_logits.shape
     m, hm, wm = masks.shape[1:]

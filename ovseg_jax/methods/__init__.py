@@ -1,4 +1,4 @@
-"""Methods by name."""
+"""The methods by name."""
 
 from typing import Any
 
@@ -33,10 +33,10 @@ METHODS: dict[str, type[Trainable]] = {
 
 
 def method_type(name: Any) -> type[Trainable]:
-    """Returns the class of a method: of a name in `METHODS`, or of "module:Class", which it imports.
+    """Returns the class of a method, given by a name in `METHODS` or as "module:Class".
 
     Raises:
-      UserError: there is none of this name, or it is no method.
+      UserError: there is no such class, or it is not a method.
     """
     if name in METHODS:
         return METHODS[name]
@@ -44,26 +44,26 @@ def method_type(name: Any) -> type[Trainable]:
 
 
 def build(config: ConfigDict, words: WordList, classes: ClassList) -> Any:
-    """Makes the method that `config.method` names, which is `Segmenting` or a `Classifier` too.
+    """Creates the method that `config.method` names, which is also `Segmenting` or a `Classifier`.
 
     Args:
       config: the whole config of a run.
       words: the vocabulary of captions and class names.
-      classes: of the training data.
+      classes: the classes of the training data.
 
     Raises:
-      UserError: an unknown name, or what the method refuses.
+      UserError: the name is unknown, or the method refuses its config.
     """
     return method_type(config.method)(config, words, classes)  # type: ignore[call-arg]
 
 
 def training_rows(config: ConfigDict, method: Any, words: WordList) -> Rows:
-    """Returns what makes the rows of training batches: the fields of the method and of `data.fields`.
+    """Creates the rows of training batches, with the fields of the method and of `data.fields`.
 
     Raises:
       UserError: see `Rows.from_config`.
     """
     fields = batch_fields(method, config)
-    # Reading a tokeniser's files takes long.
+    # The tokeniser is only read if needed, since reading its files is slow.
     tokenize = method.tokenizer if SPOKEN.keys() & set(fields) else None
     return Rows.from_config(config, fields, words, tokenize)

@@ -1,4 +1,4 @@
-"""CLIP trained from nothing (Radford et al. 2021): images and captions, a symmetric contrastive loss over the batch."""
+"""CLIP trained from scratch (Radford et al. 2021): images and captions, a symmetric contrastive loss over the batch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,17 +22,17 @@ from ovseg_jax.towers.prompt_file import Prompt
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 
-# What CLIP bounds 1/τ by (2.5).
+# CLIP's upper bound of 1/τ (section 2.5).
 MAX_SCALE = 100.0
 
 
 class ClipTraining(OnClip):
-    """Both towers and the temperature are trained on batches of images and captions.
+    """A method that trains both towers and the temperature on images and captions.
 
     Args:
-      config: `towers`, see `towers.clip.Clip`. An image tower with batch statistics is not trained.
+      config: `towers`, see `towers.clip.Clip`. Image towers with batch statistics are not supported.
       words: the vocabulary of the captions.
-      classes: not read.
+      classes: not used.
     """
 
     @classmethod
@@ -43,7 +43,7 @@ class ClipTraining(OnClip):
 
     @classmethod
     def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
-        """Returns the keys of its sections, and whether each has an effect, see `experiment.keys`."""
+        """Returns the method's own keys in each section, and whether each has an effect, see `experiment.keys`."""
         return {"towers": keys(TOWER_KEYS)}
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
@@ -51,16 +51,16 @@ class ClipTraining(OnClip):
         self.clip = Clip(config.towers, words)
 
     def init(self, rng: jax.Array) -> Variables:
-        """`params` {"image", "text", "scale"}; the text tower's have the names of `CLIPText`."""
+        """Creates `params` {"image", "text", "scale"}; the text tower's have the names of `CLIPText`."""
         return self._trained(self.clip.init(rng))
 
     def pretrained(self) -> dict[str, Any]:
-        """What `towers.init` gives."""
+        """Returns the weights that `towers.init` names."""
         found = self.clip.pretrained()
         return self._trained(found) if found else {}
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
-        """Mean over the pairs of the cross-entropies of both directions."""
+        """Computes the mean over the pairs of the cross-entropies in both directions."""
         del rng
         params = variables["params"]
         image = self.embed_image(variables, batch["image"])
@@ -79,7 +79,7 @@ class ClipTraining(OnClip):
         return loss, Aux(metrics, {})
 
     def embed_image(self, variables: Variables, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b d"]:
-        """Unit vectors of images."""
+        """Embeds images as unit vectors."""
         return self.clip.embed_image({"image": {"params": variables["params"]["image"]}}, image)
 
     def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
@@ -87,24 +87,24 @@ class ClipTraining(OnClip):
         return self.embed_phrases(variables, [f"a photo of a {text}." for text in texts])
 
     def embed_prompt(self, variables: Variables, prompt: Prompt, texts: Sequence[str]) -> Text:
-        """Embeds class names in a learned prompt as unit vectors; raises what `Clip.embed_prompt` does."""
+        """Embeds class names in a learned prompt as unit vectors, see `Clip.embed_prompt` for errors."""
         return {SPACE: self.clip.embed_prompt(from_training(variables), prompt, texts)}
 
     def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Text:
-        """Embeds texts as they stand as unit vectors."""
+        """Embeds texts unchanged as unit vectors."""
         return {SPACE: self.clip.embed_phrases(from_training(variables), texts)}
 
     def logit_scale(self, variables: Variables) -> Float[Array, ""]:
-        """1/τ, learned, at most 100."""
+        """Returns the learned 1/τ, at most 100."""
         return jnp.minimum(jnp.exp(variables["params"]["scale"]), MAX_SCALE)
 
     def artifacts(self, variables: Variables) -> dict[str, Callable[[epath.Path], None]]:
-        """Returns the trained towers, from which a run of another method starts."""
+        """Returns the writer of the trained towers, from which runs of other methods can start."""
         weights = on_host(from_training(variables))
         return {TOWERS: lambda folder: write_towers(folder, self.clip.config, weights)}
 
     def _trained(self, weights: dict[str, Any]) -> dict[str, Any]:
         if rest := weights["image"].keys() - {"params"}:
-            raise UserError(f"method=clip cannot train an image tower that keeps {', '.join(sorted(rest))}")
+            raise UserError(f"method=clip cannot train an image tower with {', '.join(sorted(rest))}")
         params = {"image": weights["image"]["params"], "text": unstacked(weights["text"])}
         return {"params": params | ({"scale": weights["scale"]} if "scale" in weights else {})}

@@ -1,10 +1,10 @@
-"""CoCoOp (Zhou et al. 2022; papers/000, tables 2 and 3): the context of `PromptTuning`, shifted by each image.
+"""CoCoOp (Zhou et al. 2022; papers/000, tables 2 and 3): the context of `PromptTuning`, shifted for each image.
 
-A small network of an image's feature x gives one vector that is added to all M vectors of the context,
-v_m(x) = v_m + W2 relu(W1 x + b1) + b2, with D/16 hidden units. So each image has class features of its own: B K texts
-go through the text tower in a step, and N for each image in an evaluation, those of one image at a time. `config.loss`
-is that of `PromptTuning`, all images with the same sample; the original takes all classes (`sample=0`), and one image a
-step.
+A small network computes one vector from an image's feature x, which is added to all M vectors of the context,
+v_m(x) = v_m + W2 relu(W1 x + b1) + b2, with D/16 hidden units. Each image therefore has its own class features: the
+text tower embeds B K texts in a training step, and N texts for each image in an evaluation, one image at a time.
+`config.loss` is that of `PromptTuning`, with the same sampled classes for all images; the authors take all classes
+(`sample=0`) and one image per step.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,27 +30,27 @@ from ovseg_jax.vocab.words import WordList
 
 
 class CoCoOp(PromptTuning):
-    """Trains a context, and what images add to it, for frozen towers; see `PromptTuning`.
+    """A method that trains a context, and its shift by the image, for frozen towers; see `PromptTuning`.
 
     Raises:
-      UserError: values that cannot be.
+      UserError: a value in the config is invalid.
     """
 
     text_per_image = True
 
     @classmethod
     def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
-        """Returns the keys of its sections, and whether each has an effect, see `experiment.keys`."""
+        """Returns the method's own keys in each section, and whether each has an effect, see `experiment.keys`."""
         found = super().keys(config)
         return {**found, "prompt": found["prompt"] | keys("specific", False)}
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         super().__init__(config, words, classes)
         if self.layout.specific:
-            raise UserError("CoCoOp has one context for all classes: prompt.specific=False")
+            raise UserError("CoCoOp has one context for all classes: set prompt.specific=False")
 
     def init(self, rng: jax.Array) -> Variables:
-        """`params` {"prompt": {"context" [1 M d]}, "meta": {"hidden", "out"}}, and `towers`."""
+        """Creates `params` {"prompt": {"context" [1 M d]}, "meta": {"hidden", "out"}}, and `towers`."""
         rng, hidden_rng, out_rng = jax.random.split(rng, 3)
         variables = super().init(rng)
         hidden = max(1, self.clip.dim // 16)
@@ -61,13 +61,13 @@ class CoCoOp(PromptTuning):
         return {**variables, "params": {**variables["params"], "meta": meta}}
 
     def contexts(self, variables: Variables, image: Float[Array, "b d"]) -> Float[Array, "b m e"]:
-        """The context of each image."""
+        """Computes the context of each image, [b M d]."""
         params = variables["params"]
         shift = linear(params["meta"]["out"], jax.nn.relu(linear(params["meta"]["hidden"], image)))
         return params["prompt"]["context"] + shift[:, None]
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
-        """Eq. 4 of papers/000 with eq. 5, or eq. 2 where `sample` is 0; the mean over the images."""
+        """Computes eq. 4 of papers/000 with eq. 5, or eq. 2 if `sample` is 0; the mean over the images."""
         tokens = self.table[0]
         image = self._features(variables, batch, rng)
         valid, labels = batch["example_mask"], jnp.asarray(self.place)[batch["label"]]
@@ -115,16 +115,15 @@ class CoCoOp(PromptTuning):
         return {SPACE: self.clip.embed_names(variables["towers"], context, self.layout, self._tokens(texts))}
 
     def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
-        """Refuses: there are no class features without an image.
+        """Raises a UserError, since there are no class features without an image.
 
         Raises:
           UserError: always.
         """
         raise UserError(
-            "CoCoOp has class features for each image, and none that all share: it can be scored, but not exported, "
-            "drawn or used for regions"
+            "CoCoOp's class features depend on the image: it can be scored, but not exported, drawn or used for regions"
         )
 
     def artifacts(self, variables: Variables) -> dict[str, Callable[[epath.Path], None]]:
-        """None: the context is of no use without the images."""
+        """Returns no files, since the context is not usable without the images."""
         return {}

@@ -1,8 +1,9 @@
 """A linear classifier on the features of a frozen image tower: "Linear Probing" of papers/000, table 1.
 
-logit_c = 10 w_c·x + b_c for the unit-norm feature x of an image, and the softmax over all N classes: that of
-amazon-science/prompt-pretraining, trainers/clip_mlp.py, which leaves features at the length they have, about 10 for
-CLIP's ViTs; so its learning rate is the one to use. It knows N classes and no text: it answers with no other class.
+logit_c = 10 w_c·x + b_c for the unit-norm feature x of an image, with the softmax over all N classes. This follows
+amazon-science/prompt-pretraining, trainers/clip_mlp.py, which does not normalise features; the factor 10 is about their
+length in CLIP's ViTs, so that the published learning rate applies. It has no text side and only predicts these N
+classes.
 """
 
 from collections.abc import Sequence
@@ -29,14 +30,14 @@ _NEVER = -1e9  # a logit
 
 
 class LinearProbe(OnClip):
-    """Trains `params` {"kernel" [D N], "bias" [N]}, which start at zero: the problem is convex.
+    """A method that trains `params` {"kernel" [D N], "bias" [N]}, which start at zero: the problem is convex.
 
-    Its scores are the logits themselves, for classes that have training examples; the others score `_NEVER`.
+    Its scores are the logits, for classes with training examples; all other classes score `_NEVER`.
 
     Args:
       config: the whole config of a run; `towers` (see `towers.clip.Clip`).
-      words: the vocabulary, where the tokeniser is one of words.
-      classes: those of them that have training examples are the N.
+      words: the vocabulary, if the tokeniser is one of words.
+      classes: the classes of the training data; the N are those that have training examples.
     """
 
     frozen_towers = True
@@ -46,7 +47,7 @@ class LinearProbe(OnClip):
 
     @classmethod
     def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
-        """Returns the keys of its sections, and whether each has an effect, see `experiment.keys`."""
+        """Returns the method's own keys in each section, and whether each has an effect, see `experiment.keys`."""
         return {"towers": keys(TOWER_KEYS)}
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
@@ -57,17 +58,17 @@ class LinearProbe(OnClip):
         self._place = np.where(trained, np.cumsum(trained) - 1, self._count)
 
     def init(self, rng: jax.Array) -> Variables:
-        """`params`, and `towers`, which no gradient reaches."""
+        """Creates `params`, and `towers`, which get no gradient."""
         params = {"kernel": jnp.zeros((self.clip.dim, self._count)), "bias": jnp.zeros(self._count)}
         return {"params": params, "towers": self.clip.init(rng)}
 
     def pretrained(self) -> dict[str, Any]:
-        """The towers' weights."""
+        """Returns the towers' weights."""
         towers = self.clip.pretrained()
         return {"towers": towers} if towers else {}
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
-        """The cross-entropy over all N classes; the mean over the images, or over features in their place."""
+        """Computes the cross-entropy over all N classes; the mean over images, or over cached features."""
         image = batch.get("feature")
         if image is None:
             see = in_parts(self._forward, self.config.get("accumulate", 1))
@@ -85,7 +86,7 @@ class LinearProbe(OnClip):
         return self.clip.embed_image(variables["towers"], image)
 
     def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
-        """Returns the rows of classes by any of their names, {"row": 10 w_c, "bias": b_c}.
+        """Returns the parameters of classes, given by any of their names, {"row": 10 w_c, "bias": b_c}.
 
         Raises:
           UserError: see `rows_of_names`.
@@ -99,16 +100,16 @@ class LinearProbe(OnClip):
         return {"row": rows[chosen], "bias": bias[chosen, None]}
 
     def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Text:
-        """Embeds texts as they stand, by the towers; they have no bias."""
+        """Embeds texts unchanged by the text tower, with a bias of 0."""
         rows = self.clip.embed_phrases(variables["towers"], texts)
         return {"row": rows, "bias": jnp.zeros((len(texts), 1))}
 
     def score_images(self, image: Float[Array, "b d"], text: Text) -> Float[Array, "b t"]:
-        """Returns logits."""
+        """Computes the logits."""
         return jnp.matmul(image, text["row"].T, precision=PRECISION) + text["bias"][:, 0]
 
     def logit_scale(self, variables: Variables) -> Float[Array, ""]:
-        """Returns 1: scores are logits."""
+        """Returns 1, since scores are logits."""
         del variables
         return jnp.ones(())
 
@@ -116,7 +117,7 @@ class LinearProbe(OnClip):
 def cross_entropy(
     logits: Float[Array, "b n"], labels: Int[Array, " b"], valid: Bool[Array, " b"]
 ) -> tuple[jax.Array, Aux]:
-    """The mean of -log softmax(logits)[label] over valid rows, and it and the accuracy as metrics."""
+    """Computes the mean of -log softmax(logits)[label] over valid rows; metrics are it and the accuracy."""
     own = jnp.take_along_axis(logits, labels[:, None], 1)[:, 0]
     loss = jax.nn.logsumexp(logits, 1) - own
     total = lambda x: jnp.sum(jnp.where(valid, x, 0).astype(jnp.float32))

@@ -1,4 +1,4 @@
-"""LSeg+ (papers/004, 4.3): pixels classified by class names, the supervised baseline and the ceiling of `scenes`."""
+"""LSeg+ (papers/004, 4.3): pixels classified by class names, the supervised baseline and upper bound for `scenes`."""
 
 from collections.abc import Sequence
 
@@ -22,9 +22,9 @@ from ovseg_jax.vocab.words import WordList
 
 
 class LSeg(OpenSeg):
-    """OpenSeg's network without its mask side, trained by per-pixel cross-entropy against class names.
+    """A method with OpenSeg's network without masks, trained by per-pixel cross-entropy against class names.
 
-    Classes of the group "held_out" take no part in training.
+    Classes of the group "held_out" are not used in training.
     """
 
     @classmethod
@@ -40,7 +40,7 @@ class LSeg(OpenSeg):
 
     @classmethod
     def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
-        """Returns the keys of its sections, and whether each has an effect, see `experiment.keys`."""
+        """Returns the method's own keys in each section, and whether each has an effect, see `experiment.keys`."""
         found = super().keys(config)
         masks = "num_queries decoder_layers decoder_heads position_grid mask_scale mask_bias detach_masks"
         loss = dict.fromkeys(found["loss"], False) | keys("temperature temperature_bounds")
@@ -52,13 +52,13 @@ class LSeg(OpenSeg):
         held_out = set(classes.groups.get("held_out", ()))
         trained = [k for k in range(len(classes)) if k not in held_out]
         if not trained:
-            raise UserError("lseg: the training data has no class to learn from")
+            raise UserError("lseg: the training data has no class outside of the group 'held_out'")
         self.class_names = [classes.display(k) for k in trained]
-        self.class_row = np.full(len(classes) + 1, -1, np.int32)  # the last entry answers for -1, void
+        self.class_row = np.full(len(classes) + 1, -1, np.int32)  # the last entry maps -1, void, to -1
         self.class_row[trained] = np.arange(len(trained))
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
-        """Mean cross-entropy over labelled pixels of cos(F_z, class name)/τ, upsampled to the labels' grid."""
+        """Computes the mean cross-entropy over labelled pixels of cos(F_z, class name)/τ, on the labels' grid."""
         network = in_parts(self._classify, self.config.get("accumulate", 1))
         _, (total, correct, count), mutated = network(variables, batch, rng)
         loss = total / jnp.maximum(count, 1)
@@ -74,7 +74,7 @@ class LSeg(OpenSeg):
     def _classify(
         self, variables: Variables, batch: Batch, rng: jax.Array
     ) -> tuple[None, tuple[Array, Array, Array], dict]:
-        """Of some images: sum of the loss, correct and labelled pixels, and the collections updated."""
+        """Computes for some images the sum of the loss, correct and labelled pixels, and the updated collections."""
         out, mutated = apply_net(self.net, variables, batch, rng)
         params = variables["params"]
         names = self.text.encode(params["text"], self.class_names)

@@ -1,12 +1,12 @@
-"""MaPLe (Khattak et al. 2023; papers/000, tables 1 and 2): prompts in both towers, the images' made of the texts'.
+"""MaPLe (Khattak et al. 2023; papers/000, tables 1 and 2): prompts in both towers, the images' derived from the texts'.
 
-    text    [SOS] [context x M] [fixed words] [name] [.] [EOT], the context anew in front of each of the first J blocks
+    text    [SOS] [context x M] [fixed words] [name] [.] [EOT], with a new context before each of the first J blocks
     image   [class token] [patches] [M tokens], likewise; those of block j are a learned linear map of context j
 
-As in muzairkhattak/multimodal-prompt-learning: of `config.prompt.init`, "a photo of a", the first M words are what the
-context starts from, and the others stay as they are ("of a"); deeper contexts start from noise, and all their linear
-maps from the same values. `config.prompt`: `length` M, `depth` J, `init`. `config.loss` is that of `PromptTuning`: the
-original takes all classes in every step (`sample=0`).
+As in muzairkhattak/multimodal-prompt-learning, the context is initialised by the first M words of `config.prompt.init`
+("a photo of a"), and the other words stay fixed ("of a"); deeper contexts start from noise, and all their linear maps
+from the same values. `config.prompt`: `length` M, `depth` J, `init`. `config.loss` is that of `PromptTuning`; the
+authors take all classes in every step (`sample=0`).
 """
 
 from collections.abc import Callable, Sequence
@@ -32,21 +32,21 @@ from ovseg_jax.vocab.words import WordList
 
 
 class MaPLe(PromptTuning):
-    """Trains contexts and the maps between them for frozen towers; see `PromptTuning`.
+    """A method that trains contexts and the maps between them for frozen towers; see `PromptTuning`.
 
     Raises:
-      UserError: an image tower that is no ViT, or values that cannot be.
+      UserError: the image tower is not a ViT, or a value in the config is invalid.
     """
 
     @classmethod
     def fields(cls, config: ConfigDict) -> tuple[str, ...]:
-        """Returns the batch fields that the loss reads; the prompt changes features, so that none can be kept."""
+        """Returns the batch fields that the loss reads; the prompt changes image features, so they cannot be cached."""
         del config
         return ("image", "label")
 
     @classmethod
     def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
-        """Returns the keys of its sections, and whether each has an effect, see `experiment.keys`."""
+        """Returns the method's own keys in each section, and whether each has an effect, see `experiment.keys`."""
         found = super().keys(config)
         fixed = keys("position specific", False) | keys("depth")
         return {**found, "prompt": found["prompt"] | fixed}
@@ -55,16 +55,18 @@ class MaPLe(PromptTuning):
         super().__init__(config, words, classes)
         self.depth, self._image_width = int(config.prompt.depth), prompted_tower(config, self.clip).width
         if self.depth > self.clip.text.layers:
-            raise UserError(f"prompt.depth={self.depth}: the text tower has {self.clip.text.layers} blocks")
+            raise UserError(
+                f"prompt.depth={self.depth} exceeds the {self.clip.text.layers} blocks of the text tower"
+            )
         if self.layout.position != "end" or self.layout.specific:
             raise UserError(
-                "MaPLe has one context in front of all names: prompt.position=end, prompt.specific=False"
+                "MaPLe has one context before all names: set prompt.position=end and prompt.specific=False"
             )
         init = config.prompt.get("init", "")
         self._fixed = "" if is_prompt_file(init) else " ".join(init.split()[self.layout.length :])
 
     def init(self, rng: jax.Array) -> Variables:
-        """`params` {"prompt": {"context" [1 M d], "deep" [J-1 M d]}, "coupling": [J ...] linear maps}, and `towers`."""
+        """Creates `params` {"prompt": {"context" [1 M d], "deep" [J-1 M d]}, "coupling": [J ...]}, and `towers`."""
         rng, deep_rng, first, rest = jax.random.split(rng, 4)
         variables = super().init(rng)
         prompt = dict(variables["params"]["prompt"])
@@ -83,7 +85,7 @@ class MaPLe(PromptTuning):
         return super()._tokens([name if blank(name) else f"{self._fixed} {name}" for name in names])
 
     def embed_image(self, variables: Variables, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b d"]:
-        """Unit vectors of images."""
+        """Embeds images as unit vectors."""
         prompt = variables["params"]["prompt"]
         contexts = jnp.concatenate([prompt[key] for key in ("context", "deep") if key in prompt])
         tokens = jax.vmap(linear)(variables["params"]["coupling"], contexts)
@@ -98,5 +100,5 @@ class MaPLe(PromptTuning):
         }
 
     def artifacts(self, variables: Variables) -> dict[str, Callable[[epath.Path], None]]:
-        """None: the prompt of the text tower's input is of no use without the others."""
+        """Returns no files, since the context of the text tower is not usable without the other prompts."""
         return {}

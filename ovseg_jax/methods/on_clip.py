@@ -1,4 +1,4 @@
-"""What methods on CLIP's towers read of the data: images of one class, or texts by the towers' tokeniser."""
+"""The data side of methods on CLIP's towers: images of one class, or texts by the towers' tokeniser."""
 
 from collections.abc import Sequence
 
@@ -13,22 +13,22 @@ from ovseg_jax.vocab.tokenizers import PieceTokenizer
 
 
 class OnClip(Trainable, Classifier):
-    """The data side of a method that has the towers `clip`."""
+    """A base class for methods on the towers `clip`."""
 
     clip: Clip
 
     @classmethod
     def fields(cls, config: ConfigDict) -> tuple[str, ...]:
-        """Returns the batch fields that the loss reads: features of images where these are kept."""
+        """Returns the batch fields that the loss reads: cached features in place of images, if there are any."""
         return ("feature" if config.data.get("cache_features", 0) else "image", "label")
 
     @classmethod
     def vocabulary(cls, config: ConfigDict, source: Source) -> Sequence[str]:
-        """Returns the words that a tokeniser of words needs; only one of this run's own words needs those of texts."""
+        """Returns the words that a tokeniser of words needs; () of texts unless it is built from this run's words."""
         own = config.towers.get("tokenizer", "") == "words"
         return spoken_words(config.data, source, batch_fields(cls, config) if own else ()).words
 
     @property
     def tokenizer(self) -> PieceTokenizer:
-        """The tokeniser of the text tower; read when it is first asked for."""
+        """The tokeniser of the text tower, read at the first access."""
         return self.clip.tokenizer

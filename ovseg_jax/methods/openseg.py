@@ -1,4 +1,4 @@
-"""OpenSeg (papers/004): class-agnostic proposals from masks, words grounded to proposals from captions."""
+"""OpenSeg (papers/004): class-agnostic proposals learned from masks, words grounded to proposals by captions."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +30,7 @@ from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 
 SPACE = "text"
-"""The name of the only space: that of the text side."""
+"""The name of the only space, which images and texts share."""
 
 NET_FIELDS = (
     "width embed_dim num_queries decoder_layers decoder_heads head_convs pyramid_output_conv position_grid "
@@ -41,12 +41,12 @@ OTHER_FIELDS = ("backbone", "mean", "std", "dtype")
 
 
 def build_net(config: ConfigDict, **overrides) -> OpenSegNet:
-    """The image network of a config's `model` section; an unknown key is an error."""
+    """Creates the image network of a config's `model` section; raises a UserError for an unknown key."""
     model = config.model.to_dict()
     known = {*NET_FIELDS, *OTHER_FIELDS}
     if unknown := set(model) - known:
         raise UserError(
-            f"unknown model keys: {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}"
+            f"unknown keys of config.model: {', '.join(sorted(unknown))}; known keys: {', '.join(sorted(known))}"
         )
     dtype = jnp.dtype(model.get("dtype", "float32"))
     fields = {k: model[k] for k in NET_FIELDS if k in model} | overrides
@@ -55,14 +55,14 @@ def build_net(config: ConfigDict, **overrides) -> OpenSegNet:
 
 
 def bounded(raw: Float[Array, ""], low: float = 0.0, high: float = 0.0) -> Float[Array, ""]:
-    """Returns a positive scalar that moves between bounds on a log scale and never gets stuck; exp without bounds."""
+    """Returns a positive scalar between two bounds, by a sigmoid on the log scale; without bounds, exp(raw)."""
     return low * (high / low) ** jax.nn.sigmoid(raw) if high else jnp.exp(raw)
 
 
 def unbounded(value: float, low: float = 0.0, high: float = 0.0) -> Float[Array, ""]:
     """Returns the inverse of `bounded`."""
     if not low < value < (high or float("inf")):
-        raise UserError(f"a temperature of {value} lies outside its bounds ({low}, {high or 'inf'})")
+        raise UserError(f"loss.temperature={value} is outside its bounds ({low}, {high or 'inf'})")
     if not high:
         return jnp.log(jnp.float32(value))
     share = jnp.log(value / low) / jnp.log(high / low)
@@ -70,14 +70,13 @@ def unbounded(value: float, low: float = 0.0, high: float = 0.0) -> Float[Array,
 
 
 class OpenSeg(Trainable, Segmenting):
-    """Composes network, text side and losses. `config` is the whole config of a run.
+    """The method OpenSeg: network, text side and losses; `config` is the whole config of a run.
 
-    Of `config.loss`: `mask_weight` is α of eq. 5; `contrast` is "unsync" (within groups of `group` examples) or
-    "sync" (the global batch, computed in the `form` that `kernels.all_pairs` describes, or "auto", by its size);
-    `temperature` starts τ of eq. 2, learned within `temperature_bounds` (ours; () for none);
-    `shared_temperature` uses one τ for eq. 3 and eq. 4 as the paper writes, otherwise each has its own;
-    `grounding_weight` 0 trains the masks alone (the teacher of 3.3), `mask_weight` 0 the words alone (Table 8): a batch
-    then has no masks.
+    Keys of `config.loss`: `mask_weight` is α of eq. 5; `contrast` is "unsync" (within groups of `group` examples) or
+    "sync" (the global batch, computed in a `form` of `kernels.all_pairs`, or "auto", by its size); `temperature` is the
+    initial τ of eq. 2, learned within `temperature_bounds` (ours; () for none); `shared_temperature` uses one τ for
+    eq. 3 and eq. 4 as in the paper, otherwise each has its own; `grounding_weight` 0 trains only the masks (the teacher
+    of 3.3), `mask_weight` 0 only the words (Table 8), with batches without masks.
     """
 
     @classmethod
@@ -91,7 +90,7 @@ class OpenSeg(Trainable, Segmenting):
         """Returns the words of captions and class names that have an embedding.
 
         Raises:
-          UserError: the source has no masks or no captions, for a loss that needs them.
+          UserError: the source lacks the masks or captions that a loss needs.
         """
         fields = cls.fields(config)
         if "masks" in fields:
@@ -104,7 +103,7 @@ class OpenSeg(Trainable, Segmenting):
 
     @classmethod
     def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
-        """Returns the keys of its sections, and whether each has an effect, see `experiment.keys`."""
+        """Returns the method's own keys in each section, and whether each has an effect, see `experiment.keys`."""
         sync, tower = config.loss.get("contrast") == "sync", bool(config.text.get("tower"))
         return {
             "model": dict.fromkeys([*NET_FIELDS, *OTHER_FIELDS], True),
@@ -124,19 +123,17 @@ class OpenSeg(Trainable, Segmenting):
         self.text = text(config.text, words, self.net.embed_dim)
         self.frozen = () if self.text.learned else ("^text/",)
         if self.loss_config.contrast not in ("sync", "unsync"):
-            raise UserError(f"loss.contrast is 'sync' or 'unsync', not '{self.loss_config.contrast}'")
+            raise UserError(f"loss.contrast={self.loss_config.contrast!r} is not 'sync' or 'unsync'")
         form = self.loss_config.form
         if form not in ("auto", *FORMS):
-            raise UserError(f"loss.form is auto, {', '.join(FORMS)}, not '{form}'")
+            raise UserError(f"loss.form={form!r} is not one of auto, {', '.join(FORMS)}")
         self.form = None if form == "auto" else form
         self.group = self.loss_config.group if self.loss_config.contrast == "unsync" else None
         if self.group and config.batch_size % self.group:
-            raise UserError(
-                f"batch_size={config.batch_size} does not divide into groups of loss.group={self.group}"
-            )
+            raise UserError(f"batch_size={config.batch_size} is not a multiple of loss.group={self.group}")
 
     def init(self, rng: jax.Array) -> Variables:
-        """`params` {"image", "text", "temperature"}, and `batch_stats` where the backbone has them."""
+        """Creates `params` {"image", "text", "temperature"}, and `batch_stats` if the backbone has them."""
         image_rng, text_rng = jax.random.split(rng)
         size = self.config.data.image_size
         image = jnp.zeros((1, size, size, 3), jnp.uint8)
@@ -148,7 +145,7 @@ class OpenSeg(Trainable, Segmenting):
         return {"params": params, **rest}
 
     def pretrained(self) -> dict[str, Any]:
-        """What `model.backbone.init` and a frozen text tower give, see `pretrained.load` and `FrozenText`."""
+        """Returns the weights of `model.backbone.init` and of a frozen text tower."""
         params: dict[str, Any] = {}
         if text := self.text.pretrained():
             params["text"] = text
@@ -165,7 +162,7 @@ class OpenSeg(Trainable, Segmenting):
         return {"params": {**params, "image": {"backbone": found["params"]}}, **rest}
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
-        """Eq. 5: grounding loss + α mask loss."""
+        """Computes eq. 5: grounding loss + α mask loss."""
         network = in_parts(self._forward, self.config.get("accumulate", 1))
         regions, masks, mutated = network(variables, batch, rng)
         params, one = variables["params"], jnp.ones(())
@@ -197,7 +194,7 @@ class OpenSeg(Trainable, Segmenting):
     def _forward(
         self, variables: Variables, batch: Batch, rng: jax.Array
     ) -> tuple[Array, tuple[Array, Array] | None, dict]:
-        """Of some images: unit-norm regions, sum and count of the mask loss, and the collections updated."""
+        """Computes for some images unit-norm regions, sum and count of the mask loss, and the updated collections."""
         out, mutated = apply_net(self.net, variables, batch, rng)
         assert out.mask_logits is not None and out.region_sum is not None
         if "masks" not in batch:
@@ -207,19 +204,19 @@ class OpenSeg(Trainable, Segmenting):
         return unit(out.region_sum), mask_loss, mutated
 
     def temperatures(self, params: Mapping) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """τ of the softmax over regions (eq. 3) and τ of the softmax over pairs (eq. 4)."""
+        """Returns τ of the softmax over regions (eq. 3) and τ of the softmax over pairs (eq. 4)."""
         raw, bounds = params["temperature"], self.loss_config.temperature_bounds
         return bounded(raw["region"], *bounds), bounded(raw.get("pair", raw["region"]), *bounds)
 
     def save_assets(self, workdir: Path) -> None:
-        """Writes a frozen text tower, which is not in checkpoints."""
+        """Saves a frozen text tower, which checkpoints do not hold."""
         if isinstance(self.text, FrozenText) and not (workdir / TEXT_TOWER / "config.json").exists():
             self.text.save(workdir / TEXT_TOWER)
 
     def predict(
         self, variables: Variables, image: UInt8[Array, "b s t 3"], image_size: Int[Array, "b 2"]
     ) -> Prediction:
-        """Proposals, their embeddings and per-pixel features."""
+        """Predicts proposals, their embeddings and per-pixel features."""
         out: Any = self.net.apply(image_variables(variables), image, image_size)
         regions = {} if out.region_sum is None else {SPACE: unit(out.region_sum)}
         return Prediction(out.mask_logits, regions, {SPACE: out.pixel_embed})
@@ -234,14 +231,14 @@ class OpenSeg(Trainable, Segmenting):
 
 
 def image_variables(variables: Variables) -> Variables:
-    """The collections of the image network alone."""
+    """Returns the variables of the image network alone."""
     return {**variables, "params": variables["params"]["image"]}
 
 
 def apply_net(
     net: OpenSegNet, variables: Variables, batch: Batch, rng: jax.Array
 ) -> tuple[OpenSegFeatures, dict]:
-    """The network in training mode: its features, and the collections that it updated."""
+    """Runs the network in training mode; returns its features and the collections that it updated."""
     mutable = [name for name in variables if name != "params"]
     out, mutated = net.apply(
         image_variables(variables),

@@ -1,10 +1,10 @@
-"""Soft prompts for frozen CLIP towers: POMP (papers/000) and, with every class in every step, CoOp.
+"""Soft prompts for frozen CLIP towers: POMP (papers/000) and, with all classes in every step, CoOp.
 
-`config.loss`: `sample` is K, the classes that an image is told apart from in a step; 0 takes all N, exactly, which is
-CoOp. `correction` (eq. 5), `proposal` (E.1) and `per_device` are those of `kernels.sampled_softmax`; `chunk` classes go
-through the text tower at once where all N do.
-`config.prompt`: `length` M, `position`, `specific` (a context for each class), see `towers.prompt_layout.Layout`;
-`init`, words to start from in place of noise, or the file of a prompt (`towers.prompt_file`).
+`config.loss`: `sample` is K, the number of classes in the softmax of a step; 0 takes all N, which is CoOp. `correction`
+(eq. 5), `proposal` (E.1) and `per_device` are those of `kernels.sampled_softmax`; `chunk` is the number of classes that
+the text tower embeds at once if all N are used.
+`config.prompt`: `length` M, `position` and `specific` (a context for each class), see `towers.prompt_layout.Layout`;
+`init`, words or a prompt file (`towers.prompt_file`) to start from in place of noise.
 """
 
 import dataclasses
@@ -45,25 +45,25 @@ HARD_PROMPT = "a photo of a {}."  # E.1, and the zero-shot row of Table 1
 
 
 def read_correction(value: str | float) -> Correction:
-    """`loss.correction`: "log10", "log", or a number, which may be written as text."""
+    """Parses `loss.correction`: "log10", "log", or a number, also as text."""
     if value in ("log10", "log"):
         return value  # type: ignore[return-value]
     try:
         return float(value)
     except ValueError:
-        raise UserError(f"loss.correction is {value!r}: it is log10, log or a number") from None
+        raise UserError(f"loss.correction={value!r} is not log10, log or a number") from None
 
 
 class PromptTuning(OnClip):
-    """Trains a context for frozen towers. `config` is the whole config of a run.
+    """A method that trains a context for frozen towers. `config` is the whole config of a run.
 
     Args:
       config: `towers` (see `towers.clip.Clip`), `prompt` and `loss` (see above).
-      words: the vocabulary, where the tokeniser is one of words.
-      classes: those of them that have training examples are the N; a class goes by its first name.
+      words: the vocabulary, if the tokeniser is one of words.
+      classes: the classes of the training data; the N are those with training examples, named by their first names.
 
     Raises:
-      UserError: values that cannot be.
+      UserError: a value in the config is invalid.
     """
 
     frozen_towers = True
@@ -72,7 +72,7 @@ class PromptTuning(OnClip):
 
     @classmethod
     def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
-        """Returns the keys of its sections, and whether each has an effect, see `experiment.keys`."""
+        """Returns the method's own keys in each section, and whether each has an effect, see `experiment.keys`."""
         sample = bool(config.loss.get("sample", 0))
         return {
             "towers": keys(TOWER_KEYS),
@@ -95,37 +95,37 @@ class PromptTuning(OnClip):
             int(prompt.length), prompt.get("position", "end"), bool(prompt.get("specific", False))
         )
         if self.layout.position not in POSITIONS:
-            raise UserError(f"prompt.position is {self.layout.position!r}: known are {', '.join(POSITIONS)}")
+            raise UserError(f"prompt.position={self.layout.position!r} is not one of {', '.join(POSITIONS)}")
         if self.layout.length < 1:
-            raise UserError(f"prompt.length={self.layout.length}: a prompt has at least 1 vector")
+            raise UserError(f"prompt.length={self.layout.length} is less than 1")
         proposal = self.loss_config.get("proposal", "uniform")
         if proposal not in PROPOSALS:
-            raise UserError(f"loss.proposal is {proposal!r}: known are {', '.join(PROPOSALS)}")
+            raise UserError(f"loss.proposal={proposal!r} is not one of {', '.join(PROPOSALS)}")
         self.proposal = proposal
         sample = int(self.loss_config.get("sample", 0))
         if sample and not 2 <= sample <= count:
             raise UserError(
-                f"loss.sample={sample}: K is 2 to {count}, the number of classes, or 0 for all of them"
+                f"loss.sample={sample} is not between 2 and {count}, the number of classes, nor 0, which takes all"
             )
         self.sample = sample
         self.correction = read_correction(self.loss_config.get("correction", "log10"))
 
     @functools.cached_property
     def table(self) -> tuple[NameTokens, np.ndarray]:
-        """Tokens of the N classes in an even order (see `even_order`), and that order."""
+        """The tokens of the N classes in an even order (see `even_order`), and that order."""
         tokens = self._tokens(self.names)
         order = even_order(tokens.length)
         return NameTokens(*(x[order] for x in tokens)), order
 
     @functools.cached_property
     def place(self) -> np.ndarray:
-        """Where each class of the source stands in the table."""
+        """The position of each class of the source in the table."""
         place = np.zeros(int(self.trained[-1]) + 1, np.int32)
         place[self.trained[self.table[1]]] = np.arange(len(self.names))
         return place
 
     def init(self, rng: jax.Array) -> Variables:
-        """`params` {"prompt": {"context"}} and `towers`, which no gradient reaches."""
+        """Creates `params` {"prompt": {"context"}} and `towers`, which get no gradient."""
         towers_rng, rng = jax.random.split(rng)
         towers = self.clip.init(towers_rng)
         if self.proposal == "similarity":
@@ -135,7 +135,7 @@ class PromptTuning(OnClip):
         return {"params": {"prompt": {"context": context}}, "towers": towers}
 
     def pretrained(self) -> dict[str, Any]:
-        """The towers' weights, and what a prompt that starts from words or a file starts from."""
+        """Returns the towers' weights, and the initial context if it comes from words or a file."""
         towers = self.clip.pretrained()
         found: dict[str, Any] = {"towers": towers} if towers else {}
         if towers and self.proposal == "similarity":
@@ -173,7 +173,7 @@ class PromptTuning(OnClip):
         return np.broadcast_to(np.asarray(table)[ids], (rows, *table[ids].shape)).copy()
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
-        """Eq. 4 with eq. 5, or eq. 2 where `sample` is 0; the mean over the images."""
+        """Computes eq. 4 with eq. 5, or eq. 2 if `sample` is 0; the mean over the images."""
         tokens = self.table[0]
         image = self._features(variables, batch, rng)
         valid, labels = batch["example_mask"], jnp.asarray(self.place)[batch["label"]]
@@ -247,7 +247,7 @@ class PromptTuning(OnClip):
     def _proposal(
         self, variables: Variables, image: Array, valid: Array
     ) -> tuple[Array | None, np.ndarray | None]:
-        """Logits of the negatives' proposal, and the shares behind them where they are the same in every step."""
+        """Returns the logits of the negatives' proposal, and its probabilities if they are constant."""
         if self.proposal == "frequency":
             count = self.examples[self.table[1]]
             return frequency_proposal(jnp.asarray(count)), count / count.sum()
@@ -258,14 +258,14 @@ class PromptTuning(OnClip):
         return None, None
 
     def embed_image(self, variables: Variables, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b d"]:
-        """Unit vectors of images."""
+        """Embeds images as unit vectors."""
         return self.clip.embed_image(variables["towers"], image)
 
     def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
         """Embeds class names in the learned prompt as unit vectors.
 
         Raises:
-          UserError: a class-specific prompt is asked for another class.
+          UserError: the prompt is class-specific and does not have a class.
         """
         return self.embed_prompt(variables, self.prompt(variables), texts)
 
@@ -278,27 +278,27 @@ class PromptTuning(OnClip):
         return {SPACE: self.clip.embed_prompt(variables["towers"], prompt, texts)}
 
     def artifacts(self, variables: Variables) -> dict[str, Callable[[epath.Path], None]]:
-        """The learned prompt as a file, see `protocols.Trainable`."""
+        """Returns the writer of the learned prompt, see `protocols.Trainable`."""
         prompt = self.whole_prompt(variables)
         return {FILE: lambda path: save_prompt(path, prompt)}
 
     def whole_prompt(self, variables: Variables) -> Prompt:
-        """The learned prompt as files hold it: all of it on every process, with what its tower is known by."""
+        """Returns the learned prompt for a file: whole on every process, with the anchor of its tower."""
         prompt = self.prompt(variables)
         return dataclasses.replace(
             prompt, context=on_host(prompt.context), anchor=self.clip.anchor(variables["towers"])
         )
 
     def prompt(self, variables: Variables) -> Prompt:
-        """The learned prompt."""
+        """Returns the learned prompt."""
         names = self.all_names if self.layout.specific else ()
         context = variables["params"]["prompt"]["context"]
         return Prompt(context, self.layout, names, self.config.towers.text.name)
 
     def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Text:
-        """Embeds texts as they stand, without the prompt, as unit vectors."""
+        """Embeds texts unchanged, without the prompt, as unit vectors."""
         return {SPACE: self.clip.embed_phrases(variables["towers"], texts)}
 
     def logit_scale(self, variables: Variables) -> Float[Array, ""]:
-        """1/τ of the towers."""
+        """Returns the 1/τ of the towers."""
         return jnp.exp(variables["towers"]["scale"])

@@ -1,9 +1,9 @@
 """Visual prompt tuning (Jia et al. 2022; "VPT" of papers/000, tables 1 and 2): learned tokens in the image tower.
 
-`config.prompt`: `length` n, tokens in front of a block; `depth` J, blocks that have tokens of their own, from the first
-on, in which those of the block before are dropped. Where n stand beside the patches, see `models.vit.ViT`. Classes are
-"a photo of a {}.", whose features are computed once: a step is the image tower, forth and back, and one matrix product
-with all N of them. What the tokens change is the image side, so nothing of it can be computed beforehand.
+`config.prompt`: `length` n is the number of tokens of a block; `depth` J the number of blocks, from the first on, that
+have their own tokens, which replace those of the block before. See `models.vit.ViT` for their position among the
+patches. Class features, of "a photo of a {}.", are computed once: a step is a forward and backward pass of the image
+tower and one matrix product with all N classes. Image features change in every step, so they cannot be cached.
 """
 
 from collections.abc import Sequence
@@ -30,15 +30,15 @@ from ovseg_jax.vocab.words import WordList
 
 
 class VPT(OnClip):
-    """Trains tokens for a frozen image tower. `config` is the whole config of a run.
+    """A method that trains tokens for a frozen image tower. `config` is the whole config of a run.
 
     Args:
       config: `towers` (see `towers.clip.Clip`), `prompt` (see above).
-      words: the vocabulary, where the tokeniser is one of words.
-      classes: those of them that have training examples are the N; a class goes by its first name.
+      words: the vocabulary, if the tokeniser is one of words.
+      classes: the classes of the training data; the N are those with training examples, named by their first names.
 
     Raises:
-      UserError: an image tower that is no ViT, or values that cannot be.
+      UserError: the image tower is not a ViT, or a value in the config is invalid.
     """
 
     frozen_towers = True
@@ -46,13 +46,13 @@ class VPT(OnClip):
 
     @classmethod
     def fields(cls, config: ConfigDict) -> tuple[str, ...]:
-        """Returns the batch fields that the loss reads; the prompt changes features, so that none can be kept."""
+        """Returns the batch fields that the loss reads; the prompt changes image features, so they cannot be cached."""
         del config
         return ("image", "label")
 
     @classmethod
     def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
-        """Returns the keys of its sections, and whether each has an effect, see `experiment.keys`."""
+        """Returns the method's own keys in each section, and whether each has an effect, see `experiment.keys`."""
         return {"towers": keys(TOWER_KEYS), "prompt": keys("length depth")}
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
@@ -64,10 +64,10 @@ class VPT(OnClip):
         self.length, self.depth = int(config.prompt.length), int(config.prompt.depth)
         self.width = prompted_tower(config, self.clip).width
         if self.length < 1:
-            raise UserError(f"prompt.length={self.length}: a prompt has at least 1 token")
+            raise UserError(f"prompt.length={self.length} is less than 1")
 
     def init(self, rng: jax.Array) -> Variables:
-        """`params` {"prompt": {"image" [J n d]}}, and `towers` with "hard" [N D], which no gradient reaches."""
+        """Creates `params` {"prompt": {"image" [J n d]}}, and `towers` with "hard" [N D], which get no gradient."""
         towers_rng, rng = jax.random.split(rng)
         towers = self.clip.init(towers_rng)
         hard = jnp.zeros((len(self.names), self.clip.dim))
@@ -77,7 +77,7 @@ class VPT(OnClip):
         return {"params": {"prompt": {"image": tokens}}, "towers": {**towers, "hard": hard}}
 
     def pretrained(self) -> dict[str, Any]:
-        """The towers' weights, and what the text tower says of the classes."""
+        """Returns the towers' weights and the class features."""
         towers = self.clip.pretrained()
         if not towers:
             return {}
@@ -86,7 +86,7 @@ class VPT(OnClip):
         }
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
-        """Eq. 1 of papers/000 over all N classes; the mean over the images."""
+        """Computes eq. 1 of papers/000 over all N classes; the mean over the images."""
         see = in_parts(self._forward, self.config.get("accumulate", 1))
         image, _, _ = see(variables, {"image": batch["image"]}, rng)
         logits = self.logit_scale(variables) * image @ variables["towers"]["hard"].T
@@ -97,7 +97,7 @@ class VPT(OnClip):
         return self.embed_image(variables, batch["image"]), (), {}
 
     def embed_image(self, variables: Variables, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b d"]:
-        """Unit vectors of images."""
+        """Embeds images as unit vectors."""
         return self.clip.embed_image(variables["towers"], image, variables["params"]["prompt"]["image"])
 
     def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
@@ -105,27 +105,29 @@ class VPT(OnClip):
         return self.embed_phrases(variables, [fill(HARD_PROMPT, text) for text in texts])
 
     def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Text:
-        """Embeds texts as they stand as unit vectors."""
+        """Embeds texts unchanged as unit vectors."""
         return {SPACE: self.clip.embed_phrases(variables["towers"], texts)}
 
     def logit_scale(self, variables: Variables) -> Float[Array, ""]:
-        """1/τ of the towers."""
+        """Returns the 1/τ of the towers."""
         return jnp.exp(variables["towers"]["scale"])
 
 
 def prompted_tower(config: ConfigDict, clip: Clip) -> ViT:
-    """The image tower, if tokens can be put into its first `config.prompt.depth` blocks.
+    """Returns the image tower after checking that its first `config.prompt.depth` blocks can take tokens.
 
     Raises:
-      UserError: it is no ViT or has fewer blocks, or features are kept that the tokens would change.
+      UserError: it is not a ViT or has fewer blocks, or features are cached, which the tokens would change.
     """
     tower, depth = clip.image, int(config.prompt.depth)
     if not isinstance(tower, ViT):
         raise UserError(
-            f"method={config.method} puts tokens into a ViT, and towers.image.name={config.towers.image.name!r} is none"
+            f"method={config.method} needs a ViT, which towers.image.name={config.towers.image.name!r} is not"
         )
     if not 1 <= depth <= tower.depth:
-        raise UserError(f"prompt.depth={depth}: the image tower has blocks for 1 to {tower.depth}")
+        raise UserError(
+            f"prompt.depth={depth} is not between 1 and the {tower.depth} blocks of the image tower"
+        )
     if config.data.get("cache_features", 0):
         raise UserError(
             f"data.cache_features={config.data.cache_features}: method={config.method} changes the images' features "

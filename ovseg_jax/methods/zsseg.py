@@ -1,20 +1,20 @@
-"""ZSSeg's two stages (Xu et al. 2021; papers/000, 3.3 and appendix B): a prompt as it is, put to another task.
+"""ZSSeg's two stages (Xu et al. 2021; papers/000, 3.3 and appendix B): segmentation with a classifier's prompt.
 
-Any method's proposals are cut out of the image one by one, what is not under the mask is filled with one colour, and
-a classifier's image tower sees each crop as an image of its own. With p_n[c] the probability of class c for proposal
-n by the proposals' own embeddings and q_n[c] that by the classifier (softmax over the classes, each at its own
-temperature), a class scores
+The proposals of any method are cropped from the image one by one, with one colour outside of the mask, and a
+classifier's image tower embeds each crop. With p_n[c] the probability of class c for proposal n by the proposals' own
+embeddings and q_n[c] that by the classifier (softmax over the classes, each at its own temperature), a class scores
 
     p_n[c]^w q_n[c]^(1-w) for seen classes,    p_n[c]^(1-w) q_n[c]^w for all others,    q_n[c] for w = 0
 
-and a pixel gets the class with the largest sum over n of score times sigmoid mask. A proposal that covers no pixel
-is not put to the classifier: q_n = 1, and for w = 0 it is left out.
+and a pixel gets the class with the largest sum over n of score times sigmoid mask. A proposal that covers no pixel is
+not
+classified: q_n = 1, and for w = 0 it is left out.
 
-Where the proposals' method knows "no object" (`Prediction.void`), as ZSSeg's MaskFormer does, the softmax of p is over
-one class more, which is dropped. OpenSeg's has none.
+If the proposals' method predicts "no object" (`Prediction.void`), as ZSSeg's MaskFormer does and OpenSeg does not, the
+softmax of p includes this class, which is then dropped.
 
-Where this differs from the published code: crops are rounded to bytes, as a classifier takes images; and masks are
-upsampled to the label's own size before the sigmoid rather than the sum after it (see `decisions.maps`).
+Differences from the published code: crops are rounded to bytes, the input of a classifier; and masks are upsampled to
+the label's own size before the sigmoid, where the published code upsamples the sum after it (see `decisions.maps`).
 """
 
 import dataclasses
@@ -42,21 +42,21 @@ from ovseg_jax.towers.features import class_features
 from ovseg_jax.towers.prompt_file import Prompt
 
 CROPS = "crops/"
-"""The space of the crops' embeddings; of texts, the beginning of the names of the classifier's spaces."""
+"""The space of the crops' embeddings, and for texts the prefix of the names of the classifier's spaces."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """How the two stages are joined.
+    """The rules for joining the two stages.
 
     Attributes:
-      crop_size: side of the crops in pixels: that of the classifier's images.
-      ensemble: w, see above. Published: 0.8 on COCO-Stuff, 0.7 on VOC, 0.5 on ADE20K, 0.2 on PC-59 (on the last two no
-        class is seen, so that w counts for the classifier).
-      scale: 1/τ of the proposals' softmax; ZSSeg trains its own at 100.
+      crop_size: side of the crops in pixels, the size of the classifier's images.
+      ensemble: w, see above. Published: 0.8 on COCO-Stuff, 0.7 on VOC, 0.5 on ADE20K, 0.2 on PC-59 (no class of the
+        last two is seen, so that w is the weight of the classifier).
+      scale: 1/τ of the proposals' softmax; ZSSeg trains with 100.
       threshold: the mask value above which a pixel belongs to the crop. Published: 0.5, on ADE20K 0.4.
-      fill: colour of what does not, 0..255. Published: the mean of CLIP's images.
-      crops: how many go through the classifier at once on each device.
+      fill: colour of the other pixels, 0..255. Published: the mean of CLIP's images.
+      crops: the number of crops to classify at once on each device.
     """
 
     crop_size: int
@@ -68,21 +68,21 @@ class Rules:
 
     def __post_init__(self):
         if not 0 <= self.ensemble <= 1:
-            raise UserError(f"ensemble={self.ensemble}: the weight w lies between 0 (CLIP alone) and 1")
+            raise UserError(f"ensemble={self.ensemble} is not between 0 (the classifier alone) and 1")
         if not 0 < self.threshold < 1:
-            raise UserError(f"threshold={self.threshold}: masks have values between 0 and 1")
+            raise UserError(f"threshold={self.threshold} is not between 0 and 1, the range of mask values")
 
 
 class TwoStage(Segmenting):
-    """Proposals of one trained method, classified by another; for evaluators and `Segmenter`, not for training.
+    """The proposals of one trained method, classified by another; for evaluators and `Segmenter`, not for training.
 
     Its variables are {"proposals": ..., "classifier": ...}. Regions have the space `CROPS` beside those of the
-    proposals' method; one that covers no pixel is zero there. For w = 0 the proposals' text side is not asked.
+    proposals' method, with zeros for a region that covers no pixel. For w = 0 the proposals' text side is not used.
 
     Args:
-      proposals: what proposes masks.
-      classifier: what classifies crops.
-      rules: how.
+      proposals: the method that proposes masks.
+      classifier: the method that classifies crops.
+      rules: the rules for joining them.
       seen: names of the seen classes.
       templates: hand-written prompts whose unit features are averaged, or a learned one; by default the classifier's.
     """
@@ -108,21 +108,23 @@ class TwoStage(Segmenting):
     def predict(
         self, variables: Variables, image: UInt8[Array, "b s s 3"], image_size: Int[Array, "b 2"]
     ) -> Prediction:
-        """Predicts the proposals and classifies them; the pixels' features are the proposals' own.
+        """Predicts and embeds the proposals; pixel features are those of the proposals' method.
 
         Raises:
           UserError: the method proposes no masks.
         """
         found = self.proposals.predict(variables["proposals"], image, image_size)
         if found.mask_logits is None:
-            raise UserError(f"{type(self.proposals).__name__} is a per-pixel method, which proposes no masks")
+            raise UserError(
+                f"{type(self.proposals).__name__} is a per-pixel method, which does not propose masks"
+            )
         embed, cut = self._classify(variables["classifier"], image, image_size, found.mask_logits)
         return found._replace(regions={**found.regions, CROPS: jnp.where(cut[..., None], embed, 0)})
 
     def _classify(
         self, variables: Variables, image: Array, image_size: Array, mask_logits: Float[Array, "b n h w"]
     ) -> tuple[Float[Array, "b n d"], Bool[Array, "b n"]]:
-        """The classifier's embedding of each proposal, some proposals of every image at a time, and its presence."""
+        """Embeds the crop of each proposal, in parts; also returns which proposals cover a pixel."""
         b, n, h, w = mask_logits.shape
         side, rules = image.shape[1], self.rules
         devices = jax.sharding.get_abstract_mesh().size if active_batch_axes() else 1
@@ -135,7 +137,7 @@ class TwoStage(Segmenting):
         border = jnp.log(rules.threshold / (1 - rules.threshold))
 
         def embed(logits: Float[Array, "some b h w"]) -> tuple[Array, Array]:
-            logits = jnp.moveaxis(logits, 0, 1)  # images first: they are what the devices share
+            logits = jnp.moveaxis(logits, 0, 1)  # images first, since they are sharded over the devices
             full = jnp.einsum("bsh,bnhw,btw->bnst", rows, logits, columns, precision=PRECISION)
             inside = (full > border) & within[:, None]
             crops = mask_crops(image, inside, jnp.asarray(rules.fill), rules.crop_size)
@@ -147,17 +149,17 @@ class TwoStage(Segmenting):
         return features, cut
 
     def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
-        """Embeds class names by both stages; the classifier's times its 1/τ, in which its scores are linear."""
+        """Embeds class names by both stages; the classifier's embeddings are multiplied by its 1/τ."""
         prompted = class_features(self.classifier, variables["classifier"], texts, self.templates)
         scale = self.classifier.logit_scale(variables["classifier"])
         own = self.proposals.embed_text(variables["proposals"], texts) if self.rules.ensemble else {}
         return {**own, **{CROPS + space: scale * x for space, x in prompted.items()}}
 
     def score_regions(self, prediction: Prediction, text: Text, vocabulary: Vocabulary) -> RegionScores:
-        """Returns p^w q^(1-w) or p^(1-w) q^w of every name and every proposal of one image, see above.
+        """Computes p^w q^(1-w) or p^(1-w) q^w for every name and every proposal of one image, see above.
 
-        A class counts in the softmax by its best name. The softmax is over all classes that have a name here, also
-        where an evaluator then asks for some of them only.
+        The logit of a class in the softmax is that of its best name. The softmax is over all classes that have a name,
+        even if an evaluator then only uses some of them.
         """
         crops, w = prediction.regions[CROPS], self.rules.ensemble
         cut = jnp.any(crops != 0, -1)
@@ -176,7 +178,7 @@ class TwoStage(Segmenting):
 def _log_probability(
     logits: Float[Array, "t n"], vocabulary: Vocabulary, void: Float[Array, "n"] | None = None
 ) -> Float[Array, "t n"]:
-    """Log of each name's probability for each region, if every class stands by its best name, beside "no object"."""
+    """Computes the log probability of each name for each region; each class counts by its best name."""
     classes = jax.ops.segment_max(logits, vocabulary.owner, num_segments=len(vocabulary.isthing))
     total = jax.nn.logsumexp(classes, axis=0)
     return logits - (total if void is None else jnp.logaddexp(total, void))

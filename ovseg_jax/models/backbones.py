@@ -1,8 +1,8 @@
-"""Backbones by name. All share one interface.
+"""Backbones by name, with a common interface.
 
 `module(x: Float[Array, "b h w 3"], train) -> {"c2": ..., "c3": ..., "c4": ..., "c5": ...}`: maps at strides
-4, 8, 16, 32, of ceil(h/stride) x ceil(w/stride). A module with fewer levels leaves out the coarse ones; one that gives
-more than maps, such as CLIP's pooled embedding, has other names for it. ViT and EVA stand in a `TowerPyramid`.
+4, 8, 16, 32, of size ceil(h/stride) x ceil(w/stride). A module with fewer levels leaves out the coarse ones; further
+outputs, such as CLIP's pooled embedding, have other names. ViT and EVA are wrapped in a `TowerPyramid`.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from ovseg_jax.models.swin import Swin
 from ovseg_jax.models.tower_pyramid import TowerPyramid
 from ovseg_jax.models.vit import ViT
 
-# Name -> (module, what the name stands for).
+# Name -> (module, the attributes that the name implies).
 BACKBONES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "small": (SmallBackbone, {}),
     **{name: (ResNet, {"stage_sizes": sizes}) for name, sizes in resnet.STAGES.items()},
@@ -40,26 +40,26 @@ BACKBONES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 
 
 def build_backbone(cfg: ConfigDict | Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Module:
-    """Makes a backbone.
+    """Creates a backbone.
 
     Args:
-      cfg: `name`, and any attributes of the module that the name does not settle, such as `norm` of a ResNet,
-        `remat`, or `width` of "small". `init`, the weights that a method starts from, is no affair of the module.
+      cfg: `name`, and attributes of the module that the name does not imply, such as `norm` of a ResNet, `remat`, or
+        `width` of "small". `init`, the weights that a method starts from, is ignored.
       dtype: compute type; parameters are float32.
 
     Raises:
-      UserError: for an unknown name or attribute.
+      UserError: the name or an attribute is unknown.
     """
     options = dict(cfg.items())
     options.pop("init", None)
     name = options.pop("name", None)
     if name not in BACKBONES:
-        raise UserError(f"backbone.name is {name!r}; known are {', '.join(BACKBONES)}.")
+        raise UserError(f"backbone.name={name!r} is not one of {', '.join(BACKBONES)}.")
     module, settled = BACKBONES[name]
     known = {f.name for f in dataclasses.fields(module)} - {"parent", "name", "dtype", *HOOKS, *settled}
     unknown = options.keys() - known
     if unknown:
         wrong = ", ".join(sorted(map(repr, unknown)))
-        raise UserError(f"backbone {name!r} has no {wrong}; known are {', '.join(sorted(known))}.")
+        raise UserError(f"backbone {name!r} has no {wrong}; known attributes: {', '.join(sorted(known))}.")
     built = module(**settled, **options, dtype=dtype)
     return TowerPyramid(built, dtype) if module in (ViT, Eva) else built

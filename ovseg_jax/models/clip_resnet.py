@@ -1,5 +1,7 @@
-"""CLIP's ResNets (Radford et al. 2021, section 2.4): a stem of three convolutions, average pooling in front of strided
-convolutions, and attention in place of the global average.
+"""CLIP's ResNets (Radford et al. 2021, section 2.4).
+
+They differ from `resnet` in a stem of three convolutions, average pooling in place of strides, and attention in place
+of the global average.
 
 Parameter names are those of `resnet.ResNet`, with `conv{1..3}`, `norm{1..3}` in the stem too, and `attnpool`.
 """
@@ -28,15 +30,15 @@ HEAD_CHANNELS = 64
 
 
 def average_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    """Averages 2x2 pixels, to ceil(h/2) x ceil(w/2): what is left at an odd side is averaged for itself."""
+    """Averages 2x2 pixels, to ceil(h/2) x ceil(w/2); an incomplete square is averaged over its own pixels."""
     return nn.avg_pool(x, (2, 2), strides=(2, 2), padding="SAME", count_include_pad=False)
 
 
 class ClipBottleneck(nn.Module):
-    """As `resnet.Bottleneck`, but strides are average pooling behind the 3x3 and in front of the projection.
+    """A bottleneck as in `resnet`, with average pooling after the 3x3 and before the projection as the stride.
 
     Attributes:
-      width: channels inside; 4 times as many leave.
+      width: inner channels; the output has 4 times as many.
       stride: 1 or 2.
       project: whether the shortcut has a 1x1 convolution: the first block of each stage.
       norm: see `resnet.make_norm`.
@@ -68,12 +70,12 @@ class ClipBottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One step of multi-head attention whose query is the mean of the map, with learned positions.
+    """A step of multi-head attention whose query is the mean of the map, with learned positions.
 
     Attributes:
       embed: size of the image embedding.
-      grid: side of the table of positions, `positions` [1+grid*grid c]; its first row belongs to the mean. For a map of
-        another size the others are interpolated bicubically.
+      grid: side of the table of positions, `positions` [1+grid*grid c]; its first row belongs to the mean. For maps of
+        another size the other rows are interpolated bicubically.
       dtype: compute type.
     """
 
@@ -83,14 +85,17 @@ class AttentionPool(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b e"], Float[Array, "b h w e"]]:
-        """Returns (pooled, dense); dense is value and output projection at each place alone, without positions
-        (Zhou et al. 2022, MaskCLIP)."""
+        """Computes (pooled, dense).
+
+        dense is the value and output projection at each position, without position embedding (Zhou et al. 2022,
+        MaskCLIP).
+        """
         b, h, w, c = x.shape
         init = nn.initializers.normal(c**-0.5)
         layers: dict[str, nn.DenseGeneral] = {}
 
         def layer(name: str, shape: Any, **options: Any) -> nn.DenseGeneral:
-            # Kept: values and output are asked for twice.
+            # Kept, since the layers of values and output are used twice.
             layers[name] = nn.DenseGeneral(shape, dtype=self.dtype, kernel_init=init, name=name, **options)
             return layers[name]
 
@@ -104,7 +109,7 @@ class AttentionPool(nn.Module):
 
 
 class ClipResNet(nn.Module):
-    """Feature maps of a CLIP ResNet at strides 4, 8, 16 and 32, and its image embedding.
+    """A CLIP ResNet: feature maps at strides 4, 8, 16 and 32, and the image embedding.
 
     Attributes:
       stage_sizes: blocks in each of the four stages.
@@ -112,7 +117,7 @@ class ClipResNet(nn.Module):
       embed: size of the image embedding.
       grid: side of the table of positions of the attention pooling: the pretraining image's side / 32.
       norm: "batch", "frozen" or "group"; see `resnet.make_norm`.
-      remat: what the backward pass computes again of each block, see `rematerialise`.
+      remat: what the backward pass recomputes in each block, see `rematerialise`.
       dtype: compute type; parameters are float32.
     """
 
@@ -129,20 +134,20 @@ class ClipResNet(nn.Module):
         """Computes the pyramid and the embeddings.
 
         Args:
-          x: normalised images. Sides that are no multiples of 32 leave ceil(side/stride), where the published
-            code drops the last row or column.
+          x: normalised images. Sides that are not multiples of 32 give ceil(side/stride), where the published code
+            drops the last row or column.
           train: whether batch statistics are used and updated (collection `batch_stats`, for norm "batch").
 
         Returns:
           `c2`, `c3`, `c4`, `c5`: [b ceil(h/s) ceil(w/s) 4*width*2^i] at strides s = 4, 8, 16, 32;
-          `pooled`: [b embed], the embedding of the image; `dense`: [b ceil(h/32) ceil(w/32) embed], one for each place.
-          None is normalised to length 1.
+          `pooled`: [b embed], the embedding of the image; `dense`: [b ceil(h/32) ceil(w/32) embed], one for each
+          position. Neither is normalised to length 1.
 
         Raises:
-          UserError: a width that does not give whole attention heads of 64 channels.
+          UserError: the width is odd.
         """
         if self.width % 2:
-            raise UserError(f"width of the CLIP ResNet is {self.width}: it has to be even")
+            raise UserError(f"the width of the CLIP ResNet is {self.width}, but must be even")
         x = x.astype(self.dtype)
         norm = make_norm(self.norm, train, self.dtype)
         for i, (features, stride) in enumerate(

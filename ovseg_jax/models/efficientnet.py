@@ -17,18 +17,18 @@ from ovseg_jax.models.remat import rematerialise
 
 
 def _conv_init(fan_out: int) -> nn.initializers.Initializer:
-    # Explicit, for Flax would count the channels of a depthwise kernel [k k 1 c] into its fan-out.
+    # Explicit, since Flax would include the channels of a depthwise kernel [k k 1 c] in its fan-out.
     return nn.initializers.normal(math.sqrt(2.0 / fan_out))
 
 
 class MBConv(nn.Module):
-    """Inverted bottleneck: 1x1 expansion, depthwise convolution, squeeze-and-excite, 1x1 projection.
+    """An inverted bottleneck: 1x1 expansion, depthwise convolution, squeeze-and-excite, 1x1 projection.
 
     Attributes:
-      channels: of the result.
+      channels: channels of the output.
       kernel: side of the depthwise convolution.
-      stride: of the depthwise convolution.
-      expand: expansion ratio; 1 leaves the expansion out.
+      stride: stride of the depthwise convolution.
+      expand: expansion ratio; 1 means no expansion.
       drop_rate: probability that the residual branch of an example is dropped in training.
       dtype: compute type.
     """
@@ -82,16 +82,16 @@ class MBConv(nn.Module):
 
 
 class EfficientNet(nn.Module):
-    """Feature maps of an EfficientNet at strides 4, 8, 16 and 32.
+    """An EfficientNet: feature maps at strides 4, 8, 16 and 32.
 
-    Parameters: `stem_conv`, `stem_norm`, then `block_{i}`, counted through all stages as when published.
+    Parameters: `stem_conv`, `stem_norm`, then `block_{i}`, numbered through all stages as published.
 
     Attributes:
       width: channel multiplier.
       depth: block multiplier.
       drop_rate: the stochastic depth of block i of n drops its branch with probability drop_rate * i / n
         (published: survival 0.8 at the end for B0 to B7).
-      remat: what the backward pass computes again of each block, see `rematerialise`.
+      remat: what the backward pass recomputes in each block, see `rematerialise`.
       dtype: compute type; parameters are float32.
     """
 

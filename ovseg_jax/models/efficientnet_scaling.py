@@ -6,7 +6,7 @@ import math
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Blocks of one kind; only the first has the stride. Numbers are B0's, before scaling."""
+    """A sequence of blocks of one kind, only the first with the stride; numbers are those of B0, before scaling."""
 
     blocks: int
     kernel: int
@@ -41,12 +41,12 @@ SCALING = {
 
 
 def round_channels(channels: int, width: float) -> int:
-    """Scales to the nearest multiple of 8, but never below 90% of what was asked for."""
+    """Scales channels and rounds to a multiple of 8, but never below 90% of the scaled number."""
     scaled = channels * width
     rounded = max(8, int(scaled + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * scaled else rounded
 
 
 def round_blocks(blocks: int, depth: float) -> int:
-    """Scales the number of blocks, rounding up."""
+    """Scales a number of blocks, rounding up."""
     return math.ceil(depth * blocks)

@@ -35,21 +35,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     "eva01_clip_g14": dict(_G, patch=14, grid=16),
 }
 
-# In the published code, deeper layers and the head start smaller still, which is left out.
+# The published code also scales the initial values of deeper layers and the head down, which is left out.
 dense_init = EVA.kernel_init
 EPSILON = 1e-6
 
 
 def rotary_table(rows: int, columns: int, grid: int, size: int) -> Float[Array, "2 n d"]:
-    """Returns cosines and sines of the angles by which `rotate` turns each pair of a head's channels (Su et al. 2021).
+    """Returns cosines and sines [2 n d] of the angles by which `rotate` turns channel pairs (Su et al. 2021).
 
     The first half of the pairs turns with the row, the other with the column, at rates 10000^(-4 i / size). Positions
-    run from 0 to `grid` on both sides, whatever the image's size: EVA-02 keeps the range that it was pretrained on. The
+    run from 0 to `grid` on both sides for any size of the image, since EVA-02 keeps the range of its pretraining. The
     class token, the first row, is not turned.
 
     Args:
-      rows: of patches.
-      columns: of patches.
+      rows: number of rows of patches.
+      columns: number of columns of patches.
       grid: rows and columns of patches in pretraining.
       size: channels of a head, a multiple of 4.
     """
@@ -68,22 +68,22 @@ class Eva(nn.Module):
 
     Attributes:
       patch: side of a patch, in pixels.
-      grid: rows and columns of the table of positions: the size in pretraining. Other sizes interpolate it.
+      grid: rows and columns of the table of positions, the size in pretraining; it is interpolated for other sizes.
       width: channels of a token; a multiple of 4 `heads`.
-      depth: blocks.
-      heads: of attention.
+      depth: number of blocks.
+      heads: number of attention heads.
       hidden: channels inside the MLP.
       embed_dim: channels of the embedding that images and texts share.
-      rope_grid: rows and columns that rotary positions are stretched to (16 when published, whatever `grid` is);
-        None for a model without a rotary embedding.
+      rope_grid: rows and columns that rotary positions are scaled to (16 in published models, for any `grid`); None for
+        a model without rotary embedding.
       swiglu: SwiGLU in place of GELU in the MLP.
       attn_norm: a norm inside attention (sub-LN).
       mlp_norm: a norm inside the MLP (sub-LN).
-      post_norm: whether branches are normalised at their end.
-      taps: numbers of the blocks, from 0, whose patch tokens are given back.
-      adapter, adapter_scale: what stands beside the branches of each block, see `transformer.Block`.
-      between: what happens to the patch tokens between two blocks, see `transformer.Between`.
-      remat: what the backward pass computes again of each block, see `rematerialise`.
+      post_norm: whether the outputs of branches are normalised instead of their inputs.
+      taps: numbers of the blocks, from 0, whose patch tokens are returned.
+      adapter, adapter_scale: modules beside the branches of each block, see `transformer.Block`.
+      between: a function on the patch tokens between two blocks, see `transformer.Between`.
+      remat: what the backward pass recomputes in each block, see `rematerialise`.
       dtype: compute type; parameters are float32.
     """
 
@@ -112,25 +112,25 @@ class Eva(nn.Module):
 
         Args:
           x: normalised images; sides are multiples of `patch`.
-          train: changes nothing: the model has neither dropout nor statistics.
+          train: no effect, since the model has neither dropout nor batch statistics.
 
         Returns:
-          `pooled` [b embed_dim], the head's projection of the class token behind the final norm, not normalised to
-          length 1; `tokens` [b height/patch width/patch width] behind the final norm; `taps` before it.
+          `pooled` [b embed_dim], the head's projection of the class token after the final norm, not normalised to
+          length 1; `tokens` [b height/patch width/patch width] after the final norm; `taps` before it.
 
         Raises:
-          UserError: an image's side that is no multiple of the patch, a width that is none of 4 `heads`, or a tap that
-            the tower does not have.
+          UserError: a side is not a multiple of the patch, the width is not a multiple of 4 `heads`, or a tap does not
+            exist.
         """
         b, height, width, _ = x.shape
         if height % self.patch or width % self.patch:
             raise UserError(
-                f"an image of {height} x {width} pixels: EVA's sides are multiples of its patch, {self.patch}"
+                f"an image of {height} x {width} pixels does not fit EVA, whose sides are multiples of {self.patch}"
             )
         if self.width % (4 * self.heads):
-            raise UserError(f"EVA's width {self.width} is no multiple of 4 times its {self.heads} heads")
+            raise UserError(f"EVA's width {self.width} is not a multiple of 4 times its {self.heads} heads")
         if unknown := [i for i in self.taps if i not in range(self.depth)]:
-            raise UserError(f"EVA has blocks 0 to {self.depth - 1}; taps ask for {unknown}")
+            raise UserError(f"taps={unknown} do not exist in EVA, which has blocks 0 to {self.depth - 1}")
         rows, columns = height // self.patch, width // self.patch
         side = (self.patch, self.patch)
         embed = nn.Conv(

@@ -1,4 +1,4 @@
-"""Feature pyramid, its fusion to the finest level, and the convolutional heads behind it."""
+"""The feature pyramid, its fusion at the finest level, and convolutional heads."""
 
 from collections.abc import Mapping
 
@@ -11,18 +11,18 @@ from ovseg_jax.models.norm import GroupNorm
 
 
 def resize(x: Float[Array, "b h w c"], size: tuple[int, ...], method: str = "bilinear") -> Array:
-    """Resizes to `size` = (height, width) with half-pixel centres; returns x itself where nothing changes."""
+    """Resizes to `size` = (height, width) with half-pixel centres; returns x itself if nothing changes."""
     if x.shape[1:3] == tuple(size):
         return x
     return jax.image.resize(x, (x.shape[0], *size, x.shape[3]), method).astype(x.dtype)
 
 
 class FusedPyramid(nn.Module):
-    """FPN over c2..c5, all levels upsampled to c2's resolution and summed (papers/004, 4.1; MuST).
+    """An FPN over c2..c5 whose levels are upsampled to c2's resolution and summed (papers/004, 4.1; MuST).
 
     Attributes:
       width: channels of every level (640 in the paper).
-      output_conv: FPN's 3x3 convolution behind each merged level.
+      output_conv: whether each merged level has FPN's 3x3 convolution.
     """
 
     width: int
@@ -49,22 +49,22 @@ class FusedPyramid(nn.Module):
 
 
 class ConvHead(nn.Module):
-    """An fc layer, then 3x3 convolutions (papers/004, 4.1: one fc, three of width 640), for F_s and F_z each.
+    """A head of a dense layer and 3x3 convolutions (papers/004, 4.1: one fc, three of width 640), for F_s and F_z.
 
-    The paper names neither normalisation nor activation. Ours: GroupNorm of 8 groups and ReLU stand between the layers,
-    and the last layer is linear.
+    The paper does not name normalisation and activation. Ours are GroupNorm with 8 groups and ReLU between the layers;
+    the last layer is linear.
     """
 
     width: int
     convs: int = 3
     features: int | None = None
-    """Channels of the last layer where they differ from `width` (a text space of another size)."""
+    """Channels of the last layer, if they differ from `width` (for a text space of another size)."""
     groups: int = 8
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
-        """Maps fused features to F_s or F_z."""
+        """Computes F_s or F_z from fused features."""
         x = nn.Dense(self.width, dtype=self.dtype, name="fc")(x)
         for i in range(self.convs):
             x = nn.relu(GroupNorm(self.groups, dtype=self.dtype, name=f"norm_{i}")(x))

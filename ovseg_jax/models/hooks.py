@@ -1,3 +1,3 @@
-"""Fields of image towers that hold functions or modules, and that no config file can hold."""
+"""Fields of image towers that hold functions or modules, which config files cannot set."""
 
 HOOKS = ("adapter", "adapter_scale", "between")

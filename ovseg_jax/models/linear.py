@@ -1,4 +1,4 @@
-"""A linear layer that starts as PyTorch's does: published recipes of learned prompts rely on it."""
+"""A linear layer initialised as in PyTorch, which published recipes of learned prompts rely on."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Mask decoders: from image features to queries, one per proposal."""
+"""Mask decoders, which compute one query per proposal from image features."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ class RegionDecoder(nn.Module):
     Attributes:
       num_queries: N (128 in the paper).
       layers: T (3 in the paper).
-      heads: attention heads (ours, as the paper does not say; 1 keeps attention and mask the same dot product).
+      heads: attention heads (ours; with 1, attention and masks use the same dot product).
       mlp_ratio: width of the MLP over that of the queries (ours).
     """
 
@@ -30,7 +30,7 @@ class RegionDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, features: Float[Array, "b p d"], valid: Bool[Array, "b p"]) -> Float[Array, "b n d"]:
-        """Queries after T blocks, from image features at P pixels, of which `valid` are no padding."""
+        """Computes the queries after T blocks from features at P pixels, of which `valid` are not padding."""
         b, _, d = features.shape
         keys = nn.LayerNorm(dtype=self.dtype, name="image_norm")(features)
         init = self.param("queries", nn.initializers.normal(0.5), (self.num_queries, d))

@@ -11,9 +11,9 @@ from jaxtyping import Array, Float
 class GroupNorm(nn.Module):
     """Group normalisation (Wu and He 2018) as one multiply-add per pixel.
 
-    Mean, variance, scale and bias are first folded into a factor and an offset [b c], so the image is read
-    once for its moments and once for the result: forwards, `nn.GroupNorm` takes two to three times as long
-    on a CPU. Moments are float32.
+    Mean, variance, scale and bias are first combined into a factor and an offset [b c], so the image is read once for
+    its moments and once for the result; the forward pass of `nn.GroupNorm` takes two to three times as long on a CPU.
+    Moments are float32.
 
     Attributes:
       groups: number of groups; divides the channels.
@@ -41,7 +41,7 @@ class GroupNorm(nn.Module):
 
         mean = group_mean(x32.mean((1, 2)))
         variance = group_mean((x32 * x32).mean((1, 2))) - mean * mean
-        # Rounding can take a constant image's variance below zero.
+        # Rounding can make a constant image's variance negative.
         factor = scale * jax.lax.rsqrt(jnp.maximum(variance, 0.0) + self.epsilon)
         offset = bias - mean * factor
         return (x32 * factor[:, None, None] + offset[:, None, None]).astype(self.dtype)

@@ -1,4 +1,4 @@
-"""The image side of OpenSeg: backbone, fused pyramid, F_s and F_z, proposals and their embeddings."""
+"""OpenSeg's image network: backbone, fused pyramid, F_s and F_z, proposals and their embeddings."""
 
 from functools import partial
 from typing import NamedTuple
@@ -16,7 +16,7 @@ LEVELS = ("c2", "c3", "c4", "c5")
 
 
 class OpenSegFeatures(NamedTuple):
-    """What the network computes, every intermediate that somebody may want.
+    """The outputs of the network.
 
     Attributes:
       mask_logits: [B N h w], None without a mask decoder.
@@ -44,7 +44,7 @@ def normalise(
 def inside(
     image_size: Int[Array, "b 2"], shape: tuple[int, ...], stride: tuple[float, float] = (1, 1)
 ) -> Bool[Array, "b h w"]:
-    """Returns which cells of a grid, each `stride` pixels of the canvas, begin within each image's (height, width)."""
+    """Tells which cells of a grid, each `stride` pixels of the canvas, begin within each image's (height, width)."""
     rows = jnp.arange(shape[0])[None, :] * stride[0] < image_size[:, :1]
     cols = jnp.arange(shape[1])[None, :] * stride[1] < image_size[:, 1:]
     return rows[:, :, None] & cols[:, None, :]
@@ -53,21 +53,22 @@ def inside(
 class OpenSegNet(nn.Module):
     """OpenSeg's network (papers/004, 3.1, 3.2, 4.1).
 
-    The paper says nothing of: normalisation and activation in the heads (`ConvHead`), heads, MLP width and norms of the
-    decoder, the start of queries and positions. What stands for them here is ours, as is all that is so marked below.
+    The paper does not state: normalisation and activation in the heads (`ConvHead`), heads, MLP width and norms of the
+    decoder, and the initial values of queries and positions. These choices are ours, like those marked below.
 
     Attributes:
       backbone: a module that maps [B S S 3] to {"c2": ..., "c5": ...}.
       width: channels of pyramid and heads (640).
       embed_dim: D of the text space; F_z's last layer has this many channels.
-      num_queries: N proposals (128); 0 leaves out the mask side (a per-pixel network, LSeg+ of 4.3).
+      num_queries: N proposals (128); 0 for a per-pixel network without masks (LSeg+ of 4.3).
       decoder_layers: T (3).
       head_convs: 3x3 convolutions of each head (3).
       position_grid: side of the learnable position embedding, resized to the feature map (ours).
       mask_scale: factor on the mask logits (ours; 1 is the plain dot product of 3.1).
-      mask_bias: where a learned bias of the mask logits starts (ours); None for none, as in 3.1.
-      detach_masks: stop the grounding loss's gradient to the masks (ours: the paper does not; helps short runs).
-      remat: what the backward pass computes again of pyramid, heads and decoder, see `rematerialise`.
+      mask_bias: initial value of a learned bias of the mask logits (ours); None for none, as in 3.1.
+      detach_masks: whether to stop the grounding loss's gradient to the masks (ours, not in the paper; helps short
+        runs).
+      remat: what the backward pass recomputes in pyramid, heads and decoder, see `rematerialise`.
     """
 
     backbone: nn.Module

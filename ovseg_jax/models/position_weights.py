@@ -1,4 +1,4 @@
-"""How a table of positions is interpolated along one axis, for Flax and for PyTorch."""
+"""Interpolation weights of a table of positions on one axis, for Flax and for PyTorch."""
 
 import numpy as np
 from jaxtyping import Float
@@ -7,22 +7,22 @@ from ovseg_jax.kernels.keys import keys
 
 
 def axis_weights(length: int, size: int, method: str = "bicubic") -> Float[np.ndarray, "size length"]:
-    """Returns what each of `size` new places takes from the `length` old ones, in float64, see `resize_positions`."""
+    """Returns the weight of each of `length` old positions for each of `size` new ones, see `resize_positions`."""
     new = np.arange(size, dtype=np.float64)
     if method == "bilinear":
         places = new * ((length - 1) / max(size - 1, 1))
     else:
-        # DINO's code divides by a size with a tenth added, against rounding, and is published with what that does.
+        # DINO's code adds 0.1 to the size, against rounding errors; published results include the effect.
         places = (new + 0.5) * (length / (size + 0.1 * (method == "dino"))) - 0.5
     if method == "antialias":
-        # What lies beyond the border is left out.
+        # Positions beyond the border are left out.
         weights = keys((places[:, None] - np.arange(length)) / max(length / size, 1.0), a=-0.5)
         return weights / weights.sum(1, keepdims=True)
     kernel = _triangle if method == "bilinear" else keys
     weights = np.zeros((size, length))
     for offset in (-1, 0, 1, 2):
         old = np.floor(places) + offset
-        # Beyond the border stands the border again.
+        # Positions beyond the border repeat it.
         taken = np.clip(old, 0, length - 1)[:, None] == np.arange(length)
         weights += kernel(places - old)[:, None] * taken
     return weights

@@ -1,4 +1,4 @@
-"""Tables of positions for grids of another size than the one that they were trained on."""
+"""Tables of positions, resized to grids of another size than in training."""
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +13,20 @@ RESIZES = ("bicubic", "dino", "bilinear", "antialias")
 def resize_positions(
     table: Float[Array, "r c d"], size: tuple[int, int], method: str = "bicubic"
 ) -> Float[Array, "h w d"]:
-    """Resizes a position table to another grid; for its own grid, returns the table itself.
+    """Resizes a position table to another grid; returns the table itself for its own grid.
 
     Args:
-      table: one vector for each place of a grid, float32.
+      table: one vector for each cell of a grid, float32.
       size: rows and columns of the new grid.
-      method: "bicubic" as PyTorch's `interpolate` and Hugging Face do it: a = -0.75, centres of pixels, repeated
-        border; "dino", the same with DINO's own scale; "bilinear" as big_vision does it: corners stay corners;
-        "antialias" as timm and open_clip do it: bicubic with a = -0.5, and wider kernels where the grid shrinks.
+      method: "bicubic" as in PyTorch's `interpolate` and Hugging Face (a = -0.75, half-pixel centres, repeated border);
+        "dino", the same with DINO's own scale; "bilinear" as in big_vision, with aligned corners; "antialias" as in
+        timm and open_clip (a = -0.5, wider kernels if the grid shrinks).
 
     Raises:
-      UserError: another method.
+      UserError: the method is unknown.
     """
     if method not in RESIZES:
-        raise UserError(f"resize is {method!r}; known are {', '.join(RESIZES)}")
+        raise UserError(f"resize={method!r} of a position table is not one of {', '.join(RESIZES)}")
     rows, columns, _ = table.shape
     if size == (rows, columns):
         return table

@@ -1,4 +1,4 @@
-"""Rematerialisation: what the backward pass computes again instead of storing it."""
+"""Rematerialisation: recomputation in the backward pass instead of storage."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,16 +15,16 @@ M = TypeVar("M", bound=type[nn.Module])
 
 
 def rematerialise(module: M, policy: str, static_argnums: tuple[int, ...] = ()) -> M:
-    """Wraps a module class so that the backward pass keeps what `policy` says and computes the rest again.
+    """Wraps a module class so that the backward pass keeps what `policy` says and recomputes the rest.
 
     Args:
-      module: a class of modules; its inputs and its result are kept in any case.
-      policy: "none" keeps everything; "dots" the results of matrix products and convolutions, and computes
-        normalisations and activations again, which cost bandwidth alone; "all" computes everything again.
-      static_argnums: arguments of `__call__` that are no arrays, counted with `self` as 0.
+      module: a class of modules; its inputs and its result are always kept.
+      policy: "none" keeps everything; "dots" keeps the results of matrix products and convolutions, and recomputes
+        normalisations and activations, which only cost bandwidth; "all" recomputes everything.
+      static_argnums: positions of the arguments of `__call__` that are not arrays, with `self` as 0.
 
     Raises:
-      UserError: another policy.
+      UserError: the policy is unknown.
     """
     again, kept = _read(policy)
     return nn.remat(module, policy=kept, static_argnums=static_argnums) if again else module
@@ -37,9 +37,9 @@ def rematerialise_function(function: Callable[..., Any], policy: str) -> Callabl
 
 
 def _read(policy: str) -> tuple[bool, Callable[..., bool] | None]:
-    """Whether anything is computed again, and what is not."""
+    """Returns whether anything is recomputed, and the policy for what is kept."""
     if policy not in POLICIES:
-        raise UserError(f"remat is one of {', '.join(POLICIES)}, not {policy!r}")
+        raise UserError(f"remat={policy!r} is not one of {', '.join(POLICIES)}")
     return policy != "none", _is_dot if policy == "dots" else None
 
 

@@ -2,7 +2,7 @@
 
 Parameters follow torchvision: `conv1`, `norm1`, `layer{1..4}_{i}` with `conv{1..3}`, `norm{1..3}` and, where
 a stage begins, `downsample_conv`, `downsample_norm` (its `bn` is our `norm`, its `layer1.0` our `layer1_0`).
-Paddings are PyTorch's too: symmetric, where TensorFlow's SAME would put the odd pixel at the end.
+Padding is symmetric as in PyTorch, where TensorFlow's SAME would put the odd pixel at the end.
 """
 
 from collections.abc import Callable
@@ -22,26 +22,26 @@ kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 def make_norm(kind: str, train: bool, dtype: Any) -> Callable[..., nn.Module]:
-    """Chooses the normalisation that follows every convolution.
+    """Returns a constructor of the normalisation that follows every convolution.
 
     Args:
       kind: "batch" uses and updates the statistics of the batch in training (of the global batch, where the
         step is jitted over a mesh) and running statistics otherwise; "frozen" always uses the running
         statistics, for small batches on top of pretrained weights (its scale and bias are still parameters);
-        "group" (32 groups) depends on no other example and keeps no statistics.
+        "group" (32 groups) does not depend on other examples and has no statistics.
       train: whether this is a training step.
-      dtype: type of the result; statistics are float32 in any case.
+      dtype: type of the result; statistics are always float32.
 
     Returns:
       A constructor that takes `name`.
 
     Raises:
-      UserError: for another kind.
+      UserError: the kind is unknown.
     """
     if kind == "group":
         return lambda name: nn.GroupNorm(num_groups=32, epsilon=1e-5, dtype=dtype, name=name)
     if kind not in ("batch", "frozen"):
-        raise UserError(f"norm of the ResNet is {kind!r}; known are batch, frozen, group.")
+        raise UserError(f"norm={kind!r} of the ResNet is not one of batch, frozen, group.")
     running = kind == "frozen" or not train
     return lambda name: nn.BatchNorm(
         use_running_average=running, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name
@@ -49,10 +49,10 @@ def make_norm(kind: str, train: bool, dtype: Any) -> Callable[..., nn.Module]:
 
 
 class Bottleneck(nn.Module):
-    """1x1 to `width`, 3x3 with the stride, 1x1 to 4 `width`, added to the (projected) input.
+    """A bottleneck: 1x1 to `width`, 3x3 with the stride, 1x1 to 4 `width`, added to the (projected) input.
 
     Attributes:
-      width: channels inside; 4 times as many leave.
+      width: inner channels; the output has 4 times as many.
       stride: of the 3x3 convolution and of the projection.
       project: whether the shortcut is a strided 1x1 convolution: the first block of each stage.
       norm: see `make_norm`.
@@ -91,13 +91,13 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Feature maps of a bottleneck ResNet at strides 4, 8, 16 and 32.
+    """A bottleneck ResNet: feature maps at strides 4, 8, 16 and 32.
 
     Attributes:
       stage_sizes: blocks in each of the four stages.
       width: channels of the stem; the maps have 4, 8, 16 and 32 times as many.
       norm: "batch", "frozen" or "group"; see `make_norm`.
-      remat: what the backward pass computes again of each block, see `rematerialise`.
+      remat: what the backward pass recomputes in each block, see `rematerialise`.
       dtype: compute type; parameters are float32.
     """
 
@@ -108,7 +108,7 @@ class ResNet(nn.Module):
     dtype: Any = jnp.float32
 
     def stem(self, x: Float[Array, "b h w 3"], train: bool) -> Float[Array, "b h4 w4 c"]:
-        """From pixels to stride 4."""
+        """Computes the features at stride 4 from pixels."""
         x = nn.Conv(
             self.width,
             (7, 7),

@@ -1,4 +1,4 @@
-"""A small backbone for images of 64 to 128 pixels, meant to be trained from scratch on a CPU in minutes.
+"""A small backbone for images of 64 to 128 pixels, which trains from scratch on a CPU in minutes.
 
 Its time is that of its 3x3 convolutions, so all but the stem's first run at stride 4 or coarser: images are
 folded by space-to-depth, which loses no pixel. The convolutions are XLA's own: measured in CPU time, im2col by
@@ -28,7 +28,7 @@ def space_to_depth(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b h2 
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, then group norm."""
+    """A convolution without bias, then group norm."""
 
     features: int
     size: int = 3
@@ -45,26 +45,26 @@ class ConvNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; the second norm starts at 0.3, so the block near identity."""
+    """A residual block of two 3x3 convolutions; the second norm starts at 0.3, so the block near identity."""
 
     features: int
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """Keeps the shape; c = features."""
+        """Maps [b h w c] to the same shape; c = features."""
         y = nn.relu(ConvNorm(self.features, dtype=self.dtype, name="conv1")(x))
         y = ConvNorm(self.features, scale_init=0.3, dtype=self.dtype, name="conv2")(y)
         return nn.relu(x + y)
 
 
 class SmallBackbone(nn.Module):
-    """Feature maps at stride 4 and coarser: stem, then per level a strided convolution and residual blocks.
+    """A small backbone: a stem, then per level a strided convolution and residual blocks.
 
     Attributes:
       width: channels at stride 4, a multiple of 16; 1.5, 2 and 3 times as many at strides 8, 16 and 32.
       levels: 1 to 4 maps, from `c2` on; three suit images of 64 to 96 pixels.
-      blocks: residual blocks a level.
+      blocks: residual blocks per level.
       stem: how stride 4 is reached. "full": twice space-to-depth by 2 and a 3x3 convolution; "light": the
         second one is 1x1 (about a quarter less time for the whole backbone); "patch": one space-to-depth by
         4 and one 3x3 convolution (about a third less).
@@ -83,20 +83,20 @@ class SmallBackbone(nn.Module):
 
         Args:
           x: normalised images.
-          train: without effect here; the argument belongs to the interface of backbones.
+          train: no effect; the argument belongs to the interface of backbones.
 
         Returns:
           `c2`, `c3`, ... (as many as `levels`): [b ceil(h/s) ceil(w/s) c] at strides s = 4, 8, 16, 32.
 
         Raises:
-          UserError: for a width, number of levels or stem that does not exist.
+          UserError: the width, the number of levels or the stem is invalid.
         """
         if self.width < 16 or self.width % 16:
-            raise UserError(f"small backbone: width is {self.width}, and must be a multiple of 16.")
+            raise UserError(f"small backbone: width is {self.width}, but must be a multiple of 16.")
         if not 1 <= self.levels <= 4:
-            raise UserError(f"small backbone: levels is {self.levels}, and must be 1 to 4.")
+            raise UserError(f"small backbone: levels is {self.levels}, but must be 1 to 4.")
         if self.stem not in STEMS:
-            raise UserError(f"small backbone: stem is {self.stem!r}; known are {', '.join(STEMS)}.")
+            raise UserError(f"small backbone: stem={self.stem!r} is not one of {', '.join(STEMS)}.")
 
         w = self.width
         x = x.astype(self.dtype)

@@ -1,8 +1,9 @@
 """Swin Transformer (Liu et al. 2021) as a pyramid: attention inside windows that shift from block to block.
 
-Any size goes: windows are completed with zeros at the bottom and right, as in the paper's detectors (behind the
-norm; these tokens are attended to), odd sides are padded before merging. Where one window covers a side of the map, the
-published models differ, see `windows.RULES`. A smaller window has the inner part of the table of relative positions.
+Images may have any size: incomplete windows are padded with zeros at the bottom and right, as in the paper's detectors
+(after the norm; padding takes part in attention), and odd sides are padded before merging. If one window covers a side
+of the map, published models differ, see `windows.RULES`. A smaller window uses the inner part of the table of relative
+positions.
 """
 
 from typing import Any
@@ -53,9 +54,9 @@ def from_windows(
 
 
 def regions(height: int, width: int, size: tuple[int, int], shift: tuple[int, int]) -> np.ndarray:
-    """Numbers tokens of a shifted map, [windows n]: the same number for those that were neighbours before the shift.
+    """Numbers tokens of a shifted map, [windows n]: equal numbers mark tokens that were neighbours before the shift.
 
-    Only the last `shift` rows and columns came from the other side.
+    Only the last `shift` rows and columns wrapped around.
     """
     wrapped = [np.arange(side) >= side - s for side, s in zip((height, width), shift, strict=True)]
     number = 2 * wrapped[0][:, None] + wrapped[1][None, :]
@@ -111,7 +112,7 @@ class WindowAttention(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """x + attention(norm1(x)), then x + mlp(norm2(x)), each dropped in training with probability `drop_rate`."""
+    """A block: x + attention(norm1(x)), then x + mlp(norm2(x)), with stochastic depth of `drop_rate` in training."""
 
     heads: int
     window: int
@@ -122,7 +123,7 @@ class SwinBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
-        """Keeps the shape."""
+        """Maps [b h w c] to the same shape."""
 
         def norm(name: str) -> nn.LayerNorm:
             return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
@@ -144,7 +145,7 @@ class SwinBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Four neighbours, concatenated and normalised, become one token of twice the channels."""
+    """A merge of four neighbours, concatenated and normalised, into one token of twice the channels."""
 
     dtype: Any = jnp.float32
 
@@ -162,7 +163,7 @@ class PatchMerging(nn.Module):
 
 
 class Swin(nn.Module):
-    """Feature maps of a Swin Transformer at strides 4, 8, 16 and 32.
+    """A Swin Transformer: feature maps at strides 4, 8, 16 and 32.
 
     Parameters: `patch_embed`, `patch_norm`, `stage{1..4}_{i}`, `merge{2..4}` at the beginning of a stage, and
     `out_norm{2..5}`.
@@ -172,13 +173,13 @@ class Swin(nn.Module):
       depths: blocks in each of the four stages.
       heads: attention heads in each of the four stages.
       window: side of a window, in tokens.
-      window_rule: what happens where one window covers a side of the map, see `windows.RULES`: the published model's
-        own rule gives its own numbers there.
-      out_norms: levels whose map leaves through a LayerNorm of its own: all as in the published detectors, (5,) as
-        in the classifiers, whose final norm it is, or () for the bare maps.
+      window_rule: the rule if one window covers a side of the map, see `windows.RULES`; only a published model's own
+        rule reproduces its outputs there.
+      out_norms: levels whose map has a LayerNorm of its own: all in the published detectors, (5,) in the classifiers
+        (their final norm), () for none.
       drop_rate: stochastic depth: both branches of block i of n are dropped with probability
         drop_rate * i / (n-1) (paper: 0.2 for tiny, 0.3 for small, 0.5 for base).
-      remat: what the backward pass computes again of each block, see `rematerialise`.
+      remat: what the backward pass recomputes in each block, see `rematerialise`.
       dtype: compute type; parameters are float32.
     """
 
@@ -204,13 +205,12 @@ class Swin(nn.Module):
           `c2`, `c3`, `c4`, `c5`: [b ceil(h/s) ceil(w/s) width*2^i] at strides s = 4, 8, 16, 32.
 
         Raises:
-          UserError: heads that do not divide the channels of their stage, an unknown level in `out_norms`, or an
-            unknown rule.
+          UserError: heads do not divide the channels of their stage, or a level in `out_norms` or the rule is unknown.
         """
         if self.window_rule not in RULES:
-            raise UserError(f"window_rule of the Swin is {self.window_rule!r}; known are {', '.join(RULES)}")
+            raise UserError(f"window_rule={self.window_rule!r} of the Swin is not one of {', '.join(RULES)}")
         if unknown := set(self.out_norms) - {2, 3, 4, 5}:
-            raise UserError(f"out_norms of the Swin has {sorted(unknown)}; known are the levels 2, 3, 4, 5")
+            raise UserError(f"out_norms of the Swin has {sorted(unknown)}, which are not levels 2, 3, 4 or 5")
         for stage, heads in enumerate(self.heads):
             if (channels := self.width * 2**stage) % heads:
                 raise UserError(

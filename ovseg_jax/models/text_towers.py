@@ -20,11 +20,11 @@ _table_init = nn.initializers.normal(0.02)
 
 
 class TextOutput(NamedTuple):
-    """What a text tower gives back, in its compute type.
+    """The output of a text tower, in its compute type.
 
     Attributes:
-      pooled: the embedding of the whole text, as the published model gives it; not normalised.
-      tokens: the tokens behind the last layer and its norm.
+      pooled: the embedding of the whole text, as in the published model; not normalised.
+      tokens: the tokens after the last layer and its norm.
     """
 
     pooled: Float[Array, "b e"]
@@ -32,7 +32,7 @@ class TextOutput(NamedTuple):
 
 
 class _Encoder(nn.Module):
-    """Blocks with the fields `block`, and a norm behind them unless they end in one."""
+    """A sequence of blocks with the fields `block`, and a final norm unless blocks end in one."""
 
     layers: int
     block: Mapping[str, Any]
@@ -48,13 +48,13 @@ class _Encoder(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Tables of tokens and of positions: what the towers below have in common.
+    """A base class of text towers, with tables of tokens and of positions.
 
     Attributes:
       vocab_size: rows of the token table.
-      length: rows of the position table: the longest text in tokens; shorter ones are fine.
-      width, layers, heads, mlp_dim: of the encoder; `mlp_dim` is 4 times `width` where it is None.
-      remat: what the backward pass computes again of each block, see `rematerialise`.
+      length: rows of the position table, the maximum number of tokens of a text.
+      width, layers, heads, mlp_dim: sizes of the encoder; `mlp_dim` None means 4 times `width`.
+      remat: what the backward pass recomputes in each block, see `rematerialise`.
       dtype: compute type; parameters are float32.
     """
 
@@ -68,16 +68,18 @@ class TextTower(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        """Makes the token table, which `embed` and the tower share."""
+        """Creates the token table, which `embed` and the tower share."""
         self.Embed_0 = nn.Embed(self.vocab_size, self.width, dtype=self.dtype, embedding_init=_table_init)
 
     def embed(self, ids: Int[Array, "*n"]) -> Float[Array, "*n d"]:
-        """Returns the token table's rows, without positions; ask for it by `method="embed"`."""
+        """Returns the token table's rows, without positions; called by `apply(..., method="embed")`."""
         return self.Embed_0(ids)
 
     def _add_positions(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         if x.shape[1] > self.length:
-            raise UserError(f"texts of {x.shape[1]} tokens: this text tower takes {self.length} at most")
+            raise UserError(
+                f"texts have {x.shape[1]} tokens, but this text tower takes at most {self.length}"
+            )
         positions = self.param("pos_embedding", _table_init, (1, self.length, self.width))
         return x.astype(self.dtype) + positions[:, : x.shape[1]].astype(self.dtype)
 
@@ -85,18 +87,20 @@ class TextTower(nn.Module):
         if self.width % self.heads:
             raise UserError(f"{self.heads} heads do not divide the text tower's width of {self.width}")
         if block["activation"] not in ACTIVATIONS:
-            raise UserError(f"activation {block['activation']!r}: known are {', '.join(ACTIVATIONS)}")
+            raise UserError(
+                f"activation={block['activation']!r} of the text tower is not one of {', '.join(ACTIVATIONS)}"
+            )
         hidden = self.mlp_dim or 4 * self.width
         block |= dict(heads=self.heads, hidden=hidden, style=TEXT, dtype=self.dtype)
         return _Encoder(self.layers, block, self.remat, name="Encoder_0")(x, valid)
 
 
 class CLIPText(TextTower):
-    """CLIP's text tower (Radford et al. 2021), which open_clip's and EVA-CLIP's are too.
+    """CLIP's text tower (Radford et al. 2021), also that of open_clip and EVA-CLIP.
 
     Attributes:
       embed_dim: width of the space that it shares with the images.
-      activation: "quick_gelu" in OpenAI's weights, and in those that others trained with it; else "gelu".
+      activation: "quick_gelu" for OpenAI's weights, and others trained with it; else "gelu".
     """
 
     embed_dim: int = 512
@@ -109,15 +113,15 @@ class CLIPText(TextTower):
         valid: Bool[Array, "b l"] | None = None,
         embeddings: Float[Array, "b l d"] | None = None,
     ) -> TextOutput:
-        """Embeds texts, each at its end; attention is causal, so what stands behind that needs no mask.
+        """Embeds texts, each by its end token; attention is causal, so tokens after it need no mask.
 
         Args:
-          ids: tokens; the end of the text is the first of the highest id, CLIP's end-of-text token.
-          valid: tokens up to and including the end; read only where `ids` is None.
+          ids: tokens; the end of the text is the first token with the highest id, CLIP's end-of-text token.
+          valid: mask of the tokens up to and including the end; only used if `ids` is None.
           embeddings: token vectors to use in place of `embed(ids)`, such as learned prompts (CoOp, POMP).
 
         Raises:
-          UserError: texts too long; neither ids nor embeddings; embeddings without a word on where they end.
+          UserError: texts are too long, or there are neither ids nor embeddings with `valid`.
         """
         if ids is not None:
             end = jnp.argmax(ids, -1)
@@ -126,7 +130,9 @@ class CLIPText(TextTower):
             end = valid.shape[1] - 1 - jnp.argmax(valid[:, ::-1], -1)
             x = embeddings
         else:
-            raise UserError("CLIPText needs ids, or embeddings and `valid`, which says where a text ends")
+            raise UserError(
+                "CLIPText needs ids, or embeddings with `valid`, which marks the end of each text"
+            )
         x = self._add_positions(x)
         x = self._encode(x, None, activation=self.activation, epsilon=1e-5, causal=True)
         pooled = jnp.take_along_axis(x, end[:, None, None], 1)[:, 0]
@@ -144,26 +150,26 @@ class SiglipText(TextTower):
 
     @nn.compact
     def __call__(self, ids: Int[Array, "b l"], valid: Bool[Array, "b l"] | None = None) -> TextOutput:
-        """Embeds texts, each at its last position, padding or not.
+        """Embeds texts, each by its last position, padding or not.
 
         Args:
-          ids: tokens, padded to the length of the published model, which has seen no other.
-          valid: not read: the published models attend to padding too.
+          ids: tokens, padded to the length of the published model, which was only trained on that length.
+          valid: not used, since the published models attend to padding too.
 
         Raises:
-          UserError: texts too long.
+          UserError: texts are too long.
         """
         x = self._encode(self._add_positions(self.embed(ids)), None, activation="gelu_tanh", epsilon=1e-6)
         return TextOutput(nn.Dense(self.embed_dim, dtype=self.dtype, name="head")(x[:, -1]), x)
 
 
 class Bert(TextTower):
-    """BERT (Devlin et al. 2018) for single texts: the token type is 0 throughout.
+    """BERT (Devlin et al. 2018) for single texts: the token type is always 0.
 
-    Beside the names above it has `type_embedding` [2 d], `embedding_norm` and, where it is asked for, `pooler`.
+    Beside the names above it has `type_embedding` [2 d], `embedding_norm` and, if it is used, `pooler`.
 
     Attributes:
-      pool: "cls" gives the first token, "pooler" a dense layer with tanh on it, "mean" the mean of valid tokens.
+      pool: "cls" returns the first token, "pooler" a dense layer with tanh of it, "mean" the mean of valid tokens.
     """
 
     vocab_size: int = 30_522
@@ -178,13 +184,13 @@ class Bert(TextTower):
 
         Args:
           ids: tokens.
-          valid: which of them are no padding; all where it is None.
+          valid: mask of the tokens that are not padding; None means all.
 
         Raises:
-          UserError: texts too long, or another pooling.
+          UserError: texts are too long, or the pooling is unknown.
         """
         if self.pool not in ("cls", "pooler", "mean"):
-            raise UserError(f"pool of BERT is {self.pool!r}; known are cls, pooler, mean")
+            raise UserError(f"pool={self.pool!r} of BERT is not one of cls, pooler, mean")
         types = self.param("type_embedding", _table_init, (2, self.width))
         x = self._add_positions(self.embed(ids)) + types[0].astype(self.dtype)
         x = nn.LayerNorm(1e-12, self.dtype, name="embedding_norm")(x)
@@ -229,16 +235,16 @@ PRESETS: dict[str, tuple[type[TextTower], dict[str, Any]]] = {
 
 
 def text_tower(name: str, **fields: Any) -> TextTower:
-    """Builds a published tower, random, with some of its fields changed.
+    """Creates a published tower, with random weights and some of its fields changed.
 
     Args:
       name: a key of PRESETS.
       **fields: such as `dtype`, `remat`, or `activation="gelu"` for weights that were trained without OpenAI's.
 
     Raises:
-      UserError: another name.
+      UserError: the name is unknown.
     """
     if name not in PRESETS:
-        raise UserError(f"no text tower is called {name!r}; known are {', '.join(PRESETS)}")
+        raise UserError(f"the text tower {name!r} is not one of {', '.join(PRESETS)}")
     tower, published = PRESETS[name]
     return tower(**(published | fields))

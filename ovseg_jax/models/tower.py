@@ -1,4 +1,4 @@
-"""What an image tower made of transformer blocks gives back."""
+"""The output of image towers made of transformer blocks."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -7,12 +7,12 @@ from jaxtyping import Array, Float
 
 
 class TowerOutput(NamedTuple):
-    """Every resolution of a tower's view of an image.
+    """The output of an image tower.
 
     Attributes:
-      pooled: the embedding of the whole image, as the published model gives it.
-      tokens: the patch tokens behind the final norm, in their places; no class token.
-      taps: block number (from 0) -> its patch tokens, for the blocks that were asked for.
+      pooled: the embedding of the whole image, as in the published model.
+      tokens: the patch tokens after the final norm, as a map, without a class token.
+      taps: block number (from 0) -> its patch tokens, for the requested blocks.
     """
 
     pooled: Float[Array, "b e"]

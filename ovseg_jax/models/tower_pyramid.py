@@ -1,5 +1,7 @@
-"""A plain transformer as a backbone: the simple feature pyramid of ViTDet (Li et al., Exploring Plain Vision
-Transformer Backbones for Object Detection, 2022, section 3)."""
+"""A plain transformer as a backbone: the simple feature pyramid of ViTDet.
+
+Li et al., Exploring Plain Vision Transformer Backbones for Object Detection, 2022, section 3.
+"""
 
 from typing import Any
 
@@ -11,10 +13,11 @@ LEVELS = range(2, 6)
 
 
 class TowerPyramid(nn.Module):
-    """Maps at strides of about 4, 8, 16 and 32 from a tower's last one, each by itself.
+    """A pyramid of maps at strides of about 4, 8, 16 and 32, each computed from a tower's last map.
 
-    Finer maps come by learned doublings, which halve the channels, with a norm and a GELU between two; coarser ones by
-    maxima. The stride of 14x14 patches counts as 16: their finest map has a cell for each 3.5 pixels.
+    Finer maps come from learned upsampling by 2, which halves the channels, with a norm and a GELU between two such
+    steps; coarser maps from max pooling. The stride of 14x14 patches counts as 16: their finest map has a cell for each
+    3.5 pixels.
 
     Attributes:
       tower: a `ViT` or `Eva`.
@@ -28,10 +31,10 @@ class TowerPyramid(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w 3"], train: bool = False
     ) -> dict[str, Float[Array, "b _h _w _c"]]:
-        """Maps `c2` to `c5` of normalised images, whose sides are multiples of the tower's patch.
+        """Computes `c2` to `c5` of normalised images, whose sides are multiples of the tower's patch.
 
         Raises:
-          UserError: other sides.
+          UserError: a side is not a multiple of the patch.
         """
         tokens = self.tower(x, train).tokens
         own = level_of(self.tower.patch)
@@ -52,5 +55,5 @@ class TowerPyramid(nn.Module):
 
 
 def level_of(patch: int) -> int:
-    """Returns the pyramid's level whose stride is nearest to a patch: 8 -> 3, 14 and 16 -> 4, 32 -> 5."""
+    """Returns the level of the pyramid with the stride nearest to a patch: 8 -> 3, 14 and 16 -> 4, 32 -> 5."""
     return min(LEVELS, key=lambda level: abs(2**level - patch))

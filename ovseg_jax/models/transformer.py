@@ -1,7 +1,7 @@
-"""The transformer of all towers: attention, MLP, block, and the way through the blocks.
+"""The transformer of all towers: attention, MLP, block, and a loop over blocks.
 
-Parameters keep the names of the published families, see `Style`. A block has a place beside each of its branches for
-an `adapter`, and between two blocks there is one for a hook that leaves fewer tokens (`between`).
+Parameters keep the names of the published families, see `Style`. Each branch of a block may have an `adapter` beside
+it, and a hook between two blocks may reduce the tokens (`between`).
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -19,19 +19,19 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
-# Cosines and sines for each token and channel of a head, of all images alike or of each; see `eva.rotary_table`.
+# Cosines and sines for each token and channel of a head, shared by all images or for each; see `eva.rotary_table`.
 Rotary = Float[Array, "2 n r"] | Float[Array, "2 b n r"]
 
 
 @flax.struct.dataclass
 class Places:
-    """Where the tokens of images stand.
+    """The positions of an image's tokens.
 
     Attributes:
       grid: rows and columns of patches.
-      first: how many tokens stand in front of those of the patches: class tokens.
-      kept: the place, in reading order, of each patch token that is left; None while all are.
-      owner: which patch token stands for each place; None while each stands for its own.
+      first: the number of class tokens, which precede the patch tokens.
+      kept: the grid position, in reading order, of each remaining patch token; None while all remain.
+      owner: the patch token that represents each grid position; None while each represents its own.
     """
 
     grid: tuple[int, int] = flax.struct.field(pytree_node=False)
@@ -41,11 +41,11 @@ class Places:
 
     @property
     def count(self) -> int:
-        """Returns how many patch tokens there are."""
+        """The number of patch tokens."""
         return self.grid[0] * self.grid[1] if self.kept is None else self.kept.shape[1]
 
     def unfold(self, x: Float[Array, "b n d"]) -> Float[Array, "b q d"]:
-        """Returns the tokens in front and one for each place; what stands behind them, such as prompts, is left out."""
+        """Returns class tokens and one patch token per position; tokens after them, such as prompts, are dropped."""
         if self.owner is None:
             return x[:, : self.first + self.count]
         patches = x[:, self.first : self.first + self.count]
@@ -53,16 +53,16 @@ class Places:
         return jnp.concatenate([x[:, : self.first], patches], axis=1)
 
 
-# Called behind a block with its number, the patch tokens that are left and their places; returns those that stay. Its
-# `kept` and `owner` count as in `Places`: in the grid, and among the tokens that it returns.
+# Called after a block with its number, the remaining patch tokens and their places; returns those to keep. `kept` holds
+# grid positions, and `owner` indices of the returned tokens, see `Places`.
 Between = Callable[[int, Float[Array, "b m d"], Places], tuple[Float[Array, "b k d"], Places]]
 Taps = dict[int, tuple[Float[Array, "b _ d"], Places]]  # by number of a block
-# Makes a module by name, which maps the input of a branch [b n d], and its places, to what is added to its output.
+# Creates a module by name, which maps the input of a branch [b n d], and its places, to an addition to its output.
 Adapter = Callable[..., Any]
 
 
 class Style(NamedTuple):
-    """How a family of models names and initialises the parts of a block."""
+    """The names and initialisers of a block's parts in a family of models."""
 
     attention: str
     mlp: str
@@ -99,19 +99,19 @@ def attend(
     rotary: Rotary | None = None,
     inner_norm: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "b q e"]:
-    """Computes multi-head attention (Vaswani et al. 2017); the softmax is float32 in any case.
+    """Computes multi-head attention (Vaswani et al. 2017); the softmax is always float32.
 
     Args:
-      layer: makes a dense layer, from a name ("query", "key", "value", "out"), a shape and `DenseGeneral`'s options.
+      layer: creates a dense layer from a name ("query", "key", "value", "out"), a shape and `DenseGeneral`'s options.
       heads: number of heads; divides the width.
-      queries: what asks.
-      values: what is gathered.
-      features: channels of the result; as many as those of the queries where it is None.
+      queries: the input of the queries.
+      values: the input of keys and values.
+      features: channels of the result; None means those of the queries.
       key_bias: whether keys have a bias.
-      mask: which values may be gathered; all where it is None.
-      causal: whether a token gathers from none behind it.
-      rotary: what queries and keys are turned by.
-      inner_norm: normalises the heads' joined result before the projection (sub-LN).
+      mask: True for values that may be attended to; None means all.
+      causal: whether tokens do not attend to later ones.
+      rotary: rotary embedding of queries and keys.
+      inner_norm: normalises the concatenated heads before the projection (sub-LN).
     """
     width = queries.shape[-1]
     split = (heads, width // heads)
@@ -127,17 +127,17 @@ def attend(
 
 
 def rotate(x: Float[Array, "b n h d"], table: Rotary) -> Float[Array, "b n h d"]:
-    """Turns each pair of neighbouring channels of each token by its angle, in float32."""
+    """Rotates each pair of neighbouring channels of each token by its angle, in float32."""
     cos, sin = table[..., None, :]
     y = x.astype(jnp.float32)
-    # Neighbours by shifts: with an axis of pairs, attention compiled for a TPU v4 moves 29% more bytes.
+    # By shifts, since with an axis of pairs attention compiled for a TPU v4 moves 29% more bytes.
     first = jnp.arange(x.shape[-1]) % 2 == 0
     turned = y * cos + jnp.where(first, -jnp.roll(y, -1, axis=-1), jnp.roll(y, 1, axis=-1)) * sin
     return turned.astype(x.dtype)
 
 
 class Attention(nn.Module):
-    """`attend` with its parameters. Attributes: see there, and `Block`."""
+    """Multi-head attention with its parameters; for the attributes see `attend` and `Block`."""
 
     heads: int
     style: Style
@@ -155,7 +155,7 @@ class Attention(nn.Module):
         valid: Bool[Array, "b n"] | None = None,
         rotary: Rotary | None = None,
     ) -> Float[Array, "b q d"]:
-        """Each query gathers from all values, or from those that are `valid`."""
+        """Attends from each query to all values, or to those that are `valid`."""
 
         def layer(name: str, shape: Any, **options: Any) -> nn.DenseGeneral:
             init = self.style.kernel_init
@@ -177,7 +177,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Dense, activation, norm (sub-LN) where there is one, dense back to the width of the input.
+    """An MLP: dense, activation, optional norm (sub-LN), dense back to the width of the input.
 
     Attributes:
       hidden: channels inside.
@@ -215,20 +215,20 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each added to its input.
+    """A block: attention, then an MLP, each added to its input.
 
     Attributes:
-      heads: of attention; divides the width.
+      heads: number of attention heads; divides the width.
       hidden: channels inside the MLP.
       activation: see `Mlp`.
-      epsilon: of all norms.
+      epsilon: epsilon of all norms.
       style: names and initialisers.
-      order: where each branch is normalised: "pre", its input; "post", its output, before it is added (EVA-02-CLIP
+      order: what is normalised in each branch: "pre", its input; "post", its output, before it is added (EVA-02-CLIP
         E/14); "sum", the sum (BERT).
       causal, key_bias, attention_norm, mlp_norm: see `attend` and `Mlp`.
-      adapter: makes a module that stands beside each branch, `adapter_attention` and `adapter_mlp`, and gets what the
-        branch gets: the norm's output, or with the other orders its input.
-      adapter_scale: factor on what adapters add.
+      adapter: creates a module beside each branch, `adapter_attention` and `adapter_mlp`, with the same input as the
+        branch, which is normalised for the order "pre".
+      adapter_scale: factor on the output of adapters.
       dtype: compute type.
     """
 
@@ -293,21 +293,20 @@ def through_blocks(
     before: Callable[[int, Array], Array] = lambda i, x: x,
     taps: Collection[int] = (),
 ) -> tuple[Float[Array, "b m d"], Places, Taps]:
-    """Sends an image's tokens through the blocks of a tower.
+    """Applies the blocks of a tower to an image's tokens.
 
     Args:
-      block: makes block i.
+      block: creates block i.
       depth: number of blocks.
-      x: tokens: those in front, those of the patches in reading order, and any others behind them.
-      places: where they stand.
-      rotary: a table for the tokens in front and all places, in this order.
-      between: called behind each block but the last.
-      before: changes the tokens in front of block i.
-      taps: blocks behind which the tokens are wanted.
+      x: class tokens, patch tokens in reading order, and any others after them.
+      places: the positions of the tokens.
+      rotary: a table for the class tokens and all grid positions, in this order.
+      between: called after each block except the last.
+      before: changes the tokens before block i.
+      taps: the blocks whose output is also returned.
 
     Returns:
-      The tokens behind the last block as `between` left them, their places, which unfold them, and the same of each
-      block of `taps`.
+      The tokens after the last block, their places, which unfold them, and both for each block of `taps`.
     """
     tapped, turned = {}, rotary
     for i in range(depth):

@@ -1,8 +1,8 @@
-"""The Vision Transformer (Dosovitskiy et al. 2020) as DINO, MAE, CLIP, SigLIP and big_vision publish it.
+"""The Vision Transformer (Dosovitskiy et al. 2020) in the variants of DINO, MAE, CLIP, SigLIP and big_vision.
 
 Parameters have the names and layouts of big_vision's ViT: `embedding`, `pos_embedding`, `cls`,
-`Transformer/encoderblock_{i}`, `Transformer/encoder_norm`, `MAPHead_0`, `head`. What it lacks: CLIP's `pre_norm`, and
-a first row of `pos_embedding` for a class token that has a position of its own.
+`Transformer/encoderblock_{i}`, `Transformer/encoder_norm`, `MAPHead_0`, `head`. Additions are CLIP's `pre_norm`, and a
+first row of `pos_embedding` for a class token with a position of its own.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ POOLS = ("cls", "mean", "map")
 
 
 class Transformer(nn.Module):
-    """Blocks and a final norm. Attributes: those of the block; the others see `ViT`."""
+    """A sequence of blocks and a final norm; `block` holds the fields of the blocks, for the others see `ViT`."""
 
     depth: int
     block: Mapping[str, Any]
@@ -49,9 +49,9 @@ class Transformer(nn.Module):
     def __call__(
         self, x: Float[Array, "b n d"], places: Places, prompts: Float[Array, "j m d"] | None = None
     ) -> tuple[Float[Array, "b _ d"], Places, Taps]:
-        """As `through_blocks`, with the norm behind the last block.
+        """Applies the blocks, see `through_blocks`, and the final norm.
 
-        In front of block i, from 1, prompts[i] take the places of the last M tokens, as long as there are any.
+        Before block i, from 1 on, prompts[i], if it exists, replaces the last M tokens.
         """
         block_type = rematerialise(Block, self.remat)
 
@@ -74,7 +74,7 @@ class Transformer(nn.Module):
 
 
 class MAPHead(nn.Module):
-    """Pooling by one learned query (Zhai et al., Scaling Vision Transformers, 2021). Attributes: see `ViT`."""
+    """A pooling head with one learned query (Zhai et al., Scaling Vision Transformers, 2021); see `ViT`."""
 
     heads: int
     mlp_dim: int
@@ -84,7 +84,7 @@ class MAPHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
-        """Gathers all tokens into one."""
+        """Pools all tokens into one."""
         probe = self.param("probe", VIT.kernel_init, (1, 1, x.shape[-1]))
         probe = jnp.broadcast_to(probe.astype(self.dtype), (x.shape[0], 1, x.shape[-1]))
         x = Attention(self.heads, VIT, dtype=self.dtype, name=VIT.attention)(probe, x)
@@ -101,21 +101,21 @@ class ViT(nn.Module):
       depth: number of blocks.
       heads: number of attention heads; divides `width`.
       mlp_dim: width inside the MLPs.
-      grid: rows and columns of the position table; for other images it is resized.
-      resize: how, see `resize_positions`.
-      cls: the class token: "none"; "plain", which has no position (big_vision); "placed", for which the position
-        table has a row in front of the others (DINO, MAE, CLIP).
-      pool: what the image's embedding is made of: "cls", the class token; "mean", that of the patch tokens; "map", a
-        learned query's answer (`MAPHead`). All behind the final norm.
-      pre_norm: CLIP's: a norm in front of the blocks, and patches without a bias.
+      grid: rows and columns of the position table, which is resized for other images.
+      resize: the method of resizing, see `resize_positions`.
+      cls: the class token: "none"; "plain", without a position (big_vision); "placed", with the first row of the
+        position table (DINO, MAE, CLIP).
+      pool: the embedding of the image: "cls", the class token; "mean", the mean of the patch tokens; "map", the output
+        of a learned query (`MAPHead`). All after the final norm.
+      pre_norm: whether there is a norm before the blocks and no bias of the patch embedding, as in CLIP.
       activation: "gelu"; "gelu_tanh", its approximation; "quick_gelu", x sigmoid(1.702 x).
-      epsilon: of all layer norms.
-      embed_dim: channels of the embedding, by the projection `head`; 0 is none, and the embedding has `width`.
+      epsilon: epsilon of all layer norms.
+      embed_dim: channels of the embedding, by the projection `head`; 0 for no projection.
       head_bias: whether that projection has a bias (big_vision: yes, CLIP: no).
       taps: numbers of the blocks, from 0, whose tokens are returned.
-      adapter, adapter_scale: what stands beside the branches of each block, see `transformer.Block`.
-      between: what happens to the patch tokens between two blocks, see `transformer.Between`.
-      remat: what the backward pass computes again of each block, see `rematerialise`.
+      adapter, adapter_scale: modules beside the branches of each block, see `transformer.Block`.
+      between: a function on the patch tokens between two blocks, see `transformer.Between`.
+      remat: what the backward pass recomputes in each block, see `rematerialise`.
       dtype: compute type; parameters are float32.
     """
 
@@ -151,13 +151,13 @@ class ViT(nn.Module):
 
         Args:
           image: normalised images; their sides are multiples of `patch`.
-          train: makes no difference: none of these models is published with dropout.
-          prompts: learned tokens, which are in none of the outputs (VPT, Jia et al. 2022). prompts[0] stand beside
-            the patches, in front of `pre_norm` as in muzairkhattak/multimodal-prompt-learning; each of the others
-            takes the place of those before it in front of its block. Behind the last of them the tokens go on.
+          train: no effect, since none of these models is published with dropout.
+          prompts: learned tokens, which are not part of the outputs (VPT, Jia et al. 2022). prompts[0] is appended to
+            the patches, before `pre_norm` as in muzairkhattak/multimodal-prompt-learning; prompts[i] replaces these
+            tokens before block i. After the last of them the tokens pass through the remaining blocks.
 
         Raises:
-          UserError: sides that are no multiples of the patch, or fields that do not fit each other.
+          UserError: a side is not a multiple of the patch, or fields do not fit each other.
         """
         self._check_fields()
         _check_sides(image.shape[1], image.shape[2], self.patch)
@@ -224,22 +224,22 @@ class ViT(nn.Module):
         _check("pool", self.pool, POOLS)
         _check("activation", self.activation, tuple(ACTIVATIONS))
         if self.pool != "mean" and (self.pool == "cls") != (self.cls != "none"):
-            raise UserError(f"pool={self.pool!r} of the ViT does not go with cls={self.cls!r}")
+            raise UserError(f"pool={self.pool!r} of the ViT cannot be combined with cls={self.cls!r}")
         if self.width % self.heads:
-            raise UserError(f"the ViT's width {self.width} is no multiple of its {self.heads} heads")
+            raise UserError(f"the ViT's width {self.width} is not a multiple of its {self.heads} heads")
         if missing := [i for i in self.taps if i not in range(self.depth)]:
-            raise UserError(f"taps of the ViT name blocks {missing}; there are 0 to {self.depth - 1}")
+            raise UserError(f"taps={missing} do not exist in the ViT, which has blocks 0 to {self.depth - 1}")
 
 
 def _append(x: Float[Array, "b n d"], tokens: Float[Array, "m d"]) -> Float[Array, "b n+m d"]:
-    """The same tokens behind those of every image."""
+    """Appends the same tokens to those of every image."""
     tokens = jnp.broadcast_to(tokens.astype(x.dtype), (len(x), *tokens.shape))
     return jnp.concatenate([x, tokens], axis=1)
 
 
 def _check(field: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise UserError(f"{field} of the ViT is {value!r}; known are {', '.join(known)}")
+        raise UserError(f"{field}={value!r} of the ViT is not one of {', '.join(known)}")
 
 
 def _check_sides(height: int, width: int, patch: int) -> None:
@@ -257,19 +257,19 @@ _H: Fields = dict(width=1280, depth=32, heads=16, mlp_dim=5120)
 _SO400M: Fields = dict(width=1152, depth=27, heads=16, mlp_dim=4304)
 _DINO: Fields = dict(resize="dino")
 _CLIP: Fields = dict(pre_norm=True, activation="quick_gelu", epsilon=1e-5, head_bias=False)
-# open_clip's own models (LAION, DataComp) are CLIP's but for the GELU.
+# open_clip's own models (LAION, DataComp) only differ from CLIP's in the GELU.
 _OPEN_CLIP: Fields = dict(_CLIP, activation="gelu")
 _SIGLIP: Fields = dict(activation="gelu_tanh", resize="bilinear", cls="none", pool="map")
 
 # Fields of `ViT` by model: `ViT(**PRESETS["dino_vits8"])`. A number at the end is the image's side, if not 224. 384 is
-# no multiple of so400m's patch: the published model leaves the last pixels out and sees 378.
+# not a multiple of so400m's patch: the published model ignores the last pixels and uses 378.
 PRESETS: dict[str, Fields] = {
     # Caron et al., Emerging Properties in Self-Supervised Vision Transformers, 2021.
     "dino_vits8": dict(_S, **_DINO, patch=8, grid=(28, 28)),
     "dino_vits16": dict(_S, **_DINO, patch=16, grid=(14, 14)),
     "dino_vitb8": dict(_B, **_DINO, patch=8, grid=(28, 28)),
     "dino_vitb16": dict(_B, **_DINO, patch=16, grid=(14, 14)),
-    # He et al., Masked Autoencoders Are Scalable Vision Learners, 2022: the encoder, which sees all patches.
+    # He et al., Masked Autoencoders Are Scalable Vision Learners, 2022: the encoder, applied to all patches.
     "mae_vitb16": dict(_B, patch=16, grid=(14, 14)),
     "mae_vitl16": dict(_L, patch=16, grid=(14, 14)),
     "mae_vith14": dict(_H, patch=14, grid=(16, 16)),

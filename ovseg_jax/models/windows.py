@@ -1,16 +1,16 @@
-"""Where the windows of a Swin Transformer lie, for Flax and for PyTorch."""
+"""Positions of the windows of a Swin Transformer, for Flax and for PyTorch."""
 
-# What happens where one window covers a side of the map: "axis", timm's classifiers, no shift along that axis, whose
-# windows are as long as the map; "both", the authors' classifiers and transformers' SwinModel, no shift along either
-# axis, and windows as large as the shorter side; "always", the authors' detectors and transformers' SwinBackbone,
-# shifts and whole windows everywhere.
+# Rules if one window covers a side of the map: "axis" (timm's classifiers): no shift along that axis, and windows as
+# long as the map; "both" (the authors' classifiers and transformers' SwinModel): no shift along either axis, and
+# windows as large as the shorter side; "always" (the authors' detectors and transformers' SwinBackbone): shifts and
+# full windows everywhere.
 RULES = ("axis", "both", "always")
 
 
 def window_and_shift(
     height: int, width: int, window: int, shifted: bool, rule: str
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Returns sides of windows and shifts, down and right, for a map of height x width; `rule` is of `RULES`."""
+    """Returns sides of windows and shifts (down, right) for a map of height x width; `rule` is in `RULES`."""
     half = window // 2 if shifted else 0
     if rule == "always":
         return (window, window), (half, half)

@@ -1,4 +1,4 @@
-"""A large batch through a network in parts, with the loss, and the gradient, of the whole."""
+"""Gradient accumulation with the exact loss and gradient of the whole batch, also for contrastive losses."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,17 +12,17 @@ Network = Callable[[Any, Any, jax.Array], tuple[Any, Any, Any]]
 
 
 def in_parts(network: Network, parts: int) -> Network:
-    """`network(variables, batch, rng) -> (rows, sums, mutated)`, computed for one part of the batch after the other.
+    """Computes `network(variables, batch, rng) -> (rows, sums, mutated)` for one part of the batch at a time.
 
-    Of each part only its results stay alive; the backward pass computes the part once more. A contrastive loss of
-    the joined rows is therefore that of the whole batch (as in GradCache, arXiv:2101.06983), and so is every mean
-    that is taken of the sums; adding up the gradients of parts would give neither. The price is a second forward
-    pass. Batch normalisation sees the statistics of a part, and what it keeps is their mean over the parts.
+    Only the results of each part are kept, and the backward pass recomputes the part. A contrastive loss of the joined
+    rows is therefore that of the whole batch (as in GradCache, arXiv:2101.06983), and so are means of the sums; summing
+    the gradients of separate losses would give neither. It costs a second forward pass. Batch normalisation uses the
+    statistics of each part, and its running statistics are updated by their mean.
 
     Args:
-      network: `rows` are arrays with a leading axis of examples, `sums` add up over examples, `mutated` are the
+      network: `rows` are arrays with a leading axis of examples, `sums` are sums over examples, `mutated` are the
         collections that the forward pass changed.
-      parts: into how many the batch is cut; each device works on its own share of every part.
+      parts: the number of parts; each device works on its own share of every part.
     """
     if parts == 1:
         return network

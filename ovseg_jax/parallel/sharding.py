@@ -1,7 +1,7 @@
-"""Where arrays live: the one file that names the axes of the device mesh.
+"""The device mesh and the sharding of arrays; the one file that names the axes of the mesh.
 
-A mesh has two axes. Both split the batch; `fsdp` also splits parameters and optimiser state, so that
-`{data: 8, fsdp: 1}` is data parallelism, `{data: 1, fsdp: 8}` is FSDP, and anything between is both.
+A mesh has two axes. Both split the batch; `fsdp` also splits parameters and optimiser state. `{data: 8, fsdp: 1}` is
+data parallelism, `{data: 1, fsdp: 8}` is FSDP, and values between combine both.
 """
 
 import re
@@ -20,22 +20,22 @@ from ovseg_jax.errors import UserError
 DATA, FSDP = "data", "fsdp"
 AXES = (DATA, FSDP)
 DEFAULT_RULES = ((".*", "fsdp"),)
-AnyMesh = Mesh | AbstractMesh  # the planner counts on devices that are not there
+AnyMesh = Mesh | AbstractMesh  # abstract for the planner, which has no devices
 
 
 def make_mesh(
     shape: ConfigDict | Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """Lays the devices out as `{data: n, fsdp: m}`; one of the two may be -1, "all that are left".
+    """Creates a mesh `{data: n, fsdp: m}` over the devices; one of the two may be -1, "all that are left".
 
     The axes are Auto: under JAX's default, Explicit, Flax Linen's logical constraints fail.
 
     Args:
-      shape: sizes of the axes; `{data: -1, fsdp: 1}` where nothing is said.
-      devices: all devices of all processes where nothing is said.
+      shape: sizes of the axes; by default `{data: -1, fsdp: 1}`.
+      devices: the devices; by default all devices of all processes.
 
     Raises:
-      UserError: for an unknown axis, or sizes that do not multiply to the number of devices.
+      UserError: an axis is unknown, or the product of the sizes is not the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = mesh_shape(shape, len(devices))
@@ -43,40 +43,47 @@ def make_mesh(
 
 
 def mesh_shape(shape: ConfigDict | Mapping[str, int] | None, count: int) -> tuple[int, ...]:
-    """Sizes of the axes for so many devices, see `make_mesh`."""
+    """Returns the sizes of the axes for `count` devices, see `make_mesh`."""
     asked = {DATA: -1, FSDP: 1} | dict(shape or {})
     if unknown := sorted(set(asked) - set(AXES)):
-        raise UserError(f"mesh has unknown axes {unknown}; the axes are {list(AXES)}.")
+        raise UserError(f"config.mesh has unknown axes {unknown}; the axes are {list(AXES)}.")
     sizes = [int(asked[axis]) for axis in AXES]
     if sizes.count(-1) == 1:
         rest = int(np.prod([size for size in sizes if size != -1]))
         sizes[sizes.index(-1)] = count // max(rest, 1)
     if min(sizes) < 1 or int(np.prod(sizes)) != count:
-        raise UserError(f"mesh {asked} does not fit {count} devices: data x fsdp must be their number.")
+        raise UserError(
+            f"config.mesh={asked} does not fit {count} devices: data x fsdp must be their number."
+        )
     return tuple(sizes)
 
 
+def on_cpu(mesh: AnyMesh) -> bool:
+    """Tells whether the devices of `mesh` are CPUs; False for an abstract mesh, as the planner uses."""
+    return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
+
+
 def replicated(mesh: AnyMesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Returns the sharding that puts the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: AnyMesh) -> NamedSharding:
-    """The leading dimension over all devices."""
+    """Returns the sharding that splits the leading dimension over all devices."""
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
 def check_batch_size(batch_size: int, mesh: AnyMesh, key: str = "batch_size", parts: int = 1) -> None:
-    """Raises a UserError that names `key` when a global batch cannot be split evenly over the mesh, in parts."""
+    """Raises a UserError that names `key` if a global batch cannot be split evenly over mesh and parts."""
     if parts < 1:
-        raise UserError(f"accumulate={parts}: a batch has at least one part.")
+        raise UserError(f"accumulate={parts} is less than 1.")
     if batch_size < 1 or batch_size % (mesh.size * parts):
         times = f" times accumulate={parts}" if parts > 1 else ""
         raise UserError(f"{key}={batch_size} must be a positive multiple of the {mesh.size} devices{times}.")
 
 
 def split_parts(batch: Any, parts: int) -> Any:
-    """[B ...] to [parts, B / parts ...]: every device cuts its own share, and no example moves."""
+    """Reshapes [B ...] to [parts, B / parts ...]; each device splits its own share, so no data moves."""
     axes = active_batch_axes()
 
     def split(x: jax.Array) -> jax.Array:
@@ -87,7 +94,7 @@ def split_parts(batch: Any, parts: int) -> Any:
 
 
 def join_parts(rows: Any) -> Any:
-    """The inverse of `split_parts`."""
+    """Reshapes [parts, B / parts ...] back to [B ...]: the inverse of `split_parts`."""
     axes = active_batch_axes()
 
     def join(x: jax.Array) -> jax.Array:
@@ -98,7 +105,7 @@ def join_parts(rows: Any) -> Any:
 
 
 def on_host(tree: Any) -> Any:
-    """A tree of arrays as NumPy arrays, whole on every process. All processes call this."""
+    """Gathers a tree of arrays as whole NumPy arrays on every process; all processes must call it."""
 
     def whole(x: Any) -> np.ndarray:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
@@ -109,7 +116,7 @@ def on_host(tree: Any) -> Any:
 
 
 def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """Joins the processes' numpy batches, [B / processes ...], into global arrays [B ...] on the mesh."""
+    """Joins the processes' NumPy batches, [B / processes ...], into global arrays [B ...] on the mesh."""
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, np.asarray(value))
@@ -118,10 +125,10 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def rule_spec(rule: str, shape: Sequence[int], mesh: AnyMesh) -> PartitionSpec:
-    """What a rule means for an array of this shape.
+    """Returns the PartitionSpec that a sharding rule gives an array of this shape.
 
-    `replicate`: whole on every device. `fsdp`: the largest dimension that the fsdp axis divides is split over
-    it; an array with no such dimension is replicated.
+    `replicate`: the whole array is on every device. `fsdp`: the largest dimension that is a multiple of the fsdp axis
+    is split over it; an array without such a dimension is replicated.
     """
     if rule == "replicate":
         return PartitionSpec()
@@ -138,7 +145,7 @@ def rule_spec(rule: str, shape: Sequence[int], mesh: AnyMesh) -> PartitionSpec:
 def leaf_sharding(
     path: str, shape: Sequence[int], mesh: AnyMesh, rules: Iterable[Sequence[str]] = DEFAULT_RULES
 ) -> NamedSharding:
-    """The sharding of one parameter: the first (regex, rule) whose regex is found in its path decides."""
+    """Returns the sharding of one parameter: the first (regex, rule) whose regex matches in its path decides."""
     for pattern, rule in rules:
         if re.search(pattern, path):
             return NamedSharding(mesh, rule_spec(rule, shape, mesh))
@@ -146,16 +153,16 @@ def leaf_sharding(
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """A key path of `jax.tree_util` as `encoder/conv/kernel`, the spelling that a config's regexes meet."""
+    """Formats a key path of `jax.tree_util` as `encoder/conv/kernel`, the form that regexes of configs match."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
 def tree_paths(tree: Any) -> Any:
-    """A tree of the same structure whose leaves are their own paths."""
+    """Returns a tree of the same structure whose leaves are their own paths."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), tree)
 
 
 def active_batch_axes() -> tuple[str, ...]:
-    """The axes that split the batch under the mesh of `jax.set_mesh`; () without a mesh or on one device."""
+    """Returns the axes that split the batch under `jax.set_mesh`; () without a mesh or on one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return AXES if set(AXES) <= set(mesh.axis_names) and mesh.size > 1 else ()

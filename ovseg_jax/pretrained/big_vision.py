@@ -1,9 +1,9 @@
-"""big_vision's npz checkpoints, both ways (github.com/google-research/big_vision).
+"""big_vision's npz checkpoints, read and written (github.com/google-research/big_vision).
 
-Keys are paths joined by "/". They begin with `params/`, in older files with `opt/target/`, or with nothing; a
-two-tower file has `img/` and `txt/` behind that, and the scalars `t` (log of the scale) and `b` (bias). The blocks of
-a transformer are `encoderblock_{i}`, or under `scan` one `encoderblock` with all of them stacked. Our ViT and
-SigLIP's text tower have big_vision's names, so nothing else has to change.
+Keys are paths joined by "/". They begin with `params/`, in older files with `opt/target/`, or have no prefix; a
+two-tower file then has `img/` and `txt/`, and the scalars `t` (log of the scale) and `b` (bias). The blocks of a
+transformer are `encoderblock_{i}`, or, if scanned, one `encoderblock` with all of them stacked. Our ViT and SigLIP's
+text tower have big_vision's names, so that nothing else is renamed.
 """
 
 import re
@@ -20,15 +20,15 @@ TOWERS = ("img", "txt")
 
 
 def read_big_vision(path: str | Path, tower: str = "") -> dict[str, np.ndarray]:
-    """Reads parameters by path, `params/Transformer/encoderblock_0/...`, loop form.
+    """Reads parameters by path, `params/Transformer/encoderblock_0/...`, with unstacked blocks.
 
     Args:
-      path: an npz.
-      tower: "img" or "txt" of a two-tower file, which is left out of the paths; a file of one tower is taken as it
-        is, and "" takes all there is.
+      path: an npz file.
+      tower: "img" or "txt" of a two-tower file, which is removed from the paths; "" reads all parameters. It has no
+        effect on a file of one tower.
 
     Raises:
-      UserError: no such file, no such tower in it.
+      UserError: there is no such file, or no such tower in it.
     """
     arrays = read_arrays(path)
     prefix = next(p for p in PREFIXES if any(name.startswith(p) for name in arrays) or not p)
@@ -39,7 +39,7 @@ def read_big_vision(path: str | Path, tower: str = "") -> dict[str, np.ndarray]:
             raise UserError(
                 f"{path} has no tower {tower!r}: its parameters are {', '.join(sorted(arrays)[:3])}, ..."
             )
-    # Before 2021 the table of positions was a module of its own.
+    # Before 2021 the table of positions was in a module of its own.
     own = {k.replace("Transformer/posembed_input/pos_embedding", "pos_embedding"): v for k, v in own.items()}
     return {f"params/{k}": v for k, v in to_loop(own).items()}
 
@@ -50,13 +50,13 @@ def write_big_vision(path: str | Path, arrays: Mapping[str, np.ndarray], *, scan
 
 
 def to_loop(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Splits stacked blocks one by one; what is no stack stays."""
+    """Splits stacked blocks into single ones; other arrays stay."""
     out: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
         head, found, tail = name.partition("encoderblock/")
         if found:
             if not array.ndim:
-                raise UserError(f"{name} is no stack of blocks but one number")
+                raise UserError(f"{name} is a single number, not a stack of blocks")
             out |= {f"{head}encoderblock_{i}/{tail}": layer for i, layer in enumerate(array)}
         else:
             out[name] = array
@@ -64,7 +64,7 @@ def to_loop(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def to_scan(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Inverts `to_loop`."""
+    """Stacks blocks: the inverse of `to_loop`."""
     stacks: dict[str, dict[int, np.ndarray]] = {}
     out = {}
     for name, array in arrays.items():

@@ -8,10 +8,10 @@ from ovseg_jax.pretrained.resnet import batch_norm
 
 
 def from_openai_clip_resnet(prefix: str = r"visual\.") -> list[Rename]:
-    """Returns the renames of OpenAI's RN50 to RN50x64 and of open_clip; the text tower is known and not needed.
+    """Returns the renames of OpenAI's RN50 to RN50x64 and of open_clip; the text tower is ignored.
 
     Args:
-      prefix: a regex for what stands in front of the image tower's names; "" for the tower alone.
+      prefix: a regex for the prefix of the image tower's names; "" for the tower alone.
     """
     block, ours = rf"{prefix}layer(\d)\.(\d+)", r"layer\1_\2"
     return [
@@ -24,7 +24,7 @@ def from_openai_clip_resnet(prefix: str = r"visual\.") -> list[Rename]:
         *_attention_pool(rf"{prefix}attnpool", "positional_embedding", r"{}_proj", "c_proj"),
         Rename(
             r"(?:transformer|token_embedding|ln_final)\..*|positional_embedding|text_projection|logit_scale"
-            # Sizes that OpenAI's archives carry beside the weights.
+            # Sizes that OpenAI's archives hold beside the weights.
             r"|attn_mask|input_resolution|context_length|vocab_size",
             "",
         ),
@@ -38,7 +38,7 @@ def from_timm_clip_resnet() -> list[Rename]:
         *batch_norm(r"stem\.conv(\d)\.bn", r"norm\1"),
         *_attention_pool("head", "pos_embed", "{}", "proj"),
     ]
-    # Both count stages, timm from 0 and we from 1.
+    # timm counts stages from 0, our names from 1.
     for stage in range(4):
         block, ours = rf"stages\.{stage}\.(\d+)", rf"layer{stage + 1}_\1"
         renames += [
@@ -61,7 +61,7 @@ def _attention_pool(prefix: str, positions: str, letter: str, out: str) -> list[
     return renames
 
 
-# All heads have 64 channels, whatever their number.
+# All heads have 64 channels, so the shape gives their number.
 def _split(x: np.ndarray) -> np.ndarray:
     return heads_in(x.shape[0] // HEAD_CHANNELS)(x)
 

@@ -1,11 +1,13 @@
-"""Names of published EfficientNets: timm's `tf_efficientnet_b0` to `b7`, which hold noisy student's weights, and
-transformers'. Top convolution and classifier are known and not needed."""
+"""Names of published EfficientNets: timm's `tf_efficientnet_b0` to `b7`, and transformers'.
+
+timm's include noisy student's weights. The top convolution and the classifier are ignored.
+"""
 
 from ovseg_jax.models.efficientnet_scaling import STAGES, round_blocks
 from ovseg_jax.pretrained.rename import Rename, conv
 from ovseg_jax.pretrained.resnet import batch_norm
 
-# (convolution, norm behind it) of a block in timm's names -> ours: without expansion, and with it.
+# (convolution, its norm) of a block in timm's names -> ours: for blocks without and with expansion.
 _FIRST_STAGE = {
     ("conv_dw", "bn1"): ("depthwise_conv", "depthwise_norm"),
     ("conv_pw", "bn2"): ("project_conv", "project_norm"),
@@ -18,7 +20,7 @@ _OTHER_STAGES = {
 
 
 def from_timm_efficientnet(depth: float) -> list[Rename]:
-    """Returns the renames of timm's `tf_efficientnet_*`, which numbers blocks by stage, where we count through."""
+    """Returns the renames of timm's `tf_efficientnet_*`; timm numbers blocks by stage, we through all stages."""
     renames = [
         Rename(r"conv_stem\.weight", "params/stem_conv/kernel", conv),
         *batch_norm("bn1", "stem_norm"),
@@ -41,7 +43,7 @@ def from_timm_efficientnet(depth: float) -> list[Rename]:
 
 
 def from_hf_efficientnet() -> list[Rename]:
-    """Returns the renames of transformers' EfficientNetModel, or the classifier around one."""
+    """Returns the renames of transformers' EfficientNetModel, also inside of its classifier."""
     top, ours = r"(?:efficientnet\.)?", r"block_\1"
     block = rf"{top}encoder\.blocks\.(\d+)"
     renames = [

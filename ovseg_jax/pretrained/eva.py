@@ -1,7 +1,7 @@
 """Names of EVA-CLIP's image towers (models/eva.py) in published checkpoints.
 
-Both formats have joined and separate queries, keys and values: E/14 and g/14 keep one `qkv.weight` beside `q_bias` and
-`v_bias`, B/16 and L/14 three matrices. What belongs to the text tower is known and not needed.
+Both formats have joint and separate queries, keys and values: E/14 and g/14 keep one `qkv.weight` beside `q_bias` and
+`v_bias`, B/16 and L/14 three matrices. The text tower is ignored.
 """
 
 from ovseg_jax.pretrained.rename import Layout, Rename, conv, dense, heads_in, heads_out, heads_qkv
@@ -10,7 +10,7 @@ _OURS = r"params/blocks_\1/"
 
 
 def from_timm_eva(heads: int) -> list[Rename]:
-    """Returns the renames of timm's `eva*_clip_*`, alone or inside open_clip (`visual.trunk.`)."""
+    """Returns the renames of timm's `eva*_clip_*`, alone or inside of open_clip (`visual.trunk.`)."""
     prefix = r"(?:visual\.trunk\.)?"
     block = prefix + r"blocks\.(\d+)\."
     return [
@@ -25,9 +25,9 @@ def from_timm_eva(heads: int) -> list[Rename]:
 
 
 def from_eva_clip(heads: int) -> list[Rename]:
-    """Returns the renames of BAAI's EVA-CLIP, with `visual.` or without.
+    """Returns the renames of BAAI's EVA-CLIP, with or without the prefix `visual.`.
 
-    SwiGLU is w3(norm(silu(w1(x)) * w2(x))) there.
+    Its SwiGLU is w3(norm(silu(w1(x)) * w2(x))).
     """
     prefix = r"(?:visual\.)?"
     block = prefix + r"blocks\.(\d+)\."
@@ -40,7 +40,7 @@ def from_eva_clip(heads: int) -> list[Rename]:
         *_norm(block + r"mlp\.ffn_ln", _OURS + "mlp/norm"),
         # The rotary table, once for the tower and once for each block.
         Rename(prefix + r"(?:blocks\.\d+\.attn\.)?rope\.freqs_(?:cos|sin)", ""),
-        # The text tower where it is not under `text.`.
+        # The text tower, if it is not under `text.`.
         Rename(r"(?:transformer\.|token_embedding\.|ln_final\.).*|positional_embedding|text_projection", ""),
     ]
 

@@ -1,4 +1,4 @@
-"""Published weights on disk as NumPy arrays by name: safetensors, PyTorch's archives, big_vision's npz."""
+"""Files of published weights as NumPy arrays by name: safetensors, PyTorch's archives, big_vision's npz."""
 
 import argparse
 import json
@@ -35,7 +35,7 @@ _TYPES = {
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
 _MOST_HEADER = 100_000_000  # bytes, as the safetensors package has it
-# What a folder may hold, best first.
+# The files of weights in a folder, in order of preference.
 NAMES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -61,7 +61,7 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     readers = {".safetensors": _safetensors, ".npz": _npz, ".bin": _torch, ".pt": _torch, ".pth": _torch}
     read = _shards if path.name.endswith(".index.json") else readers.get(path.suffix)
     if read is None:
-        raise UserError(f"{path}: known are {', '.join(readers)} and folders of Hugging Face")
+        raise UserError(f"{path} is not a file of weights ({', '.join(readers)}) or a folder of Hugging Face")
     with reading(path, "the weights"):
         arrays = read(path)
         for name, array in arrays.items():
@@ -71,10 +71,10 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def weights_file(path: str | Path) -> Path:
-    """Returns the file itself, or the one of `NAMES` that a folder holds.
+    """Returns the path itself, or that of the first of `NAMES` that a folder holds.
 
     Raises:
-      UserError: no such file, or a folder without weights.
+      UserError: there is no such file, or the folder holds no weights.
     """
     path = Path(path)
     if path.is_dir():
@@ -90,7 +90,7 @@ def weights_file(path: str | Path) -> Path:
 def write_safetensors(
     path: epath.PathLike, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] = {}
 ) -> None:
-    """Writes what `read_arrays` reads; rows in the order of their names."""
+    """Writes arrays as a safetensors file, sorted by name."""
     kinds = {np.dtype(kind): name for name, kind in _TYPES.items()}
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     at, parts = 0, []
@@ -112,17 +112,17 @@ def write_safetensors(
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Reads the texts that a safetensors holds beside its arrays.
+    """Reads the metadata of a safetensors file, a dict of texts.
 
     Raises:
-      UserError: a damaged file.
+      UserError: the file is damaged.
     """
     with reading(path, "the weights"):
         return _header(path)[1]
 
 
 class _Entry(NamedTuple):
-    """One array of a safetensors: its type, its shape, and where it stands in the data."""
+    """The type, the shape and the byte range of an array in a safetensors file."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -131,22 +131,22 @@ class _Entry(NamedTuple):
 
 
 def _header(path: Path) -> tuple[dict[str, _Entry], dict[str, str], int]:
-    """The arrays, the metadata, and where the data begins.
+    """Reads the entries of the arrays, the metadata, and the offset of the data.
 
-    All that the safetensors package checks is checked here: the arrays fill the data without a gap, an overlap or a
-    rest, and each has as many bytes as its shape and type need.
+    It makes the checks of the safetensors package: the arrays fill the data without gaps, overlaps or a rest, and each
+    has as many bytes as its shape and type need.
     """
     length = path.stat().st_size
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > min(length - 8, _MOST_HEADER):
-            raise ValueError("its header is cut off")
+            raise ValueError("its header is truncated")
         header = json.loads(file.read(size).decode(), object_pairs_hook=_no_repeats)
     if not isinstance(header, dict):
-        raise ValueError("its header is no JSON object")
+        raise ValueError("its header is not a JSON object")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise ValueError("its __metadata__ is no object of texts")
+        raise ValueError("its __metadata__ is not an object of texts")
     entries = {name: _entry(name, given) for name, given in header.items()}
     at = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
@@ -154,7 +154,7 @@ def _header(path: Path) -> tuple[dict[str, _Entry], dict[str, str], int]:
             raise ValueError(f"{name} begins at byte {entry.begin} of the data, not at {at}")
         at = entry.end
     if at != length - 8 - size:
-        raise ValueError(f"its arrays take {at} bytes, and it holds {length - 8 - size}")
+        raise ValueError(f"its arrays take {at} bytes, but it holds {length - 8 - size}")
     return entries, metadata, 8 + size
 
 
@@ -164,7 +164,7 @@ def _entry(name: str, given: Any) -> _Entry:
     shape, offsets = given["shape"], given["data_offsets"]
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-            raise ValueError(f"shape and data_offsets of {name} are no lists of counts")
+            raise ValueError(f"shape and data_offsets of {name} are not lists of counts")
     if not isinstance(given["dtype"], str) or given["dtype"] not in _TYPES:
         raise ValueError(f"{name} has the unknown type {given['dtype']!r}")
     dtype = np.dtype(_TYPES[given["dtype"]])
@@ -176,7 +176,7 @@ def _entry(name: str, given: Any) -> _Entry:
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a name stands twice in its header")
+        raise ValueError("a name occurs twice in its header")
     return found
 
 
@@ -207,19 +207,19 @@ def _torch(path: Path) -> dict[str, np.ndarray]:
         import torch
     except ImportError as error:
         raise UserError(
-            f"{path} needs PyTorch to be read: pip install torch, or take the model's safetensors"
+            f"{path} needs PyTorch: pip install torch, or use the model's safetensors file"
         ) from error
     try:
-        # Full checkpoints of DINO and MAE keep their arguments.
+        # Full checkpoints of DINO and MAE hold their arguments as a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError("it holds more than tensors") from error
+        raise ValueError("it holds other objects than tensors") from error
     except RuntimeError as error:
         if "TorchScript" not in str(error):
             raise
         state = torch.jit.load(str(path), map_location="cpu").state_dict()
-    # How training scripts wrap it; DINO's full checkpoints hold `student` beside the published `teacher`.
+    # Training scripts wrap the state; DINO's full checkpoints hold `student` beside the published `teacher`.
     for key in ("state_dict", "model", "teacher"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
@@ -240,7 +240,7 @@ def _torch(path: Path) -> dict[str, np.ndarray]:
 
 def _npz(path: Path) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as data:
-        # NumPy has no bfloat16 and keeps it as two bytes without a meaning.
+        # NumPy has no bfloat16 and saves it as raw values of two bytes.
         return {k: v.view(ml_dtypes.bfloat16) if v.dtype == "V2" else v for k, v in data.items()}
 
 

@@ -1,4 +1,4 @@
-"""CLIP-shaped towers as a folder that `transformers.CLIPModel.from_pretrained` loads."""
+"""Export of CLIP-shaped towers to a folder that `transformers.CLIPModel.from_pretrained` loads."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from ovseg_jax.pretrained.to_torch import to_torch
 # Our names of activations -> transformers'.
 HF_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
 
-# Our names, as `to_torch` gives them -> transformers'.
+# Our names, as `to_torch` returns them -> transformers'.
 _COMMON = (
     (r"^(?:Transformer|Encoder_0)\.encoderblock_(\d+)\.", r"encoder.layers.\1."),
     (r"MultiHeadDotProductAttention_0\.(query|key|value)\.", lambda m: f"self_attn.{m[1][0]}_proj."),
@@ -27,7 +27,7 @@ _COMMON = (
     (r"LayerNorm_1\.", "layer_norm2."),
     (r"^pos_embedding$", "embeddings.position_embedding.weight"),
 )
-# The misspelling is published.
+# "pre_layrnorm" is misspelt in transformers.
 _VISION = (
     *_COMMON,
     (r"^Transformer\.encoder_norm\.", "post_layernorm."),
@@ -43,7 +43,7 @@ _TEXT = (
 
 
 def is_clip(vision: Any, text: Any) -> bool:
-    """Tells whether two towers of ours make a CLIP as transformers knows it."""
+    """Tells whether two towers form a CLIP that transformers supports."""
     return (
         isinstance(vision, ViT)
         and isinstance(text, CLIPText)
@@ -65,12 +65,12 @@ def write_hf_clip(
     """Writes `config.json` and `model.safetensors`.
 
     Args:
-      folder: where to; made if missing.
+      folder: the folder to write; created if missing.
       vision: the image tower; see `is_clip`.
       text: the text tower.
       vision_params: the image tower's parameters by path, `embedding/kernel`.
-      text_params: the text tower's.
-      temperature: what similarities are divided by: transformers keeps the logarithm of its inverse. CLIP's by default.
+      text_params: the text tower's parameters by path.
+      temperature: the divisor of similarities, by default CLIP's; transformers stores the logarithm of its inverse.
     """
     arrays = {f"vision_model.{k}": v for k, v in _rename(vision_params, _VISION).items()}
     arrays |= {f"text_model.{k}": v for k, v in _rename(text_params, _TEXT).items()}
@@ -100,7 +100,7 @@ def write_hf_clip(
             ),
             vocab_size=text.vocab_size,
             max_position_embeddings=text.length,
-            # The last two of the vocabulary; a text ends at the first `eos_token_id`.
+            # The last two ids of the vocabulary; a text ends at the first `eos_token_id`.
             bos_token_id=text.vocab_size - 2,
             eos_token_id=text.vocab_size - 1,
         ),

@@ -1,4 +1,4 @@
-"""Where published weights come from: a local file or folder, or a name on the Hugging Face hub.
+"""Locations of published weights: a local file or folder, or a repository on the Hugging Face hub.
 
     /local/folder             a folder of Hugging Face, timm or open_clip; or a file of any format of `files`
     hf:owner/name             that repository of the hub
@@ -7,7 +7,7 @@
     open_clip:/path, open_clip:owner/name
     big_vision:/path.npz      see `big_vision`
 
-What a prefix names is only the place; whose names and layouts the arrays have, is seen in them (`load`).
+A prefix only gives the location; the format of the arrays is recognised from their names (`load`).
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.pretrained.files import NAMES
 
 _PREFIXES = ("hf", "timm", "openai", "open_clip", "big_vision")
-# Beside the weights: what they are, and tokenisers.
+# Further files to download: configs and tokenisers.
 _COMPANIONS = (
     "config.json",
     "open_clip_config.json",
@@ -30,16 +30,19 @@ _COMPANIONS = (
 
 
 def find(init: str) -> Path:
-    """Finds the local path of weights; what lies on the hub is downloaded into its cache once.
+    """Returns the local path of weights, after downloading them from the hub if needed.
 
     Raises:
-      UserError: no such file; an unknown prefix; no huggingface_hub, no network, no such repository.
+      UserError: there is no such file or repository, the prefix is unknown, huggingface_hub is not installed, or the
+        download fails.
     """
     kind, colon, name = init.partition(":")
     if not colon:
         kind, name = "", init
     elif kind not in _PREFIXES:
-        raise UserError(f"init={init}: known are a path, {', '.join(f'{p}:...' for p in _PREFIXES)}")
+        raise UserError(
+            f"init={init} is neither a path nor of the form {', '.join(f'{p}:...' for p in _PREFIXES)}"
+        )
     path = Path(name).expanduser()
     if path.exists():
         return path
@@ -58,10 +61,10 @@ def _download(init: str, repository: str) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError as error:
         raise UserError(
-            f"init={init} comes from the Hugging Face hub: pip install huggingface_hub, or give a local folder"
+            f"init={init} is on the Hugging Face hub: pip install huggingface_hub, or give a local folder"
         ) from error
     try:
-        # One format is enough: with safetensors there, nobody needs the rest.
+        # Other formats are only downloaded if there is no safetensors file.
         patterns = [*_COMPANIONS, "*.safetensors", "*.safetensors.index.json"]
         folder = Path(snapshot_download(repository, allow_patterns=patterns))
         if not any((folder / name).exists() for name in NAMES):
@@ -71,7 +74,7 @@ def _download(init: str, repository: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(
-            f"init={init}: {repository} cannot be had from the Hugging Face hub ({first}); download it where there is "
-            "a network, and give the folder instead"
+            f"init={init}: {repository} cannot be downloaded from the Hugging Face hub ({first}): download it on a "
+            "machine with network access, and give the folder instead"
         ) from error
     return folder

@@ -1,4 +1,4 @@
-"""Published weights into our modules: found, read, recognised by their names, held to the module's names and shapes."""
+"""Loading of published weights into our modules: found, recognised by their names, and checked against the module."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -26,10 +26,10 @@ from ovseg_jax.pretrained.rename import Rename, fit, rename
 from ovseg_jax.pretrained.stated import check, check_pixels
 from ovseg_jax.pretrained.to_torch import from_torch, torch_name
 
-# Which half of an image-text model of big_vision is meant.
+# The tower of a two-tower file of big_vision that belongs to a module.
 TOWERS: dict[type[nn.Module], str] = {ViT: "img", SiglipText: "txt"}
 
-# Norms of its own for each map, which classifiers never had.
+# Parameters that published classifiers lack: the norms of the finer maps.
 FRESH: dict[type[nn.Module], Sequence[str]] = {Swin: (r"out_norm[234]",)}
 
 
@@ -45,22 +45,22 @@ def load(
 
     Args:
       init: see `hub.find`.
-      module: what they are for.
+      module: the module to load the weights for.
       shapes: its variables, {"params": ..., "batch_stats": ...}, as arrays or shapes.
       may_miss: regexes of paths that the weights may lack; these are left out of the result. A Swin may always lack
         the norms of its finer maps, which published classifiers do not have.
-      pixels: mean and standard deviation by which the caller normalises pixels, to be compared with the published ones
-        where a file beside the weights says them.
+      pixels: mean and standard deviation by which the caller normalises pixels, to compare with the published values
+        if a file beside the weights states them.
 
     Returns:
       NumPy arrays in a tree like `shapes`, in its dtypes.
 
     Raises:
-      UserError: weights that are not there, cannot be read, are of another architecture or of another shape; or what
-        lies beside them says that they compute something else than the module.
+      UserError: the weights are missing, cannot be read, or belong to another architecture or shape; or a file beside
+        them describes another model than the module.
     """
     if isinstance(module, TowerPyramid):
-        # The tower's weights are published; what makes a pyramid of it is new.
+        # Only the tower's weights are published; those of the pyramid are new.
         inner = {name: tree["tower"] for name, tree in shapes.items() if "tower" in tree}
         found = load(init, module.tower, inner, may_miss=may_miss, pixels=pixels)
         return {name: {"tower": tree} for name, tree in found.items()}
@@ -88,9 +88,10 @@ def load(
 
 
 def without_wrapper(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Takes away what training scripts put in front of names: `module.`, and `backbone.` beside a head's names.
+    """Removes prefixes that training scripts add to names: `module.`, and `backbone.` beside a head's names.
 
-    Full checkpoints of DINO have them, and detectors with a Swin; of a file with `backbone.` nothing else is left.
+    Full checkpoints of DINO and detectors with a Swin have them; from a file with `backbone.` only these arrays are
+    kept.
     """
     if arrays and all(name.startswith("module.") for name in arrays):
         arrays = {name.removeprefix("module."): x for name, x in arrays.items()}
@@ -99,7 +100,7 @@ def without_wrapper(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def from_ours(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
-    """Returns what `to_torch` made of such variables, by path; None where the names are others."""
+    """Returns arrays that `to_torch` made of such variables, by path; None if the names are different."""
     flat = flax.traverse_util.flatten_dict(dict(shapes), sep="/")
     inner = {path.partition("/")[2]: path for path in flat}
     if arrays.keys() != {torch_name(path) for path in inner}:
@@ -112,7 +113,7 @@ def from_ours(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> di
 
 
 def formats(module: nn.Module) -> dict[str, list[Rename]]:
-    """Returns the formats in which weights of such a module have been published: name -> renames."""
+    """Returns the known formats of published weights of such a module: name -> renames."""
     match module:
         case ResNet():
             return {
@@ -158,16 +159,16 @@ def formats(module: nn.Module) -> dict[str, list[Rename]]:
             }
         case Bert(heads=heads):
             return {"transformers' BERT": text.from_hf_bert(heads, module.pool == "pooler")}
-    raise UserError(f"no published weights are known for a {type(module).__name__}")
+    raise UserError(f"no format of published weights is known for a {type(module).__name__}")
 
 
 def recognise(
     arrays: Mapping[str, np.ndarray], known: Mapping[str, list[Rename]], path: Path
 ) -> tuple[str, list[Rename]]:
-    """Finds the format that knows most of the names.
+    """Returns the format that matches most of the names.
 
     Raises:
-      UserError: none of them knows most of the names.
+      UserError: no format matches most of the names.
     """
 
     def count(renames: list[Rename]) -> int:
@@ -176,8 +177,8 @@ def recognise(
 
     wanted = {name: count([r for r in renames if r.target]) for name, renames in known.items()}
     best = max(wanted, key=lambda name: wanted[name])
-    # In a file of two towers those of the other one are known too, and may be many more.
+    # In a file of two towers, the names of the other tower match too, and may be many more.
     if not wanted[best] or count(known[best]) < len(arrays) / 2:
         some = ", ".join(list(arrays)[:4])
-        raise UserError(f"{path} is none of {', '.join(known)}: it holds {some}, ...")
+        raise UserError(f"{path} is in none of the formats {', '.join(known)}: it holds {some}, ...")
     return best, known[best]

@@ -1,4 +1,4 @@
-"""Published weights by the name of a network: where they are, and the pixels that they were trained on."""
+"""Published weights of backbones: their locations, and the normalisation of their pixels."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ Channels = tuple[float, float, float]
 
 
 class Pixels(NamedTuple):
-    """Mean and standard deviation by which pixels in [0, 1] are normalised."""
+    """The mean and standard deviation for normalising pixels in [0, 1]."""
 
     mean: Channels
     std: Channels
@@ -17,7 +17,7 @@ class Pixels(NamedTuple):
 IMAGENET = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # torchvision, EfficientNet, DINO, MAE, Swin
 CLIP = Pixels((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # OpenAI's clip.load
 HALF = Pixels((0.5,) * 3, (0.5,) * 3)  # SigLIP
-# The released OpenSeg demo. Only for networks that start from noise: others know the pixels of their weights.
+# The released OpenSeg demo. Only for networks trained from scratch; others need the normalisation of their weights.
 CENTRED = Pixels((128 / 255,) * 3, (128 / 255,) * 3)
 
 BACKBONES = {
@@ -35,21 +35,21 @@ BACKBONES = {
 
 
 def weights_of(backbone: str) -> str:
-    """Returns where the published weights of a backbone are.
+    """Returns the location of the published weights of a backbone.
 
     Raises:
-      UserError: there are none; says for which there are.
+      UserError: no weights are known; the message lists the backbones that have some.
     """
     if backbone not in BACKBONES:
         raise UserError(
-            f"no published weights are known for {backbone!r} (they are for {', '.join(BACKBONES)}): "
-            "say weights=FOLDER or FILE"
+            f"no published weights are known for {backbone!r} (only for {', '.join(BACKBONES)}): "
+            "give weights=FOLDER or weights=FILE"
         )
     return BACKBONES[backbone]
 
 
 def pixels_of(backbone: str) -> Pixels:
-    """Returns how pixels are normalised for pretrained weights of a backbone."""
+    """Returns the normalisation of pixels for the pretrained weights of a backbone."""
     if backbone.startswith("siglip"):
         return HALF
     return CLIP if backbone.startswith(("clip_", "openclip_", "eva")) else IMAGENET

@@ -1,8 +1,7 @@
-"""From the arrays of a published checkpoint to the parameters of our modules: names, layouts, and nothing left over.
+"""Conversion of published checkpoints to our parameters: names and layouts, with a check that nothing is left over.
 
-A model family keeps a list of `Rename`s for each format beside its module's name in this package. PyTorch keeps
-dense weights as [out in] and convolutions as [out in h w]; Flax has [in out] and [h w in out], and attention with an
-axis of heads.
+Each model family has a file in this package with a list of `Rename`s for each format. PyTorch stores dense weights as
+[out in] and convolutions as [out in h w]; Flax uses [in out] and [h w in out], and an axis of heads in attention.
 """
 
 import re
@@ -14,23 +13,23 @@ import numpy as np
 
 from ovseg_jax.errors import UserError
 
-# An array in our layout; or several, by the text that stands for {} in the target.
+# Returns an array in our layout; or several, by the text that replaces {} in the target.
 Layout = Callable[[np.ndarray], np.ndarray | dict[str, np.ndarray]]
 Plain = Callable[[np.ndarray], np.ndarray]
 
 
 def same(x: np.ndarray) -> np.ndarray:
-    """Returns the array as it is."""
+    """Returns the array unchanged."""
     return x
 
 
 def dense(x: np.ndarray) -> np.ndarray:
-    """Changes [out in] to [in out]."""
+    """Transposes [out in] to [in out]."""
     return x.T
 
 
 def conv(x: np.ndarray) -> np.ndarray:
-    """Changes [out in h w] to [h w in out]; of a depthwise one `in` is 1."""
+    """Transposes [out in h w] to [h w in out]; for a depthwise convolution `in` is 1."""
     return x.transpose(2, 3, 1, 0)
 
 
@@ -40,12 +39,12 @@ def heads_in(heads: int) -> Plain:
 
 
 def heads_out(heads: int) -> Plain:
-    """Splits the projection behind attention: [out heads*d] to [heads d out]; its bias stays."""
+    """Splits the projection after attention: [out heads*d] to [heads d out]; its bias stays."""
     return lambda x: x if x.ndim == 1 else x.T.reshape(heads, -1, x.shape[0])
 
 
 def heads_qkv(heads: int) -> Layout:
-    """Splits query, key and value joined, [3*heads*d in] or [3*heads*d], into three."""
+    """Splits joint query, key and value, [3*heads*d in] or [3*heads*d], into three."""
     split = heads_in(heads)
     return lambda x: {
         name: split(part) for name, part in zip(("query", "key", "value"), np.split(x, 3), strict=True)
@@ -53,13 +52,13 @@ def heads_qkv(heads: int) -> Layout:
 
 
 class Rename(NamedTuple):
-    r"""One kind of array.
+    r"""A rule for one kind of array.
 
     Attributes:
       pattern: a regex that matches the source's whole name.
-      target: our path, `encoder/block_\1/kernel`, with the pattern's groups; `{}` where the layout gives several. An
-        empty one says that the array is known and not needed.
-      layout: from the source's layout to ours.
+      target: our path, `encoder/block_\1/kernel`, with the pattern's groups; `{}` if the layout returns several arrays;
+        "" to ignore the array.
+      layout: converts the source's layout to ours.
     """
 
     pattern: str
@@ -68,10 +67,10 @@ class Rename(NamedTuple):
 
 
 def rename(source: Mapping[str, np.ndarray], renames: Iterable[Rename]) -> dict[str, np.ndarray]:
-    """Renames a checkpoint's arrays to our paths; each name is taken by the first rename that matches it.
+    """Renames a checkpoint's arrays to our paths; the first rename that matches a name is used.
 
     Raises:
-      UserError: names that nothing matches, or two arrays for one path.
+      UserError: a name matches no rename, or two arrays have the same path.
     """
     compiled = [(re.compile(r.pattern), r) for r in renames]
     out: dict[str, np.ndarray] = {}
@@ -91,10 +90,10 @@ def rename(source: Mapping[str, np.ndarray], renames: Iterable[Rename]) -> dict[
         for part, value in (arrays if isinstance(arrays, dict) else {"": arrays}).items():
             path = target.replace("{}", part)
             if path in out:
-                raise UserError(f"two arrays of the checkpoint stand for {path}; one of them is {name}")
+                raise UserError(f"two arrays of the checkpoint belong to {path}; one of them is {name}")
             out[path] = np.ascontiguousarray(value) if value.ndim else value
     if extra:
-        raise UserError(f"the checkpoint has {_some(extra)} that this model does not know")
+        raise UserError(f"the checkpoint has {_some(extra)} that this model does not have")
     return out
 
 
@@ -108,13 +107,13 @@ def fit(
     """Arranges the arrays as a tree like `shapes`, in its dtypes.
 
     Args:
-      arrays: by path, such as `params/conv/kernel`.
+      arrays: arrays by path, such as `params/conv/kernel`.
       shapes: a tree of nested dicts of arrays or of their shapes.
-      may_miss: regexes of paths that `arrays` may leave out, such as a new head; they are left out of the result too.
-      what: how an error calls the arrays.
+      may_miss: regexes of paths that `arrays` may lack, such as a new head; these are left out of the result.
+      what: the name of the arrays in errors.
 
     Raises:
-      UserError: missing or extra names, or wrong shapes; it lists them.
+      UserError: names are missing or extra, or shapes differ; the message lists them.
     """
     expected = flax.traverse_util.flatten_dict(shapes, sep="/")
     missing = [

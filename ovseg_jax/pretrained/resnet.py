@@ -29,14 +29,14 @@ def from_torchvision_resnet() -> list[Rename]:
 
 
 def from_hf_resnet() -> list[Rename]:
-    """Returns the renames of transformers' ResNetModel with bottlenecks, or the classifier around one."""
+    """Returns the renames of transformers' ResNetModel with bottlenecks, also inside of its classifier."""
     stem = r"(?:resnet\.)?embedder\.embedder"
     renames = [
         Rename(rf"{stem}\.convolution\.weight", "params/conv1/kernel", conv),
         *batch_norm(rf"{stem}\.normalization", "norm1"),
         Rename(r"classifier\..*", ""),
     ]
-    # Both count stages and layers, they from 0 and we from 1.
+    # transformers counts stages and layers from 0, our names from 1.
     for stage in range(4):
         block, ours = rf"(?:resnet\.)?encoder\.stages\.{stage}\.layers\.(\d+)", rf"layer{stage + 1}_\1"
         parts = {rf"layer\.{i}": (f"conv{i + 1}", f"norm{i + 1}") for i in range(3)}

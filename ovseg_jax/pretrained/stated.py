@@ -1,8 +1,8 @@
-"""Compares a module with what published weights say of themselves, where names and shapes cannot tell two models apart.
+"""Checks of a module against the files beside published weights, where names and shapes are not sufficient.
 
-Activations, epsilons, the number of heads, padding and the places of strides leave no trace in a checkpoint. They stand
-in the files beside it: `config.json` of transformers (`model_type`), of timm (`architecture`) or of ours (`kind`), and
-`open_clip_config.json` (`model_cfg`). What a library leaves out of its file has that library's default.
+A checkpoint does not show activations, epsilons, the number of heads, padding and the positions of strides. The files
+beside it do: `config.json` of transformers (`model_type`), of timm (`architecture`) or of ours (`kind`), and
+`open_clip_config.json` (`model_cfg`). Values that a library leaves out of its file have that library's default.
 """
 
 import json
@@ -31,7 +31,7 @@ _LOG = logging.getLogger(__name__)
 
 Facts = dict[str, Any]
 
-# transformers: format -> (the types of models whose weights have these names, its defaults by our names of the facts).
+# transformers: format -> (the model types whose weights have these names, the defaults by our names of the facts).
 _BERT_SIZED: Facts = dict(activation="gelu", heads=12, epsilon=1e-12)
 _SWIN = (("swin", "maskformer-swin"), dict(activation="gelu", epsilon=1e-5))
 _HF: dict[str, tuple[tuple[str, ...], Facts]] = {
@@ -59,8 +59,8 @@ _HF_NAMES = (
     ("stride_in_first_convolution", "downsample_in_bottleneck"),
 )
 _OF_HF = {theirs: ours for ours, theirs in HF_ACTIVATIONS.items()} | {"silu": "swish"}
-# timm: which architectures a format's names stand for here. Others have the same names and compute something else: an
-# `efficientnet_b0` without `tf_` pads at both sides and has another epsilon, a `resnetaa50` pools in other places.
+# timm: the supported architectures of a format. Others have the same names but compute something else: an
+# `efficientnet_b0` without `tf_` pads on both sides and has another epsilon, a `resnetaa50` pools in other places.
 _TIMM = {
     "timm's EfficientNet": r"tf_efficientnet_b[0-7]",
     "torchvision's or timm's ResNet": r"(tv_|gluon_|ssl_|swsl_)?resnet(50|101|152)(_v1b)?",
@@ -79,16 +79,16 @@ _TIMM_16_HEADS = ("huge", "giant", "giantopt", "gigantic", "so400m")  # others h
 
 
 def check(path: Path, module: nn.Module, format_: str, names: Collection[str]) -> None:
-    """Compares the module with what the files beside its weights say.
+    """Compares a module with the description of its weights in the files beside them.
 
     Args:
-      path: of the weights.
-      module: what they are for.
+      path: the path of the weights.
+      module: the module to load them into.
       format_: a key of `load.formats(module)`, or "ours".
-      names: of the arrays.
+      names: the names of the arrays.
 
     Raises:
-      UserError: another model by its config.json, one that cannot be read, or none where there has to be one.
+      UserError: config.json describes another model, cannot be read, or is missing where it is required.
     """
     # A folder of the hub may hold a model in several libraries' formats, each with its own file.
     order = _FILES[::-1] if "open_clip" in format_ else _FILES
@@ -104,11 +104,11 @@ def check(path: Path, module: nn.Module, format_: str, names: Collection[str]) -
         own = json.loads(json.dumps(describe(module)))
     for fact, value in theirs.items():
         if fact in own and not _equal(fact, value, own[fact]):
-            raise UserError(f"{source or path}: its {fact} is {value!r}, and this model's is {own[fact]!r}")
+            raise UserError(f"{source or path}: its {fact} is {value!r}, but this model's is {own[fact]!r}")
     rule = "always" if "norm0.weight" in names else _WINDOW_RULES.get(format_, "axis")
     if isinstance(module, Swin) and rule != module.window_rule:
         _LOG.info(
-            "%s: where one window covers a side of the map, %s computes by window_rule=%r, this model by %r",
+            "%s: where one window covers a side of the map, %s uses window_rule=%r, but this model uses %r",
             path,
             format_,
             rule,
@@ -116,17 +116,17 @@ def check(path: Path, module: nn.Module, format_: str, names: Collection[str]) -
         )
     if not theirs and format_ == "OpenAI's or open_clip's CLIP" and "activation" in own:
         _LOG.warning(
-            "%s does not say its activation, and no open_clip_config.json beside it does: taken for %s",
+            "%s does not state its activation, and there is no open_clip_config.json beside it: assuming %s",
             path,
             own["activation"],
         )
 
 
 def check_pixels(path: Path, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Compares how pixels are normalised with what the files beside the weights say.
+    """Compares the normalisation of pixels with the files beside the weights.
 
     Raises:
-      UserError: a difference, or a file that cannot be read.
+      UserError: they differ, or a file cannot be read.
     """
     for name in ("preprocessor_config.json", *_FILES):
         config, source = read_config(path.parent, (name,))
@@ -137,16 +137,16 @@ def check_pixels(path: Path, mean: Sequence[float], std: Sequence[float]) -> Non
                 if published is None or np.allclose(published, own, atol=2e-3):
                     continue
                 raise UserError(
-                    f"{source}: the {fact} of pixels is {published}, and this config has {list(own)}: set mean and std "
-                    "to the published ones"
+                    f"{source}: the {fact} of pixels is {published}, but this config has {list(own)}: set mean and std "
+                    "to the published values"
                 )
 
 
 def read_config(folder: Path, names: Sequence[str]) -> tuple[dict[str, Any], str]:
-    """Reads the first of these files that a folder holds; returns it and its path, ({}, "") without one.
+    """Reads the first of these files in a folder; returns its content and path, ({}, "") without one.
 
     Raises:
-      UserError: a damaged file.
+      UserError: the file is damaged.
     """
     for name in names:
         path = folder / name
@@ -154,13 +154,13 @@ def read_config(folder: Path, names: Sequence[str]) -> tuple[dict[str, Any], str
             with reading(path):
                 found = json.loads(path.read_text("utf-8"))
                 if not isinstance(found, dict):
-                    raise ValueError("it is no JSON object")
+                    raise ValueError("it is not a JSON object")
                 return found, str(path)
     return {}, ""
 
 
 def facts(module: nn.Module) -> Facts:
-    """Returns what a module computes and its parameters do not show."""
+    """Returns the properties of a module that its parameters do not show."""
     match module:
         case ViT():
             return dict(activation=module.activation, heads=module.heads, epsilon=module.epsilon)
@@ -185,7 +185,7 @@ def facts(module: nn.Module) -> Facts:
 
 
 def _stated(config: Mapping[str, Any], module: nn.Module, format_: str) -> Facts:
-    """What a file says of the tower that `module` is, by the names of `facts`; `refused` is why it is another model."""
+    """Returns the properties in a file of the tower that is loaded, as in `facts`, or `refused` with the reason."""
     side = "text" if isinstance(module, CLIPText | SiglipText | Bert) else "vision"
     if format_ == "ours":
         same_kind = config.get("kind") == type(module).__name__
@@ -205,7 +205,7 @@ def _of_transformers(config: Mapping[str, Any], side: str, format_: str) -> Fact
     types, stated = _HF[format_]
     if config["model_type"] not in types:
         return {
-            "refused": f"its model_type is {config['model_type']!r}, and {format_} is {' or '.join(types)}"
+            "refused": f"its model_type is {config['model_type']!r}, but {format_} has {' or '.join(types)}"
         }
     stated = {fact: value[side] if isinstance(value, dict) else value for fact, value in stated.items()}
     section = config.get(f"{side}_config", config)
@@ -222,12 +222,12 @@ def _of_timm(architecture: Any, config: Mapping[str, Any], format_: str) -> Fact
         return {}
     if architecture is None:
         return {
-            "refused": f"nothing beside it says which of timm's models it is, and several have these names: put a "
-            f'config.json there with {{"architecture": ...}}, which has to match {_TIMM[format_]}'
+            "refused": f"it is unclear which of timm's models it is, since several have these names: add a config.json "
+            f'beside it with {{"architecture": ...}}, which must match {_TIMM[format_]}'
         }
     name = re.sub(r"(_ns|_ap|_in22k|_in22ft1k|_in21k)$", "", architecture.partition(".")[0])
     if not re.fullmatch(_TIMM[format_], name):
-        return {"refused": f"its architecture {architecture!r} is none that is known here ({_TIMM[format_]})"}
+        return {"refused": f"its architecture {architecture!r} is not supported ({_TIMM[format_]} are)"}
     if format_ == "timm's EVA":
         rotary = re.match(r"eva02_(tiny|small|base|large)", name)
         return dict(post_norm="enormous" in name, rope_grid=16 if rotary else None)
@@ -237,7 +237,7 @@ def _of_timm(architecture: Any, config: Mapping[str, Any], format_: str) -> Fact
     if isinstance(width := config.get("num_features"), int):
         size = name.split("_")[1]
         stated["heads"] = 16 if size in _TIMM_16_HEADS else width // 64
-    # timm builds SigLIP's towers with another GELU than that which they were trained with.
+    # timm builds SigLIP's towers with another GELU than the one of their training.
     return stated if "siglip" in name else stated | {"activation": _gelu("quickgelu" in name, {})}
 
 
@@ -254,7 +254,7 @@ def _of_open_clip(model: Mapping[str, Any], side: str, format_: str) -> Facts:
     if side == "vision":
         return stated | {"heads": tower.get("width", 768) // tower.get("head_width", 64)}
     if format_ == "open_clip's SigLIP" and stated["activation"] == "gelu":
-        del stated["activation"]  # As with timm's image towers, it is tanh's that they were trained with.
+        del stated["activation"]  # As with timm's image towers, training used the tanh approximation.
     return stated | {
         "heads": tower.get("heads", 8),
         "causal": not tower.get("no_causal_mask", False),
@@ -268,6 +268,6 @@ def _gelu(quick: bool, options: Mapping[str, Any]) -> str:
 
 def _equal(fact: str, theirs: Any, own: Any) -> bool:
     if fact == "epsilon" and isinstance(theirs, int | float):
-        # No activation's variance is near 1e-6: the libraries' 1e-12 is the authors' 1e-6.
+        # Variances of activations are far above 1e-6, so 1e-12 in a library equals the authors' 1e-6.
         return math.isclose(max(theirs, 1e-6), max(own, 1e-6), rel_tol=1e-3)
     return theirs == own

@@ -1,7 +1,7 @@
 """Names of published Swin Transformers, for `models.swin.Swin`: timm's, the authors' and transformers'.
 
-`heads` are those of the model, by stage. The classifiers have one final norm, our `out_norm5`: they fit a model with
-out_norms=(5,), and one with more where `fit` may miss `out_norm[234]`.
+`heads` are the model's, by stage. Classifiers have one final norm, our `out_norm5`: they fit a model with
+out_norms=(5,), and one with more norms if `fit` may miss `out_norm[234]`.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from ovseg_jax.pretrained.rename import Rename, conv, dense, heads_in, heads_out, heads_qkv
 
-# Recomputed from sizes by everyone.
+# Ignored, since they follow from the sizes.
 _INDICES = Rename(r".*(?:relative_position_index|attn_mask)", "")
 
 
@@ -72,8 +72,8 @@ def from_timm_swin(heads: Sequence[int]) -> list[Rename]:
 def from_microsoft_swin(heads: Sequence[int], prefix: str = "") -> list[Rename]:
     """Returns the renames of the authors' checkpoints, where merging ends a stage (`layers.0.downsample`).
 
-    These are the classifiers (`norm`), and the detectors and Mask2Former's backbones (`norm0` to `norm3`, names behind
-    a `prefix` such as "backbone.").
+    They are classifiers (`norm`), detectors, and Mask2Former's backbones (`norm0` to `norm3`, with a `prefix` such as
+    "backbone.").
     """
     prefix = re.escape(prefix)
     renames = _timm_blocks(heads, prefix) + _norm(rf"{prefix}norm", "out_norm5")
@@ -87,7 +87,7 @@ def from_microsoft_swin(heads: Sequence[int], prefix: str = "") -> list[Rename]:
 def from_hf_swin(heads: Sequence[int], backbone: bool = False) -> list[Rename]:
     """Returns the renames of transformers' SwinModel, or with `backbone` of SwinBackbone, which has four norms.
 
-    Names inside of a block are those of the files on the hub or, since transformers 5, those of the modules.
+    Both names inside of a block are read: those of the files on the hub, and those of modules since transformers 5.
     """
     top = r"(?:swin\.)?"
     renames = _stem(rf"{top}embeddings\.", r"patch_embeddings\.projection", "norm")

@@ -9,7 +9,7 @@ from ovseg_jax.pretrained.rename import Layout, Rename, dense, heads_in, heads_o
 
 _BLOCK = r"params/Encoder_0/encoderblock_\1"
 _ATTENTION = _BLOCK + "/MultiHeadDotProductAttention_0"
-# What OpenAI's TorchScript archives keep beside their weights.
+# Sizes that OpenAI's TorchScript archives hold beside the weights.
 _SIZES = r"input_resolution|context_length|vocab_size"
 
 
@@ -45,7 +45,7 @@ def from_openai_clip_text(heads: int) -> list[Rename]:
         *_norm(block + "ln_1", _BLOCK + "/LayerNorm_0"),
         *_norm(block + "ln_2", _BLOCK + "/LayerNorm_1"),
         *_norm(r"(?:text\.)?ln_final", "params/Encoder_0/encoder_norm"),
-        # CLIP's is a plain matrix, [in out] already; SigLIP's in open_clip is a layer.
+        # CLIP's projection is a matrix [in out]; SigLIP's in open_clip is a layer.
         Rename(r"(?:text\.)?text_projection", "params/head/kernel"),
         *_linear(r"(?:text\.)?text_projection", "params/head"),
         Rename(rf"visual\..+|logit_scale|logit_bias|{_SIZES}", ""),
@@ -53,11 +53,11 @@ def from_openai_clip_text(heads: int) -> list[Rename]:
 
 
 def from_hf_bert(heads: int, pooler: bool) -> list[Rename]:
-    """Returns the renames of transformers' BertModel, and of those with heads of pretraining (`bert.`).
+    """Returns the renames of transformers' BertModel, also with the heads of pretraining (`bert.`).
 
     Args:
-      heads: of attention.
-      pooler: whether the module has one, which is so with `pool="pooler"`.
+      heads: number of attention heads.
+      pooler: whether the module has a pooler, as with `pool="pooler"`.
     """
     block = r"(?:bert\.)?encoder\.layer\.(\d+)\."
     names = [
@@ -104,7 +104,7 @@ def _linear(pattern: str, target: str, layout: Layout = dense) -> list[Rename]:
 
 
 def _norm(pattern: str, target: str) -> list[Rename]:
-    # The first BERT checkpoints kept TensorFlow's gamma and beta.
+    # The first BERT checkpoints have TensorFlow's names gamma and beta.
     return [
         Rename(rf"{pattern}\.(?:weight|gamma)", f"{target}/scale", same),
         Rename(rf"{pattern}\.(?:bias|beta)", f"{target}/bias", same),

@@ -1,4 +1,4 @@
-"""Parameters of our modules as PyTorch has them, and back: names stay, layouts change, no bit is lost.
+"""Conversion of our parameters to PyTorch's layouts and back; modules keep their names, and no bit is lost.
 
 Convolutions [h w c d] become [d c h w], dense kernels [c d] become [d c], maps of positions [h w d] become [d h w], and
 the axis of heads of attention is joined.
@@ -19,13 +19,13 @@ _NAMES = {
     **dict.fromkeys(("kernel", "scale", "embedding"), "weight"),
     **{"mean": "running_mean", "var": "running_var"},
 }
-# Fields of our modules that say nothing about what is computed in inference.
+# Fields of our modules without effect on inference.
 _TRAINING = ("parent", "name", "dtype", "remat", "drop_rate")
 _HEADS = re.compile(r"(query|key|value|out)(_\d+)?")
 
 
 def to_torch(parameters: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Changes parameters by path, `decoder/query_0/kernel`, to a state dictionary, `decoder.query_0.weight`."""
+    """Converts parameters by path, `decoder/query_0/kernel`, to a state dictionary, `decoder.query_0.weight`."""
     out = {}
     for path, value in parameters.items():
         order, joined = _layout(path, np.shape(value))
@@ -34,7 +34,7 @@ def to_torch(parameters: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def from_torch(state: Mapping[str, np.ndarray], shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
-    """Inverts `to_torch`, for parameters of these shapes by path."""
+    """Converts a state dictionary back to parameters of these shapes by path: the inverse of `to_torch`."""
     out = {}
     for path, shape in shapes.items():
         order, _ = _layout(path, shape)
@@ -45,13 +45,13 @@ def from_torch(state: Mapping[str, np.ndarray], shapes: Mapping[str, Sequence[in
 
 
 def describe(module: Any) -> dict[str, Any]:
-    """Describes a module of ours for JSON and for its PyTorch form: `kind`, the name of its class, and its fields.
+    """Describes a module for JSON and for its PyTorch form: `kind`, the name of its class, and its fields.
 
     Raises:
-      UserError: a module with hooks, which have no such form.
+      UserError: the module has hooks, which have no PyTorch form.
     """
     if used := [hook for hook in ("adapter", "between") if getattr(module, hook, None) is not None]:
-        raise UserError(f"a {type(module).__name__} with {used[0]!r} has no form in PyTorch")
+        raise UserError(f"a {type(module).__name__} with {used[0]!r} cannot be exported to PyTorch")
     fields = {
         field.name: getattr(module, field.name)
         for field in dataclasses.fields(module)
@@ -62,13 +62,13 @@ def describe(module: Any) -> dict[str, Any]:
 
 
 def torch_name(path: str) -> str:
-    """Changes `a/b/kernel` to `a.b.weight`."""
+    """Converts `a/b/kernel` to `a.b.weight`."""
     *scope, last = path.split("/")
     return ".".join([*scope, _NAMES.get(last, last)])
 
 
 def _layout(path: str, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """How to permute the axes, after those of heads are joined to this shape."""
+    """Returns the permutation of the axes, and the shape with joined axes of heads to apply it to."""
     *scope, last = path.split("/")
     shape = tuple(shape)
     attention = _HEADS.fullmatch(scope[-1]) if scope else None

@@ -1,7 +1,7 @@
-"""Published Vision Transformers under the names of `ovseg_jax.models.vit.ViT`.
+"""Names of published Vision Transformers, for `models.vit.ViT`.
 
 Each function returns the renames of one format; `heads` is the model's number of attention heads. Text towers,
-temperatures, classifiers, decoders and counters of positions are known and not needed.
+temperatures, classifiers, decoders and position ids are ignored.
 """
 
 import numpy as np
@@ -15,12 +15,12 @@ POOL = "params/MAPHead_0"
 
 
 def row_vectors(x: np.ndarray) -> np.ndarray:
-    """Changes a position table [n d] to [1 n d], a class token [d] to [1 1 d]; what has three axes stays."""
+    """Reshapes a position table [n d] to [1 n d], a class token [d] to [1 1 d]; arrays with three axes stay."""
     return x.reshape(1, -1, x.shape[-1])
 
 
 def heads_kv(heads: int) -> Layout:
-    """Splits key and value joined, [2*heads*d in] or [2*heads*d], into two."""
+    """Splits joint key and value, [2*heads*d in] or [2*heads*d], into two."""
     split = heads_in(heads)
     return lambda x: {name: split(part) for name, part in zip(("key", "value"), np.split(x, 2), strict=True)}
 
@@ -31,7 +31,7 @@ def from_hf_clip(heads: int) -> list[Rename]:
     return [
         *_hf_encoder(heads),
         Rename(v + r"embeddings\.class_embedding", "params/cls", row_vectors),
-        # The misspelling is published.
+        # "pre_layrnorm" is misspelt in transformers.
         *_norm(v + "pre_layrnorm", "params/pre_norm"),
         Rename(r"visual_projection\.weight", "params/head/kernel", dense),
     ]
@@ -55,7 +55,7 @@ def from_hf_siglip(heads: int) -> list[Rename]:
 def from_hf_vit(heads: int) -> list[Rename]:
     """Returns the renames of transformers' ViTModel (facebook/dino-vits16) and of ViTMAE's encoder.
 
-    The hub's files have the names of transformers 4, a state dict of transformers 5 has its own: both are read.
+    Both names are read: those of transformers 4, which the hub's files have, and those of transformers 5.
     """
     v = r"(?:vit\.)?"
     layer = v + r"(?:encoder\.layer|layers)\.(\d+)\."
@@ -82,7 +82,7 @@ def from_hf_vit(heads: int) -> list[Rename]:
 
 
 def from_openai_clip(heads: int) -> list[Rename]:
-    """Returns the renames of `visual.…` of OpenAI's files (ViT-B-16.pt) and of open_clip's state dicts."""
+    """Returns the renames of `visual.…` in OpenAI's files (ViT-B-16.pt) and open_clip's state dicts."""
     block = r"visual\.transformer\.resblocks\.(\d+)\."
     return [
         Rename(r"visual\.class_embedding", "params/cls", row_vectors),
@@ -97,9 +97,9 @@ def from_openai_clip(heads: int) -> list[Rename]:
         *_product(block + r"mlp\.c_fc", f"{BLOCK}/MlpBlock_0/Dense_0"),
         *_product(block + r"mlp\.c_proj", f"{BLOCK}/MlpBlock_0/Dense_1"),
         *_norm(r"visual\.ln_post", NORM),
-        # Alone among the products, the projection is published as [in out].
+        # Unlike other weights, the projection is published as [in out].
         Rename(r"visual\.proj", "params/head/kernel"),
-        # The text tower, and numbers that OpenAI's traced models carry.
+        # The text tower, and numbers in OpenAI's traced models.
         Rename(r"(?:text|transformer|token_embedding|ln_final)\..*|positional_embedding|text_projection", ""),
         Rename(r"logit_scale|logit_bias|attn_mask|input_resolution|context_length|vocab_size", ""),
     ]
@@ -108,7 +108,7 @@ def from_openai_clip(heads: int) -> list[Rename]:
 def from_timm_vit(heads: int) -> list[Rename]:
     """Returns the renames of timm's VisionTransformer, and of DINO's and MAE's own files.
 
-    An open_clip model that has such a tower (SigLIP) calls it `visual.trunk`.
+    open_clip models with such a tower (SigLIP) call it `visual.trunk`.
     """
     v = r"(?:visual\.trunk\.)?"
     block, pool = v + r"blocks\.(\d+)\.", v + r"attn_pool\."
@@ -135,7 +135,7 @@ def from_timm_vit(heads: int) -> list[Rename]:
 
 
 def _hf_encoder(heads: int) -> list[Rename]:
-    """What CLIP and SigLIP share in transformers, and their text halves."""
+    """Returns the renames that CLIP and SigLIP share in transformers; their text towers are ignored."""
     v = r"(?:vision_model\.)?"
     layer = v + r"encoder\.layers\.(\d+)\."
     renames = [
@@ -167,7 +167,7 @@ def _norm(source: str, target: str) -> list[Rename]:
 
 
 def _product(source: str, target: str, layout: Layout = dense) -> list[Rename]:
-    # These layouts tell a bias by its one axis; `dense` leaves it as it is.
+    # These layouts recognise a bias by its single axis; `dense` leaves it unchanged.
     return [
         Rename(rf"{source}\.weight", f"{target}/kernel", layout),
         Rename(rf"{source}\.bias", f"{target}/bias", layout),

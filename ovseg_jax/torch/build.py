@@ -1,4 +1,4 @@
-"""Builds the PyTorch form of an exported module once its description is known to fit its arrays."""
+"""Creation of an exported module in PyTorch, after checking that its description fits its arrays."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -12,8 +12,8 @@ from ovseg_jax.reading import reading
 
 M = TypeVar("M", bound=nn.Module)
 
-MOST = 100_000  # of any number in a description; the largest published one, words, is the size of an array instead
-# Numbers of layers, which are built one by one before any array can tell that they are too many.
+MOST = 100_000  # upper limit of numbers in a description (the number of words, which may be larger, is not in it)
+# Fields that count layers, which are created one by one before any array shows that they are too many.
 LAYERS = ("depth", "depths", "layers", "decoder_layers", "head_convs", "levels", "blocks", "stage_sizes")
 MOST_LAYERS = 1000
 
@@ -25,20 +25,20 @@ def build(
     what: str,
     *inputs: Tensor,
 ) -> M:
-    """Builds a module and fills it with its parameters.
+    """Creates a module and fills it with its parameters.
 
-    The module is first built and run on PyTorch's device without memory: a number that is wrong by a factor of a
-    thousand would otherwise take all there is.
+    The module is first created and run on PyTorch's device "meta", which needs no memory, since a wrong number in the
+    description could otherwise use up all memory.
 
     Args:
-      make: builds it from `described`.
+      make: creates the module from `described`.
       described: its arguments, from JSON.
       arrays: its parameters by name.
-      what: how an error calls the file.
-      *inputs: what it has to run on, on the device "meta".
+      what: the name of the file in errors.
+      *inputs: example inputs on the device "meta".
 
     Raises:
-      UserError: a description that is none, or is not that of these arrays.
+      UserError: the description is invalid, or does not fit the arrays.
     """
     with reading(what, "the exported model"):
         check_numbers(described)
@@ -48,7 +48,7 @@ def build(
             given = tuple(arrays[name].shape) if name in arrays else "missing"
             if given != expected.get(name, "not known"):
                 raise ValueError(
-                    f"{name} is {given}, and by its description {expected.get(name, 'not known')}"
+                    f"{name} is {given}, but by its description {expected.get(name, 'not known')}"
                 )
         module = make()
         module.load_state_dict(arrays, strict=True)
@@ -56,12 +56,12 @@ def build(
 
 
 def _run_without_memory(make: Callable[[], M], inputs: tuple[Tensor, ...]) -> M:
-    """Builds a module on the device "meta" and runs it."""
+    """Creates a module on the device "meta" and runs it."""
     try:
         with torch.device("meta"), torch.no_grad():
             bare = make().eval()
             bare(*inputs)
-    except UserError as error:  # of a part, which does not know the file
+    except UserError as error:  # raised by a module, whose message does not name the file
         raise ValueError(str(error)) from error
     return bare
 
@@ -73,10 +73,10 @@ def check_numbers(described: Any, name: str = "") -> None:
             check_numbers(value, key)
     elif isinstance(described, list):
         if len(described) > MOST_LAYERS:
-            raise ValueError(f"{name} has {len(described)} entries")
+            raise ValueError(f"{name} has {len(described)} entries, more than {MOST_LAYERS}")
         for value in described:
             check_numbers(value, name)
     elif isinstance(described, int | float):
         most = MOST_LAYERS if name in LAYERS else MOST
         if not (math.isfinite(described) and abs(described) <= most):
-            raise ValueError(f"{name} is {described}, and may be {most} at most")
+            raise ValueError(f"{name} is {described}, but may be at most {most}")

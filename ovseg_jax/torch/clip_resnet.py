@@ -13,12 +13,12 @@ HEAD_CHANNELS = 64
 
 
 def average_pool(x: Tensor) -> Tensor:
-    """Averages 2x2 pixels, to ceil(h/2) x ceil(w/2): what is left at an odd side is averaged for itself."""
+    """Averages 2x2 pixels, to ceil(h/2) x ceil(w/2); an incomplete square is averaged over its own pixels."""
     return F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
 
 
 class ClipBottleneck(nn.Module):
-    """As `resnet.Bottleneck`, but strides are average pooling behind the 3x3 and in front of the projection."""
+    """A bottleneck as in `resnet`, with average pooling after the 3x3 and before the projection as the stride."""
 
     def __init__(self, inputs: int, width: int, stride: int, project: bool, norm: str):
         super().__init__()
@@ -43,7 +43,7 @@ class ClipBottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One step of multi-head attention whose query is the mean of the map, with learned positions."""
+    """A step of multi-head attention whose query is the mean of the map, with learned positions."""
 
     def __init__(self, channels: int, embed: int, grid: int):
         super().__init__()
@@ -68,7 +68,7 @@ class AttentionPool(nn.Module):
 
 
 class ClipResNet(nn.Module):
-    """Feature maps `c2` to `c5`, whose widths `channels` holds, and the embeddings `pooled` and `dense`."""
+    """A CLIP ResNet: feature maps `c2` to `c5`, with widths `channels`, and embeddings `pooled` and `dense`."""
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from ovseg_jax.torch.layers import BatchNorm, Conv
 
 
 class MBConv(nn.Module):
-    """Inverted bottleneck with squeeze-and-excite."""
+    """An inverted bottleneck with squeeze-and-excite."""
 
     def __init__(self, inputs: int, features: int, kernel: int, stride: int, expand: int):
         super().__init__()
@@ -33,7 +33,7 @@ class MBConv(nn.Module):
 
 
 class EfficientNet(nn.Module):
-    """Feature maps `c2` to `c5`; `channels` holds their widths."""
+    """An EfficientNet: feature maps `c2` to `c5`, with widths `channels`."""
 
     def __init__(self, width: float, depth: float):
         super().__init__()
@@ -65,5 +65,5 @@ class EfficientNet(nn.Module):
 
 
 def norm(channels: int) -> BatchNorm:
-    """Makes a batch norm with TensorFlow's epsilon."""
+    """Creates a batch norm with TensorFlow's epsilon."""
     return BatchNorm(channels, eps=1e-3)

@@ -12,7 +12,7 @@ from ovseg_jax.torch.tower import TowerOutput, count_patches, places
 
 
 def rotary_table(rows: int, columns: int, grid: int, size: int, device: torch.device) -> Tensor:
-    """Returns cosines and sines [2 1+rows*columns size] of the angles by which `rotate` turns each pair of channels."""
+    """Returns cosines and sines [2 1+rows*columns size] of the angles by which `rotate` turns channel pairs."""
     index = lambda length: torch.arange(length, dtype=torch.float32, device=device)
     rates = 10000.0 ** (-index(size // 4) / (size // 4))
     y = index(rows)[:, None, None] * (grid / rows) * rates
@@ -23,7 +23,7 @@ def rotary_table(rows: int, columns: int, grid: int, size: int, device: torch.de
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turns each pair of neighbouring channels of each token of [b h n d] by its angle, in float32."""
+    """Rotates each pair of neighbouring channels of each token of [b h n d] by its angle, in float32."""
     y = x.float()
     first, second = y.unflatten(-1, (-1, 2)).unbind(-1)
     neighbours = torch.stack([-second, first], -1).flatten(-2)
@@ -31,7 +31,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Attention among all tokens; keys have no bias."""
+    """Multi-head attention among all tokens; keys have no bias."""
 
     def __init__(self, width: int, heads: int, inner_norm: bool):
         super().__init__()
@@ -53,7 +53,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """fc2(norm(gelu(fc1(x)))), or fc2(norm(silu(gate(x)) * fc1(x)))."""
+    """An MLP: fc2(norm(gelu(fc1(x)))), or fc2(norm(silu(gate(x)) * fc1(x)))."""
 
     def __init__(self, width: int, hidden: int, swiglu: bool, mlp_norm: bool):
         super().__init__()
@@ -69,7 +69,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + branch(norm(x)) for attention, then for the MLP; x + norm(branch(x)) with `post_norm`."""
+    """A block: x + branch(norm(x)) for attention, then for the MLP; x + norm(branch(x)) with `post_norm`."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class Eva(nn.Module):
         """Embeds normalised images [b 3 h w].
 
         Raises:
-          UserError: sides that are no multiples of the patch.
+          UserError: a side is not a multiple of the patch.
         """
         grid = count_patches(image, self.patch)
         x = self.embedding(image.to(self.embedding.weight.dtype)).flatten(2).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Layers as Flax computes them, channels first."""
+"""Layers that compute as Flax's do, with channels first."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Conv(nn.Conv2d):
-    """A convolution with padding "SAME": the odd pixel, where there is one, at the bottom and right."""
+    """A convolution with padding "SAME": an odd pixel of padding is at the bottom and right."""
 
     def __init__(self, inputs: int, features: int, size: int, stride: int = 1, *, groups: int = 1, bias=True):
         super().__init__(inputs, features, size, stride, groups=groups, bias=bias)
@@ -31,7 +31,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation by running statistics. PyTorch's own would also want to count batches."""
+    """Batch normalisation by running statistics; PyTorch's own would also need a batch counter."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -44,7 +44,7 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Keeps the shape."""
+        """Normalises [b c h w]."""
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
@@ -56,7 +56,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 def space_to_depth(x: Tensor, size: int) -> Tensor:
-    """Folds each size x size square of pixels into channels, (row, column, channel); zeros fill the rest."""
+    """Folds each size x size square of pixels into channels, (row, column, channel), with zero padding."""
     b, c, h, w = x.shape
     x = F.pad(x, (0, -w % size, 0, -h % size))
     h, w = x.shape[2] // size, x.shape[3] // size
@@ -65,7 +65,7 @@ def space_to_depth(x: Tensor, size: int) -> Tensor:
 
 
 def resize(x: Tensor, size: Sequence[int], method: str = "bilinear") -> Tensor:
-    """Resizes [b c h w] to `size` with half-pixel centres; what shrinks is smoothed, as `jax.image.resize` does."""
+    """Resizes [b c h w] to `size` with half-pixel centres; antialiased when shrinking, as in `jax.image.resize`."""
     size = tuple(size)
     if tuple(x.shape[2:]) == size:
         return x
@@ -76,6 +76,6 @@ def resize(x: Tensor, size: Sequence[int], method: str = "bilinear") -> Tensor:
 
 
 def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / |x| along the last axis in float32, safe at zero."""
+    """Computes x / |x| along the last axis in float32; zeros stay zeros."""
     x = x.float()
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps**2)

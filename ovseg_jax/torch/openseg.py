@@ -25,20 +25,20 @@ KINDS: dict[str, type[nn.Module]] = {
 
 
 def build_backbone(described: Mapping[str, Any]) -> nn.Module:
-    """Builds a backbone from its description: `kind`, the name of its class, and its arguments.
+    """Creates a backbone from its description: `kind`, the name of its class, and its arguments.
 
     Raises:
-      UserError: another kind.
+      UserError: the kind is unknown.
     """
     options = {k: build_backbone(v) if isinstance(v, dict) else v for k, v in described.items()}
     kind = options.pop("kind", None)
     if kind not in KINDS:
-        raise UserError(f"a backbone of kind {kind!r} has no PyTorch form; known are {', '.join(KINDS)}")
+        raise UserError(f"the kind {kind!r} of the backbone is not one of {', '.join(KINDS)}")
     return KINDS[kind](**options)
 
 
 class FusedPyramid(nn.Module):
-    """FPN, all levels upsampled to the finest and summed."""
+    """An FPN whose levels are upsampled to the finest and summed."""
 
     def __init__(self, channels: Mapping[str, int], width: int, output_conv: bool = True):
         super().__init__()
@@ -49,7 +49,7 @@ class FusedPyramid(nn.Module):
                 self.add_module(f"output_{name}", Conv(width, width, 3))
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Maps a backbone's maps to one of [b width h w]."""
+        """Fuses a backbone's maps to one of [b width h w]."""
         size = features[self.levels[0]].shape[2:]
         top: Tensor | None = None
         fused: Tensor | None = None
@@ -64,7 +64,7 @@ class FusedPyramid(nn.Module):
 
 
 class ConvHead(nn.Module):
-    """An fc layer, then 3x3 convolutions with group norm and ReLU before each."""
+    """A head of a dense layer, then 3x3 convolutions with group norm and ReLU before each."""
 
     def __init__(self, width: int, convs: int, features: int):
         super().__init__()
@@ -83,7 +83,7 @@ class ConvHead(nn.Module):
 
 
 class RegionDecoder(nn.Module):
-    """Blocks of cross-attention from queries to pixels, and an MLP; pre-norm, residual."""
+    """A decoder of blocks of cross-attention from queries to pixels and an MLP; pre-norm, residual."""
 
     def __init__(self, num_queries: int, width: int, layers: int = 3, heads: int = 1, mlp_ratio: int = 2):
         super().__init__()
@@ -100,7 +100,7 @@ class RegionDecoder(nn.Module):
             self.add_module(f"mlp_out_{t}", nn.Linear(mlp_ratio * width, width))
 
     def forward(self, features: Tensor, valid: Tensor) -> Tensor:
-        """Queries [b n d] after all blocks, from pixels [b p d], of which `valid` [b p] are no padding."""
+        """Computes queries [b n d] from pixels [b p d], of which `valid` [b p] are not padding."""
         layer = self.get_submodule
         keys = self.image_norm(features)
         q = self.queries.to(features.dtype).expand(features.shape[0], -1, -1)
@@ -120,7 +120,7 @@ class RegionDecoder(nn.Module):
 
 
 class OpenSegFeatures(NamedTuple):
-    """What the network computes.
+    """The outputs of the network.
 
     Attributes:
       mask_logits: [B N h w], None without a mask decoder.
@@ -137,7 +137,7 @@ class OpenSegNet(nn.Module):
     """The image network.
 
     Args:
-      model: the Flax module's fields, as `pretrained.to_torch.describe` gives it.
+      model: the Flax module's fields, as `pretrained.to_torch.describe` returns them.
     """
 
     mean: Tensor
@@ -188,7 +188,7 @@ class OpenSegNet(nn.Module):
 
 
 def inside(image_size: Tensor, shape: Sequence[int], stride: Sequence[float] = (1, 1)) -> Tensor:
-    """Returns which cells [b h w] of a grid, each `stride` pixels of the canvas, begin within the image."""
+    """Tells which cells [b h w] of a grid, each `stride` pixels of the canvas, begin within the image."""
     rows, columns = (
         torch.arange(n, device=image_size.device)[None] * step < image_size[:, i : i + 1]
         for i, (n, step) in enumerate(zip(shape, stride, strict=True))

@@ -1,4 +1,4 @@
-"""Tables of positions for other grids, see `ovseg_jax/models/positions.py`."""
+"""Tables of positions, resized to other grids, see `ovseg_jax/models/positions.py`."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from ovseg_jax.models.position_weights import axis_weights
 
 
 def resize_positions(table: Tensor, size: tuple[int, int], method: str = "bicubic") -> Tensor:
-    """Resizes a position table to another grid; for its own grid, returns the table itself."""
+    """Resizes a position table to another grid; returns the table itself for its own grid."""
     rows, columns, _ = table.shape
     if size == (rows, columns):
         return table

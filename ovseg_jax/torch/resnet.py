@@ -9,17 +9,17 @@ from ovseg_jax.torch.layers import BatchNorm
 
 
 def make_norm(kind: str, channels: int) -> nn.Module:
-    """Makes a batch norm with its running statistics, or group norm."""
+    """Creates a batch norm with running statistics, or a group norm."""
     return nn.GroupNorm(32, channels, eps=1e-5) if kind == "group" else BatchNorm(channels, eps=1e-5)
 
 
 def conv(inputs: int, features: int, size: int, stride: int) -> nn.Conv2d:
-    """Makes a convolution with PyTorch's symmetric padding."""
+    """Creates a convolution with PyTorch's symmetric padding."""
     return nn.Conv2d(inputs, features, size, stride, size // 2, bias=False)
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 with the stride, 1x1 to 4 `width`, added to the (projected) input."""
+    """A bottleneck: 1x1, 3x3 with the stride, 1x1 to 4 `width`, added to the (projected) input."""
 
     def __init__(self, inputs: int, width: int, stride: int, project: bool, norm: str):
         super().__init__()
@@ -42,7 +42,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Feature maps `c2` to `c5`; `channels` holds their widths."""
+    """A ResNet: feature maps `c2` to `c5`, with widths `channels`."""
 
     def __init__(self, stage_sizes: Sequence[int], width: int = 64, norm: str = "batch"):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Exported models: images and texts in, label maps out, as `ovseg_jax.Segmenter` gives them."""
+"""The class for using an exported model in PyTorch, with the results of `ovseg_jax.Segmenter`."""
 
 import json
 from collections.abc import Sequence
@@ -25,17 +25,17 @@ from ovseg_jax.vocab.tokenizers import load_tokenizer
 
 WEIGHTS, CONFIG, TEXT_TOWER = "model.safetensors", "config.json", "text_tower"
 TEXT_KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (CLIPText, SiglipText, Bert)}
-BATCH, LENGTH = 64, 77  # as `FrozenText` has them
-MOST_PIXELS = 16384  # side of a canvas
+BATCH, LENGTH = 64, 77  # as in `FrozenText`
+MOST_PIXELS = 16384  # upper limit of the side of the network's input
 STRIP, NAMES = 64, 256  # rows of an image, and names, that are scored at once
 
 
 class Segmentation(NamedTuple):
-    """An image, segmented.
+    """The segmentation of an image.
 
     Attributes:
-      classes: the categories that were asked for.
-      label_map: index into them for every pixel, -1 = unknown, i32 [H W].
+      classes: the requested categories.
+      label_map: index into `classes` for every pixel, -1 = unknown, i32 [H W].
       confidence: see `ovseg_jax.Result`, f32 [H W].
     """
 
@@ -49,9 +49,9 @@ class Segmenter:
 
     Attributes:
       net: the image network.
-      table: [V D] vectors of the words of `index`; None where a text tower stands in its place.
+      table: [V D] vectors of the words of `index`; None if there is a text tower instead.
       text: a frozen text tower and its tokeniser, or None.
-      canvas: side of the square that the network sees.
+      canvas: side of the network's square input in pixels.
       classes: the categories of the training data.
     """
 
@@ -69,12 +69,12 @@ class Segmenter:
 
         Args:
           image: a path, a PIL image or an array.
-          labels: as `ovseg_jax.Segmenter.segment` takes them; those of the training data by default.
+          labels: see `ovseg_jax.Segmenter.segment`; by default the classes of the training data.
           vectors: [T D], embeddings of all names of the labels in their order, in place of those of `embed`.
           threshold: pixels with a lower confidence are unknown.
 
         Raises:
-          UserError: an image that cannot be read, empty labels, an unknown word.
+          UserError: the image cannot be read, the labels are empty, or a word is unknown.
         """
         classes = self.classes if labels is None else as_classes(labels)
         names, owner = classes.flat()
@@ -82,7 +82,7 @@ class Segmenter:
             text = unit(torch.from_numpy(np.array(vectors)))
         else:
             if classes.names not in self._texts:
-                # Of the last labels alone: a list may have twenty thousand names.
+                # Only the latest labels are kept, since a list may have twenty thousand names.
                 self._texts = {classes.names: self.embed(names)}
             text = self._texts[classes.names]
         pixels = read_image(image)
@@ -115,7 +115,7 @@ class Segmenter:
         return Segmentation(classes, label_map, confidence)
 
     def embed(self, names: Sequence[str]) -> Tensor:
-        """Returns unit vectors [T D] of names, by the text tower or from their words' unit vectors."""
+        """Embeds names as unit vectors [T D], by the text tower or from their words' unit vectors."""
         if self.text is not None:
             return self.text(names)
         assert self.table is not None
@@ -124,13 +124,13 @@ class Segmenter:
 
 
 class Text:
-    """A frozen text tower with its tokeniser and its prompt, if any, from the folder that `FrozenText.save` writes."""
+    """A frozen text tower with its tokeniser and optional prompt, from a folder that `FrozenText.save` writes."""
 
     def __init__(self, folder: Path, device: str):
         described = read_json(folder / CONFIG)
         kind = TEXT_KINDS.get(str(described.pop("kind", None)))
         if kind is None:
-            raise UserError(f"{folder / CONFIG} describes none of {', '.join(TEXT_KINDS)}")
+            raise UserError(f"{folder / CONFIG} does not describe one of {', '.join(TEXT_KINDS)}")
         ids = torch.zeros((1, 2), dtype=torch.long, device="meta")
         inputs = (ids, torch.ones((1, 2), dtype=torch.bool, device="meta"))
         tower = build(lambda: kind(**described), described, read_tensors(folder), str(folder), *inputs)
@@ -145,7 +145,7 @@ class Text:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Unit vectors [T D]."""
+        """Embeds texts as unit vectors [T D]."""
         rows = []
         for at in range(0, len(texts), BATCH):
             ids, valid = (torch.from_numpy(x).to(self.device) for x in self.tokenizer(texts[at : at + BATCH]))
@@ -154,7 +154,7 @@ class Text:
 
 
 def upsampling(pixels: int, cells: int, canvas: int, fitted: int, device: Any) -> Tensor:
-    """Returns bilinear interpolation [pixels cells] from a canvas grid to an image, see `kernels.resize.upsampling`."""
+    """Returns the bilinear interpolation [pixels cells] from a grid to an image, see `kernels.resize.upsampling`."""
     stride = canvas / cells
     position = (torch.arange(pixels, device=device) + 0.5) * fitted / pixels / stride - 0.5
     position = position.clamp(0, np.ceil(fitted / stride) - 1)
@@ -165,7 +165,7 @@ def load(folder: str | Path, device: str = "cpu") -> Segmenter:
     """Loads an exported model.
 
     Raises:
-      UserError: the folder holds none, or a damaged one.
+      UserError: the folder holds no exported model, or a damaged one.
     """
     folder = Path(folder)
     config, arrays = read_json(folder / CONFIG), read_tensors(folder)
@@ -174,11 +174,11 @@ def load(folder: str | Path, device: str = "cpu") -> Segmenter:
         described = {key: value for key, value in config["model"].items() if key != "kind"}
         side, words = config["image_size"], config["words"]
         if type(side) is not int or not 0 < side <= MOST_PIXELS:
-            raise ValueError(f"image_size is {side!r}")
+            raise ValueError(f"image_size is {side!r}, not a whole number from 1 to {MOST_PIXELS}")
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise ValueError("words is no list of texts")
+            raise ValueError("words is not a list of texts")
         if table is not None and (table.ndim != 2 or len(table) != len(words)):
-            raise ValueError(f"{len(words)} words have a table {list(table.shape)}")
+            raise ValueError(f"the table of {len(words)} words has the shape {list(table.shape)}")
         image = torch.zeros((1, 3, side, side), dtype=torch.uint8, device="meta")
         size = torch.full((1, 2), side, device="meta")
         net = build(lambda: OpenSegNet(described), described, arrays, str(folder), image, size)
@@ -190,15 +190,15 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-      UserError: no such file, or another content.
+      UserError: there is no such file, or it is not a JSON object.
     """
     with reading(path.parent, "the exported model"):
         found = json.loads(path.read_text("utf-8"))
         if not isinstance(found, dict):
-            raise ValueError(f"{path.name} is no JSON object")
+            raise ValueError(f"{path.name} is not a JSON object")
         return found
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Reads a folder's arrays in float32, whatever they are kept in."""
+    """Reads a folder's arrays as float32 tensors."""
     return {k: torch.from_numpy(np.array(v, np.float32)) for k, v in read_arrays(folder / WEIGHTS).items()}

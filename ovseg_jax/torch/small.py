@@ -7,7 +7,7 @@ from ovseg_jax.torch.layers import Conv, GroupNorm, space_to_depth
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, then group norm."""
+    """A convolution without bias, then group norm."""
 
     def __init__(self, inputs: int, features: int, size: int = 3, stride: int = 1):
         super().__init__()
@@ -20,19 +20,19 @@ class ConvNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut."""
+    """A residual block of two 3x3 convolutions."""
 
     def __init__(self, features: int):
         super().__init__()
         self.conv1, self.conv2 = ConvNorm(features, features), ConvNorm(features, features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Keeps the shape."""
+        """Maps [b c h w] to the same shape."""
         return F.relu(x + self.conv2(F.relu(self.conv1(x))))
 
 
 class SmallBackbone(nn.Module):
-    """Feature maps `c2`, `c3`, ... at strides 4, 8, ...; `channels` holds their widths."""
+    """A small backbone: feature maps `c2`, `c3`, ... at strides 4, 8, ..., with widths `channels`."""
 
     def __init__(self, width: int = 48, levels: int = 3, blocks: int = 1, stem: str = "full"):
         super().__init__()

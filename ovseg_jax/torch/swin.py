@@ -1,4 +1,4 @@
-"""Swin Transformers for inference, see `ovseg_jax/models/swin.py`; inside, channels are last."""
+"""Swin Transformers for inference, see `ovseg_jax/models/swin.py`; internally channels are last."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ def to_windows(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def from_windows(x: Tensor, size: tuple[int, int], height: int, width: int) -> Tensor:
-    """Inverts `to_windows`, for a map [b height width c]."""
+    """Joins windows to a map [b height width c]: the inverse of `to_windows`."""
     b, _, _, c = x.shape
     x = x.reshape(b, height // size[0], width // size[1], *size, c)
     return x.transpose(2, 3).reshape(b, height, width, c)
@@ -36,7 +36,7 @@ class WindowAttention(nn.Module):
         side = 2 * window - 1
         self.relative_position_bias = nn.Parameter(torch.empty(side**2, heads).normal_(std=0.02))
         offset = torch.arange(window)[:, None] - torch.arange(window) + window - 1
-        # By row and column of the query, then of the key: a smaller window is a corner of it.
+        # Indexed by row and column of the query, then of the key, so that a smaller window is a corner of it.
         index = side * offset[:, None, :, None] + offset[None, :, None, :]
         self.register_buffer("index", index, persistent=False)
 
@@ -47,7 +47,7 @@ class WindowAttention(nn.Module):
         x = F.pad(x, (0, 0, 0, -w % size[1], 0, -h % size[0]))
         height, width = x.shape[1:3]
         tokens = to_windows(torch.roll(x, (-shift[0], -shift[1]), (1, 2)) if any(shift) else x, size)
-        # Every head of every window is a head: one table of biases then serves all images.
+        # Heads of all windows are merged into one axis, so that one table of biases serves all images.
         split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(2, 3).flatten(1, 2)
         query, key, value = split(self.query(tokens)), split(self.key(tokens)), split(self.value(tokens))
         bias = self.bias(size, shift, height, width).to(query.dtype)
@@ -57,12 +57,12 @@ class WindowAttention(nn.Module):
         return (torch.roll(x, shift, (1, 2)) if any(shift) else x)[:, :h, :w]
 
     def bias(self, size: tuple[int, int], shift: tuple[int, int], height: int, width: int) -> Tensor:
-        """Returns biases [windows*heads n n]; -inf between tokens that were no neighbours before the map went round."""
+        """Returns biases [windows*heads n n], with -inf between tokens that were not neighbours before the shift."""
         n = size[0] * size[1]
         index = self.index[: size[0], : size[1], : size[0], : size[1]].reshape(n, n)
         bias = self.relative_position_bias[index].permute(2, 0, 1)[None]
         if any(shift):
-            # Only the last `shift` rows and columns came from the other side.
+            # Only the last `shift` rows and columns wrapped around.
             rows, columns = (
                 torch.arange(side, device=index.device) >= side - s
                 for side, s in zip((height, width), shift, strict=True)
@@ -75,7 +75,7 @@ class WindowAttention(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """x + attention(norm1(x)), then x + mlp(norm2(x))."""
+    """A block: x + attention(norm1(x)), then x + mlp(norm2(x))."""
 
     def __init__(self, channels: int, heads: int, window: int, shifted: bool, window_rule: str):
         super().__init__()
@@ -84,13 +84,13 @@ class SwinBlock(nn.Module):
         self.fc1, self.fc2 = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Keeps the shape [b h w c]."""
+        """Maps [b h w c] to the same shape."""
         x = x + self.attn(self.norm1(x))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
 class PatchMerging(nn.Module):
-    """Four neighbours, concatenated and normalised, become one token of twice the channels."""
+    """A merge of four neighbours, concatenated and normalised, into one token of twice the channels."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -109,7 +109,7 @@ class PatchMerging(nn.Module):
 
 
 class Swin(nn.Module):
-    """Feature maps `c2` to `c5`; `channels` holds their widths."""
+    """A Swin Transformer: feature maps `c2` to `c5`, with widths `channels`."""
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from ovseg_jax.torch.transformer import Encoder
 
 
 class TextTower(nn.Module):
-    """Tables of tokens and of positions: what the towers below have in common."""
+    """A base class of text towers, with tables of tokens and of positions."""
 
     def __init__(self, vocab_size: int, length: int, width: int):
         super().__init__()
@@ -16,10 +16,10 @@ class TextTower(nn.Module):
         self.pos_embedding = nn.Parameter(torch.zeros(1, length, width))
 
     def embed(self, ids: Tensor, context: Tensor | None = None) -> Tensor:
-        """Returns tokens with their positions, [b l d]; -1 - i is vector i of a learned `context` [m d]."""
+        """Returns tokens with their positions, [b l d]; id -1 - i is vector i of a learned `context` [m d]."""
         length = self.pos_embedding.shape[1]
         if ids.shape[1] > length:
-            raise UserError(f"texts of {ids.shape[1]} tokens: this text tower takes {length} at most")
+            raise UserError(f"texts have {ids.shape[1]} tokens, but this text tower takes at most {length}")
         x = self.Embed_0(ids.clamp(min=0))
         if context is not None:
             x = torch.where(ids[..., None] < 0, context[(-1 - ids).clamp(min=0)].to(x.dtype), x)
@@ -27,7 +27,7 @@ class TextTower(nn.Module):
 
 
 class CLIPText(TextTower):
-    """CLIP's text tower, which open_clip's and EVA-CLIP's are too."""
+    """CLIP's text tower, also that of open_clip and EVA-CLIP."""
 
     def __init__(
         self,
@@ -45,12 +45,12 @@ class CLIPText(TextTower):
         self.head = nn.Linear(width, embed_dim, bias=False)
 
     def forward(self, ids: Tensor, valid: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        """Embeds texts [b l], each at its end, which is the first of the highest id; `valid` is not read.
+        """Embeds texts [b l], each by its end, the first token with the highest id; `valid` is not used.
 
         `context` is that of a learned prompt, see `embed`.
 
         Raises:
-          UserError: texts too long.
+          UserError: texts are too long.
         """
         x, _ = self.Encoder_0(self.embed(ids, context))
         end = ids.argmax(-1)[:, None, None].expand(-1, 1, x.shape[2])
@@ -75,7 +75,7 @@ class SiglipText(TextTower):
         self.head = nn.Linear(width, embed_dim)
 
     def forward(self, ids: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Embeds texts [b l], each at its last position, padding or not; `valid` is not read.
+        """Embeds texts [b l], each by its last position, padding or not; `valid` is not used.
 
         Raises:
           UserError: texts too long.
@@ -85,7 +85,7 @@ class SiglipText(TextTower):
 
 
 class Bert(TextTower):
-    """BERT for single texts: the token type is 0 throughout."""
+    """BERT for single texts: the token type is always 0."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class Bert(TextTower):
         self.pooler = nn.Linear(width, width) if pool == "pooler" else None
 
     def forward(self, ids: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Embeds texts [b l]; `valid` [b l] says which tokens are no padding, all where it is None.
+        """Embeds texts [b l]; `valid` [b l] marks the tokens that are not padding, None means all.
 
         Raises:
           UserError: texts too long.

@@ -1,4 +1,4 @@
-"""What an image tower made of transformer blocks gives back, see `ovseg_jax/models/tower.py`."""
+"""The output of image towers made of transformer blocks, see `ovseg_jax/models/tower.py`."""
 
 from typing import NamedTuple
 
@@ -8,12 +8,12 @@ from ovseg_jax.errors import UserError
 
 
 class TowerOutput(NamedTuple):
-    """Every resolution of a tower's view of an image.
+    """The output of an image tower.
 
     Attributes:
-      pooled: [b e], the embedding of the whole image, as the published model gives it.
-      tokens: [b d h w], the patch tokens behind the final norm, in their places; no class token.
-      taps: block number (from 0) -> its patch tokens, for the blocks that were asked for.
+      pooled: [b e], the embedding of the whole image, as in the published model.
+      tokens: [b d h w], the patch tokens after the final norm, without a class token.
+      taps: block number (from 0) -> its patch tokens, for the requested blocks.
     """
 
     pooled: Tensor
@@ -25,7 +25,7 @@ def count_patches(image: Tensor, patch: int) -> tuple[int, int]:
     """Returns rows and columns of patches of images [b c h w].
 
     Raises:
-      UserError: sides that are no multiples of the patch.
+      UserError: a side is not a multiple of the patch.
     """
     height, width = image.shape[2:]
     if height % patch or width % patch:
@@ -37,6 +37,6 @@ def count_patches(image: Tensor, patch: int) -> tuple[int, int]:
 
 
 def places(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Returns the last rows * columns of tokens [b n d], those of the patches, as a map [b d rows columns]."""
+    """Returns the last rows * columns tokens of [b n d], those of the patches, as a map [b d rows columns]."""
     rows, columns = grid
     return tokens[:, tokens.shape[1] - rows * columns :].transpose(1, 2).unflatten(2, grid)

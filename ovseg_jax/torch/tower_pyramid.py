@@ -11,7 +11,7 @@ LEVELS = range(2, 6)
 
 
 class TowerPyramid(nn.Module):
-    """Feature maps `c2` to `c5` from a tower's last one; `channels` holds their widths."""
+    """A pyramid of feature maps `c2` to `c5`, with widths `channels`, from a tower's last map."""
 
     def __init__(self, tower: Any):
         super().__init__()
@@ -27,12 +27,12 @@ class TowerPyramid(nn.Module):
                 self.add_module(f"up_c{level}_{i}", nn.Linear(c, 2 * c))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Maps of normalised images [b 3 h w], whose sides are multiples of the tower's patch."""
+        """Computes the maps of normalised images [b 3 h w], whose sides are multiples of the tower's patch."""
         tokens = self.tower(x).tokens
         return {f"c{level}": self.level(tokens, level) for level in LEVELS}
 
     def level(self, x: Tensor, level: int) -> Tensor:
-        """Returns one map from the tokens [b d h w]."""
+        """Computes one map from the tokens [b d h w]."""
         if level > self.own:
             return F.max_pool2d(x, 2 ** (level - self.own), ceil_mode=True)
         x = x.permute(0, 2, 3, 1)

@@ -19,7 +19,7 @@ class Attention(nn.Module):
     Args:
       width: channels of a token.
       heads: number of heads; divides the width.
-      causal: whether a token attends to none behind it.
+      causal: whether tokens do not attend to later ones.
     """
 
     def __init__(self, width: int, heads: int, causal: bool = False):
@@ -29,7 +29,7 @@ class Attention(nn.Module):
         self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, queries: Tensor, values: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Each query [b q d] gathers from all values [b n d], or from those that are `valid` [b n]."""
+        """Attends from each query [b q d] to all values [b n d], or to those that are `valid` [b n]."""
         query, key, value = (
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project, x in ((self.query, queries), (self.key, values), (self.value, values))
@@ -40,7 +40,7 @@ class Attention(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """Dense, activation, dense back to the width of the input."""
+    """An MLP: dense, activation, dense back to the width of the input."""
 
     def __init__(self, width: int, mlp_dim: int, activation: str):
         super().__init__()
@@ -53,7 +53,7 @@ class MlpBlock(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with a norm before it or, in BERT's order (`post_norm`), behind the sum."""
+    """A block of attention and MLP, each with a norm before it or, in BERT's order (`post_norm`), after the sum."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Blocks, and a norm behind them unless they end in one. The other arguments are those of `Block`."""
+    """A sequence of blocks, with a final norm unless blocks end in one; for the other arguments see `Block`."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class Encoder(nn.Module):
     def forward(
         self, x: Tensor, valid: Tensor | None = None, taps: Sequence[int] = ()
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The tokens behind the norm, and those behind each block of `taps`."""
+        """Returns the tokens after the norm, and those after each block of `taps`."""
         tapped = {}
         for i in range(self.depth):
             x = self.get_submodule(f"encoderblock_{i}")(x, valid)

@@ -11,7 +11,7 @@ from ovseg_jax.torch.transformer import Attention, Encoder, MlpBlock
 
 
 class MAPHead(nn.Module):
-    """Pooling by one learned query."""
+    """A pooling head with one learned query."""
 
     def __init__(self, width: int, heads: int, mlp_dim: int, activation: str, epsilon: float):
         super().__init__()
@@ -21,7 +21,7 @@ class MAPHead(nn.Module):
         self.MlpBlock_0 = MlpBlock(width, mlp_dim, activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Gathers all tokens [b n d] into one [b d]."""
+        """Pools all tokens [b n d] into one [b d]."""
         x = self.MultiHeadDotProductAttention_0(self.probe.expand(x.shape[0], -1, -1), x)
         return (x + self.MlpBlock_0(self.LayerNorm_0(x)))[:, 0]
 
@@ -62,7 +62,7 @@ class ViT(nn.Module):
         """Computes the embedding, the tokens and the taps of normalised images [b 3 h w].
 
         Raises:
-          UserError: sides that are no multiples of the patch.
+          UserError: a side is not a multiple of the patch.
         """
         grid = count_patches(image, self.patch)
         x = self.embedding(image.to(self.embedding.weight.dtype)).flatten(2).transpose(1, 2)

@@ -38,18 +38,18 @@ from ovseg_jax.vocab.word_tokenizer import WordTokenizer
 from ovseg_jax.vocab.words import WordList
 
 WORDS_FILE = "words.json"  # in the folder of a run
-TOWERS = "towers"  # the same, of method "clip"
+TOWERS = "towers"  # in the folder of a run of method "clip"
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 TOWER_KEYS = "image text init tokenizer image_size mean std logit_scale dtype"  # of a config's `towers`
-# Names that go through the text tower at once where features of many are asked for.
+# The number of names that the text tower embeds at once.
 GROUP = 256
 MEAN, STD = CLIP
 
 
 class SmallImageTower(nn.Module):
-    """`SmallBackbone`, and a projection of its last map, places and all: for images of 32 pixels, trained in minutes.
+    """A small tower for images of 32 pixels: `SmallBackbone` and a projection of its whole last map.
 
-    With a mean over the places in its stead, outlines are learned far more slowly.
+    With a mean over positions instead of the whole map, outlines are learned far more slowly.
 
     Attributes:
       embed_dim: channels of the embedding.
@@ -66,7 +66,7 @@ class SmallImageTower(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b e"]:
-        """The embedding of each image; all are of one size."""
+        """Computes the embedding of each image; all images have one size."""
         backbone = SmallBackbone(self.width, self.levels, self.blocks, self.stem, self.dtype, name="backbone")
         last = backbone(x)[f"c{self.levels + 1}"]
         head = nn.Dense(self.embed_dim, use_bias=False, dtype=self.dtype, name="head")
@@ -74,23 +74,22 @@ class SmallImageTower(nn.Module):
 
 
 class Clip:
-    """The towers that a config describes; their weights are passed in.
+    """The two towers that a config describes; their weights are arguments of the methods.
 
     Weights are {"image": {"params": ..., other collections}, "text": `packed_text.stacked` parameters, "scale":
     log(1/τ)}.
 
     Args:
-      config: `image`, a dict with `name` (a CLIP preset of `models.vit`, `models.clip_resnet` or
-        `models.eva`, "vit", "eva" or "small") and
-        fields of its module; `text`, likewise of `models.text_towers` ("clip" for a CLIPText of these fields);
-        `init`, where their weights are (`pretrained.hub`, or the folder of a run of method "clip"), "" for random
-        ones; `tokenizer`, where it is if not with the weights: a folder, that of a run, or "words" for the words of
-        this run; `image_size`, of the images, in pixels; `mean` and `std` of pixels; `logit_scale`, 1/τ of weights
-        that come without it; `dtype`.
-      words: the vocabulary, where the tokeniser is one of words.
+      config: `image`, a dict with `name` (a CLIP preset of `models.vit`, `models.clip_resnet` or `models.eva`, "vit",
+        "eva" or "small") and fields of its module; `text`, the same for `models.text_towers` ("clip" for a CLIPText of
+        these fields); `init`, the weights (see `pretrained.hub`, or the folder of a run of method "clip"), "" for
+        random ones; `tokenizer`, the folder of the tokeniser if it is not with the weights, the folder of a run for
+        its words, or "words" for the words of this run; `image_size` in pixels; `mean` and `std` of pixels;
+        `logit_scale`, 1/τ of weights that have none; `dtype`.
+      words: the vocabulary, if the tokeniser is one of words.
 
     Raises:
-      UserError: an unknown tower or field, or two towers of different dimensions.
+      UserError: a tower or field is unknown, or the towers have different dimensions.
     """
 
     def __init__(self, config: ConfigDict, words: WordList):
@@ -100,7 +99,7 @@ class Clip:
         options = dict(config.text.items())
         name = options.pop("name")
         if name != "clip" and not (name in PRESETS and PRESETS[name][0] is CLIPText):
-            raise UserError(f"towers.text.name={name!r} is no text tower of CLIP's kind")
+            raise UserError(f"towers.text.name={name!r} is not a text tower of CLIP's kind")
         self._tokenizer: PieceTokenizer | None = self._of_words()
         if name == "clip" and self._tokenizer:
             options["vocab_size"] = self._tokenizer.vocab_size
@@ -120,26 +119,26 @@ class Clip:
         )
         self.dim = _pooled(shape).shape[-1]
         if self.dim != self.text.embed_dim:
-            raise UserError(f"the image tower gives {self.dim} numbers, the text tower {self.text.embed_dim}")
+            raise UserError(
+                f"towers: images have embeddings of {self.dim} numbers, but texts of {self.text.embed_dim}"
+            )
         self._encode_groups = jax.jit(self._groups, static_argnames=("layout", "size"))
 
     @property
     def tokenizer(self) -> PieceTokenizer:
-        """Returns the tokeniser; read when it is first asked for."""
+        """The tokeniser of the text tower, read at the first access."""
         if self._tokenizer is None:
             from ovseg_jax.pretrained.hub import find
 
             where = self.config.get("tokenizer", "") or self.config.get("init", "")
             if not where:
-                raise UserError(
-                    "towers.tokenizer and towers.init name nothing: where is the tokeniser of the text tower?"
-                )
+                raise UserError("the text tower needs a tokeniser: set towers.tokenizer or towers.init")
             path = find(where)
             self._tokenizer = load_tokenizer(path if path.is_dir() else path.parent, length=self.text.length)
         return self._tokenizer
 
     def _of_words(self) -> WordTokenizer | None:
-        """A tokeniser of the words of this run, or of another one."""
+        """Returns a tokeniser of the words of this run, or of another one; None if the config names another kind."""
         where, length = self.config.get("tokenizer", ""), int(self.config.text.get("length", 77))
         if where == "words":
             return WordTokenizer(self._words, length)
@@ -148,7 +147,7 @@ class Clip:
         return None
 
     def init(self, rng: jax.Array) -> dict[str, Any]:
-        """Returns random weights."""
+        """Draws random weights."""
         image_rng, text_rng = jax.random.split(rng)
         size = int(self.config.get("image_size", 224))
         image = self.image.init(image_rng, jnp.zeros((1, size, size, 3)))
@@ -157,7 +156,7 @@ class Clip:
         return {"image": dict(image), "text": stacked(text), "scale": scale}
 
     def pretrained(self) -> dict[str, Any]:
-        """Returns the weights that `init` of the config names, as NumPy arrays; {} where it names none."""
+        """Returns the weights that `init` of the config names, as NumPy arrays; {} if it names none."""
         init = self.config.get("init", "")
         if not init:
             return {}
@@ -178,8 +177,8 @@ class Clip:
         given, own = flat(found), flat(jax.eval_shape(self.init, jax.random.key(0)))
         if wrong := sorted(path for path in given | own if given.get(path) != own.get(path)):
             raise UserError(
-                f"towers.init={init} has other towers than this config: {wrong[0]} is {given.get(wrong[0])} there, "
-                f"{own.get(wrong[0])} here"
+                f"towers.init={init} has other towers than this config: {wrong[0]} has the shape {given.get(wrong[0])} "
+                f"there, {own.get(wrong[0])} here"
             )
         return found
 
@@ -189,7 +188,7 @@ class Clip:
         image: UInt8[Array, "b h w 3"],
         prompts: Float[Array, "j m d"] | None = None,
     ) -> Float[Array, "b d"]:
-        """Returns unit vectors of images; `prompts` are those of a ViT."""
+        """Embeds images as unit vectors; `prompts` are tokens for a ViT."""
         mean, std = (jnp.asarray(values, jnp.float32) for values in self._pixels())
         x = (image.astype(jnp.float32) / 255 - mean) / std
         more: dict[str, Any] = {} if prompts is None else {"prompts": prompts}
@@ -203,7 +202,7 @@ class Clip:
         tokens: NameTokens,
         deep: Float[Array, "j m d"] | None = None,
     ) -> Float[Array, "k e"]:
-        """Returns unit vectors of names under a prompt, in memory that does not grow with their number."""
+        """Embeds names under a prompt as unit vectors, in memory that does not grow with their number."""
         order = even_order(tokens.length)
         count, group = len(order), min(GROUP, len(order))
         size = window_size(tokens.length[order], group)
@@ -216,10 +215,10 @@ class Clip:
     def embed_prompt(
         self, weights: Mapping[str, Any], prompt: Prompt, names: Sequence[str]
     ) -> Float[Array, "k e"]:
-        """Returns unit vectors of names under a learned prompt.
+        """Embeds names under a learned prompt as unit vectors.
 
         Raises:
-          UserError: it was learned for another text tower, or for other classes.
+          UserError: the prompt was learned for another text tower, or for other classes.
         """
         prompt.check_width(self.text.width)
         if prompt.anchor:
@@ -228,11 +227,11 @@ class Clip:
         return self.embed_names(weights, jnp.asarray(prompt.context), prompt.layout, tokens)
 
     def anchor(self, weights: Mapping[str, Any]) -> tuple[float, ...]:
-        """Returns what this text tower is known by, see `Prompt.anchor`; the same on all processes."""
+        """Returns the numbers that identify this text tower, see `Prompt.anchor`; the same on all processes."""
         return tuple(on_host(weights["text"]["pos_embedding"][0, 0, :ANCHOR]).tolist())
 
     def embed_phrases(self, weights: Mapping[str, Any], texts: Sequence[str]) -> Float[Array, "k e"]:
-        """Returns unit vectors of texts as they stand."""
+        """Embeds texts unchanged as unit vectors."""
         nothing = jnp.zeros((1, 0, self.text.width))
         return self.embed_names(weights, nothing, Layout(0), phrase_tokens(self.tokenizer, texts))
 
@@ -247,7 +246,7 @@ class Clip:
         *,
         may_exceed: bool = False,
     ) -> Float[Array, "k e"]:
-        """`encode_names` with this text tower."""
+        """Calls `encode_names` with this text tower."""
         start = self.tokenizer.start[0]
         return encode_names(
             self.text, weights["text"], start, context, layout, tokens, size, deep, may_exceed=may_exceed
@@ -262,11 +261,11 @@ class Clip:
 
 
 SPACE = "clip"
-"""The name of the space that both towers share."""
+"""The name of the embedding space that both towers share."""
 
 
 def from_training(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the weights of a trained method "clip"."""
+    """Returns the weights, as `Clip` takes them, of a run of method "clip"."""
     params = variables["params"]
     rest = {name: tree["image"] for name, tree in variables.items() if name != "params"}
     return {
@@ -277,34 +276,34 @@ def from_training(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_towers(folder: epath.Path, config: ConfigDict, weights: Mapping[str, Any]) -> None:
-    """Writes trained towers as a folder that `Clip.pretrained` reads: `model.safetensors` and `config.json`.
+    """Writes trained towers to a folder that `Clip.pretrained` reads: `model.safetensors` and `config.json`.
 
     Args:
-      folder: `towers` in the folder of their run, made where it is missing.
-      config: of the towers, see `Clip`.
-      weights: as `Clip` takes them, on the host.
+      folder: `towers` in the folder of their run, created if missing.
+      config: the config of the towers, see `Clip`.
+      weights: the weights as `Clip` takes them, on the host.
     """
     folder.mkdir(parents=True, exist_ok=True)
     flat = {name: np.asarray(x) for name, x in flatten_dict(dict(weights), sep="/").items()}
     forget(folder / _WEIGHTS)
     write_safetensors(folder / _WEIGHTS, flat, {"format": "ovseg_jax.towers"})
     record(folder / _WEIGHTS)
-    # Last: a folder with it is whole.
+    # Written last, so that a folder with this file is complete.
     write_recorded(folder / _CONFIG, to_json(config))
 
 
 def towers_of(init: str) -> epath.Path | None:
-    """Returns the folder of trained towers that a run has left, or that `init` itself is; None for other weights.
+    """Returns the folder of trained towers in a run, or `init` itself if it is one; None for other weights.
 
     Raises:
-      UserError: a run that has left none.
+      UserError: `init` is a run without trained towers.
     """
     for folder in (epath.Path(init) / TOWERS, epath.Path(init)):
         if folder.name == TOWERS and (folder / _CONFIG).exists():
             return folder
     if (epath.Path(init) / "checkpoints").exists():
         raise UserError(
-            f"towers.init={init} is a run without {TOWERS}/, which a finished run of method 'clip' leaves"
+            f"towers.init={init} is a run without {TOWERS}/, which only finished runs of method 'clip' have"
         )
     return None
 
@@ -313,21 +312,21 @@ def read_towers(folder: epath.Path) -> dict[str, Any]:
     """Reads the weights that `write_towers` wrote.
 
     Raises:
-      UserError: a missing or damaged file.
+      UserError: a file is missing or damaged.
     """
     if "://" not in str(folder):
         return unflatten_dict(read_arrays(Path(folder) / _WEIGHTS), sep="/")
-    with tempfile.TemporaryDirectory() as local:  # A file is mapped into memory, which a bucket's cannot be.
+    with tempfile.TemporaryDirectory() as local:  # Files are memory-mapped, which is impossible in a bucket.
         (folder / _WEIGHTS).copy(Path(local) / _WEIGHTS)
         flat = {name: np.array(x) for name, x in read_arrays(Path(local) / _WEIGHTS).items()}
     return unflatten_dict(flat, sep="/")
 
 
 def image_tower(config: ConfigDict, dtype: Any) -> nn.Module:
-    """Builds an image tower that ends in an embedding.
+    """Creates an image tower that ends in an embedding.
 
     Raises:
-      UserError: an unknown name or field.
+      UserError: the name or a field is unknown.
     """
     options = dict(config.items())
     name = options.pop("name")
@@ -340,11 +339,13 @@ def image_tower(config: ConfigDict, dtype: Any) -> nn.Module:
         **{n: (ClipResNet, fields) for n, fields in clip_resnet.PRESETS.items()},
     }
     if name not in kinds:
-        raise UserError(f"towers.image.name={name!r}: known are {', '.join(kinds)}")
+        raise UserError(f"towers.image.name={name!r} is not one of {', '.join(kinds)}")
     kind, published = kinds[name]
     known = {f.name for f in dataclasses.fields(kind)} - {"parent", "name", "dtype", *HOOKS}
     if wrong := sorted(options.keys() - known):
-        raise UserError(f"towers.image of {name!r} has no {wrong[0]!r}; known are {', '.join(sorted(known))}")
+        raise UserError(
+            f"towers.image of {name!r} has no key {wrong[0]!r}; known keys: {', '.join(sorted(known))}"
+        )
     return kind(**{**published, **options}, dtype=dtype)
 
 

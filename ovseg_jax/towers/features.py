@@ -1,4 +1,4 @@
-"""Features of class names, in a method's own prompt, in another learned one, or as means over templates."""
+"""Features of class names, under a method's own prompt, another learned prompt, or averaged over templates."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,13 +17,13 @@ TEXT_CHUNK = 1024
 
 
 class TowerText(Classifier):
-    """A CLIP text tower alone, which embeds names in prompts that are given; its variables are the tower's weights."""
+    """A CLIP text tower alone, which embeds names in given prompts; its variables are the tower's weights."""
 
     def __init__(self, clip: Clip):
         self.clip = clip
 
     def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Text:
-        """Embeds texts as they stand."""
+        """Embeds texts unchanged."""
         return {SPACE: self.clip.embed_phrases(variables, texts)}
 
     def embed_prompt(self, variables: Variables, prompt: Prompt, texts: Sequence[str]) -> Text:
@@ -32,10 +32,10 @@ class TowerText(Classifier):
 
 
 def embed_in_chunks(embed: Callable[[Sequence[str]], Any], texts: Sequence[str]) -> Any:
-    """Embeds any number of texts, a bounded number at a time and in equal shapes (one compilation).
+    """Embeds any number of texts, a bounded number at a time, in equal shapes for a single compilation.
 
     Args:
-      embed: returns arrays [T ...], or a tree of such.
+      embed: returns arrays [T ...], or a tree of these.
       texts: at least one.
     """
     if len(texts) <= TEXT_CHUNK:
@@ -51,7 +51,7 @@ def class_features(
     names: Sequence[str],
     templates: Sequence[str] | Prompt | None = None,
 ) -> Text:
-    """Returns features of names in the method's own prompt or another learned one, or their mean over templates.
+    """Computes features of names under the method's own prompt or another one, or their mean over templates.
 
     Args:
       method: the classifier.
@@ -60,7 +60,7 @@ def class_features(
       templates: hand-written prompts, a learned one, or None for the method's own.
 
     Raises:
-      UserError: a learned prompt of another text tower, or for a method that has no place for one.
+      UserError: the learned prompt belongs to another text tower, or the method cannot use one.
     """
     if templates is None:
         if method.by_place:

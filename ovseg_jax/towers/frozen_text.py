@@ -1,4 +1,4 @@
-"""A published text tower that is never trained, as OpenSeg uses one (papers/004, 3.2 and 4.1)."""
+"""A published text tower that is never trained, as in OpenSeg (papers/004, 3.2 and 4.1)."""
 
 import json
 import shutil
@@ -22,25 +22,27 @@ from ovseg_jax.towers.prompt_file import ANCHOR, FILE, Prompt, load_prompt, save
 from ovseg_jax.vocab.words import WordList
 
 BATCH = 64
-LENGTH = 77  # tokens at most: names and captions are short, and BERT would take 512
+LENGTH = 77  # maximum of tokens, which suffices for names and captions; BERT would take 512
 
 
-TEXT_TOWER = "text_tower"  # the folder of a run that holds its frozen tower
+TEXT_TOWER = "text_tower"  # the folder for the frozen tower inside of a run
 
 
 class FrozenText:
-    """Every word of the vocabulary is embedded once and looked up in training; other texts when they are asked for.
+    """A text side with a frozen tower; words are embedded once and looked up in training.
 
-    The tower is no part of the variables: on the devices of a training run it would take memory for nothing.
+    Other texts are embedded when they are used. The tower is not one of the variables, since it would only waste memory
+    on the devices of a training run.
 
     Args:
       config: `tower`, a name of `text_towers.PRESETS`; `init`, its weights and its tokeniser, see `pretrained.hub`; for
         towers of CLIP's kind `prompt`, the file of a learned prompt around every text (`towers.prompt_file`), or "".
       words: the vocabulary.
-      dim: D of the text space.
+      dim: the dimension D of the text space.
 
     Raises:
-      UserError: an unknown tower, no init, another dimension than the tower's; a prompt that is not the tower's.
+      UserError: the tower is unknown or has another dimension, `init` is missing, or the prompt belongs to another
+        tower.
     """
 
     learned = False
@@ -50,11 +52,13 @@ class FrozenText:
         self.tower = text_tower(config.tower)
         if not self.source:
             raise UserError(
-                f"text.tower={config.tower} needs text.init, its weights: a folder, or a name of the hub"
+                f"text.tower={config.tower} needs text.init, its weights: a folder, or a name on the hub"
             )
         width = jax.eval_shape(self._forward)[1].pooled.shape[-1]
         if width != dim:
-            raise UserError(f"text.tower={config.tower} gives {width} numbers: set model.embed_dim={width}")
+            raise UserError(
+                f"text.tower={config.tower} has embeddings of {width} numbers: set model.embed_dim={width}"
+            )
         self.prompt = self._read_prompt(config.tower, str(config.get("prompt", "") or ""))
         self._loaded: Any = None
 
@@ -64,12 +68,12 @@ class FrozenText:
         prompt = load_prompt(path)
         if not isinstance(self.tower, CLIPText):
             raise UserError(
-                f"text.prompt={path}: the text tower {name} takes no prompt; towers of CLIP's kind do"
+                f"text.prompt={path}: the text tower {name} cannot use a prompt, only towers of CLIP's kind can"
             )
         prompt.check_width(self.tower.width)
         if prompt.layout.specific:
             raise UserError(
-                f"text.prompt={path} has a context for each of some classes, and none for other texts"
+                f"text.prompt={path} has a context for each of some classes, but none for other texts"
             )
         return prompt
 
@@ -79,34 +83,34 @@ class FrozenText:
         return {"table": jnp.zeros((len(self.words), self.dim))}
 
     def pretrained(self) -> dict[str, np.ndarray]:
-        """Returns the unit vectors of all words; zeros for the first, which stands for padding."""
+        """Returns the table of unit vectors of all words; zeros for the first, which is padding."""
         table = np.asarray(self.encode({}, self.words.words[1:]))
         return {"table": np.concatenate([np.zeros((1, self.dim), np.float32), table])}
 
     def encode(self, params: Any, texts: Sequence[str]) -> Float[Array, "k d"]:
-        """Returns unit vectors of texts, each as it stands (as the released model has it) or in the prompt.
+        """Embeds texts as unit vectors, unchanged (as in the released model) or in the prompt.
 
         Raises:
-          UserError: no text, or an empty one; weights or tokeniser that cannot be read.
+          UserError: there is no text, or an empty one, or the weights or the tokeniser cannot be read.
         """
         del params
-        # A thread of its own knows neither the mesh in use nor a trace that is going on: this is computed here, at
-        # once, on this process's own device.
+        # A separate thread is outside of the mesh in use and of any trace, so that this runs immediately, on this
+        # process's own device.
         with ThreadPoolExecutor(1) as thread:
             return jnp.asarray(thread.submit(self._vectors, texts).result())
 
     def _vectors(self, texts: Sequence[str]) -> np.ndarray:
         if not len(texts):
-            raise UserError("no labels were given: name at least one, for example --labels='dog; grass,lawn'")
+            raise UserError("no labels were given: give at least one, such as --labels='dog; grass,lawn'")
         if not all(text.strip() for text in texts):
             raise UserError("an empty label was given: every label needs at least one word")
         tokenizer, apply, weights = self._all()
-        weights = jax.device_put(weights)  # On the device for as long as this takes.
+        weights = jax.device_put(weights)  # Only on the device during this call.
         rows = []
         for at in range(0, len(texts), BATCH):
             part = texts[at : at + BATCH]
             ids, valid = (np.pad(x, ((0, BATCH - len(part)), (0, 0))) for x in tokenizer(part))
-            valid[len(part) :, 0] = True  # A row of nothing but padding would divide by zero.
+            valid[len(part) :, 0] = True  # Rows with only padding would divide by zero.
             rows.append(np.asarray(apply(weights, ids, valid))[: len(part)])
         return np.concatenate(rows)
 
@@ -117,10 +121,10 @@ class FrozenText:
         return variables, out
 
     def save(self, folder: Path, dtype: Any = np.float32) -> None:
-        """Writes the tower where it can be loaded from again without the place that it came from.
+        """Saves the tower, so that it can be loaded without its original files.
 
-        That is `model.safetensors` by the names of `pretrained.to_torch`, `config.json`, the tokeniser's files, and
-        `prompt.safetensors` where there is a prompt.
+        It writes `model.safetensors` with the names of `pretrained.to_torch`, `config.json`, the tokeniser's files, and
+        `prompt.safetensors` if there is a prompt.
         """
         from ovseg_jax.pretrained.files import write_safetensors
         from ovseg_jax.pretrained.hub import find
@@ -136,7 +140,7 @@ class FrozenText:
         (folder / FILE).unlink(missing_ok=True)
         if self.prompt:
             save_prompt(folder / FILE, self.prompt)
-        # Last: a folder with it is whole.
+        # Written last, so that a folder with this file is complete.
         (folder / "config.json").write_text(json.dumps(describe(self.tower), indent=1) + "\n")
 
     def weights(self) -> dict[str, np.ndarray]:
@@ -144,7 +148,7 @@ class FrozenText:
         return flax.traverse_util.flatten_dict(self._all()[2]["params"], sep="/")
 
     def _all(self) -> tuple[Any, Any, Any]:
-        """Tokeniser, compiled tower, and its weights, which stay on the host; read once."""
+        """Returns the tokeniser, the compiled tower and its weights on the host, loaded once."""
         if self._loaded is None:
             self._loaded = self._load()
         return self._loaded
@@ -174,5 +178,5 @@ class FrozenText:
 
 
 def _folder(path: Path) -> Path:
-    """Where a tokeniser lies: beside its tower's weights."""
+    """Returns the folder of the tokeniser, which is that of the weights."""
     return path if path.is_dir() else path.parent

@@ -1,14 +1,13 @@
-"""CLIP's text tower for very many short texts that begin alike, computing nothing twice and no padding.
+"""CLIP's text tower for very many short texts with a common beginning, without repeated work or padding.
 
-A learned prompt reads [SOS][context][name][EOT] (papers/000, 3.1). The tower is causal: what stands before the name
-has the same hidden states for all classes, and what stands behind [EOT] changes nothing. Here the common beginning
-goes through the tower once, and the rest of all texts lies end to end in one stream of tokens that fills every row of
-the matrix products; a token attends to the beginning and to its own text. Features and gradients are those of the
-tower applied to each text in full.
+A learned prompt reads [SOS][context][name][EOT] (papers/000, 3.1). The tower is causal: the tokens before the name have
+the same hidden states for all classes, and tokens after [EOT] have no influence. Therefore the common beginning is
+computed once, and the rest of all texts is concatenated to one stream of tokens without padding; a token attends to the
+beginning and to its own text. Features and gradients equal those of the tower applied to each text in full.
 
 The stream is cut into windows at least as long as the longest text, so that a text lies in one window or in two
-neighbours: attention looks at a token's window and the one before. Blocks are scanned. What the backward pass computes
-again of each is the tower's `remat`; with "all", one vector a token and block is kept.
+neighbours: a token attends to its window and the one before. Blocks are scanned; the tower's `remat` says what the
+backward pass recomputes; with "all", one vector per token and block is kept.
 """
 
 from collections.abc import Mapping
@@ -27,13 +26,13 @@ EPSILON = 1e-5
 
 
 class Packed(NamedTuple):
-    """Texts end to end.
+    """Concatenated texts.
 
     Attributes:
-      ids: the token at each place of the stream.
-      text: which text it belongs to; the number of texts where it is padding.
-      place: its place in that text.
-      end: where each text's last token stands in the stream.
+      ids: the token at each position of the stream.
+      text: the index of its text; for padding, the number of texts.
+      place: its position in that text.
+      end: the position of each text's last token in the stream.
     """
 
     ids: Int[Array, " t"]
@@ -43,12 +42,12 @@ class Packed(NamedTuple):
 
 
 def pack(ids: Int[Array, "k l"], length: Int[Array, " k"], size: int) -> Packed:
-    """Lays texts end to end.
+    """Concatenates texts.
 
     Args:
-      ids: tokens of each text, from the left.
-      length: how many there are of each, at least 1.
-      size: of the stream; what goes beyond it is lost, so it is at least the sum of `length`.
+      ids: tokens of each text, left-aligned.
+      length: number of tokens of each text, at least 1.
+      size: length of the stream, at least the sum of `length`; tokens beyond it are dropped.
     """
     after = jnp.cumsum(length)
     t = jnp.arange(size)
@@ -59,7 +58,7 @@ def pack(ids: Int[Array, "k l"], length: Int[Array, " k"], size: int) -> Packed:
 
 
 def stacked(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Stacks the parameters of all blocks of a `CLIPText` but the last in common arrays, [layers - 1 ...]."""
+    """Stacks the parameters of all blocks of a `CLIPText` except the last, [layers - 1 ...]."""
     encoder = params["Encoder_0"]
     blocks = [encoder[f"encoderblock_{i}"] for i in range(len(encoder) - 1)]
     rest = {key: value for key, value in params.items() if key != "Encoder_0"}
@@ -90,16 +89,16 @@ def encode_packed(
     window: int,
     deep: Float[Array, "j m d"] | None = None,
 ) -> Float[Array, "k e"]:
-    """Embeddings of packed texts, as `CLIPText` pools them; not normalised.
+    """Computes the embeddings of packed texts, pooled as in `CLIPText`; not normalised.
 
     Args:
-      tower: its shape, activation, compute type and `remat`.
+      tower: the tower's shape, activation, compute type and `remat`.
       weights: `stacked` parameters.
-      prefix: token vectors that all texts begin with, [SOS] included, without positions.
+      prefix: token vectors of the common beginning, including [SOS], without positions.
       stream: token vectors of the rest of the texts, in the order of `packed`.
-      packed: where they belong; `ids` is not read.
-      window: at least as many tokens as the longest rest has.
-      deep: vectors that take the places of prefix tokens 1 to M again behind each of the first j blocks (MaPLe).
+      packed: the texts of the stream; `ids` is not used.
+      window: the size of a window, at least the length of the longest rest.
+      deep: vectors that replace prefix tokens 1 to M after each of the first j blocks (MaPLe).
     """
     p, dtype = prefix.shape[0], tower.dtype
     windows = -(-stream.shape[0] // window)
@@ -121,18 +120,16 @@ def encode_packed(
     if weights["blocks"]:
         layer = rematerialise_function(layer, tower.remat)
         x, _ = jax.lax.scan(layer, x, (weights["blocks"], _per_block(tower.layers - 1, deep)))
-    if (
-        deep is not None and 1 < tower.layers <= len(deep) + 1
-    ):  # The last block is not among the scanned ones.
+    if deep is not None and 1 < tower.layers <= len(deep) + 1:  # The last block is not scanned.
         x = x.at[1 : 1 + deep.shape[1]].set(deep[tower.layers - 2].astype(dtype))
-    # Of the last block only the ends are wanted.
+    # Only the last token of each text is needed from the last block.
     end = p + packed.end
     x = _finish(tower, weights["last"], x[end], attend(weights["last"], x)[end])
     return _norm(weights["norm"], x).astype(dtype) @ weights["head"]["kernel"].astype(dtype)
 
 
 def _per_block(blocks: int, deep: Array | None) -> Any:
-    """For each scanned block whether it replaces the context, and by what; the first block has it from the input."""
+    """Returns for each scanned block whether it replaces the context, and the replacement."""
     if deep is None:
         return None
     j = min(deep.shape[0], blocks - 1)
@@ -141,7 +138,7 @@ def _per_block(blocks: int, deep: Array | None) -> Any:
 
 
 def _own_text(text: Int[Array, " t"], windows: int, window: int) -> Bool[Array, "n w v"]:
-    """Which tokens of its window and of the one before a token may see."""
+    """Returns which tokens of its window and of the one before a token may attend to."""
     here = text.reshape(windows, window)
     before = jnp.concatenate([jnp.full((1, window), -2, here.dtype), here[:-1]])
     same = here[:, :, None] == jnp.concatenate([before, here], 1)[:, None]
@@ -152,10 +149,10 @@ def _own_text(text: Int[Array, " t"], windows: int, window: int) -> Bool[Array, 
 def _attend(
     tower: CLIPText, block: Mapping[str, Any], x: Float[Array, "n d"], mask: Bool[Array, "w c d2"], p: int
 ) -> Float[Array, "n h e"]:
-    """What attention gathers for each of the first p tokens and of the stream behind them, before `out`."""
+    """Computes attention before the projection `out`, for the first p tokens and the stream after them."""
     own = block["MultiHeadDotProductAttention_0"]
     y = _norm(block["LayerNorm_0"], x).astype(tower.dtype)
-    # One product for all three, and matrices: XLA transposes an array of three axes before it multiplies by it.
+    # One product of matrices for all three, since XLA would transpose an array of three axes first.
     three = [own[name] for name in ("query", "key", "value")]
     kernel = jnp.concatenate([layer["kernel"].reshape(y.shape[-1], -1) for layer in three], 1)
     bias = jnp.concatenate([layer["bias"].reshape(-1) for layer in three])
@@ -182,7 +179,7 @@ def _attend(
 def _finish(
     tower: CLIPText, block: Mapping[str, Any], x: Float[Array, "n d"], gathered: Float[Array, "n h e"]
 ) -> Float[Array, "n d"]:
-    """The rest of a block behind its attention."""
+    """Computes the rest of a block after its attention."""
     out, mlp = block["MultiHeadDotProductAttention_0"]["out"], block["MlpBlock_0"]
     matrix = lambda layer: layer["kernel"].reshape(-1, layer["bias"].shape[0])
     dense = lambda layer, x: x @ matrix(layer).astype(x.dtype) + layer["bias"].astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Soft prompts (CoOp; papers/000, 3.1) through the text tower: learned token vectors around the names of classes."""
+"""Soft prompts (CoOp; papers/000, 3.1) in the text tower: learned token vectors around class names."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,16 +16,16 @@ from ovseg_jax.towers.packed_text import encode_packed, pack
 from ovseg_jax.towers.prompt_layout import Layout, NameTokens
 from ovseg_jax.vocab.tokenizers import PieceTokenizer
 
-# A stream of texts is cut for attention into windows of a multiple of so many tokens: windows of 10 in place of 16 cost
-# a TPU 14% more bytes, and save a CPU 3% of its time at most.
+# Sizes of windows are multiples of this many tokens: windows of 10 instead of 16 tokens cost a TPU 14% more memory
+# traffic, and save a CPU at most 3% of its time.
 _ROUND = 8
 
 
 def phrase_tokens(tokenizer: PieceTokenizer, texts: Sequence[str]) -> NameTokens:
-    """Returns tokens of whole texts as they stand, for a context of length 0.
+    """Tokenises whole texts, for a context of length 0.
 
     Raises:
-      UserError: no text, or an empty one.
+      UserError: there is no text, or an empty one.
     """
     if not len(texts) or not all(text.strip() for text in texts):
         raise UserError("no labels were given, or an empty one: every label needs at least one word")
@@ -47,20 +47,20 @@ def encode_names(
     *,
     may_exceed: bool = False,
 ) -> Float[Array, "k e"]:
-    """Returns features of classes under a prompt, not normalised.
+    """Computes the features of class names under a prompt, not normalised.
 
     Args:
       tower: see `encode_packed`.
       weights: see `encode_packed`.
       start: the token [SOS].
-      context: of each class, or [1 M d], that of all.
-      layout: where it stands.
-      tokens: of the classes.
-      size: tokens that are computed at once, at least those of all classes together.
+      context: the context of each class, or [1 M d] for a shared one.
+      layout: the position of the context.
+      tokens: the tokens of the classes.
+      size: the number of tokens to compute at once, at least the total of all classes.
       deep: see `encode_packed`.
-      may_exceed: the classes may have more tokens than `size`, though seldom (`likely_size`); they then go through the
-        tower in parts. Inside of a `shard_map`, weights, context and deep vectors have to be each device's own: the sum
-        of their gradients over devices must not stand in a branch that only some of them take.
+      may_exceed: whether the classes may, rarely, have more tokens than `size` (see `likely_size`); they are then
+        computed in parts. Inside of a `shard_map`, weights, context and deep vectors must be varying over the devices:
+        the sum of their gradients over devices must not be in a branch that only some devices take.
     """
     tokens = NameTokens(*map(jnp.asarray, tokens))
     count, width = tokens.ids.shape
@@ -69,10 +69,10 @@ def encode_names(
     if size >= count * width or not may_exceed:
         return once(min(size, count * width), inputs, tokens)
     exceeds = tokens.length.sum() > size
-    # The overflow branch reserves memory too: it is computed again in the backward pass.
+    # The overflow branch reserves memory too: rematerialise it fully.
     frugal = partial(_encode, tower.clone(remat="all"), start, layout)
-    # Not one or the other: a branch of `cond` would hand on to the backward pass, as copies, what the other one keeps,
-    # all weights among it.
+    # Not a `cond` between the two: each branch would copy the other's residuals, including all weights, for the
+    # backward pass.
     parts = _overflow(partial(_in_parts, frugal, size), exceeds, inputs, tokens)
     return jnp.where(exceeds, parts, once(size, inputs, tokens))
 
@@ -80,7 +80,7 @@ def encode_names(
 def _encode(
     tower: CLIPText, start: int, layout: Layout, size: int, inputs: tuple[Any, ...], tokens: NameTokens
 ) -> Float[Array, "k e"]:
-    """Features of all classes at once; `inputs` are weights, context and deep vectors."""
+    """Computes the features of all classes at once; `inputs` are weights, context and deep vectors."""
     weights, context, deep = inputs
     table = weights["Embed_0"]["embedding"]
     prefix = jnp.concatenate([table[start][None], context[0, : layout.shared].astype(table.dtype)])
@@ -97,7 +97,7 @@ def _encode(
 def _in_parts(
     once: Callable[..., Array], size: int, inputs: tuple[Any, ...], tokens: NameTokens
 ) -> Float[Array, "k e"]:
-    """Features of as many classes at a time as surely have no more than `size` tokens."""
+    """Computes the features of as many classes at a time as never exceed `size` tokens."""
     count, width = tokens.ids.shape
     each = max(1, size // width)
     parts = -(-count // each)
@@ -109,7 +109,7 @@ def _in_parts(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _overflow(function: Callable[..., Array], needed: Array, inputs: Any, tokens: NameTokens) -> Array:
-    """`function(inputs, tokens)` where it is `needed`, else zeros; the backward pass keeps the arguments alone."""
+    """Calls `function(inputs, tokens)` if `needed`, else returns zeros; the backward pass only keeps the arguments."""
     nothing = lambda inputs, tokens: _zeros(jax.eval_shape(function, inputs, tokens), tokens)
     return jax.lax.cond(needed, function, nothing, inputs, tokens)
 
@@ -128,7 +128,7 @@ _overflow.defvjp(_overflow_forward, _overflow_backward)
 
 
 def _zeros(tree: Any, tokens: NameTokens) -> Any:
-    """Zeros, which inside of a `shard_map` count as each device's own where the tokens do."""
+    """Returns zeros, which inside of a `shard_map` are varying if the tokens are."""
     zero = 0 * tokens.length[0]
     return jax.tree.map(lambda x: jnp.full(x.shape, zero, x.dtype), tree)
 
@@ -136,14 +136,15 @@ def _zeros(tree: Any, tokens: NameTokens) -> Any:
 def likely_size(
     length: Int[np.ndarray, " n"], count: int, share: Float[np.ndarray, " n"] | None = None
 ) -> int:
-    """Returns how many tokens `count` drawn classes take, but for one draw in 10,000: four deviations above the mean.
+    """Returns a number of tokens that `count` drawn classes exceed once in 10,000 draws: mean + 4 deviations.
 
-    Room for every draw would cost more in each step than the few that exceed it (64 of ImageNet-21K: 5% more).
+    Room for every draw would cost more in each step than computing the rare exceeding draws in parts (64 classes of
+    ImageNet-21K: 5% more).
 
     Args:
-      length: tokens of each class.
-      count: how many are drawn.
-      share: the chance of each class to be drawn; uniform by default.
+      length: number of tokens of each class.
+      count: number of classes in a draw.
+      share: the probability of each class; uniform by default.
     """
     length = np.asarray(length, np.float64)
     mean = np.average(length, weights=share)
@@ -153,9 +154,9 @@ def likely_size(
 
 
 def even_order(length: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """Orders the classes so that any neighbours together take about the same number of tokens.
+    """Orders classes so that consecutive classes have about the same total number of tokens anywhere.
 
-    Steps of the golden ratio through the classes sorted by length; the shortest comes last.
+    It takes steps of the golden ratio through the classes sorted by length; the shortest comes last.
     """
     ranked = np.argsort(length, kind="stable")
     place = (np.arange(len(length)) * (math.sqrt(5) - 1) / 2) % 1
@@ -167,7 +168,7 @@ def even_order(length: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
 
 
 def window_size(length: Int[np.ndarray, " n"], count: int) -> int:
-    """Returns how many tokens any `count` neighbours have at most, the last class repeated behind the end."""
+    """Returns the largest number of tokens of any `count` consecutive classes, the last one repeated at the end."""
     padded = np.concatenate([length, np.full(count, length[-1])]).astype(np.int64)
     sums = np.cumsum(padded)
     most = (sums[count - 1 :] - np.concatenate([[0], sums[:-count]])).max()

@@ -1,12 +1,13 @@
-"""Learned prompts as files: a small safetensors of ours, and the checkpoints of the repository of POMP's authors.
+"""Files of learned prompts: a safetensors format of ours, and the checkpoints of POMP's authors.
 
-    prompt.safetensors                `context` [M d], or [N M d] where each class has its own; as metadata `format`,
-                                      `position`, `tower`, `anchor` (see `Prompt`; JSON) and, of classes with contexts
-                                      of their own, `names` (JSON)
-    prompt_learner/model.pth.tar-20   theirs (amazon-science/prompt-pretraining, trainers/pomp.py; CoOp's are alike):
-                                      of PyTorch, {"state_dict": {"ctx": [M d] or [N M d], ...}, "epoch": 20, ...}
+    prompt.safetensors                ours: `context` [M d], or [N M d] with a context for each class; metadata
+                                      `format`, `position`, `tower`, `anchor` (JSON, see `Prompt`) and, with a context
+                                      for each class, `names` (JSON)
+    prompt_learner/model.pth.tar-20   theirs (amazon-science/prompt-pretraining, trainers/pomp.py; CoOp's are alike),
+                                      of PyTorch: {"state_dict": {"ctx": [M d] or [N M d], ...}, "epoch": 20, ...}
 
-Theirs holds no position: by its authors' habit the path does, as in `nctx16_cscFalse_ctpend`.
+Their format does not hold the position of the context; by their convention the path does, as in
+`nctx16_cscFalse_ctpend`.
 """
 
 import dataclasses
@@ -31,13 +32,13 @@ from ovseg_jax.vocab.classes import rows_of_names
 from ovseg_jax.vocab.tokenizers import PieceTokenizer
 
 FILE = "prompt.safetensors"
-ANCHOR = 8  # numbers of a text tower that are kept with a prompt
-# What two precisions of the same weights differ by at most, as a share of the largest number.
+ANCHOR = 8  # number of values of a text tower that are saved with a prompt
+# The largest difference between two precisions of the same weights, as a share of the largest value.
 _ROUNDING = 0.01
 _FORMAT = "ovseg_jax.prompt"
 _FLOATS = (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)
 _ORIGINAL = re.compile(r"\.pth\.tar(-\d+)?$")
-# What `load_model` of theirs leaves out too: token vectors of the class names of that time.
+# Ignored, as by their `load_model`: token vectors of the class names of the training.
 _IGNORED = re.compile(r"((train|test)_)?token_(prefix|suffix)")
 
 
@@ -46,14 +47,14 @@ class Prompt:
     """A learned prompt.
 
     Attributes:
-      context: token vectors of all classes, [1 M d], or of each of N.
-      layout: where they stand.
-      names: the names of each of the N classes with contexts of their own; () where all share one, or the file does not
-        say.
-      tower: the name of the text tower that it was learned for, where that is known.
+      context: token vectors, [1 M d] shared by all classes, or [N M d] for each of N classes.
+      layout: the position of the context.
+      names: the names of each of the N classes with contexts of their own; () for a shared context, or if the file does
+        not list them.
+      tower: the name of the text tower that it was learned for, if known.
       source: the file that it was read from.
-      anchor: the first numbers of that tower's first position, by which it is known again: towers of one width are not
-        told apart by shapes. () where the file does not say.
+      anchor: the first values of that tower's position table, which identify it, since towers of one width have equal
+        shapes; () if the file does not state them.
     """
 
     context: Float[Any, "n m d"]
@@ -64,7 +65,7 @@ class Prompt:
     anchor: tuple[float, ...] = ()
 
     def check_width(self, width: int) -> None:
-        """Raises a UserError unless these are vectors of a text tower of that width."""
+        """Raises a UserError if the vectors do not fit a text tower of that width."""
         if self.context.shape[-1] != width:
             learned = f", learned for {self.tower!r}," if self.tower else ""
             raise UserError(
@@ -73,31 +74,31 @@ class Prompt:
             )
 
     def check_tower(self, anchor: Sequence[float]) -> None:
-        """Raises a UserError if it is known to be learned for another text tower than the one with this anchor."""
+        """Raises a UserError if the prompt was learned for another text tower than the one with this anchor."""
         if not self.anchor:
             return
         apart = max(abs(a - b) for a, b in zip(anchor, self.anchor, strict=False))
         if apart > _ROUNDING * max(map(abs, self.anchor)):
             learned, own = f" ({self.tower!r})" if self.tower else "", f"the prompt {self.source}".rstrip()
             raise UserError(
-                f"{own} was learned for another text tower{learned} of the same width: it means "
-                "nothing to this one"
+                f"{own} was learned for another text tower{learned} of the same width, and cannot be used "
+                "with this one"
             )
 
     def tokens(self, tokenizer: PieceTokenizer, names: Sequence[str]) -> NameTokens:
-        """Returns tokens of names under this prompt.
+        """Tokenises names under this prompt.
 
         Raises:
-          UserError: a name that is none of the classes with contexts of their own; and see `Layout.tokens`.
+          UserError: a name is not one of the classes with contexts of their own; and see `Layout.tokens`.
         """
         tokens = self.layout.tokens(tokenizer, names)
         return tokens._replace(row=self.rows(names)) if self.layout.specific else tokens
 
     def rows(self, names: Sequence[str]) -> np.ndarray:
-        """Returns which of the contexts belongs to each name.
+        """Returns the index of the context for each name.
 
         Raises:
-          UserError: the file does not say; and see `rows_of_names`.
+          UserError: the file does not list the names; and see `rows_of_names`.
         """
         if not self.names:
             raise UserError(
@@ -107,12 +108,12 @@ class Prompt:
 
 
 def is_prompt_file(value: Any) -> bool:
-    """Tells whether a text is the path of a prompt, by its suffix."""
+    """Tells whether a text is the path of a prompt file, by its suffix."""
     return isinstance(value, str) and (value.endswith(".safetensors") or bool(_ORIGINAL.search(value)))
 
 
 def save_prompt(path: epath.PathLike, prompt: Prompt) -> None:
-    """Writes a prompt in our form."""
+    """Writes a prompt in our format."""
     context = np.asarray(prompt.context, np.float32)
     metadata = {"format": _FORMAT, "position": prompt.layout.position, "tower": prompt.tower}
     if prompt.anchor:
@@ -123,14 +124,14 @@ def save_prompt(path: epath.PathLike, prompt: Prompt) -> None:
 
 
 def load_prompt(path: str | Path) -> Prompt:
-    """Reads a prompt of either form.
+    """Reads a prompt in either format.
 
     Raises:
-      UserError: no such file, a damaged one, or one that holds something else.
+      UserError: there is no such file, or it is damaged or not a prompt.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"there is no prompt {path}")
+        raise UserError(f"there is no prompt file {path}")
     if _ORIGINAL.search(path.name):
         metadata = {"position": _position(path)}
         context = _original(path)
@@ -138,12 +139,14 @@ def load_prompt(path: str | Path) -> Prompt:
         arrays = read_arrays(path)
         metadata = read_metadata(path)
         if metadata.get("format") != _FORMAT or arrays.keys() != {"context"}:
-            raise UserError(f"{path} is no prompt: it holds {_listed(arrays)}, not a 'context' alone")
+            raise UserError(
+                f"{path} is not a prompt: it holds {_listed(arrays)} instead of a single 'context'"
+            )
         context = arrays["context"]
     with reading(path, "the prompt"):
         if context.ndim not in (2, 3) or 0 in context.shape or context.dtype not in _FLOATS:
             raise ValueError(
-                f"'context' is not [M d] or [N M d] floats, but {list(context.shape)} {context.dtype}"
+                f"'context' must be floats of shape [M d] or [N M d], not {context.dtype} of {list(context.shape)}"
             )
         if not np.isfinite(context := np.array(context, np.float32)).all():
             raise ValueError("'context' holds numbers that are not finite")
@@ -153,9 +156,11 @@ def load_prompt(path: str | Path) -> Prompt:
         names = tuple(tuple(texts(array(own, "'names'"), "'names'")) for own in _listing(metadata, "names"))
         anchor = tuple(number(x, "an entry of 'anchor'") for x in _listing(metadata, "anchor"))
         if not all(names):
-            raise ValueError("'names' is no list of the names of each class")
+            raise ValueError("'names' is not a list of the names of each class")
         if names and (context.ndim == 2 or len(names) != len(context)):
-            raise ValueError(f"'names' has {len(names)} classes, and 'context' is {list(context.shape)}")
+            raise ValueError(
+                f"'names' has {len(names)} classes, but 'context' has the shape {list(context.shape)}"
+            )
         tower = text(metadata.get("tower", ""), "'tower'")
     layout = Layout(context.shape[-2], position, specific=context.ndim == 3)
     rows = context.reshape(-1, *context.shape[-2:])
@@ -163,37 +168,37 @@ def load_prompt(path: str | Path) -> Prompt:
 
 
 def save_original(path: str | Path, prompt: Prompt) -> None:
-    """Writes what their `load_model` reads, and their tool that makes Detic's class vectors.
+    """Writes a prompt in the authors' format, for their `load_model` and their tool that writes Detic's vectors.
 
-    In half precision, as they train it and as that tool has its text tower. Names are lost, and so is the position
-    unless it stands in the path, as in theirs.
+    It is in half precision, as their code trains it and that tool computes. Names are lost; the position is only kept
+    in the path, as in their convention.
 
     Raises:
-      UserError: PyTorch is missing, or the path would make it a prompt of another position.
+      UserError: PyTorch is missing, or the path states another position.
     """
     if (position := prompt.layout.position) != _position(path):
         raise UserError(
-            f"{path} would be read as a prompt of position {_position(path)}, and this one's is {position}: the "
-            f"original has that in a folder's name, as in nctx{prompt.layout.length}_ctp{position}/{Path(path).name}"
+            f"{path} would be read as a prompt with position {_position(path)}, but this one has {position}: name the "
+            f"folder after the position, as in nctx{prompt.layout.length}_ctp{position}/{Path(path).name}"
         )
     torch = _torch(path)
     context = np.asarray(prompt.context, np.float16)
     ctx = torch.from_numpy(context if prompt.layout.specific else context[0].copy())
     rest = dict.fromkeys(("optimizer", "scheduler", "val_result"))
-    with Path(path).open("wb") as file:  # PyTorch's own error is no OSError.
+    with Path(path).open("wb") as file:  # PyTorch's own error would not be an OSError.
         torch.save({"state_dict": OrderedDict(ctx=ctx), "epoch": 0, **rest}, file)
 
 
 def _position(path: str | Path) -> str:
-    """Where a prompt of the original's form stands, by its path."""
+    """Returns the position of a prompt in the authors' format, from its path."""
     return ["end", *re.findall(r"ctp(end|middle|front)", str(path))][-1]
 
 
 def _original(path: Path) -> Float[np.ndarray, "..."]:
-    """`ctx` of a checkpoint of theirs."""
+    """Reads `ctx` of a checkpoint in the authors' format."""
     torch = _torch(path)
     schedules = torch.optim.lr_scheduler
-    # Beside the tensors lies the object of a schedule, and in it the optimizer with its defaultdict.
+    # Beside the tensors, the file holds a schedule object, and in it the optimizer with its defaultdict.
     known = [schedules.CosineAnnealingLR, schedules.MultiStepLR, schedules.StepLR, torch.optim.SGD, dict]
     known.append((lambda *_: {}, "collections.defaultdict"))
     with reading(path, "the checkpoint of a prompt"):
@@ -201,12 +206,12 @@ def _original(path: Path) -> Float[np.ndarray, "..."]:
             with torch.serialization.safe_globals(known):
                 found = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, KeyError) as error:
-            raise ValueError("it is none, or holds more than one does") from error
+            raise ValueError("it is not a checkpoint of a prompt, or holds further objects") from error
         state = found["state_dict"]
         ctx = state["ctx"].float().numpy()
     if other := [name for name in state if name != "ctx" and not _IGNORED.fullmatch(str(name))]:
         raise UserError(
-            f"{path} holds more than a prompt, whose 'ctx' is of no use without it: {_listed(other)}"
+            f"{path} holds more than a prompt, and 'ctx' cannot be used without the rest: {_listed(other)}"
         )
     return ctx
 
@@ -220,7 +225,7 @@ def _torch(path: str | Path) -> Any:
 
 
 def _listing(metadata: Mapping[str, str], key: str) -> list[Any]:
-    """The JSON list that stands under a key of the metadata, if one does."""
+    """Parses the JSON list under a key of the metadata; [] if it is missing."""
     return array(parse_json(metadata.get(key, "[]")), f"its {key!r}")
 
 

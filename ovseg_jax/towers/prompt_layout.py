@@ -1,4 +1,4 @@
-"""Where the learned vectors of a soft prompt stand (CoOp; papers/000, 3.1), and the tokens around them.
+"""Positions of a soft prompt's vectors in a text (CoOp; papers/000, 3.1), and the tokens around them.
 
 end     [SOS] [context x M] [name] [.] [EOT]
 middle  [SOS] [context x M/2] [name] [context x M/2] [.] [EOT]
@@ -18,12 +18,12 @@ POSITIONS = ("end", "middle", "front")
 
 
 class NameTokens(NamedTuple):
-    """What stands behind the common beginning of each text.
+    """The tokens of texts after their common beginning.
 
     Attributes:
-      ids: tokens, from the left; -1 - i stands for context vector i.
-      length: how many.
-      row: which row of a class-specific context belongs to the text; 0 for one that all share.
+      ids: tokens, left-aligned; -1 - i stands for context vector i.
+      length: number of tokens.
+      row: the row of a class-specific context for the text; 0 for a shared context.
     """
 
     ids: Int[Any, "n l"]
@@ -32,12 +32,12 @@ class NameTokens(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where the context stands.
+    """The position of the context in a text.
 
     Attributes:
-      length: M.
-      position: of the name, in POSITIONS: "end", "middle" or "front".
-      specific: each class has a context of its own, so that the texts begin alike with [SOS] only.
+      length: the number M of context vectors.
+      position: the position of the name, one of POSITIONS: "end", "middle" or "front".
+      specific: whether each class has a context of its own; the common beginning of the texts is then only [SOS].
     """
 
     length: int
@@ -46,19 +46,19 @@ class Layout(NamedTuple):
 
     @property
     def shared(self) -> int:
-        """Returns how many context vectors stand in front of all names, the same for all."""
+        """The number of context vectors before all names that are shared by all classes."""
         return 0 if self.specific else self.before
 
     @property
     def before(self) -> int:
-        """Returns how many context vectors stand in front of a name."""
+        """The number of context vectors before a name."""
         return {"end": self.length, "middle": self.length // 2, "front": 0}[self.position]
 
     def tokens(self, tokenizer: PieceTokenizer, names: Sequence[str]) -> NameTokens:
-        """Returns tokens of names as the original writes them: `_` is a space, a full stop behind.
+        """Tokenises names as the authors' code does: with `_` as a space and a full stop at the end.
 
         Raises:
-          UserError: an empty name, or one that leaves no room for the context.
+          UserError: a name is empty, or leaves no room for the context.
         """
         if not len(names):
             raise UserError("no class names were given")
@@ -70,14 +70,16 @@ class Layout(NamedTuple):
         for name, given in zip(plain, names, strict=True):
             whole, all_valid = tokenizer([name + "."])
             name_length = int(tokenizer([name])[1].sum()) - skip - 1
-            pieces = whole[0, skip : int(all_valid.sum())].tolist()  # With the end.
+            pieces = whole[
+                0, skip : int(all_valid.sum())
+            ].tolist()  # The tokens of the name, the full stop and the end.
             own = range(self.shared, self.before), range(self.before, self.length)
             codes = [[-1 - i for i in part] for part in own]
             row = codes[0] + pieces[:name_length] + codes[1] + pieces[name_length:]
             if (taken := 1 + self.shared + len(row)) > tokenizer.length:
                 raise UserError(
-                    f"the class name {given!r} with a prompt of {self.length} takes {taken} tokens; the text tower has "
-                    f"{tokenizer.length}: shorten it"
+                    f"the class name {given!r} with a prompt of {self.length} takes {taken} tokens, more than the "
+                    f"{tokenizer.length} of the text tower: shorten it"
                 )
             rows.append(row)
         length = np.array([len(row) for row in rows], np.int32)
@@ -89,7 +91,7 @@ class Layout(NamedTuple):
     def whole(
         self, tokenizer: PieceTokenizer, names: Sequence[str]
     ) -> tuple[Int[np.ndarray, "n l"], Bool[np.ndarray, "n l"]]:
-        """Returns the texts that `tokens` gives without their common beginning, as a tokeniser gives them.
+        """Returns the texts of `tokens` including their common beginning, as ids and mask of a tokeniser.
 
         Raises:
           UserError: see `tokens`.

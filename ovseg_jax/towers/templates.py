@@ -1,4 +1,4 @@
-"""Hand-written prompts: texts with a place, `{}`, for the name of a class. A list of them is a prompt ensemble.
+"""Hand-written prompts: texts with a placeholder `{}` for the class name; a list of them is a prompt ensemble.
 
 Sources: openai/CLIP, notebook "Prompt Engineering for ImageNet" (MIT, Copyright (c) 2021 OpenAI), for `IMAGENET` and
 `CLIP_SIMPLE`; the 14 prompts that ZSSeg and others call ViLD's (MendelXu/zsseg.baseline; papers/000, appendix B) for
@@ -23,7 +23,7 @@ CLIP_SIMPLE = (
     "art of the {}.",
     "a photo of the small {}.",
 )
-"""The seven of the eighty that a forward selection chose, in its order."""
+"""The seven of CLIP's eighty templates that a forward selection chose, in its order."""
 
 VILD = (
     "a photo of a {}.",
@@ -41,7 +41,7 @@ VILD = (
     "There is a medium {} in the scene.",
     "There is a large {} in the scene.",
 )
-"""Those of papers/000, table 13, with things small, medium and large "in the scene"."""
+"""The templates of papers/000, table 13."""
 
 IMAGENET = (
     "a bad photo of a {}.",
@@ -125,10 +125,10 @@ IMAGENET = (
     "a photo of a small {}.",
     "a tattoo of the {}.",
 )
-"""CLIP's eighty: the "prompt ensemble" of papers/000, table 1."""
+"""CLIP's eighty templates: the "prompt ensemble" of papers/000, table 1."""
 
 TEMPLATES = {"imagenet": IMAGENET, "simple": CLIP_SIMPLE, "vild": VILD}
-"""The lists that a config can name."""
+"""The lists that a config can refer to by name."""
 
 HARD = {
     "caltech101": "a photo of a {}.",
@@ -151,14 +151,14 @@ HARD = {
 
 
 def read_templates(prompt: Any) -> tuple[str, ...] | Prompt:
-    """Reads the templates of a prompt as a config writes it, or the learned prompt of a file.
+    """Returns the templates that a config describes, or the learned prompt of a file.
 
     Args:
-      prompt: a template, such as "a photo of a {}."; a list of them; a key of `TEMPLATES`; the path of a JSON file
-        with a list of them; or that of a learned prompt, see `towers.prompt_file`.
+      prompt: a template, such as "a photo of a {}."; a list of templates; a key of `TEMPLATES`; the path of a JSON file
+        with a list of templates; or the path of a learned prompt, see `towers.prompt_file`.
 
     Raises:
-      UserError: none of these, or a template without `{}`.
+      UserError: it is none of these, or a template has no `{}`.
     """
     if is_prompt_file(prompt):
         return load_prompt(prompt)
@@ -168,17 +168,17 @@ def read_templates(prompt: Any) -> tuple[str, ...] | Prompt:
             return TEMPLATES[prompt]
         templates = read_json(prompt, "the templates") if prompt.lower().endswith(".json") else (prompt,)
     if not isinstance(templates, Sequence) or isinstance(templates, str) or not templates:
-        raise UserError(f"the prompt {prompt!r} holds no list of templates")
+        raise UserError(f"the prompt {prompt!r} is not a list of templates")
     for template in templates:
         if not isinstance(template, str) or PLACE not in template:
             where = f"{prompt}: " if isinstance(prompt, str) and template != prompt else ""
             raise UserError(
-                f"{where}the template {short(template)} has no {PLACE} for the name of a class, as "
-                f"'a photo of a {PLACE}.' has; the lists that have a name are {', '.join(TEMPLATES)}"
+                f"{where}the template {short(template)} has no {PLACE} for the class name, as in "
+                f"'a photo of a {PLACE}.'; built-in lists are {', '.join(TEMPLATES)}"
             )
     return tuple(templates)
 
 
 def fill(template: str, name: str) -> str:
-    """Puts a class's name into a template; `_` in the name becomes a space, as in CoOp."""
+    """Inserts a class name into a template; `_` in the name becomes a space, as in CoOp."""
     return template.replace(PLACE, name.replace("_", " "))

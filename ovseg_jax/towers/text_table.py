@@ -1,4 +1,4 @@
-"""A table of word vectors as a text encoder: learned, or frozen and filled from a file."""
+"""A table of word vectors as a text side: learned, or frozen and read from a file."""
 
 from collections.abc import Sequence
 
@@ -16,12 +16,11 @@ from ovseg_jax.vocab.words import WordList
 
 
 class TextTable:
-    """Words are looked up; a phrase is the normalised sum of its words' unit vectors.
+    """A text side that looks words up; a phrase is the normalised sum of its words' unit vectors.
 
-    With `vectors` (an .npz of `words` [V] and `vectors` [V D], written once by any text tower) and `learned=False`
-    this is the paper's frozen text encoder: every word of the vocabulary is embedded once and looked up in
-    training. With `learned=True` the vectors are parameters, which is how `scenes` is trained, where no
-    pretrained tower exists.
+    With `vectors` (an .npz of `words` [V] and `vectors` [V D] from any text tower) and `learned=False` this is the
+    paper's frozen text encoder: every word of the vocabulary is embedded once and looked up in training. With
+    `learned=True` the vectors are parameters, as in training on `scenes`, which needs no pretrained tower.
     """
 
     def __init__(self, config: ConfigDict, words: WordList, dim: int):
@@ -29,19 +28,17 @@ class TextTable:
         self.vectors = str(config.get("vectors", "") or "")
         self.learned = bool(config.get("learned", True))
         if prompt := config.get("prompt", ""):
-            raise UserError(
-                f"text.prompt={prompt} needs a text tower to stand in: text.tower=clip_vitb16, for example"
-            )
+            raise UserError(f"text.prompt={prompt} needs a text tower, such as text.tower=clip_vitb16")
         if not self.learned and not self.vectors:
             raise UserError(
                 "text.learned=False needs text.vectors, an .npz file with 'words' and 'vectors' of a text tower"
             )
 
     def init(self, rng: jax.Array) -> dict[str, Array]:
-        """Returns the table: standard normal where it is learned from nothing, else the file's vectors.
+        """Creates the table: the file's vectors, or standard normal values for words without one.
 
         Raises:
-          UserError: the file is missing, malformed, of another dimension, or (frozen) lacks a word.
+          UserError: the file is missing, malformed or of another dimension, or the table is frozen and lacks a word.
         """
         table = jax.random.normal(rng, (len(self.words), self.dim), jnp.float32)
         if not self.vectors:
@@ -68,10 +65,10 @@ class TextTable:
         """Returns word ids of texts, padded to the longest.
 
         Raises:
-          UserError: no text, or what `vocab.phrases.word_ids` raises.
+          UserError: there is no text; and see `vocab.phrases.word_ids`.
         """
         if not len(texts):
-            raise UserError("no labels were given: name at least one, for example --labels='dog; grass,lawn'")
+            raise UserError("no labels were given: give at least one, such as --labels='dog; grass,lawn'")
         rows = [word_ids(text, self.words.index) for text in texts]
         width = max(map(len, rows))
         ids, valid = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
@@ -80,10 +77,10 @@ class TextTable:
         return ids, valid
 
     def encode(self, params: dict[str, Array], texts: Sequence[str]) -> Float[Array, "k d"]:
-        """Returns unit vectors of texts; raises what `tokenize` does."""
+        """Embeds texts as unit vectors; see `tokenize` for errors."""
         ids, valid = self.tokenize(texts)
         return embed_phrases(params["table"], jnp.asarray(ids), jnp.asarray(valid))
 
     def pretrained(self) -> dict[str, np.ndarray]:
-        """Returns an empty tree, as `init` reads the vectors of a file."""
+        """Returns {}, since `init` reads the vectors of a file."""
         return {}

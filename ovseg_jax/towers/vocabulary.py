@@ -1,4 +1,4 @@
-"""The words that a text side has to know before it is made: counted in captions, or all that are spoken."""
+"""The vocabulary of a text side: words counted in captions, or all words of the texts."""
 
 import itertools
 from collections.abc import Iterable
@@ -9,20 +9,20 @@ from ovseg_jax.vocab.lexicon import FUNCTION_WORDS
 from ovseg_jax.vocab.words import WordList, build_words, keep_of, split_words
 
 SPOKEN = {"tokens": "captions", "box_tokens": "region_captions", "tags": "tags", "box_tags": "region_tags"}
-"""Of each batch field of whole texts the source's field that it is made of."""
+"""The source's field for each batch field of whole texts."""
 
 
 def counted_words(data: Any, source: Source, captions: bool = True) -> WordList:
-    """Returns the words to ground: those of the captions that pass `caption_filter` in `min_count` or more captions.
+    """Lists the words to ground: those that pass `caption_filter` in at least `min_count` captions.
 
     `data.words` names a file written by `WordList.save` to use instead; `data.extra_words` and the words of the class
-    names are listed in any case, so that every class has an embedding; `data.count_captions` bounds the number of
-    captions that are counted. They are read one by one and not kept.
+    names are always listed, so that every class has an embedding; `data.count_captions` limits the number of captions.
+    Captions are read one by one and not kept.
 
     Args:
       data: `config.data`.
-      source: of the captions and the class names.
-      captions: False lists no word for its captions, and reads none.
+      source: the source of the captions and the class names.
+      captions: whether to read the captions.
     """
     if data.get("words"):
         return WordList.load(data["words"])
@@ -37,12 +37,12 @@ def counted_words(data: Any, source: Source, captions: bool = True) -> WordList:
 
 
 def spoken_words(data: Any, source: Source, fields: Iterable[str] = ()) -> WordList:
-    """Returns all words of class names and of the whole texts in a batch, by alphabet.
+    """Lists all words of class names and of the whole texts in a batch, alphabetically.
 
     Args:
       data: `config.data`; `words`, `extra_words` and `count_captions` (for each field) are those of `counted_words`.
-      source: of the texts and the class names.
-      fields: of the batch; those in `SPOKEN` are read.
+      source: the source of the texts and the class names.
+      fields: the batch fields; the texts of those in `SPOKEN` are read.
     """
     if data.get("words"):
         return WordList.load(data["words"])

@@ -1,18 +1,18 @@
-"""Checkpoints: variables and optimiser state, asynchronous, atomic (Orbax).
+"""Checkpoints of variables and optimiser state, asynchronous and atomic (Orbax).
 
     WORKDIR/config.json                     the resolved config
-    WORKDIR/checkpoints/<step>/variables    {"params": ..., other collections}: all that inference reads
+    WORKDIR/checkpoints/<step>/variables    {"params": ..., other collections}, which inference reads
     WORKDIR/checkpoints/<step>/optimizer    optax's state
-    WORKDIR/checkpoints/<step>/average      averaged parameters, where the run keeps them
-    WORKDIR/checkpoints/<step>/log          sums of the metrics since the last record, so that the next one is the same
-    WORKDIR/checkpoints/frozen              the variables that never change, which no other checkpoint then holds
+    WORKDIR/checkpoints/<step>/average      averaged parameters, if the run keeps them
+    WORKDIR/checkpoints/<step>/log          sums of the metrics since the last record, for the next record
+    WORKDIR/checkpoints/frozen              the variables that never change, saved once
     WORKDIR/checkpoints/<step>/checksums.json   size and CRC-32 of each file, written before the folder gets its name
 
-The position in the data is the step (see `data.pipeline`), so that a checkpoint restores on any mesh and with any
+The position in the data is the step (see `data.pipeline`), so a checkpoint can be restored on any mesh and with any
 number of processes.
 
-A folder named otherwise is never read. One that is damaged (cut, altered, copied by half) is passed over for the
-newest that is whole, with a warning; a run that goes on renames it to <step>.damaged.
+Folders with other names are never read. If the newest checkpoint is damaged (truncated, altered, partly copied), the
+newest undamaged one is used, with a warning; a resumed run renames the damaged one to <step>.damaged.
 """
 
 import contextlib
@@ -47,10 +47,10 @@ from ovseg_jax.train.metrics import Sums
 from ovseg_jax.train.state import TrainState
 
 CONFIG_FILE = "config.json"
-# What a checkpoint takes beside its arrays, at most.
+# Upper limit of a checkpoint's bytes beside its arrays.
 METADATA_BYTES = 1 << 20
-# An array that all devices hold is written by them in slices, and each shape's slice is a program that is compiled for
-# each device: not for less than this.
+# Arrays that all devices hold are written in slices, one per device. Each shape compiles a slicing program per device,
+# so smaller arrays are not sliced.
 SLICE_BYTES = 1 << 20
 ITEMS = ("variables", "optimizer", "average")
 FROZEN, LOG, LOG_FILE = "frozen", "log", "sums.json"
@@ -58,13 +58,13 @@ _log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of one run. Saving returns at once; errors of writing surface at the next call.
+    """The checkpoints of one run; saving is asynchronous, and its errors are raised by the next call.
 
     Args:
-      workdir: where the run lives.
-      every: save at multiples of this many steps; 0 = only where the loop forces it.
-      keep: how many of the latest to keep.
-      frozen: whether a variable never changes, by its path, see `optimizer.freezer`.
+      workdir: the folder of the run.
+      every: save at multiples of this many steps; 0 = only when `save` is called.
+      keep: the number of latest checkpoints to keep.
+      frozen: path of a variable -> whether it never changes, see `optimizer.freezer`.
     """
 
     def __init__(
@@ -90,21 +90,21 @@ class Checkpoints:
                     save_decision_policy=save_decision_policy.AnySavePolicy(policies),
                     preservation_policy=preservation_policy.LatestN(max(keep, 1)),
                     cleanup_tmp_directories=True,
-                    # Called when all files are there and the folder has not got its name yet.
+                    # Called after all files are written and before the folder gets its final name.
                     async_options=ocp.AsyncOptions(post_finalization_callback=self._write_sums),
                 ),
             )
 
     def latest_step(self) -> int | None:
-        """The step of the newest complete checkpoint, or None."""
+        """Returns the step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def should_save(self, step: int) -> bool:
-        """Whether `step` is due (and, with several processes, whether preemption is announced)."""
+        """Tells whether to save at `step` (also if preemption is announced, with several processes)."""
         return self._manager.should_save(step)
 
     def reached_preemption(self, step: int) -> bool:
-        """Whether all processes have agreed to stop at this step, after one of them was told to."""
+        """Tells whether all processes have agreed to stop at this step, after one got a signal."""
         return self._manager.reached_preemption(step)
 
     def save(self, step: int, state: TrainState, sums: Sums | None = None) -> None:
@@ -132,7 +132,7 @@ class Checkpoints:
         self._frozen_saved = True
 
     def read_sums(self, step: int) -> Sums:
-        """Reads the sums that were saved with a step; {} where none were."""
+        """Reads the sums that were saved with a step; {} if there are none."""
         path = self.directory / str(step) / LOG / LOG_FILE
         if not path.exists():
             return {}
@@ -146,11 +146,11 @@ class Checkpoints:
         """Restores the latest (or the given) checkpoint.
 
         Args:
-          target: shapes and shardings of the state (`abstract_state`): where they are, the result will be.
-          step: which checkpoint.
+          target: shapes and shardings of the state (`abstract_state`), which the result gets.
+          step: the step of the checkpoint; by default the latest.
 
         Raises:
-          UserError: where names or shapes in the checkpoint differ from those of `target`, listing both.
+          UserError: names or shapes in the checkpoint differ from those of `target`; the message lists both.
         """
         step = self._manager.latest_step() if step is None else step
         if step is None:
@@ -176,7 +176,7 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Blocks until what was saved is on disk."""
+        """Waits until saved data is on disk."""
         with self._writing():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
@@ -187,7 +187,7 @@ class Checkpoints:
             self._manager.close()
 
     def _check_space(self, state: TrainState) -> None:
-        """Refuses before writing what will not fit; only a local disk can be asked."""
+        """Raises an error before writing if a local disk has too little space."""
         if "://" in str(self.directory):
             return
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // jax.process_count() + METADATA_BYTES
@@ -196,10 +196,10 @@ class Checkpoints:
 
     def _write_sums(self) -> None:
         """Writes `checksums.json` into the checkpoint that is about to be complete."""
-        if "://" in str(self.directory):  # A bucket keeps its own.
+        if "://" in str(self.directory):  # Buckets keep checksums themselves.
             return
         for folder in Path(self.directory).glob(f"{self._saving}.orbax-checkpoint-tmp*"):
-            # Orbax goes on writing its own metadata when this is done.
+            # Orbax still writes its own metadata after this call.
             files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "_CHECKPOINT_METADATA")
             sums = {path.relative_to(folder).as_posix(): checksum(path) for path in files}
             if self._frozen_saved and self._saving != FROZEN:
@@ -217,7 +217,7 @@ class Checkpoints:
 
 
 def read_run(workdir: epath.PathLike) -> ConfigDict:
-    """Reads the config of a run, with the places of its stages, and of its own text tower if it has kept one.
+    """Reads the config of a run, with the paths of its stages and of its own copy of a text tower.
 
     Raises:
       UserError: the folder holds no run.
@@ -240,8 +240,8 @@ def load_variables(
 
     Args:
       workdir: the run's folder or bucket.
-      step: which checkpoint; by default the newest whole one.
-      mesh: where to put the variables; as numpy arrays where nothing is said.
+      step: the step of the checkpoint; by default the newest undamaged one.
+      mesh: the mesh for the variables; None returns NumPy arrays.
       rules: the sharding rules on that mesh.
       averaged: take the averaged parameters of a run that keeps them.
 
@@ -249,7 +249,7 @@ def load_variables(
       (variables, step).
 
     Raises:
-      UserError: where there is no checkpoint, or not that of the step.
+      UserError: there is no checkpoint, or none of that step.
     """
     directory = epath.Path(workdir).absolute() / "checkpoints"
     items = ("variables", "average") if averaged else ("variables",)
@@ -275,7 +275,7 @@ def load_variables(
 
 
 def with_own_text(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
-    """The config with the frozen text tower and prompt that the run has kept, in place of where they came from."""
+    """Returns the config with the paths of the run's own copies of a frozen text tower and its prompt."""
     folder = epath.Path(workdir) / TEXT_TOWER
     if not (folder / CONFIG_FILE).exists():
         return config
@@ -289,7 +289,7 @@ def with_own_text(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
 def split(
     variables: Mapping[str, Any], frozen: Callable[[str], bool]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits a tree of variables into those that change and those that are frozen."""
+    """Splits a tree of variables into trained and frozen ones."""
     flat = flatten_dict(dict(variables), keep_empty_nodes=True)
     kept = {
         path: leaf
@@ -301,21 +301,21 @@ def split(
 
 
 def merged(variables: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
-    """Merges two trees of variables; the second one's take the place of the first one's."""
+    """Merges two trees of variables; leaves of the second replace those of the first."""
     flat = [flatten_dict(dict(tree), keep_empty_nodes=True) for tree in (variables, others)]
     return unflatten_dict(flat[0] | flat[1])
 
 
 def find_step(directory: epath.Path, step: int | None = None, items: Sequence[str] = ITEMS) -> int:
-    """Returns the step of the newest whole checkpoint, or checks that of `step`.
+    """Returns the step of the newest undamaged checkpoint, or checks that of `step`.
 
     Args:
-      directory: the `checkpoints` of a run.
-      step: which one is asked for.
-      items: which of its parts have to be whole.
+      directory: the folder `checkpoints` of a run.
+      step: the requested step, or None.
+      items: the parts that must be undamaged.
 
     Raises:
-      UserError: there is none, or that of `step` is damaged.
+      UserError: there is none, or that of `step` is missing or damaged.
     """
     steps = checkpoint_steps(directory)
     if not steps:
@@ -330,28 +330,28 @@ def find_step(directory: epath.Path, step: int | None = None, items: Sequence[st
     for step in reversed(steps):
         if (problem := find_damage(directory / str(step), items)) is None:
             for line in damaged:
-                _log.warning("%s; step %d is used", line, step)
+                _log.warning("%s; step %d is used instead", line, step)
             return step
         damaged.append(f"the checkpoint {directory / str(step)} is damaged: {problem}")
-    raise UserError(f"{directory.parent} holds no whole checkpoint: {'; '.join(damaged)}.")
+    raise UserError(f"{directory.parent} holds no undamaged checkpoint: {'; '.join(damaged)}.")
 
 
 def checkpoint_steps(directory: epath.Path) -> list[int]:
-    """Returns the steps of a run's checkpoints, whole or damaged, in order; other files and folders are passed over."""
+    """Lists the steps of a run's checkpoints, damaged or not, in order; other files and folders are ignored."""
     if not directory.is_dir():
         return []
     return sorted(int(path.name) for path in directory.iterdir() if _is_number(path.name) and _is_ours(path))
 
 
 def find_damage(folder: epath.Path, items: Sequence[str] = ITEMS) -> str | None:
-    """Returns what is wrong with a checkpoint's files as text, None if nothing is; optional parts may be absent."""
+    """Describes the damage of a checkpoint's files; None if there is none; optional parts may be absent."""
     if "://" in str(folder):
         return None
     try:
         sums = json.loads((folder / SUMS_FILE).read_bytes())
         files = {name: tuple(known) for name, known in sums.items() if name.split("/")[0] in items}
         if not any(name.startswith("variables/") for name in files):
-            raise ValueError("it lists no variables")
+            raise ValueError("it lists no file of the variables")
         if problem := _find_altered(folder, files):
             return problem
         if FROZEN in sums:
@@ -384,9 +384,9 @@ def _is_ours(path: epath.Path) -> bool:
 
 
 def _set_aside(directory: epath.Path) -> None:
-    """Renames what has the name of a checkpoint and is none, down to the newest whole one, by the first process.
+    """Renames damaged checkpoints, and foreign folders with a checkpoint's name, newer than the newest undamaged one.
 
-    Orbax would take it for the newest checkpoint, and could not write one of that step.
+    Orbax would take them for checkpoints, and could not write one with the same step. The first process renames them.
 
     Raises:
       UserError: all checkpoints are damaged.
@@ -401,16 +401,16 @@ def _set_aside(directory: epath.Path) -> None:
         except UserError as error:
             problem = str(error)
     if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(bool(problem)):
-        problem = problem or "the first process found no whole checkpoint"
+        problem = problem or "the first process found no undamaged checkpoint"
     if problem:
-        raise UserError(f"{problem.rstrip('.')}; to start anew, delete {directory}.")
+        raise UserError(f"{problem.rstrip('.')}; to start from scratch, delete {directory}.")
 
 
 def read_config(workdir: epath.PathLike) -> ConfigDict | None:
-    """Reads the config of the run in `workdir`; None where there is no run.
+    """Reads the config of the run in `workdir`; None if there is no run.
 
     Raises:
-      UserError: the file is damaged, or is no config.
+      UserError: the file is damaged, or is not a config.
     """
     path = epath.Path(workdir) / CONFIG_FILE
     if not path.exists():
@@ -419,23 +419,23 @@ def read_config(workdir: epath.PathLike) -> ConfigDict | None:
     try:
         config = config_lib.from_json(text)
     except DAMAGE as error:
-        raise UserError(f"{path} is no config of a run ({reason(error)}).") from error
+        raise UserError(f"{path} is not the config of a run ({reason(error)}).") from error
     if not isinstance(config.get("method"), str):
-        raise UserError(f"{path} is no config of a run (it names no method).")
+        raise UserError(f"{path} is not the config of a run (it names no method).")
     return config
 
 
 def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:
-    """Writes `config.json` into `workdir`, whole or not at all."""
+    """Writes `config.json` into `workdir` atomically."""
     path, text = epath.Path(workdir) / CONFIG_FILE, config_lib.to_json(config)
     if not path.exists() or path.read_bytes() != text.encode() or not is_recorded(path):
         write_recorded(path, text)
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an exception, or one that caused it, says that there is no space left.
+    """Tells whether an exception, or one of its causes, reports that no disk space is left.
 
-    The array writer is C++, whose errors carry the system's text but no errno.
+    Errors of the array writer, which is C++, carry the system's message but no errno.
     """
     seen: list[BaseException] = []
     while error is not None and error not in seen:
@@ -449,7 +449,7 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 def disk_full_message(directory: epath.PathLike) -> str:
-    """The sentence for a user whose disk is full."""
+    """Returns the error message for a full disk."""
     return (
         f"the disk is full while writing to {directory}; complete checkpoints are kept: free some space and "
         "run the same command to continue from the last one."
@@ -457,7 +457,7 @@ def disk_full_message(directory: epath.PathLike) -> str:
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
-    """Orbax's handler with types of its own: the global registry of types stays as it is."""
+    """Returns an Orbax handler with a type registry of its own, so that the global one is not changed."""
     types = ocp.type_handlers
     arrays = types.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE_BYTES)
     pairs = ((jax.Array, arrays), (np.ndarray, types.NumpyHandler()))
@@ -475,9 +475,9 @@ def _restore(item: epath.Path, target: Any) -> Any:
 
 
 def _saved_arrays(item: epath.Path) -> Any:
-    """Shapes and dtypes of one item of a checkpoint, in nested dicts and lists."""
+    """Returns the shapes and dtypes of one item of a checkpoint, in nested dicts and lists."""
     try:
-        # A checkpointer would warn that an item has no metadata of a checkpoint.
+        # A checkpointer would warn that a single item lacks a checkpoint's metadata.
         saved: Any = _handler().metadata(item)
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{item} cannot be read as part of a checkpoint ({_first_line(error)}).") from error
@@ -501,7 +501,7 @@ def _check_same(item: epath.Path, target: Any) -> None:
     if missing:
         parts.append(f"it lacks {_listing(missing)}")
     if extra:
-        parts.append(f"it has {_listing(extra)}, which this config has not")
+        parts.append(f"it has {_listing(extra)}, which this config lacks")
     if other:
         parts.append("shapes differ: " + _listing([f"{n} {saved[n]} there, {wanted[n]} here" for n in other]))
     raise UserError(f"{item} belongs to another config: {'; '.join(parts)}.")

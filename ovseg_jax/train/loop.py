@@ -1,7 +1,7 @@
-"""The training loop: one for all methods.
+"""The training loop, shared by all methods.
 
-Its order, at every number of steps done: eval -> save -> next batch -> step -> log. What a checkpoint holds
-is therefore exactly what the evaluation before it has seen, and a run taken up again repeats nothing.
+After each step its order is: eval -> save -> next batch -> step -> log. A checkpoint therefore holds exactly the state
+that the evaluation before it used, and a resumed run repeats nothing.
 """
 
 import contextlib
@@ -40,17 +40,17 @@ Batches = Callable[[int], Iterator[Mapping[str, Any]]]
 
 
 class Fit(NamedTuple):
-    """How a loop ended.
+    """The result of a training loop.
 
     Attributes:
       state: the last state.
-      started: steps that were done before.
-      step: steps done.
-      stopped: True where it was told to stop before the end; the state is saved.
-      records: everything in `metrics.jsonl`.
-      seconds: wall time, that of earlier runs in this workdir included.
-      images_per_second: of training alone, without compilation, evaluation and saving; 0 without a step.
-      data_wait_seconds: how much of that time the loop spent waiting for a batch.
+      started: the step from which it started.
+      step: the step at which it ended.
+      stopped: whether it was stopped by a signal before the end; the state is saved.
+      records: all records of `metrics.jsonl`.
+      seconds: wall time, including earlier starts of this run.
+      images_per_second: the rate of training, without compilation, evaluation and saving; 0 without a step.
+      data_wait_seconds: the part of the training time spent waiting for batches.
     """
 
     state: TrainState
@@ -71,19 +71,19 @@ def fit(
     evaluators: Sequence[Evaluator],
     mesh: Mesh,
 ) -> Fit:
-    """Trains from the last checkpoint in `workdir`, or from the start, to `config.steps`.
+    """Trains from the last checkpoint in `workdir`, or from scratch, to `config.steps`.
 
     Args:
-      config: reads seed, steps, batch_size, accumulate, optimizer, checkpoint.every, checkpoint.keep, log_every,
-        sharding, tensorboard, profile ("FIRST:STOP", the steps that a trace in `workdir/profile` covers).
-      workdir: gets `checkpoints/` and `metrics.jsonl`.
+      config: with seed, steps, batch_size, accumulate, optimizer, checkpoint.every, checkpoint.keep, log_every,
+        sharding, tensorboard and profile ("FIRST:STOP", the steps to trace into `workdir/profile`).
+      workdir: the folder for `checkpoints/` and `metrics.jsonl`.
       method: see `protocols`.
       batches: step -> an iterator of this process's share of each batch from that step on.
       evaluators: run at multiples of their `every`.
       mesh: all devices of all processes.
 
     Raises:
-      UserError: for a loss that is not finite, a full disk, a checkpoint of another config.
+      UserError: the loss is not finite, the disk is full, or the checkpoint belongs to another config.
     """
     steps, batch_size = int(config.steps), int(config.batch_size)
     check_batch_size(batch_size, mesh, parts=int(config.get("accumulate", 1)))
@@ -132,7 +132,7 @@ def fit(
             # eval
             for evaluator in [] if stopped else evaluators:
                 due = step > 0 and evaluator.every > 0 and step % evaluator.every == 0
-                # A checkpoint made because of SIGTERM precedes its evaluation, which then is due after it.
+                # A checkpoint saved because of SIGTERM precedes its evaluation, which is then run after resuming.
                 if due and not writer.has(step, evaluator.name + "/"):
                     log.drain()
                     with log.pause():
@@ -145,7 +145,7 @@ def fit(
             if step != checkpoints.latest_step() and (
                 (step > start and checkpoints.should_save(step)) or stopped or last
             ):
-                log.drain()  # Raises where a step was not finite: what is saved can always be gone on from.
+                log.drain()  # Raises an error if a step was not finite, so that no broken state is saved.
                 with log.pause():
                     checkpoints.save(step, state, log.sums)
             if stopped or last:
@@ -178,9 +178,9 @@ def fit(
 
 
 class _Log:
-    """Follows the device one step behind, so that reading the numbers of a step never makes it wait.
+    """A log that reads the numbers of each step one step later, so that the device never waits for it.
 
-    It adds up (sum, count) pairs, writes their means every `every` steps, and times training without
+    It accumulates (sum, count) pairs, writes their means every `every` steps, and measures the time of training without
     compilation, evaluation and saving.
     """
 
@@ -198,7 +198,7 @@ class _Log:
         self.sums = sums  # of the steps since the last record
         self._began = time.monotonic()
         self._earlier = max((r.get("seconds") or 0.0 for r in writer.records), default=0.0)
-        # The clock of training starts when the first step, which compiles, is done.
+        # The clock of training starts after the first step, which includes compilation.
         self._clock: float | None = None
         self._steps, self._paused = 0, 0.0
         self._window = (0.0, 0)
@@ -211,13 +211,13 @@ class _Log:
             self._read(*self._pending.popleft())
 
     def drain(self) -> None:
-        """Reads all that is under way: afterwards every step so far is known to be finite."""
+        """Reads all pending numbers; afterwards all steps so far are known to be finite."""
         while self._pending:
             self._read(*self._pending.popleft())
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Stops the clock of training."""
+        """Pauses the clock of training."""
         began = time.monotonic()
         yield
         if self._clock is not None:
@@ -225,18 +225,18 @@ class _Log:
 
     @contextlib.contextmanager
     def wait_for_data(self) -> Iterator[None]:
-        """Counts as waiting for data."""
+        """Adds the time inside the block to the time spent waiting for data."""
         began = time.monotonic()
         yield
         if self._clock is not None:
             self.data_wait_seconds += time.monotonic() - began
 
     def seconds(self) -> float:
-        """Wall time, that of earlier runs included."""
+        """Returns the wall time, including earlier starts of the run."""
         return self._earlier + time.monotonic() - self._began
 
     def images_per_second(self) -> float:
-        """Mean over this run."""
+        """Returns the mean rate of this start."""
         return self._steps * self._batch_size / max(self._trained(), 1e-9) if self._steps else 0.0
 
     def _trained(self) -> float:
@@ -246,8 +246,8 @@ class _Log:
         sums = metrics_lib.to_host(metrics)
         if bad := metrics_lib.not_finite(sums):
             raise UserError(
-                f"training stopped at step {step}, where {', '.join(bad)} is not finite; the last good "
-                "checkpoint is kept; try a lower learning_rate, more warmup_steps or a smaller clip_norm."
+                f"training stopped at step {step}, where {', '.join(bad)} is not finite; the last "
+                "checkpoint is kept: try a lower learning_rate, more warmup_steps or a smaller clip_norm."
             )
         self.sums = metrics_lib.add(self.sums, sums)
         if self._clock is None:
@@ -268,11 +268,11 @@ def _next(iterator: Any, step: int) -> Mapping[str, Any]:
     try:
         return next(iterator)
     except StopIteration:
-        raise UserError(f"the training data ended after {step} batches; it should repeat for ever.") from None
+        raise UserError(f"the training data ended after {step} batches; it must repeat endlessly.") from None
 
 
 def _line(scores: Mapping[str, float]) -> str:
-    """The scores that tell how it goes; all of them are in metrics.jsonl."""
+    """Formats the main scores; all of them are in metrics.jsonl."""
     shown = {
         name: value for name, value in scores.items() if not re.search("chance|_gt|@.*@|@none|@truth", name)
     }

@@ -1,6 +1,6 @@
-"""Numbers on their way out: to `metrics.jsonl`, and to TensorBoard where that is asked for.
+"""Metrics of a run: their accumulation and their output to `metrics.jsonl` and optionally TensorBoard.
 
-Every number is a sum and a count over the examples that are there, divided once, here.
+Every metric is a sum and a count over valid examples, which are only divided here.
 """
 
 import contextlib
@@ -24,40 +24,40 @@ _log = logging.getLogger(__name__)
 
 
 def to_host(metrics: Mapping[str, tuple[Any, Any]]) -> Sums:
-    """Waits for one step's (sum, count) pairs and brings them over in one transfer."""
+    """Waits for one step's (sum, count) pairs and copies them to the host in one transfer."""
     return {
         name: (float(total), float(count)) for name, (total, count) in jax.device_get(dict(metrics)).items()
     }
 
 
 def add(a: Mapping[str, tuple[float, float]], b: Mapping[str, tuple[float, float]]) -> Sums:
-    """Adds sums to sums and counts to counts; a name may be missing on either side."""
+    """Adds two sets of (sum, count) pairs; a name may be missing on either side."""
     zero = (0.0, 0.0)
     names = dict.fromkeys([*a, *b])
     return {n: (a.get(n, zero)[0] + b.get(n, zero)[0], a.get(n, zero)[1] + b.get(n, zero)[1]) for n in names}
 
 
 def means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """Sum over count; what was never counted has no mean and is left out."""
+    """Divides sums by counts; names with a count of 0 are left out."""
     return {name: total / count for name, (total, count) in sums.items() if count != 0}
 
 
 def not_finite(sums: Mapping[str, tuple[float, float]]) -> list[str]:
-    """The names whose sum or count is NaN or infinite, those that say most about the cause first."""
+    """Lists the names whose sum or count is not finite, the most specific first."""
     last = ("loss", "grad_norm", "param_norm")
     names = [name for name, pair in sums.items() if not all(map(math.isfinite, pair))]
     return sorted(names, key=lambda name: last.index(name) if name in last else -1)
 
 
 class MetricWriter:
-    """Appends records to `metrics.jsonl`: one JSON object a line, each with `step`.
+    """A writer of `metrics.jsonl`: one JSON object a line, each with `step`.
 
-    A run that is taken up again at step s drops the records beyond s, which it is about to write once more.
+    A run that resumes at step s drops the records after s, which it will write again.
 
     Args:
-      workdir: where the file is.
+      workdir: the folder of the file.
       step: the step that the run starts from.
-      tensorboard: also write event files with clu, which needs TensorFlow.
+      tensorboard: whether to also write event files, with clu, which needs TensorFlow.
       write: False on all processes but the first.
     """
 
@@ -73,11 +73,11 @@ class MetricWriter:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """All records so far, those before a restart included."""
+        """All records so far, including those of earlier starts."""
         return list(self._records)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one record. A value that is not finite is written as null, which JSON has a word for."""
+        """Writes one record; numbers that are not finite, which JSON lacks, become null."""
         record = {"step": step} | {
             name: float(value) if math.isfinite(value) else None for name, value in values.items()
         }
@@ -94,11 +94,11 @@ class MetricWriter:
             self._board.write_scalars(step, finite)
 
     def has(self, step: int, prefix: str) -> bool:
-        """Whether a record of this step has a key that starts with `prefix`."""
+        """Tells whether a record of this step has a key that starts with `prefix`."""
         return any(r["step"] == step and any(k.startswith(prefix) for k in r) for r in self._records)
 
     def close(self) -> None:
-        """Flushes what is buffered."""
+        """Flushes the event files."""
         if self._board is not None:
             self._board.close()
 
@@ -107,11 +107,11 @@ class MetricWriter:
 
 
 def _readable(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The records of a run that goes on; of a damaged file those that can be read, and this is said."""
+    """Reads the records of a run; from a damaged file only the valid ones, with a warning."""
     try:
         return read_metrics(workdir)
     except UserError as error:
-        _log.warning("%s; the lines that can be read are kept", error)
+        _log.warning("%s; the readable lines are kept", error)
     path, records = epath.Path(workdir) / METRICS_FILE, []
     with reading(path):
         lines = path.read_bytes().splitlines()
@@ -124,10 +124,10 @@ def _readable(workdir: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The records of a run, in order. A last line that a killed run left unfinished is skipped.
+    """Reads the records of a run in order; an incomplete last line, left by a killed run, is skipped.
 
     Raises:
-      UserError: for a broken line elsewhere.
+      UserError: any other line is invalid.
     """
     path = epath.Path(workdir) / METRICS_FILE
     if not path.exists():
@@ -150,20 +150,20 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def series(records: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric, for a curve."""
+    """Returns the steps and values of one metric."""
     pairs = [(int(r["step"]), float(r[name])) for r in records if type(r.get(name)) in (int, float)]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
 def _appendable(path: epath.Path) -> bool:
-    """Object stores have no append: there the file is written anew."""
+    """Tells whether the file can be appended to; files in object stores are rewritten instead."""
     return "://" not in str(path)
 
 
 def _tensorboard(workdir: epath.PathLike) -> Any:
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(
-            "tensorboard=True needs TensorFlow, which is not installed; metrics.jsonl needs nothing."
+            "tensorboard=True needs TensorFlow, which is not installed; metrics.jsonl is written without it."
         )
     from clu import metric_writers
 

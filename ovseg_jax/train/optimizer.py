@@ -1,4 +1,4 @@
-"""The optimiser, from its config: clipping, the rule, weight decay, rates by parameter, frozen parameters."""
+"""The optimiser that a config describes: clipping, update rule, weight decay, rate multipliers, frozen parameters."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -14,18 +14,19 @@ from ovseg_jax.parallel.sharding import tree_paths
 
 RULES = ("adam", "adamw", "lamb", "lion", "sgd")
 SCHEDULES = ("constant", "cosine", "linear")
-# Weight decay here is the classic L2 term, added to the gradient before the rule; elsewhere it is decoupled.
+# For these rules weight decay is the classic L2 term, added to the gradient before the rule; for others it is
+# decoupled.
 COUPLED = ("adam", "sgd")
 
 
 class Optimizer(NamedTuple):
-    """An optax transformation, the schedule in it, and which parameters it moves.
+    """An optax transformation, its schedule, and which parameters it trains.
 
     Attributes:
       transform: init and update over the whole parameter tree; frozen parameters get no state and no update.
       schedule: step -> learning rate, for the log.
-      trainable: a tree like the parameters, True where they are trained.
-      ema: how much of the parameters' moving average a step keeps; 0 where none is kept.
+      trainable: a tree like the parameters, True for trained ones.
+      ema: the decay of the parameters' moving average; 0 for none.
     """
 
     transform: optax.GradientTransformation
@@ -35,13 +36,14 @@ class Optimizer(NamedTuple):
 
 
 def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
-    """Learning rate of each step in [0, steps).
+    """Creates the learning rate schedule for the steps in [0, steps).
 
-    Linear warm-up over `warmup_steps`, (t + 1) / warmup_steps, so that the first step already moves; then,
-    with p the share of the remaining steps that is done and f = `final_fraction`, constant: 1; linear:
-    1 - (1 - f) p; cosine: f + (1 - f) (1 + cos(pi p)) / 2; all times `learning_rate`. `warmup_rate` is a constant
-    rate in place of the linear warm-up; `decay_steps`, over how many steps p goes from 0 to 1; `hold_steps`, for how
-    many steps the rate stays that of the first of them, as where it is set once an epoch.
+    It is a linear warm-up over `warmup_steps`, (t + 1) / warmup_steps, so that the rate of the first step is not 0;
+    then, with p the share of the remaining steps that is done and f = `final_fraction`, constant: 1; linear: 1 - (1 -
+    f) p;
+    cosine: f + (1 - f) (1 + cos(pi p)) / 2; all times `learning_rate`. `warmup_rate` is a constant rate in place of the
+    linear warm-up; `decay_steps` is the number of steps in which p goes from 0 to 1; `hold_steps` is the number of
+    steps for which a rate is kept, such as an epoch.
     """
     name = config.get("schedule", "cosine")
     if name not in SCHEDULES:
@@ -67,33 +69,35 @@ def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
 
 
 def freezer(config: ConfigDict, more: Sequence[str] = ()) -> Callable[[str], bool]:
-    """Returns whether a variable is frozen, by its path: of a parameter without "params/", else with its collection.
+    """Returns a function that tells whether a variable is frozen, by its path.
+
+    Paths of parameters are written without "params/", those of other variables with their collection.
 
     Args:
       config: `config.optimizer`, whose `multipliers` freeze by (regex, None).
-      more: further regexes, those of the method.
+      more: further regexes, from the method.
     """
     rules = [(pattern, None) for pattern in more] + list(config.get("multipliers", ()))
     return lambda path: next((f is None for pattern, f in rules if re.search(pattern, path)), False)
 
 
 def make_optimizer(config: ConfigDict, params: Any, steps: int, more: Sequence[str] = ()) -> Optimizer:
-    """Builds the optimiser that `config` describes for these parameters.
+    """Creates the optimiser that `config` describes for these parameters.
 
     Args:
       config: `config.optimizer`. `name` (adamw, adam, sgd, lamb, lion), `learning_rate`, `schedule`,
         `warmup_steps`, `final_fraction`, `warmup_rate`, `decay_steps`, `hold_steps` (see `make_schedule`),
         `weight_decay` (on arrays of two or more dimensions, so never on biases, scales and temperatures), `clip_norm`
         (0 = off), `b1`, `b2`, `momentum` (sgd), `nesterov`,
-        `multipliers` ((regex, factor) pairs: the first that is found in a parameter's path scales its rate, or freezes
-        it where the factor is None), `ema` (the decay of the parameters' moving average, min(ema, (1 + t) / (10 + t))
-        at step t, which is then what is evaluated and exported; 0 = none).
+        `multipliers` ((regex, factor) pairs: the first regex that matches in a parameter's path scales its rate, or
+        freezes it if the factor is None), `ema` (the decay of the parameters' moving average, min(ema, (1 + t) / (10
+        + t)) at step t, which is then used for evaluation and export; 0 = none).
       params: the parameter tree; arrays or their shapes.
       steps: length of the run, for the schedule.
       more: regexes of parameters that the method freezes.
 
     Raises:
-      UserError: for an unknown name, a regex that finds no parameter, or an `ema` outside [0, 1).
+      UserError: the name is unknown, a regex matches no parameter, or `ema` is outside [0, 1).
     """
     name = config.get("name", "adamw")
     if name not in RULES:
@@ -105,7 +109,7 @@ def make_optimizer(config: ConfigDict, params: Any, steps: int, more: Sequence[s
 
     ema = float(config.get("ema", 0.0))
     if not 0 <= ema < 1:
-        raise UserError(f"optimizer.ema={ema}: it takes a number from 0 to below 1")
+        raise UserError(f"optimizer.ema={ema} is not in [0, 1)")
 
     b1, b2 = float(config.get("b1", 0.9)), float(config.get("b2", 0.99 if name == "lion" else 0.999))
     rule = {
@@ -133,7 +137,7 @@ def make_optimizer(config: ConfigDict, params: Any, steps: int, more: Sequence[s
     frozen = freezer(config, more)
     trainable = jax.tree.map(lambda path: not frozen(path), paths)
     if not all(jax.tree.leaves(trainable)):
-        # The partition is outermost, so that neither clipping nor any state sees a frozen parameter.
+        # The partition is outermost, so that frozen parameters have no state and no influence on clipping.
         labels = jax.tree.map(lambda moves: "trained" if moves else "frozen", trainable)
         transform = optax.partition({"trained": transform, "frozen": optax.set_to_zero()}, labels)
     return Optimizer(transform, schedule, trainable, ema)
@@ -143,7 +147,7 @@ def _check_found(key: str, patterns: Sequence[str], names: Sequence[str]) -> Non
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in names):
             raise UserError(
-                f'optimizer.{key} has "{pattern}", which no parameter name contains (such as "{names[0]}").'
+                f'optimizer.{key} has "{pattern}", which matches no parameter name, such as "{names[0]}".'
             )
 
 

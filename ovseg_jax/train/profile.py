@@ -1,4 +1,4 @@
-"""A trace of some steps, for XProf: `tensorboard --logdir=WORKDIR/profile`, or xprof.dev."""
+"""Traces of training steps for XProf: `tensorboard --logdir=WORKDIR/profile`, or xprof.dev."""
 
 import re
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from ovseg_jax.errors import UserError
 
 
 class Profile:
-    """Traces the steps from `first` on, before `stop`, while it is entered. Each process traces its own devices.
+    """A context that traces the steps from `first` to before `stop`; each process traces its own devices.
 
     Args:
       steps: "FIRST:STOP", such as "100:105"; "" for no trace.
-      workdir: gets the folder `profile`.
+      workdir: the folder of the run, for the folder `profile`.
 
     Raises:
-      UserError: the steps are no such pair.
+      UserError: `steps` is not of this form.
     """
 
     def __init__(self, steps: str, workdir: epath.PathLike):
@@ -27,11 +27,11 @@ class Profile:
         if steps:
             numbers = re.fullmatch(r"(\d+):(\d+)", steps)
             if not numbers or int(numbers[1]) >= int(numbers[2]):
-                raise UserError(f'profile="{steps}" is no FIRST:STOP, the steps to trace, such as 100:105.')
+                raise UserError(f'profile="{steps}" is not FIRST:STOP, the steps to trace, such as 100:105.')
             self._first, self._stop = int(numbers[1]), int(numbers[2])
 
     def at(self, step: int, finish: Callable[[], None]) -> None:
-        """Called before the step after `step` steps; `finish` waits for those that are under way."""
+        """Starts or stops the trace if due; called after `step` steps, with `finish` waiting for pending steps."""
         if step == self._first:
             finish()
             jax.profiler.start_trace(str(self._folder))

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, a line now and then anywhere else."""
+"""Progress of a run on stderr: a bar on a terminal, occasional lines elsewhere."""
 
 import sys
 import time
@@ -8,13 +8,13 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Step, loss, images/s and time left, on stderr.
+    """A display of step, loss, images/s and time left, on stderr.
 
     Args:
       total: steps of the run.
       start: steps already done.
       show: False on all processes but the first.
-      every: seconds between plain lines where there is no terminal.
+      every: seconds between lines if there is no terminal.
     """
 
     def __init__(
@@ -58,13 +58,13 @@ class Progress:
             print(text, file=self._file, flush=True)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Closes the bar and leaves it visible."""
         if self._bar is not None:
             self._bar.close()
 
 
 def clock(seconds: float | int) -> str:
-    """Seconds as `h:mm:ss` or `m:ss`."""
+    """Formats seconds as `h:mm:ss` or `m:ss`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,4 +1,4 @@
-"""Everything that a training step changes, and how it is spread over the mesh."""
+"""The training state and its sharding over the mesh."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,23 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ovseg_jax.parallel.sharding import DEFAULT_RULES, AnyMesh, leaf_sharding, replicated, tree_paths
+from ovseg_jax.parallel.sharding import DEFAULT_RULES, AnyMesh, leaf_sharding, on_cpu, replicated, tree_paths
 from ovseg_jax.protocols import Trainable, Variables
 from ovseg_jax.train.optimizer import Optimizer
 
 
 @flax.struct.dataclass
 class TrainState:
-    """The whole state of a run, apart from the position in the data.
+    """The whole state of a run, except for the position in the data.
 
     The same structure also holds a state's shapes (`abstract_state`) and its shardings (`state_shardings`).
 
     Attributes:
-      step: steps done, int32.
-      params: what the gradient moves.
+      step: the number of steps done, int32.
+      params: the parameters.
       model_state: the other collections, such as `batch_stats`: {collection: tree}.
       opt_state: optax's state.
-      average: the parameters' moving average, None where `optimizer.ema` is 0.
+      average: the parameters' moving average; None if `optimizer.ema` is 0.
     """
 
     step: Any
@@ -37,24 +37,24 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What a method takes: the parameters and the other collections in one dict."""
+        """The parameters and the other collections in one dict, as methods take them."""
         return {"params": self.params, **self.model_state}
 
     @property
     def averaged(self) -> dict[str, Any]:
-        """The variables with averaged parameters, where they are averaged: what is evaluated."""
+        """The variables for evaluation: with averaged parameters, if the run keeps them."""
         return self.variables if self.average is None else {**self.variables, "params": self.average}
 
 
 def abstract_variables(method: Trainable, seed: int) -> Variables:
-    """Shapes and dtypes of a method's variables, without computing them."""
+    """Returns the shapes and dtypes of a method's variables without computing them."""
     return jax.eval_shape(method.init, jax.random.key(seed))
 
 
 def state_shardings(
     optimizer: Optimizer, variables: Variables, mesh: AnyMesh, rules: Iterable[Sequence[str]] = DEFAULT_RULES
 ) -> TrainState:
-    """A TrainState of shardings. What the optimiser keeps for a parameter follows that parameter's rule."""
+    """Returns a TrainState of shardings; the optimiser's state is sharded like its parameters."""
     rules = tuple(tuple(rule) for rule in rules)
 
     def place(leaf: Any, path: str) -> Any:
@@ -65,7 +65,7 @@ def state_shardings(
     known = set(jax.tree.leaves(paths))
 
     def place_kept(leaf: Any, path: str) -> Any:
-        # Adam's mean of `head/kernel` is at `1/mu/head/kernel`: find the longest ending that is a parameter.
+        # Adam's mean of `head/kernel` is at `1/mu/head/kernel`: the longest suffix that is a parameter's path decides.
         parts = path.split("/")
         endings = ("/".join(parts[i:]) for i in range(len(parts)))
         owner = next((ending for ending in endings if ending in known), None)
@@ -84,22 +84,23 @@ def state_shardings(
 
 
 def create_state(method: Trainable, optimizer: Optimizer, seed: int, shardings: TrainState) -> TrainState:
-    """The state before the first step, each device computing only the shards that it keeps."""
-    on_cpu = shardings.step.mesh.devices.flat[0].platform == "cpu"
-    # Runs once: a CPU would spend more time on optimising this program than on running it.
-    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    """Creates the state before the first step; each device computes only the shards that it keeps."""
+    # The program runs once: on a CPU, optimising it would take more time and memory than running it.
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
     return jax.jit(
-        lambda: _create(method, optimizer, seed), out_shardings=shardings, compiler_options=options
+        lambda: _create(method, optimizer, seed),
+        out_shardings=shardings,
+        compiler_options=options if on_cpu(shardings.step.mesh) else None,
     )()
 
 
 def start_from(state: TrainState, parts: Mapping[str, Any]) -> TrainState:
-    """The state with published weights in place of what was drawn.
+    """Replaces initial values of a state by published weights.
 
     Args:
-      state: as `create_state` makes it.
-      parts: NumPy arrays in a tree like the variables, with only those leaves that are replaced. Every process has
-        all of them, each device is given its shard.
+      state: the state that `create_state` returns.
+      parts: NumPy arrays in a tree like the variables, with only the leaves to replace. Every process has all of them,
+        and each device gets its shard.
     """
     if not parts:
         return state
@@ -109,25 +110,25 @@ def start_from(state: TrainState, parts: Mapping[str, Any]) -> TrainState:
 
 
 def replaced(variables: Variables, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables with `parts` in the places of their leaves, see `start_from`; each stays where it was."""
+    """Returns the variables with leaves replaced by those of `parts`, see `start_from`; shardings stay."""
     flat = flax.traverse_util.flatten_dict(dict(variables), keep_empty_nodes=True)
     for path, array in flax.traverse_util.flatten_dict(dict(parts)).items():
         before = flat[path]
         whole = np.asarray(array, before.dtype)
         if whole.shape != before.shape:
-            raise ValueError(f"{'/'.join(path)} is {whole.shape}, not {before.shape}")
+            raise ValueError(f"{'/'.join(path)} has the shape {whole.shape}, not {before.shape}")
         flat[path] = jax.make_array_from_callback(whole.shape, before.sharding, whole.__getitem__)
     return flax.traverse_util.unflatten_dict(flat)
 
 
 def abstract_state(method: Trainable, optimizer: Optimizer, seed: int, shardings: TrainState) -> TrainState:
-    """Shapes, dtypes and shardings of a state, without computing it: what a checkpoint is restored onto."""
+    """Returns the shapes, dtypes and shardings of a state without computing it, as a target for restoring."""
     shapes = jax.eval_shape(lambda: _create(method, optimizer, seed))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def _create(method: Trainable, optimizer: Optimizer, seed: int) -> TrainState:
-    # A value of weak type would come back from the first step without it, and the step be compiled again.
+    # The first step would return values of weak type with a strong one, and the step would be compiled again.
     variables = dict(jax.tree.map(lambda x: jnp.asarray(x, x.dtype), method.init(jax.random.key(seed))))
     params = variables.pop("params")
     average = jax.tree.map(jnp.copy, params) if optimizer.ema else None

@@ -1,4 +1,4 @@
-"""The train step: one for all methods."""
+"""The train step, shared by all methods."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ovseg_jax.parallel.sharding import on_cpu
 from ovseg_jax.protocols import Batch, Trainable
 from ovseg_jax.train.optimizer import Optimizer
 from ovseg_jax.train.state import TrainState
@@ -17,7 +18,7 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def make_step(method: Trainable, optimizer: Optimizer, seed: int, shardings: TrainState) -> Step:
-    """Compiles `(state, batch) -> (state, metrics)`; the state that goes in is donated.
+    """Compiles `(state, batch) -> (state, metrics)`, which donates its input state.
 
     The step's random key is fold_in(key(seed), step), so that it depends on nothing that came before. Beside
     the method's own metrics come `loss`, `grad_norm` (before clipping), `param_norm` (of all variables after
@@ -62,8 +63,16 @@ def make_step(method: Trainable, optimizer: Optimizer, seed: int, shardings: Tra
         }
         return new, metrics
 
-    # Stated on the way out: left to the compiler, the state could come back spread differently.
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    # XLA's default runs independent operations at the same time, and each of them on all cores of a CPU: with one
+    # operation after another, a step of `scenes` takes 0.75 of the time.
+    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        # Stated on the way out: left to the compiler, the state could come back spread differently.
+        out_shardings=(shardings, None),
+        compiler_options=options if on_cpu(shardings.step.mesh) else None,
+    )
 
 
 def _floats(tree: Any) -> list[jax.Array]:

@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM and Ctrl-C let the step finish and the state be saved."""
+"""Graceful stopping: after SIGTERM or Ctrl-C the step finishes and the state is saved."""
 
 import signal
 import threading
@@ -10,13 +10,13 @@ import jax
 
 
 class StopRequest:
-    """Watches for SIGTERM and SIGINT while it is entered; the second Ctrl-C interrupts at once.
+    """A context that watches for SIGTERM and SIGINT; a second Ctrl-C interrupts at once.
 
-    With several processes, SIGTERM belongs to JAX's preemption service, which agrees on a step at which all
-    of them stop; it is then asked instead of this process's own signals.
+    With several processes, JAX's preemption service handles SIGTERM and chooses a step at which all of them stop; it
+    then replaces this process's own signals.
 
     Args:
-      reached_preemption: step -> whether all processes stop here; asked with several processes only.
+      reached_preemption: step -> whether all processes stop here; only used with several processes.
     """
 
     def __init__(self, reached_preemption: Callable[[int], bool]):
@@ -25,13 +25,13 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def at(self, step: int) -> bool:
-        """Whether to stop after `step` steps."""
+        """Tells whether to stop after `step` steps."""
         if jax.process_count() > 1:
             return self._reached_preemption(step)
         return self._told
 
     def __enter__(self) -> "StopRequest":
-        # Only the main thread may set handlers; a run in another one is stopped by other means.
+        # Only the main thread may set handlers; runs in other threads cannot be stopped by signals.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._handle)

@@ -14,11 +14,11 @@ Series = dict[str, list[tuple[float, float]]]
 
 
 def curves(metrics: epath.PathLike, path: epath.PathLike | None = None) -> Image.Image:
-    """Draws a panel of losses, panels of each evaluation's scores, and one for each other quantity.
+    """Draws training curves: panels of losses, of each evaluation's scores, and of other quantities.
 
     Args:
       metrics: a `metrics.jsonl`: one JSON object a line, with `step`; `<evaluation>/<metric>` are scores.
-      path: where to write the PNG, if anywhere.
+      path: the PNG file to write; None writes none.
 
     Raises:
       UserError: the file is missing or holds no metrics.
@@ -28,7 +28,7 @@ def curves(metrics: epath.PathLike, path: epath.PathLike | None = None) -> Image
         panel, name = _panel(key)
         if panel is not None:
             panels.setdefault(panel, {})[name] = points
-    # The object interface leaves matplotlib's global state alone.
+    # matplotlib's object interface does not touch its global state.
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -42,7 +42,7 @@ def curves(metrics: epath.PathLike, path: epath.PathLike | None = None) -> Image
 
 
 def render(figure: Any, path: epath.PathLike | None) -> Image.Image:
-    """Renders a matplotlib figure as an image, also written as a PNG where there is a path."""
+    """Renders a matplotlib figure as an image, and writes it as a PNG if there is a path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
@@ -75,13 +75,13 @@ def _plot(axes: Any, title: str, lines: Series) -> None:
 def _read(metrics: epath.PathLike) -> Series:
     file = epath.Path(metrics)
     if not file.exists():
-        raise UserError(f"{metrics} does not exist; a run writes it into its workdir")
+        raise UserError(f"{metrics} does not exist: a training run writes it into its folder")
     series: Series = {}
     for _, line in read_lines(file):
         try:
             record = parse_json(line)
         except (ValueError, RecursionError):
-            continue  # the last line of a run that was killed
+            continue  # an incomplete last line, left by a killed run
         step = record.pop("step", None) if isinstance(record, dict) else None
         if not _is_number(step):
             continue
@@ -98,7 +98,7 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def _panel(key: str) -> tuple[tuple[int, str] | None, str]:
-    """Rank and title of the panel that a metric belongs to, and its name there; None for what is no curve."""
+    """Returns the panel (rank, title) and the name there of a metric; the panel is None if it is not drawn."""
     evaluation, slash, metric = key.partition("/")
     if slash:
         if "chance" in metric or "_gt" in metric:

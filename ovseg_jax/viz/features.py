@@ -1,4 +1,4 @@
-"""Pictures of what classifies: prompts by alignment and uniformity, and features on a sphere (papers/000, 4.5)."""
+"""Pictures of features: prompts by alignment and uniformity, and a sphere of images and classes (papers/000, 4.5)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,17 +25,17 @@ class PromptPoint(NamedTuple):
 def prompts_picture(
     points: Sequence[PromptPoint], title: str = "", path: epath.PathLike | None = None
 ) -> Image.Image:
-    """Draws Fig. 5: a point for each prompt, uniformity across and alignment up, coloured by accuracy.
+    """Draws Fig. 5: a point for each prompt, by uniformity (x) and alignment (y), coloured by accuracy.
 
     Args:
       points: at least one.
       title: a line at the top.
-      path: where to write the PNG, if anywhere.
+      path: the PNG file to write; None writes none.
     """
     figure, axes = _figure(6.4, 4.8)
     x, y, accuracy = np.array([point[1:] for point in points], float).T
     low, high = accuracy.min(), accuracy.max()
-    # Prompts that differ by nothing should not differ in colour.
+    # A minimum colour range, so that prompts of nearly equal accuracy look alike.
     room = max(0.5, (high - low) / 10)
     dots = axes.scatter(
         x,
@@ -51,10 +51,10 @@ def prompts_picture(
     )
     axes.margins(0.25, 0.2)
     written: list[tuple[bool, float]] = []
-    # A line has 13 points, and the spread of y about 200.
+    # A line of text is 13 points high, and the spread of y about 200.
     height = 0.065 * max(float(np.ptp(y)), 1e-6)
     for point in sorted(points, key=lambda point: -point.alignment):
-        # Words lie towards the middle, so that none leaves the picture, and below others that would cover them.
+        # Names are written towards the middle, to stay inside of the picture, and below others that would cover them.
         right = point.uniformity <= (x.min() + x.max()) / 2
         lines = sum(side == right and abs(other - point.alignment) < height for side, other in written)
         written.append((right, point.alignment))
@@ -92,24 +92,24 @@ def sphere_picture(
     title: str = "",
     path: epath.PathLike | None = None,
 ) -> Image.Image:
-    """Draws Fig. 6: image features as points on a sphere, class features as rays that meet it.
+    """Draws Fig. 6: image features as points on a sphere, class features as rays to its surface.
 
-    The better a class's ray meets the cloud of its images, the better the alignment; the wider the angles between
-    rays, the better the uniformity. What lies on the far side is pale. Directions are those of `sphere_coordinates`.
+    Alignment is good if a class's ray points at its images; uniformity is good if the angles between rays are wide. The
+    far side of the sphere is pale. Coordinates are those of `sphere_coordinates`.
 
     Args:
       image: features of images.
-      label: the class of each, 0 to K - 1; each class has at least one.
-      classes: features of the K classes for each prompt; those of the first are solid lines.
-      names: of the K classes, a handful.
+      label: the class of each image, 0 to K - 1; each class has at least one.
+      classes: features of the K classes for each prompt; those of the first prompt are solid lines.
+      names: names of the K classes, which should be few.
       title: a line at the top.
-      path: where to write the PNG, if anywhere.
+      path: the PNG file to write; None writes none.
     """
     points, rays = sphere_coordinates(image, label, classes)
     colours = palette(len(names)) / 255
     figure, axes = _figure(6.4, 6.0)
     _draw_globe(axes)
-    # In the order of depth, or the last class would cover the others.
+    # Drawn in the order of depth; otherwise the last class would cover the others.
     order = np.argsort(points[:, 2])
     words = []
     x, y, z = points[order].T
@@ -139,25 +139,25 @@ def sphere_coordinates(
     label: Int[np.ndarray, "n"],
     classes: Mapping[str, Float[np.ndarray, "k d"]],
 ) -> tuple[Float[np.ndarray, "n 3"], dict[str, Float[np.ndarray, "k 3"]]]:
-    """Computes unit vectors in the three directions in which the classes differ most, z towards the eye.
+    """Projects features to unit vectors in the three directions in which the classes differ most.
 
-    CLIP's images and texts lie in two narrow cones that are far apart, so that all would fall on two spots: each kind
-    of feature, and each prompt, is taken less its own mean over the classes. The directions are the principal ones of
-    the classes' mean images and of the first prompt's features together.
+    CLIP's images and texts lie in two narrow, distant cones and would all project to two spots. Therefore the mean over
+    the classes is subtracted from the images and from each prompt's features. The directions are the principal ones of
+    the classes' mean images and the first prompt's features together; z points to the viewer.
     """
     numbers = np.arange(len(next(iter(classes.values()))))
     means = np.stack([image[label == k].mean(0) for k in numbers]).astype(np.float64)
     seen = image - means.mean(0)
     said = {prompt: features - features.mean(0) for prompt, features in classes.items()}
     first = next(iter(said.values()))
-    # The images themselves decide where a few classes leave a direction open.
+    # The images, with a small weight, determine directions that few classes leave open.
     parts = (means - means.mean(0), 1.0), (first, 1.0), (seen, 1e-2)
     stack = np.concatenate([weight * part / max(np.linalg.norm(part), 1e-9) for part, weight in parts])
     axes = np.linalg.svd(stack, full_matrices=False)[2][:3]
     axes = np.pad(axes, ((0, 3 - len(axes)), (0, 0)))
-    # Of the two sides of each axis, the same one whatever the library's choice.
+    # The sign of each axis, which the SVD leaves open, is fixed by its largest component.
     axes *= np.where(np.take_along_axis(axes, np.abs(axes).argmax(1)[:, None], 1) < 0, -1, 1)
-    # Of the two sides of the sphere, the one that most rays meet.
+    # Most rays point to the viewer.
     axes[2] *= 1 if np.sign(first @ axes[2]).sum() >= 0 else -1
     return host_unit(seen @ axes.T), {
         prompt: host_unit(features @ axes.T) for prompt, features in said.items()
@@ -172,7 +172,7 @@ def _draw_globe(axes: Any) -> None:
     shade = np.stack([light, light, light + 0.01, inside], -1).clip(0, 1)
     axes.imshow(shade, extent=(-1, 1, -1, 1), origin="lower", zorder=0, interpolation="bilinear")
     turn = np.linspace(0, 2 * np.pi, 361)
-    tilt = np.deg2rad(22)  # a globe seen from straight above the equator has straight parallels
+    tilt = np.deg2rad(22)  # without a tilt the parallels would be straight lines
     for line in [*_parallels(turn), *_meridians(turn)]:
         a, b, c = line
         b, c = b * np.cos(tilt) - c * np.sin(tilt), b * np.sin(tilt) + c * np.cos(tilt)
@@ -194,12 +194,12 @@ def _meridians(turn: np.ndarray) -> list[tuple[np.ndarray, ...]]:
 
 
 def _clear(z: Any) -> Any:
-    """How opaque something is at depth z, from -1 at the back to 1: what lies on the far side is pale."""
+    """Returns the opacity at depth z, from -1 at the back to 1: the far side is pale."""
     return np.interp(z, [-0.6, 0.0], [0.35, 1.0])
 
 
 def _write_beside(axes: Any, text: str, x: float, y: float) -> Any:
-    """Writes beyond the end of a ray, so that the ray does not cross the word."""
+    """Writes a text beyond the end of a ray, so that the ray does not cross it."""
     length = max(np.hypot(x, y), 1e-9)
     dx, dy = x / length, y / length
     sideways = "center" if abs(dx) < 0.3 else "left" if dx > 0 else "right"
@@ -212,7 +212,7 @@ def _write_beside(axes: Any, text: str, x: float, y: float) -> Any:
 
 
 def _raise_covered(axes: Any, words: Sequence[Any]) -> None:
-    """Moves up, from the lowest on, words that would lie over others."""
+    """Moves overlapping texts up, starting from the lowest."""
     axes.figure.draw_without_rendering()
     below: list[Any] = []
     for word in sorted(words, key=lambda word: word.get_window_extent().y0):
@@ -227,7 +227,7 @@ def _raise_covered(axes: Any, words: Sequence[Any]) -> None:
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
-    # The object interface leaves matplotlib's global state alone.
+    # matplotlib's object interface does not touch its global state.
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 

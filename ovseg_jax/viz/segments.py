@@ -1,4 +1,4 @@
-"""Pictures of segmentations: a palette, an overlay with a legend of words, a grid of predictions."""
+"""Pictures of segmentations: a palette, an overlay with a legend, and a grid of predictions."""
 
 import functools
 from collections.abc import Collection, Sequence
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 UNKNOWN_COLOUR = (150, 150, 150)
 INK, FAINT, PAPER = (33, 37, 41), (134, 142, 150), (255, 255, 255)
 
-# The first colours are chosen by eye, the rest by distance from all before them.
+# The first colours are chosen by eye, each further one by its distance from all before it.
 _FIRST = (0x4C78A8, 0xF2A93B, 0x54A24B, 0xE4575E, 0x72B7B2, 0xB279A2, 0xEECA3B, 0x9D755D, 0xFF9DA6, 0x7A6FD0)
 
 
@@ -33,7 +33,7 @@ def _all_colours() -> UInt8[np.ndarray, "n 3"]:
 
 
 def _oklab(rgb: np.ndarray) -> Float[np.ndarray, "n 3"]:
-    """sRGB 0..255 to Ottosson's OKLab, in which distance is about what the eye sees."""
+    """Converts sRGB 0..255 to Ottosson's OKLab, in which distances match the perceived difference."""
     linear = (rgb / 255) ** 2.2
     m1 = [[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]]
     m2 = [[0.2105, 0.7936, -0.0041], [1.9780, -2.4286, 0.4506], [0.0259, 0.7828, -0.8087]]
@@ -43,15 +43,15 @@ def _oklab(rgb: np.ndarray) -> Float[np.ndarray, "n 3"]:
 def palette(count: int) -> UInt8[np.ndarray, "n 3"]:
     """Returns `count` colours, each as far as possible from those before it.
 
-    Colour i does not depend on `count`, so a label keeps its colour when labels are added after it. There are
-    about 1,300 different ones; after these they repeat.
+    Colour i does not depend on `count`, so a label keeps its colour when labels are added after it. Colours repeat
+    after about 1,300.
     """
     colours = _all_colours()
     return colours[np.arange(count) % len(colours)]
 
 
 def paint(label_map: Int[np.ndarray, "h w"], colours: UInt8[np.ndarray, "k 3"]) -> UInt8[np.ndarray, "h w 3"]:
-    """Paints a label map in colours; -1 is grey."""
+    """Converts a label map to colours; -1 is grey."""
     return np.concatenate([np.array([UNKNOWN_COLOUR], np.uint8), colours])[label_map + 1]
 
 
@@ -84,17 +84,17 @@ def overlay(
     legend: bool = True,
     min_side: int = 512,
 ) -> Image.Image:
-    """Draws an image with its segments in colour, outlined and named, over a legend of the words found.
+    """Draws an image with its segments coloured, outlined and named, above a legend.
 
     Args:
       image: the picture.
-      label_map: index into `names` for every pixel, -1 = unknown (left as it is in the picture).
+      label_map: index into `names` for every pixel; -1 = unknown, which is drawn faded and without colour.
       names: a word or phrase for every label.
-      alpha: how much of the colour covers the picture, 0 to 1.
+      alpha: opacity of the colours, 0 to 1.
       colours: one for every name; `palette` by default.
       marked: labels to mark with an asterisk.
-      legend: whether to add the strip of words below.
-      min_side: a picture whose longer side is smaller is enlarged to this, so that words can be read.
+      legend: whether to add the legend below.
+      min_side: pictures whose longer side is smaller are enlarged to this size, so that text is readable.
     """
     height, width = image.shape[:2]
     scale = max(1.0, min_side / max(height, width))
@@ -108,20 +108,19 @@ def overlay(
     labels, areas = np.unique(label_map, return_counts=True)
     order = [int(k) for k in labels[np.argsort(-areas)] if k >= 0]
     entries = _entries(order, words, colours) + [("unknown", None)] * (-1 in labels)
-    # Of a narrow picture the legend is the wider of the two.
+    # The legend of a narrow picture is wider than the picture.
     strip = _legend(entries, max(size[1] - font_size, 12 * font_size), font_size)
     return _stack([picture, _padded(strip, font_size // 2)], gap=0)
 
 
 class GridRow(NamedTuple):
-    """One image of `prediction_grid`. Maps may have another resolution than the image, and -1 is void or
-    unknown.
+    """One image of `prediction_grid`; maps may have another resolution than the image.
 
     Attributes:
       image: u8 [H W 3].
-      truth: label map, or None.
-      prediction: label map.
-      proposals: the best proposal's index for every pixel, or None.
+      truth: label map with -1 for void, or None.
+      prediction: label map with -1 for unknown.
+      proposals: the index of the best proposal for every pixel, or None.
     """
 
     image: UInt8[np.ndarray, "h w 3"]
@@ -141,17 +140,17 @@ def prediction_grid(
     cell: int = 256,
     abreast: int | None = None,
 ) -> Image.Image:
-    """Draws a grid: image | truth | prediction | proposals, a row an image, each with the words that occur in it.
+    """Draws a grid with a row per image: image | truth | prediction | proposals, above the words in it.
 
     Args:
-      rows: what to show; `truth` and `proposals` columns appear if any row has them.
+      rows: the images; `truth` and `proposals` columns appear if any row has them.
       names: a word or phrase for every label.
       marked: labels to mark with an asterisk, which `note` explains at the bottom.
       note: the footnote.
       title: a line at the top.
       colours: one for every name; `palette` by default.
       cell: the longer side of a cell in pixels; pictures are scaled to it.
-      abreast: how many images stand side by side; two from six rows on, by default.
+      abreast: number of rows side by side; by default two for six rows or more.
     """
     if not rows:
         raise ValueError("prediction_grid needs at least one row")
@@ -187,7 +186,7 @@ def _grid_row(
         else:
             labels = row.truth if head == "truth" else row.prediction
             cells.append(_segments_over(row.image, labels, size, words, colours, 0.8, 14))
-    # Cells stay aligned under their heads whatever the picture's shape.
+    # All cells get the same width, so that they stay aligned below their headings.
     padded = [_on_paper(c, cell, size[0], 0, 0) for c in cells]
     picture = _side_by_side(padded, gap=10)
     maps = [m for m in (row.truth, row.prediction) if m is not None]
@@ -204,13 +203,13 @@ def _segments_over(
     alpha: float,
     font_size: int,
 ) -> Image.Image:
-    """The picture at `size` under its segments: colour, outline, names where they fit."""
+    """Draws the picture at `size` with its segments: colour, outline, and names where they fit."""
     base = np.asarray(_resized(image, size), np.float32)
     if label_map is None:
         return Image.new("RGB", size[::-1], (241, 243, 245))
     labels = enlarge_labels(label_map, size)
     known = (labels >= 0)[..., None]
-    # The picture shows through as light and shade only, or its colours would mix with the labels' ones.
+    # The picture shows through mostly as lightness, so that its colours do not mix with those of the labels.
     shade = base.mean(-1, keepdims=True)
     mixed = (1 - alpha) * (0.5 * base + 0.5 * shade) + alpha * paint(labels, colours)
     faded = 0.75 * (0.3 * base + 0.7 * shade) + 0.25 * 255
@@ -236,8 +235,7 @@ def _outline(labels: Int[np.ndarray, "h w"], thickness: int) -> Bool[np.ndarray,
 def _write_inside(
     draw: ImageDraw.ImageDraw, mask: Bool[np.ndarray, "h w"], text: str, font_size: int
 ) -> None:
-    """Writes the text where it fits in the mask with most room around it; where it does not fit, not at
-    all."""
+    """Writes the text at the place in the mask with most room around it, or not at all if it does not fit."""
     area = np.pad(np.cumsum(np.cumsum(mask, 0, dtype=np.int64), 1), ((1, 0), (1, 0)))
     for points in (font_size, round(font_size * 0.8)):
         font = _font(points, text)
@@ -250,7 +248,7 @@ def _write_inside(
             covered = area[h:, w:] - area[:-h, w:] - area[h:, :-w] + area[:-h, :-w]
             ys, xs = np.nonzero(covered >= w * h)
             if len(ys):
-                # Of the places with this much room: the one nearest to their middle.
+                # Among the places with this much room, the one nearest to their middle.
                 i = np.argmin((ys - ys.mean()) ** 2 + (xs - xs.mean()) ** 2)
                 x, y = xs[i] + w / 2 - (left + right) / 2, ys[i] + h / 2 - (top + bottom) / 2
                 draw.text((x, y), text, font=font, fill="white", stroke_width=2, stroke_fill=INK)
@@ -273,7 +271,7 @@ def _entries(labels: Sequence[int], words: dict[int, str], colours: UInt8[np.nda
 
 
 def _legend(entries: Sequence[Entry], width: int, font_size: int) -> Image.Image:
-    """Swatches with words on white, in as many lines as they need; no colour = unknown, an empty swatch."""
+    """Draws swatches with words, in as many lines as they need; an empty swatch stands for unknown."""
     line, swatch, gap = round(font_size * 1.7), font_size, round(font_size * 1.1)
     places, x, y = [], 0, 0
     for text, colour in entries:
@@ -297,7 +295,7 @@ def _legend(entries: Sequence[Entry], width: int, font_size: int) -> Image.Image
 
 
 def _font(size: int, text: str = "") -> Any:
-    """Pillow's own font, or for other scripts than Latin a system font that has them, where there is one."""
+    """Returns Pillow's own font, or for other scripts than Latin a system font that has them, if there is one."""
     if all(ord(c) < 0x250 or c == "…" for c in text):
         return ImageFont.load_default(size)
     for name in (

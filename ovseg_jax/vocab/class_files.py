@@ -1,10 +1,10 @@
-"""Class lists as files of many kinds, for commands that take classes from anywhere.
+"""Reader of class lists in many file formats, for commands that accept any of them.
 
-3:airplane,aeroplane                          OpenSeg's label files: a line each, with the data set's own number
-airplane, aeroplane                           a line each, numbered from 1; commas between the names of a class
+3:airplane,aeroplane                          OpenSeg's label file: a line for each class, with the data set's own id
+airplane, aeroplane                           a line for each class, numbered from 1; commas separate its names
 ["airplane", ["car", "automobile"]]           JSON: the same
-[{"id": 3, "name": "airplane"}, ...]          JSON: COCO's and LVIS's categories, which may be the `categories` of a
-                                              whole annotation file; in the order of their ids
+[{"id": 3, "name": "airplane"}, ...]          JSON: COCO's and LVIS's categories, also as the `categories` of a whole
+                                              annotation file; sorted by id
 WORKDIR/classes.json                          the classes of a run
 """
 
@@ -22,10 +22,10 @@ _WHAT = "the classes"
 
 
 def read_class_file(path: epath.PathLike) -> ClassList:
-    """Reads a file of any of these kinds. `_` in the names of categories is a space.
+    """Reads a class list in any of these formats; `_` in the names of categories becomes a space.
 
     Raises:
-      UserError: no such file, one of another kind, of several at once, or one without a class.
+      UserError: there is no such file, its format is unknown or mixed, or it lists no class.
     """
     path = epath.Path(path)
     if path.suffix.lower() != ".json":
@@ -37,7 +37,7 @@ def read_class_file(path: epath.PathLike) -> ClassList:
             return classes if len(classes) else _numbered(path, [])
         entries = found.get("categories") if isinstance(found, dict) else found
         if not isinstance(entries, list):
-            raise UserError(f"{path} holds neither a list of classes nor an object with 'categories'")
+            raise UserError(f"{path} is neither a list of classes nor an object with 'categories'")
         if any(isinstance(entry, dict) for entry in entries):
             return _categories(path, objects(entries, "the list of classes"))
         return _numbered(path, [texts(entry, f"class {k}") for k, entry in enumerate(entries, 1)])
@@ -55,9 +55,7 @@ def _read_lines(path: epath.Path) -> ClassList:
             )
         return read_label_file(path)
     if lines and all(re.match(r"\s*\d+\s*,\s*\S", line) for _, line in lines):
-        raise UserError(
-            f"{path}: each line has an id and a comma, and an id ends with a colon: 3:airplane,aeroplane"
-        )
+        raise UserError(f"{path}: an id must be followed by a colon, not a comma, as in 3:airplane,aeroplane")
     return _numbered(path, [split_names(line) for _, line in lines])
 
 
@@ -80,9 +78,9 @@ def _numbered(path: epath.Path, groups: Sequence[Sequence[str]]) -> ClassList:
 
 
 def _checked(path: epath.Path, groups: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
-    """The names of each class, without doubles."""
+    """Checks the names of each class and removes duplicates."""
     if not groups:
-        raise UserError(f"{path} holds no class")
+        raise UserError(f"{path} lists no class")
     for k, group in enumerate(groups, 1):
         if not group:
             raise UserError(f"{path}: class {k} has no name")

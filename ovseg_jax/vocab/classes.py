@@ -1,9 +1,8 @@
-"""Lists of categories with their names: what a user asks for, and what a data set calls its classes.
+"""Lists of categories with their names: the labels that a user asks for, and the classes of a data set.
 
-Two spellings are read. In a sentence, `;` separates categories and `,` the names of one category (as in
-OpenSeg's demo): `"bride,woman in white; groom; cake"`. In a label file, each line is `id:name,name,...`,
-where `id` is the data set's own number of the class; a line whose name is `invalid_class_id` marks an unused
-number.
+Two formats are read. In a text, `;` separates categories and `,` the names of one category (as in OpenSeg's demo):
+`"bride,woman in white; groom; cake"`. In a label file, each line is `id:name,name,...`, where `id` is the data set's
+own number of the class; a line whose name is `invalid_class_id` marks an unused number.
 """
 
 import dataclasses
@@ -27,15 +26,15 @@ _LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class ClassList:
-    """Categories, each with one or more names.
+    """A list of categories, each with one or more names.
 
     Attributes:
       names: the names of each category; the first is the one displayed.
       ids: the data set's own number of each category, in the same order.
       isthing: whether each category is countable (a thing) rather than stuff.
       groups: named subsets of class indices over which scores are reported, such as "seen" and "held_out".
-      examples: how many training examples there are of each category, of which a few-shot run sees some; () where
-        nobody counted.
+      examples: the number of training examples of each category in the whole data set, of which a few-shot run sees
+        only some; () if unknown.
     """
 
     names: tuple[tuple[str, ...], ...]
@@ -62,22 +61,25 @@ class ClassList:
         return len(self.names)
 
     def display(self, k: int) -> str:
-        """The first name of category `k`."""
+        """Returns the first name of category `k`."""
         return self.names[k][0]
 
     def flat(self) -> tuple[list[str], Int[np.ndarray, "n"]]:
-        """All names in one list, and for each the index of its category, whose score is the max over them."""
+        """Returns all names in one list, and i32 [n], the category index of each name."""
         flat = [name for names in self.names for name in names]
         owner = np.repeat(np.arange(len(self.names), dtype=np.int32), [len(names) for names in self.names])
         return flat, owner
 
     def withheld(self) -> tuple[int, ...]:
-        """The categories of the groups "unseen" and "held_out", which training does not know."""
+        """Returns the indices of the categories in the groups "unseen" and "held_out", which training omits."""
         return tuple(sorted({k for group in ("unseen", "held_out") for k in self.groups.get(group, ())}))
 
     @property
     def index(self) -> dict[str, int]:
-        """Returns the category that each name means: the first called so, or else the first that lists it."""
+        """The category index of each name.
+
+        A name of several categories means the one that has it as its first name, or else the first that lists it.
+        """
         index: dict[str, int] = {}
         for k, names in enumerate(self.names):
             index.setdefault(names[0], k)
@@ -87,9 +89,9 @@ class ClassList:
         return index
 
     def distinct(self) -> "ClassList":
-        """Returns the categories with each name listed by the category that it means only, see `index`.
+        """Returns the categories with each shared name kept only by the category that it means (see `index`).
 
-        First names stay, also equal ones.
+        First names always stay, even if two are equal.
         """
         index = self.index
         names = tuple(
@@ -99,16 +101,16 @@ class ClassList:
         return dataclasses.replace(self, names=names)
 
     def say_shared(self, where: Any) -> "ClassList":
-        """Logs, once, that some names are listed by several categories, if any are; returns the list itself.
+        """Logs a warning if several categories share a name, and returns the list itself.
 
         Args:
-          where: the names come from.
+          where: the origin of the names, for the message.
         """
         index = self.index
         if shared := [name for k, own in enumerate(self.names) for name in own if index[name] != k]:
             owners = ", ".join(repr(self.display(k)) for k, own in enumerate(self.names) if shared[0] in own)
             _LOG.warning(
-                "%s: names that several categories list: %d, such as %r by %s; it means the first %s",
+                "%s: names listed by several categories: %d, such as %r by %s; this name means %s",
                 where,
                 len(set(shared)),
                 shared[0],
@@ -118,7 +120,7 @@ class ClassList:
         return self
 
     def to_json(self) -> str:
-        """A JSON text that `from_json` reads back."""
+        """Returns the list as JSON, which `from_json` reads."""
         fields = {
             "names": self.names,
             "ids": self.ids,
@@ -130,22 +132,22 @@ class ClassList:
 
     @classmethod
     def from_json(cls, text: str) -> "ClassList":
-        """Reads what `to_json` wrote.
+        """Parses the JSON that `to_json` returns.
 
         Raises:
-          ValueError: it is no such text.
+          ValueError: the text is not of this form.
         """
         return cls.from_fields(parse_json(text))
 
     @classmethod
     def from_fields(cls, fields: Any) -> "ClassList":
-        """Checks and takes the object that `to_json` writes.
+        """Checks the parsed JSON of `to_json` and builds a list from it.
 
         Raises:
-          ValueError: it is no such object.
+          ValueError: the object is not of this form.
         """
         if not isinstance(fields, dict) or not {"names", "ids", "isthing", "groups"} <= fields.keys():
-            raise ValueError("it is no class list: that has 'names', 'ids', 'isthing' and 'groups'")
+            raise ValueError("it is not a class list, which has 'names', 'ids', 'isthing' and 'groups'")
         if not isinstance(fields["groups"], dict):
             raise ValueError(f"'groups': expected an object, got {short(fields['groups'])}")
         return cls(
@@ -170,19 +172,21 @@ class ClassList:
 
 
 def parse_labels(text: str) -> ClassList:
-    """Reads categories from a sentence: `;` or a line's end between categories, `,` between the names of one.
+    """Parses categories from a text: `;` or a line break separates categories, `,` the names of one.
 
     Raises:
-      UserError: no category, or a category without a name.
+      UserError: there is no category, or a category has no name.
     """
     lines = text.replace("\r", "\n").removeprefix("\ufeff").split("\n")
-    # At the end of a line or of the text ";" ends the last category and does not start another.
+    # A ";" at the end of a line or of the text does not start an empty category.
     parts = [part for line in lines if line.strip() for part in line.strip().removesuffix(";").split(";")]
     categories = [split_names(part) for part in parts]
     if not any(categories):
         raise UserError(f'no labels in {text!r}: write them as "bride,woman in white; groom; cake"')
     if all(re.match(r"\d+:", names[0]) for names in categories if names):
-        raise UserError(f"the labels {short(text)} have ids, as the lines of a label file: leave them out")
+        raise UserError(
+            f"the labels {short(text)} have ids like the lines of a label file: leave the ids out"
+        )
     for position, names in enumerate(categories, 1):
         if not names:
             raise UserError(f"category {position} of the labels {text!r} has no name")
@@ -192,9 +196,9 @@ def parse_labels(text: str) -> ClassList:
 
 
 def read_label_file(path: epath.PathLike) -> ClassList:
-    """Reads a label file of OpenSeg's format: one `id:name,name,...` a line, UTF-8.
+    """Reads a label file in OpenSeg's format: one `id:name,name,...` a line, UTF-8.
 
-    Whether a category is a thing is not in such a file: all are marked as things.
+    The format does not say which categories are things: all are marked as things.
 
     Raises:
       UserError: the file cannot be read, a line is not of that form, an id occurs twice, or no category is
@@ -206,7 +210,7 @@ def read_label_file(path: epath.PathLike) -> ClassList:
             continue
         head, colon, tail = line.partition(":")
         names = split_names(tail)
-        # isdecimal, as int() does not take all that isdigit() does, and no number is as long as a line.
+        # isdecimal(), since isdigit() accepts digits that int() refuses; 18 digits fit int64.
         if not colon or not head.strip().isdecimal() or len(head.strip()) > 18 or not names:
             raise UserError(f'{path}, line {number}: expected "id:name,name,...", got {short(line.strip())}')
         if names[0] == UNUSED:
@@ -215,7 +219,7 @@ def read_label_file(path: epath.PathLike) -> ClassList:
             raise UserError(f"{path}, line {number}: the id {int(head)} occurs twice")
         categories[int(head)] = names
     if not categories:
-        raise UserError(f"the label file {path} holds no category")
+        raise UserError(f"the label file {path} lists no category")
     listed = ClassList(
         names=tuple(categories.values()), ids=tuple(categories), isthing=(True,) * len(categories)
     )
@@ -223,16 +227,16 @@ def read_label_file(path: epath.PathLike) -> ClassList:
 
 
 def load_labels(text_or_path: str) -> ClassList:
-    """Reads categories from a label file where the text names one, and from the text itself otherwise.
+    """Reads a label file if the text is the path of one, and otherwise parses the text as labels.
 
     Raises:
-      UserError: as `read_label_file` and `parse_labels` do.
+      UserError: see `read_label_file` and `parse_labels`.
     """
     text = str(text_or_path).strip()
     looks_like_file = re.search(r"(?i)\.txt$|^[\w+.-]+://", text) is not None and ";" not in text
     if looks_like_file:
         return read_label_file(text)
-    # A long list of labels is no file name: asking the disk for it would fail with "file name too long".
+    # A long list of labels is not a file name: looking for such a file would fail with "file name too long".
     short_enough = len(text.encode("utf-8", "surrogatepass")) < 256
     if text and short_enough and not re.search(r"[;\n\0]", text) and epath.Path(text).is_file():
         return read_label_file(text)
@@ -240,11 +244,10 @@ def load_labels(text_or_path: str) -> ClassList:
 
 
 def union(class_lists: Sequence[ClassList]) -> ClassList:
-    """The categories of several lists: those with the same first name are one, with the names of all.
+    """Joins several lists: categories with the same first name become one, with all their names.
 
-    Of names that several categories list, each is kept where it means the category, see `ClassList.distinct`. The ids
-    are new (0, 1, ...), since the lists' own numbers may clash; a group keeps its name and joins the members that all
-    lists give it.
+    Shared names are kept only by the category that they mean, see `ClassList.distinct`. The ids are new (0, 1, ...),
+    since the lists' own may clash; groups of the same name are joined.
     """
     names: dict[str, list[str]] = {}
     isthing: dict[str, bool] = {}
@@ -267,20 +270,20 @@ def union(class_lists: Sequence[ClassList]) -> ClassList:
 
 
 def split_names(text: str) -> tuple[str, ...]:
-    """Names between commas, without doubles; a comma inside parentheses belongs to the name."""
+    """Splits a text at its commas and removes duplicates; commas inside parentheses do not separate."""
     parts: Iterable[str] = re.split(r",(?![^(]*\))", text)
     return tuple(dict.fromkeys(name for part in parts if (name := " ".join(part.split()))))
 
 
-# Whatever way a person writes categories, see `as_classes`.
+# Every form of labels that `as_classes` accepts.
 Labels = str | os.PathLike | ClassList | Sequence[str | Sequence[str]]
 
 
 def as_classes(labels: Labels) -> ClassList:
-    """Categories from whatever way a person writes them; see `Segmenter.segment`.
+    """Converts labels in any accepted form to a ClassList; see `Segmenter.segment` for the forms.
 
     Raises:
-      UserError: no labels, an empty one, or a label file that cannot be read.
+      UserError: there are no labels, one is empty, or a label file cannot be read.
     """
     if isinstance(labels, ClassList):
         return labels
@@ -295,7 +298,7 @@ def as_classes(labels: Labels) -> ClassList:
         else:
             names.append(tuple(category) if isinstance(category, Iterable) else ())
     if not all(names) or not all(isinstance(name, str) and name.strip() for group in names for name in group):
-        raise UserError(f"the labels {short(labels)} hold an empty category: each takes at least one word")
+        raise UserError(f"the labels {short(labels)} hold an empty category: each needs at least one name")
     if not names:
         raise UserError("no labels were given: name at least one category")
     return ClassList(tuple(names), tuple(range(len(names))), (True,) * len(names))
@@ -304,18 +307,18 @@ def as_classes(labels: Labels) -> ClassList:
 def rows_of_names(
     classes: Sequence[Sequence[str]], asked: Sequence[str], knows: str
 ) -> Int[np.ndarray, " k"]:
-    """Which of the classes each asked name is, for what has something of its own for each class and no text.
+    """Maps each requested name to a class index, for models with parameters per class and no text tower.
 
-    Two classes may share a name (1,415 of ImageNet-21K's do), so that where all names are asked in the order of the
-    classes, or all first names are, they are told apart by their places.
+    Classes may share a name (1,415 of ImageNet-21K's do). If all names, or all first names, are requested in the order
+    of the classes, their positions tell them apart.
 
     Args:
       classes: the names of each class.
-      asked: names.
-      knows: what it is that tells the classes apart, for errors.
+      asked: the requested names.
+      knows: the model's description, for errors.
 
     Raises:
-      UserError: a name of none of them, or one of several.
+      UserError: no class has the name, or several classes have it.
     """
     owner = [k for k, names in enumerate(classes) for _ in names]
     flat = [name for names in classes for name in names]
@@ -327,8 +330,8 @@ def rows_of_names(
     for k, name in zip(owner, flat, strict=True):
         found.setdefault(name, set()).add(k)
     if unknown := [name for name in asked if name not in found]:
-        raise UserError(f"{knows} knows {len(classes)} classes, and {unknown[0]!r} is none of them")
+        raise UserError(f"{knows} knows {len(classes)} classes, but none is called {unknown[0]!r}")
     if several := [name for name in asked if len(found[name]) > 1]:
         count = len(found[several[0]])
-        raise UserError(f"{knows} knows {count} classes by the name {several[0]!r}: which one is meant?")
+        raise UserError(f"{knows} knows {count} classes called {several[0]!r}: the name is ambiguous")
     return np.array([k for name in asked for k in found[name]], np.int32)

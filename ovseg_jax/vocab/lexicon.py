@@ -1,7 +1,7 @@
-"""Small lists of words by what they speak of: an augmentation takes away the words that it makes untrue.
+"""Small word lists by meaning, from which an augmentation removes the words that it makes untrue.
 
-The lists are meant for captions of photographs: the words there that a shift of hue, a blur or a mirror
-spoils. They are not complete, and a config adds to them by the rule "words:...".
+The lists cover common words in captions of photographs that a hue shift, a blur or a flip makes untrue. They are not
+complete; a config adds words by the rule "words:...".
 """
 
 _COLOUR = """
@@ -49,7 +49,7 @@ LEXICON: dict[str, frozenset[str]] = {
     "side": frozenset(_SIDE.split()),
     "stuff": frozenset(_STUFF.split()),
 }
-"""Words of hue, of lightness, of surface pattern, of size, of left and right, and names of stuff."""
+"""Words for hue, lightness, surface pattern, size, and left and right, and names of stuff."""
 
 FUNCTION_WORDS = frozenset("a an the of in on at with and or to for from by is are its".split())
-"""Words of a name that say nothing by themselves: no embedding is asked for them."""
+"""Words of a name that have no meaning of their own and are not embedded."""

@@ -1,4 +1,4 @@
-"""Phrases as words of a vocabulary."""
+"""Lookup of the words of a phrase in a vocabulary."""
 
 import difflib
 from collections.abc import Mapping
@@ -9,17 +9,17 @@ from ovseg_jax.vocab.words import split_words
 
 
 def word_ids(text: str, index: Mapping[str, int]) -> list[int]:
-    """The numbers of a text's words.
+    """Returns the vocabulary ids of a text's words.
 
-    A whole text that stands in the vocabulary is one word; otherwise it is split, plurals fall back to singulars, and
-    words that the vocabulary never holds (articles, prepositions) are passed over.
+    If the vocabulary holds the whole text, it is one word. Otherwise the text is split, plurals fall back to singulars,
+    and words that no vocabulary holds (articles, prepositions) are skipped.
 
     Args:
       text: a name or phrase.
-      index: word -> number; the first is that of padding.
+      index: word -> id; the first word is padding.
 
     Raises:
-      UserError: an empty text, or one with a word that is not known (the message suggests near ones).
+      UserError: the text is empty, or holds an unknown word (the message suggests similar ones).
     """
     phrase = " ".join(text.lower().split())
     if not phrase:
@@ -46,7 +46,7 @@ def word_ids(text: str, index: Mapping[str, int]) -> list[int]:
 
 
 def _forms(token: str) -> list[str]:
-    """The token, then what it may be the plural of."""
+    """Returns the token and its possible singulars."""
     forms = [token]
     if token.endswith("ies"):
         forms.append(token[:-3] + "y")

@@ -1,4 +1,4 @@
-"""Which classes a benchmark withholds: seen and unseen classes as groups of a `ClassList`."""
+"""Benchmark splits: seen and unseen classes as groups of a `ClassList`."""
 
 import dataclasses
 import re
@@ -23,25 +23,27 @@ papers/000 (appendix B) keep."""
 
 
 def split(classes: ClassList, unseen: Sequence[str]) -> ClassList:
-    """The classes with the groups "seen" and "unseen" beside their own; what they held out already is not seen.
+    """Adds the groups "seen" and "unseen" to the classes; classes of the group "held_out" are not seen.
 
-    A name fits a class if it equals one of its names but for case, spaces, hyphens and underscores; of several the
-    first that is called so, or else the first that lists it, as `ClassList.index` has it.
+    A name matches a class if it equals one of its names up to case, spaces, hyphens and underscores; a name of several
+    classes means one of them by the rule of `ClassList.index`.
 
     Raises:
-      UserError: a name that fits no class, or nothing left that is seen.
+      UserError: a name matches no class, or no class is seen or unseen.
     """
     place: dict[str, int] = {}
     for name, k in classes.index.items():
         place.setdefault(_key(name), k)
     if unknown := [name for name in unseen if _key(name) not in place]:
-        raise UserError(f"the unseen class {unknown[0]!r} is none of the {len(classes)} classes of the data")
+        raise UserError(
+            f"the unseen class {unknown[0]!r} is not one of the {len(classes)} classes of the data"
+        )
     members = {place[_key(name)] for name in unseen}
     withheld = members.union(classes.groups.get("held_out", ()))
     seen = tuple(k for k in range(len(classes)) if k not in withheld)
     if not members or not seen:
         raise UserError(
-            f"{len(withheld)} of {len(classes)} classes would be unseen: a split has classes on both sides"
+            f"{len(withheld)} of {len(classes)} classes would be unseen: a split needs both seen and unseen classes"
         )
     return dataclasses.replace(
         classes, groups={**classes.groups, "seen": seen, "unseen": tuple(sorted(members))}
@@ -49,7 +51,7 @@ def split(classes: ClassList, unseen: Sequence[str]) -> ClassList:
 
 
 def load_split(classes: ClassList, written: str) -> ClassList:
-    """`split` by what a person writes.
+    """Adds the groups of a split that is given as text.
 
     Args:
       classes: the classes of the data.
@@ -57,13 +59,13 @@ def load_split(classes: ClassList, written: str) -> ClassList:
         a group "unseen" in.
 
     Raises:
-      UserError: as `split` and `read_categories` do, and for a file without such a group.
+      UserError: see `split` and `read_categories`; also if the file has no such group.
     """
     if written.lower().endswith(".json"):
         listed = read_categories(written)
         if "unseen" not in listed.groups:
             raise UserError(
-                f"{written} does not say which classes are unseen; published splits are {', '.join(UNSEEN)}"
+                f"{written} does not list unseen classes; built-in splits are {', '.join(UNSEEN)}"
             )
         with reading(written):
             try:
@@ -74,14 +76,14 @@ def load_split(classes: ClassList, written: str) -> ClassList:
 
 
 def read_categories(path: epath.PathLike) -> ClassList:
-    """Reads categories as published code lists them, kept as JSON.
+    """Reads categories from the JSON form of the lists in published code.
 
-    A list of categories is a list of names, or of objects with "name" and maybe "id" and "isthing". The file is such a
-    list, or an object with one, or with one whose key ends in "unseen" and one whose key ends in "seen"; the object may
-    itself stand under "data". Categories without ids are numbered from 0.
+    A list of categories is a list of names, or of objects with "name" and optionally "id" and "isthing". The file is
+    such a list, an object that holds one such list, or an object with two, whose keys end in "seen" and "unseen"; the
+    object may be nested under the key "data". Categories without ids are numbered from 0.
 
     Raises:
-      UserError: the file cannot be read, or holds nothing of this form.
+      UserError: the file cannot be read, or is not of this form.
     """
     data = read_json(path)
     if isinstance(data, dict) and isinstance(data.get("data"), dict | list):
@@ -96,13 +98,13 @@ def read_categories(path: epath.PathLike) -> ClassList:
         entries = next(iter(lists.values()))
     else:
         found = f"{len(lists)} lists ({', '.join(lists)})" if lists else "no list"
-        raise UserError(f"{path} holds {found} of categories: it takes one, or one 'seen' and one 'unseen'")
+        raise UserError(f"{path} holds {found} of categories: expected one, or one 'seen' and one 'unseen'")
     objects = [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
     with reading(path):
         names = [" ".join(name.split()) for name in column(objects, "name", text, of="category")]
         given = column(objects, "id", whole, default=None, of="category")
         ids = tuple(k if own is None else own for k, own in enumerate(given))
-        # Where some are marked as things, the others are none.
+        # If some categories are marked as things, those without a mark are stuff.
         isthing = column(
             objects, "isthing", flag, default=not any("isthing" in o for o in objects), of="category"
         )

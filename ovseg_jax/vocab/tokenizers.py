@@ -1,11 +1,11 @@
-"""Tokenisers of published text towers, from their files.
+"""Tokenisers of published text towers, read from their files.
 
   clip       byte-level BPE of CLIP: bpe_simple_vocab_16e6.txt.gz, vocab.json with merges.txt, or tokenizer.json
   wordpiece  lower-case BERT: vocab.txt or tokenizer.json
-  siglip     SentencePiece of SigLIP: *.model or tokenizer.json; lower case, punctuation taken away
+  siglip     SentencePiece of SigLIP: *.model or tokenizer.json; lower case, punctuation removed
   siglip2    SentencePiece of SigLIP 2 (Gemma's vocabulary): the same files; lower case
 
-A text holds no special tokens: "<|endoftext|>" or "[SEP]" in a caption are split like any other letters.
+Special tokens inside a text have no meaning: "<|endoftext|>" or "[SEP]" in a caption are split like any other letters.
 """
 
 import gzip
@@ -26,9 +26,9 @@ from jaxtyping import Bool, Int
 from ovseg_jax.errors import UserError
 from ovseg_jax.reading import read_json, read_text, reading, reason, short, texts, whole
 
-# Of a file's unpacked bytes and of ids: CLIP's are 3 MB, Gemma's 256,000.
+# Upper limit of a file's unpacked bytes (CLIP's has 3 MB) and of ids (Gemma has 256,000).
 _LARGEST = 1 << 26
-# Of BERT, which takes up to 512, it is ours: names and captions are short.
+# BERT takes up to 512 tokens; 64 suffice for names and captions.
 LENGTHS = {"clip": 77, "wordpiece": 64, "siglip": 64, "siglip2": 64}
 BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
 
@@ -36,37 +36,37 @@ _CLIP_SPECIALS = ("<|startoftext|>", "<|endoftext|>")
 _CLIP_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 _CLIP_MERGES = (
     49152 - 256 - 2
-)  # The file goes on; CLIP has 49,152 pieces with bytes and their word-final twins.
+)  # CLIP uses the first 48,894 merges of the file; with 2 x 256 bytes and 2 special tokens that makes 49,408 ids.
 
 
 class Tokenizer(Protocol):
-    """Texts to token ids of one length.
+    """The interface of a tokeniser: texts to token ids of one length.
 
     Attributes:
       length: tokens in each row.
-      vocab_size: ids are below it.
+      vocab_size: the number of ids; all ids are smaller.
     """
 
     length: int
     vocab_size: int
 
     def __call__(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "n l"], Bool[np.ndarray, "n l"]]:
-        """Ids (int32), and which of them are no padding."""
+        """Returns the token ids i32 [n L] and a mask, False at padding."""
         ...
 
 
 @dataclass(eq=False)
 class PieceTokenizer:
-    """Start, pieces, end, padding; a text that is too long loses its last pieces.
+    """A tokeniser whose rows are start, pieces, end and padding; long texts lose their last pieces.
 
     Attributes:
-      clean: what a text goes through before it is split.
-      encode: ids of the pieces of a clean text.
-      start: ids before them.
-      end: id behind them.
+      clean: normalises a text before it is split.
+      encode: returns the ids of the pieces of a normalised text.
+      start: ids at the start of each row.
+      end: id after the pieces.
       pad: id that fills a row.
       length: tokens in each row.
-      vocab_size: ids are below it.
+      vocab_size: the number of ids; all ids are smaller.
     """
 
     clean: Callable[[str], str]
@@ -78,17 +78,17 @@ class PieceTokenizer:
     vocab_size: int
 
     def __call__(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "n l"], Bool[np.ndarray, "n l"]]:
-        """Ids (int32), and which of them are no padding: pieces with start and end.
+        """Returns the token ids i32 [n L] and a mask, False at padding.
 
         Raises:
-          UserError: one text in place of a list of them.
+          UserError: a single text was given in place of a list.
         """
         if isinstance(texts, str):
             raise UserError(f"a tokenizer takes a list of texts, not one text: {texts!r}")
         ids = np.full((len(texts), self.length), self.pad, np.int32)
         valid = np.zeros(ids.shape, bool)
         for i, text in enumerate(texts):
-            # Halves of surrogate pairs, as broken JSON has them, are no text to the libraries.
+            # The libraries refuse lone surrogates, which damaged JSON may hold.
             whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             pieces = self.encode(self.clean(whole))[: self.length - len(self.start) - 1]
             row = [*self.start, *pieces, self.end]
@@ -100,32 +100,32 @@ def load_tokenizer(source: str | Path, kind: str | None = None, length: int | No
     """Loads a published tokeniser.
 
     Args:
-      source: a file, or a folder that holds one; `pretrained.hub.find` brings folders from the hub.
-      kind: clip, wordpiece, siglip or siglip2; found out from the files where it is None.
-      length: tokens in each row; of the published model where it is None, see LENGTHS.
+      source: a file, or a folder that holds one; `pretrained.hub.find` downloads folders from the hub.
+      kind: clip, wordpiece, siglip or siglip2; None recognises it from the files.
+      length: tokens in each row; None takes the published model's, see LENGTHS.
 
     Raises:
-      UserError: no such file, one of another kind, or a package that is not installed.
+      UserError: there is no such file, it is of another kind, or a package is not installed.
     """
     if kind not in (None, *LENGTHS):
-        raise UserError(f"kind={kind} of a tokenizer: known are {', '.join(LENGTHS)}")
+        raise UserError(f"the tokenizer kind={kind} is not one of {', '.join(LENGTHS)}")
     if length is not None and length < 3:
-        raise UserError(f"length={length} has no room for a text between its start and its end")
+        raise UserError(f"the tokenizer length={length} is less than 3: start, one piece and end")
     path = Path(source)
     if not path.exists():
         raise UserError(f"no such file or folder: {path}")
     file = _find(path, kind) if path.is_dir() else path
     with reading(file, "the tokenizer"):
         if (found := _load(file, kind, length)) is not None:
-            _made(found, ["a red ball \U0001f388"])  # Some faults show when a text is split.
+            _made(found, ["a red ball \U0001f388"])  # Some faults of a file only show when a text is split.
             return found
     raise UserError(
-        f"{file} is no tokenizer; known are *.model, {BPE_FILE}, vocab.json, vocab.txt, tokenizer.json"
+        f"{file} is not a tokenizer file: those are *.model, {BPE_FILE}, vocab.json, vocab.txt, tokenizer.json"
     )
 
 
 def _load(file: Path, kind: str | None, length: int | None) -> PieceTokenizer | None:
-    """The tokeniser of a file; None if its name is of none."""
+    """Loads the tokeniser of a file; returns None if its name is not that of a tokeniser."""
     if file.suffix == ".model":
         return _sentencepiece(file, kind, length)
     if file.name.endswith(".gz") or file.name in ("vocab.json", "merges.txt"):
@@ -139,28 +139,28 @@ def _load(file: Path, kind: str | None, length: int | None) -> PieceTokenizer | 
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files that `load_tokenizer` reads of a folder.
+    """Lists the files of a folder that `load_tokenizer` reads.
 
     Raises:
-      UserError: it holds none.
+      UserError: the folder holds none.
     """
     file = _find(folder, None)
     return [file, folder / "merges.txt"] if file.name == "vocab.json" else [file]
 
 
 def clean_clip(text: str) -> str:
-    """What CLIP's tokeniser does to a text before it splits it.
+    """Normalises a text as CLIP's tokeniser does before splitting it.
 
-    OpenAI's runs ftfy, whose result depends on its version. Here is always the same part of that: curly quotes
-    straightened, ligatures and full-width forms resolved, control characters dropped, NFC. Text in a wrong encoding
-    ("â€™") is not mended.
+    OpenAI's code runs ftfy, whose result depends on its version. This function always does the same part of it: curly
+    quotes are straightened, ligatures and full-width forms resolved, control characters dropped, and NFC applied. Text
+    in a wrong encoding ("â€™") is not repaired.
     """
     text = html.unescape(html.unescape(text)).translate(_MENDED)
     return " ".join(unicodedata.normalize("NFC", text).split()).lower()
 
 
 def clean_siglip(text: str) -> str:
-    """big_vision's canonical form: lower case, `_` is a space, other ASCII punctuation goes."""
+    """Normalises a text as big_vision does: lower case, `_` to a space, no other ASCII punctuation."""
     return " ".join(text.translate(_NO_PUNCTUATION).lower().split())
 
 
@@ -199,7 +199,7 @@ def _clip(
 
 
 def _alphabet(library: Any) -> list[str]:
-    """A printable character for each byte, in the order of CLIP's ids."""
+    """Returns a printable character for each byte, in the order of CLIP's ids."""
     return sorted(library.pre_tokenizers.ByteLevel.alphabet())
 
 
@@ -220,15 +220,15 @@ def _read_bpe(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _pairs(lines: Iterable[Any]) -> list[tuple[str, str]]:
-    """Merges, each as "a b" or [a, b]."""
+    """Parses merges, each "a b" or [a, b]."""
     pairs = [line.split(" ") if isinstance(line, str) else line for line in lines if line]
     if wrong := [pair for pair in pairs if len(texts(pair, "a merge")) != 2]:
-        raise ValueError(f"the merge {short(wrong[0])} is none of two pieces")
+        raise ValueError(f"the merge {short(wrong[0])} does not have two pieces")
     return [(first, second) for first, second in pairs]
 
 
 def _checked(vocab: Any) -> dict[str, int]:
-    """A vocabulary of pieces with ids of their own."""
+    """Checks that a vocabulary maps pieces to different ids."""
     if not isinstance(vocab, dict) or not vocab:
         raise ValueError(f"the vocabulary is {short(vocab)}, not an object of pieces")
     ids = [whole(k, f"the id of {short(piece)}", 0, _LARGEST) for piece, k in vocab.items()]
@@ -238,7 +238,7 @@ def _checked(vocab: Any) -> dict[str, int]:
 
 
 def _made(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What the libraries make of a file; theirs are bare Exceptions, and worse where Rust gave up."""
+    """Calls a library and turns its exceptions, a panic of its Rust code included, into ValueErrors."""
     try:
         return make(*args, **kwargs)
     except BaseException as error:
@@ -264,9 +264,9 @@ def _sentencepiece(file: Path, kind: str | None, length: int | None) -> PieceTok
     model = _made(_require("sentencepiece").SentencePieceProcessor, model_proto=file.read_bytes())
     end = model.eos_id()
     if end < 0:
-        raise UserError(f"{file} has no end-of-text piece: it is not a vocabulary of SigLIP")
+        raise UserError(f"{file} has no end-of-text piece: it is not a SigLIP vocabulary")
     kind = _agree(file, kind, "siglip2" if model.id_to_piece(end) == "<eos>" else "siglip")
-    # SigLIP pads with the end; big_vision: pad_value=1, eos="sticky".
+    # SigLIP pads with its end token, as big_vision does (pad_value=1, eos="sticky").
     pad = model.pad_id() if kind == "siglip2" else end
     clean, size = _SIGLIP_CLEAN[kind], model.get_piece_size()
     return PieceTokenizer(clean, model.encode, (), end, pad, length or LENGTHS[kind], size)
@@ -281,7 +281,7 @@ def _tokenizer_json(file: Path, kind: str | None, length: int | None) -> PieceTo
     if "max_input_chars_per_word" in model:
         _agree(file, kind, "wordpiece")
         if not (data.get("normalizer") or {}).get("lowercase", True):
-            raise UserError(f"{file} is a cased BERT's; only lower-case ones are known")
+            raise UserError(f"{file} is a cased BERT's; only lower-case ones are supported")
         return _wordpiece(model["vocab"], file, length)
     kind = _agree(file, kind, "siglip2" if model.get("byte_fallback") and "merges" in model else "siglip")
     whole = _made(_require("tokenizers").Tokenizer.from_str, read_text(file))
@@ -290,7 +290,7 @@ def _tokenizer_json(file: Path, kind: str | None, length: int | None) -> PieceTo
     end = whole.token_to_id("<eos>" if kind == "siglip2" else "</s>")
     pad = whole.token_to_id("<pad>") if kind == "siglip2" else end
     if end is None or pad is None:
-        raise UserError(f"{file} has no end-of-text or padding piece: it is not a vocabulary of SigLIP")
+        raise UserError(f"{file} has no end-of-text or padding piece: it is not a SigLIP vocabulary")
     encode, size = partial(_encode, whole), whole.get_vocab_size()
     return PieceTokenizer(_SIGLIP_CLEAN[kind], encode, (), end, pad, length or LENGTHS[kind], size)
 
@@ -306,7 +306,7 @@ def _find(folder: Path, kind: str | None) -> Path:
 
 
 def _agree(file: Path, kind: str | None, found: str) -> str:
-    """The kind that was asked for, if it can be; nothing in a SentencePiece file tells its cleaning for sure."""
+    """Returns the requested kind if the file can be of it; SigLIP 1 and 2 cannot be told apart for certain."""
     if kind in (None, found) or {kind, found} == {"siglip", "siglip2"}:
         return kind or found
     raise UserError(f"{file} is a tokenizer of kind {found}, not {kind}")

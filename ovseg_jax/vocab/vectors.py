@@ -1,5 +1,4 @@
-"""Vectors of names in a file, written once by any text tower: an .npz of `words` [C] and `vectors` [C D], with or
-without `ids` [C]."""
+"""Files of class vectors: an .npz of `words` [C], `vectors` [C D] and optionally `ids` [C]."""
 
 import os
 from typing import Any, NamedTuple
@@ -14,39 +13,41 @@ from ovseg_jax.vocab.classes import ClassList
 
 
 def read_vectors(path: epath.PathLike, key: str) -> tuple[list[str], Float[np.ndarray, "c d"]]:
-    """The names and their vectors, as they stand.
+    """Reads the names and their vectors f32 [C D], which are not normalised.
 
     Args:
-      path: what `python -m ovseg_jax.prompts --out=FILE.npz` writes.
-      key: what named the file, for errors.
+      path: a file that `python -m ovseg_jax.prompts --out=FILE.npz` wrote.
+      key: the config key or flag that named the file, for errors.
 
     Raises:
-      UserError: no such file, or one that holds something else.
+      UserError: there is no such file, or it is not of this form.
     """
     with reading(path, f"{key}:"):
         arrays = read_npz(path, f"{key}:")
         if not {"words", "vectors"} <= arrays.keys():
             raise ValueError(
-                f"it is no .npz with 'words' and 'vectors', but with {', '.join(arrays) or 'nothing'}"
+                f"expected the arrays 'words' and 'vectors', found {', '.join(arrays) or 'none'}"
             )
         names, vectors = arrays["words"], arrays["vectors"]
         if names.dtype.kind != "U" or vectors.dtype.kind not in "fiu" or vectors.dtype.itemsize > 8:
             raise ValueError(
-                f"'words' are {names.dtype} and 'vectors' {vectors.dtype}, not texts and numbers"
+                f"'words' has the dtype {names.dtype} and 'vectors' {vectors.dtype}, not text and numbers"
             )
         if vectors.ndim != 2 or names.shape != vectors.shape[:1]:
-            raise ValueError(f"it holds {vectors.shape} vectors for {names.shape} words")
+            raise ValueError(
+                f"'vectors' has the shape {vectors.shape}, which does not fit 'words' {names.shape}"
+            )
         if not np.isfinite(vectors := vectors.astype(np.float32)).all():
-            raise ValueError("it holds vectors of numbers that are not finite")
+            raise ValueError("'vectors' holds numbers that are not finite")
         return [text(str(name), "a word") for name in names], vectors
 
 
 class ClassVectors(NamedTuple):
-    """Classes that come with their vectors: labels for a model whose features lie in the same space.
+    """Classes with their unit vectors, as labels for a model of the same text tower.
 
     Attributes:
-      classes: a category for each name.
-      vectors: of unit length.
+      classes: one category for each name.
+      vectors: their unit vectors.
     """
 
     classes: ClassList
@@ -54,10 +55,10 @@ class ClassVectors(NamedTuple):
 
     @classmethod
     def of(cls, labels: Any) -> "ClassVectors | None":
-        """Labels that are such, or the path of an .npz of them; None for labels in words.
+        """Returns labels that are class vectors, or the path of an .npz file, as ClassVectors; else None.
 
         Raises:
-          UserError: as `read_vectors` does, and for no vectors, and for one that has no direction.
+          UserError: see `read_vectors`; also if there are no vectors, or one has no direction.
         """
         if isinstance(labels, cls):
             return labels
@@ -69,15 +70,17 @@ class ClassVectors(NamedTuple):
         names, vectors = read_vectors(path, "labels")
         length = np.linalg.norm(vectors, axis=1, keepdims=True)
         if not len(names) or not (np.isfinite(length) & (length > 0)).all():
-            raise UserError(f"labels: {path} holds no vectors, or some that are zero or no finite numbers")
+            raise UserError(f"labels: {path} holds no vectors, or one that is zero or not finite")
         classes = ClassList(tuple((name,) for name in names), _ids(path, len(names)), (True,) * len(names))
         return cls(classes, vectors / length)
 
 
 def _ids(path: str, count: int) -> tuple[int, ...]:
-    """The data set's own numbers of the classes; those from 0 where the file has none."""
+    """Reads the data set's own class ids; without any, they count from 0."""
     with reading(path, "labels:"):
         ids = read_npz(path, "labels:").get("ids", np.arange(count))
         if ids.dtype.kind not in "iu" or ids.shape != (count,):
-            raise ValueError(f"'ids' are {ids.dtype} {ids.shape}, not {count} whole numbers")
+            raise ValueError(
+                f"'ids' has the dtype {ids.dtype} and the shape {ids.shape}, not {count} whole numbers"
+            )
         return tuple(ids.tolist())

@@ -1,4 +1,4 @@
-"""One token a word: for small text towers that are trained from nothing, with no file to download."""
+"""A tokeniser with one token per word, for small text towers that are trained from scratch."""
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.tokenizers import PieceTokenizer
@@ -6,13 +6,13 @@ from ovseg_jax.vocab.words import WordList, split_words
 
 
 class WordTokenizer(PieceTokenizer):
-    """Words of a list with CLIP's start and end around them: the end has the highest id, padding is 0.
+    """A tokeniser of a word list, with CLIP's start and end: the end has the highest id, padding is 0.
 
     Args:
       words: the vocabulary.
       length: tokens in each row, start and end included.
 
-    Calling it raises a UserError for a word that is not in the list.
+    Calling it raises a UserError for a text with a word that is not in the list.
     """
 
     def __init__(self, words: WordList, length: int):
@@ -24,7 +24,7 @@ class WordTokenizer(PieceTokenizer):
         found = split_words(text)
         if unknown := [word for word in found if word not in self.words]:
             raise UserError(
-                f"the text {text!r} holds {unknown[0]!r}, which is none of the {len(self.words) - 1} words "
+                f"the text {text!r} holds {unknown[0]!r}, which is not one of the {len(self.words) - 1} words "
                 "that this model was trained with"
             )
         return self.words.ids(found).tolist()

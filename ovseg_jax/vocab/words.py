@@ -1,4 +1,4 @@
-"""Captions to words: what a caption may be grounded by, and what an augmentation makes untrue.
+"""Words of captions: parts of speech, filters, and the vocabulary of a training set.
 
 OpenSeg grounds the nouns and adjectives of a caption (section 3.2); Table 5 compares three filters, which are
 `FILTERS` here. A part-of-speech tagger reads the caption; the default one is TextBlob's PatternTagger, which
@@ -41,7 +41,7 @@ _COARSE = {"NN": "noun", "JJ": "adj", "VB": "verb"}
 
 
 def keep_of(caption_filter: str) -> tuple[str, ...]:
-    """The parts of speech that a caption filter of Table 5 keeps.
+    """Returns the parts of speech that a caption filter of Table 5 keeps.
 
     Raises:
       UserError: no filter has that name.
@@ -53,13 +53,12 @@ def keep_of(caption_filter: str) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=1 << 15)
 def _tag(caption: str, tagger: str) -> tuple[Tagged, ...]:
-    """The cache behind `tag_words`: a caption is met again in every epoch."""
-    # Captions shout and title-case at will, which a tagger takes for names: "A RED BALL" would hold no
-    # adjective.
+    """Tags a caption; caches the result for `tag_words`, since each epoch reads a caption again."""
+    # Lower case first: a tagger takes words in capitals for names, and "A RED BALL" would hold no adjective.
     tags = _mend(_penn_tagger(tagger)(" ".join(caption.lower().split())))
     words = []
     for token, tag in tags:
-        # A clitic ("n", "t", "s" of "isn't", "dog's") is no word of its own.
+        # Clitics ("n", "t", "s" of "isn't", "dog's") are not words.
         if _WORD.fullmatch(token) and (len(token) > 1 or token in ("a", "i")):
             words.append((token, _COARSE.get(tag[:2], "other")))
     return tuple(words)
@@ -81,7 +80,7 @@ def tag_words(caption: str, tagger: str = "pattern") -> list[Tagged]:
 def extract_words(
     caption: str, keep: Sequence[str] = ("noun", "adj"), tagger: str = "pattern"
 ) -> list[Tagged]:
-    """The words of a caption whose part of speech is in `keep`, each once, in order of appearance."""
+    """Returns the words of a caption whose part of speech is in `keep`, each once, in order of appearance."""
     words: dict[str, str] = {}
     for word, pos in tag_words(caption, tagger):
         if pos in keep:
@@ -90,13 +89,13 @@ def extract_words(
 
 
 def spoiled(word: str, pos: str, rule: str) -> bool:
-    """Whether a rule takes this word away.
+    """Tells whether a rule removes a word.
 
-    A rule is "pos:noun" (every word of that part of speech), "lexicon:colour" (every word of that entry of
-    `LEXICON`), "words:grass,sand" (just these), or "all". A hyphenated word counts as its parts.
+    A rule is "pos:noun" (every word of that part of speech), "lexicon:colour" (every word of that entry of `LEXICON`,
+    also as a part of a hyphenated word), "words:grass,sand" (only these), or "all".
 
     Raises:
-      UserError: the rule is not of these forms or names no lexicon.
+      UserError: the rule is not of these forms, or its lexicon does not exist.
     """
     kind, _, value = rule.partition(":")
     if rule == "all":
@@ -109,17 +108,16 @@ def spoiled(word: str, pos: str, rule: str) -> bool:
         lexicon = LEXICON[value]
         return word in lexicon or ("-" in word and not lexicon.isdisjoint(word.split("-")))
     raise UserError(
-        f"the word rule {rule!r} is not understood: use pos:{'|'.join(FILTERS['all'])}, "
+        f"the word rule {rule!r} is unknown: use pos:{'|'.join(FILTERS['all'])}, "
         f"lexicon:{'|'.join(sorted(LEXICON))}, words:a,b,... or all"
     )
 
 
 def without_spoiled(words: Sequence[Tagged], drop: Sequence[str], spare: Sequence[str] = ()) -> list[Tagged]:
-    """The words that no rule of `drop` takes, or that a rule of `spare` protects.
+    """Removes the words that a rule of `drop` matches, unless a rule of `spare` does too.
 
-    Blurring, say, makes the names of small things unreadable but not those of stuff:
-    `drop=("pos:noun",), spare=("lexicon:stuff",)`. All words may go: a caption of which nothing is true any
-    more grounds nothing.
+    After a blur, for example, small objects are unrecognisable but stuff is not: `drop=("pos:noun",),
+    spare=("lexicon:stuff",)`. The result may be empty; such a caption grounds nothing.
     """
     return [
         (word, pos)
@@ -129,12 +127,12 @@ def without_spoiled(words: Sequence[Tagged], drop: Sequence[str], spare: Sequenc
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a name or phrase in lower case, without punctuation; numbers stay."""
+    """Splits a name or phrase into lower-case words without punctuation; numbers stay."""
     return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text.lower())
 
 
 class WordList:
-    """The words that captions are grounded by; a word's id is its position, and id 0 is padding.
+    """The vocabulary of captions; a word's id is its position, and id 0 is padding.
 
     Attributes:
       words: all words; `words[0]` is "<pad>".
@@ -142,7 +140,7 @@ class WordList:
     """
 
     def __init__(self, words: Iterable[str]):
-        """Makes a list of `words` in this order, with the padding word put first; doubles are removed."""
+        """Creates a list of `words` in this order after the padding word; duplicates are removed."""
         self.words: tuple[str, ...] = (PAD, *(w for w in dict.fromkeys(words) if w != PAD))
         self.index: dict[str, int] = {word: i for i, word in enumerate(self.words)}
 
@@ -159,15 +157,15 @@ class WordList:
         return hash(self.words)
 
     def id(self, word: str) -> int:
-        """The word's id, and 0 (padding) for a word that is not in the list."""
+        """Returns the id of a word, 0 (padding) if it is not in the list."""
         return self.index.get(word, 0)
 
     def ids(self, words: Sequence[str]) -> Int[np.ndarray, "k"]:
-        """The ids of several words; 0 for those not in the list."""
+        """Returns the ids i32 [k] of several words, 0 for those not in the list."""
         return np.array([self.id(word) for word in words], np.int32)
 
     def to_json(self) -> str:
-        """Returns the words as a JSON list, which `load` reads from a file."""
+        """Returns the words as a JSON list, in the format of `load`."""
         return json.dumps(list(self.words), ensure_ascii=False, indent=0)
 
     def save(self, path: epath.PathLike) -> None:
@@ -176,7 +174,7 @@ class WordList:
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "WordList":
-        """Reads what `save` wrote.
+        """Reads a list that `save` wrote.
 
         Raises:
           UserError: the file is missing or is not a JSON list of words.
@@ -184,11 +182,11 @@ class WordList:
         with reading(path, "the word list"):
             words = texts(array(read_json(path, "the word list"), "the list"), "the list")
             if not set(words) - {PAD}:
-                raise ValueError("it holds no word")
+                raise ValueError("it lists no word")
             if blank := [word for word in words if not word.strip()]:
-                raise ValueError(f"it holds {blank[0]!r}, which is no word")
+                raise ValueError(f"it lists {blank[0]!r}, which is not a word")
             if len(set(words)) < len(words):
-                raise ValueError(f"it holds {next(w for w, n in Counter(words).items() if n > 1)!r} twice")
+                raise ValueError(f"it lists {next(w for w, n in Counter(words).items() if n > 1)!r} twice")
         return cls(words)
 
 
@@ -201,17 +199,17 @@ def build_words(
     tagger: str = "pattern",
     limit: int | None = None,
 ) -> WordList:
-    """Counts the words of captions and lists them, the most frequent first (equal counts by alphabet).
+    """Counts the words of captions and lists them, the most frequent first (ties alphabetically).
 
-    The captions are read one by one and not kept; PatternTagger takes half a minute or so for COCO's 600,000.
+    The captions are read one by one and not kept; PatternTagger takes about half a minute for COCO's 600,000.
 
     Args:
-      captions: texts, possibly very many.
-      keep: parts of speech to keep, as of `keep_of`.
+      captions: texts; they may be too many for memory.
+      keep: parts of speech to keep, see `keep_of`.
       min_count: words in fewer captions than this are left out.
       extra: words to list whether or not a caption holds them, after the others.
       tagger: as in `tag_words`.
-      limit: read at most this many captions.
+      limit: the maximum number of captions to read.
     """
     counts: Counter[str] = Counter()
     for caption in islice(captions, limit):
@@ -221,11 +219,11 @@ def build_words(
 
 
 def _mend(tags: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Mends Penn tags where a tagger made for newspapers misreads a caption's noun phrases.
+    """Corrects Penn tags where a tagger trained on newspapers misreads a caption's noun phrases.
 
-    Captions are strings of noun phrases. Inside one that a determiner opens, a participle or verb before a
-    noun describes it ("a dotted ball", "a lit candle"), and the phrase's last word is its noun, whatever else
-    it could be ("a large bear", "a green net", "an orange").
+    In a noun phrase that starts with a determiner, a participle or verb before a noun is an adjective ("a dotted
+    ball", "a lit candle"), and the last word is the noun, whatever its tag ("a large bear", "a green net", "an
+    orange").
     """
     tags = list(tags)
     for first, last in _phrases(tags):
@@ -238,13 +236,13 @@ def _mend(tags: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
         for i in range(first + 1, head):
             if tags[i][1].startswith("VB"):
                 tags[i] = (tags[i][0], "JJ")
-        if head < end and tags[end][1] == "VB":  # a bare infinitive has no place here: "a dotted drum"
+        if head < end and tags[end][1] == "VB":  # a bare infinitive cannot follow a noun: "a dotted drum"
             tags[end] = (tags[end][0], "NN")
     return tags
 
 
 def _phrases(tags: Sequence[tuple[str, str]]) -> Iterator[tuple[int, int]]:
-    """Spans [first, last) of noun phrases: a determiner, then adjectives, nouns and what could be either."""
+    """Yields spans [first, last) of noun phrases: a determiner, then adjectives, nouns and words that may be either."""
     i = 0
     while i < len(tags):
         if tags[i][1] not in ("DT", "PRP$", "CD"):
@@ -271,7 +269,7 @@ _LOADING = threading.Lock()
 
 
 def _penn_tagger(name: str):
-    """A function from a text to (token, Penn tag) pairs; loaded when first used, which takes a second."""
+    """Returns a function from a text to (token, Penn tag) pairs, loaded at first use (about a second)."""
     with _LOADING:
         return _load_tagger(name)
 
@@ -280,8 +278,8 @@ def _penn_tagger(name: str):
 def _load_tagger(name: str):
     if name == "pattern":
         tag = _require(name, "textblob.en", "pip install textblob").tag
-        # TextBlob fills its lexicon at the first call, and a second thread would read it half full: a run that was
-        # taken up again, whose first captions are read by several threads, then learned from other words.
+        # TextBlob fills its lexicon during the first call, and another thread would read it half full: a resumed run,
+        # whose first captions are read by several threads, would then learn from other words.
         tag("a red ball")
         return tag
     if name == "nltk":
@@ -305,7 +303,7 @@ def _load_tagger(name: str):
 
 
 def _require(tagger: str, module: str, install: str):
-    """Imports a tagger's module, or says how to get it."""
+    """Imports a tagger's module, or raises a UserError that says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as e:

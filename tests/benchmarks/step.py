@@ -85,7 +85,7 @@ def jax_side(config, folder: Path, batches, device: str, count: int):
     train_step = make_step(method, optimizer, config.seed, shardings)
 
     batch = put_batch(batches[0], mesh)
-    flops = count_flops(jax.make_jaxpr(train_step)(state, batch).jaxpr, mesh.size)
+    flops = count_flops(train_step.trace(state, batch).jaxpr.jaxpr, mesh.size)
 
     def step(i: int):
         nonlocal state

@@ -40,7 +40,7 @@ def test_a_mistake_is_one_sentence_and_status_1(capsys, error, sentence):
 def test_ctrl_c_is_status_130(capsys):
     assert guarded(raising(KeyboardInterrupt())) == 130
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "the same command goes on" in err
+    assert err.count("\n") == 1 and "the same command continues" in err
 
 
 def test_a_mistake_of_the_program_is_not_hidden():
@@ -77,7 +77,7 @@ def test_flags_are_parsed_and_checked_inside_of_the_guard(capsys):
     for arguments, message in (
         (["--size=x"], "argument --size: invalid int value: 'x'"),
         (["--imagse=x"], "unrecognized arguments: --imagse=x"),
-        (["--images=https://a.org/b.jpg"], "--images=https://a.org/b.jpg: https:// cannot be read"),
+        (["--images=https://a.org/b.jpg"], "--images=https://a.org/b.jpg: https:// is not supported"),
     ):
         assert run_command(parser, given.append, arguments) == 1
         err = capsys.readouterr().err
@@ -90,7 +90,7 @@ def test_addresses_name_the_scheme_or_the_extra(monkeypatch):
     check_addresses({"--images": "gs://bucket/x", "--labels": "dog; see https://a", "n": 3, "tile": (1, 2)})
     with pytest.raises(UserError, match=r"--x=s3://b/x: s3:// needs s3fs: pip install -e '.\[buckets\]'"):
         check_addresses({"--x": "s3://b/x"})
-    with pytest.raises(UserError, match=r"--data=folder,data_dir=ftp://x: ftp:// cannot be read"):
+    with pytest.raises(UserError, match=r"--data=folder,data_dir=ftp://x: ftp:// is not supported"):
         check_addresses({"--data": "folder,data_dir=ftp://x"})
     config = {"data": {"train": [{"data_dir": "http://x"}]}}
     with pytest.raises(UserError, match=r"config.data.train.0.data_dir=http://x"):

@@ -70,7 +70,7 @@ def test_a_file_that_cannot_be_written_or_is_read_too(tmp_path):
     for wrong in (tmp_path, tmp_path / "none" / "b.json", tmp_path / "a.json" / "b"):
         with pytest.raises(UserError, match="cannot be written"):
             check_out_file(wrong, {})
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         check_out_folder(tmp_path / "a.json" / "b")
 
 

@@ -176,7 +176,7 @@ def test_the_command():
     assert first["batch_size"] == 4 < found["batch_size"]
     assert found["change"] == f"--config.batch_size={found['batch_size']}"
     done = command("--topology=h100:1")
-    assert done.returncode == 1 and "say which --config" in done.stderr
+    assert done.returncode == 1 and "--config=FILE.py is missing" in done.stderr
 
 
 def test_a_step_compiled_for_a_tpu():

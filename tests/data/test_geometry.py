@@ -146,7 +146,7 @@ def test_boxes_and_segments_move_with_the_image(geometry):
 def test_one_geometry_is_asked_for():
     with pytest.raises(UserError, match=r"leave out data\.scale_jitter and data\.flip"):
         geometry_of({"image_size": 16, "augment": {}, "flip": False}, False)
-    with pytest.raises(UserError, match=r"randaugment=2 moves images without their masks and boxes"):
+    with pytest.raises(UserError, match=r"randaugment=2 transforms images without their masks and boxes"):
         geometry_of({"image_size": 16, "augment": {}}, True)
 
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,21 @@ def test_a_stream_may_start_anywhere(threads):
         assert_same(a, b)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_threads_that_read_give_way_to_the_step():
+    seen = {}
+
+    class Watched(Pictures):
+        def __getitem__(self, index):
+            thread = threading.get_native_id()
+            seen[thread] = os.getpriority(os.PRIO_PROCESS, thread)
+            return super().__getitem__(index)
+
+    batches(make_config(threads=2), Watched(), 6)
+    own = seen.pop(threading.get_native_id())  # the main thread counted the words
+    assert own < 19 and set(seen.values()) == {19}
+
+
 def test_processes_share_one_batch():
     config, source = make_config(), Pictures()
     whole = batches(config, source, 3)
@@ -152,7 +168,7 @@ def test_processes_share_one_batch():
     for step, batch in enumerate(whole):
         for p in range(2):
             assert_same({k: v[2 * p : 2 * p + 2] for k, v in batch.items()}, shares[p][step])
-    with pytest.raises(UserError, match="batch_size=4 does not divide by 3"):
+    with pytest.raises(UserError, match="batch_size=4 is not a multiple of the 3"):
         batches(config, source, 1, process_count=3)
 
 
@@ -300,7 +316,7 @@ def test_too_many_masks_and_words_are_cut():
             {"batch_augment": [{"name": "blur", "probability": 1.0, "drop": ("colour",)}]},
             "word rule 'colour'",
         ),
-        ({"batch_augment": [{"name": "blur", "probability": 2.0}]}, r"leaves 0\.\.1"),
+        ({"batch_augment": [{"name": "blur", "probability": 2.0}]}, r"is outside 0\.\.1"),
     ],
 )
 def test_bad_settings(data, message):
@@ -559,7 +575,7 @@ def test_mixture_of_classification_sources():
 
 
 def test_fields_need_their_kind_of_source():
-    with pytest.raises(UserError, match=r"data\.fields has no 'outlines'; known are image, words"):
+    with pytest.raises(UserError, match=r"data\.fields: 'outlines' is not one of image, words"):
         batches(labels_config(), Labelled(), 1, ("outlines",))
     with pytest.raises(UserError, match=r"'pictures' has no label, which the batch field 'label' needs"):
         batches(labels_config(), Pictures(), 1, LABELS)

@@ -202,11 +202,11 @@ def test_settings_are_checked():
         ({"overlap": 1}, "None is not one of"),
         (
             {"type": "panoptic", "overlap": 1},
-            "no setting 'overlap'; it has object_threshold, overlap_threshold",
+            "no setting 'overlap'; known settings: object_threshold, overlap_threshold",
         ),
-        ({"type": "panoptic", "overlap_threshold": "half"}, "is a number, not 'half'"),
-        ({"type": "groupvit", "scale": float("nan")}, "is a number"),
-        ({"type": "instances", "top": 0}, "at least 1"),
+        ({"type": "panoptic", "overlap_threshold": "half"}, "must be a number, not 'half'"),
+        ({"type": "groupvit", "scale": float("nan")}, "must be a number"),
+        ({"type": "instances", "top": 0}, "is less than 1"),
         ({"type": "argmax", "threshold": 1}, "it has no setting"),
     ):
         with pytest.raises(UserError, match=said):

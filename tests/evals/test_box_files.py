@@ -35,14 +35,17 @@ def test_proposals(tmp_path):
     ("content", "message"),
     [
         ("[", "cannot be read: it is not valid JSON"),
-        ("[]", "is no list of boxes"),
-        ('{"annotations": []}', "is no list of boxes"),
+        ("[]", "is not a list of boxes"),
+        ('{"annotations": []}', "is not a list of boxes"),
         ('[{"bbox": [1, 2, 3, 4]}]', "box 0 has no 'image_id'"),
         ('[{"image_id": 1, "bbox": 3}]', "box 0: 'bbox': expected a list of 4 numbers"),
         ('[{"image_id": 1, "bbox": [1, 2, 3]}]', "box 0: 'bbox': expected a list of 4 numbers"),
-        ('[{"image_id": 1, "bbox": [1, 2, 0, 3]}]', "bbox of box 0 is not x, y"),
+        ('[{"image_id": 1, "bbox": [1, 2, 0, 3]}]', "bbox of box 0 is not \\[x, y"),
         ('[{"image_id": 1, "bbox": [1, NaN, 1, 3]}]', "box 0: 'bbox': expected a finite number"),
-        ('[{"image_id": 1, "bbox": [1, 2, 1, 3], "score": 3.5}]', "score of box 0 is 3.5: a probability"),
+        (
+            '[{"image_id": 1, "bbox": [1, 2, 1, 3], "score": 3.5}]',
+            "score of box 0 is 3.5: it must be a probability",
+        ),
     ],
 )
 def test_what_are_no_proposals(tmp_path, content, message):
@@ -67,7 +70,7 @@ def test_where_images_lie(tmp_path):
     assert [Path(path).name for path in found.values()] == [
         *("000000000285.jpg", "12.jpeg", "x.png", "x.png", "x.png", "000000000139.jpg")
     ]
-    with pytest.raises(UserError, match="holds no image of the id 286"):
+    with pytest.raises(UserError, match="holds no image with the id 286"):
         find_images(tmp_path, [286])
     with pytest.raises(UserError, match="is not a folder"):
         find_images(tmp_path / "x.png", [285])
@@ -196,15 +199,17 @@ def test_boxes_of_images_that_the_annotations_have_under_another_kind_of_id(tmp_
     found = match_images(read_boxes(tmp_path / "b.json"), truth)
     assert {key: len(p.boxes) for key, p in found.items()} == {1: 2, 2: 2}
     (tmp_path / "b.json").write_text(json.dumps(boxes(1, 3, "x")))
-    with pytest.raises(UserError, match="boxes of the image 3 and of 1 more, which --annotations lacks"):
+    with pytest.raises(
+        UserError, match="boxes of the image 3 and of 1 more, which --annotations does not list"
+    ):
         match_images(read_boxes(tmp_path / "b.json"), truth)
 
 
 @pytest.mark.parametrize(
     ("part", "entry", "message"),
     [
-        ("annotations", {"image_id": 5}, "annotation 1 is of image 5, which the file does not list"),
-        ("annotations", {"category_id": 4}, "annotation 1 is of category 4, which"),
+        ("annotations", {"image_id": 5}, "annotation 1 refers to the image 5, which the file does not list"),
+        ("annotations", {"category_id": 4}, "annotation 1 refers to the category 4, which"),
         ("annotations", {"bbox": None}, "annotation 1"),
         ("annotations", {"bbox": [1, 2, float("nan"), 4]}, "annotation 1"),
         ("annotations", {"area": "large"}, "annotation 1"),

@@ -253,9 +253,9 @@ def test_a_second_run_compiles_nothing():
 
 
 def test_mistakes_are_said():
-    with pytest.raises(UserError, match=r"evals\.test: there is no image"):
+    with pytest.raises(UserError, match=r"evals\.test: the source has no image"):
         evaluate(data=[dict(e, example_mask=np.bool_(False)) for e in examples()])
-    with pytest.raises(UserError, match=r"evals\.test\.metric is 'f1': here are accuracy"):
+    with pytest.raises(UserError, match=r"evals\.test\.metric='f1' is not one of accuracy"):
         evaluate(metric="f1")
     evals = lambda **cfg: ConfigDict({"data": {"image_size": S}, "evals": {"a": cfg}})
     mesh = make_mesh(devices=jax.devices()[:1])

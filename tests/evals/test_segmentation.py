@@ -275,7 +275,7 @@ def test_an_unknown_type_is_said():
         (dict(type="ovseg_jax.evals.segmentation:Missing"), "cannot be imported"),
         (dict(type="no_such_module:Class"), "cannot be imported"),
         (dict(type="ovseg_jax.evals.segmentation:Sums"), "is no evaluator"),
-        (dict(type="classification"), "cannot do"),
+        (dict(type="classification"), "does not support"),
     ):
         with pytest.raises(UserError, match=said):
             make_evaluators(ConfigDict(dict(evals=dict(a=entry), data={})), PatchMethod(), mesh)

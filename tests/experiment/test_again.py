@@ -98,13 +98,13 @@ def test_features_of_other_images_are_computed_again(again, caplog):
     config.steps = 3
     before = np.load(folder / "run" / "features" / "features.npy")
     train(config, folder / "run")
-    assert "computed anew" not in caplog.text
+    assert "computed again" not in caplog.text
     (folder / "images" / "old moon" / "1.png").unlink()
     write_image(folder / "images" / "old moon" / "9.png", 5)
     config.steps = 4
     train(config, folder / "run")
     after = np.load(folder / "run" / "features" / "features.npy")
-    assert "computed anew" in caplog.text and after.shape == before.shape and (after != before).any()
+    assert "computed again" in caplog.text and after.shape == before.shape and (after != before).any()
     (folder / "run" / "features" / "features.npy").write_bytes(b"cut")
     config.steps = 5
     train(config, folder / "run")
@@ -175,7 +175,7 @@ def test_what_a_method_leaves_is_written_again_and_checked(again):
     flipped[-3] ^= 1
     path.write_bytes(flipped)
     config.prompt.init = str(path)
-    with pytest.raises(UserError, match=r"prompt\.safetensors is not what was written"):
+    with pytest.raises(UserError, match=r"prompt\.safetensors does not match its checksum"):
         train(config, folder / "other")
 
 

@@ -49,12 +49,12 @@ def test_features_are_computed_once(kept, caplog):
         path.write_bytes(damage(path.read_bytes()))
         caplog.clear()
         np.testing.assert_array_equal(ask(1)[3]["feature"], first[3]["feature"])
-        assert "features.npy" in caplog.text and "computed anew" in caplog.text
+        assert "features.npy" in caplog.text and "computed again" in caplog.text
     for content in ("{}", "{", "\0", "[]"):
         (folder / "done.json").write_text(content)
         caplog.clear()
         ask(1)
-        assert "computed anew" in caplog.text
+        assert "computed again" in caplog.text
     assert len(computed) == 8
 
 

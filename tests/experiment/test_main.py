@@ -13,8 +13,10 @@ import jax
 import numpy as np
 import pytest
 
+from ovseg_jax import main as command
 from ovseg_jax.main import default_workdir
 from ovseg_jax.train.checkpoints import load_variables
+from tests.absl_commands import run_command
 
 ROOT = Path(__file__).parents[2]
 TINY = Path(__file__).parents[1] / "tiny.py"
@@ -115,7 +117,7 @@ def test_a_finished_run_shows_its_scores_again(main, trained):
     before = (workdir / "summary.json").read_text()
     done = main(f"--config={TINY}:steps=6", f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
-    assert "has already made its 6 steps" in done.stdout and "held_out" in done.stdout
+    assert "has already completed its 6 steps" in done.stdout and "held_out" in done.stdout
     assert (workdir / "summary.json").read_text() == before
 
 
@@ -143,15 +145,19 @@ def test_evaluation_alone(main, trained):
     assert "at step 6" in done.stdout and f"{score:.2f}" in done.stdout
 
 
-def test_another_config_in_the_same_folder(main, trained):
+def test_another_config_in_the_same_folder(trained):
     workdir, _ = trained
-    error = sentence(main(f"--config={TINY}:seed=1", f"--workdir={workdir}", "--config.batch_size=8"))
+    error = sentence(
+        run_command(command.main, f"--config={TINY}:seed=1", f"--workdir={workdir}", "--config.batch_size=8")
+    )
     assert "batch_size was 4, is 8" in error and "seed was 0, is 1" in error
     assert "another --workdir" in error
 
 
-def test_no_run_to_evaluate(main, tmp_path):
-    error = sentence(main(f"--config={TINY}", f"--workdir={tmp_path}/none", "--mode=eval"))
+def test_no_run_to_evaluate(tmp_path):
+    error = sentence(
+        run_command(command.main, f"--config={TINY}", f"--workdir={tmp_path}/none", "--mode=eval")
+    )
     assert f"{tmp_path}/none holds no run" in error
 
 
@@ -171,8 +177,9 @@ def test_no_run_to_evaluate(main, tmp_path):
         ([], ["--config"]),
     ],
 )
-def test_mistakes_on_the_command_line(main, arguments, words, tmp_path):
-    error = sentence(main(*arguments, cwd=tmp_path))
+def test_mistakes_on_the_command_line(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error = sentence(run_command(command.main, *arguments))
     for word in words:
         assert word in error
     assert not (tmp_path / "runs").exists()

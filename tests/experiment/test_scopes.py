@@ -81,16 +81,16 @@ def test_what_is_needed():
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ([stage("a", init="stage:b"), stage("b", init="stage:a")], "each of a, b waits for another one"),
-        ([stage("a", init="stage:a")], "waits for another one of them, or for itself"),
-        ([stage("a"), stage("a")], "'a' is no name of a stage, or two have it"),
-        ([stage("a/b")], "'a/b' is no name"),
-        ([stage("")], "'' is no name"),
-        ([stage("a", kind="dance")], "a is of kind 'dance'; known are train, pseudo_label, annotate"),
-        ([stage("a", kind="annotate")], "a is of kind 'annotate', which this version cannot run yet"),
-        ([dict(name="a")], r"each is dict\(name=\.\.\., kind=\.\.\., config=\.\.\.\)"),
-        ([stage("a", init="stage:b")], "stage:b: there is no stage 'b'; known are a"),
-        (["a"], "each is dict"),
+        ([stage("a", init="stage:b"), stage("b", init="stage:a")], "a, b depend on each other"),
+        ([stage("a", init="stage:a")], "depend on each other, or on themselves"),
+        ([stage("a"), stage("a")], "the name 'a' is used twice, or has other"),
+        ([stage("a/b")], "the name 'a/b' is used twice, or has other"),
+        ([stage("")], "the name '' is used twice, or has other"),
+        ([stage("a", kind="dance")], "a has the kind 'dance'; known kinds: train, pseudo_label, annotate"),
+        ([stage("a", kind="annotate")], "a has the kind 'annotate', which is not implemented yet"),
+        ([dict(name="a")], r"each stage is dict\(name=\.\.\., kind=\.\.\., config=\.\.\.\)"),
+        ([stage("a", init="stage:b")], "stage:b: there is no stage 'b'; known stages: a"),
+        (["a"], "each stage is dict"),
     ],
 )
 def test_stages_that_cannot_be(workdir, stages, message):
@@ -119,7 +119,7 @@ def test_a_finished_stage_is_skipped_and_one_whose_config_changed_is_refused(wor
         run(workdir, longer, stage("b"))
     assert before == {path: path.read_bytes() for path in before}
     (workdir / "a" / "stage.json").write_text("{")
-    with pytest.raises(UserError, match=r"stage\.json is not what was written"):
+    with pytest.raises(UserError, match=r"stage\.json does not match its checksum"):
         run(workdir, stage("a"), stage("b"))
 
 

@@ -122,13 +122,13 @@ def test_a_classifier_segments_with_the_masks_of_another_run(run, tmp_path, caps
     segments = json.loads((tmp_path / "out/a.json").read_text())["segments"]
     assert {segment["category"] for segment in segments} <= {"red ball", "grass"} and segments
     for wrong, message in (
-        ([flags[0], *flags[1:], "--fill=zero"], "--fill is of use with --proposals alone"),
-        ([*flags, *stages, "--step=2"], "--step does not go with --proposals"),
+        ([flags[0], *flags[1:], "--fill=zero"], "--fill needs --proposals"),
+        ([*flags, *stages, "--step=2"], "--step cannot be used with --proposals"),
         ([*flags, *stages, "--features"], "leave out --proposals"),
-        ([*flags, f"--proposals={workdir}"], "--proposals=.* proposes no masks"),
+        ([*flags, f"--proposals={workdir}"], "--proposals=.* does not propose masks"),
         (
             [f"--checkpoint={workdir / 'proposals'}", *flags[1:], stages[0]],
-            "--checkpoint=.* classifies no images",
+            "--checkpoint=.* does not classify images",
         ),
     ):
         capsys.readouterr()

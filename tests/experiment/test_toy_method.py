@@ -61,7 +61,7 @@ def test_it_segments_by_the_panoptic_decision(workdir):
     assert 0 < len(things.segments) <= 5 and all(segment.isthing for segment in things.segments)
     plain = segmenter.segment(image, labels, decision="argmax")
     assert {segment.instance for segment in plain.segments} == {0}
-    with pytest.raises(UserError, match="Panoptic is for whole images"):
+    with pytest.raises(UserError, match="Panoptic works on whole images"):
         segmenter.segment(image, labels, decision="panoptic", tile=(16, 4))
 
 

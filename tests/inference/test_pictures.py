@@ -64,4 +64,4 @@ def test_a_picture_that_fails_costs_no_other(tmp_path, caplog):
     with pytest.raises(UserError, match="nowhere"):
         draw_run(config, tmp_path, method, method.init(None), images=2)
     assert (tmp_path / "pictures/b.png").exists() and (tmp_path / "curves.png").exists()
-    assert "a.png is not drawn" in caplog.text
+    assert "a.png was not drawn" in caplog.text

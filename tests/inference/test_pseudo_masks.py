@@ -44,7 +44,7 @@ def test_images_without_a_mask_get_one(run, tmp_path, capsys):
     Image.fromarray(np.full((24, 40), 7, np.uint8)).save(masks / "2.PNG")
     assert run(batch=2) == 1
     out = capsys.readouterr()
-    assert "2 masks written" in out.out and "1 were there, 1 images left out" in out.out
+    assert "2 masks written" in out.out and "1 existed, 1 images skipped" in out.out
     assert "broken.jpg" in out.err
     assert {path.name for path in masks.iterdir()} == {"0.txt", "0.png", "1.png", "2.PNG"}
     assert np.unique(Image.open(masks / "0.png")).tolist() == [1]
@@ -76,12 +76,12 @@ def test_what_was_stopped_goes_on(run, tmp_path, monkeypatch):
     ("flags", "message"),
     [
         ({"data_dir": "nowhere"}, "has no folder images/"),
-        ({"checkpoint": "pixels"}, "proposes no masks"),
-        ({"threshold": 2}, "threshold=2.0: it is between 0 and 1"),
+        ({"checkpoint": "pixels"}, "without mask proposals"),
+        ({"threshold": 2}, "threshold=2.0 is not between 0 and 1"),
         ({"min_area": -1}, "min_area=-1.0"),
         ({"batch": 0}, "--batch=0"),
         ({"twins": 1}, "a.jpg and a.png would share the mask a.png"),
-        ({"empty": 1}, "holds no image"),
+        ({"empty": 1}, "holds no readable image"),
     ],
 )
 def test_a_wrong_request_is_one_sentence(run, tmp_path, capsys, flags, message):

@@ -139,14 +139,14 @@ def test_labels_that_come_with_their_vectors(tmp_path):
 @pytest.mark.parametrize(
     ("vectors", "message"),
     [
-        (np.ones((2, 7)), "labels: their vectors have 7 numbers, and this model's"),
-        (np.zeros((2, 3)), "zero or no finite numbers"),
+        (np.ones((2, 7)), "labels: their vectors have 7 numbers, but this model's"),
+        (np.zeros((2, 3)), "zero or not finite"),
         (np.ones((0, 3)), "v.npz cannot be read"),
-        (np.ones((3, 3)), r"\(3, 3\) vectors for \(2,\) words"),
+        (np.ones((3, 3)), r"\(3, 3\), which does not fit 'words' \(2,\)"),
         (None, "no such file"),
         (b"PK\x03\x04 cut off", "v.npz cannot be read"),
         (b"hello", "v.npz cannot be read"),
-        ("npy", "v.npz cannot be read: it is no .npz"),
+        ("npy", "v.npz cannot be read: it is not an .npz file"),
     ],
 )
 def test_vectors_that_cannot_be(tmp_path, vectors, message):

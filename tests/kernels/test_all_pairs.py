@@ -128,5 +128,5 @@ def test_the_form_follows_the_size(monkeypatch):
 
 def test_blocks_that_do_not_divide_are_an_error():
     image, text, valid = map(jnp.asarray, make())
-    with pytest.raises(ValueError, match=r"blocks of \(4, 5\)"):
+    with pytest.raises(ValueError, match=r"the block \(4, 5\)"):
         contrastive_loss(image, text, valid, jnp.float32(TAU), form="ring", block=(4, 5))

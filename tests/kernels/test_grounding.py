@@ -126,7 +126,7 @@ def test_a_batch_without_words_has_zero_loss_and_finite_gradients():
 
 
 def test_a_group_that_does_not_divide_the_batch_is_an_error():
-    with pytest.raises(ValueError, match="groups of 5"):
+    with pytest.raises(ValueError, match="the group 5"):
         loss_of(make(), group=5)
 
 

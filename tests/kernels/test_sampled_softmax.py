@@ -163,7 +163,7 @@ def test_similarity_proposes_what_the_images_look_like():
 def test_samples_that_cannot_be():
     data = make()
     for sample in (1, N + 1):
-        with pytest.raises(ValueError, match="K is between 2 and"):
+        with pytest.raises(ValueError, match="is not between 2 and"):
             run(sampled_softmax, data, None, key=KEY, scale=SCALE, sample=sample)
     with pytest.raises(ValueError, match="5 of 4 classes"):
         sample_classes(KEY, 5, 4)

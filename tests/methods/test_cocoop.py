@@ -117,5 +117,5 @@ def test_what_cannot_be():
     assert isinstance(make(), Classifier)
     with pytest.raises(UserError, match=r"prompt\.specific=False"):
         make(**{"prompt.specific": True})
-    with pytest.raises(UserError, match="for each image"):
+    with pytest.raises(UserError, match="depend on the image"):
         make().embed_text({}, ["cat"])

@@ -111,11 +111,11 @@ def test_classes_that_share_a_name_are_told_apart(monkeypatch):
     np.testing.assert_array_equal(class_features(method, variables, flat)["row"], every)
     assert len(np.unique(first, axis=0)) == 4
     np.testing.assert_array_equal(embed(["hound", "bird"]), first[np.array([3, 0])])
-    with pytest.raises(UserError, match="2 classes by the name 'crane'"):
+    with pytest.raises(UserError, match="2 classes called 'crane'"):
         method.embed_text(variables, ["crane"])
 
 
-@pytest.mark.parametrize("names,said", [(["dog", "sea"], "'sea' is none of them"), ([], "no class names")])
+@pytest.mark.parametrize("names,said", [(["dog", "sea"], "none is called 'sea'"), ([], "no class names")])
 def test_names_that_cannot_be(method, variables, names, said):
     with pytest.raises(UserError, match=said):
         method.embed_text(variables, names)

@@ -94,7 +94,7 @@ def test_all_deep_maps_start_from_the_same_values():
     [
         ({"prompt.position": "middle"}, "prompt.position=end"),
         ({"prompt.specific": True}, "prompt.specific=False"),
-        ({"towers.text.layers": 2}, "the text tower has 2 blocks"),
+        ({"towers.text.layers": 2}, "exceeds the 2 blocks of the text tower"),
         ({"prompt.depth": 0}, "1 to 3"),
     ],
 )

@@ -82,11 +82,21 @@ def batch(seed=0):
     )
 
 
-def grads(method, data):
-    variables = method.init(jax.random.key(0))
-    rest = {k: v for k, v in variables.items() if k != "params"}
-    loss = lambda params: method.loss({"params": params, **rest}, data, jax.random.key(1))
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+_compiled = {}
+
+
+def grads(data, accumulate=1, **changes):
+    """Loss and gradients of `make(**changes)`, which is compiled once for all tests."""
+    key = str((accumulate, changes))
+    if key not in _compiled:
+        method = make(**changes)
+        method.config.accumulate = accumulate
+        variables = method.init(jax.random.key(0))
+        rest = {k: v for k, v in variables.items() if k != "params"}
+        loss = lambda params, data: method.loss({"params": params, **rest}, data, jax.random.key(1))
+        _compiled[key] = jax.jit(jax.value_and_grad(loss, has_aux=True)), variables["params"]
+    function, params = _compiled[key]
+    return function(params, data)
 
 
 def moved(tree):
@@ -97,7 +107,7 @@ def moved(tree):
 
 
 def test_the_loss_is_eq_5_and_every_parameter_learns():
-    (loss, aux), grad = grads(make(), batch())
+    (loss, aux), grad = grads(batch())
     mean = {k: float(s / c) for k, (s, c) in aux.metrics.items()}
     np.testing.assert_allclose(loss, mean["grounding_loss"] + 2 * mean["mask_loss"], rtol=1e-5)
     assert mean["region_temperature"] == pytest.approx(0.1, rel=1e-4)
@@ -108,14 +118,14 @@ def test_the_loss_is_eq_5_and_every_parameter_learns():
 
 @pytest.mark.parametrize("detach", [False, True])
 def test_detached_masks_learn_from_masks_alone(detach):
-    _, grad = grads(make(loss=dict(mask_weight=0.0), detach_masks=detach), batch())
+    _, grad = grads(batch(), loss=dict(mask_weight=0.0), detach_masks=detach)
     yes = moved(grad["image"])
     assert any(yes[name] for name in yes if name.startswith("decoder")) is not detach
     assert any(yes[name] for name in yes if name.startswith("head_z"))
 
 
 def test_a_teacher_learns_without_words():
-    _, grad = grads(make(loss=dict(grounding_weight=0.0)), batch())
+    _, grad = grads(batch(), loss=dict(grounding_weight=0.0))
     yes = moved(grad)
     assert not yes["text/table"]
     assert yes["image/decoder/queries"]
@@ -126,15 +136,13 @@ def test_padding_examples_change_nothing():
     mask = jnp.array([True, True, True, False])
     other = batch(7)
     pad = lambda a, b: jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b)
-    results = [
-        grads(make(), {**jax.tree.map(pad, data, x), "example_mask": mask})[0][0] for x in (data, other)
-    ]
+    results = [grads({**jax.tree.map(pad, data, x), "example_mask": mask})[0][0] for x in (data, other)]
     np.testing.assert_array_equal(*results)
 
 
 def test_unsync_over_one_group_is_sync():
     one, other = (
-        grads(make(loss=dict(contrast=contrast, group=B)), batch())[0][0] for contrast in ("sync", "unsync")
+        grads(batch(), loss=dict(contrast=contrast, group=B))[0][0] for contrast in ("sync", "unsync")
     )
     np.testing.assert_allclose(one, other, rtol=1e-6)
 
@@ -161,13 +169,13 @@ def test_running_statistics_of_a_backbone_are_returned():
 
 
 def test_lseg_never_trains_on_held_out_classes():
-    method = make("lseg")
-    (_, aux), grad = grads(method, batch())
+    (_, aux), grad = grads(batch(), method="lseg")
     target = np.asarray(batch()["pixel_classes"])
     assert aux.metrics["pixel_accuracy"][1] == np.isin(target, (0, 2)).sum()
     table = np.asarray(grad["text"]["table"])
     assert np.any(table[WORDS.index["red"]])
     assert not np.any(table[WORDS.index["blue"]])
+    method = make("lseg")
     prediction = method.predict(method.init(jax.random.key(0)), batch()["image"], batch()["image_size"])
     assert prediction.mask_logits is None
 
@@ -189,8 +197,8 @@ def test_a_config_that_cannot_be_is_a_sentence(change):
 
 @pytest.mark.parametrize("policy", ["dots", "all"])
 def test_remat_changes_nothing_but_memory(policy):
-    (loss, _), grad = grads(make(), batch())
-    (again, _), grad_again = grads(make(remat=policy), batch())
+    (loss, _), grad = grads(batch())
+    (again, _), grad_again = grads(batch(), remat=policy)
     assert loss == again
     assert jax.tree.structure(grad) == jax.tree.structure(grad_again)
     for a, b in zip(jax.tree.leaves(grad_again), jax.tree.leaves(grad), strict=True):
@@ -226,14 +234,19 @@ def test_given_vectors_stay_while_the_image_side_learns(tmp_path):
     assert np.any(after["image"]["decoder"]["queries"] != before["image"]["decoder"]["queries"])
 
 
-@pytest.mark.parametrize("settings", [dict(contrast="sync"), dict(group=4), dict(method="lseg")], ids=str)
-def test_a_batch_in_parts_is_the_whole_batch(settings):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(loss=dict(contrast="sync", group=B)),
+        dict(loss=dict(contrast="unsync", group=B)),
+        dict(method="lseg"),
+    ],
+    ids=str,
+)
+def test_a_batch_in_parts_is_the_whole_batch(changes):
     """Although words, masks and pixels are counted unevenly, and the contrast joins all parts."""
-    loss = {k: v for k, v in settings.items() if k != "method"}
-    whole, parts = (make(loss=loss, method=settings.get("method", "openseg")) for _ in range(2))
-    parts.config.accumulate = 2
-    (value, aux), grad = grads(whole, batch())
-    (value_of_parts, aux_of_parts), grad_of_parts = grads(parts, batch())
+    (value, aux), grad = grads(batch(), **changes)
+    (value_of_parts, aux_of_parts), grad_of_parts = grads(batch(), accumulate=2, **changes)
     np.testing.assert_allclose(value_of_parts, value, rtol=1e-5)
     for name, pair in aux.metrics.items():
         np.testing.assert_allclose(aux_of_parts.metrics[name], pair, rtol=1e-5, err_msg=name)

@@ -259,8 +259,8 @@ def test_features_in_place_of_images():
     ("changes", "said"),
     [
         ({"prompt.position": "left"}, "left"),
-        ({"prompt.length": 0}, "at least 1"),
-        ({"loss.sample": 41}, "2 to 40"),
+        ({"prompt.length": 0}, "is less than 1"),
+        ({"loss.sample": 41}, "between 2 and 40"),
         ({"loss.proposal": "random"}, "uniform, frequency, similarity"),
         ({"towers.image.embed_dim": 8}, "8"),
         ({"towers.text.name": "bert_base"}, "bert_base"),

@@ -77,8 +77,8 @@ def test_parts_of_a_batch_give_the_same():
     "changes,said",
     [
         ({"towers.image": dict(name="small", width=16, levels=2, embed_dim=torch_clip.D)}, "'small' is none"),
-        ({"prompt.depth": 4}, "1 to 3"),
-        ({"prompt.length": 0}, "at least 1"),
+        ({"prompt.depth": 4}, "between 1 and the 3"),
+        ({"prompt.length": 0}, "is less than 1"),
         ({"data.cache_features": 2}, "cache_features"),
     ],
 )

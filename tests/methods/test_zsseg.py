@@ -380,7 +380,7 @@ def test_a_segmenter_takes_openseg_and_a_classifier():
 
 
 def test_what_cannot_be():
-    with pytest.raises(UserError, match="which proposes no masks"):
+    with pytest.raises(UserError, match="which does not propose masks"):
         make(per_pixel=True).predict(VARIABLES, *map(jnp.asarray, case()))
     with pytest.raises(UserError, match=r"ensemble=1\.2"):
         make(1.2)

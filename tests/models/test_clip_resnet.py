@@ -200,7 +200,7 @@ def test_remat_changes_nothing_but_memory():
 
 
 def test_errors():
-    with pytest.raises(UserError, match="width of the CLIP ResNet is 7: it has to be even"):
+    with pytest.raises(UserError, match="width of the CLIP ResNet is 7, but must be even"):
         reference.init(ClipResNet(**{**TINY, "width": 7}), images(1, 64, 64))
     with pytest.raises(UserError, match="'layer'"):
         reference.init(ClipResNet(**TINY, norm="layer"), images(1, 64, 64))

@@ -280,7 +280,7 @@ def test_remat_changes_nothing_but_memory(policy):
     "change,size,words",
     [
         (dict(), (32, 36), "32 x 36 pixels.*patch, 8"),
-        (dict(taps=(1, 3, -1)), (32, 32), r"blocks 0 to 2; taps ask for \[3, -1\]"),
+        (dict(taps=(1, 3, -1)), (32, 32), r"taps=\[3, -1\] do not exist in EVA, which has blocks 0 to 2"),
         (dict(width=36), (32, 32), "width 36.*2 heads"),
         (dict(remat="some"), (32, 32), "'some'"),
     ],

@@ -60,5 +60,5 @@ def test_bicubic_weights():
 
 
 def test_an_unknown_method_is_named():
-    with pytest.raises(UserError, match=r"resize is 'area'; known are bicubic, dino"):
+    with pytest.raises(UserError, match=r"resize='area' of a position table is not one of bicubic, dino"):
         resize_positions(jnp.zeros((2, 2, 1)), (3, 3), "area")

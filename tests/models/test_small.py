@@ -132,9 +132,11 @@ def test_build_by_name():
 
 
 def test_build_says_what_is_known():
-    with pytest.raises(UserError, match=r"'vgg16'; known are small, resnet50, .*efficientnet_b7"):
+    with pytest.raises(UserError, match=r"'vgg16' is not one of small, resnet50, .*efficientnet_b7"):
         build_backbone({"name": "vgg16"})
-    with pytest.raises(UserError, match=r"None; known are small"):
+    with pytest.raises(UserError, match=r"None is not one of small"):
         build_backbone({})
-    with pytest.raises(UserError, match=r"'resnet50' has no 'depth', 'stage_sizes'; known are norm, remat"):
+    with pytest.raises(
+        UserError, match=r"'resnet50' has no 'depth', 'stage_sizes'; known attributes: norm, remat"
+    ):
         build_backbone({"name": "resnet50", "depth": 2, "stage_sizes": (1, 1, 1, 1)})

@@ -291,7 +291,7 @@ def test_errors():
     x = images(1, 32, 32)
     with pytest.raises(UserError, match="3 heads do not divide the 32 channels of Swin stage 2"):
         reference.init(Swin(**{**TINY, "heads": (1, 3, 4, 8)}), x)
-    with pytest.raises(UserError, match="window_rule of the Swin is 'none'; known are axis, both, always"):
+    with pytest.raises(UserError, match="window_rule='none' of the Swin is not one of axis, both, always"):
         reference.init(Swin(**TINY, window_rule="none"), x)
-    with pytest.raises(UserError, match=r"\[6\]; known are"):
+    with pytest.raises(UserError, match=r"\[6\], which are not levels"):
         reference.init(Swin(**TINY, out_norms=(5, 6)), x)

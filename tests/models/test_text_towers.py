@@ -406,7 +406,7 @@ def test_mistakes():
     for embeddings in (None, jnp.zeros((1, 5, 32))):
         with pytest.raises(UserError, match="ids"):
             reference.init(tiny(CLIPText), None, None, embeddings)
-    with pytest.raises(UserError, match="does not know"):
+    with pytest.raises(UserError, match="does not have"):
         rename({"text_model.surprise": np.zeros(1)}, names.from_hf_clip_text(HEADS))
 
 

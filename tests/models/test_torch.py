@@ -91,7 +91,7 @@ def test_a_backbone_without_a_torch_form_is_named():
     require("torch")
     from ovseg_jax.torch.openseg import OpenSegNet as TorchNet
 
-    with pytest.raises(UserError, match=r"'AlexNet'.*known are SmallBackbone"):
+    with pytest.raises(UserError, match=r"'AlexNet' .*is not one of SmallBackbone"):
         TorchNet(MODEL | {"backbone": {"kind": "AlexNet"}})
 
 

@@ -87,7 +87,7 @@ def test_bfloat16(kind):
 def test_a_text_that_is_too_long_is_an_error():
     torch = require("torch")
     _, theirs = build("SiglipText")
-    with pytest.raises(UserError, match="texts of 12 tokens: this text tower takes 11 at most"):
+    with pytest.raises(UserError, match="texts have 12 tokens, but this text tower takes at most 11"):
         theirs(torch.zeros(1, 12, dtype=torch.int64))
 
 

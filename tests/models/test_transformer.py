@@ -172,5 +172,5 @@ def test_hooks_come_from_no_config_and_go_into_no_export():
     with pytest.raises(UserError, match="has no 'between'"):
         build_backbone({"name": "vit", "between": "x"})
     assert not {"adapter", "between", "adapter_scale"} & describe(TOWERS["vit"]).keys()
-    with pytest.raises(UserError, match="a ViT with 'between' has no form in PyTorch"):
+    with pytest.raises(UserError, match="a ViT with 'between' cannot be exported to PyTorch"):
         describe(TOWERS["vit"].clone(between=keep_some))

@@ -341,15 +341,15 @@ def test_remat_changes_nothing_but_memory():
 @pytest.mark.parametrize(
     "fields,match",
     [
-        (dict(cls="first"), "cls of the ViT is 'first'"),
-        (dict(pool="max"), "pool of the ViT is 'max'"),
-        (dict(activation="sigmoid"), "activation of the ViT is 'sigmoid'"),
-        (dict(resize="nearest"), "resize is 'nearest'"),
-        (dict(cls="none", pool="cls"), "pool='cls' of the ViT does not go with cls='none'"),
-        (dict(cls="placed", pool="map"), "pool='map' of the ViT does not go with cls='placed'"),
-        (dict(heads=3), "width 32 is no multiple of its 3 heads"),
-        (dict(taps=(1, 3)), r"blocks \[3\]; there are 0 to 2"),
-        (dict(remat="some"), "remat is one of"),
+        (dict(cls="first"), "cls='first' of the ViT is not one of"),
+        (dict(pool="max"), "pool='max' of the ViT is not one of"),
+        (dict(activation="sigmoid"), "activation='sigmoid' of the ViT is not one of"),
+        (dict(resize="nearest"), "resize='nearest' of the ViT is not one of"),
+        (dict(cls="none", pool="cls"), "pool='cls' of the ViT cannot be combined with cls='none'"),
+        (dict(cls="placed", pool="map"), "pool='map' of the ViT cannot be combined with cls='placed'"),
+        (dict(heads=3), "width 32 is not a multiple of its 3 heads"),
+        (dict(taps=(1, 3)), r"taps=\[3\] do not exist in the ViT, which has blocks 0 to 2"),
+        (dict(remat="some"), "remat='some' is not one of"),
     ],
 )
 def test_fields_that_do_not_fit(fields, match):

@@ -94,5 +94,5 @@ def test_a_deeper_checkpoint_is_refused():
         efficientnet = timm.create_model("tf_efficientnet_b1", pretrained=False)
     with pytest.raises(UserError, match=r"layer3_6/conv1/kernel.* too many"):
         load_names(ResNet(), resnet, from_torchvision_resnet())
-    with pytest.raises(UserError, match=r"blocks\.0\.1\..*does not know"):
+    with pytest.raises(UserError, match=r"blocks\.0\.1\..*does not have"):
         load_names(EfficientNet(), efficientnet, from_timm_efficientnet(1.0))

@@ -56,7 +56,8 @@ def test_weights_of_another_architecture_are_refused(folder):
     ):
         load(str(folder), b1, shapes_of(b1))
     with pytest.raises(
-        UserError, match=r"none of torchvision's or timm's ResNet, transformers' ResNet: it holds"
+        UserError,
+        match=r"in none of the formats torchvision's or timm's ResNet, transformers' ResNet: it holds",
     ):
         load(str(folder), resnet, shapes_of(resnet))
     small = build_backbone({"name": "small"})
@@ -77,7 +78,7 @@ def test_one_name_too_many_or_too_few_is_named(folder, tmp_path):
     write_safetensors(
         tmp_path / "more.safetensors", arrays | {"conv_stem.weight": stem, "adapter.weight": stem}
     )
-    with pytest.raises(UserError, match=r"has 1 names \(adapter.weight\) that this model does not know"):
+    with pytest.raises(UserError, match=r"has 1 names \(adapter.weight\) that this model does not have"):
         load(str(tmp_path / "more.safetensors"), module, shapes_of(module))
 
 

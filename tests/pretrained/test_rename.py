@@ -48,9 +48,9 @@ def test_layouts_of_single_arrays():
 
 
 def test_what_nobody_knows_is_named():
-    with pytest.raises(UserError, match=r"2 names \(tail.weight, tale\) that this model does not know"):
+    with pytest.raises(UserError, match=r"2 names \(tail.weight, tale\) that this model does not have"):
         rename({"tail.weight": np.zeros(2), "tale": np.zeros(2)}, RENAMES)
-    with pytest.raises(UserError, match="two arrays of the checkpoint stand for params/a; one of them is a2"):
+    with pytest.raises(UserError, match="two arrays of the checkpoint belong to params/a; one of them is a2"):
         rename({"a1": np.zeros(2), "a2": np.zeros(2)}, [Rename(r"a\d", "params/a")])
 
 

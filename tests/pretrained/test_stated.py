@@ -50,10 +50,10 @@ def test_an_efficientnet_of_other_padding_is_refused(tmp_path, config):
     module = build_backbone({"name": "efficientnet_b0"})
     shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
     if config is None:
-        expected = r"model.safetensors: nothing beside it says which of timm's models it is"
+        expected = r"model.safetensors: it is unclear which of timm's models it is"
     else:
         (tmp_path / "config.json").write_text(json.dumps(config))
-        expected = r"config.json: its architecture 'efficientnet_b0' is none that is known here \(tf_"
+        expected = r"config.json: its architecture 'efficientnet_b0' is not supported \(tf_"
     with pytest.raises(UserError, match=expected):
         load(str(tmp_path), module, shapes)
     for name in ("tf_efficientnet_b0.ns_jft_in1k", "tf_efficientnet_b0_ns"):
@@ -83,7 +83,7 @@ def test_timms_architectures(tmp_path, format_, module, good, bad):
 def test_heads_of_timm(tmp_path):
     config = {"architecture": "vit_base_patch16_224", "num_features": 128}
     said(tmp_path, config, VIT, "timm's ViT")
-    with pytest.raises(UserError, match="its heads is 2, and this model's is 4"):
+    with pytest.raises(UserError, match="its heads is 2, but this model's is 4"):
         said(tmp_path, config, VIT.clone(heads=4), "timm's ViT")
 
 
@@ -120,7 +120,7 @@ def test_transformers_configs(tmp_path, module, format_, config, wrong):
 @pytest.mark.parametrize(
     "changes,expected",
     [
-        ({}, "its activation is 'gelu', and this model's is 'quick_gelu'"),
+        ({}, "its activation is 'gelu', but this model's is 'quick_gelu'"),
         (dict(quick_gelu=True, text_cfg=dict(heads=4)), "its heads is 4"),
         (dict(quick_gelu=True, text_cfg=dict(heads=2, no_causal_mask=True)), "its causal is False"),
         (dict(quick_gelu=True, text_cfg=dict(heads=2, pool_type="last")), "its pool is 'last'"),
@@ -139,12 +139,12 @@ def test_open_clips_configs(tmp_path, changes, expected):
 
 def test_openais_archives_have_their_activation_and_other_bare_files_are_said(tmp_path, caplog):
     path = tmp_path / "ViT-B-16.pt"
-    with pytest.raises(UserError, match="its activation is 'quick_gelu', and this model's is 'gelu'"):
+    with pytest.raises(UserError, match="its activation is 'quick_gelu', but this model's is 'gelu'"):
         check(path, CLIP_VIT.clone(activation="gelu"), OPEN_CLIP, OPENAI)
     check(path, CLIP_VIT, OPEN_CLIP, OPENAI)
     assert not caplog.records
     check(path, CLIP_VIT, OPEN_CLIP, ["visual.proj"])
-    assert "ViT-B-16.pt does not say its activation" in caplog.text
+    assert "ViT-B-16.pt does not state its activation" in caplog.text
 
 
 def test_our_own_files_say_all_fields(tmp_path):
@@ -156,7 +156,7 @@ def test_our_own_files_say_all_fields(tmp_path):
     write_safetensors(tmp_path / "model.safetensors", to_torch(flat))
     (tmp_path / "config.json").write_text(json.dumps(describe(VIT)))
     load(str(tmp_path), VIT, shapes)
-    with pytest.raises(UserError, match="its activation is 'gelu', and this model's is 'quick_gelu'"):
+    with pytest.raises(UserError, match="its activation is 'gelu', but this model's is 'quick_gelu'"):
         load(str(tmp_path), VIT.clone(activation="quick_gelu"), shapes)
 
 

@@ -32,9 +32,9 @@ def test_an_image_tower_of_eva_clip():
 @pytest.mark.parametrize(
     "image,expected",
     [
-        (EVA | dict(embed_dim=10), "the image tower gives 10 numbers, the text tower 12"),
+        (EVA | dict(embed_dim=10), "images have embeddings of 10 numbers, but texts of 12"),
         (EVA | dict(adapter="x"), "towers.image of 'eva02_clip_b16' has no 'adapter'"),
-        (dict(name="eva03"), "towers.image.name='eva03': known are .*eva02_clip_b16"),
+        (dict(name="eva03"), "towers.image.name='eva03' is not one of .*eva02_clip_b16"),
     ],
 )
 def test_towers_that_do_not_fit(image, expected):

@@ -101,7 +101,7 @@ def test_what_is_wrong_is_said(folder):
         make(text=dict(tower="tiny_clip", init=str(path)), embed_dim=10)
     with pytest.raises(UserError, match=r"text.tower=tiny_clip needs text.init"):
         make(text=dict(tower="tiny_clip"), embed_dim=EMBED)
-    with pytest.raises(UserError, match=r"no text tower is called 'gpt'"):
+    with pytest.raises(UserError, match=r"the text tower 'gpt' is not one of"):
         make(text=dict(tower="gpt", init="x"))
     method = frozen(path)
     for texts in ([], ["dog", " "]):
@@ -213,9 +213,9 @@ def test_a_prompt_that_is_not_the_tower_s(folder):
         build(Prompt(context[:1, :, :8], Layout(3)), tower="tiny_clip")
     with pytest.raises(UserError, match="a context for each of some classes"):
         build(Prompt(context, Layout(3, specific=True), (("a",), ("b",))), tower="tiny_clip")
-    with pytest.raises(UserError, match="bert_base takes no prompt"):
+    with pytest.raises(UserError, match="bert_base cannot use a prompt"):
         make(text=dict(tower="bert_base", init="x", prompt=str(file)), embed_dim=768)
-    with pytest.raises(UserError, match="needs a text tower to stand in"):
+    with pytest.raises(UserError, match="needs a text tower, such as"):
         make(text=dict(prompt=str(file)))
     method = make(text=dict(tower="tiny_clip", init=str(path)), embed_dim=EMBED)
     assert method.text.prompt is None

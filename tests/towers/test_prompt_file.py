@@ -85,7 +85,7 @@ def test_the_original_s_and_back(tmp_path):
         np.testing.assert_array_equal(read["state_dict"]["ctx"].numpy(), expected)
         same(load_prompt(path), prompt)
     for prompt, path in ((found, tmp_path / "out.pth.tar"), (shared, folder / "out.pth.tar")):
-        with pytest.raises(UserError, match=f"this one's is {prompt.layout.position}"):
+        with pytest.raises(UserError, match=f"this one has {prompt.layout.position}"):
             save_original(path, prompt)
     with pytest.raises(FileNotFoundError):
         save_original(tmp_path / "missing" / "out.pth.tar", shared)
@@ -109,9 +109,9 @@ def test_what_is_no_prompt(tmp_path):
         assert name in str(caught.value) and "\n" not in str(caught.value)
 
     wrong("none.safetensors", "there is no prompt")
-    wrong("other.safetensors", "holds ctx, not a 'context' alone", {"ctx": context})
-    wrong("format.safetensors", "is no prompt", {"context": context}, format="pt")
-    wrong("flat.safetensors", r"'context' is not \[M d\].*\[16\]", {"context": context[0]})
+    wrong("other.safetensors", "holds ctx instead of a single 'context'", {"ctx": context})
+    wrong("format.safetensors", "is not a prompt", {"context": context}, format="pt")
+    wrong("flat.safetensors", r"'context' must be floats of shape \[M d\].*\[16\]", {"context": context[0]})
     wrong("empty.safetensors", r"\[0, 16\]", {"context": context[:0]})
     wrong("nan.safetensors", "finite", {"context": context * np.nan})
     wrong("left.safetensors", "'position' is 'left'", {"context": context}, position="left")
@@ -134,7 +134,7 @@ def test_what_is_no_prompt(tmp_path):
     wrong("cut.safetensors", "cannot be read")
 
     (tmp_path / "text.pth.tar").write_text("hello")
-    wrong("text.pth.tar", "cannot be read: it is none")
+    wrong("text.pth.tar", "cannot be read: it is not a checkpoint")
     (tmp_path / "empty.pth.tar").write_bytes(b"")
     wrong("empty.pth.tar", "cannot be read")
     torch.save({"model": {}}, tmp_path / "keys.pth.tar-1")
@@ -174,7 +174,7 @@ def test_a_run_starts_from_a_prompt(tmp_path):
         (
             Prompt(each.context, each.layout, (("a",), *names[1:])),
             {"prompt.specific": True},
-            "is none of them",
+            "but none is called",
         ),
         (Prompt(each.context, each.layout), {"prompt.specific": True}, "but not their names"),
     ):
@@ -224,7 +224,7 @@ def test_an_evaluation_under_the_prompt_of_another_run(tmp_path):
             read_templates(path),
         )
 
-    with pytest.raises(UserError, match="ColourClassifier has no place for the prompt"):
+    with pytest.raises(UserError, match="ColourClassifier cannot use the prompt"):
         class_features(ColourClassifier(), {}, NAMES, read_templates(path))
     save_prompt(path, random_prompt(width=12))
     with pytest.raises(UserError, match=r"prompt.safetensors has vectors of 12 numbers"):
@@ -234,9 +234,9 @@ def test_an_evaluation_under_the_prompt_of_another_run(tmp_path):
     twins = dataclasses.replace(specific, names=(("crane", "bird"), ("crane",)))
     assert twins.rows(["crane", "bird", "crane"]).tolist() == [0, 0, 1]
     assert twins.rows(["crane", "crane"]).tolist() == [0, 1] and twins.rows(["bird"]).tolist() == [0]
-    with pytest.raises(UserError, match="2 classes by the name 'crane'"):
+    with pytest.raises(UserError, match="2 classes called 'crane'"):
         twins.rows(["crane"])
     save_prompt(path, specific)
     assert only(class_features(mine, variables, ["house"], read_templates(path))).shape == (1, 12)
-    with pytest.raises(UserError, match="'small kite' is none of them"):
+    with pytest.raises(UserError, match="none is called 'small kite'"):
         class_features(mine, variables, NAMES, read_templates(path))

@@ -72,7 +72,7 @@ def test_the_newest_whole_checkpoint_is_used_and_this_is_said(copy, damage, capl
     with pytest.raises(UserError, match="checkpoints/10 is damaged"):
         load_variables(copy, 10)
     DAMAGES[damage](copy / "checkpoints" / "5")
-    with pytest.raises(UserError, match=r"no whole checkpoint: .*/10 is damaged.*/5 is damaged"):
+    with pytest.raises(UserError, match=r"no undamaged checkpoint: .*/10 is damaged.*/5 is damaged"):
         load_variables(copy)
 
 
@@ -102,7 +102,9 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(copy, run, caplog):
 def test_a_run_without_a_whole_checkpoint_does_not_start_anew_in_silence(copy):
     for step in (5, 10):
         flip(largest(copy / "checkpoints" / str(step)))
-    with pytest.raises(UserError, match=r"no whole checkpoint.*to start anew, delete .*/checkpoints\.$"):
+    with pytest.raises(
+        UserError, match=r"no undamaged checkpoint.*to start from scratch, delete .*/checkpoints\.$"
+    ):
         train(copy)
     assert {p.name for p in (copy / "checkpoints").iterdir()} == {"5", "10"}
 
@@ -139,7 +141,7 @@ def test_an_altered_config(tmp_path):
     write_config(tmp_path, make_config(steps=10))
     path = tmp_path / "config.json"
     path.write_text(path.read_text().replace("10", "90"))
-    with pytest.raises(UserError, match=r"config\.json is not what was written there"):
+    with pytest.raises(UserError, match=r"config\.json does not match its checksum"):
         read_config(tmp_path)
 
 
@@ -197,7 +199,7 @@ def test_frozen_variables_are_checked_as_all_others(tmp_path):
     flip(path)
     for load in (lambda: load_variables(tmp_path), lambda: train_frozen(tmp_path)):
         with pytest.raises(
-            UserError, match=r"no whole checkpoint: .*/5 is damaged: of frozen, .* is altered"
+            UserError, match=r"no undamaged checkpoint: .*/5 is damaged: of frozen, .* is altered"
         ):
             load()
     path.write_bytes(whole)

@@ -131,7 +131,7 @@ def test_a_profile_of_chosen_steps(tmp_path):
     run(tmp_path / "none", steps=6, profile="7:9")
     assert not (tmp_path / "none" / "profile").exists()
     for wrong in ("5", "5:5", "a:b"):
-        with pytest.raises(UserError, match="no FIRST:STOP"):
+        with pytest.raises(UserError, match="is not FIRST:STOP"):
             run(tmp_path, steps=6, profile=wrong)
 
 
@@ -288,5 +288,5 @@ def test_averaged_parameters(tmp_path):
     for averaged, params in ((True, whole.state.average), (False, whole.state.params)):
         variables = load_variables(tmp_path / "two", averaged=averaged)[0]
         assert_same(jax.tree.leaves(variables["params"]), jax.tree.leaves(jax.device_get(params)))
-    with pytest.raises(UserError, match=r"ema=1.0: it takes a number from 0 to below 1"):
+    with pytest.raises(UserError, match=r"ema=1.0 is not in \[0, 1\)"):
         run(tmp_path / "bad", **changes(1.0))

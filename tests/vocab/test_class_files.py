@@ -48,13 +48,13 @@ def test_json(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", "\n# nothing\n", "holds no class"),
+        ("a.txt", "\n# nothing\n", "lists no class"),
         ("a.txt", "dog\n , \n", "class 2 has no name"),
         ("a.txt", "1:dog\n1:cat\n", "the id 1 occurs twice"),
-        ("a.json", "[]", "holds no class"),
-        ("a.json", {"categories": []}, "holds no class"),
+        ("a.json", "[]", "lists no class"),
+        ("a.json", {"categories": []}, "lists no class"),
         ("a.json", parse_labels("a").to_json().replace('"a"', ""), "a category without any name"),
-        ("a.json", '{"names": [], "ids": [], "isthing": [], "groups": {}}', "holds no class"),
+        ("a.json", '{"names": [], "ids": [], "isthing": [], "groups": {}}', "lists no class"),
         ("a.json", {"images": []}, "neither a list"),
         ("a.json", "[", "cannot be read"),
         ("a.json", ["dog", []], "class 2 has no name"),

@@ -57,14 +57,14 @@ def test_a_file_says_what_is_unseen(tmp_path):
     assert read_categories(path).ids == (0, 7)
     assert load_split(parse_labels("cow; dog; sky"), str(path)).groups["unseen"] == (0,)
     path.write_text(json.dumps({"data": ["dog", "cow"]}))
-    with pytest.raises(UserError, match="does not say which"):
+    with pytest.raises(UserError, match="does not list unseen classes"):
         load_split(parse_labels("cow; dog"), str(path))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("zebra", "'zebra' is none of the 3"),
+        ("zebra", "'zebra' is not one of the 3"),
         ("cow; dog; sky", "3 of 3 classes"),
         ("none.json", "cannot be read"),
     ],

@@ -312,7 +312,7 @@ def test_mistakes(siglip, wordpiece, tmp_path):
         "tokenizer.json": ("{", "cannot be read"),
         "x.model": ("nonsense", "cannot be read"),
         BPE_FILE: ("nonsense", "cannot be read"),
-        "notes.md": ("", "no tokenizer"),
+        "notes.md": ("", "not a tokenizer"),
     }
     for name, (text, message) in broken.items():
         (tmp_path / name).write_text(text)

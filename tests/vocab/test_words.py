@@ -82,7 +82,7 @@ def test_rules(word, pos, rule, expected):
 
 @pytest.mark.parametrize("rule", ["colour", "lexicon:taste", "pos:thing", "words:", ""])
 def test_bad_rule(rule):
-    with pytest.raises(UserError, match="not understood"):
+    with pytest.raises(UserError, match="is unknown"):
         spoiled("red", "adj", rule)
 
 

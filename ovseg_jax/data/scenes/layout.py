@@ -1,7 +1,7 @@
-"""Where things stand in a scene: a description without pixels, from which image and captions are made.
+"""Layouts of scenes: descriptions without pixels, from which images and captions are made.
 
-Visibility is decided on a coarse grid of fixed size, so that a scene is the same at every resolution and its
-captions are known without drawing it.
+Visibility is decided on a coarse grid of fixed size, so that a scene is the same at every resolution and captions need
+no drawing.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Layout:
 
 
 def lower_part(layout: Layout, size: int) -> Bool[np.ndarray, "s s"]:
-    """Where the second background lies, on a square grid of `size` (nowhere with a single background)."""
+    """Returns the mask of the second background on a square grid of `size`; all False with a single background."""
     x, y = scenes_render.grid(size)
     if layout.horizon is None:
         return np.zeros((size, size), bool)
@@ -61,7 +61,7 @@ def lower_part(layout: Layout, size: int) -> Bool[np.ndarray, "s s"]:
 def thing_window(
     world: World, thing: Thing, size: int
 ) -> tuple[tuple[slice, slice], Float[np.ndarray, "h w"], Float[np.ndarray, "h w"], Bool[np.ndarray, "h w"]]:
-    """The part of a square grid of `size` that a thing may cover: slices, own coordinates (u, v), mask."""
+    """Returns the part of a square grid of `size` that a thing may cover: slices, own coordinates (u, v), mask."""
     outline = world.nouns[thing.noun].outline
     reach = thing.radius * scenes_render.extent(outline)
     lo = [max(0, int((c - reach + 1) * size / 2)) for c in (thing.y, thing.x)]
@@ -80,7 +80,7 @@ def thing_window(
 def place(
     kind: tuple[int, int, int], rng: np.random.Generator, centre: float, radius: tuple[float, float]
 ) -> Thing:
-    """A thing of a kind (noun, colour, pattern) somewhere within +-centre, of a radius between two, tilted."""
+    """Draws a thing of a kind (noun, colour, pattern): position within +-centre, radius in a range, and tilt."""
     x, y, size, angle = rng.random(4).tolist()
     return Thing(
         *kind,
@@ -92,9 +92,9 @@ def place(
 
 
 def draw_layout(world: World, rng: np.random.Generator, *, allow_held_out: bool) -> Layout:
-    """Draws a scene; without `allow_held_out` no thing is of a held-out class.
+    """Draws a layout; without `allow_held_out` no thing is of a held-out class.
 
-    Each noun, colour and pattern is equally likely before that. There is always at least one thing.
+    Nouns, colours and patterns are drawn uniformly, held-out classes being rejected. There is at least one thing.
     """
     cells = COARSE * COARSE
     first, second = rng.choice(len(world.stuff), 2, replace=False).tolist()

@@ -1,8 +1,7 @@
-"""`scene_objects`: the classes of `scenes`, one an image, for classification and for training a small CLIP.
+"""`scene_objects`: the classes of `scenes`, one per image, for classification and for training a small CLIP.
 
-Example i shows a class large in the middle, over a random background; a stuff class fills the image. The
-painter and the words are those of `scenes`; nothing is stored. Held-out classes never occur in the training
-split, nor in its captions.
+An example shows a thing, large in the middle, over a random background; a stuff class fills the image. Drawing and
+words are those of `scenes`; nothing is stored. Held-out classes never occur in the training split or its captions.
 
     source = SceneObjects("train", shots=16)
     source[0]["label"], source.classes.display(source[0]["label"])
@@ -20,38 +19,38 @@ from ovseg_jax.data.scenes.text import ObjectSpeaker
 from ovseg_jax.data.source_base import Example, Source
 from ovseg_jax.errors import UserError
 
-CAPTIONS = 3  # of each image
+CAPTIONS = 3  # per image
 RADIUS = (0.7, 0.95)  # of half the image's side
 CENTRE = 0.1  # centres lie within +-0.1
 
-# Streams of random numbers of one example, as in `scenes`.
+# Separate streams of random numbers of one example, as in `scenes`.
 _LAYOUT, _PIXELS, _TEXT = range(3)
 
 
 class SceneObjects(Source):
-    """Random-access source of images of one class each: `shots` of the first class, then of the next.
+    """A source of images of one class each: `shots` images of the first class, then of the next.
 
-    What an image shows depends on (seed, split, class, number of the shot) alone, so a larger `shots` or
-    another `group` keeps the images that it shares.
+    An image depends only on (seed, split, class, number of the shot): a larger `shots` or another `group` keeps the
+    common images.
 
     Args:
       split: "train" (without the held-out classes), "validation" or "test" (with all of them).
       shots: images of each class.
       image_size: side of the square images in pixels.
-      size: of the world: "tiny", "small", "medium" or "large"; see `scenes_world`.
-      seed: of the whole data set.
-      group: "seen", "held_out" or "stuff" for these classes alone; "" for all that the split may show.
-      count: so many of these classes, spread evenly over their list; 0 for all of them.
-      fill: colour (red, green, blue; 0..255) that things stand on in place of a background, so that images look
-        otherwise than those that a CLIP was trained on.
+      size: the size of the world: "tiny", "small", "medium" or "large"; see `world`.
+      seed: the seed of the whole data set.
+      group: shows only the classes of this group: "seen", "held_out" or "stuff"; "" shows all that the split may show.
+      count: shows only so many of these classes, spread evenly over their list; 0 shows all.
+      fill: colour (red, green, blue; 0..255) in place of the background of things, so that images differ from those
+        that a CLIP was trained on.
 
     Attributes:
-      classes: the whole world's, whatever is shown.
+      classes: all classes of the world, whatever is shown.
       labels: i32 [n], the class of every example.
 
     Raises:
-      UserError: an unknown split, size or group, a group that the split does not show, an image size under
-        32, no shots, or a `fill` that is no colour.
+      UserError: a split, size or group is unknown, the split does not show the group, the image size is under 32,
+        `shots` is under 1, or `fill` is not a colour.
     """
 
     provides = frozenset({"image", "label", "captions"})
@@ -82,7 +81,7 @@ class SceneObjects(Source):
         shown = [k for k in groups.get(group, range(len(self.classes))) if k not in hidden]
         if not 0 <= count <= len(shown):
             raise UserError(
-                f"{self.name}: count {count} is not one of 0 to {len(shown)}, the classes there are."
+                f"{self.name}: count {count} is not between 0 and {len(shown)}, the number of classes."
             )
         some = np.linspace(0, len(shown) - 1, count or len(shown)).round().astype(int)
         self.labels = np.repeat(np.array(shown, np.int32)[some], shots)
@@ -111,7 +110,7 @@ class SceneObjects(Source):
         return image
 
     def layout(self, index: int) -> Layout:
-        """What stands where in an example."""
+        """Returns the layout of an example."""
         world, rng, label = self.world, self._rng(index, _LAYOUT), int(self.labels[index])
         if label >= world.num_things:
             return Layout((label - world.num_things,), None, ())

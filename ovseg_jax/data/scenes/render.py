@@ -1,8 +1,7 @@
-"""Pixels of `scenes`: outlines, patterns and background textures, in NumPy.
+"""Drawing of `scenes`: outlines, patterns and background textures, in NumPy.
 
-All lengths are in units of 1/64 of the image's side, so that a scene looks alike at every resolution;
-positions run from -1 to 1 over the image, y downwards. Drawing is cropped to an object's bounding box: a
-64-pixel image takes about 1 ms.
+All lengths are in units of 1/64 of the image's side, so that a scene looks the same at every resolution; positions run
+from -1 to 1 over the image, y downwards. Only an object's bounding box is drawn: a 64-pixel image takes about 1 ms.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _ANGLES = 256  # entries of an outline's table
 
 
 def _polygon(*points: tuple[float | int, float | int]) -> np.ndarray:
-    """Radius by angle of a polygon that is star-shaped about the origin (corners in order, y down)."""
+    """Computes the radius by angle of a polygon that is star-shaped about the origin (corners in order, y down)."""
     corners = np.array(points, np.float64)
     theta = np.arange(_ANGLES) * 2 * np.pi / _ANGLES - np.pi
     direction = np.stack([np.cos(theta), np.sin(theta)], -1)
@@ -35,7 +34,7 @@ def _polygon(*points: tuple[float | int, float | int]) -> np.ndarray:
 
 
 def _regular(corners: int, radius: float, inner: float | None = None, turn: float = -90.0) -> np.ndarray:
-    """A regular polygon, or a star with `inner` as the radius between its points."""
+    """Computes a regular polygon, or a star with `inner` as the radius between its points."""
     n = corners if inner is None else 2 * corners
     theta = np.radians(turn) + np.arange(n) * 2 * np.pi / n
     r = np.where(np.arange(n) % 2 == 0, radius, radius if inner is None else inner)
@@ -48,7 +47,7 @@ def _curve(f: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
 
 @functools.cache
 def _outlines() -> dict[str, tuple[np.ndarray, float]]:
-    """Outline name -> (radius by angle, radius of the hole in it)."""
+    """Returns outline name -> (radius by angle, radius of the hole in it)."""
     r = {
         "disc": _curve(lambda t: 0.95 + 0 * t),
         "ellipse": _curve(lambda t: 1 / np.hypot(np.cos(t) / 1.05, np.sin(t) / 0.78)),
@@ -103,7 +102,7 @@ def _outlines() -> dict[str, tuple[np.ndarray, float]]:
 
 
 def inside(outline: str, u: Float[np.ndarray, "h w"], v: Float[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
-    """Which points (u, v) of an object's own frame, where its radius is about 1, lie within the outline."""
+    """Tells which points (u, v) in an object's own frame, where its radius is about 1, lie within the outline."""
     table, hole = _outlines()[outline]
     rho = np.hypot(u, v)
     angle = ((np.arctan2(v, u) + np.pi) * (_ANGLES / (2 * np.pi))).astype(np.int32) % _ANGLES
@@ -112,17 +111,17 @@ def inside(outline: str, u: Float[np.ndarray, "h w"], v: Float[np.ndarray, "h w"
 
 
 def extent(outline: str) -> float:
-    """The largest radius of an outline."""
+    """Returns the largest radius of an outline."""
     return float(_outlines()[outline][0].max())
 
 
 def pattern(
     name: str, x: Float[np.ndarray, "h w"], y: Float[np.ndarray, "h w"], rng: np.random.Generator
 ) -> Float[np.ndarray, "h w"]:
-    """The figure of a pattern, 0 (the thing's colour) to 1 (the tone); x and y in units from the object's
-    centre.
+    """Computes the figure of a pattern, from 0 (the thing's colour) to 1 (the tone).
 
-    Periods vary by 20% and start at a random phase, so that no two objects of a noun are equal.
+    x and y are positions relative to the object's centre. Periods vary by up to 20% and phases are random, so that no
+    two objects of a noun are equal.
     """
     q = rng.uniform(0.85, 1.2)
     a, b = rng.random(2)
@@ -168,9 +167,9 @@ def pattern(
 
 
 def tone(name: str, paint: Float[np.ndarray, " c"], rng: np.random.Generator) -> Float[np.ndarray, " c"]:
-    """RGB of a pattern's figure on an object of colour `paint`.
+    """Draws the RGB colour of a pattern's figure on an object of colour `paint`.
 
-    White on a white object would vanish: there it turns black.
+    White, which would be invisible on a white object, is replaced by black there.
     """
     if name == "dark":
         return (paint * rng.uniform(0.35, 0.5)).astype(np.float32)
@@ -180,7 +179,7 @@ def tone(name: str, paint: Float[np.ndarray, " c"], rng: np.random.Generator) ->
 
 @functools.lru_cache(maxsize=8)
 def grid(size: int) -> tuple[Float[np.ndarray, "s s"], Float[np.ndarray, "s s"]]:
-    """Positions (x, y) of the pixel centres of a square image, from -1 to 1."""
+    """Returns the positions (x, y) of the pixel centres of a square image, from -1 to 1."""
     axis = ((np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1).astype(np.float32)
     x, y = np.meshgrid(axis, axis)
     x.setflags(write=False)
@@ -189,17 +188,16 @@ def grid(size: int) -> tuple[Float[np.ndarray, "s s"], Float[np.ndarray, "s s"]]
 
 
 def _smooth(rng: np.random.Generator, size: int, rows: int, columns: int) -> np.ndarray:
-    """Smooth noise in about -0.5..0.5, with `rows` by `columns` independent values."""
+    """Draws smooth noise in about -0.5..0.5, with `rows` by `columns` independent values."""
     noise = rng.random((max(2, rows), max(2, columns)), dtype=np.float32) - 0.5
     return np.asarray(Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC))
 
 
 @functools.lru_cache(maxsize=8)
 def _cobbles(size: int) -> np.ndarray:
-    """A sheet of cobblestones four images long, 0 in the joints to 1; images are random windows of it.
+    """Draws a sheet of cobblestones four images long, 0 in the joints to 1; images use random windows of it.
 
-    Cell borders (the distance to the second nearest seed minus that to the nearest) cost too much to draw per
-    image.
+    Its cell borders (distance to the second nearest seed minus that to the nearest) would take too long for each image.
     """
     rng = np.random.default_rng(0)
     n, cell = 4 * size, 9.0 * size / 64
@@ -220,9 +218,9 @@ def _cobbles(size: int) -> np.ndarray:
 
 
 def background(name: str, size: int, rng: np.random.Generator) -> Float[np.ndarray, "s s 3"]:
-    """One background texture, RGB in 0..255 before the light.
+    """Draws a background texture, RGB in 0..255 before the light.
 
-    No two share both their base colour and their structure.
+    No two backgrounds have both the same base colour and the same structure.
     """
     x, y = grid(size)
     u, v = (x + 1) * 32, (y + 1) * 32

@@ -1,10 +1,9 @@
-"""`scenes`: the embedded data set, drawn from a seed, with every granularity of label that the methods use.
+"""`scenes`: the embedded data set, drawn from a seed, with every kind of label that the methods use.
 
-An image shows one or two textured backgrounds (stuff) and one to three objects (things) that occlude one
-another, under light of varying strength and direction. Each has panoptic segments with class and box,
-captions, tags, region captions and region tags. Some colour-noun pairs never occur in the training split, nor
-in its captions: they are the held-out vocabulary. Nothing is stored: example `i` is a pure function of (seed,
-split, i).
+An image shows one or two textured backgrounds (stuff) and one to three objects (things) that occlude each other, under
+light of varying strength and direction. It has panoptic segments with class and box, captions, tags, region captions
+and region tags. Some colour-noun pairs never occur in the training split or its captions: they are the held-out
+classes. Nothing is stored: example `i` is a pure function of (seed, split, i).
 
     source = Scenes(split="train", image_size=64)
     source[0]["captions"]  # ['a green kite lies near a red ball on the grass', ...]
@@ -27,10 +26,10 @@ from ovseg_jax.errors import UserError
 
 SPLITS = {"train": 0, "validation": 1, "test": 2}
 _NUM_EXAMPLES = {"train": 20_000, "validation": 200, "test": 500}
-# Streams of random numbers of one example: text must not depend on pixels, nor pixels on text.
+# Separate streams of random numbers of one example, so that text does not depend on pixels, nor pixels on text.
 _LAYOUT, _PIXELS, _TEXT = range(3)
 
-# Light and paint, in units of the 8-bit range or as a factor.
+# Light and paint, as a factor or in units of the 8-bit range.
 GAIN = 0.2  # +-, of the whole image
 SLOPE = 0.15  # +-, from the middle to each border, in x and in y
 NOISE = 6.0  # standard deviation, of the sensor
@@ -39,18 +38,18 @@ SHADE = 0.15  # up to +-, across an object
 
 
 class Scenes(Source):
-    """Random-access source of drawn scenes.
+    """A source of drawn scenes.
 
     Args:
       split: "train" (without the held-out classes), "validation" or "test" (with all of them).
-      num_examples: number of images; 20,000 / 200 / 500 by split unless given.
+      num_examples: number of images; by default 20,000 / 200 / 500 for train / validation / test.
       image_size: side of the square images in pixels; the same scenes appear at every size.
-      size: "tiny" (20 classes), "small" (64), "medium" (394) or "large" (2412); see `scenes_world`.
-      seed: of the whole data set.
-      num_captions: captions of each image.
+      size: "tiny" (20 classes), "small" (64), "medium" (394) or "large" (2412); see `world`.
+      seed: the seed of the whole data set.
+      num_captions: number of captions per image.
 
     Raises:
-      UserError: for an unknown split or size, or an image size under 32.
+      UserError: the split or size is unknown, or the image size is under 32.
     """
 
     provides = frozenset("image segments class_ids boxes captions tags region_captions region_tags".split())
@@ -79,7 +78,7 @@ class Scenes(Source):
         return self._length
 
     def __getitem__(self, index: int) -> Example:
-        """Returns one example, which is drawn, and spoken about, as far as it is asked for."""
+        """Returns one example, whose image and texts are made when they are accessed."""
         layout = functools.cache(lambda: self.layout(index))
         drawn = functools.cache(
             lambda: draw(self.world, layout(), self.image_size, self._rng(index, _PIXELS))
@@ -89,7 +88,7 @@ class Scenes(Source):
 
         def region_captions(_: Example) -> list[list[str]]:
             speaker = speak()
-            spoken(speaker)  # the captions come first in the stream of random numbers
+            spoken(speaker)  # advances the stream of random numbers past the captions
             return speaker.region_captions()
 
         return Example(
@@ -112,11 +111,11 @@ class Scenes(Source):
         return np.array(stuff + things, np.int32)
 
     def extent(self) -> Extent:
-        """The size of every image, and the most segments that one can have."""
+        """Returns the size of every image and the largest possible number of segments."""
         return Extent(self.image_size, self.image_size, 2 + scenes_layout.MAX_THINGS)
 
     def layout(self, index: int) -> scenes_layout.Layout:
-        """What stands where in an example."""
+        """Returns the layout of an example."""
         return scenes_layout.draw_layout(
             self.world, self._rng(index, _LAYOUT), allow_held_out=self.split != "train"
         )
@@ -131,10 +130,10 @@ class Scenes(Source):
 
 
 def open_world(source: str, split: str, size: str, image_size: int) -> World:
-    """The world of `size`, for a source of that name.
+    """Returns the world of `size`, for a source of that name.
 
     Raises:
-      UserError: an unknown split or size, or an image size under 32.
+      UserError: the split or size is unknown, or the image size is under 32.
     """
     if split not in SPLITS:
         raise UserError(f"{source}: split {split!r} is not one of {', '.join(SPLITS)}.")
@@ -149,7 +148,7 @@ def open_world(source: str, split: str, size: str, image_size: int) -> World:
 def draw(
     world: World, layout: scenes_layout.Layout, size: int, rng: np.random.Generator
 ) -> tuple[UInt8[np.ndarray, "s s 3"], Int32[np.ndarray, "s s"]]:
-    """Paints a layout: a square image of `size`, and its segments (1-based; backgrounds, then things)."""
+    """Draws a layout: a square image u8 [S S 3], and its segments i32 [S S] (1-based; backgrounds, then things)."""
     image = scenes_render.background(world.stuff[layout.stuff[0]][0], size, rng)
     segments = np.ones((size, size), np.int32)
     if layout.horizon is not None:

@@ -1,8 +1,8 @@
-"""What is said about a scene: image captions, tags, region captions and region tags.
+"""Texts about scenes: image captions, tags, region captions and region tags.
 
-Captions leave things out, as people do: `MENTION` of the objects are named, `COLOUR` of the named ones with
-their colour, `STUFF` of the backgrounds; `SYNONYM` of the words are a less usual name. A caption never names
-what the image does not show.
+Captions are incomplete, like those that people write: a share `MENTION` of the objects is named, `COLOUR` of these with
+their colour, `STUFF` of the backgrounds; `SYNONYM` of the words are a less usual name. A caption never names anything
+that the image does not show.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PROMPTS = ("a photo of", "a picture of", "an image of", "")
 
 
 class Speaker:
-    """Draws words and sentences about one layout."""
+    """A random source of words and sentences about one layout."""
 
     def __init__(self, world: World, layout: Layout, rng: np.random.Generator):
         self.world = world
@@ -44,7 +44,7 @@ class Speaker:
         return names[0]
 
     def noun_phrase(self, thing: Thing) -> str:
-        """ "a red ball", sometimes without its colour or its pattern."""
+        """Returns a phrase such as "a red ball", sometimes without colour or pattern."""
         words = []
         if self.world.patterns and self.rng.random() < PATTERN:
             words.append(self.world.patterns[thing.pattern].name)
@@ -55,11 +55,11 @@ class Speaker:
         return f"{article} {' '.join(words)}"
 
     def stuff_name(self, stuff: int) -> str:
-        """A background's name or, less often, a synonym."""
+        """Returns a background's name or, less often, a synonym."""
         return self._name(self.world.stuff[stuff])
 
     def relation(self, a: int, b: int) -> str:
-        """A preposition that is true of things `a` and `b`, layout indices; later ones are in front."""
+        """Returns a preposition that is true of things `a` and `b`, layout indices; later things are in front."""
         first, second = self.layout.things[a], self.layout.things[b]
         dx, dy = first.x - second.x, first.y - second.y
         if np.hypot(dx, dy) < 0.8 * (first.radius + second.radius) and self.rng.random() < 0.3:
@@ -73,7 +73,7 @@ class Speaker:
         return " and ".join(f"the {n}" for n in named)
 
     def caption(self) -> str:
-        """One sentence about the image."""
+        """Returns one sentence about the image."""
         rng, things = self.rng, self.layout.things
         named = [k for k in range(len(things)) if rng.random() < MENTION] or [int(rng.random() * len(things))]
         rng.shuffle(named)
@@ -100,17 +100,17 @@ class Speaker:
         return f"{said} {ground}".strip()
 
     def tags(self) -> list[str]:
-        """Words for the image, each once: nouns, adjectives and backgrounds, without sentences."""
+        """Returns words for the image, each once: nouns, adjectives and backgrounds."""
         words = [w for k in range(len(self.layout.things)) for w in self.thing_tags(self.layout.things[k])]
         return sorted(set(words + [self.world.stuff[k][0] for k in self.layout.stuff]))
 
     def thing_tags(self, thing: Thing) -> list[str]:
-        """The usual noun, the colour and the pattern of a thing."""
+        """Returns the usual noun, the colour and the pattern of a thing."""
         words = [self.world.nouns[thing.noun].names[0], self.world.colours[thing.colour][0]]
         return words + ([self.world.patterns[thing.pattern].name] if self.world.patterns else [])
 
     def region_captions(self) -> list[list[str]]:
-        """For each segment (backgrounds first, then things) one caption of it in its surroundings."""
+        """Returns one caption for each segment (backgrounds first, then things), in its surroundings."""
         regions = [[f"the {self.stuff_name(k)} in the background"] for k in self.layout.stuff]
         for k, thing in enumerate(self.layout.things):
             others = [o for o in range(len(self.layout.things)) if o != k]
@@ -122,26 +122,26 @@ class Speaker:
         return regions
 
     def region_tags(self) -> list[list[str]]:
-        """For each segment its words."""
+        """Returns the words of each segment."""
         return [[self.world.stuff[k][0]] for k in self.layout.stuff] + [
             self.thing_tags(t) for t in self.layout.things
         ]
 
 
 class ObjectSpeaker(Speaker):
-    """Speaks about an image of one class: by its bare name, in the form of a prompt, or in a whole sentence.
+    """A random source of captions of an image of one class: its name, a prompt with it, or a sentence.
 
-    People leave out what is plain to see: half of the names lose some of their adjectives. Without that, colour and
-    pattern tell almost all images of a batch apart, and the nouns are hardly learned.
+    Half of the names lose some of their adjectives. Otherwise colour and pattern would distinguish almost all images of
+    a batch, and the nouns would hardly be learned.
     """
 
     def __init__(self, world: World, layout: Layout, names: Sequence[str], rng: np.random.Generator):
-        """As `Speaker`; `names` are the class's names, of which each is as likely as another."""
+        """Creates a `Speaker` with the class's `names`, which are equally likely."""
         super().__init__(world, layout, rng)
         self.names = names
 
     def caption(self) -> str:
-        """One caption: "spotty red ball", "a photo of a spotty red ball on grass", or a sentence."""
+        """Returns a caption: "spotty red ball", "a photo of a spotty red ball on grass", or a sentence."""
         form = self.rng.random()
         if self.layout.things and form < 0.25:
             return super().caption()

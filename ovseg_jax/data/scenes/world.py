@@ -1,8 +1,7 @@
-"""The vocabulary of the embedded data set `scenes`: which things, colours, patterns and stuff exist.
+"""The vocabulary of the embedded data set `scenes`: its things, colours, patterns and stuff.
 
-A thing is a *noun* (an outline and, in the smaller worlds, a texture of its own) in a *colour*; the larger
-worlds paint it in a *pattern* that a second adjective names. Everything that follows from these tables is
-data, so a world of another size is another slice of them:
+A thing is a *noun* (an outline and, in the smaller worlds, a texture of its own) in a *colour*; the larger worlds
+draw it in a *pattern* that a second adjective names. Worlds of different sizes are slices of the same tables:
 
 | size   | nouns x colours x patterns | stuff | classes |
 |--------|----------------------------|-------|---------|
@@ -11,8 +10,8 @@ data, so a world of another size is another slice of them:
 | medium | 12 x 8 x 4                 | 10    | 394     |
 | large  | 24 x 10 x 10               | 12    | 2412    |
 
-The words are chosen so that a part-of-speech tagger calls them what they are ("spotty", not "dotted", which
-is a verb form to it), because the training filters captions by part of speech.
+The words are chosen so that a part-of-speech tagger recognises them ("spotty", not "dotted", which it takes for a verb
+form), because training filters captions by part of speech.
 """
 
 from __future__ import annotations
@@ -26,11 +25,10 @@ SIZES = ("tiny", "small", "medium", "large")
 
 @dataclasses.dataclass(frozen=True)
 class Noun:
-    """A kind of thing: its names (the first is the usual one), outline, and the texture of worlds without
-    adjectives.
+    """A kind of thing: names (the usual one first), outline, and texture in worlds without pattern adjectives.
 
-    `pattern` and `tone` (the colour of the pattern's figure: "white", "black" or "dark", a darker shade of
-    the thing's own colour) are what a network learns a noun from; outlines alone are learned far more slowly.
+    A network learns a noun mostly from `pattern` and `tone` (the colour of the pattern's figure: "white", "black" or
+    "dark", a darker shade of the thing's own colour); it learns outlines far more slowly.
     """
 
     names: tuple[str, ...]
@@ -75,10 +73,9 @@ NOUNS = (
     Noun(("bone",), "bone", "plain", "white"),
 )
 
-# Name and sRGB. The first seven are at least 40 degrees of hue apart: light (a gain of 0.65 to 1.35) and
-# mixing with a pattern's black or white, as a blur does, leave hue alone, and two closer ones (red and a pink 30
-# degrees away) were taken for one another for a whole training. The last three (orange, brown, white) need
-# lightness to be told apart.
+# Name and sRGB. The first seven are at least 40 degrees of hue apart, since light (a gain of 0.65 to 1.35) and mixing
+# with a pattern's black or white, as in a blur, keep the hue; red and a pink 30 degrees away were confused throughout a
+# training. The last three (orange, brown, white) differ from the others by lightness.
 COLOURS = (
     ("red", (220, 35, 40)),
     ("yellow", (240, 225, 45)),
@@ -120,14 +117,16 @@ STUFF = (
     ("marble",),
 )
 
-# nouns, colours, patterns (0: a noun wears its own), stuff
+# nouns, colours, patterns (0: each noun has its own), stuff
 _COUNTS = {"tiny": (4, 4, 0, 4), "small": (8, 7, 0, 8), "medium": (12, 8, 4, 10), "large": (24, 10, 10, 12)}
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """One size of the vocabulary. Thing classes come first, ordered by colour, noun, pattern; stuff classes
-    follow."""
+    """One size of the vocabulary.
+
+    The classes of things come first, ordered by colour, noun and pattern, then those of stuff.
+    """
 
     nouns: tuple[Noun, ...]
     colours: tuple[tuple[str, tuple[int, int, int]], ...]
@@ -136,7 +135,7 @@ class World:
 
     @classmethod
     def of_size(cls, size: str) -> World:
-        """The world of `size`, one of `SIZES`. Raises ValueError for another word."""
+        """Returns the world of `size`, one of `SIZES`; raises ValueError for another word."""
         if size not in _COUNTS:
             raise ValueError(f"scenes: size {size!r} is not one of {', '.join(SIZES)}")
         nouns, colours, patterns, stuff = _COUNTS[size]
@@ -144,28 +143,28 @@ class World:
 
     @property
     def num_things(self) -> int:
-        """Number of thing classes."""
+        """The number of thing classes."""
         return len(self.colours) * len(self.nouns) * max(1, len(self.patterns))
 
     def thing_class(self, noun: int, colour: int, pattern: int = 0) -> int:
-        """Class index of a thing (`pattern` is 0 where the world has no pattern adjectives)."""
+        """Returns the class index of a thing (`pattern` is 0 in worlds without pattern adjectives)."""
         return (colour * len(self.nouns) + noun) * max(1, len(self.patterns)) + pattern
 
     def thing_of(self, label: int) -> tuple[int, int, int]:
-        """The noun, colour and pattern of a thing class: the inverse of `thing_class`."""
+        """Returns the noun, colour and pattern of a thing class: the inverse of `thing_class`."""
         pair, pattern = divmod(label, max(1, len(self.patterns)))
         colour, noun = divmod(pair, len(self.nouns))
         return noun, colour, pattern
 
     def stuff_class(self, stuff: int) -> int:
-        """Class index of a background."""
+        """Returns the class index of a background."""
         return self.num_things + stuff
 
     def is_held_out(self, noun: int, colour: int, pattern: int = 0) -> bool:
-        """Whether a thing never occurs in the training split.
+        """Tells whether a thing never occurs in the training split.
 
-        A quarter of the colour-noun pairs is held out, spread so that every colour and every noun keeps most
-        of its partners; with pattern adjectives an eighth of the pattern-noun pairs as well.
+        A quarter of the colour-noun pairs is held out, spread so that every colour and every noun still occurs in most
+        of its pairs; with pattern adjectives also an eighth of the pattern-noun pairs.
         """
         n = len(self.nouns)
         if any(noun == (colour + 3 * k) % n for k in range(n // 4)):
@@ -173,7 +172,7 @@ class World:
         return bool(self.patterns) and any(noun == (5 * pattern + 7 + 3 * k) % n for k in range(n // 8))
 
     def class_list(self) -> ClassList:
-        """Names ("red ladybird", "red ladybug"), ids, isthing, and the groups seen, held_out and stuff."""
+        """Returns the classes with names ("red ladybird", "red ladybug") and groups seen, held_out and stuff."""
         names: list[tuple[str, ...]] = []
         seen: list[int] = []
         held_out: list[int] = []

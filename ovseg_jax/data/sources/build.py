@@ -1,4 +1,4 @@
-"""Sources: random access to examples. A config names one, or several that are mixed.
+"""Creation of sources from configs: a single one, or a mixture of several.
 
 A new kind of data set is one class derived from `source_base.Source`; a config names it "module:Class", or by its
 entry in `SOURCES`.
@@ -25,19 +25,19 @@ SOURCES = {
     "tfds": "ovseg_jax.data.sources.tfds_images:TfdsImages",
     "crops": "ovseg_jax.data.sources.crops:Crops",
 }
-"""Where each kind of source lives; it is imported when it is asked for."""
+"""The class of each kind of source, imported when it is used."""
 
 
 def make_source(cfg: Any) -> Source:
-    """Makes what a config asks for.
+    """Creates the source, or the mixture of sources, that a config describes.
 
     Args:
       cfg: a mapping with `name` (a key of `SOURCES`, or "module:Class"), the arguments of that source, and optionally
         `cache` (keep decoded examples in memory), `weight` (its share in a mixture), and for a classification source
-        `shots`, `seed` and `group` (see `FewShot`); or a list of such, which is a mixture.
+        `shots`, `seed` and `group` (see `FewShot`); or a list of such mappings, for a mixture.
 
     Raises:
-      UserError: an unknown name or argument, or data that cannot be read.
+      UserError: a name or argument is unknown, or the data cannot be read.
     """
     if isinstance(cfg, Mapping) or hasattr(cfg, "items"):
         return _make_one(dict(cfg.items()))
@@ -60,9 +60,11 @@ def _make_one(cfg: dict[str, Any]) -> Source:
     if any(key in cfg and key not in known for key in ("shots", "group")):
         few = {key: cfg.pop(key) for key in ("shots", "group", "seed") if key in cfg and key not in known}
     if unknown := sorted(set(cfg) - set(known)):
-        raise UserError(f"the data source {name!r} has no argument {unknown[0]!r}; it has {', '.join(known)}")
+        raise UserError(
+            f"the data source {name!r} has no argument {unknown[0]!r}; its arguments are {', '.join(known)}"
+        )
     if missing := [k for k, p in known.items() if p.default is p.empty and k not in cfg]:
-        raise UserError(f"the data source {name!r} needs {missing[0]}=")
+        raise UserError(f"the data source {name!r} needs the argument {missing[0]}=")
     source = kind(**cfg)
     if few:
         check_provides(source, ("label",), f"the argument {next(iter(few))!r}")
@@ -70,7 +72,7 @@ def _make_one(cfg: dict[str, Any]) -> Source:
     return Cached(source) if cache else source
 
 
-# Of the fields that some parts of a mixture may lack: an example without them, of height and width `size`.
+# Empty values of the fields that some parts of a mixture may lack.
 _EMPTY: dict[str, Any] = {
     "segments": lambda example: np.zeros(example["image"].shape[:2], np.int32),
     "class_ids": np.zeros(0, np.int32),
@@ -85,12 +87,12 @@ _EMPTY: dict[str, Any] = {
 
 
 class Mixture(Source):
-    """Several sources as one: their examples one after another, their classes joined by first name.
+    """Several sources as one: their examples in sequence, their classes joined by first name.
 
-    It provides a field that any of its parts provides: examples of the others have no segment, no caption or no tag.
-    Images, labels and features have no empty form: all parts provide them, or the mixture does not.
+    It provides every field that one of its parts provides: examples of the other parts get no segments, captions or
+    tags. Images, labels and features have no empty form: the mixture only provides them if all parts do.
 
-    Training draws from the parts by `weights`, whatever their sizes (OpenSeg, 4.1: equal probability).
+    Training draws from the parts by `weights`, independent of their sizes (OpenSeg, 4.1: equal probability).
 
     Attributes:
       sources: the parts, whose examples have the mixture's class ids.
@@ -123,12 +125,12 @@ class Mixture(Source):
         return self.sources[k][index - (int(self._ends[k - 1]) if k else 0)]
 
     def texts(self, field: str) -> Iterator[str]:
-        """Returns the texts of one part after another."""
+        """Yields the texts of one part after another."""
         for source in self.sources:
             yield from source.texts(field)
 
     def extent(self) -> Extent:
-        """Returns the largest over the parts."""
+        """Returns the largest extent over the parts."""
         return Extent(*(max(sizes) for sizes in zip(*(s.extent() for s in self.sources), strict=True)))
 
 
@@ -138,7 +140,7 @@ class _Part(Wrapped):
     def __init__(self, source: Source, classes: ClassList, provides: frozenset[str]):
         super().__init__(source)
         index = classes.index
-        # The last entry answers for -1, unlabelled.
+        # The last entry maps -1, unlabelled, to itself.
         self._ids = np.array([*(index[names[0]] for names in source.classes.names), -1], np.int32)
         self.classes, self.provides = classes, provides
         if source.labels is not None:
@@ -155,9 +157,9 @@ class _Part(Wrapped):
 
 
 class Cached(Wrapped):
-    """Keeps the fields of each example in memory once they were read: for slow sources that fit into memory.
+    """A source that keeps the fields of each example in memory after the first read, for slow sources.
 
-    Worker processes have a cache each, so memory grows with their number.
+    Each worker process has a cache of its own, so memory grows with their number.
     """
 
     def __init__(self, source: Source):
@@ -167,13 +169,13 @@ class Cached(Wrapped):
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         example = self._examples.get(index)
         if example is None:
-            # Two threads may both make it; both make the same.
+            # Two threads may both create it; both create the same.
             example = self._examples[index] = self.source[index]
         return example
 
     def regions(self) -> Regions:
-        """Returns the regions of the source behind."""
+        """Returns the regions of the wrapped source."""
         return self.source.regions()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_examples": {}}  # a worker process starts empty rather than be sent a copy
+        return {**self.__dict__, "_examples": {}}  # the cache is not copied to worker processes

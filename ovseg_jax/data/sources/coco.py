@@ -1,10 +1,10 @@
-"""COCO's official layout, read directly: images, panoptic masks and captions, by random access.
+"""COCO's official layout, read without its packages: images, panoptic masks and captions.
 
     DATA_DIR/val2017/*.jpg                      or DATA_DIR/images/val2017/*.jpg
     DATA_DIR/annotations/panoptic_val2017.json  and the folder panoptic_val2017/*.png beside it
     DATA_DIR/annotations/captions_val2017.json  optional
 
-https://cocodataset.org/#format-data. Any data set in this layout is read, whatever its split and categories.
+Any data set in this layout (https://cocodataset.org/#format-data) can be read, with any splits and categories.
 """
 
 import functools
@@ -23,7 +23,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.reading import column, flag, numbers, objects, read_json, reading, text, whole
 from ovseg_jax.vocab.classes import ClassList, read_label_file
 
-# Pixels: more than any image that is read has on a side.
+# An upper limit of an image's side in pixels.
 _LONGEST = 1 << 20
 
 
@@ -45,23 +45,23 @@ class Coco(Source):
         captions: bool | None = None,
         masks: bool = True,
     ):
-        """Reads the JSON files; images and PNGs are read when they are asked for.
+        """Reads the JSON files; images and PNGs are read when they are accessed.
 
         Args:
           data_dir: the folder with `annotations`.
           split: "train2017" or "val2017" in COCO.
-          labels: a label file of OpenSeg's format with the names of each category id; otherwise the JSON's
-            names, of which "-merged", "-other" and "-stuff" are cut and other hyphens become spaces.
-          captions: whether to read the captions file; None reads it where there is one.
-          masks: False reads no panoptic files: images and captions alone.
+          labels: a label file in OpenSeg's format with the names of each category id; by default the JSON's names,
+            without "-merged", "-other" and "-stuff" and with spaces in place of other hyphens.
+          captions: whether to read the captions file; None reads it if it exists.
+          masks: False skips the panoptic files and reads only images and captions.
 
         Raises:
-          UserError: a folder or file is missing or is not what it should be.
+          UserError: a folder or file is missing or invalid.
         """
         root = epath.Path(data_dir)
         if not str(data_dir) or not root.is_dir():
             raise UserError(
-                f"data_dir={str(data_dir)!r} is not a folder: give the one that holds COCO's annotations/"
+                f"data_dir={str(data_dir)!r} is not a folder: give the folder that holds COCO's annotations/"
             )
         self.name = "coco"
         folders = [root / split, root / "images" / split]
@@ -76,7 +76,7 @@ class Coco(Source):
         caption_file = annotations / f"captions_{split}.json"
         self._json = annotations / f"panoptic_{split}.json" if masks else caption_file
         if not masks and captions is False:
-            raise UserError("coco: with masks=False and captions=False nothing would be read")
+            raise UserError("coco: masks=False and captions=False leave nothing to read: set one to True")
         self.provides = frozenset({"image"})
         caption_data, panoptic = None, None
         if captions or (captions is None and caption_file.exists()) or not masks:
@@ -99,7 +99,7 @@ class Coco(Source):
         return len(self._files)
 
     def __getitem__(self, index: int) -> Example:
-        """Returns one example, whose image and PNG are decoded when they are asked for.
+        """Returns one example, whose image and PNG are decoded when they are accessed.
 
         Raises:
           UserError: a file is missing or damaged, or image, PNG and JSON disagree.
@@ -125,14 +125,14 @@ class Coco(Source):
         return Example(**fields, image_id=str(self._ids[index]))
 
     def _read_image(self, index: int) -> tuple[UInt8[np.ndarray, "h w 3"], int]:
-        """The image, upright, and its EXIF orientation."""
+        """Reads the image, turned upright, and its EXIF orientation."""
         path = self._images / self._files[index]
         try:
             image, orientation = read_oriented(path)
         except UserError as e:
             if path.exists():
                 raise
-            raise UserError(f"the image {path} is named in {self._json.name} but is not there") from e
+            raise UserError(f"the image {path}, listed in {self._json.name}, does not exist") from e
         height, width = self._sizes[index]
         if (height, width) != image.shape[:2]:
             exif = f"; it has the EXIF orientation {orientation}" if orientation != 1 else ""
@@ -152,21 +152,21 @@ class Coco(Source):
         return _number(colours, ids, png, self._json.name)
 
     def extent(self) -> Extent:
-        """From the JSON, without opening an image."""
+        """Returns the extent from the JSON, without opening an image."""
         if not len(self):
             return Extent(1, 1, 1)
         height, width = self._sizes.max(0)
         return Extent(int(height), int(width), max(1, int(np.diff(self._first).max())))
 
     def regions(self) -> Regions:
-        """Every segment that is no crowd, from the JSON, without opening an image.
+        """Returns every segment that is not a crowd from the JSON, without opening an image.
 
         Raises:
           UserError: a segment in the JSON has no box.
         """
         if np.isnan(self._boxes).any():
             wrong = int(self._segment_ids[np.isnan(self._boxes).any(1)][0])
-            raise UserError(f"{self._json}: the segment {wrong} has no 'bbox', by which it would be cut out")
+            raise UserError(f"{self._json}: the segment {wrong} has no 'bbox', which is needed to crop it")
         counts = np.diff(self._first)
         image = np.repeat(np.arange(len(self), dtype=np.int32), counts)
         segment = np.arange(len(image), dtype=np.int32) - np.repeat(self._first[:-1], counts).astype(np.int32)
@@ -174,8 +174,8 @@ class Coco(Source):
         kept = ~self._crowd
         return Regions(image[kept], segment[kept], self._segment_class[kept], boxes[kept])
 
-    # What the JSONs say is kept in flat arrays: as dicts, the 1.3 million segments of train2017 would take a
-    # gigabyte, and every worker process gets a copy.
+    # The JSONs' content is kept in flat arrays: as dicts, the 1.3 million segments of train2017 would take a gigabyte
+    # in every worker process.
 
     def _read_images(self, images: list[dict[str, Any]]) -> None:
         ids = column(images, "id", whole, of="image")
@@ -198,14 +198,14 @@ class Coco(Source):
         by_image: dict[int, int] = {}
         for row, image in enumerate(column(annotations, "image_id", whole, of="annotation")):
             if image not in self._position:
-                raise ValueError(f"an annotation is of the image {image}, which is not listed under images")
+                raise ValueError(f"an annotation has the image_id {image}, which 'images' does not list")
             if by_image.setdefault(self._position[image], row) != row:
-                raise ValueError(f"it has two annotations of the image {image}")
+                raise ValueError(f"it has two annotations for the image {image}")
         self._pngs = [files[by_image[k]] if k in by_image else "" for k in range(len(self))]
         rows = [infos[by_image[k]] if k in by_image else [] for k in range(len(self))]
         flat = [segment for segments in rows for segment in segments]
         self._first = np.cumsum([0, *map(len, rows)])
-        # 0 is void in the PNG, and three bytes are the largest number there.
+        # In the PNG 0 is void, and ids have three bytes.
         self._segment_ids = np.array(column(flat, "id", whole, 1, (1 << 24) - 1, of="segment"), np.int64)
         for first, last in zip(self._first[:-1], self._first[1:], strict=True):
             found, counts = np.unique(self._segment_ids[first:last], return_counts=True)
@@ -213,9 +213,7 @@ class Coco(Source):
                 raise ValueError(f"two segments of one image have the id {found[counts > 1][0]}")
         categories = column(flat, "category_id", whole, of="segment")
         if unknown := [category for category in categories if category not in index]:
-            raise ValueError(
-                f"a segment is of the category {unknown[0]}, which is not listed under categories"
-            )
+            raise ValueError(f"a segment has the category_id {unknown[0]}, which 'categories' does not list")
         self._segment_class = np.array([index[category] for category in categories], np.int32)
         self._crowd = np.array(column(flat, "iscrowd", flag, default=False, of="segment"), bool)
         boxes = column(flat, "bbox", numbers, 4, default=[np.nan] * 4, of="segment")
@@ -237,7 +235,7 @@ class Coco(Source):
 
 
 def _classes(categories: list[dict[str, Any]], labels: epath.PathLike | None) -> ClassList:
-    """Categories in the JSON's order, named by a label file or by themselves."""
+    """Returns the categories in the JSON's order, named by a label file or by the JSON."""
     ids, raw = column(categories, "id", whole, of="category"), column(categories, "name", text, of="category")
     if double := [k for k, count in Counter(ids).items() if count > 1]:
         raise ValueError(f"it lists the category {double[0]} twice")
@@ -261,20 +259,20 @@ def _classes(categories: list[dict[str, Any]], labels: epath.PathLike | None) ->
 
 
 def _plain_name(name: str) -> str:
-    """ "wall-other-merged" -> "wall", "floor-wood" -> "floor wood"."""
+    """Simplifies a name: "wall-other-merged" to "wall", "floor-wood" to "floor wood"."""
     return re.sub(r"(-(merged|other|stuff))+$", "", name).replace("-", " ")
 
 
 def _number(
     colours: UInt8[np.ndarray, "h w 3"], ids: Int[np.ndarray, "n"], path: epath.Path, json_name: str
 ) -> Int32[np.ndarray, "h w"]:
-    """Segment numbers 1.. in the order of `ids` from colours R + 256 G + 65536 B; 0 = void.
+    """Converts ids stored as colours R + 256 G + 65536 B to segment numbers 1.. in the order of `ids`; 0 is void.
 
     Raises:
       UserError: the PNG does not hold the segments `ids`.
     """
     flat = (colours.astype(np.int32) @ np.array([1, 256, 65536], np.int32)).ravel()
-    # Neighbours mostly agree: one look-up for each run of equal pixels instead of each pixel.
+    # One lookup for each run of equal pixels instead of each pixel.
     starts = np.flatnonzero(np.diff(flat, prepend=-1))
     runs = flat[starts]
     order = np.argsort(ids)
@@ -282,11 +280,11 @@ def _number(
     place = np.minimum(np.searchsorted(known, runs), len(known) - 1)
     if (wrong := runs[known[place] != runs]).size:
         raise UserError(
-            f"{path} and {json_name} disagree: the PNG has a segment {int(wrong[0])} that the JSON has not"
+            f"{path} and {json_name} disagree: the PNG has a segment {int(wrong[0])} that the JSON lacks"
         )
     if (absent := np.setdiff1d(ids, runs)).size:
         raise UserError(
-            f"{path} and {json_name} disagree: the JSON has a segment {int(absent[0])} that the PNG has not"
+            f"{path} and {json_name} disagree: the JSON has a segment {int(absent[0])} that the PNG lacks"
         )
     number = np.concatenate([[0], order + 1]).astype(np.int32)
     return np.repeat(number[place], np.diff(starts, append=flat.size)).reshape(colours.shape[:2])
@@ -297,6 +295,6 @@ def _read_lists(path: epath.Path, keys: tuple[str, ...]) -> dict[str, list[dict[
         raise UserError(f"the file {path} is missing")
     data = read_json(path)
     if missing := [key for key in keys if not isinstance(data, dict) or not isinstance(data.get(key), list)]:
-        raise UserError(f"{path} is not in COCO's form: it has no list {missing[0]!r}")
+        raise UserError(f"{path} is not in COCO's format: it has no list {missing[0]!r}")
     with reading(path):
         return {key: objects(data[key], repr(key)) for key in keys}

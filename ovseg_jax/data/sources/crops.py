@@ -1,4 +1,4 @@
-"""Segments as images: each labelled segment of any segmentation source, cut out with its surroundings."""
+"""A classification source of the segments of a segmentation source, cropped from their images."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,25 +14,26 @@ from ovseg_jax.vocab.splits import load_split
 
 
 class Crops(Source):
-    """A classification source of the boxes of segments that have a class and are no crowds.
+    """A classification source of cropped segments that have a class and are not crowds.
 
-    It is indexed by the `regions()` of the source, for which COCO and folders open no image.
+    Its index comes from `regions()` of the segmentation source, which COCO answers without opening images.
 
     Args:
-      of: the segmentation source, as `make_source` takes it.
-      context: share of the box's width and height that is added on each side, as far as the image goes.
+      of: the config of the segmentation source, see `make_source`.
+      context: share of the box's width and height that is added on each side, within the image.
       min_size: the shortest side of a box in pixels, before context is added.
       things_only: leave stuff out.
-      fill: colour (red, green, blue; 0..255) of what does not belong to the segment, as ZSSeg cuts masks out; by
-        default all that the box shows stays.
-      unseen: the classes of the groups "unseen" and "seen", see `vocab.splits.load_split`; "" for no such groups.
+      fill: colour (red, green, blue; 0..255) of pixels outside of the segment, as ZSSeg crops masks; by default they
+        are kept.
+      unseen: the unseen classes, which become the groups "unseen" and "seen", see `vocab.splits.load_split`; "" adds
+        no groups.
 
     Attributes:
-      classes: those of the source, with the groups of `unseen`.
+      classes: the classes of the source, with the groups of `unseen`.
       labels: i32 [n], the class of every crop.
 
     Raises:
-      UserError: a value that cannot be, a source without segments, or nothing to cut out.
+      UserError: a value is invalid, or the source has no segments to crop.
     """
 
     provides = frozenset({"image", "label"})
@@ -48,7 +49,7 @@ class Crops(Source):
         unseen: str = "",
     ):
         if context < 0 or min_size < 1:
-            raise UserError(f"crops: context={context} is less than 0 or min_size={min_size} less than 1")
+            raise UserError(f"crops: context={context} is less than 0, or min_size={min_size} is less than 1")
         self._fill = None if fill is None else colour("crops", fill)
         self.name, self._source, self._context = "crops", make_source(of), context
         check_provides(self._source, ("image", "segments", "class_ids", "boxes"), "the source 'crops'")

@@ -1,4 +1,4 @@
-"""A few examples of each class, of some classes: few-shot training, and scores of base and new classes."""
+"""Few-shot parts of classification sources: a few examples of each class, of some classes."""
 
 import dataclasses
 import math
@@ -15,19 +15,19 @@ BOTH = "base+new"
 
 
 class FewShot(Wrapped):
-    """A part of a classification source; `classes`, and so the meaning of labels, stay the whole source's.
+    """A part of a classification source; `classes`, and so the labels, stay those of the whole source.
 
     Args:
-      source: with `labels`.
-      shots: at most so many examples of each class, drawn by `seed`; 0 takes all.
-      seed: another one draws other examples.
+      source: a source with `labels`.
+      shots: the maximum number of examples of each class; 0 takes all.
+      seed: the seed for drawing the examples.
       group: a group of the source's `ClassList`, or "base" or "new", the first and the second half of the
-        classes (CoCoOp, 4.1; the odd one is a base class); "" takes all classes, and so does "base+new", which makes
-        the halves groups of `classes`, so that they are also scored apart.
+        classes (CoCoOp, 4.1; with an odd number the middle one is a base class); "" takes all classes, and so does
+        "base+new", which adds the halves as groups of `classes`, so that they are also scored separately.
 
     Attributes:
-      counts: i32 [n], how many examples of each class the whole source has, 0 for those outside the group: how common a
-        class is (papers/000, eq. 8), which its shots do not tell.
+      counts: i32 [classes], the number of examples of each class in the whole source, which class frequencies need
+        (papers/000, eq. 8); 0 for classes outside the group.
 
     Raises:
       UserError: the group is unknown or has no example, or `shots` is negative.
@@ -71,7 +71,7 @@ class FewShot(Wrapped):
 
 
 def _groups(classes: ClassList) -> dict[str, Sequence[int]]:
-    """The classes of everything that `group` may be."""
+    """Returns the classes of each possible value of `group`."""
     everything, half = range(len(classes)), math.ceil(len(classes) / 2)
     halves = {"base": everything[:half], "new": everything[half:], BOTH: everything}
     return {"": everything, **halves, **classes.groups}

@@ -1,17 +1,16 @@
-"""Your own data: a plain folder of images, and of masks and captions for those that have them.
+"""Your own data: a folder of images, with masks and captions for some or all of them.
 
     DIR/images/NAME.jpg | .png | ...
-    DIR/masks/NAME.png       one channel of 1 to 16 bits, the size of the image; TIFF and BMP do as well
+    DIR/masks/NAME.png       one channel of 1 to 16 bits, the size of the image; or TIFF or BMP
     DIR/classes.txt          OpenSeg's label format: `id:name,name,...` a line
     DIR/segments.json        {"NAME.jpg": {"1": "dog", "2": "grass"}, ...}
     DIR/captions.json        {"NAME.jpg": ["a caption", "another"], ...}
        or captions.jsonl     {"image_id": "NAME", "caption": "..."} a line, as in Localized Narratives
        or captions.tsv       NAME.jpg <tab> a caption, a line
 
-With `kind="segments"` a mask's values number the segments of that image, 0 = void, and segments.json names
-those that have a class (none has to: masks without classes train OpenSeg's proposals). With `kind="semantic"`
-its values are ids of classes.txt, of which 255 (65535 in 16 bits) and ids not listed as classes but as
-`invalid_class_id` are void.
+With `kind="segments"` a mask's values number the segments of that image, 0 = void, and segments.json names those that
+have a class (it is optional: masks without classes train OpenSeg's proposals). With `kind="semantic"` the values are
+ids of classes.txt; 255 (65535 in 16 bits), 0 if it is not listed, and ids listed as `invalid_class_id` are void.
 """
 
 import functools
@@ -33,11 +32,11 @@ KINDS = ("segments", "semantic")
 
 
 class Folder(Source):
-    """A folder in the layout above, sorted by file name.
+    """A source of a folder in the layout above, sorted by file name.
 
     Attributes:
       name: "folder".
-      classes: those of classes.txt, or of the names in segments.json in alphabetical order; maybe none.
+      classes: the classes of classes.txt, or the names in segments.json in alphabetical order; may be empty.
     """
 
     def __init__(
@@ -47,17 +46,18 @@ class Folder(Source):
         labels: epath.PathLike | None = None,
         masks: epath.PathLike | None = None,
     ):
-        """Lists the files and reads the texts; images and masks are read when they are asked for.
+        """Lists the files and reads the texts; images and masks are read when they are accessed.
 
         Args:
           data_dir: DIR.
-          kind: what a mask's values are, "segments" or "semantic".
+          kind: the meaning of a mask's values, "segments" or "semantic".
           labels: a label file in place of DIR/classes.txt.
-          masks: a folder of masks for images that DIR/masks has none of, such as pseudo-masks; of kind "segments".
+          masks: a folder of further masks, such as pseudo-masks, for images without one in DIR/masks; only with kind
+            "segments".
 
         Raises:
-          UserError: the layout is not as above: no images, a mask or caption of no image, an unknown class
-            name.
+          UserError: the layout is not as above: there are no images, a mask or caption belongs to no image, or a class
+            name is unknown.
         """
         if kind not in KINDS:
             raise UserError(f"folder: kind={kind!r} is not one of {', '.join(KINDS)}")
@@ -68,13 +68,13 @@ class Folder(Source):
             raise UserError(f"data_dir={str(data_dir)!r} has no folder images/: put your images there")
         self._files = [path.name for path in list_images(images)]
         if not self._files:
-            raise UserError(f"{images} holds no image that can be read, such as NAME.jpg or NAME.png")
+            raise UserError(f"{images} holds no readable image, such as NAME.jpg or NAME.png")
         self._by_name = _names(self._files, images)
         own = self._root / "masks"
         self._masks = self._list_masks(own) if own.is_dir() else {}
         if masks:
             if kind != "segments" or not epath.Path(masks).is_dir():
-                raise UserError(f"folder: masks={str(masks)!r} is no folder, or kind is not 'segments'")
+                raise UserError(f"folder: masks={str(masks)!r} is not a folder, or kind is not 'segments'")
             self._masks = self._list_masks(epath.Path(masks)) | self._masks
         self._segment_names = self._read_segment_names()
         self.classes = self._read_classes(labels)
@@ -93,7 +93,7 @@ class Folder(Source):
         return len(self._files)
 
     def __getitem__(self, index: int) -> Example:
-        """Returns one example, whose image and mask are decoded when they are asked for.
+        """Returns one example, whose image and mask are decoded when they are accessed.
 
         Raises:
           UserError: a file is damaged, or image, mask and classes disagree.
@@ -119,7 +119,7 @@ class Folder(Source):
     def _read_segments(
         self, file: str, size: tuple[int, int], orientation: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Segments numbered 1.. of an image of that size once it is upright, and the mask's value of each."""
+        """Reads the mask of an image; returns segments numbered 1.. and the mask's value of each."""
         mask = self._masks.get(file)
         if mask is None:
             return np.zeros(size, np.int32), np.zeros(0, np.int64)
@@ -127,7 +127,7 @@ class Folder(Source):
         return self._number(turn_mask(read_mask(mask), mask, path, size, orientation), mask)
 
     def extent(self) -> Extent:
-        """Reads every mask, and of the images that have none the header; once."""
+        """Returns the extent, reading every mask, and the header of every image without one, once."""
         if self._extent is None:
             sizes = [(1, 1, 1)]
             for file in self._files:
@@ -140,7 +140,7 @@ class Folder(Source):
         return self._extent
 
     def regions(self) -> Regions:
-        """The segments that have a class, one a row; reads every mask, and of its image the header."""
+        """Returns the segments that have a class, reading every mask and the header of its image."""
         found = []
         for index, file in enumerate(self._files):
             if file in self._masks:
@@ -156,12 +156,12 @@ class Folder(Source):
         pixels = read_mask(mask)
         try:
             size, orientation = read_header(path)
-        except UserError:  # Which is said when the image itself is read.
+        except UserError:  # It is reported when the image itself is read.
             return pixels
         return turn_mask(pixels, mask, path, size, orientation)
 
     def _list_masks(self, folder: epath.Path) -> dict[str, epath.Path]:
-        """The mask of each image that has one."""
+        """Returns the mask's path of each image that has one."""
         stems = {_stem(file): file for file in self._files}
         masks: dict[str, epath.Path] = {}
         for path in list_images(folder):
@@ -174,11 +174,11 @@ class Folder(Source):
                 )
             masks[file] = path
         if not masks and not all(path.name.startswith(".") for path in folder.iterdir()):
-            raise UserError(f"{folder} holds no mask that can be read, such as NAME.png")
+            raise UserError(f"{folder} holds no readable mask, such as NAME.png")
         return masks
 
     def _number(self, pixels: np.ndarray, path: epath.Path) -> tuple[np.ndarray, np.ndarray]:
-        """Segments numbered 1.. without gaps, and the mask's value of each."""
+        """Numbers the segments of a mask from 1 without gaps, and returns the mask's value of each."""
         counts = np.bincount(pixels.ravel())
         present = np.flatnonzero(counts)
         if self._kind == "segments":
@@ -187,12 +187,12 @@ class Folder(Source):
             void = 255 if pixels.dtype == np.uint8 else 65535
             if void in self._class_by_id and void in present:
                 raise UserError(
-                    f"the mask {path} holds {void}, which is void in one of {pixels.dtype.itemsize * 8} bits and a "
-                    "class of classes.txt"
+                    f"the mask {path} holds {void}, which means void in a mask of {pixels.dtype.itemsize * 8} bits but "
+                    "is also a class of classes.txt"
                 )
             values = present[present != void]
             if len(self.classes):
-                # 0 is void in many data sets (ADE20K), and then no class of the list.
+                # In many data sets (ADE20K) 0 means void and is not in the list.
                 unknown = [int(v) for v in values if v not in self._class_by_id and v != 0]
                 if unknown:
                     raise UserError(
@@ -241,7 +241,7 @@ class Folder(Source):
         for file, names in self._segment_names.items():
             if unknown := [name for name in names.values() if name not in self._class_of]:
                 raise UserError(
-                    f"{self._root / 'segments.json'}: {unknown[0]!r} of {file} is no name in classes.txt"
+                    f"{self._root / 'segments.json'}: the name {unknown[0]!r} of {file} is not in classes.txt"
                 )
 
     def _read_captions(self) -> list[list[str]]:
@@ -254,7 +254,7 @@ class Folder(Source):
         readers = {".json": _from_json, ".jsonl": _from_lines, ".tsv": _from_table}
         for path in found:
             pairs = readers[path.suffix](path)
-            # A narratives file covers a whole data set, of which the folder may hold a part.
+            # A narratives file covers a whole data set, but the folder may hold only a part of it.
             partial = path.suffix == ".jsonl"
             matched = False
             for key, caption in pairs:
@@ -265,19 +265,19 @@ class Folder(Source):
                 if spoken := " ".join(caption.split()):
                     captions[file].append(spoken)
             if partial and not matched:
-                raise UserError(f"{path} has no caption of any image in {self._root / 'images'}")
+                raise UserError(f"{path} has no caption for any image in {self._root / 'images'}")
         return [captions[file] for file in self._files]
 
     def _image_of(self, key: str, path: epath.Path) -> str:
         if _nfc(key) not in self._by_name:
             raise UserError(
-                f"{path} speaks of {short(key)}, but there is no such image in {self._root / 'images'}"
+                f"{path} refers to {short(key)}, but there is no such image in {self._root / 'images'}"
             )
         return self._by_name[_nfc(key)]
 
 
 def _nfc(name: str) -> str:
-    """One spelling of a name with accents, of which macOS and others write two."""
+    """Returns one spelling (NFC) of a name with accents, since macOS and others write different ones."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -286,25 +286,25 @@ def _stem(name: str) -> str:
 
 
 def _names(files: list[str], folder: epath.Path) -> dict[str, str]:
-    """The file of each spelling: with and without ending, and without leading zeros (COCO's image ids)."""
+    """Returns the file of each spelling: with and without suffix, and without leading zeros (COCO's image ids)."""
     names: dict[str, str] = {}
     for file in files:
         stem = _stem(file)
         if stem in names:
             raise UserError(
-                f"{folder} holds both {names[stem]} and {file}: masks and captions could mean either"
+                f"{folder} holds both {names[stem]} and {file}: masks and captions could belong to either"
             )
         names[_nfc(file)] = names[stem] = file
     short_names: dict[str, list[str]] = {}
     for file in files:
         short_names.setdefault(_stem(file).lstrip("0") or "0", []).append(file)
-    # 01.jpg and 001.jpg are both 1, which then means neither.
+    # If both 01.jpg and 001.jpg exist, "1" is ambiguous and is left out.
     unique = {name: found[0] for name, found in short_names.items() if len(found) == 1}
     return {**unique, **names}
 
 
 def _value(written: str) -> int:
-    """A mask's value as a key of segments.json."""
+    """Parses a mask's value from a key of segments.json."""
     if not written.isdecimal() or not 1 <= int(written[:6]) <= 65535 or len(written) > 5:
         raise ValueError(f'the value of a segment: expected "1" to "65535", got {short(written)}')
     return int(written)
@@ -331,7 +331,7 @@ def _from_lines(path: epath.Path) -> Iterator[tuple[str, str]]:
             if not isinstance(entry, dict) or not (named := [entry[key] for key in keys if key in entry]):
                 raise ValueError(f'expected {{"image_id": ..., "caption": ...}}, got {short(line)}')
             if not {"caption", "captions"} & entry.keys():
-                raise ValueError(f"it has no 'caption', as {short(line)}")
+                raise ValueError(f"it has no 'caption': {short(line)}")
             # COCO's image ids are numbers.
             key = str(named[0]) if type(named[0]) is int else text(named[0], "the image's name")
             captions = texts(entry.get("captions", entry.get("caption")), "the caption")

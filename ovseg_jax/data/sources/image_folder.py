@@ -1,12 +1,12 @@
-"""Images sorted into folders, one a class: ImageNet's layout, and torchvision's `ImageFolder`.
+"""Images sorted into one folder per class: ImageNet's layout, and that of torchvision's `ImageFolder`.
 
     DIR/train/n01440764/n01440764_10026.JPEG      or, without splits, DIR/n01440764/...
     DIR/val/n01440764/...
 
-A class is called as its folder, `_` read as a space, or as `names` says, a file of one of these forms:
+The name of a class is that of its folder, with `_` read as a space, or given by the file `names` in one of these forms:
 
-    n01440764: tench, Tinca tinca                 a line each; a tab or a space may stand for the colon
-    {"n01440764": ["tench", "Tinca tinca"]}       JSON; a class of one name may do without the list
+    n01440764: tench, Tinca tinca                 a line each; a tab or a space may replace the colon
+    {"n01440764": ["tench", "Tinca tinca"]}       JSON; a single name needs no list
 """
 
 import logging
@@ -30,9 +30,9 @@ _LOG = logging.getLogger(__name__)
 class ImageFolder(Source):
     """A split of a data set in the layout above, sorted by class and file name.
 
-    The classes are those of `names` that a split has a folder of, in its order, or else the folders of all splits in
-    alphabetical order: a split that lacks a class has the same labels. Hidden folders are none, nor is a folder of
-    another split that holds no image.
+    The classes are those of `names` for which any split has a folder, in the order of `names`, or else the folders of
+    all splits in alphabetical order, so that labels agree between splits. Hidden folders, and folders of other splits
+    that hold no image, do not count.
 
     Attributes:
       name: "image_folder".
@@ -46,18 +46,18 @@ class ImageFolder(Source):
     def __init__(
         self, data_dir: epath.PathLike, split: str = "", names: epath.PathLike = "", num_classes: int = 0
     ):
-        """Lists the files; images are read when they are asked for.
+        """Lists the files; images are read when they are accessed.
 
         Args:
           data_dir: DIR.
-          split: the folder of a split in DIR; "" where the class folders lie in DIR itself.
+          split: the folder of a split in DIR; "" if the class folders lie in DIR itself.
           names: a file with the names of the class folders.
-          num_classes: how many class folders the split must hold; 0 takes any number. A config that counts its steps
-            by epochs says what it counted with.
+          num_classes: the required number of class folders; 0 takes any number. A config that computes its steps from
+            epochs sets it, since the steps depend on it.
 
         Raises:
-          UserError: a folder is missing, holds no class or no image, or is none of `names`; or there are not
-            `num_classes` of them.
+          UserError: a folder is missing, holds no class or no image, or is not in `names`; or the number of class
+            folders is not `num_classes`.
         """
         root = epath.Path(data_dir)
         self.name, self._folder = "image_folder", root / split if split else root
@@ -65,10 +65,10 @@ class ImageFolder(Source):
             raise UserError(f"image_folder: {str(self._folder)!r} is not a folder")
         own = list_folders(self._folder)
         if not own:
-            raise UserError(f"{self._folder} holds no folder: each class has one with its images")
+            raise UserError(f"{self._folder} holds no folders: each class needs a folder with its images")
         if num_classes and len(own) != num_classes:
             raise UserError(
-                f"{self._folder} holds {len(own)} class folders, and num_classes={num_classes} "
+                f"{self._folder} holds {len(own)} class folders, but num_classes={num_classes} "
                 f"(of configs/pomp.py, which counts epochs by it: classes={len(own)})"
             )
         beside = self._folder.parent
@@ -77,13 +77,13 @@ class ImageFolder(Source):
         others = [
             (other, folder) for other in splits for folder in list_folders(other) if folder not in there
         ]
-        # Annotations or tools may lie beside the splits.
+        # Folders beside the splits may hold annotations or tools, without images.
         found = there.union(folder for other, folder in others if has_image(other / folder))
         if names:
             listed = read_names(names)
             if stray := [folder for folder in own if folder not in listed]:
                 raise UserError(f"{names} has no name for the folder {self._folder / stray[0]}")
-            # A list may be longer than the data, whose classes alone are told apart.
+            # The list may name more classes than the data has; only those with a folder count.
             by_folder = {folder: own_names for folder, own_names in listed.items() if folder in found}
             if len(by_folder) < len(listed):
                 _LOG.warning(
@@ -107,7 +107,7 @@ class ImageFolder(Source):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Example:
-        """Decodes one image: `image` u8 [H W 3], `label`, `image_id`.
+        """Returns one example: `image` u8 [H W 3], `label`, `image_id`.
 
         Raises:
           UserError: the file is damaged.
@@ -125,22 +125,22 @@ class ImageFolder(Source):
             names, others = scan_images(self._folder / folder)
             left_out += others
             if names:
-                # Bytes in one array: as texts, the eleven million of ImageNet-21K would take a gigabyte in each
-                # worker process.
+                # Names are bytes in one array: as a list of texts, the eleven million of ImageNet-21K would take a
+                # gigabyte in each worker process.
                 files.append(np.array([os.fsencode(name) for name in names]))
                 labels.append(np.full(len(names), position[folder], np.int32))
         say_left_out(self._folder, left_out)
         self._files = np.concatenate(files)
         self.labels = np.concatenate(labels)
         if not len(self.labels):
-            raise UserError(f"the class folders of {self._folder} hold no image that can be read")
+            raise UserError(f"the class folders of {self._folder} hold no readable image")
 
 
 def read_names(path: epath.PathLike) -> dict[str, tuple[str, ...]]:
-    """The names of each class folder, from a file of the forms above.
+    """Reads the names of each class folder from a file in one of the forms above.
 
     Raises:
-      UserError: the file cannot be read, is of another form, or is empty.
+      UserError: the file cannot be read, is not of these forms, or is empty.
     """
     what = "the class names"
     pairs: list[tuple[str, Any]]
@@ -162,12 +162,12 @@ def read_names(path: epath.PathLike) -> dict[str, tuple[str, ...]]:
                 raise UserError(f"{path}: the folder {folder!r} occurs twice")
             found[folder] = tuple(dict.fromkeys(names))
     if not found:
-        raise UserError(f"the file {path} holds no class")
+        raise UserError(f"the file {path} lists no class")
     return found
 
 
 def _pair(line: str) -> tuple[str, str]:
-    """A folder with a space in its name is told from its names by a tab or a colon."""
+    """Splits a line into folder and names; if the folder holds spaces, a tab or a colon must separate it."""
     separator = r"\s*[\t:]\s*" if re.search(r"[\t:]", line.strip()) else r"\s+"
     folder, *rest = re.split(separator, line.strip(), maxsplit=1)
     return folder, rest[0] if rest else ""

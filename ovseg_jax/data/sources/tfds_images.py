@@ -18,11 +18,11 @@ from ovseg_jax.vocab.classes import ClassList
 
 
 class TfdsImages(Source):
-    """A split of a prepared data set with one label an image.
+    """A split of a prepared TFDS data set with one label per image.
 
     Attributes:
-      name: the data set's.
-      classes: the names of the label, `_` read as a space.
+      name: the name of the data set.
+      classes: the names of the label feature, with `_` read as a space.
       labels: i32 [n], read once without decoding an image.
     """
 
@@ -36,13 +36,13 @@ class TfdsImages(Source):
 
         Args:
           dataset: its name, such as "caltech101" or "imagenet2012:5.1.0".
-          split: such as "train" or "train[:10%]".
-          data_dir: the folder that holds it; TensorFlow Datasets' own where it is "".
-          image_key: the feature that is the image.
-          label_key: the feature that is the class.
+          split: a split such as "train" or "train[:10%]".
+          data_dir: the folder that holds it; "" takes the default folder of TensorFlow Datasets.
+          image_key: the name of the image feature.
+          label_key: the name of the class feature.
 
         Raises:
-          UserError: tensorflow_datasets is not installed, the data set is not there or not in ArrayRecord
+          UserError: tensorflow_datasets is not installed, the data set does not exist or is not in ArrayRecord
             files, or it has no such features.
         """
         tfds = _tfds()
@@ -62,7 +62,7 @@ class TfdsImages(Source):
                 raise UserError(f"tfds: {dataset} has no feature {key!r}; it has {', '.join(features)}")
         names = getattr(features[label_key], "names", None)
         if not names:
-            raise UserError(f"tfds: the feature {label_key!r} of {dataset} is no class with a name")
+            raise UserError(f"tfds: the feature {label_key!r} of {dataset} is not a class label with names")
         self.classes = ClassList(
             tuple((name.replace("_", " "),) for name in names), tuple(range(len(names))), (True,) * len(names)
         )
@@ -72,14 +72,14 @@ class TfdsImages(Source):
         if ((wrong := self.labels) < 0).any() or (wrong >= len(names)).any():
             wrong = wrong[(wrong < 0) | (wrong >= len(names))]
             raise UserError(
-                f"tfds: {dataset}, split {split!r}, has the label {wrong[0]}, which is none of its classes"
+                f"tfds: {dataset}, split {split!r}, has the label {wrong[0]}, but only {len(names)} classes"
             )
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Example:
-        """Decodes one image: `image` u8 [H W 3], `label`, `image_id`."""
+        """Returns one example: `image` u8 [H W 3], `label`, `image_id`."""
         self._check_index(index)
         return Example(
             image=lambda _: self._read_image(index), label=int(self.labels[index]), image_id=str(index)
@@ -92,7 +92,7 @@ class TfdsImages(Source):
 
 @contextlib.contextmanager
 def _package(failed: str, hint: str = "") -> Iterator[None]:
-    """Turns the package's exceptions, which are of many kinds, into a sentence with the first line of theirs."""
+    """Turns the package's exceptions, which are of many kinds, into a UserError with their first line."""
     try:
         yield
     except UserError:
@@ -105,5 +105,7 @@ def _tfds() -> Any:
     try:
         import tensorflow_datasets
     except ImportError as error:
-        raise UserError(f"the data source 'tfds' needs pip install tensorflow-datasets ({error})") from error
+        raise UserError(
+            f"the data source 'tfds' needs a package: pip install tensorflow-datasets ({error})"
+        ) from error
     return tensorflow_datasets

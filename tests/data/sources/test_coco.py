@@ -113,14 +113,14 @@ def test_label_file(tmp_path):
     [
         (
             lambda d: d["annotations"][1]["segments_info"].pop(),
-            "the PNG has a segment 70000 that the JSON has not",
+            "the PNG has a segment 70000 that the JSON lacks",
         ),
         (
             lambda d: d["annotations"][1]["segments_info"].append({"id": 9, "category_id": 5}),
-            "the JSON has a segment 9 that the PNG has not",
+            "the JSON has a segment 9 that the PNG lacks",
         ),
         (lambda d: d["images"][1].update(height=13), r"3\.jpg is 12 x 16 .* says 13 x 16"),
-        (lambda d: d["images"][1].update(file_name="33.jpg"), r"33\.jpg is named in .* not there"),
+        (lambda d: d["images"][1].update(file_name="33.jpg"), r"33\.jpg, listed in .* does not exist"),
         (
             lambda d: d["annotations"][1].update(file_name="33.png"),
             r"33\.png cannot be read: there is no such file",
@@ -137,10 +137,10 @@ def test_json_and_files_disagree(tmp_path, edit, message):
     ("edit", "message"),
     [
         (lambda d: d.pop("categories"), "no list 'categories'"),
-        (lambda d: d["annotations"][0].update(image_id=99), "image 99"),
+        (lambda d: d["annotations"][0].update(image_id=99), "image_id 99"),
         (
             lambda d: d["annotations"][1]["segments_info"][0].update(category_id=6),
-            "the category 6, which is not listed",
+            "the category_id 6, which 'categories' does not list",
         ),
         (lambda d: d["images"][0].pop("height"), "no 'height'"),
     ],

@@ -46,7 +46,7 @@ def test_named_segments(root):
     source = Folder(root)
     assert source.classes.ids == (4, 9) and source[1]["class_ids"].tolist() == [-1, 1]
     (root / "classes.txt").write_text("4:sky\n")
-    with pytest.raises(UserError, match=r"'puppy' of a\.jpg is no name in classes\.txt"):
+    with pytest.raises(UserError, match=r"the name 'puppy' of a\.jpg is not in classes\.txt"):
         Folder(root)
 
 
@@ -114,7 +114,7 @@ def test_narratives_of_coco_count_ids_without_zeros(root):
         ("captions.json", "{", "not valid JSON"),
         ("captions.tsv", "a.jpg a wall\n", "line 1"),
         ("captions.jsonl", '{"image_id": "a"}\n', "line 1"),
-        ("captions.jsonl", '{"image_id": "z", "caption": "x"}\n', "no caption of any image"),
+        ("captions.jsonl", '{"image_id": "z", "caption": "x"}\n', "no caption for any image"),
         ("segments.json", '{"z.jpg": {"1": "dog"}}', "no such image"),
         ("segments.json", '{"a.jpg": {"one": "dog"}}', "expected .1. to .65535., got .one."),
     ],

@@ -77,7 +77,7 @@ def test_names_from_a_file(root, file, text):
         ("zebra: zebra\nant: ant\n", "no name for the folder .*sea_lion"),
         ("zebra: zebra\nzebra: horse\n", "'zebra' occurs twice"),
         ("zebra\n", "'zebra' has no name"),
-        ("\n", "holds no class"),
+        ("\n", "lists no class"),
     ],
 )
 def test_bad_names(root, text, message):
@@ -110,7 +110,7 @@ def test_what_is_missing_is_named(root, tmp_path_factory):
     with pytest.raises(UserError, match="holds no folder"):
         ImageFolder(empty)
     (empty / "cat").mkdir()
-    with pytest.raises(UserError, match="hold no image"):
+    with pytest.raises(UserError, match="hold no readable image"):
         ImageFolder(empty)
     with pytest.raises(UserError, match=r"names\.txt cannot be read"):
         ImageFolder(root, "train", root / "names.txt")

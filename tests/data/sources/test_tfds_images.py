@@ -60,7 +60,7 @@ def test_labels_names_and_images(package):
     [
         (dict(split="dev"), r"'zoo', split 'dev', cannot be opened \(Unknown split 'dev'\.\); tfds build"),
         (dict(split="train", image_key="photo"), "no feature 'photo'; it has image, label, text"),
-        (dict(split="train", label_key="text"), "'text' of zoo is no class"),
+        (dict(split="train", label_key="text"), "'text' of zoo is not a class"),
     ],
 )
 def test_what_is_wrong_is_named(package, arguments, message):
@@ -84,7 +84,7 @@ def test_what_the_package_raises_is_one_sentence(package, monkeypatch):
         dict(TfdsImages("zoo", "train")[0])
     records = [{"image": b"", "label": label} for label in (0, -1)]
     monkeypatch.setattr(module, "data_source", lambda *_, **__: records)
-    with pytest.raises(UserError, match="the label -1, which is none"):
+    with pytest.raises(UserError, match="the label -1, but only"):
         TfdsImages("zoo", "train")
     monkeypatch.setattr(
         module, "data_source", lambda *_, decoders, **__: [{"label": "x"}] if decoders else records
