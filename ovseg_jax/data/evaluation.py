@@ -145,7 +145,7 @@ class ClassifyEval:
 
 
 def _image_row(image: np.ndarray | None, size: int, index: int) -> Row:
-    """The part of a row that each image has; `image` is None for padding."""
+    """Returns the part of a row that every image has; `image` is None for padding."""
     canvas, fitted = np.zeros((size, size, 3), np.uint8), (0, 0)
     if image is not None:
         canvas, fitted = fit_canvas(image, size)

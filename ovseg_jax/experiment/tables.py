@@ -65,7 +65,7 @@ def score_table(scores: Mapping[str, float]) -> str:
 
 
 def _block(scores: Mapping[str, float]) -> _Block:
-    """mIoU, of groups too, under both divisors and beside chance, then the rest; or a column for each prompt."""
+    """Arranges mIoU, also of groups, with both divisors and chance, then the rest; or the prompts side by side."""
     if any("[" in metric for metric in scores) or not any("miou" in metric for metric in scores):
         return _by_prompt(scores)
     rows: dict[str, Sequence[Cell]] = {}
@@ -79,7 +79,7 @@ def _block(scores: Mapping[str, float]) -> _Block:
 
 
 def _by_prompt(scores: Mapping[str, float]) -> _Block:
-    """A row for each metric, a column for each prompt ("accuracy", "accuracy[hard]")."""
+    """Arranges a row for each metric, a column for each prompt ("accuracy", "accuracy[hard]")."""
     cells: dict[str, dict[str, float]] = {}
     for key, value in scores.items():
         metric, _, prompt = key.removesuffix("]").partition("[")
