@@ -184,7 +184,7 @@ def test_a_set_of_tfds_and_of_a_chosen_split():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"suite": "nowhere"}, "--suite=nowhere is no file"),
+        ({"suite": "nowhere"}, "--suite=nowhere is neither a file nor one of"),
         ({"suite": "cross-domain"}, "holds none of the sets"),
         ({"suite": "wrong.json"}, "the suite wrong.json cannot be read"),
         ({"suite": "pets.json", "checkpoint": "elsewhere"}, "elsewhere holds no run"),
