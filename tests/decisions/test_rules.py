@@ -207,7 +207,7 @@ def test_settings_are_checked():
         ({"type": "panoptic", "overlap_threshold": "half"}, "must be a number, not 'half'"),
         ({"type": "groupvit", "scale": float("nan")}, "must be a number"),
         ({"type": "instances", "top": 0}, "is less than 1"),
-        ({"type": "argmax", "threshold": 1}, "it has no setting"),
+        ({"type": "argmax", "threshold": 1}, "has no setting .threshold.; known settings: none"),
     ):
         with pytest.raises(UserError, match=said):
             decision_of(value)

@@ -97,7 +97,7 @@ def test_a_loss_with_it(folder, name):
 
 def test_what_is_wrong_is_said(folder):
     path, _ = folder
-    with pytest.raises(UserError, match=r"gives 24 numbers: set model.embed_dim=24"):
+    with pytest.raises(UserError, match=r"embeddings of 24 numbers: set model.embed_dim=24"):
         make(text=dict(tower="tiny_clip", init=str(path)), embed_dim=10)
     with pytest.raises(UserError, match=r"text.tower=tiny_clip needs text.init"):
         make(text=dict(tower="tiny_clip"), embed_dim=EMBED)
