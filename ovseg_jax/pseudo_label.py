@@ -44,9 +44,6 @@ def _run(arguments: argparse.Namespace) -> int:
     from ovseg_jax.inference.segmenter import Segmenter
 
     rules = {name: getattr(arguments, name) for name in ("threshold", "max_overlap", "min_area")}
-    for name, value in rules.items():
-        if not 0 <= value <= 1:
-            raise UserError(f"--{name}={value} is not between 0 and 1")
     if arguments.batch < 1:
         raise UserError(f"--batch={arguments.batch} is less than 1")
     load = lambda: Segmenter.from_checkpoint(arguments.checkpoint, batch_size=arguments.batch)

@@ -51,6 +51,31 @@ def test_pytorch_gives_the_same_labels(tmp_path, method):
     assert (given.label_map == segmenter.segment(IMAGE, LABELS).label_map).mean() > 0.999
 
 
+def test_pytorch_embeds_names_once_for_all_images(tmp_path, monkeypatch):
+    """Names were embedded anew for each image: minutes an image for a long list of labels."""
+    require("torch")
+    import ovseg_jax.torch
+
+    export.to_folder(make_segmenter(), tmp_path, np.dtype("float32"))
+    loaded, embedded = ovseg_jax.torch.load(tmp_path), []
+    embed = loaded.embed
+    monkeypatch.setattr(loaded, "embed", lambda names: embedded.append(list(names)) or embed(names))
+    first = loaded.segment(IMAGE, LABELS)
+    for image in (IMAGE, IMAGE[:20], IMAGE[:, :30]):
+        loaded.segment(image, LABELS)
+    assert embedded == [["red ball", "ball", "grass", "blue"]]
+    # Another list is not taken for it, not even one of the same names.
+    apart = loaded.segment(IMAGE, "red ball; ball; grass; blue")
+    assert len(apart.classes) == 4 and len(np.unique(apart.label_map)) > 1
+    few = loaded.segment(IMAGE, "grass; blue")
+    assert embedded[1:] == [embedded[0], ["grass", "blue"]]
+    vectors = loaded.embed(["grass", "blue"]).numpy()
+    np.testing.assert_array_equal(
+        few.label_map, loaded.segment(IMAGE, "grass; blue", vectors=vectors).label_map
+    )
+    np.testing.assert_array_equal(first.label_map, loaded.segment(IMAGE, LABELS).label_map)
+
+
 def test_the_way_to_pytorch_and_back_loses_no_bit(tmp_path):
     segmenter = make_segmenter(backbone=dict(name="efficientnet_b0"))
     flat = export.by_path(segmenter.variables)

@@ -91,7 +91,7 @@ def test_a_suite_of_folders(run, tmp_path, capsys):
     assert lines[0] == ["metric", "images", "classes", "score", "hard", "two", "chance"]
     # Of pets (9 test images of red, green, yellow; blue is a class of its training split) the green one is lost.
     assert lines[1] == ["pets", "per_class", "9", "4", "66.67", "100.00", "25.00"]
-    assert f"gone              missing: there is no folder {sets / 'gone'}" in out
+    assert f"gone  missing: there is no folder {sets / 'gone'}" in out
     # Four of its first five images are blue, which is taken for green.
     assert lines[3] == ["sky", "accuracy", "5", "4", "20.00", "100.00", "100.00", "25.00"]
     assert lines[4] == ["mine", "average", "of", "2", "of", "3", "43.33", "100.00"]  # not every set has "two"
@@ -194,6 +194,10 @@ def test_a_set_of_tfds_and_of_a_chosen_split():
         ({"suite": "metric.json"}, "metric='f1' is not one of accuracy"),
         ({"suite": "split.json"}, "is not a folder"),
         ({"suite": "dot.json"}, "pe.ts"),
+        ({"suite": "number.json"}, "set 0: 'metric': expected a text, got 5"),
+        ({"suite": "count.json"}, "set 0: 'limit': expected a whole number of at least 1, got 0"),
+        ({"suite": "list.json"}, "'prompts': expected objects, got ['a {}.']"),
+        ({"suite": "template.json"}, "the prompt 'hard': expected a text or a list of texts, got 5"),
     ],
 )
 def test_a_wrong_request_is_one_sentence_and_status_1(
@@ -207,6 +211,10 @@ def test_a_wrong_request_is_one_sentence_and_status_1(
         "metric": {"pets": {"metric": "f1"}},
         "split": {"pets": {"split": "val"}},
         "dot": {"pe.ts": {}},
+        "number": {"pets": {"metric": 5}},
+        "count": {"pets": {"limit": 0}},
+        "list": {"pets": {"prompts": ["a {}."]}},
+        "template": {"pets": {"prompts": {"hard": 5}}},
         "wrong": [],
     }.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({"sets": sets}))

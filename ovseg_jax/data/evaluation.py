@@ -1,7 +1,8 @@
-"""Rows of evaluation batches, made from examples: images with segments, or images of one class."""
+"""Rows of evaluation batches, made from examples: images, with segments or a class if the evaluator needs them."""
 
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Callable, Collection
+from typing import Any
 
 import numpy as np
 
@@ -10,17 +11,52 @@ from ovseg_jax.data.source_base import Source
 from ovseg_jax.data.transforms import class_map
 from ovseg_jax.errors import UserError
 
+Row = dict[str, np.ndarray]
+
+
+def eval_rows(needs: Collection[str], data: Any, source: Source) -> Callable[[int], Row]:
+    """Returns the function that makes a row of a position in a source, and reads only what an evaluator needs.
+
+    Args:
+      needs: the fields that the evaluator needs: `SegmentsEval` with segments, `ClassifyEval` with a label, and else
+        `ImageEval`.
+      data: of `config.data`: `image_size`, and see `SegmentsEval.from_config`.
+      source: what to read.
+    """
+    if "segments" in needs:
+        return SegmentsEval.from_config(data, source)
+    kind = ClassifyEval if "label" in needs else ImageEval
+    return kind.from_config(data, source)
+
 
 @dataclasses.dataclass(frozen=True)
-class EvalTransform:
-    """Makes evaluation rows of images with segments; the index -1 makes a row of padding.
+class ImageEval:
+    """Makes evaluation rows of images; the index -1 makes a row of padding.
 
-    The image is scaled to fit the canvas, keeping its aspect. Labels are never resized, which would change scores:
-    labels and segments keep their own size, in the top left of a canvas of `label_size`. `segment_valid` marks the
-    visible segments that are not crowds; `segment_classes`, `segment_isthing` and `segment_iscrowd` cover all.
+    The image is scaled to fit the canvas, its aspect kept; it covers the `image_size` (height, width) at the top left.
     """
 
-    needs: ClassVar = frozenset({"image", "segments", "class_ids"})
+    source: Source
+    image_size: int
+
+    @classmethod
+    def from_config(cls, data: Any, source: Source) -> "ImageEval":
+        """Creates it from `image_size` of `config.data`."""
+        return cls(source, int(data["image_size"]))
+
+    def __call__(self, index: int) -> Row:
+        """Returns the row of example `index` of the source."""
+        return _image_row(self.source[index]["image"] if index >= 0 else None, self.image_size, index)
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentsEval:
+    """Makes evaluation rows of images with segments; the index -1 makes a row of padding.
+
+    It adds labels and segments to the row of `ImageEval`. Labels are never resized, which would change scores: labels
+    and segments keep their own size, in the top left of a canvas of `label_size`. `segment_valid` marks the visible
+    segments that are not crowds; `segment_classes`, `segment_isthing` and `segment_iscrowd` cover all.
+    """
 
     source: Source
     image_size: int
@@ -28,7 +64,7 @@ class EvalTransform:
     max_segments: int
 
     @classmethod
-    def from_config(cls, data: Any, source: Source) -> "EvalTransform":
+    def from_config(cls, data: Any, source: Source) -> "SegmentsEval":
         """Creates it from `image_size`, `label_size` and `max_segments` of `config.data`."""
         label_size, segments = data.get("label_size"), data.get("max_segments")
         if not label_size or not segments:
@@ -38,15 +74,13 @@ class EvalTransform:
         height, width = (label_size, label_size) if isinstance(label_size, int) else label_size
         return cls(source, int(data["image_size"]), (int(height), int(width)), int(segments))
 
-    def __call__(self, index: int) -> dict[str, np.ndarray]:
+    def __call__(self, index: int) -> Row:
         """Returns the row of example `index` of the source.
 
         Raises:
           UserError: the example exceeds `label_size` or `max_segments`.
         """
-        row: dict[str, Any] = {
-            "image": np.zeros((self.image_size, self.image_size, 3), np.uint8),
-            "image_size": np.zeros(2, np.int32),
+        row = {
             "label": np.full(self.label_size, -1, np.int32),
             "segments": np.zeros(self.label_size, np.int32),
             "label_size": np.zeros(2, np.int32),
@@ -54,11 +88,9 @@ class EvalTransform:
             "segment_classes": np.full(self.max_segments, -1, np.int32),
             "segment_isthing": np.zeros(self.max_segments, bool),
             "segment_iscrowd": np.zeros(self.max_segments, bool),
-            "index": np.int32(index),
-            "example_mask": np.bool_(index >= 0),
         }
         if index < 0:
-            return row
+            return _image_row(None, self.image_size, index) | row
         example = self.source[index]
         segments, count = example["segments"], len(example["class_ids"])
         height, width = segments.shape
@@ -72,8 +104,6 @@ class EvalTransform:
             raise UserError(
                 f"{where} has {count} segments, more than data.max_segments={self.max_segments}: raise it"
             )
-        row["image"], fitted = fit_canvas(example["image"], self.image_size)
-        row["image_size"][:] = fitted
         row["label"][:height, :width] = class_map(segments, example["class_ids"])
         row["segments"][:height, :width] = segments
         row["label_size"][:] = height, width
@@ -82,7 +112,7 @@ class EvalTransform:
         row["segment_classes"][:count] = example["class_ids"]
         row["segment_isthing"][:count] = example["isthing"]
         row["segment_iscrowd"][:count] = example["iscrowd"]
-        return row
+        return _image_row(example["image"], self.image_size, index) | row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +123,6 @@ class ClassifyEval:
     `example_mask`.
     """
 
-    needs: ClassVar = frozenset({"label"})
-
     source: Source
     image_size: int
 
@@ -103,7 +131,7 @@ class ClassifyEval:
         """Creates it from `image_size` of `config.data`."""
         return cls(source, int(data["image_size"]))
 
-    def __call__(self, index: int) -> dict[str, np.ndarray]:
+    def __call__(self, index: int) -> Row:
         """Returns the row of example `index` of the source."""
         example = self.source[max(index, 0)]
         if "feature" in example:
@@ -114,3 +142,16 @@ class ClassifyEval:
         if index < 0:
             row = {key: np.zeros_like(value) for key, value in row.items()}
         return {**row, "index": np.int32(index), "example_mask": np.bool_(index >= 0)}  # type: ignore[dict-item]
+
+
+def _image_row(image: np.ndarray | None, size: int, index: int) -> Row:
+    """Returns the part of a row that every image has; `image` is None for padding."""
+    canvas, fitted = np.zeros((size, size, 3), np.uint8), (0, 0)
+    if image is not None:
+        canvas, fitted = fit_canvas(image, size)
+    return {
+        "image": canvas,
+        "image_size": np.asarray(fitted, np.int32),
+        "index": np.asarray(index, np.int32),
+        "example_mask": np.asarray(index >= 0),
+    }

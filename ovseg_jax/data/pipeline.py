@@ -18,14 +18,14 @@ import signal
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
-from ovseg_jax.data.evaluation import ClassifyEval, EvalTransform
+from ovseg_jax.data.evaluation import eval_rows
 from ovseg_jax.data.fields import FIELDS
 from ovseg_jax.data.mixing import MixingOrder
 from ovseg_jax.data.rows import Rows
@@ -128,6 +128,7 @@ def _check_fields(source: Source, make_row: Rows) -> None:
 
 def eval_batches(
     source: Source,
+    needs: Collection[str],
     config: Any,
     *,
     batch_size: int,
@@ -141,7 +142,8 @@ def eval_batches(
     Batch i of all processes together holds the examples from i * batch_size * process_count on, in order.
 
     Args:
-      source: the data; rows are made by `ClassifyEval` for a source with labels, else by `EvalTransform`.
+      source: the data.
+      needs: the fields that the evaluator needs of it, which decide what the rows hold, see `evaluation.eval_rows`.
       config: in `data`: `image_size`; `label_size` (height, width of the label canvas) and `max_segments`, by default
         those that the source's largest example needs; `threads`.
       batch_size: rows of each process's batch.
@@ -150,17 +152,15 @@ def eval_batches(
       limit: use only the first so many examples.
 
     Raises:
-      UserError: the source has neither labels nor segments, a file is invalid, or a label is larger than
-        `data.label_size`.
+      UserError: the source lacks a field, a file is invalid, or a label is larger than `data.label_size`.
     """
     data = config["data"]
     count = len(source) if limit is None else min(int(limit), len(source))
     per_step = batch_size * process_count
     numbers = np.arange(math.ceil(count / per_step) * per_step)
     numbers = np.where(numbers < count, numbers, -1).reshape(-1, process_count, batch_size)[:, process_index]
-    transform = ClassifyEval if "label" in source.provides else EvalTransform
-    check_provides(source, transform.needs, "this evaluation")
-    rows = grain.MapDataset.source(numbers.ravel().tolist()).map(transform.from_config(data, source))
+    check_provides(source, needs, "this evaluation")
+    rows = grain.MapDataset.source(numbers.ravel().tolist()).map(eval_rows(needs, data, source))
     return iter(_in_background(rows.batch(batch_size), {**_background(data), "workers": 0}))
 
 

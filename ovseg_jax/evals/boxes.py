@@ -22,6 +22,7 @@ from PIL import Image
 from ovseg_jax.data.images import read_image
 from ovseg_jax.evals.box_files import Proposals
 from ovseg_jax.evals.passes import each_batch
+from ovseg_jax.kernels.unit import host_unit
 from ovseg_jax.protocols import Variables
 
 CONTEXT = (1.0, 1.5)
@@ -88,8 +89,7 @@ def region_features(
         vectors = (vector for part in each_batch(batches(), step, mesh) for vector in part[:batch])
         for _, boxes in images:
             views = np.stack(list(islice(vectors, len(CONTEXT) * len(boxes))))
-            mean = views.reshape(len(boxes), len(CONTEXT), -1).mean(1)
-            yield mean / np.linalg.norm(mean, axis=1, keepdims=True)
+            yield host_unit(views.reshape(len(boxes), len(CONTEXT), -1).mean(1))
 
 
 def class_probability(

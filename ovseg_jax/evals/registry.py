@@ -67,6 +67,7 @@ class Setup(NamedTuple):
         return partial(
             eval_batches,
             self.source,
+            evaluator.needs,
             {"data": {**self.config.data, **data, **own}},
             batch_size=self.evaluation.batch_size // jax.process_count(),
             process_index=jax.process_index(),

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.load import load_run
 from ovseg_jax.files import write_whole
+from ovseg_jax.kernels.unit import host_unit
 from ovseg_jax.models.text_towers import CLIPText, text_tower
 from ovseg_jax.pretrained.load import load
 from ovseg_jax.protocols import Classifier, Variables, only
@@ -61,7 +62,7 @@ def class_vectors(side: TextSide, classes: ClassList, synonyms: str = "first") -
     each = embed(names)
     total = np.zeros((len(classes), each.shape[1]), np.float32)
     np.add.at(total, owner, each)
-    return total / np.linalg.norm(total, axis=1, keepdims=True)
+    return host_unit(total)
 
 
 def text_side_of_run(workdir: str, mesh: Mesh, prompt: Prompt | Sequence[str] | None) -> TextSide:

@@ -10,6 +10,7 @@ from ovseg_jax.config import keys, stages_of, unknown_key
 from ovseg_jax.data.fields import batch_fields
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.registry import COMMON, evaluator_type
+from ovseg_jax.experiment.stages import check_keys
 from ovseg_jax.parallel.sharding import AXES
 from ovseg_jax.towers.vocabulary import SPOKEN
 
@@ -58,7 +59,9 @@ def check_config(config: ConfigDict, given: Collection[str] = (), where: str = "
             raise UserError(f"{key} has no effect: final_evals only run at the end")
     for name, stage in stages_of(config).items():
         if stage.kind == "train":
-            check_config(stage.config, where=f"stages.{name}.")
+            check_config(stage.config, where=f"{where}stages.{name}.")
+        else:
+            check_keys(stage, f"{where}stages.{name}")
 
 
 def check_evaluation(given: Collection[str]) -> None:

@@ -32,6 +32,7 @@ from ovseg_jax.experiment.features import cached_features
 from ovseg_jax.experiment.keys import check_config
 from ovseg_jax.experiment.load import CLASSES_FILE, WORDS_FILE, Run, load_run, read_classes, read_method
 from ovseg_jax.experiment.stages import check_finished, run_stages
+from ovseg_jax.experiment.tables import score_table
 from ovseg_jax.files import forget, is_recorded, locked, record, write_recorded, write_whole
 from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.protocols import Classifier, Evaluator, Segmenting, Trainable, Variables
@@ -50,7 +51,6 @@ from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 
 SUMMARY_FILE = "summary.json"
-TABLE_2 = ("A-847", "PC-459", "A-150", "PC-59", "PAS-20")  # papers/004
 _log = logging.getLogger(__name__)
 
 
@@ -335,56 +335,6 @@ def write_tables(workdir: epath.Path, tables: Mapping[str, Sequence[Any]]) -> No
         path = workdir / "tables" / f"{name}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text.getvalue())
-
-
-def score_table(scores: Mapping[str, float]) -> str:
-    """Formats a table for each evaluation: mIoU, also of groups, with both divisors and chance; then the rest."""
-    lines = []
-    for evaluation in dict.fromkeys(name.split("/")[0] for name in scores):
-        own = {
-            k.removeprefix(f"{evaluation}/"): v for k, v in scores.items() if k.startswith(f"{evaluation}/")
-        }
-        if not any("miou" in name for name in own) or any("[" in name for name in own):
-            lines += _prompt_table(evaluation, own)
-            continue
-        lines.append(f"  {evaluation:<24}{'mIoU':>8}{'mIoU_gt':>10}{'chance':>9}")
-        for name in [name for name in own if name.split("/")[0] == "miou" or name.startswith("miou@")]:
-            row = [own.get(name.replace("miou", column, 1)) for column in ("miou", "miou_gt", "chance_miou")]
-            cells = "".join(
-                f"{'' if x is None else f'{x:.2f}':>{w}}" for x, w in zip(row, (8, 10, 9), strict=True)
-            )
-            lines.append(f"    {name.removeprefix('miou').lstrip('/') or 'all classes':<22}{cells}")
-        rest = [name for name in own if "miou" not in name or name.startswith("grounding")]
-        lines += [f"    {name:<22}{own[name]:8.2f}" for name in rest]
-    return "\n".join([*lines, *_row_of_sets(scores)])
-
-
-def _row_of_sets(scores: Mapping[str, float]) -> list[str]:
-    """Formats several segmentation evaluations side by side, those of OpenSeg's Table 2 in its order."""
-    names = [name.removesuffix("/miou") for name in scores if name.endswith("/miou")]
-    names = [name for name in TABLE_2 if name in names] + [name for name in names if name not in TABLE_2]
-    if len(names) < 2:
-        return []
-    rows = {"": names}
-    for label, metric in (("mIoU", "miou"), ("mIoU, classes given", "grounding_miou")):
-        values = [scores.get(f"{name}/{metric}") for name in names]
-        rows[label] = ["" if value is None else f"{value:.1f}" for value in values]
-    width = max(map(len, names)) + 2
-    return [f"  {label:<24}" + "".join(f"{cell:>{width}}" for cell in row) for label, row in rows.items()]
-
-
-def _prompt_table(evaluation: str, scores: Mapping[str, float]) -> list[str]:
-    """Formats a classification: a line for each metric, a column for each prompt ("accuracy", "accuracy[hard]")."""
-    cells: dict[str, dict[str, float]] = {}
-    for key, value in scores.items():
-        name, _, prompt = key.removesuffix("]").partition("[")
-        cells.setdefault(name, {})[prompt] = value
-    prompts = list(dict.fromkeys(prompt for row in cells.values() for prompt in row))
-    lines = [f"  {evaluation:<26}" + "".join(f"{prompt:>13}" for prompt in prompts)]
-    for name, row in cells.items():
-        numbers = (f"{row[prompt]:>13.2f}" if prompt in row else " " * 13 for prompt in prompts)
-        lines.append(f"    {name:<24}" + "".join(numbers))
-    return lines
 
 
 def _evaluators(config: ConfigDict, method: Any, mesh: Mesh, key: str = "evals") -> list[Any]:

@@ -12,10 +12,11 @@ from ovseg_jax.cli.outputs import Journal, check_out_file, run_stamp
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.registry import make_evaluators
 from ovseg_jax.experiment.load import load_run
+from ovseg_jax.experiment.tables import Table
 from ovseg_jax.files import write_whole
 from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.protocols import Classifier
-from ovseg_jax.reading import objects, read_json, reading, short
+from ovseg_jax.reading import column, objects, read_json, reading, short, text, texts, whole
 from ovseg_jax.towers.templates import HARD
 
 # These four are scored by the mean over classes (papers/000, table 11).
@@ -118,12 +119,13 @@ def score_suite(
     known: dict[str, list[Score]] = {}
     for record in journal.records if journal else ():
         known.setdefault(record["set"], []).append(Score(**record))
-    print(_line("", "metric", "images", "classes", "score", *_prompts(sets), "chance"), flush=True)
+    table = suite_table(sets)
+    print(table.head, flush=True)
     scores: list[Score] = []
     scorer: Scorer | None = None
     for name, source in sources.items():
         if source is None:
-            print(f"{name:<18}missing: there is no folder {folder / name}", flush=True)
+            print(table.line(name, f"missing: there is no folder {folder / name}"), flush=True)
             continue
         # A set whose recorded lines are incomplete is scored again.
         found = known.get(name, [])
@@ -133,7 +135,9 @@ def score_suite(
             for score in found if journal else ():
                 journal.append(score._asdict())  # type: ignore[union-attr]
         scores += found
-        print(_row(found, _prompts(sets)), flush=True)
+        by_prompt, first = {s.prompt: s.score for s in found}, found[0]
+        cells = [by_prompt.get(prompt) for prompt in ("", *_prompts(sets))]
+        print(table.line(name, first.metric, first.images, first.classes, *cells, first.chance), flush=True)
         if out:
             write_scores(out, scores)
     for line in averages(sets, scores):
@@ -206,7 +210,13 @@ def read_suite(suite: str) -> dict[str, dict[str, Any]]:
         sets = found.get("sets") if isinstance(found, dict) else None
         if not isinstance(sets, dict) or not sets:
             raise ValueError(f'it is not of the form {{"sets": {{NAME: {{...}}}}}}: {short(found)}')
-        objects(list(sets.values()), "'sets'")
+        entries = objects(list(sets.values()), "'sets'")
+        for key in ("metric", "average", "tfds"):
+            column(entries, key, text, default="", of="set")
+        column(entries, "limit", whole, 1, default=1, of="set")
+        for templates in objects([entry.get("prompts", {}) for entry in entries], "'prompts'"):
+            for prompt, template in templates.items():
+                texts(template, f"the prompt {prompt!r}")
     return sets
 
 
@@ -225,42 +235,39 @@ def source_of(name: str, entry: Mapping[str, Any], data_dir: epath.Path) -> dict
     return {"name": "image_folder", "data_dir": str(folder), **found, **arguments}
 
 
+def suite_table(suite: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Returns the table of a suite: a line for each set, then one for each average."""
+    found = [entry["average"] for entry in suite.values() if "average" in entry]
+    metrics = [entry.get("metric", "accuracy") for entry in suite.values()]
+    counts = [f"average of {len(found)} of {len(found)}"] if found else []
+    return Table(
+        {"": [*suite, *found], "metric": [*metrics, *counts]},
+        ["images", "classes", "score", *_prompts(suite), "chance"],
+    )
+
+
 def averages(suite: Mapping[str, Mapping[str, Any]], scores: Sequence[Score]) -> Iterator[str]:
     """Yields a line for each average of the suite: the unweighted mean over its data sets, as in publications."""
+    table = suite_table(suite)
     for average in dict.fromkeys(entry["average"] for entry in suite.values() if "average" in entry):
         wanted = [name for name, entry in suite.items() if entry.get("average") == average]
         cells = []
         for prompt in ("", *_prompts(suite)):
             found = [s.score for s in scores if s.set in wanted and s.prompt == prompt]
             there = len({s.set for s in scores if s.set in wanted})
-            cells.append(f"{sum(found) / there:.2f}" if there and len(found) == there else "")
+            cells.append(sum(found) / there if there and len(found) == there else None)
         of = f"average of {there} of {len(wanted)}" if there < len(wanted) else f"average of all {there}"
-        yield _line(average, of, "", "", *cells, "")
+        yield table.line(average, of, None, None, *cells)
 
 
 def write_scores(path: epath.PathLike, scores: Sequence[Score]) -> None:
     """Writes a CSV file with a line for each score."""
-    text = io.StringIO()
-    writer = csv.writer(text)
+    content = io.StringIO()
+    writer = csv.writer(content)
     writer.writerow(Score._fields)
     writer.writerows(scores)
-    write_whole(path, text.getvalue())
+    write_whole(path, content.getvalue())
 
 
 def _prompts(suite: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(prompt for entry in suite.values() for prompt in entry.get("prompts", {})))
-
-
-def _row(found: Sequence[Score], prompts: Sequence[str]) -> str:
-    by_prompt = {s.prompt: f"{s.score:.2f}" for s in found}
-    first = found[0]
-    cells = [by_prompt.get(prompt, "") for prompt in ("", *prompts)]
-    return _line(
-        first.set, first.metric, str(first.images), str(first.classes), *cells, f"{first.chance:.2f}"
-    )
-
-
-def _line(name: str, metric: str, *cells: str) -> str:
-    images, classes, *numbers = cells
-    line = f"{name:<18}{metric:<20}{images:>8}{classes:>9}" + "".join(f"{cell:>10}" for cell in numbers)
-    return line.rstrip()

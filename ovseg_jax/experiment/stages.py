@@ -10,6 +10,7 @@ finished and holds its config.
 
 import hashlib
 import importlib
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,7 +28,7 @@ from ovseg_jax.files import read_recorded, write_recorded
 from ovseg_jax.reading import DAMAGE, reason
 
 MARKER = "stage.json"
-# Kinds implemented in higher rooms, called as (config, folder); see `Runner`.
+# Kinds implemented in higher rooms, called as (folder, **resolved config); see `Runner` for what they return.
 _ELSEWHERE = {"pseudo_label": "ovseg_jax.inference.pseudo_masks:label_stage"}
 
 # (config, folder) -> a dict, with "stopped" if it was stopped by a signal.
@@ -88,9 +89,34 @@ def check_finished(config: ConfigDict, workdir: epath.Path) -> None:
             )
 
 
+def check_keys(stage: ConfigDict, where: str) -> None:
+    """Checks that the config of a stage has the keys that its kind needs, and no others.
+
+    Args:
+      stage: of a kind that is no training run.
+      where: its place in the config around it, for errors.
+
+    Raises:
+      UserError: names an unknown or a missing key.
+    """
+    if stage.kind not in _ELSEWHERE:
+        return  # `check_finished` refuses it.
+    _, *parameters = inspect.signature(_function(stage.kind)).parameters.values()
+    known = {parameter.name: parameter.default is parameter.empty for parameter in parameters}
+    for key in stage.config:
+        if key not in known:
+            raise UserError(config_lib.unknown_key(f"{where}.{key}", known))
+    if missing := [key for key, required in known.items() if required and key not in stage.config]:
+        raise UserError(f"{where} of kind {stage.kind!r} needs {missing[0]}=")
+
+
 def _runner(kind: str, train: Runner) -> Runner:
     if kind == "train":
         return train
+    return lambda config, folder: _function(kind)(folder, **config_lib.resolved(config, folder))
+
+
+def _function(kind: str) -> Callable[..., Mapping[str, Any]]:
     module, _, function = _ELSEWHERE[kind].partition(":")
     return getattr(importlib.import_module(module), function)
 

@@ -96,7 +96,7 @@ class TransferEvaluator(Evaluator):
             proposals,
             setup.method,
             classes,
-            setup.batches(task="segmentation", image_size=proposals.config.data.image_size),
+            setup.batches(image_size=proposals.config.data.image_size),
             setup.mesh,
             rules=rules_of(proposals, setup.config, **chosen),
             prompts={"learned": None, **setup.prompts()},

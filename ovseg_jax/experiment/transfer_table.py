@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from ovseg_jax.data.source_base import check_provides
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.load import load_run
+from ovseg_jax.experiment.tables import Table
 from ovseg_jax.experiment.transfer import TransferEvaluator, rules_of
 from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.protocols import Classifier, Segmenting
@@ -63,7 +64,7 @@ def compare_prompts(
             f"the run --proposals={proposals} has no segmentation evaluation: give --data=NAME,KEY=VALUE,..."
         )
     source = make_source(evaluation.pop("source"))
-    check_provides(source, ("image", "segments", "class_ids"), "--data")
+    check_provides(source, TransferEvaluator.needs, "--data")
     classes = load_split(source.classes, split) if split else source.classes
     processes = jax.process_count()
     batch_size = int(evaluation.pop("batch_size"))
@@ -72,6 +73,7 @@ def compare_prompts(
     batches = partial(
         eval_batches,
         source,
+        TransferEvaluator.needs,
         {"data": {**first.config.data, **evaluation}},
         batch_size=batch_size // processes,
         process_index=jax.process_index(),
@@ -148,9 +150,6 @@ def _is_text(key: str) -> bool:
 def table(found: Mapping[str, Mapping[str, float]]) -> str:
     """Formats a line for each prompt; columns without any number are left out."""
     columns = [(title, key) for title, key in _COLUMNS if any(key in scores for scores in found.values())]
-    width = max(12, *(len(name) + 2 for name in found))
-    lines = ["prompt".ljust(width) + "".join(f"{title:>9}" for title, _ in columns)]
-    for name, scores in found.items():
-        cells = (f"{scores[key]:9.2f}" if key in scores else " " * 9 for _, key in columns)
-        lines.append(name.ljust(width) + "".join(cells))
-    return "\n".join(lines)
+    lines = Table({"prompt": found}, [title for title, _ in columns])
+    rows = (lines.line(name, *(scores.get(key) for _, key in columns)) for name, scores in found.items())
+    return "\n".join([lines.head, *rows])

@@ -10,10 +10,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import Float, Int32
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ovseg_jax.config import resolved
 from ovseg_jax.data.images import list_images, save_mask
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import locked, write_whole
@@ -94,8 +92,12 @@ def label_folder(
       out: the folder for the masks, if it is not ROOT/masks.
 
     Raises:
-      UserError: there are no images, two images share a mask's name, or a mask cannot be written.
+      UserError: a number is not between 0 and 1, there are no images, two of them share a mask's name, or a mask
+        cannot be written.
     """
+    for name, value in dict(threshold=threshold, max_overlap=max_overlap, min_area=min_area).items():
+        if not (isinstance(value, int | float) and 0 <= value <= 1):
+            raise UserError(f"{name}={value} is not between 0 and 1")
     root = epath.Path(root)
     images, masks = root / "images", root / "masks" if out is None else epath.Path(out)
     if not images.is_dir():
@@ -131,36 +133,42 @@ def label_folder(
     return Labelled(written, len(files) - len(reader.files), reader.skipped)
 
 
-def label_stage(config: ConfigDict, folder: epath.Path) -> dict[str, Any]:
+def label_stage(
+    folder: epath.Path,
+    *,
+    teacher: str,
+    data_dir: str,
+    threshold: float = 0.5,
+    max_overlap: float = 0.7,
+    min_area: float = 0.001,
+    batch_size: int = 8,
+) -> dict[str, Any]:
     """Runs a stage of kind "pseudo_label": writes FOLDER/NAME.png for each image of a folder without a mask.
 
     `masks="stage:NAME"` of a source of kind "folder" reads these masks in addition to its own.
 
     Args:
-      config: `teacher`, a run's folder or "stage:NAME"; `data_dir`, with images/; and optionally `threshold`,
-        `max_overlap`, `min_area` and `batch_size`, with the defaults of the command.
-      folder: the folder of the stage.
+      folder: the folder of the stage; the other arguments are the keys of its config.
+      teacher: a run's folder or "stage:NAME".
+      data_dir: a folder with images/.
+      threshold: see `select_masks`.
+      max_overlap: see `select_masks`.
+      min_area: see `select_masks`.
+      batch_size: the number of images at once.
 
     Raises:
-      UserError: a key is unknown or missing, or an image cannot be read; and see `label_folder`.
+      UserError: an image cannot be read; and see `label_folder`.
     """
-    defaults = {"threshold": 0.5, "max_overlap": 0.7, "min_area": 0.001, "batch_size": 8}
-    known = ("teacher", "data_dir", *defaults)
-    given = resolved(config, folder).to_dict()
-    if wrong := [*(given.keys() - set(known)), *({"teacher", "data_dir"} - given.keys())]:
-        raise UserError(
-            f"the stage {folder.name}: {sorted(wrong)[0]!r} is unknown or missing; its keys are {', '.join(known)}"
-        )
-    rules: dict[str, Any] = defaults | given
-    teacher, root, batch_size = rules.pop("teacher"), rules.pop("data_dir"), rules.pop("batch_size")
+    rules = dict(threshold=threshold, max_overlap=max_overlap, min_area=min_area)
     problem = ""
     if jax.process_index() == 0:
         try:
             load = lambda: Segmenter.from_checkpoint(teacher, batch_size=batch_size)
-            done = label_folder(load, root, out=folder, **rules)
+            done = label_folder(load, data_dir, out=folder, **rules)
             print(f"{done.written} masks written to {folder}, {done.there} existed", flush=True)
             if done.skipped:
-                problem = f"{done.skipped} images of {root} could not be read: repair or remove them, and run it again"
+                unread = f"{done.skipped} images of {data_dir} could not be read"
+                problem = f"{unread}: repair or remove them, and run it again"
         except UserError as error:
             problem = str(error)
     if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(bool(problem)):

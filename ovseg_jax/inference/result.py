@@ -15,6 +15,7 @@ from ovseg_jax.decisions.rules import Segments
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import write_whole
 from ovseg_jax.inference.tiles import upsampling_matrix
+from ovseg_jax.kernels.unit import host_unit
 from ovseg_jax.protocols import Prediction
 from ovseg_jax.viz import segments as draw
 from ovseg_jax.vocab.classes import ClassList
@@ -293,8 +294,7 @@ class PixelFeatures:
         h, w = (-(-pixels // stride) for pixels in fitted)
         embedding = embedding[:h, :w]
         if prediction.mask_logits is None:
-            norm = np.linalg.norm(embedding, axis=-1, keepdims=True)
-            return cls(size, fitted, stride, embedding / np.maximum(norm, 1e-6), embedding, None, None)
+            return cls(size, fitted, stride, host_unit(embedding), embedding, None, None)
         logits = np.asarray(prediction.mask_logits[0], np.float32)[:, :h, :w]
         regions = np.asarray(prediction.regions[space][0], np.float32)
         return cls(size, fitted, stride, _mean_over_masks(logits, regions), embedding, logits, regions)

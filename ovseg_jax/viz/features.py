@@ -8,6 +8,7 @@ from etils import epath
 from jaxtyping import Float, Int
 from PIL import Image
 
+from ovseg_jax.kernels.unit import host_unit
 from ovseg_jax.viz.curves import render
 from ovseg_jax.viz.segments import FAINT, INK, palette
 
@@ -158,7 +159,9 @@ def sphere_coordinates(
     axes *= np.where(np.take_along_axis(axes, np.abs(axes).argmax(1)[:, None], 1) < 0, -1, 1)
     # Most rays point to the viewer.
     axes[2] *= 1 if np.sign(first @ axes[2]).sum() >= 0 else -1
-    return _unit(seen @ axes.T), {prompt: _unit(features @ axes.T) for prompt, features in said.items()}
+    return host_unit(seen @ axes.T), {
+        prompt: host_unit(features @ axes.T) for prompt, features in said.items()
+    }
 
 
 def _draw_globe(axes: Any) -> None:
@@ -235,7 +238,3 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 def _colour(rgb: tuple[int, int, int]) -> tuple[float, ...]:
     return tuple(value / 255 for value in rgb)
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-9)

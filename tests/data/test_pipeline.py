@@ -16,7 +16,7 @@ from ovseg_jax.data import batch_augment
 from ovseg_jax.data.mixing import MixingOrder
 from ovseg_jax.data.pipeline import eval_batches, make_source, train_iterator, view_batches
 from ovseg_jax.data.rows import Rows
-from ovseg_jax.data.source_base import Source
+from ovseg_jax.data.source_base import Example, Source
 from ovseg_jax.data.sources.build import Cached, Mixture
 from ovseg_jax.errors import UserError
 from ovseg_jax.towers.vocabulary import counted_words, spoken_words
@@ -26,6 +26,7 @@ from ovseg_jax.vocab.words import WordList
 
 SCENE = ("image", "masks", "pixel_classes", "words")
 LABELS = ("image", "label")
+SEGMENTS = ("image", "segments", "class_ids")
 CLASSES = ClassList((("sky",), ("dog", "puppy")), (1, 2), (False, True), {"stuff": (0,)})
 
 
@@ -385,13 +386,17 @@ def test_a_bad_file_ends_in_one_sentence(tmp_path, threads):
     with pytest.raises(UserError, match=r"x\.jpg cannot be read"):
         batches(make_config(threads=threads), source, 1)
     with pytest.raises(UserError, match=r"x\.jpg cannot be read"):
-        list(eval_batches(source, make_config(threads=threads, label_size=64, max_segments=2), batch_size=1))
+        list(
+            eval_batches(
+                source, SEGMENTS, make_config(threads=threads, label_size=64, max_segments=2), batch_size=1
+            )
+        )
 
 
 def test_eval_batch_form_and_content():
     config = make_config()
     source = Pictures(5)
-    (first, second) = eval_batches(source, config, batch_size=3)
+    (first, second) = eval_batches(source, SEGMENTS, config, batch_size=3)
     assert {k: (v.dtype.name, v.shape) for k, v in first.items()} == {
         "image": ("uint8", (3, 16, 16, 3)),
         "image_size": ("int32", (3, 2)),
@@ -420,7 +425,8 @@ def test_eval_batch_form_and_content():
 def test_eval_processes_cover_the_source_in_equal_numbers():
     config, source = make_config(label_size=(30, 32)), Pictures(7)
     shares = [
-        list(eval_batches(source, config, batch_size=2, process_index=p, process_count=3)) for p in range(3)
+        list(eval_batches(source, SEGMENTS, config, batch_size=2, process_index=p, process_count=3))
+        for p in range(3)
     ]
     assert {len(share) for share in shares} == {2}
     seen = [
@@ -432,7 +438,9 @@ def test_eval_processes_cover_the_source_in_equal_numbers():
     ]
     assert sorted(seen) == list(range(7))
     assert shares[0][0]["label"].shape == (2, 30, 32) and (shares[0][0]["label"][:, 24:] == -1).all()
-    assert [len(list(eval_batches(source, config, batch_size=2, limit=n))) for n in (0, 1, 2, 3, 99)] == [
+    assert [
+        len(list(eval_batches(source, SEGMENTS, config, batch_size=2, limit=n))) for n in (0, 1, 2, 3, 99)
+    ] == [
         0,
         1,
         1,
@@ -449,7 +457,7 @@ def test_eval_crowds_and_absent_segments_are_no_proposals_to_find():
             e["isthing"] = np.array([False, True, True])
             return e
 
-    (batch,) = eval_batches(Crowded(1), make_config(), batch_size=1)
+    (batch,) = eval_batches(Crowded(1), SEGMENTS, make_config(), batch_size=1)
     assert batch["segment_valid"].tolist() == [[True, False, False]]
     assert batch["segment_iscrowd"].tolist() == [[False, True, False]]
     assert batch["segment_classes"].tolist() == [[0, 1, 1]]
@@ -463,7 +471,7 @@ def test_eval_says_what_is_too_small():
         ({"max_segments": 1}, r"'pictures-0' has 2 segments, more than data\.max_segments=1"),
     ):
         with pytest.raises(UserError, match=message):
-            list(eval_batches(Pictures(1), make_config(**data), batch_size=1))
+            list(eval_batches(Pictures(1), SEGMENTS, make_config(**data), batch_size=1))
 
 
 def test_flags_are_left_to_the_program():
@@ -586,10 +594,52 @@ def test_fields_need_their_kind_of_source():
 
 def test_classification_eval_batches():
     source = Labelled(5)
-    first, second = eval_batches(source, labels_config(), batch_size=3)
+    first, second = eval_batches(source, LABELS, labels_config(), batch_size=3)
     assert {k: (v.dtype.name, v.shape) for k, v in first.items()} == {
         "image": ("uint8", (3, 16, 16, 3)), "label": ("int32", (3,)), "index": ("int32", (3,)),
         "example_mask": ("bool", (3,)),
     }  # fmt: skip
     assert first["label"].tolist() == [0, 1, 0] and first["image"].max((1, 2, 3)).tolist() == [0, 1, 2]
     assert second["example_mask"].tolist() == [True, True, False] and second["index"].tolist() == [3, 4, -1]
+
+
+class Guarded(Labelled):
+    """Pictures with a class and with segments, of which a test allows some fields to be read."""
+
+    provides = Labelled.provides | Pictures.provides
+
+    def __init__(self, allowed):
+        super().__init__(3)
+        self.allowed = {*allowed, "image_id"}
+
+    def __getitem__(self, index):
+        def refuse(name):
+            def read(_):
+                raise AssertionError(f"{name} is read")
+
+            return read
+
+        known = {**Pictures(3, (12, 18))[index], **super().__getitem__(index)}
+        return Example(**{k: v if k in self.allowed else refuse(k) for k, v in known.items()})
+
+
+def test_an_evaluation_reads_what_its_evaluator_needs_and_nothing_else():
+    """Whatever else a source provides: images of it alone, their class alone, and segments though it has classes."""
+    images = Guarded(["image"])
+    (batch,) = eval_batches(images, ["image"], make_config(), batch_size=4)
+    assert batch["image_size"].tolist() == [[11, 16]] * 3 + [[0, 0]]
+    assert batch["image"].max((1, 2, 3)).tolist() == [0, 1, 2, 0] and set(batch) == {
+        *("image", "image_size", "index", "example_mask")
+    }
+    (batch,) = eval_batches(Guarded(LABELS), LABELS, make_config(), batch_size=4)
+    assert batch["label"].tolist() == [0, 1, 0, 0] and "segments" not in batch
+    allowed = (*SEGMENTS, "isthing", "iscrowd")
+    (batch,) = eval_batches(Guarded(allowed), SEGMENTS, make_config(), batch_size=4)
+    assert batch["label"].shape == (4, 12, 18) and batch["segment_valid"].sum() == 6
+    with pytest.raises(AssertionError, match="segments is read"):
+        list(eval_batches(images, SEGMENTS, make_config(), batch_size=4))
+
+
+def test_an_evaluation_needs_its_fields():
+    with pytest.raises(UserError, match="'pictures' has no label, which this evaluation needs"):
+        eval_batches(Pictures(), LABELS, make_config(), batch_size=1)

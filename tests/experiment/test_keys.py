@@ -10,6 +10,7 @@ import ovseg_jax
 from ovseg_jax.configs import openseg, pomp, pomp_segments
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.keys import check_config, check_evaluation, known_keys
+from ovseg_jax.experiment.run import train
 
 PACKAGE = Path(ovseg_jax.__file__).parent
 FOLDER = "data=folder,data_dir=x"
@@ -71,6 +72,33 @@ def test_stages_are_checked_before_the_first_runs():
         UserError, match=r"\'stages.coop.optimizer.learning_rat\' .did you mean \'learning_rate\'"
     ):
         check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            dict(teacher="stage:teacher", data_dir="x", treshold=0.6),
+            r"'stages.masks.treshold' .did you mean 'threshold'.*batch_size, data_dir, max_overlap, min_area, teacher",
+        ),
+        (dict(data_dir="x"), r"stages.masks of kind 'pseudo_label' needs teacher="),
+    ],
+)
+def test_stages_of_other_kinds_are_checked_before_the_first_runs(labels, message, tmp_path):
+    """Where a wrong key was found when the stage began, after hours of the teacher before it."""
+    config = openseg.get_config()
+    teacher = dict(name="teacher", kind="train", config=openseg.get_config())
+    masks = dict(name="masks", kind="pseudo_label", config=labels)
+    config.stages = [teacher, masks]
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    outer = openseg.get_config()
+    outer.stages = [dict(name="all", kind="train", config=config)]
+    with pytest.raises(UserError, match=r"stages\.all\.stages\.masks"):
+        check_config(outer)
+    config.stages[1]["config"] = dict(teacher="stage:teacher", data_dir="x", threshold=0.6)
+    check_config(config)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """How the scores of a run are printed."""
 
-from ovseg_jax.experiment.run import score_table
+from ovseg_jax.experiment.tables import Table, score_table
 
 
 def test_the_row_of_table_2_is_in_its_order():
@@ -30,3 +30,23 @@ def test_a_classification_has_a_column_for_each_prompt():
     lines = [line.split() for line in score_table(scores).splitlines()]
     assert lines[:3] == [["val", "hard"], ["accuracy", "67.00", "63.70"], ["chance", "1.00"]]
     assert lines[3:] == [["test", "mIoU", "mIoU_gt", "chance"], ["all", "classes", "9.00"], ["pacc", "20.00"]]
+
+
+def test_columns_of_several_evaluations_and_long_prompts_stay_apart():
+    """Prompts longer than 13 letters ran into each other, and long metrics shifted their line."""
+    long = {"a photo of a {}.": 1.0, "a bad photo of the {}.": 2.0}
+    scores = {f"v/accuracy@held_out_of_all@own[{prompt}]": value for prompt, value in long.items()}
+    head, line, *others = score_table({**scores, "w/accuracy": 100.0}).splitlines()
+    ends = [head.index(prompt) + len(prompt) for prompt in long]
+    assert line.split() == ["accuracy@held_out_of_all@own", "1.00", "2.00"]
+    assert [line.index(number) + 4 for number in ("1.00", "2.00")] == ends
+    assert all(f"  {prompt}" in head for prompt in long)
+    assert others[1].index("100.00") > line.index("own")
+
+
+def test_a_table_is_as_wide_as_it_needs():
+    table = Table({"set": ["a long name"], "metric": []}, ["n", "a long title"])
+    assert table.head == "set          metric          n  a long title"
+    assert table.line("b", "x", 3, 2.0) == "b            x               3          2.00"
+    assert table.line("b", "x", None, "-") == "b            x                             -"
+    assert table.line("b", "a long text alone runs over") == "b            a long text alone runs over"

@@ -77,8 +77,8 @@ def test_what_was_stopped_goes_on(run, tmp_path, monkeypatch):
     [
         ({"data_dir": "nowhere"}, "has no folder images/"),
         ({"checkpoint": "pixels"}, "without mask proposals"),
-        ({"threshold": 2}, "--threshold=2.0 is not between 0 and 1"),
-        ({"min_area": -1}, "--min_area=-1.0"),
+        ({"threshold": 2}, "threshold=2.0 is not between 0 and 1"),
+        ({"min_area": -1}, "min_area=-1.0"),
         ({"batch": 0}, "--batch=0"),
         ({"twins": 1}, "a.jpg and a.png would share the mask a.png"),
         ({"empty": 1}, "holds no readable image"),
