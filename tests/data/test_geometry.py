@@ -186,7 +186,7 @@ def test_evaluation_rows():
         (dict(crop=(0.0, 1.0)), "crop"),
         (dict(randaugment=-1), "randaugment=-1"),
         (dict(policy="timm"), "'timm' is not one of torchvision, dassl"),
-        (dict(colour=1), "no key 'colour'; it has crop, flip, randaugment, policy"),
+        (dict(colour=1), "no key 'colour'; known keys: crop, flip, randaugment, policy"),
     ],
 )
 def test_bad_settings(augment, message):

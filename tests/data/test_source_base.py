@@ -80,7 +80,7 @@ def test_extent_and_regions_look_through_the_examples():
 def test_the_check_names_source_consumer_and_what_is_missing():
     check_provides(Logged(), {"image", "captions"}, "anything")
     with pytest.raises(
-        UserError, match=r"'logged' has no label and no tags, which data\.fields needs; it has boxes"
+        UserError, match=r"'logged' has no label and no tags, which data\.fields needs; it provides boxes"
     ):
         check_provides(Logged(), ["image", "tags", "label"], "data.fields")
 

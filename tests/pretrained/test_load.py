@@ -61,7 +61,7 @@ def test_weights_of_another_architecture_are_refused(folder):
     ):
         load(str(folder), resnet, shapes_of(resnet))
     small = build_backbone({"name": "small"})
-    with pytest.raises(UserError, match="no published weights are known for a SmallBackbone"):
+    with pytest.raises(UserError, match="no format of published weights is known for a SmallBackbone"):
         load(str(folder), small, shapes_of(small))
 
 

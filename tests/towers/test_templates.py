@@ -37,8 +37,8 @@ def test_a_prompt_is_a_template_a_list_a_name_or_a_file(tmp_path):
     [
         ("a photo", r"'a photo' has no \{\}"),
         (["a {}.", 3], "3 has no"),
-        ([], "no list"),
-        (None, "no list"),
+        ([], "not a list"),
+        (None, "not a list"),
         ("gone.json", "gone.json cannot be read"),
     ],
 )

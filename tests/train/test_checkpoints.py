@@ -68,7 +68,7 @@ def test_the_newest_whole_checkpoint_is_used_and_this_is_said(copy, damage, capl
     DAMAGES[damage](copy / "checkpoints" / "10")
     assert load_variables(copy)[1] == 5
     (message,) = caplog.messages
-    assert "checkpoints/10 is damaged" in message and message.endswith("step 5 is used")
+    assert "checkpoints/10 is damaged" in message and message.endswith("step 5 is used instead")
     with pytest.raises(UserError, match="checkpoints/10 is damaged"):
         load_variables(copy, 10)
     DAMAGES[damage](copy / "checkpoints" / "5")
@@ -92,7 +92,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(copy, run, caplog):
     shutil.rmtree(copy / "checkpoints" / "10" / "optimizer")
     assert load_variables(copy)[1] == 10  # Its variables are whole.
     result = train(copy)
-    assert result.started == 5 and "step 5 is used" in caplog.text
+    assert result.started == 5 and "step 5 is used instead" in caplog.text
     whole, again = (jax.tree.leaves(load_variables(w)[0]) for w in (run, copy))
     for a, b in zip(whole, again, strict=True):
         np.testing.assert_array_equal(a, b)
