@@ -36,5 +36,5 @@ def test_what_is_kept_of_each_policy():
 
 
 def test_an_unknown_policy_is_named():
-    with pytest.raises(UserError, match="none, dots, all, not 'some'"):
+    with pytest.raises(UserError, match="'some' is not one of none, dots, all"):
         rematerialise(Block, "some")
