@@ -86,7 +86,7 @@ def state_shardings(
 def create_state(method: Trainable, optimizer: Optimizer, seed: int, shardings: TrainState) -> TrainState:
     """Creates the state before the first step; each device computes only the shards that it keeps."""
     # The program runs once: on a CPU, optimising it would take more time and memory than running it.
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    options = {"xla_backend_optimization_level": 0}
     return jax.jit(
         lambda: _create(method, optimizer, seed),
         out_shardings=shardings,
