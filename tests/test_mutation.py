@@ -485,7 +485,7 @@ READERS: dict[str, Reader] = {
     "annotations": Reader(text("a.json", json.dumps(ANNOTATIONS)), judged),
     "annotations of LVIS": Reader(text("a.json", json.dumps(LVIS)), judged),
     "suite": Reader(
-        text("s.json", '{"sets": {"pets": {"metric": "mean", "prompts": "x", "limit": 3}}}'),
+        text("s.json", '{"sets": {"pets": {"metric": "mean", "prompts": {"hard": "a {}."}, "limit": 3}}}'),
         lambda path: read_suite(str(path)),
     ),
     "journal": Reader(text("p.jsonl", '{"request": {"a": 1}}\n{"image": "a"}\n{"image": "b"}\n'), Journal),

@@ -153,7 +153,7 @@ def test_a_name_of_two_categories_means_one(folder, caplog):
     source = Folder(folder)
     assert source[0]["class_ids"].tolist() == [0, 3]
     assert source.classes.names == (("ball",), ("grass",), ("drum",), ("sphere",))
-    assert "2 names are listed by several categories, such as" in caplog.text
+    assert "names listed by several categories: 2, such as" in caplog.text
     mixed = union([parse_labels("cat,kitty; dog"), parse_labels("kitty,cub; cub; dog,pup")])
     assert mixed.names == (("cat",), ("dog", "pup"), ("kitty",), ("cub",))
     split = load_split(parse_labels("screen door,screen; screen,display; wall"), "screen")

@@ -365,7 +365,7 @@ def test_make_source():
         make_source({"name": "cocoa"})
     with pytest.raises(UserError, match="has no argument 'colour'"):
         make_source({**scenes, "colour": 1})
-    with pytest.raises(UserError, match="'coco' needs data_dir="):
+    with pytest.raises(UserError, match="'coco' needs the argument data_dir="):
         make_source({"name": "coco"})
     with pytest.raises(UserError, match="names no source"):
         make_source([])

@@ -171,6 +171,7 @@ def test_towers_of_another_shape(run, tmp_path):
     del config["stages"]
     config.towers.image.width = 32
     with pytest.raises(
-        UserError, match=r"clip has other towers.*kernel is \(3, 3, 16, 24\) there, \(3, 3, 32, 48\)"
+        UserError,
+        match=r"clip has other towers.*kernel has the shape \(3, 3, 16, 24\) there, \(3, 3, 32, 48\)",
     ):
         train(config, tmp_path)

@@ -279,7 +279,7 @@ def test_remat_changes_nothing_but_memory(policy):
 @pytest.mark.parametrize(
     "change,size,words",
     [
-        (dict(), (32, 36), "32 x 36 pixels.*patch, 8"),
+        (dict(), (32, 36), "32 x 36 pixels.*multiples of 8"),
         (dict(taps=(1, 3, -1)), (32, 32), r"taps=\[3, -1\] do not exist in EVA, which has blocks 0 to 2"),
         (dict(width=36), (32, 32), "width 36.*2 heads"),
         (dict(remat="some"), (32, 32), "'some'"),

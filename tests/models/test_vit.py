@@ -344,7 +344,7 @@ def test_remat_changes_nothing_but_memory():
         (dict(cls="first"), "cls='first' of the ViT is not one of"),
         (dict(pool="max"), "pool='max' of the ViT is not one of"),
         (dict(activation="sigmoid"), "activation='sigmoid' of the ViT is not one of"),
-        (dict(resize="nearest"), "resize='nearest' of the ViT is not one of"),
+        (dict(resize="nearest"), "resize='nearest' of a position table is not one of"),
         (dict(cls="none", pool="cls"), "pool='cls' of the ViT cannot be combined with cls='none'"),
         (dict(cls="placed", pool="map"), "pool='map' of the ViT cannot be combined with cls='placed'"),
         (dict(heads=3), "width 32 is not a multiple of its 3 heads"),

@@ -98,7 +98,7 @@ def test_a_small_tower_is_recognised_beside_a_large_one(tmp_path):
     text = ["token_embedding.weight", "positional_embedding", "ln_final.weight"]
     arrays = {name: np.zeros(1) for name in [*text, *(f"visual.layer1.{i}.bn1.weight" for i in range(97))]}
     assert recognise(arrays, renames, tmp_path)[0] == "OpenAI's or open_clip's CLIP"
-    with pytest.raises(UserError, match=r"is none of transformers' CLIP"):
+    with pytest.raises(UserError, match=r"is in none of the formats transformers' CLIP"):
         recognise({name: np.zeros(1) for name in arrays if name not in text}, renames, tmp_path)
 
 

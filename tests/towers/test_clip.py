@@ -33,7 +33,7 @@ def test_an_image_tower_of_eva_clip():
     "image,expected",
     [
         (EVA | dict(embed_dim=10), "images have embeddings of 10 numbers, but texts of 12"),
-        (EVA | dict(adapter="x"), "towers.image of 'eva02_clip_b16' has no 'adapter'"),
+        (EVA | dict(adapter="x"), "towers.image of 'eva02_clip_b16' has no key 'adapter'"),
         (dict(name="eva03"), "towers.image.name='eva03' is not one of .*eva02_clip_b16"),
     ],
 )
