@@ -20,6 +20,7 @@ from ml_collections.config_dict import placeholder
 
 from ovseg_jax.config import Args, parse_arg
 from ovseg_jax.configs import common
+from ovseg_jax.experiment.tables import TABLE_2
 from ovseg_jax.pretrained.published import CENTRED, pixels_of, weights_of
 
 # Learning rate (Table 3), steps on COCO alone (4.1) and on COCO and Localized Narratives (Table 3). ALIGN's weights,
@@ -33,9 +34,6 @@ TEXT_TOWERS = {
     "clip": ("clip_vitl14_336", "hf:openai/clip-vit-large-patch14-336", 768),  # of the released model
     "bert": ("bert_large", "hf:google-bert/bert-large-uncased", 1024),  # 4.1's architecture
 }
-# Table 2. Each is a folder of this name in `eval_sets`, in the layout of data.sources.folder with kind=semantic. The
-# labels are those that lie there: no class is left out, and nothing is background.
-TABLE_2 = ("A-847", "PC-459", "A-150", "PC-59", "PAS-20")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -313,7 +311,11 @@ def sources(args: Args) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
 
 
 def table_2(args: Args) -> dict[str, Any]:
-    """Returns the evaluations on other sets."""
+    """Returns the evaluations on the sets of Table 2, or others.
+
+    Each is a folder of its name in `eval_sets`, in the layout of data.sources.folder with kind=semantic. All classes of
+    the labels count, and none is background.
+    """
     if not args.eval_sets:
         return {}
     source = lambda name: dict(name="folder", kind="semantic", data_dir=f"{args.eval_sets}/{name}")

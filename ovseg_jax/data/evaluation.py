@@ -116,20 +116,12 @@ class SegmentsEval:
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassifyEval:
+class ClassifyEval(ImageEval):
     """Makes evaluation rows of images of one class; the index -1 makes a row of padding.
 
     The row holds `image` (see `centre_square`) or the example's `feature`, `label`, `index` and
     `example_mask`.
     """
-
-    source: Source
-    image_size: int
-
-    @classmethod
-    def from_config(cls, data: Any, source: Source) -> "ClassifyEval":
-        """Creates it from `image_size` of `config.data`."""
-        return cls(source, int(data["image_size"]))
 
     def __call__(self, index: int) -> Row:
         """Returns the row of example `index` of the source."""

@@ -8,7 +8,6 @@ number of processes or workers.
 """
 
 import atexit
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -212,26 +211,7 @@ class _Read:
     make_row: Rows
 
     def __call__(self, index: int, place: int) -> dict[str, np.ndarray]:
-        _give_way()
         return self.make_row(index, self.source[int(place)])
-
-
-_thread = threading.local()
-
-
-def _give_way() -> None:
-    """Lowers the priority of this thread, once, unless it is the main one.
-
-    Where the devices are CPU cores, they wait for each other several times a step: a core taken from one of them delays
-    both. Reading then fits into these waits, and a run on `scenes` makes 1.1 times as many steps a second.
-    """
-    # Elsewhere a thread has no priority of its own.
-    if sys.platform != "linux" or hasattr(_thread, "gives_way"):
-        return
-    _thread.gives_way = threading.current_thread() is not threading.main_thread()
-    if _thread.gives_way:
-        with contextlib.suppress(OSError):  # a sandbox may forbid it
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _background(data: Any) -> dict[str, int]:

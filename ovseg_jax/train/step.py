@@ -64,7 +64,7 @@ def make_step(method: Trainable, optimizer: Optimizer, seed: int, shardings: Tra
         return new, metrics
 
     # XLA's default runs independent operations at the same time, and each of them on all cores of a CPU: with one
-    # operation after another, a step of `scenes` takes 0.75 of the time.
+    # operation after another, a step of `scenes` takes three quarters of the time.
     options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
     return jax.jit(
         step,

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -144,21 +143,6 @@ def test_a_stream_may_start_anywhere(threads):
     whole = batches(config, source, 6)
     for a, b in zip(whole[3:], batches(config, source, 3, start=3), strict=True):
         assert_same(a, b)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
-def test_threads_that_read_give_way_to_the_step():
-    seen = {}
-
-    class Watched(Pictures):
-        def __getitem__(self, index):
-            thread = threading.get_native_id()
-            seen[thread] = os.getpriority(os.PRIO_PROCESS, thread)
-            return super().__getitem__(index)
-
-    batches(make_config(threads=2), Watched(), 6)
-    own = seen.pop(threading.get_native_id())  # the main thread counted the words
-    assert own < 19 and set(seen.values()) == {19}
 
 
 def test_processes_share_one_batch():
