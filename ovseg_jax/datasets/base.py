@@ -5,7 +5,7 @@ the main process, which lists a split and checks that every file is there, and t
 worker. So annotation files are only parsed once, and a worker only opens the images and masks of its own entries.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +28,20 @@ class Download(NamedTuple):
     file: str
     address: str
     note: str = ""
+
+
+class Option(NamedTuple):
+    """A choice between forms of a data set.
+
+    Attributes:
+      name: its name, as in `--option=NAME=VALUE`.
+      values: the known values, the default first; () allows any text, by default "".
+      about: what it chooses.
+    """
+
+    name: str
+    values: tuple[str, ...]
+    about: str
 
 
 class Entry(NamedTuple):
@@ -55,7 +69,7 @@ class Dataset:
       homepage: an address.
       licence: the licence of annotations and images in words.
       download: the files that the source folder holds.
-      options: the values of each option, the default first; () allows any text, by default "".
+      options: the choices that the reader offers.
       splits: the names of its splits, in the publishers' spelling.
       provides: the fields of `data.source_base.FIELDS` that examples have; options may change it.
       classes: the classes with the publishers' ids; a subclass may set it in its constructor.
@@ -69,7 +83,7 @@ class Dataset:
     homepage: str
     licence: str
     download: tuple[Download, ...] = ()
-    options: Mapping[str, tuple[str, ...]] = {}
+    options: tuple[Option, ...] = ()
     splits: tuple[str, ...]
     provides: frozenset[str]
     classes: ClassList = ClassList((), (), ())
@@ -88,16 +102,17 @@ class Dataset:
         self.source = epath.Path(source)
         if not str(source) or not self.source.is_dir():
             raise UserError(f"--source={source} is not a folder: give the one with the files of {self.name}")
+        known = {option.name: option.values for option in self.options}
         for key, value in options.items():
-            if key not in self.options:
-                known = ", ".join(self.options) or "none"
-                raise UserError(f"{self.name} has no option {key!r}; its options are: {known}")
-            if self.options[key] and value not in self.options[key]:
+            if key not in known:
                 raise UserError(
-                    f"{self.name}: {key}={value} is unknown; its values are {', '.join(self.options[key])}"
+                    f"{self.name} has no option {key!r}; its options are: {', '.join(known) or 'none'}"
                 )
-        defaults = {key: values[0] if values else "" for key, values in self.options.items()}
-        self.chosen: dict[str, str] = {**defaults, **options}
+            if known[key] and value not in known[key]:
+                raise UserError(
+                    f"{self.name}: {key}={value} is unknown; its values are {', '.join(known[key])}"
+                )
+        self.chosen = {key: values[0] if values else "" for key, values in known.items()} | options
         self.notes: list[str] = []
 
     def entries(self, split: str) -> Iterator[Entry]:

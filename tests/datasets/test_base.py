@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ovseg_jax.datasets.base import Dataset, segments_of_map
+from ovseg_jax.datasets.base import Dataset, Option, segments_of_map
 from ovseg_jax.datasets.registry import DATASETS, find_dataset
 from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.classes import ClassList
@@ -11,7 +11,7 @@ from ovseg_jax.vocab.classes import ClassList
 
 class Toy(Dataset):
     name, about, homepage, licence = "toy", "nothing", "https://example.org", "none"
-    options = {"part": ("a", "b"), "names": ()}
+    options = (Option("part", ("a", "b"), "which part"), Option("names", (), "a file"))
     splits = ("train",)
     provides = frozenset({"image"})
 
