@@ -161,7 +161,7 @@ class Members:
         row = self._row(name)
         if row is None or self._records[row]["file"] == _DISK:
             return str(self.root / name)
-        return f"{self._files[self._records[row]['file']][1]}, member {name},"
+        return f"{self._files[self._records[row]['file']][1]}, member {name!r},"
 
     def _row(self, name: str) -> int | None:
         wanted = _encoded(name)
@@ -242,15 +242,15 @@ class Members:
             first = found[_encoded(shadowed[0])][0]
             other = "unpacked" if first == _DISK else f"in {self._files[first][1]}"
             _LOG.warning(
-                "%s: members that are also found elsewhere, and are read there: %d, such as %s, which is %s",
+                "%s: members that are also found elsewhere, and are read there: %d, such as %r, which is %s",
                 title,
                 len(shadowed),
                 shadowed[0],
                 other,
             )
-        for member, inner_path, at, length in inner:
-            inner_title = f"{title}, member {member}"
-            self._add_archive(member, inner_path, inner_title, found, depth + 1, at, length)
+        for member, inner_path, inner_start, inner_size in inner:
+            inner_title = f"{title}, member {member!r}"
+            self._add_archive(member, inner_path, inner_title, found, depth + 1, inner_start, inner_size)
 
     def _decompressed(self, plain: Any, name: str, title: str, path: str, size: int, suffix: str) -> str:
         """Writes the content of a stream into the cache, unless it is there, and returns the path of the file."""

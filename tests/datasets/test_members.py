@@ -100,7 +100,7 @@ def test_an_archive_is_unpacked_where_it_lies(tmp_path):
     assert members.names() == ["coco/annotations/panoptic/1.png"]
     assert members.read("coco/annotations/panoptic/1.png") == b"x"
     assert members.where("coco/annotations/panoptic/1.png") == (
-        f"{tmp_path}/coco/all.zip, member coco/annotations/panoptic.zip, member coco/annotations/panoptic/1.png,"
+        f"{tmp_path}/coco/all.zip, member 'coco/annotations/panoptic.zip', member 'coco/annotations/panoptic/1.png',"
     )
 
 
@@ -124,9 +124,9 @@ def test_the_unpacked_file_is_read(tmp_path, caplog):
         members = Members(tmp_path)
     assert members.read("x/1") == b"new" and members.read("x/2") == b"2"
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path}/a.zip: members that are also found elsewhere, and are read there: 1, such as x/1, which is "
+        f"{tmp_path}/a.zip: members that are also found elsewhere, and are read there: 1, such as 'x/1', which is "
         "unpacked",
-        f"{tmp_path}/b.tar: members that are also found elsewhere, and are read there: 1, such as x/2, which is in "
+        f"{tmp_path}/b.tar: members that are also found elsewhere, and are read there: 1, such as 'x/2', which is in "
         f"{tmp_path}/a.zip",
     ]
 
@@ -232,11 +232,11 @@ DAMAGED = {
     "no gzip": ({"a.tgz": b"<html>404</html>"}, r"a.tgz cannot be read: Not a gzipped file"),
     "inner": (
         {"a.zip": zipped({"b.zip": b"x"})},
-        r"a.zip, member b.zip cannot be read: it is cut off or no zip file",
+        r"a.zip, member 'b.zip' cannot be read: it is cut off or no zip file",
     ),
     "deep": (
         {"a.tar": tarred({"b.tar": tarred({"c.tar": tarred({"d.tar": tarred({"e.tar": tarred({})})})})})},
-        r"e.tar lies in 4 archives, one inside another, which is not supported: unpack it",
+        r"e.tar' lies in 4 archives, one inside another, which is not supported: unpack it",
     ),
 }
 
@@ -254,14 +254,14 @@ def test_damaged_and_missing_members_are_named(tmp_path):
     unpacked(tmp_path, {"a.zip": bad_crc(), "b.tar": tarred({"b": b"x" * 600})})
     members = Members(tmp_path)
     with pytest.raises(
-        UserError, match=r"a.zip, member a, cannot be read: it is damaged: its size or checksum"
+        UserError, match=r"a.zip, member 'a', cannot be read: it is damaged: its size or checksum"
     ):
         members.read("a")
     (tmp_path / "b.tar").write_bytes(b"")
-    with pytest.raises(UserError, match=r"b.tar, member b, cannot be read: it is cut off"):
+    with pytest.raises(UserError, match=r"b.tar, member 'b', cannot be read: it is cut off"):
         members.read("b")
     (tmp_path / "b.tar").unlink()
-    with pytest.raises(UserError, match=r"b.tar, member b, cannot be read: there is no such file"):
+    with pytest.raises(UserError, match=r"b.tar, member 'b', cannot be read: there is no such file"):
         members.read("b")
     with pytest.raises(UserError, match=r"holds no 'train/9.jpg', unpacked or in an archive"):
         members.read("train/9.jpg")
