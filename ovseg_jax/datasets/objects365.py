@@ -1,0 +1,127 @@
+"""Objects365 v2: boxes of 365 classes."""
+
+import posixpath
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from ovseg_jax.data.images import read_header
+from ovseg_jax.datasets.base import Download, Entry
+from ovseg_jax.datasets.packed import MISSING, Packed
+from ovseg_jax.reading import column, flag, numbers, objects, reading, text, whole
+from ovseg_jax.vocab.classes import ClassList
+
+TYPOS = {
+    "Bakset": "Basket",
+    "Ballon": "Balloon",
+    "Billards": "Billiards",
+    "Buttefly": "Butterfly",
+    "Campel": "Camel",
+    "Dinning Table": "Dining Table",
+    "Extention Cord": "Extension Cord",
+    "Hamimelon": "Hami melon",
+    "Hotair ballon": "Hot air balloon",
+    "Meat ball": "Meatball",
+    "Moniter": "Monitor",
+    "Mushroon": "Mushroom",
+    "Noddles": "Noodles",
+    "Table Teniis paddle": "Table Tennis paddle",
+    "Tape Measur": "Tape Measure",
+    "Tea pot": "Teapot",
+}
+"""Misspelt names of the annotation file and how they are read."""
+
+_HOMEPAGE = "https://www.objects365.org"
+
+
+class Objects365(Packed):
+    """Objects365 v2; names are read in lower case, without misspellings, and "A/B" as two names of a class."""
+
+    name = "objects365_v2"
+    about = "1,742,289 training and 80,000 validation images with boxes of 365 classes"
+    homepage = _HOMEPAGE
+    licence = "annotations: CC BY 4.0; images: Flickr's terms of use, for research"
+    download = (
+        Download("zhiyuan_objv2_train.json", f"{_HOMEPAGE}/download.html", "annotations; or as .tar.gz"),
+        Download("zhiyuan_objv2_val.json", f"{_HOMEPAGE}/download.html"),
+        Download(
+            "patch0.tar.gz to patch50.tar.gz", f"{_HOMEPAGE}/download.html", "images, below train and val"
+        ),
+    )
+    options = (MISSING,)
+    splits = ("train", "val")
+    provides = frozenset({"image", "class_ids", "boxes"})
+    archives = ("zhiyuan_objv2_*.tar.gz", "patch*.tar.gz", "patch*.tar")
+
+    def __init__(self, source: epath.PathLike, **options: str):
+        super().__init__(source, **options)
+        name = self.need("zhiyuan_objv2_val.json", "zhiyuan_objv2_train.json")
+        data = self.json(name)
+        with reading(self.members.where(name)):
+            self.classes = _classes(objects(data["categories"], "'categories'"))
+
+    def entries(self, split: str) -> Iterator[Entry]:
+        """Yields the images of a split with their boxes; boxes without area are counted in `notes`."""
+        self.check_split(split)
+        name = self.need(f"zhiyuan_objv2_{split}.json")
+        data = self.json(name)
+        index = {k: row for row, k in enumerate(self.classes.ids)}
+        with reading(self.members.where(name)):
+            images = objects(data["images"], "'images'")
+            files = [posixpath.basename(file) for file in column(images, "file_name", text, of="image")]
+            owners = column(images, "id", whole, of="image")
+            rows: dict[int, list[Any]] = {owner: [] for owner in owners}
+            empty = 0
+            for annotation in objects(data["annotations"], "'annotations'"):
+                owner = whole(annotation["image_id"], "'image_id'")
+                kind = whole(annotation["category_id"], "'category_id'")
+                if owner not in rows or kind not in index:
+                    raise ValueError(f"annotation {annotation.get('id')} is of no listed image or category")
+                box = numbers(annotation["bbox"], "'bbox'", 4)
+                crowd = flag(annotation.get("iscrowd", 0), "'iscrowd'")
+                if box[2] > 0 and box[3] > 0:
+                    rows[owner].append([index[kind], box, crowd])
+                else:
+                    empty += 1
+        if empty:
+            self.notes.append(f"{split}: {empty} boxes without area were left out")
+        # Images lie in patch folders, below train or val where both splits are downloaded; their names are unique.
+        known = {posixpath.basename(path): path for path in self.members.names(suffix=".jpg")}
+        there = set(self.present(split, files, known))
+        for file, owner in sorted(zip(files, owners, strict=True)):
+            if file in there:
+                yield Entry(file.removesuffix(".jpg"), {"image": known[file], "rows": rows[owner]})
+
+    def example(self, split: str, entry: Entry) -> dict[str, Any]:
+        """Returns `image`, `class_ids`, `iscrowd` and `boxes` of an image; boxes are cut at its edges."""
+        image = self.encoded(entry.data["image"])
+        (height, width), _ = read_header(image)
+        rows = entry.data["rows"]
+        boxes = np.array([row[1] for row in rows], np.float32).reshape(-1, 4)
+        boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
+        boxes = np.clip(boxes, 0, np.array([width, height] * 2, np.float32))
+        kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        return {
+            "image": image.data,
+            "class_ids": np.array([row[0] for row in rows], np.int32)[kept],
+            "iscrowd": np.array([row[2] for row in rows], bool)[kept],
+            "boxes": boxes[kept],
+        }
+
+
+def _classes(categories: list[dict[str, Any]]) -> ClassList:
+    ids = column(categories, "id", whole, of="category")
+    names = column(categories, "name", text, of="category")
+    if not ids or len(set(ids)) < len(ids):
+        raise ValueError("two categories have the same id, or there is none")
+    rows = sorted(zip(ids, names, strict=True))
+    groups = []
+    for _, name in rows:
+        # A name such as "Moniter/TV" lists two.
+        parts = [" ".join(part.split()) for part in name.split("/") if part.strip()]
+        if not parts:
+            raise ValueError(f"the name {name!r} is empty")
+        groups.append(tuple(dict.fromkeys(TYPOS.get(part, part).lower() for part in parts)))
+    return ClassList(tuple(groups), tuple(k for k, _ in rows), (True,) * len(rows))
