@@ -35,7 +35,13 @@ from ovseg_jax.data.images import read_header, read_image, read_mask
 from ovseg_jax.data.sources.coco import Coco
 from ovseg_jax.data.sources.folder import Folder
 from ovseg_jax.data.sources.image_folder import ImageFolder, read_names
+from ovseg_jax.datasets.ade20k import Ade20k150, Ade20kFull
+from ovseg_jax.datasets.lvis import Lvis
 from ovseg_jax.datasets.members import Members
+from ovseg_jax.datasets.narratives import LocalizedNarratives
+from ovseg_jax.datasets.objects365 import Objects365
+from ovseg_jax.datasets.pascal_context import PascalContext59, PascalContext459
+from ovseg_jax.datasets.retrieval import CocoRetrieval
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.box_files import average_precision, read_annotations, read_boxes
 from ovseg_jax.experiment import stages
@@ -53,6 +59,12 @@ from ovseg_jax.vocab.splits import load_split, read_categories
 from ovseg_jax.vocab.tokenizers import load_tokenizer
 from ovseg_jax.vocab.vectors import ClassVectors
 from ovseg_jax.vocab.words import WordList
+from tests.datasets.packing import read_all, unpacked
+from tests.datasets.test_ade20k import BENCH, FULL
+from tests.datasets.test_captions import COCO, RETRIEVAL
+from tests.datasets.test_instances import LVIS as LVIS_FILES
+from tests.datasets.test_instances import OBJECTS
+from tests.datasets.test_pascal_context import FILES_59, FILES_459
 from tests.extras import require
 from tests.mutants import mutant
 from tests.pretrained import damaged
@@ -225,6 +237,15 @@ def archive(name: str) -> Callable[[Path], Path]:
         return folder / name
 
     return write
+
+
+def download(files: dict[str, bytes], name: str, kind: Any, split: str = "train") -> Reader:
+    """A whole download of a published data set, of which one file is damaged."""
+
+    def write(folder: Path) -> Path:
+        return unpacked(folder, files) / name
+
+    return Reader(write, lambda path: read_all(kind(root_of(path, name)), split), 0.5)
 
 
 def all_members(path: Path) -> None:
@@ -516,6 +537,20 @@ READERS: dict[str, Reader] = {
     "boxes": Reader(text("b.json", json.dumps(BOXES)), read_boxes),
     "annotations": Reader(text("a.json", json.dumps(ANNOTATIONS)), judged),
     "annotations of LVIS": Reader(text("a.json", json.dumps(LVIS)), judged),
+    "objectInfo150.txt": download(BENCH, "ADEChallengeData2016/objectInfo150.txt", Ade20k150),
+    "index of ADE20K": download(FULL, "ADE20K_2021_17_01/index_ade20k.pkl", Ade20kFull),
+    "merged JSON of PASCAL Context": download(FILES_59, "trainval_merged.json", PascalContext59),
+    "label map of PASCAL Context": download(FILES_459, "trainval/2008_000002.mat", PascalContext459),
+    "LVIS": download(LVIS_FILES, "lvis_v1_train.json", Lvis),
+    "Objects365": download(OBJECTS, "train/zhiyuan_objv2_train.json", Objects365),
+    "Localized Narratives": download(
+        {k: v for k, v in COCO.items() if "00001" not in k}
+        | {"coco_train_localized_narratives-00000-of-00001.jsonl": COCO["coco_val_captions.jsonl"]},
+        "coco_val_captions.jsonl",
+        LocalizedNarratives,
+        "val",
+    ),
+    "Karpathy's splits": download(RETRIEVAL, "dataset_coco.json", CocoRetrieval),
     "zip": Reader(archive("a.zip"), all_members),
     "zip in a tar": Reader(archive("a.tar"), all_members),
     "zip in a tar.gz": Reader(archive("a.tar.gz"), all_members, 0.5),
@@ -607,9 +642,12 @@ OPENERS: dict[str, str] = {
     "data/sources/folder.py:_from_table": "captions.tsv",
     "data/sources/folder.py:_read_entries": "segments.json",
     "data/sources/image_folder.py:read_names": "names of class folders",
+    "datasets/ade20k.py:full_ids": "none: a file of the package",
     "datasets/members.py:_add_archive": "zip in a tar",
     "datasets/members.py:_tar_entries": "zip in a tar",
     "datasets/members.py:read": "zip in a tar",
+    "datasets/narratives.py:_read": "Localized Narratives",
+    "datasets/packed.py:json": "LVIS",
     "evals/box_files.py:read_annotations": "annotations",
     "evals/box_files.py:read_boxes": "boxes",
     "experiment/features.py:kept_features": "features",

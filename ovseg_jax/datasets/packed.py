@@ -2,6 +2,7 @@
 
 import json
 import posixpath
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -128,12 +129,15 @@ class Packed(Dataset):
         """Returns those of the wanted keys that the download holds.
 
         Raises:
-          UserError: some are missing, and the option `missing` is "refuse", or all are.
+          UserError: some are missing, and the option `missing` is "refuse", or all are; or a key occurs twice.
         """
         wanted = list(wanted)
+        if len(set(wanted)) < len(wanted):
+            double = next(key for key, count in Counter(wanted).items() if count > 1)
+            raise UserError(f"{self.name}: {self.source} lists the image {double!r} of {split} twice")
         found = [key for key in wanted if key in known]
         if absent := [key for key in wanted if key not in known]:
-            said = f"{len(absent)} of {len(wanted)} images of {split} are not in the download, such as {absent[0]}"
+            said = f"{len(absent)} of {len(wanted)} images of {split} are not in {self.source}, such as {absent[0]}"
             if not found or self.chosen.get(MISSING.name, "refuse") == "refuse":
                 advice = (
                     ": --option=missing=skip leaves them out" if found and MISSING in self.options else ""

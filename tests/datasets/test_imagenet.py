@@ -75,7 +75,7 @@ def test_faults_of_imagenet_s(tmp_path):
         read_all(data, "val")
     (tmp_path / "c" / mask).unlink()
     with pytest.raises(UserError, match=r"1 of 50 images of val have no mask"):
-        read_all(data, "val")
+        read_all(ImageNetS(tmp_path / "c", size="50"), "val")
 
 
 PROCESSED = {
