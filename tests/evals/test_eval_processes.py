@@ -10,6 +10,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from tests.fast import xla_flags
+
 
 def worker(port: int, process: int, count: int) -> None:
     if count > 1:
@@ -38,7 +40,7 @@ def start(port, process, count):
     env = dict(
         os.environ,
         JAX_PLATFORMS="cpu",
-        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+        XLA_FLAGS=xla_flags(2),
         PYTHONPATH=os.pathsep.join([str(here.parents[1]), str(here.parent), str(here)]),
     )
     args = [sys.executable, __file__, str(port), str(process), str(count)]
