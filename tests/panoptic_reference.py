@@ -68,10 +68,14 @@ def random_image(rng, classes=5, shape=(23, 31)):
     blocks = rng.integers(0, 9, (5, 6))
     true = np.repeat(np.repeat(blocks, 5, 0), 6, 1)[: shape[0], : shape[1]]
     moved = np.where(rng.random(blocks.shape) < 0.6, blocks, rng.integers(0, 9, blocks.shape))
-    predicted = np.roll(np.repeat(np.repeat(moved, 5, 0), 6, 1)[: shape[0], : shape[1]], rng.integers(0, 2), 1)
+    predicted = np.roll(
+        np.repeat(np.repeat(moved, 5, 0), 6, 1)[: shape[0], : shape[1]], rng.integers(0, 2), 1
+    )
     true_class = {int(t): int(rng.integers(0, classes)) for t in rng.permutation(9) if t}
     true_class.pop(8)
-    alike = {p: true_class.get(p, 0) if rng.random() < 0.8 else int(rng.integers(0, classes)) for p in range(9)}
+    alike = {
+        p: true_class.get(p, 0) if rng.random() < 0.8 else int(rng.integers(0, classes)) for p in range(9)
+    }
     predicted_class = {int(p): alike[int(p)] for p in np.unique(predicted) if p}
     crowds = {t for t in true_class if rng.random() < 0.25}
     return predicted, true, predicted_class, true_class, crowds

@@ -41,7 +41,10 @@ def test_random_images_are_tallied_as_by_the_loop(rule):
     total = expected = None
     for _ in range(60):
         image = reference.random_image(rng)
-        total, expected = add(total, of(*image, rule=rule)), add(expected, rows(reference.counts(*image, rule)))
+        total, expected = (
+            add(total, of(*image, rule=rule)),
+            add(expected, rows(reference.counts(*image, rule))),
+        )
     assert total.tp.sum() > 20 and total.fp.sum() > 20 and total.fn.sum() > 20
     np.testing.assert_array_equal(total[1:], expected[1:])
     np.testing.assert_allclose(total.iou, expected.iou, rtol=1e-12)
