@@ -15,8 +15,10 @@ import os
 import random
 import shutil
 import signal
+import tarfile
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +35,7 @@ from ovseg_jax.data.images import read_header, read_image, read_mask
 from ovseg_jax.data.sources.coco import Coco
 from ovseg_jax.data.sources.folder import Folder
 from ovseg_jax.data.sources.image_folder import ImageFolder, read_names
+from ovseg_jax.datasets.members import Members
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.box_files import average_precision, read_annotations, read_boxes
 from ovseg_jax.experiment import stages
@@ -200,6 +203,35 @@ def class_folders(folder: Path) -> Path:
         (folder / name).mkdir()
         picture("1.png")(folder / name)
     return text("names.txt", "n01: dog, hound\nn02\tcat\n")(folder)
+
+
+def archive(name: str) -> Callable[[Path], Path]:
+    """A tar that holds a file and a zip, or the zip itself."""
+
+    def write(folder: Path) -> Path:
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as inner:
+            inner.writestr("a/1.txt", "one" * 50)
+            inner.writestr("2.txt", "two")
+        data = packed.getvalue()
+        if ".tar" in name:
+            out = io.BytesIO()
+            with tarfile.open(fileobj=out, mode="w") as outer:
+                for member in ("inner.zip", "3.txt"):
+                    entry = tarfile.TarInfo(member)
+                    entry.size = len(data)
+                    outer.addfile(entry, io.BytesIO(data))
+            data = out.getvalue()
+        (folder / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        return folder / name
+
+    return write
+
+
+def all_members(path: Path) -> None:
+    members = Members(path.parent)
+    for name in members.names():
+        members.read(name)
 
 
 BOXES = [{"image_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}, {"image_id": "x", "bbox": [0.5, 2, 3, 4]}]
@@ -488,6 +520,9 @@ READERS: dict[str, Reader] = {
     "boxes": Reader(text("b.json", json.dumps(BOXES)), read_boxes),
     "annotations": Reader(text("a.json", json.dumps(ANNOTATIONS)), judged),
     "annotations of LVIS": Reader(text("a.json", json.dumps(LVIS)), judged),
+    "zip": Reader(archive("a.zip"), all_members),
+    "zip in a tar": Reader(archive("a.tar"), all_members),
+    "zip in a tar.gz": Reader(archive("a.tar.gz"), all_members, 0.5),
     "suite": Reader(
         text("s.json", '{"sets": {"pets": {"metric": "mean", "prompts": {"hard": "a {}."}, "limit": 3}}}'),
         lambda path: read_suite(str(path)),
@@ -576,6 +611,9 @@ OPENERS: dict[str, str] = {
     "data/sources/folder.py:_from_table": "captions.tsv",
     "data/sources/folder.py:_read_entries": "segments.json",
     "data/sources/image_folder.py:read_names": "names of class folders",
+    "datasets/members.py:_add_archive": "zip in a tar",
+    "datasets/members.py:_tar_entries": "zip in a tar",
+    "datasets/members.py:read": "zip in a tar",
     "evals/box_files.py:read_annotations": "annotations",
     "evals/box_files.py:read_boxes": "boxes",
     "experiment/features.py:kept_features": "features",
