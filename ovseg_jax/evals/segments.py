@@ -132,6 +132,7 @@ class SegmentsEvaluator(Evaluator):
     ) -> dict[str, Array]:
         """Counts one device's images, one at a time, and gathers the counts of all devices."""
         views = jnp.ones((1, 1, len(self._names)), bool)
+        height, width = batch["segments"].shape[1:]
         pixels = prediction.mask_logits is None and not self._decision.needs_masks
 
         def one_image(inputs: tuple[Prediction, dict[str, Array]]) -> dict[str, Array]:
@@ -145,7 +146,7 @@ class SegmentsEvaluator(Evaluator):
                 example["label_size"][None],
                 views,
                 canvas=canvas,
-                shape=example["segments"].shape,
+                shape=(height, width),
                 decision=self._decision,
                 mode="none" if pixels else "predicted",
             )
