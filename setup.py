@@ -51,6 +51,7 @@ setup(
         "absl-py",
         "clu",
         "etils[epath]",
+        "faster-coco-eval>=1.8",
         "flax>=0.12",
         "grain>=0.2.12",
         "jax>=0.10",
