@@ -13,7 +13,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -31,6 +31,25 @@ _ORIENTATION = 0x0112  # EXIF's tag
 _EXACT = ("zip", "raw", "libtiff", "packbits", "tiff_lzw", "bmp_rle")
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 _MASK_FORMATS = ("PNG", "TIFF", "BMP", "PPM")
+
+
+class Encoded(NamedTuple):
+    """The content of a file in memory, such as a member of an archive; the readers below take it in place of a path.
+
+    Attributes:
+      name: its name in errors.
+      data: its bytes.
+    """
+
+    name: str
+    data: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+
+File = str | os.PathLike | Encoded
+"""A file, by its path (local or of a bucket) or by its content."""
 
 
 @functools.cache
@@ -131,13 +150,13 @@ def read_image(image: Any) -> UInt8[np.ndarray, "h w 3"]:
     """Reads an image from a file, a PIL image or an array.
 
     Args:
-      image: a path (local or of a bucket); a PIL image of any mode; or an array [H W], [H W 1], [H W 3] or
-        [H W 4] of uint8, of uint16 (divided by 257), or of floats in 0..1. EXIF rotation is applied.
+      image: a path (local or of a bucket) or an `Encoded`; a PIL image of any mode; or an array [H W], [H W 1],
+        [H W 3] or [H W 4] of uint8, of uint16 (divided by 257), or of floats in 0..1. EXIF rotation is applied.
 
     Raises:
       UserError: the file is missing, truncated or not an image, or the array is not of these forms.
     """
-    if isinstance(image, str | os.PathLike):
+    if isinstance(image, str | os.PathLike | Encoded):
         return read_oriented(image)[0]
     if isinstance(image, Image.Image):
         with _decoding("the image"):
@@ -147,7 +166,7 @@ def read_image(image: Any) -> UInt8[np.ndarray, "h w 3"]:
     raise UserError(f"an image must be a path, a PIL image or an array, not a {type(image).__name__}")
 
 
-def read_oriented(path: epath.PathLike) -> tuple[UInt8[np.ndarray, "h w 3"], int]:
+def read_oriented(path: File) -> tuple[UInt8[np.ndarray, "h w 3"], int]:
     """Reads an image file, turned upright, and the EXIF orientation (1 to 8) of the stored image.
 
     Raises:
@@ -159,7 +178,7 @@ def read_oriented(path: epath.PathLike) -> tuple[UInt8[np.ndarray, "h w 3"], int
         return _from_pil(image, str(path)), orientation
 
 
-def read_header(path: epath.PathLike) -> tuple[tuple[int, int], int]:
+def read_header(path: File) -> tuple[tuple[int, int], int]:
     """Reads the height and width of an image after it is turned upright, and its EXIF orientation (1 to 8).
 
     Raises:
@@ -173,7 +192,7 @@ def read_header(path: epath.PathLike) -> tuple[tuple[int, int], int]:
         return ((width, height) if turned else (height, width)), orientation
 
 
-def read_mask(path: epath.PathLike) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"]:
+def read_mask(path: File) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"]:
     """Reads the stored values of a one-channel picture without loss (palette indices, or 1 to 16 bits).
 
     Args:
@@ -192,7 +211,7 @@ def read_mask(path: epath.PathLike) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndar
         return _stored(image)
 
 
-def read_colours(path: epath.PathLike, what: str) -> UInt8[np.ndarray, "h w 3"]:
+def read_colours(path: File, what: str) -> UInt8[np.ndarray, "h w 3"]:
     """Reads the stored colours of a PNG with 8 bits a channel, such as COCO's panoptic PNGs.
 
     Raises:
@@ -217,8 +236,8 @@ def save_mask(
 
 def turn_mask(
     mask: np.ndarray,
-    mask_path: epath.PathLike,
-    image_path: epath.PathLike,
+    mask_path: File,
+    image_path: File,
     upright: tuple[int, ...],
     orientation: int,
 ) -> np.ndarray:
@@ -263,9 +282,9 @@ def turn_mask(
     return mask
 
 
-def _open(path: epath.PathLike, checksums: bool = False) -> ImageFile.ImageFile:
+def _open(path: File, checksums: bool = False) -> ImageFile.ImageFile:
     """Opens a picture and reads its header."""
-    data = epath.Path(path).read_bytes()
+    data = path.data if isinstance(path, Encoded) else epath.Path(path).read_bytes()
     if checksums and data.startswith(b"\x89PNG"):
         _check_png(data)
     with warnings.catch_warnings():

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ovseg_jax.data.images import list_images, read_image, read_mask, save_mask, turn_mask
+from ovseg_jax.data.images import (
+    Encoded,
+    list_images,
+    read_header,
+    read_image,
+    read_mask,
+    save_mask,
+    turn_mask,
+)
 from ovseg_jax.data.sources.folder import Folder
 from ovseg_jax.data.sources.image_folder import ImageFolder
 from ovseg_jax.errors import UserError
@@ -210,3 +218,14 @@ def test_twelve_bits_in_sixteen_are_said(tmp_path, caplog):
     Image.fromarray(np.full((4, 4), 4000, np.uint16)).save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png").max() == 16
     assert "no value above 4000 of 65535" in caplog.text
+
+
+def test_an_encoded_file_reads_as_the_file_does(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8)).save(path)
+    encoded = Encoded("a.zip: a.png", path.read_bytes())
+    assert np.array_equal(read_image(encoded), read_image(path))
+    assert np.array_equal(read_mask(encoded), read_mask(path))
+    assert read_header(encoded) == read_header(path) == ((6, 8), 1)
+    with pytest.raises(UserError, match=r"the mask a\.zip: a\.png cannot be read: it is cut off"):
+        read_mask(encoded._replace(data=encoded.data[:-20]))
