@@ -21,8 +21,8 @@ Pads = Sequence[tuple[int, int]]
 
 # With fewer channels the transforms cost more than they save.
 WINOGRAD_CHANNELS = 64
-# Below 1e8 multiplications it is slower than XLA's own; below this many it saves a few milliseconds each time, but takes
-# 1.5 seconds to compile.
+# Below 1e8 multiplications it is slower than XLA's own; below this many it saves a few milliseconds each time, but
+# takes 1.5 seconds to compile.
 WINOGRAD_PRODUCTS = 5e8
 
 # The transforms of input, kernel and output (Lavin and Gray, 4.2).
