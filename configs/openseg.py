@@ -83,7 +83,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def scenes() -> ConfigDict:
-    """Returns OpenSeg on the embedded data, seven minutes on two cores. All numbers are ours."""
+    """Returns OpenSeg on the embedded data, seven to nine minutes on two cores. All numbers are ours."""
     return common.run(
         "openseg",
         steps=5500,
