@@ -1,6 +1,7 @@
 """The house: imports go down from room to room, and an import changes nothing but what is imported."""
 
 import ast
+import itertools
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ PACKAGE = ROOT / "ovseg_jax"
 # From the ground up: a room may import those before it. `data/sources` and `data/scenes` are parts of `data`.
 ROOMS = (
     "errors reading files config vocab data datasets parallel losses kernels protocols models pretrained towers torch "
-    "cli viz decisions methods evals train experiment inference costs configs"
+    "cli viz decisions methods evals train experiment inference scoring costs configs"
 ).split()
 COMMANDS = len(ROOMS)  # What lies beside the rooms: the commands, and the package's own __init__.
 
@@ -169,3 +170,9 @@ def test_a_setting_that_an_import_changes_is_found(tmp_path):
         (tmp_path / "toy" / f"{name}.py").write_text(text)
     found = changes_at_import(tmp_path / "toy")
     assert found == ["toy.a: os.environ", "toy.b: jax.config", "toy.c: Orbax's type handlers"]
+
+
+def test_test_files_have_names_of_their_own():
+    """One process of pytest imports them by base name, whatever their folder."""
+    names = sorted(path.name for path in Path(__file__).parent.rglob("*.py"))
+    assert [a for a, b in itertools.pairwise(names) if a == b] == []

@@ -49,6 +49,7 @@ from ovseg_jax.experiment.features import kept_features
 from ovseg_jax.experiment.load import read_classes, read_words
 from ovseg_jax.experiment.run import _read_summary
 from ovseg_jax.experiment.scores import read_suite
+from ovseg_jax.scoring.files import read_list
 from ovseg_jax.towers.templates import read_templates
 from ovseg_jax.train.checkpoints import load_variables, read_config, write_config
 from ovseg_jax.train.metrics import _readable, read_metrics
@@ -534,6 +535,9 @@ READERS: dict[str, Reader] = {
         text("summary.json", '{"steps": 3, "seconds": 2.5, "images_per_second": 3, "data_wait_seconds": 0}'),
         lambda path: _read_summary(epath.Path(path.parent)),
     ),
+    "list of images": Reader(
+        text("l.txt", "a.png\nb/c.png\nd\n"), lambda path: read_list(str(path), (".png",))
+    ),
     "boxes": Reader(text("b.json", json.dumps(BOXES)), read_boxes),
     "annotations": Reader(text("a.json", json.dumps(ANNOTATIONS)), judged),
     "annotations of LVIS": Reader(text("a.json", json.dumps(LVIS)), judged),
@@ -664,6 +668,7 @@ OPENERS: dict[str, str] = {
     "files.py:read_recorded": "config.json of a run",
     "inference/export.py:to_folder": "none: a class list in memory",
     "inference/pictures.py:_prompt_points": "none: read_json and numbers",
+    "scoring/files.py:read_list": "list of images",
     "pretrained/files.py:_header": "safetensors",
     "pretrained/files.py:_npz": "npz",
     "pretrained/files.py:_safetensors": "safetensors",
