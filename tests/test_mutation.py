@@ -36,6 +36,7 @@ from ovseg_jax.data.sources.coco import Coco
 from ovseg_jax.data.sources.folder import Folder
 from ovseg_jax.data.sources.image_folder import ImageFolder, read_names
 from ovseg_jax.datasets.ade20k import Ade20k150, Ade20kFull
+from ovseg_jax.datasets.imagenet import ImageNet21k, ImageNetS
 from ovseg_jax.datasets.lvis import Lvis
 from ovseg_jax.datasets.members import Members
 from ovseg_jax.datasets.narratives import LocalizedNarratives
@@ -63,6 +64,8 @@ from ovseg_jax.vocab.words import WordList
 from tests.datasets.packing import read_all, unpacked
 from tests.datasets.test_ade20k import BENCH, FULL
 from tests.datasets.test_captions import COCO, RETRIEVAL
+from tests.datasets.test_imagenet import FILES as IMAGENET_S
+from tests.datasets.test_imagenet import PROCESSED
 from tests.datasets.test_instances import LVIS as LVIS_FILES
 from tests.datasets.test_instances import OBJECTS
 from tests.datasets.test_pascal_context import FILES_59, FILES_459
@@ -545,6 +548,13 @@ READERS: dict[str, Reader] = {
     "index of ADE20K": download(FULL, "ADE20K_2021_17_01/index_ade20k.pkl", Ade20kFull),
     "merged JSON of PASCAL Context": download(FILES_59, "trainval_merged.json", PascalContext59),
     "label map of PASCAL Context": download(FILES_459, "trainval/2008_000002.mat", PascalContext459),
+    "words.txt of ImageNet-21K": download(PROCESSED, "words.txt", ImageNet21k),
+    "mask of ImageNet-S": download(
+        IMAGENET_S,
+        next(k for k in IMAGENET_S if "n-seg" in k),
+        functools.partial(ImageNetS, size="50"),
+        "val",
+    )._replace(share=0.1),
     "LVIS": download(LVIS_FILES, "lvis_v1_train.json", Lvis),
     "Objects365": download(OBJECTS, "train/zhiyuan_objv2_train.json", Objects365),
     "Localized Narratives": download(

@@ -3,7 +3,7 @@
 import json
 import posixpath
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,15 +86,22 @@ class Packed(Dataset):
         """
         return Encoded(self.members.where(name), self.members.read(name))
 
-    def json(self, name: str) -> Any:
+    def json(self, name: str, keep: Callable[[dict[str, Any]], Any] | None = None) -> Any:
         """Parses a JSON file.
 
+        Args:
+          name: the file.
+          keep: returns what stands for an object in the result, as soon as the object is parsed: large files need less
+            memory if their many small objects are stored in another form.
+
         Raises:
-          UserError: there is no such file, or it is not JSON.
+          UserError: there is no such file, or it is not JSON, or `keep` raised a ValueError.
         """
         data = self.members.read(name)
         with reading(self.members.where(name)):
-            return json.loads(data)
+            written = data.decode(json.detect_encoding(data), "surrogatepass")
+            del data  # Only one of both forms is in memory while objects are parsed.
+            return json.loads(written, object_hook=keep)
 
     def lines(self, name: str) -> list[str]:
         """Returns the lines of a text file that are not blank, without white space at their ends.

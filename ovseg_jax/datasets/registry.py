@@ -1,4 +1,4 @@
-"""The readers of published data sets by name; none is here yet."""
+"""The readers of published data sets by name."""
 
 from ovseg_jax.config import import_class
 from ovseg_jax.datasets.base import Dataset

@@ -190,7 +190,14 @@ def test_missing_images_of_objects365(tmp_path):
 def test_faults_of_objects365(tmp_path):
     for name, content, message in (
         ("a", b"\xff", "zhiyuan_objv2_train.json cannot be read"),
-        ("b", objects([6], [instance(7, 1, [0, 0, 1, 1])]), "annotation 1 is of no listed image or category"),
+        ("b", objects([6], [*BOXES, instance(7, 1, [0, 0, 1, 1])]), "annotation 3, .* is of no listed image"),
+        ("f", objects([6], [instance(6, 9, [0, 0, 1, 1])]), "annotation 0, .* is of no listed category"),
+        (
+            "g",
+            objects([6], [], licenses=[{"bbox": [0] * 4, "image_id": 6, "category_id": 1}]),
+            "something el",
+        ),
+        ("h", objects([6], [{"image_id": 6, "category_id": 1}]), "an annotation has no 'bbox'"),
         (
             "c",
             objects([6], [instance(6, 1, [0, 0, 1, 1], bbox=["a", 0, 1, 1])]),
