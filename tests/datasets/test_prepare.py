@@ -1,0 +1,322 @@
+"""Prepared data sets: what is written is what the reader says, whole, resumable, and readable without TensorFlow."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ovseg_jax import prepare as command
+from ovseg_jax.data.images import Encoded, read_image
+from ovseg_jax.data.sources.build import Mixture, make_source
+from ovseg_jax.data.sources.prepared import Prepared
+from ovseg_jax.datasets.prepare import prepare
+from ovseg_jax.errors import UserError
+from tests.datasets.toy import Toy, example
+from tests.extras import require
+
+ROOT = Path(__file__).parents[2]
+TOY = "tests.datasets.toy:Toy"
+
+
+@pytest.fixture(autouse=True)
+def packages():
+    require("apache_beam")
+    require("tensorflow_datasets")
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "toy.json").write_text(json.dumps({"train": 11, "val": 4}))
+    return folder
+
+
+def run(toy, out, **arguments):
+    return prepare(toy, out, **{"shard_examples": 4, "workers": 1, **arguments})
+
+
+@pytest.mark.parametrize("options", [{}, {"texts": "no", "wide": "yes"}], ids=["all fields", "16 bits"])
+def test_what_is_read_is_what_the_reader_says(tmp_path, source, options):
+    toy = Toy(source, **options)
+    manifest = run(toy, tmp_path / "out")
+    assert [manifest["splits"][s]["examples"] for s in ("train", "val")] == [11, 4]
+    assert [len(manifest["splits"][s]["shards"]) for s in ("train", "val")] == [3, 1]
+    assert manifest["splits"]["val"]["notes"] == ["4 pictures"]
+    assert manifest["options"] == toy.chosen and manifest["licence"] == "CC0"
+    for split, count in (("train", 11), ("val", 4)):
+        prepared = make_source(
+            {"name": "prepared", "data_dir": str(tmp_path / "out"), "split": split, "verify": True}
+        )
+        assert len(prepared) == count and prepared.classes == toy.classes and prepared.name == "toy"
+        assert prepared.provides == toy.provides | {"boxes"}
+        for k in range(count):
+            expected, found = example(toy, split, k), prepared[k]
+            assert found["image_id"] == f"{split} {k}"
+            assert np.array_equal(found["image"], read_image(Encoded("", expected["image"])))
+            assert found["segments"].dtype == np.int32 and np.array_equal(
+                found["segments"], expected["segments"]
+            )
+            assert found["class_ids"].tolist() == list(range(-1, k % 3 - 1))
+            assert found["isthing"].tolist() == [True, True][: k % 3]  # unlabelled, dog
+            assert not found["iscrowd"].any() and len(found["iscrowd"]) == k % 3
+            edges = [[row, 2 * row, row + 4, 2 * row + (2 if row + 1 < k % 3 else 3)] for row in range(k % 3)]
+            assert found["boxes"].tolist() == edges
+            for field in prepared.provides & {"captions", "tags", "region_captions", "region_tags"}:
+                assert found[field] == expected[field], field
+            assert found["label"] == prepared.labels[k] == k % 3
+        # What comes from the index is what comes from the examples.
+        for own, base in ((Prepared.regions, super(Prepared, prepared).regions),):
+            for column, other in zip(own(prepared), base(), strict=True):
+                assert np.array_equal(column, other) and column.dtype == other.dtype
+        assert prepared.extent() == super(Prepared, prepared).extent()
+        for field in ("captions", "tags", "region_captions", "region_tags"):
+            assert list(prepared.texts(field)) == list(super(Prepared, prepared).texts(field))
+        assert (prepared.provides >= {"captions"}) == bool(list(prepared.captions()))
+
+
+def test_tensorflow_datasets_reads_it_without_our_code(tmp_path, source):
+    run(Toy(source), tmp_path / "out")
+    code = """
+import sys, tensorflow_datasets as tfds
+builder = tfds.builder_from_directory(sys.argv[1])
+val = builder.as_data_source("val")
+row = val[2]
+assert len(val) == 4 and len(builder.as_data_source("train[2:5]")) == 3
+assert row["image"].shape == (9, 9, 3) and row["segments"].shape == (9, 9, 1) and row["segments"].max() == 2
+assert builder.info.features["class_ids"].feature.names == ["dog", "sky (3)", "sky (9)"]
+assert row["class_ids"].tolist() == [-1, 0] and row["region_tags_count"].tolist() == [1, 2]
+assert builder.info.version == "1.0.0" and builder.info.redistribution_info.license == "CC0"
+assert "tensorflow" not in sys.modules and "ovseg_jax" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "out"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_manifest_holds_the_checksums_of_the_files(tmp_path, source):
+    out = tmp_path / "out"
+    manifest = run(Toy(source), out)
+    assert json.loads((out / "manifest.json").read_text()) == manifest
+    files = [f for entry in manifest["splits"].values() for f in [*entry["shards"], entry["index"]]]
+    for file in files:
+        content = (out / file["file"]).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (file["bytes"], file["sha256"])
+    named = {file["file"] for file in files} | {"manifest.json", "classes.json"}
+    left = {path.name for path in out.iterdir()} - named
+    assert {"dataset_info.json", "features.json"} <= left and not {n for n in left if n.startswith(".work")}
+
+
+def stamps(out):
+    return {path.name: path.stat().st_mtime_ns for path in out.iterdir() if ".array_record" in path.name}
+
+
+def test_a_split_is_added_and_a_finished_one_is_left_alone(tmp_path, source, capsys):
+    out = tmp_path / "out"
+    given = [TOY, f"--source={source}", f"--out={out}", "--workers=1", "--shard_examples=4"]
+    assert command.main([*given, "--split=val"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].startswith("val: 4 examples, 1 files, ")
+    first = stamps(out)
+    with pytest.raises(UserError, match="has no split 'train': it holds val of toy"):
+        Prepared(out, "train")
+    assert command.main(given) == 0
+    second = stamps(out)
+    assert {name: second[name] for name in first} == first and len(second) == 4
+    assert len(Prepared(out, "train")) == 11 and len(Prepared(out, "val")) == 4
+    assert command.main(given) == 0 and stamps(out) == second
+
+
+def test_a_damaged_example_keeps_the_other_shards(tmp_path, source):
+    out = tmp_path / "out"
+    (source / "broken").touch()
+    with pytest.raises(UserError, match="the picture 5 is broken; the other shards are kept"):
+        run(Toy(source), out, splits=["train"])
+    first = stamps(out)
+    assert len(first) == 2
+    with pytest.raises(UserError, match=r"has no manifest\.json: it is not a folder that .* has finished"):
+        Prepared(out)
+    (source / "broken").unlink()
+    run(Toy(source), out, splits=["train"])
+    second = stamps(out)
+    assert len(second) == 3 and {name: second[name] for name in first} == first
+
+
+def test_a_killed_run_continues(tmp_path, source):
+    """Killed with its workers, it leaves whole shards, which the next call does not write again."""
+    out = tmp_path / "out"
+    (source / "toy.json").write_text(json.dumps({"train": 60, "val": 1}))
+    given = [TOY, f"--source={source}", f"--out={out}", "--workers=2", "--shard_examples=2", "--split=train"]
+    slow = f"import time, sys\nfrom ovseg_jax.prepare import main\nsys.exit(main({given}))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE
+    )
+    while len(list(out.glob(".work/train/?????.json"))) < 3:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    marks = {path.name[:5] for path in out.glob(".work/train/?????.json")}
+    assert len(marks) < 30, "it was killed too late to show anything"
+    before = {name: at for name, at in stamps(out).items() if name.split("-")[2] in marks}
+    assert len(before) == len(marks)
+    run(Toy(source), out, splits=["train"], shard_examples=2)
+    assert {name: at for name, at in stamps(out).items() if name in before} == before
+    whole = tmp_path / "whole"
+    run(Toy(source), whole, splits=["train"], shard_examples=2)
+    sums = lambda folder: [
+        s["sha256"] for s in json.loads((folder / "manifest.json").read_text())["splits"]["train"]["shards"]
+    ]
+    assert sums(out) == sums(whole) and len(Prepared(out, verify=True)) == 60
+
+
+def test_another_data_set_or_option_in_the_folder_is_refused(tmp_path, source):
+    out = tmp_path / "out"
+    run(Toy(source), out, splits=["val"])
+    with pytest.raises(UserError, match=r'holds \{"dataset": "toy".*"texts": "yes".*choose another --out'):
+        run(Toy(source, texts="no"), out, splits=["val"])
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "letter.txt").touch()
+    with pytest.raises(UserError, match=r"holds letter\.txt, which prepare has not written"):
+        run(Toy(source), other)
+
+
+def test_a_source_that_changes_between_two_calls_is_refused(tmp_path, source):
+    (source / "broken").touch()
+    with pytest.raises(UserError, match="is broken"):
+        run(Toy(source), tmp_path / "out")
+    (source / "toy.json").write_text(json.dumps({"train": 11, "val": 40}))
+    with pytest.raises(UserError, match="have changed since"):
+        run(Toy(source), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(image=b"\xff\xd8\xff"), "the image of toy, example train 0 cannot be read"),
+        (
+            dict(segments=np.zeros((3, 3), np.int32)),
+            r"its segments are \(3, 3\) but the upright image is \(12, 16\)",
+        ),
+        (dict(segments=np.full((12, 16), 3, np.int32)), r"its segments have values outside 0\.\.0"),
+        (dict(class_ids=[3]), r"class_ids has a value outside -1\.\.2"),
+        (dict(boxes=[[0, 0, 1, 1]]), "boxes has 1 rows for 0 segments"),
+        (dict(boxes=np.full((1, 4), np.nan), class_ids=[0]), "a box is not finite"),
+        (dict(label=3), "the label 3 is none of its 3 classes"),
+        (dict(captions="a dog"), "captions: expected a list of texts"),
+        (dict(region_tags=[["a"]]), "region_tags has 1 lists for 0 segments"),
+        (dict(feature=np.zeros(3)), "the reader returns 'feature', which it does not provide"),
+        (
+            dict(class_ids=np.zeros(300, np.int32), region_tags=[[]] * 300, region_captions=[[]] * 300),
+            "has 300 segments",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_example_that_does_not_fit_is_refused(source, change, message):
+    from ovseg_jax.datasets.fields import complete
+
+    toy = Toy(source)
+    with pytest.raises(UserError, match=message):
+        complete(toy, "train 0", example(toy, "train", 0) | change)
+
+
+def damage(path, at=None):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if at is None else at] ^= 0xFF
+    path.write_bytes(content)
+
+
+def test_a_damaged_or_foreign_folder_is_one_sentence(tmp_path, source):
+    out = tmp_path / "out"
+    run(Toy(source), out, splits=["val"])
+    shard = out / "toy-val.array_record-00000-of-00001"
+    whole = shard.read_bytes()
+    damage(shard)
+    with pytest.raises(
+        UserError, match=r"00000-of-00001 does not have the checksum of manifest\.json: copy it again"
+    ):
+        Prepared(out, "val", verify=True)
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=f"has {len(whole) - 1} bytes in place of {len(whole)}"):
+        Prepared(out, "val")
+    shard.unlink()
+    with pytest.raises(UserError, match="00000-of-00001 is missing"):
+        Prepared(out, "val")
+    shard.write_bytes(whole)
+    for foreign in (tmp_path, tmp_path / "absent", ""):
+        with pytest.raises(UserError, match=r"has no manifest\.json"):
+            Prepared(foreign)
+
+
+def test_a_record_is_not_decoded_for_other_fields(tmp_path, source, monkeypatch):
+    out = tmp_path / "out"
+    run(Toy(source), out, splits=["val"])
+    prepared = Prepared(out, "val")
+    from ovseg_jax.data.sources import prepared as module
+
+    monkeypatch.setattr(module, "read_mask", lambda _: pytest.fail("a mask was decoded"))
+    assert prepared[1]["captions"] == ["caption 1"] and prepared[1]["image"].shape == (20, 8, 3)
+    monkeypatch.setattr(module, "read_oriented", lambda _: pytest.fail("an image was decoded"))
+    assert list(prepared.captions()) and prepared[2]["boxes"].shape == (2, 4)
+
+
+def test_prepared_sets_mix_with_their_classes_united(tmp_path, source):
+    out = tmp_path / "out"
+    run(Toy(source), out)
+    (tmp_path / "labels.txt").write_text("7:cat\n3:sky\n9:cloud\n")
+    part = {"name": "prepared", "data_dir": str(out)}
+    mixture = make_source(
+        [{**part, "weight": 2.0}, {**part, "split": "val", "labels": str(tmp_path / "labels.txt")}]
+    )
+    assert isinstance(mixture, Mixture) and mixture.weights == [2.0, 1.0] and len(mixture) == 15
+    assert [names[0] for names in mixture.classes.names] == ["dog", "sky", "cat", "cloud"]
+    assert mixture[11 + 2]["class_ids"].tolist() == [-1, 2]  # a cat of the second set
+
+
+def test_it_can_be_pickled_to_workers(tmp_path, source):
+    import pickle
+
+    run(Toy(source), tmp_path / "out", splits=["val"])
+    prepared = Prepared(tmp_path / "out", "val")
+    first = prepared[1]["image"]
+    assert np.array_equal(pickle.loads(pickle.dumps(prepared))[1]["image"], first)
+
+
+def test_mistakes_on_the_command_line_are_one_sentence(tmp_path, source, capsys):
+    given = [TOY, f"--source={source}", f"--out={tmp_path / 'out'}"]
+    for arguments, message in (
+        ([], "name a data set"),
+        ([TOY], "name --source=DIR"),
+        ([*given, "--option=texts"], "--option=texts is not of the form NAME=VALUE"),
+        ([*given, "--option=texts=no", "--option=texts=yes"], "an --option is given twice"),
+        ([*given, "--split=test"], "toy has no split 'test'; its splits are train, val"),
+        ([*given, "--split=val", "--split=val"], "the split 'val' is named twice"),
+        ([*given, "--shard_examples=0"], "--shard_examples must be at least 1"),
+        ([*given, "--beam=--projekt=x"], "Beam has no option --projekt"),
+        ([*given, "--runner=NoRunner"], "--runner=NoRunner"),
+        ([*given, "--runner=SparkRunner", "--workers=2"], "--workers is for the direct runner"),
+    ):
+        assert command.main(arguments) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+
+
+def test_the_list_says_where_files_come_from(capsys):
+    assert command.main([TOY, "--list"]) == 0
+    out = capsys.readouterr().out
+    for line in (
+        "licence: CC0",
+        "  toy.json",
+        "splits: train, val",
+        "--option=texts=yes|no: whether there are texts",
+    ):
+        assert line in out.splitlines()
