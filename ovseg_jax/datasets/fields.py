@@ -2,6 +2,7 @@
 
 import io
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -161,3 +162,16 @@ def encode(key: str, example: dict[str, Any], wide: bool) -> dict[str, Any]:
             encoded[field] = [text for own in example[field] for text in own]
             encoded[f"{field}_count"] = [len(own) for own in example[field]]
     return encoded
+
+
+def serializer(features: Any) -> Callable[[dict[str, Any]], bytes]:
+    """Returns a function from the result of `encode` to the bytes that TensorFlow Datasets stores.
+
+    Unlike `features.serialize_example` it writes the features in one order, so that equal examples have equal bytes.
+    """
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+    inner = ExampleSerializer(features.get_serialized_info())
+    return lambda example: inner.get_tf_example(features.encode_example(example)).SerializeToString(
+        deterministic=True
+    )

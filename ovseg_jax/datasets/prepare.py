@@ -8,11 +8,13 @@ there, the main process writes the metadata, and last the manifest (`data.prepar
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import json
 import logging
 import os
+import pickle
 import re
 import tempfile
 import threading
@@ -39,12 +41,12 @@ from ovseg_jax.data.prepared_files import (
     shard_name,
 )
 from ovseg_jax.datasets.base import Dataset, Entry
-from ovseg_jax.datasets.fields import complete, encode, fields_of, tfds_features
+from ovseg_jax.datasets.fields import complete, encode, fields_of, serializer, tfds_features
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import locked, write_whole
-from ovseg_jax.reading import parse_json, read_json, read_text, reading, whole
+from ovseg_jax.reading import parse_json, read_json, read_text, reading, reason, whole
 
-WORK = ".work"
+WORK, JOB = ".work", "job.pickle"
 _MOST_SHARDS = 1024
 _PACKAGES = ("ovseg_jax", "apache-beam", "array_record", "tensorflow-datasets")
 
@@ -157,7 +159,8 @@ def _prepare_split(
     if missing:
         for path in _errors(job):
             path.unlink()
-        with _progress(job, len(missing)):
+        write_whole(_work(job) / JOB, pickle.dumps(job))
+        with _progress(job):
             _run(job, missing, options, runner)
         if errors := [read_text(path) for path in _errors(job)]:
             more = f" (and {len(errors) - 1} other shards have errors)" if len(errors) > 1 else ""
@@ -216,13 +219,21 @@ def _plan(dataset: Dataset, out: epath.Path, split: str, shard_examples: int) ->
     return plan
 
 
-def write_shard(shard: int, job: Job) -> None:
+@functools.lru_cache(maxsize=1)
+def _load_job(path: str, begun: int) -> Job:
+    return pickle.loads(epath.Path(path).read_bytes())
+
+
+def write_shard(shard: int, path: str, begun: int) -> None:
     """Writes one shard, unless it is there; a mistake in the data is left in a file for the main process.
 
     Args:
       shard: its number, from 0.
-      job: the split that it belongs to.
+      path: the pickled job, which `prepare` has written. It is not part of the pipeline, since the list of a data
+        set's files may have more bytes than a pipeline may.
+      begun: the time at which it was written, so that a worker does not take an earlier one for it.
     """
+    job = _load_job(path, begun)
     if _mark(job, shard).exists():
         return
     try:
@@ -235,7 +246,7 @@ def _write_shard(shard: int, job: Job) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     _silence()
-    features, provides = tfds_features(job.dataset), fields_of(job.dataset)
+    serialize, provides = serializer(tfds_features(job.dataset)), fields_of(job.dataset)
     out = epath.Path(job.out)
     target = out / shard_name(job.dataset.name, job.split, shard, job.count)
     rows = []
@@ -244,7 +255,7 @@ def _write_shard(shard: int, job: Job) -> None:
         try:
             for key, data in _read_entries(job, shard):
                 example = complete(job.dataset, key, job.dataset.example(job.split, Entry(key, data)))
-                writer.write(features.serialize_example(encode(key, example, job.dataset.wide)))
+                writer.write(serialize(encode(key, example, job.dataset.wide)))
                 rows.append({k: v for k, v in example.items() if k not in ("image", "segments")})
         finally:
             writer.close()
@@ -287,6 +298,10 @@ def _part(job: Job, shard: int) -> epath.Path:
     return _work(job) / f"{shard:05d}.npz"
 
 
+def _finished(job: Job) -> int:
+    return sum(re.fullmatch(r"\d+\.json", path.name) is not None for path in _work(job).iterdir())
+
+
 def _errors(job: Job) -> list[epath.Path]:
     return sorted(path for path in _work(job).iterdir() if path.name.endswith(".error"))
 
@@ -321,14 +336,20 @@ def _pipeline_options(runner: str, workers: int, given: Sequence[str]) -> Any:
     """Returns Beam's options, and raises a UserError for one that Beam does not know."""
     _silence()
     from apache_beam.options.pipeline_options import PipelineOptions
+    from apache_beam.runners import create_runner
 
     flags = list(given)
     if runner == "direct":
         count = workers or os.cpu_count() or 1
         mode = "in_memory" if count == 1 else "multi_processing"
         flags += [f"--direct_num_workers={count}", f"--direct_running_mode={mode}"]
-    elif workers:
-        raise UserError(f"--workers is for the direct runner: {runner} has options of its own")
+    else:
+        if workers:
+            raise UserError(f"--workers is for the direct runner: {runner} has options of its own")
+        try:
+            create_runner(runner)
+        except (ValueError, ImportError) as error:
+            raise UserError(f"--runner={runner}: {reason(error)}") from error
     options = PipelineOptions(flags)
     known = options.get_all_options()
     for flag in given:
@@ -341,35 +362,27 @@ def _pipeline_options(runner: str, workers: int, given: Sequence[str]) -> Any:
 def _run(job: Job, shards: Sequence[int], options: Any, runner: str) -> None:
     import apache_beam as beam
 
-    if runner == "direct":
-        # By the name DirectRunner Beam may download another runner, Prism.
-        from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-
-        chosen: Any = FnApiRunner()
-    else:
-        chosen = runner
-    try:
-        pipeline = beam.Pipeline(runner=chosen, options=options)
-    except ValueError as error:
-        raise UserError(f"--runner={runner}: {error}") from error
-    with pipeline:
-        _ = pipeline | beam.Create(list(shards)) | beam.Map(write_shard, job)
+    # By the name DirectRunner, Beam may download another runner, Prism.
+    runner = "FnApiRunner" if runner == "direct" else runner
+    with beam.Pipeline(runner=runner, options=options) as pipeline:
+        _ = (
+            pipeline
+            | beam.Create(list(shards))
+            | beam.Map(write_shard, str(_work(job) / JOB), time.time_ns())
+        )
 
 
 @contextlib.contextmanager
-def _progress(job: Job, count: int) -> Iterator[None]:
-    """Shows how many of `count` missing shards are finished, whatever runner writes them."""
+def _progress(job: Job) -> Iterator[None]:
+    """Shows how many shards are finished, whatever runner writes them."""
     ended = threading.Event()
-    before = sum(_mark(job, k).exists() for k in range(job.count))
 
     def watch() -> None:
-        with tqdm(
-            total=job.count, initial=before, unit="shard", desc=f"{job.dataset.name} {job.split}"
-        ) as bar:
+        title = f"{job.dataset.name} {job.split}"
+        with tqdm(total=job.count, initial=_finished(job), unit="shard", desc=title) as bar:
             while True:
                 last = ended.wait(1.0)
-                found = sum(path.name.endswith(".json") for path in _work(job).iterdir()) - 1
-                bar.update(found - bar.n)
+                bar.update(_finished(job) - bar.n)
                 if last:
                     return
 

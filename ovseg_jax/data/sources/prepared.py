@@ -88,7 +88,8 @@ class Prepared(Source):
             "segments": lambda _: read_mask(Encoded(f"of {place}", record()["segments"])).astype(np.int32),
             "label": lambda _: int(record()["label"]),
         }
-        kinds = {"class_ids": np.int32, "isthing": bool, "iscrowd": bool, "boxes": np.float32}
+        kinds = {"class_ids": np.int32, "isthing": bool, "iscrowd": bool}
+        fields["boxes"] = lambda _: np.asarray(record()["boxes"], np.float32).reshape(-1, 4)
         for key, kind in kinds.items():
             fields[key] = lambda _, key=key, kind=kind: np.asarray(record()[key], kind)
         for key in TEXTS:
