@@ -16,12 +16,13 @@ import logging
 import os
 import pickle
 import re
+import sys
 import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from etils import epath
@@ -160,7 +161,7 @@ def _prepare_split(
         for path in _errors(job):
             path.unlink()
         write_whole(_work(job) / JOB, pickle.dumps(job))
-        with _progress(job):
+        with _quiet_workers() as terminal, _progress(job, terminal):
             _run(job, missing, options, runner)
         if errors := [read_text(path) for path in _errors(job)]:
             more = f" (and {len(errors) - 1} other shards have errors)" if len(errors) > 1 else ""
@@ -373,13 +374,34 @@ def _run(job: Job, shards: Sequence[int], options: Any, runner: str) -> None:
 
 
 @contextlib.contextmanager
-def _progress(job: Job) -> Iterator[None]:
+def _quiet_workers() -> Iterator[TextIO]:
+    """Gives the terminal's stderr, and hides what processes that start in the context print there.
+
+    Beam's workers print dozens of lines each. An exception gets the last of them as a note.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as log, os.fdopen(kept, "w", errors="replace") as terminal:
+        os.dup2(log.fileno(), 2)
+        try:
+            yield terminal
+        except Exception as error:
+            log.seek(max(0, log.tell() - 4000))
+            error.add_note(log.read().decode(errors="replace"))
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+
+
+@contextlib.contextmanager
+def _progress(job: Job, terminal: TextIO) -> Iterator[None]:
     """Shows how many shards are finished, whatever runner writes them."""
     ended = threading.Event()
 
     def watch() -> None:
         title = f"{job.dataset.name} {job.split}"
-        with tqdm(total=job.count, initial=_finished(job), unit="shard", desc=title) as bar:
+        with tqdm(total=job.count, initial=_finished(job), unit="shard", desc=title, file=terminal) as bar:
             while True:
                 last = ended.wait(1.0)
                 bar.update(_finished(job) - bar.n)
@@ -442,6 +464,11 @@ def _finish(dataset: Dataset, out: epath.Path, splits: dict[str, Any]) -> None:
 
 
 def _silence() -> None:
-    """Hides what Beam and TensorFlow Datasets log about themselves."""
+    """Hides what Beam and TensorFlow Datasets log about themselves, at import too."""
     for name in ("absl", "apache_beam"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
+    try:
+        import apache_beam  # noqa: F401
+    finally:
+        logging.disable(logging.NOTSET)
