@@ -71,8 +71,8 @@ def parser() -> Parser:
         "--ensemble",
         type=float,
         metavar="W",
-        help="with --proposals: weight w of ovseg_jax.transfer; 0 classifies by --checkpoint alone (default 0.8). "
-        "All classes count as unseen unless the run lists unseen ones",
+        help="with --proposals: weight w of `ovseg_jax.score transfer`; 0 classifies by --checkpoint alone (default "
+        "0.8). All classes count as unseen unless the run lists unseen ones",
     )
     add(
         "--fill",

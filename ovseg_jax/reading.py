@@ -10,6 +10,7 @@ import lzma
 import pickle
 import re
 import struct
+import tarfile
 import tokenize
 import zipfile
 import zlib
@@ -39,6 +40,7 @@ DAMAGE = (
     lzma.LZMAError,
     pickle.UnpicklingError,
     struct.error,
+    tarfile.TarError,
     tokenize.TokenError,
     zipfile.BadZipFile,
     zlib.error,

@@ -1,31 +1,27 @@
-"""The command that scores a classifier: `python -m ovseg_jax.score --checkpoint=DIR --suite=pomp --data_dir=DIR`."""
+"""The command that scores predictions: `python -m ovseg_jax.score KIND ...`, of files of any framework or of runs."""
 
 import argparse
+import importlib
+import sys
 from collections.abc import Sequence
 
-from ovseg_jax.cli.console import Parser, run_command, start
+from ovseg_jax.cli.console import LazyParser, Parser, run_command, start
 
 _DESCRIPTION = """\
-Scores a trained classifier zero-shot on the data sets of a suite, and compares it with a hand-written prompt.
+Scores predictions against annotations, both as files of any framework, or scores trained runs.
 
-  python -m ovseg_jax.score --checkpoint=runs/pomp --suite=pomp --data_dir=../sets --out=scores.csv
-
-A suite is one of
-  cross-dataset  the ten of POMP's table 2: {cross_dataset}
-  cross-domain   its four variants of ImageNet: {cross_domain}
-  imagenet21k    validation images of ImageNet-21K
-  pomp           all of these
-or a JSON file, {{"sets": {{NAME: {{...}}}}}}, where a set may have
-  metric     the main metric: accuracy (default), per_class, harmonic, ...
-  average    the average that it counts in
-  prompts    {{NAME: template, list of templates, imagenet | simple | vild, or FILE.json}}
-  tfds       name of a TFDS data set in DIR, in place of a folder
-  split, names, ...   arguments of its data source, image_folder or tfds
-  limit      use only the first so many images
-The images of a set lie in DIR/NAME/CLASS, DIR/NAME/test/CLASS or DIR/NAME/val/CLASS; the optional DIR/NAME/names.txt
-(or names.json) gives the class name of each folder. A set without a folder is listed as missing, and each average
-states how many sets it covers. If the command was stopped, run it again with the same --out to continue.
+  python -m ovseg_jax.score KIND --help
 """
+
+_KINDS = {
+    "suite": "a trained classifier, zero-shot on the data sets of a suite",
+    "transfer": "segmentation with the masks of one run and the classifier of another",
+    "classify_boxes": "names for the boxes of a detector, by a trained classifier",
+}
+"""The modules of `scoring`, each with `add_flags` and `run`."""
+
+_RUNS = ("suite", "transfer", "classify_boxes")
+"""The kinds that run a model: the others import no JAX."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,28 +30,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> Parser:
-    """Returns the command's parser."""
-    from ovseg_jax.experiment.scores import CROSS_DATASET, CROSS_DOMAIN
-
-    parser = Parser(
-        "score",
-        _DESCRIPTION.format(cross_dataset=" ".join(CROSS_DATASET), cross_domain=" ".join(CROSS_DOMAIN)),
-    )
-    add = parser.add_argument
-    add("--checkpoint", required=True, metavar="WORKDIR", help="the folder (or bucket) of a training run")
-    add("--suite", required=True, metavar="NAME|FILE", help="the data sets, see above")
-    add("--data_dir", required=True, metavar="DIR", help="the folder that holds each set as DIR/NAME")
-    add("--out", metavar="FILE.csv", help="also write all scores, a line for each set and prompt")
-    add("--batch", type=int, default=64, metavar="N", help="images at once (default %(default)s)")
-    add("--step", type=int, metavar="N", help="the checkpoint of this step (default: the latest)")
+    """Returns the command's parser; only the module of the chosen kind is imported."""
+    parser = Parser("score", _DESCRIPTION)
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True, parser_class=LazyParser)
+    for kind, text in _KINDS.items():
+        module = f"ovseg_jax.scoring.{kind}"
+        kinds.add_parser(
+            kind, help=text, fill=lambda own, m=module: importlib.import_module(m).add_flags(own)
+        )
     return parser
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from ovseg_jax.experiment.scores import score_suite
-
-    score_suite(**vars(arguments))
+    module = importlib.import_module(f"ovseg_jax.scoring.{arguments.kind}")
+    del arguments.kind
+    module.run(arguments)
 
 
 if __name__ == "__main__":
-    start(main)
+    start(main, compiles=any(kind in sys.argv[1:2] for kind in _RUNS))

@@ -14,8 +14,9 @@ from absl import flags
 from ml_collections import config_flags
 
 ROOT = Path(__file__).parents[1]
-ARGPARSE = ("predict", "score", "prompts", "pseudo_label", "transfer", "classify_boxes", "export")
+ARGPARSE = ("predict", "score", "prompts", "pseudo_label", "export")
 ABSL = ("main", "plan")
+KINDS = {"score"}  # the commands whose first word is a kind of theirs
 CONFIGS = sorted(
     path.name for path in (ROOT / "configs").glob("*.py") if "def get_config" in path.read_text()
 )
@@ -87,8 +88,9 @@ def commands(path):
                     last = next((f for f in fragment if accepts("main", [f"--config={f}"])), fragment[0])
                     yield "main", [f"--config={last}"]
                 continue
-            for match in re.finditer(r"python -m ovseg_jax\.(\w+)", line):
-                given = words(line[match.end() :])
+            for match in re.finditer(r"python -m ovseg_jax\.(\w+)(?: ([a-z_]+)\b)?", line):
+                kind = [match[2]] if match[1] in KINDS and match[2] else []
+                given = kind + words(line[match.end() if kind else match.end(1) :])
                 given = ["--config=configs/openseg.py" if w == "--config=..." else w for w in given]
                 given = [re.sub(r"(configs/)?FILE\.py", "configs/openseg.py", w) for w in given]
                 given = [w.replace(":key=value,...", "") for w in given if ".key=" not in w]
@@ -99,12 +101,22 @@ def commands(path):
                     yield match[1], given
 
 
+def subcommands(parser):
+    """The parsers of a command's subcommands, by name, with their flags."""
+    found = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
+    for each in (each for choices in found for each in choices.values()):
+        each.fill()
+    return found[0] if found else {}
+
+
 def parse(verb, given):
     """Parses as the command does, without running it; raises where it would."""
     module = importlib.import_module(f"ovseg_jax.{verb}")
     if verb in ARGPARSE:
         parser = module.parser()
-        for action in parser._actions:
+        parsers = [parser, *subcommands(parser).values()]
+        assert (len(parsers) > 1) == (verb in KINDS)
+        for action in (action for each in parsers for action in each._actions):
             action.required = False  # A sentence may show a part of a command.
         parser.parse_args(given)
         return
@@ -138,6 +150,8 @@ def test_the_commands_are_found():
     found = list(commands(ROOT / "README.md"))
     assert {verb for verb, _ in found} >= {*ARGPARSE, *ABSL} and len(found) > 20
     assert any("narratives=" in word for _, given in found for word in given)
+    kinds = {given[0] for verb, given in found if verb in KINDS}
+    assert kinds == subcommands(importlib.import_module("ovseg_jax.score").parser()).keys()
     docs = [verb for path in PAGES if path.suffix == ".py" for verb, _ in commands(path)]
     assert set(docs) >= {*ARGPARSE, *ABSL}
 

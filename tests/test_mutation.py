@@ -15,8 +15,10 @@ import os
 import random
 import shutil
 import signal
+import tarfile
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +35,7 @@ from ovseg_jax.data.images import read_header, read_image, read_mask
 from ovseg_jax.data.sources.coco import Coco
 from ovseg_jax.data.sources.folder import Folder
 from ovseg_jax.data.sources.image_folder import ImageFolder, read_names
+from ovseg_jax.datasets.members import Members
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.box_files import average_precision, read_annotations, read_boxes
 from ovseg_jax.experiment import stages
@@ -40,6 +43,7 @@ from ovseg_jax.experiment.features import kept_features
 from ovseg_jax.experiment.load import read_classes, read_words
 from ovseg_jax.experiment.run import _read_summary
 from ovseg_jax.experiment.scores import read_suite
+from ovseg_jax.scoring.files import read_list
 from ovseg_jax.towers.templates import read_templates
 from ovseg_jax.train.checkpoints import load_variables, read_config, write_config
 from ovseg_jax.train.metrics import _readable, read_metrics
@@ -199,6 +203,35 @@ def class_folders(folder: Path) -> Path:
         (folder / name).mkdir()
         picture("1.png")(folder / name)
     return text("names.txt", "n01: dog, hound\nn02\tcat\n")(folder)
+
+
+def archive(name: str) -> Callable[[Path], Path]:
+    """A tar that holds a file and a zip, or the zip itself."""
+
+    def write(folder: Path) -> Path:
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as inner:
+            inner.writestr("a/1.txt", "one" * 50)
+            inner.writestr("2.txt", "two")
+        data = packed.getvalue()
+        if ".tar" in name:
+            out = io.BytesIO()
+            with tarfile.open(fileobj=out, mode="w") as outer:
+                for member in ("inner.zip", "3.txt"):
+                    entry = tarfile.TarInfo(member)
+                    entry.size = len(data)
+                    outer.addfile(entry, io.BytesIO(data))
+            data = out.getvalue()
+        (folder / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        return folder / name
+
+    return write
+
+
+def all_members(path: Path) -> None:
+    members = Members(path.parent)
+    for name in members.names():
+        members.read(name)
 
 
 BOXES = [{"image_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}, {"image_id": "x", "bbox": [0.5, 2, 3, 4]}]
@@ -481,9 +514,15 @@ READERS: dict[str, Reader] = {
         text("summary.json", '{"steps": 3, "seconds": 2.5, "images_per_second": 3, "data_wait_seconds": 0}'),
         lambda path: _read_summary(epath.Path(path.parent)),
     ),
+    "list of images": Reader(
+        text("l.txt", "a.png\nb/c.png\nd\n"), lambda path: read_list(str(path), (".png",))
+    ),
     "boxes": Reader(text("b.json", json.dumps(BOXES)), read_boxes),
     "annotations": Reader(text("a.json", json.dumps(ANNOTATIONS)), judged),
     "annotations of LVIS": Reader(text("a.json", json.dumps(LVIS)), judged),
+    "zip": Reader(archive("a.zip"), all_members),
+    "zip in a tar": Reader(archive("a.tar"), all_members),
+    "zip in a tar.gz": Reader(archive("a.tar.gz"), all_members, 0.5),
     "suite": Reader(
         text("s.json", '{"sets": {"pets": {"metric": "mean", "prompts": {"hard": "a {}."}, "limit": 3}}}'),
         lambda path: read_suite(str(path)),
@@ -572,6 +611,9 @@ OPENERS: dict[str, str] = {
     "data/sources/folder.py:_from_table": "captions.tsv",
     "data/sources/folder.py:_read_entries": "segments.json",
     "data/sources/image_folder.py:read_names": "names of class folders",
+    "datasets/members.py:_add_archive": "zip in a tar",
+    "datasets/members.py:_tar_entries": "zip in a tar",
+    "datasets/members.py:read": "zip in a tar",
     "evals/box_files.py:read_annotations": "annotations",
     "evals/box_files.py:read_boxes": "boxes",
     "experiment/features.py:kept_features": "features",
@@ -588,6 +630,7 @@ OPENERS: dict[str, str] = {
     "files.py:read_recorded": "config.json of a run",
     "inference/export.py:to_folder": "none: a class list in memory",
     "inference/pictures.py:_prompt_points": "none: read_json and numbers",
+    "scoring/files.py:read_list": "list of images",
     "pretrained/files.py:_header": "safetensors",
     "pretrained/files.py:_npz": "npz",
     "pretrained/files.py:_safetensors": "safetensors",

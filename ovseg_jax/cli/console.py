@@ -40,6 +40,35 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help lists the flags")
 
 
+class LazyParser(Parser):
+    """The parser of a subcommand, which adds its description and flags when it is used.
+
+    A command with many subcommands thus imports only what the chosen one needs.
+    """
+
+    def __init__(self, prog: str, fill: Callable[[argparse.ArgumentParser], None], **_: Any):
+        super().__init__(prog.removeprefix("python -m ovseg_jax."), "")
+        self._fill: Callable[[argparse.ArgumentParser], None] | None = fill
+
+    def fill(self) -> None:
+        """Adds the description and the flags, once."""
+        if self._fill is not None:
+            self._fill(self)
+            self._fill = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parses the arguments.
+
+        Raises:
+          UserError: an argument is unknown or invalid.
+        """
+        self.fill()
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found, rest
+
+
 def run_command(
     parser: Callable[[], argparse.ArgumentParser],
     run: Callable[[argparse.Namespace], int | None],
@@ -65,12 +94,18 @@ def run_command(
     return guarded(call)
 
 
-def start(main: Callable[[], int]) -> NoReturn:
-    """Runs a command's `main` as this process and exits with its status."""
+def start(main: Callable[[], int], compiles: bool = True) -> NoReturn:
+    """Runs a command's `main` as this process and exits with its status.
+
+    Args:
+      main: runs the command.
+      compiles: whether it runs programs of JAX, which is then imported to set its cache.
+    """
 
     def call() -> int:
         ensure_home()
-        use_compilation_cache()
+        if compiles:
+            use_compilation_cache()
         code = main()
         sys.stdout.flush()
         return code

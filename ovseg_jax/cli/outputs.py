@@ -17,23 +17,24 @@ from ovseg_jax.files import write_whole
 _LONGEST = 200
 
 
-def check_out_file(path: epath.PathLike, inputs: Mapping[str, str | None]) -> None:
-    """Raises a UserError if --out cannot be written or is one of the input files.
+def check_out_file(path: epath.PathLike, inputs: Mapping[str, str | None], flag: str = "--out") -> None:
+    """Raises a UserError if an output file cannot be written or is one of the input files.
 
     Args:
-      path: the value of --out.
+      path: the file.
       inputs: the input paths, by flag.
+      flag: the flag that names the file.
     """
     out = os.fspath(path)
-    for flag, given in inputs.items():
+    for source, given in inputs.items():
         if given and os.path.exists(given) and os.path.exists(out) and os.path.samefile(given, out):
-            raise UserError(f"--out={out} is also the input of {flag}: choose another name")
+            raise UserError(f"{flag}={out} is also the input of {source}: choose another name")
     folder = os.path.dirname(out) or "."
     if "://" in out:
         return
     if os.path.isdir(out) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise UserError(
-            f"--out={out} cannot be written: "
+            f"{flag}={out} cannot be written: "
             + ("it is a folder" if os.path.isdir(out) else f"{folder} is not a writable folder")
         )
 

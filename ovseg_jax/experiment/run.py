@@ -384,4 +384,4 @@ def _show(workdir: epath.Path, summary: Mapping[str, Any], method: Trainable) ->
     elif (workdir / PROMPT_FILE).exists():
         print(f"next: python -m ovseg_jax.prompts --checkpoint={workdir} --classes=FILE --out=vectors.npy")
     elif isinstance(method, Classifier):
-        print(f"next: python -m ovseg_jax.score --checkpoint={workdir} --suite=pomp --data_dir=DIR")
+        print(f"next: python -m ovseg_jax.score suite --checkpoint={workdir} --suite=pomp --data_dir=DIR")

@@ -12,7 +12,7 @@ from fake_method import CLASSES, COLOURS, FAKES, ColourMethod
 from ml_collections import ConfigDict
 from PIL import Image
 
-from ovseg_jax import classify_boxes, methods
+from ovseg_jax import methods, score
 from ovseg_jax.experiment import box_classes
 from ovseg_jax.experiment.run import CLASSES_FILE, WORDS_FILE
 from ovseg_jax.train.checkpoints import Checkpoints, write_config
@@ -20,7 +20,7 @@ from ovseg_jax.train.state import TrainState
 from ovseg_jax.vocab.words import WordList
 from tests.methods.test_prompt_tuning import config
 
-SAMPLE = Path(__file__).parents[1] / "../shared/data/coco_sample"
+SAMPLE = Path(__file__).parents[2] / "../shared/data/coco_sample"
 CATEGORIES = [{"id": k, "name": name} for k, name in ((4, "yellow"), (2, "red"), (7, "blue"))]
 
 
@@ -91,7 +91,7 @@ def run(root, tmp_path, monkeypatch, capsys):
             "batch": 16,
         }
         flags = {name: value for name, value in (known | flags).items() if value is not None}
-        code = classify_boxes.main([f"--{name}={value}" for name, value in flags.items()])
+        code = score.main(["classify_boxes", *(f"--{name}={value}" for name, value in flags.items())])
         return code, capsys.readouterr()
 
     return call

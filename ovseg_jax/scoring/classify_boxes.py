@@ -1,14 +1,14 @@
-"""The command that names a detector's boxes: `python -m ovseg_jax.classify_boxes --checkpoint=WORKDIR ...`."""
+"""`score classify_boxes`: names for a detector's boxes."""
 
 import argparse
-from collections.abc import Sequence
 
-from ovseg_jax.cli.console import Parser, run_command, start
+from ovseg_jax.cli.prompt_flags import add_prompt_flags, chosen_prompt
+from ovseg_jax.experiment.box_classes import classify_boxes
 
 _DESCRIPTION = """\
 Names the boxes that a detector proposes, and scores them where there are annotations.
 
-  python -m ovseg_jax.classify_boxes --checkpoint=runs/pomp --images=val2017 --boxes=proposals.json \\
+  python -m ovseg_jax.score classify_boxes --checkpoint=runs/pomp --images=val2017 --boxes=proposals.json \\
       --classes=instances_val2017.json --annotations=instances_val2017.json --out=results.json
 
 --boxes is a JSON list of {"image_id", "bbox": [x, y, width, height], "score"}, in COCO's results format; category_id is
@@ -18,16 +18,9 @@ continue.
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status."""
-    return run_command(parser, _run, argv)
-
-
-def parser() -> Parser:
-    """Returns the command's parser."""
-    from ovseg_jax.cli.prompt_flags import add_prompt_flags
-
-    parser = Parser("classify_boxes", _DESCRIPTION)
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the description and the flags."""
+    parser.description = _DESCRIPTION
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="WORKDIR", help="a training run that classifies images")
     add("--images", required=True, metavar="DIR", help="the images")
@@ -52,17 +45,10 @@ def parser() -> Parser:
         help="results per image (default 100; 300 with LVIS annotations)",
     )
     add_prompt_flags(parser)
-    return parser
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    from ovseg_jax.cli.prompt_flags import chosen_prompt
-    from ovseg_jax.experiment.box_classes import classify_boxes
-
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command."""
     prompt = chosen_prompt(arguments)
     flags = {key: value for key, value in vars(arguments).items() if key not in ("template", "ensemble")}
     classify_boxes(**{**flags, "prompt": prompt})
-
-
-if __name__ == "__main__":
-    start(main)

@@ -14,7 +14,7 @@ from fake_method import CLASSES, COLOURS, FAKES, ColourClassifier, ColourMethod,
 from ml_collections import ConfigDict
 from PIL import Image
 
-from ovseg_jax import methods, transfer
+from ovseg_jax import methods, score
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment import transfer_table
 from ovseg_jax.experiment.run import CLASSES_FILE, WORDS_FILE
@@ -66,7 +66,7 @@ def run(root, monkeypatch, capsys):
 
     def call(**flags):
         known = {"proposals": root / "masks", "checkpoint": root / "colours"}
-        code = transfer.main([f"--{name}={value}" for name, value in (known | flags).items()])
+        code = score.main(["transfer", *(f"--{name}={value}" for name, value in (known | flags).items())])
         out, err = capsys.readouterr()
         return code, out, err
 
@@ -176,7 +176,7 @@ def test_two_processes_draw_one_picture(root):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     env = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "PYTHONPATH": os.pathsep.join(map(str, (here.parent, here))),

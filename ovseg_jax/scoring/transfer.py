@@ -1,16 +1,18 @@
-"""The command that segments with two runs: `python -m ovseg_jax.transfer --proposals=WORKDIR --checkpoint=WORKDIR2`."""
+"""`score transfer`: the masks of one run under the classifier of another."""
 
 import argparse
-from collections.abc import Sequence
 
-from ovseg_jax.cli.console import Parser, run_command, start
+from ovseg_jax.experiment.transfer import FILLS
+from ovseg_jax.experiment.transfer_table import HARD, LEARNED, SINGLE, compare_prompts
+from ovseg_jax.towers.templates import TEMPLATES
+from ovseg_jax.vocab.splits import UNSEEN
 
 _DESCRIPTION = """\
 Segments with the masks of one run and the classifier of another (ZSSeg's two stages; POMP's tables 4, 5 and 13), and
 prints the scores of each prompt in percent.
 
-  python -m ovseg_jax.transfer --proposals=runs/openseg --checkpoint=runs/pomp
-  python -m ovseg_jax.transfer --proposals=runs/openseg --checkpoint=runs/pomp \\
+  python -m ovseg_jax.score transfer --proposals=runs/openseg --checkpoint=runs/pomp
+  python -m ovseg_jax.score transfer --proposals=runs/openseg --checkpoint=runs/pomp \\
       --data=coco,data_dir=../coco_stuff,split=val2017 --split=coco_stuff
 
 Each proposal is classified twice: by the proposal network (p) and, as a crop of the image, by the classifier (q).
@@ -20,19 +22,9 @@ the seen and the unseen classes' mIoU.
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status."""
-    return run_command(parser, _run, argv)
-
-
-def parser() -> Parser:
-    """Returns the command's parser."""
-    from ovseg_jax.experiment.transfer import FILLS
-    from ovseg_jax.experiment.transfer_table import HARD, LEARNED, SINGLE
-    from ovseg_jax.towers.templates import TEMPLATES
-    from ovseg_jax.vocab.splits import UNSEEN
-
-    parser = Parser("transfer", _DESCRIPTION)
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the description and the flags."""
+    parser.description = _DESCRIPTION
     add = parser.add_argument
     add("--proposals", required=True, metavar="WORKDIR", help="a training run that proposes masks")
     add("--checkpoint", required=True, metavar="WORKDIR", help="a training run that classifies images")
@@ -76,15 +68,9 @@ def parser() -> Parser:
         help="images at once (default: as in the evaluations of --proposals)",
     )
     add("--limit", type=int, metavar="N", help="only the first N images")
-    return parser
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    from ovseg_jax.experiment.transfer_table import compare_prompts
-
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command and prints the scores of each prompt."""
     if table := compare_prompts(**vars(arguments)):
         print(table)
-
-
-if __name__ == "__main__":
-    start(main)

@@ -1,0 +1,46 @@
+"""`score suite`: a trained classifier on the data sets of a suite."""
+
+import argparse
+
+from ovseg_jax.experiment.scores import CROSS_DATASET, CROSS_DOMAIN, score_suite
+
+_DESCRIPTION = """\
+Scores a trained classifier zero-shot on the data sets of a suite, and compares it with a hand-written prompt.
+
+  python -m ovseg_jax.score suite --checkpoint=runs/pomp --suite=pomp --data_dir=../sets --out=scores.csv
+
+A suite is one of
+  cross-dataset  the ten of POMP's table 2: {cross_dataset}
+  cross-domain   its four variants of ImageNet: {cross_domain}
+  imagenet21k    validation images of ImageNet-21K
+  pomp           all of these
+or a JSON file, {{"sets": {{NAME: {{...}}}}}}, where a set may have
+  metric     the main metric: accuracy (default), per_class, harmonic, ...
+  average    the average that it counts in
+  prompts    {{NAME: template, list of templates, imagenet | simple | vild, or FILE.json}}
+  tfds       name of a TFDS data set in DIR, in place of a folder
+  split, names, ...   arguments of its data source, image_folder or tfds
+  limit      use only the first so many images
+The images of a set lie in DIR/NAME/CLASS, DIR/NAME/test/CLASS or DIR/NAME/val/CLASS; the optional DIR/NAME/names.txt
+(or names.json) gives the class name of each folder. A set without a folder is listed as missing, and each average
+states how many sets it covers. If the command was stopped, run it again with the same --out to continue.
+"""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the description and the flags."""
+    parser.description = _DESCRIPTION.format(
+        cross_dataset=" ".join(CROSS_DATASET), cross_domain=" ".join(CROSS_DOMAIN)
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="WORKDIR", help="the folder (or bucket) of a training run")
+    add("--suite", required=True, metavar="NAME|FILE", help="the data sets, see above")
+    add("--data_dir", required=True, metavar="DIR", help="the folder that holds each set as DIR/NAME")
+    add("--out", metavar="FILE.csv", help="also write all scores, a line for each set and prompt")
+    add("--batch", type=int, default=64, metavar="N", help="images at once (default %(default)s)")
+    add("--step", type=int, metavar="N", help="the checkpoint of this step (default: the latest)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command, which prints its scores set by set."""
+    score_suite(**vars(arguments))
