@@ -17,7 +17,7 @@ def worker(port: int, process: int, count: int) -> None:
     if count > 1:
         jax.distributed.initialize(f"localhost:{port}", count, process)
     import test_classification_eval as whole
-    import test_segments
+    import test_instances_and_panoptic
     from test_segmentation import CLASSES, VARIABLES, PatchMethod, batches, examples
 
     from ovseg_jax.evals.classification import ClassificationEvaluator
@@ -32,8 +32,8 @@ def worker(port: int, process: int, count: int) -> None:
     evaluator = SegmentationEvaluator("x", PatchMethod(), CLASSES, share, mesh, modes=("predicted", "truth"))
     scores = evaluator.run(variables)
     for kind in (PanopticEvaluator, InstancesEvaluator):
-        share = batches(test_segments.data()[process::count], 4 // count)
-        scores |= kind("x", test_segments.Guess(), CLASSES, share, mesh).run(variables)
+        share = batches(test_instances_and_panoptic.data()[process::count], 4 // count)
+        scores |= kind("x", test_instances_and_panoptic.Guess(), CLASSES, share, mesh).run(variables)
     share = whole.batches(whole.examples()[process::count], 8 // count)
     method = whole.RandomMethod()
     evaluator = ClassificationEvaluator("x", method, whole.CLASSES, share, mesh, prompts=whole.PROMPTS)
