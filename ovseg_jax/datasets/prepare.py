@@ -45,8 +45,9 @@ from ovseg_jax.datasets.base import Dataset, Entry
 from ovseg_jax.datasets.fields import complete, encode, fields_of, serializer, tfds_features
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import locked, write_whole
-from ovseg_jax.reading import parse_json, read_json, read_text, reading, reason, whole
+from ovseg_jax.reading import parse_json, read_json, read_text, reading, reason, text, whole
 
+_LOG = logging.getLogger(__name__)
 WORK, JOB = ".work", "job.pickle"
 _MOST_SHARDS = 1024
 _PACKAGES = ("ovseg_jax", "apache-beam", "array_record", "tensorflow-datasets")
@@ -156,7 +157,7 @@ def _prepare_split(
         raise UserError(f"{dataset.name}, split {split!r}: names may hold letters, digits and underscores")
     plan = _plan(dataset, out, split, shard_examples)
     job = Job(dataset, split, str(out), plan["shards"])
-    missing = [k for k in range(job.count) if not _mark(job, k).exists()]
+    missing = [k for k in range(job.count) if not _is_written(job, k)]
     if missing:
         for path in _errors(job):
             path.unlink()
@@ -235,7 +236,7 @@ def write_shard(shard: int, path: str, begun: int) -> None:
       begun: the time at which it was written, so that a worker does not take an earlier one for it.
     """
     job = _load_job(path, begun)
-    if _mark(job, shard).exists():
+    if _is_written(job, shard):
         return
     try:
         _write_shard(shard, job)
@@ -277,6 +278,8 @@ def _whole_file(out: epath.Path, target: epath.Path) -> Iterator[epath.Path]:
         path = out / WORK / f"{uuid.uuid4().hex}.tmp"
         try:
             yield path
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # a power cut must not leave a mark of a shard that is not on disk
             path.replace(target)
         finally:
             path.unlink(missing_ok=True)
@@ -321,12 +324,22 @@ def _read_mark(job: Job, shard: int) -> dict[str, Any]:
     mark = read_json(path)
     with reading(path):
         whole(mark["examples"], "'examples'")
-        file = epath.Path(job.out) / mark["file"]
+        file = epath.Path(job.out) / text(mark["file"], "'file'")
         if not file.exists() or file.stat().length != mark["bytes"]:
-            raise UserError(
-                f"{file} is missing or has changed since it was written: delete {path} and repeat"
-            )
+            raise ValueError(f"{file} is missing or has changed since it was written")
     return mark
+
+
+def _is_written(job: Job, shard: int) -> bool:
+    """Tells whether a shard is finished; one whose files were removed or cut off since is written again."""
+    if not _mark(job, shard).exists():
+        return False
+    try:
+        _read_part(job, shard, _read_mark(job, shard))
+    except UserError as error:
+        _LOG.warning("%s: it is written again", error)
+        return False
+    return True
 
 
 def _read_part(job: Job, shard: int, mark: dict[str, Any]) -> Index:
@@ -457,7 +470,6 @@ def _finish(dataset: Dataset, out: epath.Path, splits: dict[str, Any]) -> None:
         "licence": dataset.licence,
         "provides": sorted(fields_of(dataset)),
         "written_by": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "written_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "splits": splits,
     }
     write_whole(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,31 +151,132 @@ def test_a_damaged_example_keeps_the_other_shards(tmp_path, source):
     assert len(second) == 3 and {name: second[name] for name in first} == first
 
 
-def test_a_killed_run_continues(tmp_path, source):
-    """Killed with its workers, it leaves whole shards, which the next call does not write again."""
-    out = tmp_path / "out"
-    (source / "toy.json").write_text(json.dumps({"train": 60, "val": 1}))
-    given = [TOY, f"--source={source}", f"--out={out}", "--workers=2", "--shard_examples=2", "--split=train"]
-    slow = f"import time, sys\nfrom ovseg_jax.prepare import main\nsys.exit(main({given}))"
-    process = subprocess.Popen(
-        [sys.executable, "-c", slow], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE
-    )
-    while len(list(out.glob(".work/train/?????.json"))) < 3:
+def wait_for_shards(process, out, count):
+    while len(list(out.glob(".work/train/?????.json"))) < count:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+
+
+def content(folder):
+    """The bytes of all files of a folder, with those in folders of its own and hidden ones."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("whom", ["all", "main"])
+def test_a_killed_run_continues(tmp_path, source, whom):
+    """Killed with its workers or without, it leaves whole shards, which the next call does not write again."""
+    out = tmp_path / "out"
+    (source / "toy.json").write_text(json.dumps({"train": 120, "val": 1}))
+    given = [TOY, f"--source={source}", f"--out={out}", "--workers=2", "--shard_examples=2", "--split=train"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ovseg_jax.prepare", *given],
+        cwd=ROOT,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+    )
+    wait_for_shards(process, out, 3)
+    if whom == "all":
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    else:
+        process.kill()
+        process.wait()
     marks = {path.name[:5] for path in out.glob(".work/train/?????.json")}
-    assert len(marks) < 30, "it was killed too late to show anything"
+    assert len(marks) < 60, "it was killed too late to show anything"
     before = {name: at for name, at in stamps(out).items() if name.split("-")[2] in marks}
     assert len(before) == len(marks)
     run(Toy(source), out, splits=["train"], shard_examples=2)
     assert {name: at for name, at in stamps(out).items() if name in before} == before
-    whole = tmp_path / "whole"
-    run(Toy(source), whole, splits=["train"], shard_examples=2)
-    manifest = lambda folder: json.loads((folder / "manifest.json").read_text())
-    sums = lambda folder: [shard["sha256"] for shard in manifest(folder)["splits"]["train"]["shards"]]
-    assert sums(out) == sums(whole) and len(Prepared(out, verify=True)) == 60
+    run(Toy(source), tmp_path / "whole", splits=["train"], shard_examples=2)
+    assert content(out) == content(tmp_path / "whole") and len(Prepared(out, verify=True)) == 120
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from ovseg_jax.datasets import prepare as module
+from tests.datasets.toy import Toy
+
+source, root = map(Path, sys.argv[1:])
+module._run = lambda job, shards, *_: [module.write_shard(k, str(module._work(job) / module.JOB), 0) for k in shards]
+
+
+def call(out, stop):
+    # Runs in a child, which dies before the operation `stop` on a file below `out`; returns whether it did not.
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1] == 0
+    left = [stop]
+
+    def hook(event, arguments):
+        changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
+        if changes or (event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax")):
+            if str(arguments[0]).startswith((str(out), ".work")):
+                left[0] -= 1
+                if not left[0]:
+                    os._exit(9)
+
+    sys.addaudithook(hook)
+    module.prepare(Toy(source), out, shard_examples=4, workers=1)
+    os._exit(0)
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+assert call(root / "whole", 0)
+expected, stop = content(root / "whole"), 1
+while not call(out := root / str(stop), stop):
+    assert call(out, 0), stop
+    assert content(out) == expected, stop
+    stop += 1
+print(stop)
+"""
+
+
+def test_killed_before_any_operation_on_a_file_it_continues_with_the_same_bytes(tmp_path, source):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, source, tmp_path], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) > 40
+
+
+@pytest.mark.parametrize("options", [["--runner=BundleBasedDirectRunner"], ["--workers=3"]])
+def test_runners_and_numbers_of_workers_write_the_same_bytes(tmp_path, source, options):
+    given = [TOY, f"--source={source}", "--shard_examples=4"]
+    assert command.main([*given, f"--out={tmp_path / 'a'}", *options]) == 0
+    assert command.main([*given, f"--out={tmp_path / 'b'}", "--workers=1"]) == 0
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+def test_a_damaged_file_of_an_unfinished_run_is_written_again_or_named(tmp_path, source):
+    (source / "broken").touch()
+    with pytest.raises(UserError, match="is broken"):
+        run(Toy(source), tmp_path / "begun")
+    (source / "broken").unlink()
+    run(Toy(source), tmp_path / "whole")
+    begun = sorted(path for path in content(tmp_path / "begun") if not path.endswith((".error", ".pickle")))
+    assert {"plan.json", "00000.json", "00000.npz", "00001.entries"} <= {Path(path).name for path in begun}
+    said = []
+    for k, name in enumerate(begun):
+        for j, change in enumerate((lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b"[1]", None)):
+            out = tmp_path / f"{k}-{j}"
+            shutil.copytree(tmp_path / "begun", out)
+            if change is None:
+                (out / name).unlink()
+            else:
+                (out / name).write_bytes(change((out / name).read_bytes()))
+            try:
+                run(Toy(source), out)
+            except UserError as error:
+                assert Path(name).name in str(error) and "\n" not in str(error), error
+                said.append(Path(name).name)
+                continue
+            assert content(out) == content(tmp_path / "whole"), (name, j)
+    # A finished shard is written again; the files that say what to write are not guessed.
+    assert set(said) <= {"plan.json", "request.json", "00001.entries"} and len(set(said)) == 3
 
 
 def test_another_data_set_or_option_in_the_folder_is_refused(tmp_path, source):
@@ -257,6 +359,27 @@ def test_a_damaged_or_foreign_folder_is_one_sentence(tmp_path, source):
             Prepared(foreign)
 
 
+def test_damaged_records_are_read_or_refused(tmp_path, source):
+    """Their size is as it was, so that only the records' own checksums can tell."""
+    out = tmp_path / "out"
+    run(Toy(source), out, splits=["val"])
+    shard = out / "toy-val.array_record-00000-of-00001"
+    whole, refused = shard.read_bytes(), 0
+    used = len(whole.rstrip(b"\0")) // 8  # the rest is mostly padding
+    for k in range(60):
+        rng = np.random.default_rng(k)
+        shard.write_bytes(whole)
+        for at in rng.integers(0, used if k % 4 else len(whole), 1 + k % 7):
+            damage(shard, at)
+        try:
+            for example in map(Prepared(out, "val").__getitem__, range(4)):
+                dict(example)
+        except UserError as error:
+            assert str(out) in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 20
+
+
 def test_a_record_is_not_decoded_for_other_fields(tmp_path, source, monkeypatch):
     out = tmp_path / "out"
     run(Toy(source), out, splits=["val"])
@@ -280,6 +403,29 @@ def test_prepared_sets_mix_with_their_classes_united(tmp_path, source):
     assert isinstance(mixture, Mixture) and mixture.weights == [2.0, 1.0] and len(mixture) == 15
     assert [names[0] for names in mixture.classes.names] == ["dog", "sky", "cat", "cloud"]
     assert mixture[11 + 2]["class_ids"].tolist() == [-1, 2]  # a cat of the second set
+
+
+def test_a_run_trains_from_prepared_files(tmp_path, source):
+    from ovseg_jax.configs import openseg
+    from ovseg_jax.experiment.run import train
+
+    out = tmp_path / "out"
+    run(Toy(source), out)
+    config = openseg.get_config(f"data=prepared,data_dir={out};{out},val_dir={out},size=tiny")
+    config.update(dict(steps=2, batch_size=2, log_every=1))
+    config.data.update(image_size=32, max_masks=4)
+    config.loss.group = 2
+    config.model.update(width=16, num_queries=4)
+    config.model.backbone.width = 8
+    summary = train(config, tmp_path / "run")
+    assert summary["steps"] == 2 and 0 <= summary["validation/predicted/miou"] <= 1, summary
+
+
+def test_the_number_of_classes_may_be_required(tmp_path, source):
+    run(Toy(source), tmp_path / "out", splits=["val"])
+    assert len(Prepared(tmp_path / "out", "val", num_classes=3).classes) == 3
+    with pytest.raises(UserError, match=r"toy with 3 classes, but num_classes=9 .*: classes=3"):
+        Prepared(tmp_path / "out", "val", num_classes=9)
 
 
 def test_it_can_be_pickled_to_workers(tmp_path, source):

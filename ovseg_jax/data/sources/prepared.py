@@ -42,6 +42,7 @@ class Prepared(Source):
         split: str = "train",
         labels: epath.PathLike | None = None,
         verify: bool = False,
+        num_classes: int = 0,
     ):
         """Reads the manifest and compares the sizes of all files; shards are opened when they are read from.
 
@@ -50,9 +51,12 @@ class Prepared(Source):
           split: one of its splits.
           labels: a label file in OpenSeg's format with other names for the classes, by their ids.
           verify: whether to compare the checksums of all files, which reads them once.
+          num_classes: the required number of classes; 0 takes any number. A config that computes its steps from epochs
+            sets it, since the steps depend on it.
 
         Raises:
-          UserError: the folder is not a prepared one, lacks the split, or a file is missing or damaged.
+          UserError: the folder is not a prepared one, lacks the split, a file is missing or damaged, or the number of
+            classes is not `num_classes`.
         """
         self._root = epath.Path(data_dir)
         manifest = read_manifest(data_dir)
@@ -66,6 +70,11 @@ class Prepared(Source):
         self.provides = frozenset(manifest["provides"])
         classes = read_prepared_classes(data_dir)
         self.classes = rename(classes, labels) if labels else classes
+        if num_classes and len(classes) != num_classes:
+            raise UserError(
+                f"{data_dir} holds {self.name} with {len(classes)} classes, but num_classes={num_classes} "
+                f"(of configs/pomp.py, which counts epochs by it: classes={len(classes)})"
+            )
         self._length, self._extent = entry["examples"], Extent(*entry["extent"])
         self._records: Any = None
         if "label" in self.provides:
