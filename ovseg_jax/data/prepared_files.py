@@ -72,7 +72,7 @@ def make_index(rows: Sequence[dict[str, Any]], provides: frozenset[str]) -> Inde
             ]
             if parts:
                 index[key] = np.concatenate(parts)
-    for key in provides.intersection(TEXTS):
+    for key in (key for key in TEXTS if key in provides):
         lines = "".join(json.dumps(row[key], ensure_ascii=False) + "\n" for row in rows)
         index[key] = np.frombuffer(lines.encode(), np.uint8)
     return index

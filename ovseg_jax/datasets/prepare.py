@@ -62,12 +62,14 @@ class Job:
       split: the split.
       out: the folder to write to.
       count: the number of shards.
+      examples: the number of examples.
     """
 
     dataset: Dataset
     split: str
     out: str
     count: int
+    examples: int
 
 
 def prepare(
@@ -136,6 +138,8 @@ def _check_folder(dataset: Dataset, out: epath.Path) -> dict[str, Any]:
         held, splits = {key: found.get(key) for key in request}, dict(found["splits"])
     elif path.exists():
         held, splits = read_json(path), {}
+        if not isinstance(held, dict):
+            raise UserError(f"{path} is damaged: delete the folder {path.parent}, or choose another --out")
     else:
         held, splits = request, {}
         if foreign := [p.name for p in out.iterdir() if not p.name.startswith(".")]:
@@ -156,7 +160,7 @@ def _prepare_split(
     if not re.fullmatch(r"\w+", split) or not re.fullmatch(r"[a-z]\w*", dataset.name):
         raise UserError(f"{dataset.name}, split {split!r}: names may hold letters, digits and underscores")
     plan = _plan(dataset, out, split, shard_examples)
-    job = Job(dataset, split, str(out), plan["shards"])
+    job = Job(dataset, split, str(out), plan["shards"], plan["examples"])
     missing = [k for k in range(job.count) if not _is_written(job, k)]
     if missing:
         for path in _errors(job):
@@ -190,7 +194,11 @@ def _plan(dataset: Dataset, out: epath.Path, split: str, shard_examples: int) ->
     path = folder / "plan.json"
     if path.exists():
         plan = read_json(path)
-        if plan["source"] != dataset.stamp():
+        with reading(path):
+            whole(plan["shards"], "'shards'", 1)
+            whole(plan["examples"], "'examples'", 1)
+            changed = plan["source"] != dataset.stamp()
+        if changed:
             raise UserError(
                 f"the files in {dataset.source} have changed since {out} was begun: delete {out / WORK}, or choose "
                 "another --out"
@@ -211,14 +219,18 @@ def _plan(dataset: Dataset, out: epath.Path, split: str, shard_examples: int) ->
         if not keys:
             raise UserError(f"{dataset.name}, split {split}, has no example in {dataset.source}")
         count = min(_MOST_SHARDS, -(-len(keys) // shard_examples))
-        ends = [len(keys) * (k + 1) // count for k in range(count)]
         with open(listing, encoding="utf-8") as file:
-            for k, (first, end) in enumerate(zip([0, *ends], ends, strict=False)):
-                lines = "".join(file.readline() for _ in range(end - first))
+            for k in range(count):
+                lines = "".join(file.readline() for _ in range(_shard_length(len(keys), count, k)))
                 write_whole(folder / f"{k:05d}.entries", lines)
-    plan = {"examples": len(keys), "shards": count, "notes": dataset.notes, "source": dataset.stamp()}
+    plan = {"examples": len(keys), "shards": count, "notes": list(dataset.notes), "source": dataset.stamp()}
     write_whole(path, json.dumps(plan))
     return plan
+
+
+def _shard_length(examples: int, count: int, shard: int) -> int:
+    """Returns the number of examples in one of `count` shards."""
+    return examples * (shard + 1) // count - examples * shard // count
 
 
 @functools.lru_cache(maxsize=1)
@@ -314,6 +326,8 @@ def _read_entries(job: Job, shard: int) -> Iterator[Entry]:
     path = _work(job) / f"{shard:05d}.entries"
     lines = read_text(path).split("\n")[:-1]
     with reading(path):
+        if len(lines) != _shard_length(job.examples, job.count, shard):
+            raise ValueError(f"it lists {len(lines)} examples: delete {_work(job).parent}, and repeat")
         for line in lines:
             key, data = parse_json(line)
             yield Entry(key, data)
