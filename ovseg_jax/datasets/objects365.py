@@ -85,8 +85,8 @@ class Objects365(Packed):
                 raise ValueError("an annotation has no 'bbox', or something else has one")
             kinds, sides = np.array(boxes.kinds), np.array(boxes.sides).reshape(-1, 4)
             for values, listed, what in ((boxes.owners, owners, "image"), (kinds, list(index), "category")):
-                if not (known := np.isin(values, np.array(listed, np.int64))).all():
-                    raise ValueError(f"annotation {np.argmin(known)}, counted from 0, is of no listed {what}")
+                if not (valid := np.isin(values, np.array(listed, np.int64))).all():
+                    raise ValueError(f"annotation {np.argmin(valid)}, counted from 0, is of no listed {what}")
         area = (sides[:, 2:] > 0).all(1)
         empty = int((~area).sum())
         order = np.flatnonzero(area)[np.argsort(np.array(boxes.owners)[area], kind="stable")]

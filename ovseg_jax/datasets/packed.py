@@ -40,6 +40,11 @@ class Packed(Dataset):
         super().__init__(source, **options)
         self.members = Members(self.source, self.archives)
 
+    def stamp(self) -> dict[str, int]:
+        """Returns the number of files of the download, and the sizes in bytes of those directly in its folder."""
+        direct = {path.name: path.stat().length for path in self.source.iterdir() if path.is_file()}
+        return {"": len(self.members), **dict(sorted(direct.items()))}
+
     def need(self, *choices: str) -> str:
         """Returns the name of the file whose path ends with one of `choices`.
 
