@@ -24,6 +24,7 @@ EXTRAS = {
         "transformers>=4.50",
         "timm>=1.0",
         "open_clip_torch>=3",
+        "torchmetrics",
     ],
     "spacy": ["spacy"],
     "nltk": ["nltk"],

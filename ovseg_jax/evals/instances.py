@@ -90,7 +90,7 @@ class InstancesEvaluator(SegmentsEvaluator):
                 )
         if not truth["annotations"]:
             return None
-        result = ap.curves(truth, found, "segm")
+        result = ap.curves(truth, found)
         self._fill_table(truth["annotations"], result)
         names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
         scores = {name.lower(): value for name, value in ap.coco_metrics(result).items() if name in names}

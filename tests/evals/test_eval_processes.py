@@ -10,12 +10,14 @@ from pathlib import Path
 import jax
 import pytest
 
+from tests.fast import xla_flags
+
 
 def worker(port: int, process: int, count: int) -> None:
     if count > 1:
         jax.distributed.initialize(f"localhost:{port}", count, process)
     import test_classification_eval as whole
-    import test_segments
+    import test_instances_and_panoptic
     from test_segmentation import CLASSES, VARIABLES, PatchMethod, batches, examples
 
     from ovseg_jax.evals.classification import ClassificationEvaluator
@@ -30,8 +32,8 @@ def worker(port: int, process: int, count: int) -> None:
     evaluator = SegmentationEvaluator("x", PatchMethod(), CLASSES, share, mesh, modes=("predicted", "truth"))
     scores = evaluator.run(variables)
     for kind in (PanopticEvaluator, InstancesEvaluator):
-        share = batches(test_segments.data()[process::count], 4 // count)
-        scores |= kind("x", test_segments.Guess(), CLASSES, share, mesh).run(variables)
+        share = batches(test_instances_and_panoptic.data()[process::count], 4 // count)
+        scores |= kind("x", test_instances_and_panoptic.Guess(), CLASSES, share, mesh).run(variables)
     share = whole.batches(whole.examples()[process::count], 8 // count)
     method = whole.RandomMethod()
     evaluator = ClassificationEvaluator("x", method, whole.CLASSES, share, mesh, prompts=whole.PROMPTS)
@@ -44,7 +46,7 @@ def start(port, process, count):
     env = dict(
         os.environ,
         JAX_PLATFORMS="cpu",
-        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+        XLA_FLAGS=xla_flags(2),
         PYTHONPATH=os.pathsep.join([str(here.parents[1]), str(here.parent), str(here)]),
     )
     args = [sys.executable, __file__, str(port), str(process), str(count)]
