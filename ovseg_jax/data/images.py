@@ -218,13 +218,12 @@ def read_ids(path: File, what: str) -> UInt32[np.ndarray, "h w"]:
       UserError: the file is damaged, or not such a PNG.
     """
     with _decoding(path, what):
-        image = _open(path, checksums=True)
-        if image.format != "PNG" or _raw_mode(image) not in ("RGB", "RGBA", "P", "P;1", "P;2", "P;4"):
-            raise ValueError(f"it is {image.format} of mode {_raw_mode(image)}, not a PNG of 8-bit colours")
-        if image.mode == "P":
-            image.info.pop("transparency", None)
-            image = image.convert("RGB")
-        # Four bytes a pixel, as Pillow has them in memory. Colours count also where the alpha channel is zero.
+        file = _open(path, checksums=True)
+        if file.format != "PNG" or _raw_mode(file) not in ("RGB", "RGBA", "P", "P;1", "P;2", "P;4"):
+            raise ValueError(f"it is {file.format} of mode {_raw_mode(file)}, not a PNG of 8-bit colours")
+        file.info.pop("transparency", None)  # colours count also where they are transparent
+        image = file.convert("RGB") if file.mode == "P" else file
+        # Pillow has four bytes a pixel in memory, too, so that these are copied at once.
         colours = np.asarray(image.convert("RGBA"))
         return colours.view("<u4")[..., 0] & np.uint32(0xFFFFFF)
 

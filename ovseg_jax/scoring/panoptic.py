@@ -134,7 +134,9 @@ def score(
     classes, truths = read_panoptic(gt)
     _, predictions = read_panoptic(pred, classes)
     without = [name for name in truths if name not in predictions]
-    skips.add(without, _lone("no prediction", without, f"of {len(truths)} images have no prediction in {pred}"))
+    skips.add(
+        without, _lone("no prediction", without, f"of {len(truths)} images have no prediction in {pred}")
+    )
     surplus = [name for name in predictions if name not in truths]
     skips.add(surplus, _lone("no truth", surplus, f"predicted images are not in {gt}"))
     pairs = [_Pair(name, predictions[name], true) for name, true in truths.items() if name in predictions]
@@ -199,7 +201,10 @@ def _image(pair: _Pair, *, pred_masks: str, gt_masks: str, classes: int, rule: R
     guess, _, unlisted = _numbers(shared.predicted, pair.predicted.ids)
     for name, wrong in (
         ("the PNG has the segment {} that the JSON lacks", unlisted),
-        ("the JSON has the segment {} that the PNG lacks", np.setdiff1d(pair.predicted.ids, shared.predicted)),
+        (
+            "the JSON has the segment {} that the PNG lacks",
+            np.setdiff1d(pair.predicted.ids, shared.predicted),
+        ),
     ):
         if wrong.size:
             raise Fault(
@@ -212,7 +217,14 @@ def _image(pair: _Pair, *, pred_masks: str, gt_masks: str, classes: int, rule: R
     area = np.bincount(place, shared.pixels, len(true_class) + 1)[1:unlisted_from]
     stated = pair.true.area
     return _Found(
-        tally(Overlaps(guess, place, shared.pixels), pair.predicted.category, true_class, true_crowd, classes, rule),
+        tally(
+            Overlaps(guess, place, shared.pixels),
+            pair.predicted.category,
+            true_class,
+            true_crowd,
+            classes,
+            rule,
+        ),
         int((area == 0).sum()),
         len(unlisted),
         int(((stated >= 0) & (stated != area) & (area > 0)).sum()),
@@ -231,9 +243,7 @@ def _numbers(ids: np.ndarray, listed: np.ndarray) -> tuple[np.ndarray, int, np.n
     return order[np.searchsorted(known[order], ids)], len(listed) + 1, unlisted
 
 
-def read_panoptic(
-    path: str, classes: ClassList | None = None
-) -> tuple[ClassList, dict[str, Annotation]]:
+def read_panoptic(path: str, classes: ClassList | None = None) -> tuple[ClassList, dict[str, Annotation]]:
     """Reads a panoptic JSON.
 
     Args:
@@ -261,7 +271,7 @@ def _categories(rows: Any) -> ClassList:
     if len(set(ids)) < len(ids):
         raise ValueError("two categories have the same id")
     names = column(rows, "name", text, default=None, of="category")
-    things = column(rows, "isthing", flag, default=True, of="category")
+    things = column(rows, "isthing", flag, of="category")
     shown = tuple((name or str(k),) for name, k in zip(names, ids, strict=True))
     return ClassList(shown, tuple(ids), tuple(things))
 
@@ -279,7 +289,9 @@ def _annotations(rows: list[dict[str, Any]], classes: ClassList) -> dict[str, An
         if name in found:
             raise ValueError(f"it has two annotations for the image {name}")
         if len(set(ids)) < len(ids):
-            raise ValueError(f"two segments of the image {name} have the id {Counter(ids).most_common(1)[0][0]}")
+            raise ValueError(
+                f"two segments of the image {name} have the id {Counter(ids).most_common(1)[0][0]}"
+            )
         if unknown := [k for k in kinds if k not in index]:
             raise ValueError(
                 f"a segment of the image {name} has the category_id {unknown[0]}, which is not among the categories "
