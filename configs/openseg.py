@@ -20,7 +20,7 @@ from ml_collections.config_dict import placeholder
 
 from ovseg_jax.config import Args, parse_arg
 from ovseg_jax.configs import common
-from ovseg_jax.experiment.tables import TABLE_2
+from ovseg_jax.experiment.tables import ENGINEERED, TABLE_2
 from ovseg_jax.pretrained.published import CENTRED, pixels_of, weights_of
 
 # Learning rate (Table 3), steps on COCO alone (4.1) and on COCO and Localized Narratives (Table 3). ALIGN's weights,
@@ -41,7 +41,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     args = parse_arg(
         arg,
         data=("scenes", "coco", "folder"),
-        data_dir="",
+        data_dir="",  # data=folder: also several, DIR;DIR2, with equal probability (Table 6)
         val_dir="",  # data=folder: the folder to evaluate on, which needs classes; none where it is not said
         kind="segments",  # data=folder: what the values of a mask are: segments | semantic
         labels="",  # a label file with more names for the classes
@@ -49,6 +49,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         narratives="",  # a folder of images and captions (README: train on your own data) mixed in by half
         eval_sets="",  # a folder that holds the sets of Table 2 by name, to test on at the end
         sets=";".join(TABLE_2),  # which of them, or others that lie there
+        names="",  # a folder of label files SET.txt with more names (appendix I), to test on as SET+eng as well
+        masks="predicted",  # Table 4: which masks to test with, of predicted;none;truth; the first names the scores
         backbone="efficientnet_b7",  # 4.1; resnet101 in Table 2
         init=tuple(INITS),  # for ResNets, noisy_student stands for ImageNet's weights
         weights="",  # where they are, if not on the hub: a folder or file
@@ -58,6 +60,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         method=("openseg", "lseg"),  # lseg: the per-pixel supervised baseline of 4.3, LSeg+
         contrast=("unsync", "sync"),  # 4.1; sync in appendix F and in the strongest rows of Table 2
         captions="noun+adj",  # Table 5: all | noun+adj+verb | noun+adj
+        kp=0.0,  # Table 9: the keep probability of words; 0: 0.5 (4.1), with narratives 0.75 (appendix H)
+        mask_weight=1.0,  # α of eq. 5; 0 in Table 8: captions alone
+        stage=("", "teacher"),  # teacher: learns masks alone (3.3, 4.2)
         seed=0,
     )
     config = scenes() if args.data == "scenes" else paper(args)
@@ -170,16 +175,16 @@ def paper(args: Args) -> ConfigDict:
     came closest to being kept stays; τ is learned on a log scale; no weight decay on arrays of one dimension.
     """
     train, validation = sources(args)
-    tiny = args.size == "tiny"
+    tiny, openseg = args.size == "tiny", args.method == "openseg"
     evals = {}
     if validation:
-        evals["validation"] = common.segmentation(validation, 64, every=5000)
+        evals["validation"] = tested(args, validation, every=5000)
     config = common.run(
         "openseg",
         batch_size=1024,  # 4.1
         loss=dict(
-            mask_weight=1.0,  # α of eq. 5: ours, the paper gives no value
-            grounding_weight=1.0,
+            mask_weight=args.mask_weight if openseg else 1.0,  # 1: ours, the paper gives no value
+            grounding_weight=0.0 if openseg and args.stage == "teacher" else 1.0,
             contrast="unsync",
             group=16,  # 4.1: each core contrasts its local batch of 16
             form="auto",  # of contrast=sync: gather | ring (kernels/all_pairs.py), by size
@@ -199,7 +204,7 @@ def paper(args: Args) -> ConfigDict:
             tagger="pattern",  # ours
             # The paper has no vocabulary. A frozen tower needs none; rare words would learn no vector: ours.
             min_count=1 if tiny or args.vectors or args.text != "learned" else 5,
-            keep_prob=0.75 if args.narratives else 0.5,  # appendix H; 4.1
+            keep_prob=(openseg and not args.stage and args.kp) or (0.75 if args.narratives else 0.5),
             batch_augment=[],
             workers=8,
         ),
@@ -299,15 +304,20 @@ def sources(args: Args) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     common_ = dict(labels=args.labels or None, data_dir=args.data_dir)
     if args.data == "folder":
         common_.update(name="folder", kind=args.kind)
-        train = common_
+        train = [dict(common_, data_dir=place) for place in args.data_dir.split(";")]
         validation = dict(common_, data_dir=args.val_dir) if args.val_dir else None
     else:
         common_.update(name="coco")
         # A laptop has COCO's validation images at most.
-        train = dict(common_, split="val2017" if args.size == "tiny" else "train2017")
+        train = [dict(common_, split="val2017" if args.size == "tiny" else "train2017")]
         validation = dict(common_, split="val2017")
     narratives = [dict(name="folder", data_dir=args.narratives)] if args.narratives else []
-    return [train, *narratives], validation
+    return [*train, *narratives], validation
+
+
+def tested(args: Args, source: dict[str, Any], **own: Any) -> dict[str, Any]:
+    """Returns an evaluation of segmentation with the masks of `masks`."""
+    return common.segmentation(source, 64, **own) | dict(masks=tuple(args.masks.split(";")))
 
 
 def table_2(args: Args) -> dict[str, Any]:
@@ -319,4 +329,8 @@ def table_2(args: Args) -> dict[str, Any]:
     if not args.eval_sets:
         return {}
     source = lambda name: dict(name="folder", kind="semantic", data_dir=f"{args.eval_sets}/{name}")
-    return {name: common.segmentation(source(name), 64) for name in args.sets.split(";")}
+    found = {name: tested(args, source(name)) for name in args.sets.split(";")}
+    if args.names:
+        more = lambda name: dict(source(name), labels=f"{args.names}/{name}.txt")
+        found |= {f"{name}{ENGINEERED}": tested(args, more(name)) for name in found}
+    return found
