@@ -1,14 +1,13 @@
-"""The command that scores predictions: `python -m ovseg_jax.score KIND ...`, of files of any framework or of runs."""
+"""The command that scores trained runs: `python -m ovseg_jax.score KIND ...`."""
 
 import argparse
 import importlib
-import sys
 from collections.abc import Sequence
 
 from ovseg_jax.cli.console import LazyParser, Parser, run_command, start
 
 _DESCRIPTION = """\
-Scores predictions against annotations, both as files of any framework, or scores trained runs.
+Scores trained runs.
 
   python -m ovseg_jax.score KIND --help
 """
@@ -19,9 +18,6 @@ _KINDS = {
     "classify_boxes": "names for the boxes of a detector, by a trained classifier",
 }
 """The modules of `scoring`, each with `add_flags` and `run`."""
-
-_RUNS = ("suite", "transfer", "classify_boxes")
-"""The kinds that run a model: the others import no JAX."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,4 +44,4 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    start(main, compiles=any(kind in sys.argv[1:2] for kind in _RUNS))
+    start(main)
