@@ -29,6 +29,7 @@ INITS = {
     "noisy_student": (0.08, 30_000, 60_000),
     "scratch": (0.32, 90_000, 180_000),  # on COCO alone: ours, half as many, as with noisy student
 }
+RECIPE = -1.0
 # Tower, weights, embed_dim.
 TEXT_TOWERS = {
     "clip": ("clip_vitl14_336", "hf:openai/clip-vit-large-patch14-336", 768),  # of the released model
@@ -58,17 +59,49 @@ def get_config(arg: str | None = None) -> ConfigDict:
         text_weights="",  # where it is, if not on the hub: a folder with weights and tokeniser
         vectors="",  # an .npz of `words` and `vectors`: a frozen encoder that knows these words only
         method=("openseg", "lseg"),  # lseg: the per-pixel supervised baseline of 4.3, LSeg+
+        stage=(
+            "",
+            "teacher",
+        ),  # teacher: learns masks alone (3.3), and is tested on their recall (Tables 1 and 6)
         contrast=("unsync", "sync"),  # 4.1; sync in appendix F and in the strongest rows of Table 2
         evals=("", "panoptic"),  # panoptic: at the end also PQ, and AP of things, on the same images
         captions="noun+adj",  # Table 5: all | noun+adj+verb | noun+adj
-        kp=0.0,  # Table 9: the keep probability of words; 0: 0.5 (4.1), with narratives 0.75 (appendix H)
-        mask_weight=1.0,  # α of eq. 5; 0 in Table 8: captions alone
-        stage=("", "teacher"),  # teacher: learns masks alone (3.3, 4.2)
+        kp=RECIPE,  # Table 9: the keep probability of words; by default the recipe's
+        mask_weight=RECIPE,  # α of eq. 5, by default the recipe's; 0 in Table 8: captions alone
         seed=0,
     )
-    config = scenes() if args.data == "scenes" else paper(args)
+    if args.stage == "teacher":
+        config = teacher(scenes() if args.data == "scenes" else paper(args))
+    else:
+        config = scenes() if args.data == "scenes" else paper(args)
+        taught(config, args)
+    config.seed = args.seed
+    args.check_read()
+    return config
+
+
+def teacher(config: ConfigDict) -> ConfigDict:
+    """Returns a config that trains masks alone, the teacher of 3.3; words have no part in it."""
+    config.loss.grounding_weight = 0.0
+    config.data.batch_augment = []  # of `scenes`: they serve the words
+    config.text = dict(learned=True, vectors="")  # nothing to download
+    for section in (config.evals, config.final_evals):
+        for evaluation in section.values():
+            evaluation.type = "proposals"
+            if "masks" in evaluation:  # both sections may hold the same one
+                del evaluation["masks"]
+    return config
+
+
+def taught(config: ConfigDict, args: Args) -> None:
+    """Fills in what concerns words: the text side, what is kept of captions, both losses and the tests with names."""
     if args.vectors:
         config.text = dict(learned=False, vectors=args.vectors)
+    config.method, config.data.caption_filter = args.method, args.captions
+    masks = tuple(args.masks.split(";"))
+    for section in (config.evals, config.final_evals):
+        for evaluation in section.values():
+            evaluation.masks = masks
     if args.method == "lseg":
         # Words of captions can be dropped where an augmentation makes them wrong, but not the class of a pixel.
         config.data.batch_augment = []
@@ -78,13 +111,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
             config.data.mask_stride = 2
             # The bounds of `scenes` are for eq. 6, which is not used here.
             config.loss.update(dict(temperature=0.05, temperature_bounds=(0.01, 1.0)))
-    else:
-        config.loss.contrast = args.contrast
-        if (own := config.final_evals.get("test") or config.final_evals.get("validation")) and args.evals:
-            config.final_evals.update(common.panoptic(own))
-    config.seed, config.method, config.data.caption_filter = args.seed, args.method, args.captions
-    args.check_read()
-    return config
+        return
+    config.loss.contrast = args.contrast
+    if args.kp != RECIPE:
+        with config.ignore_type():  # `scenes` has a probability for each part of speech
+            config.data.keep_prob = args.kp
+    if args.mask_weight != RECIPE:
+        config.loss.mask_weight = args.mask_weight
+    if (own := config.final_evals.get("test") or config.final_evals.get("validation")) and args.evals:
+        config.final_evals.update(common.panoptic(own))
 
 
 def scenes() -> ConfigDict:
@@ -178,16 +213,16 @@ def paper(args: Args) -> ConfigDict:
     came closest to being kept stays; τ is learned on a log scale; no weight decay on arrays of one dimension.
     """
     train, validation = sources(args)
-    tiny, openseg = args.size == "tiny", args.method == "openseg"
+    tiny = args.size == "tiny"
     evals = {}
     if validation:
-        evals["validation"] = tested(args, validation, every=5000)
+        evals["validation"] = common.segmentation(validation, 64, every=5000)
     config = common.run(
         "openseg",
         batch_size=1024,  # 4.1
         loss=dict(
-            mask_weight=args.mask_weight if openseg else 1.0,  # 1: ours, the paper gives no value
-            grounding_weight=0.0 if openseg and args.stage == "teacher" else 1.0,
+            mask_weight=1.0,  # α of eq. 5: ours, the paper gives no value
+            grounding_weight=1.0,
             contrast="unsync",
             group=16,  # 4.1: each core contrasts its local batch of 16
             form="auto",  # of contrast=sync: gather | ring (kernels/all_pairs.py), by size
@@ -206,8 +241,8 @@ def paper(args: Args) -> ConfigDict:
             caption_filter="noun+adj",  # Table 5
             tagger="pattern",  # ours
             # The paper has no vocabulary. A frozen tower needs none; rare words would learn no vector: ours.
-            min_count=1 if tiny or args.vectors or args.text != "learned" else 5,
-            keep_prob=(openseg and not args.stage and args.kp) or (0.75 if args.narratives else 0.5),
+            min_count=1 if tiny or args.stage or args.vectors or args.text != "learned" else 5,
+            keep_prob=0.75 if args.narratives else 0.5,  # appendix H; 4.1
             batch_augment=[],
             workers=8,
         ),
@@ -232,7 +267,7 @@ def full(args: Args) -> dict[str, Any]:
     if args.init != "scratch":
         init, pixels = args.weights or weights_of(args.backbone), pixels_of(args.backbone)
     text, embed_dim = dict(learned=True, vectors=""), 640  # 4.1
-    if not args.vectors and args.text != "learned":
+    if not args.stage and not args.vectors and args.text != "learned":
         tower, where, embed_dim = TEXT_TOWERS[args.text]
         text = dict(tower=tower, init=args.text_weights or where, prompt="")
     return dict(
@@ -318,22 +353,18 @@ def sources(args: Args) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     return [*train, *narratives], validation
 
 
-def tested(args: Args, source: dict[str, Any], **own: Any) -> dict[str, Any]:
-    """Returns an evaluation of segmentation with the masks of `masks`."""
-    return common.segmentation(source, 64, **own) | dict(masks=tuple(args.masks.split(";")))
-
-
 def table_2(args: Args) -> dict[str, Any]:
     """Returns the evaluations on the sets of Table 2, or others.
 
-    Each is a folder of its name in `eval_sets`, in the layout of data.sources.folder with kind=semantic. All classes of
-    the labels count, and none is background.
+    Each is a folder of its name in `eval_sets`, in the layout of data.sources.folder: with kind=semantic, where all
+    classes of the labels count and none is background; for a teacher with `kind`.
     """
     if not args.eval_sets:
         return {}
-    source = lambda name: dict(name="folder", kind="semantic", data_dir=f"{args.eval_sets}/{name}")
-    found = {name: tested(args, source(name)) for name in args.sets.split(";")}
-    if args.names:
+    kind = args.kind if args.stage else "semantic"
+    source = lambda name: dict(name="folder", kind=kind, data_dir=f"{args.eval_sets}/{name}")
+    found = {name: common.segmentation(source(name), 64) for name in args.sets.split(";")}
+    if not args.stage and args.names:
         more = lambda name: dict(source(name), labels=f"{args.names}/{name}.txt")
-        found |= {f"{name}{ENGINEERED}": tested(args, more(name)) for name in found}
+        found |= {f"{name}{ENGINEERED}": common.segmentation(more(name), 64) for name in list(found)}
     return found

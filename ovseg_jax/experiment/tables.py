@@ -98,7 +98,9 @@ def _side_by_side(scores: Mapping[str, float]) -> list[str]:
         return []
     metrics = {"mIoU": "miou", "mIoU_gt": "miou_gt", "mIoU, classes given": "grounding_miou"}
     rows = {
-        f"  {label}{', more names' if suffix else ''}": [scores.get(f"{name}{suffix}/{metric}") for name in names]
+        f"  {label}{', more names' if suffix else ''}": [
+            scores.get(f"{name}{suffix}/{metric}") for name in names
+        ]
         for suffix in ("", ENGINEERED)
         for label, metric in metrics.items()
     }
