@@ -5,6 +5,8 @@
       the mean of 3 seeds: mIoU of 83.7 on seen pairs, 75.4 held out, 92.6 on stuff; Grounding mIoU 87.5.
   python -m ovseg_jax.main --config=configs/openseg.py:data=coco,data_dir=DIR,size=tiny
       some steps on any folder of COCO's layout, on a laptop CPU: a check that your files are read.
+  python -m ovseg_jax.main --config=configs/openseg.py:data=prepared,data_dir=DIR,val_dir=DIR
+      the paper's recipe on a data set that `python -m ovseg_jax.prepare` wrote to DIR.
   python -m ovseg_jax.main --config=configs/openseg.py:data=coco,data_dir=DIR,eval_sets=DIR2
       the paper's recipe for COCO, tested on the sets of Table 2; narratives=DIR3 adds Localized Narratives.
       The paper's mIoU with both and noisy student (Table 3): A-847 6.6, PC-459 10.7, A-150 24.4, PC-59 46.9. None of
@@ -41,15 +43,17 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config; keys of `arg` stand below, an unknown one or one without effect is an error."""
     args = parse_arg(
         arg,
-        data=("scenes", "coco", "folder"),
-        data_dir="",  # data=folder: also several, DIR;DIR2, with equal probability (Table 6)
-        val_dir="",  # data=folder: the folder to evaluate on, which needs classes; none where it is not said
+        # prepared: folders that `python -m ovseg_jax.prepare` wrote; their splits `train` and `val` are read
+        data=("scenes", "coco", "folder", "prepared"),
+        data_dir="",  # data=folder, prepared: also several, A;B, mixed by equal parts (Table 6)
+        val_dir="",  # data=folder, prepared: the folder to evaluate on, which needs classes; none where it is not said
         kind="segments",  # data=folder: what the values of a mask are: segments | semantic
         labels="",  # a label file with more names for the classes
         size=("", "tiny"),  # tiny: a small network and few steps, for any data
-        narratives="",  # a folder of images and captions (README: train on your own data) mixed in by half
+        narratives="",  # a folder of images and captions (README: train on your own data; or a prepared one) mixed in
         eval_sets="",  # a folder that holds the sets of Table 2 by name, to test on at the end
         sets=";".join(TABLE_2),  # which of them, or others that lie there
+        sets_are=("folders", "prepared"),  # of images and masks, or written by `python -m ovseg_jax.prepare`
         names="",  # a folder of label files SET.txt with more names (appendix I), to test on as SET+eng as well
         masks="predicted",  # Table 4: which masks to test with, of predicted;none;truth; the first names the scores
         backbone="efficientnet_b7",  # 4.1; resnet101 in Table 2
@@ -340,29 +344,39 @@ def small(args: Args) -> dict[str, Any]:
 def sources(args: Args) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """Returns the sources to train on (mixed with equal probability, 4.1), and the one to evaluate on."""
     common_ = dict(labels=args.labels or None, data_dir=args.data_dir)
+    more: list[dict[str, Any]] = []
     if args.data == "folder":
         common_.update(name="folder", kind=args.kind)
         train = [dict(common_, data_dir=place) for place in args.data_dir.split(";")]
         validation = dict(common_, data_dir=args.val_dir) if args.val_dir else None
+    elif args.data == "prepared":
+        common_.update(name="prepared")
+        train = [dict(common_, data_dir=place) for place in args.data_dir.split(";")]
+        validation = dict(common_, data_dir=args.val_dir, split="val") if args.val_dir else None
     else:
         common_.update(name="coco")
         # A laptop has COCO's validation images at most.
         train = [dict(common_, split="val2017" if args.size == "tiny" else "train2017")]
         validation = dict(common_, split="val2017")
-    narratives = [dict(name="folder", data_dir=args.narratives)] if args.narratives else []
-    return [*train, *narratives], validation
+    if args.narratives:
+        form = "prepared" if args.data == "prepared" else "folder"
+        more.append(dict(name=form, data_dir=args.narratives))
+    return [*train, *more], validation
 
 
 def table_2(args: Args) -> dict[str, Any]:
     """Returns the evaluations on the sets of Table 2, or others.
 
-    Each is a folder of its name in `eval_sets`, in the layout of data.sources.folder: with kind=semantic, where all
-    classes of the labels count and none is background; for a teacher with `kind`.
+    Each is a folder of its name in `eval_sets`, in the layout of data.sources.folder, with kind=semantic, for a teacher
+    with `kind`; or a prepared one. All classes of the labels count, and none is background.
     """
     if not args.eval_sets:
         return {}
-    kind = args.kind if args.stage else "semantic"
-    source = lambda name: dict(name="folder", kind=kind, data_dir=f"{args.eval_sets}/{name}")
+    if args.sets_are == "prepared":
+        form = dict(name="prepared", split="val")
+    else:
+        form = dict(name="folder", kind=args.kind if args.stage else "semantic")
+    source = lambda name: dict(form, data_dir=f"{args.eval_sets}/{name}")
     found = {name: common.segmentation(source(name), 64) for name in args.sets.split(";")}
     if not args.stage and args.names:
         more = lambda name: dict(source(name), labels=f"{args.names}/{name}.txt")

@@ -60,7 +60,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config; keys of `arg` stand below, an unknown one or one without effect is an error."""
     args = parse_arg(
         arg,
-        data=("scenes", "folder"),
+        # prepared: a folder with labels that `python -m ovseg_jax.prepare` wrote, such as ImageNet-21K
+        data=("scenes", "folder", "prepared"),
         data_dir="",
         group=("", "base"),  # base: trains on the first half of the classes, and scores both (CoCoOp, 4.1)
         names="",  # data=folder: a file of the folders' class names
@@ -224,7 +225,9 @@ def paper(args: Args) -> ConfigDict:
     classes = -(-args.classes // 2) if halves else args.classes
     epoch = max(1, classes * args.shots // own["images"])
     views = 4 if pomp else 1  # code
-    source = dict(name="image_folder", data_dir=args.data_dir, names=args.names)
+    source = dict(name="prepared", data_dir=args.data_dir)
+    if args.data == "folder":
+        source = dict(name="image_folder", data_dir=args.data_dir, names=args.names)
     validation = common.classification(
         dict(source, split=args.val_split, **both),
         256,

@@ -59,6 +59,7 @@ def test_a_value_of_the_wrong_type_is_named(arg, kind):
         "data=coco,data_dir=x,size=tiny,contrast=sync",
         "data=folder,data_dir=x",
         "data=coco,data_dir=x,vectors=y.npz",
+        "data=prepared,data_dir=x;y,narratives=z,val_dir=v",
     ],
 )
 def test_configs_build_and_survive_json(arg):
@@ -73,7 +74,9 @@ def test_configs_build_and_survive_json(arg):
         ("pomp", None),
         ("pomp_segments", None),
         ("pomp_segments", "data=coco,data_dir=x,unseen=cow; giraffe,proposals=y"),
+        ("pomp_segments", "data=prepared,data_dir=x,unseen=coco_stuff,val_dir=y"),
         *(("pomp", f"data=folder,data_dir=x,method={m}") for m in ("pomp", "vpt")),
+        ("pomp", "data=prepared,data_dir=x,classes=19"),
     ],
 )
 def test_pomp_builds_and_survives_json(name, arg):
@@ -120,6 +123,7 @@ def test_the_numbers_of_pomp():
             "group=base has no effect with .*specific=True",
         ),
         ("pomp", "data=folder,method=linear_probe,group=base", "group=base has no effect"),
+        ("pomp", "data=prepared,data_dir=x,names=y", "names=y has no effect with data=prepared"),
         ("pomp_segments", "towers=clip_rn50", "towers=clip_rn50 has no effect with data=scenes"),
         ("pomp_segments", "data=masks,data_dir=x,run=y", "run=y has no effect with data=masks"),
         ("pomp_segments", "data=masks,data_dir=x,proposals=y", "proposals=y has no effect with data=masks"),
@@ -131,6 +135,7 @@ def test_the_numbers_of_pomp():
         ("openseg", "data=coco,data_dir=x,kind=semantic", "kind=semantic has no effect with data=coco"),
         ("openseg", "data=coco,data_dir=x,kind=segments", "kind=segments has no effect with data=coco"),
         ("openseg", "data=coco,data_dir=x,sets=A-150", "sets=A-150 has no effect"),
+        ("openseg", "data=prepared,data_dir=x,kind=semantic", "kind=semantic has no effect"),
         (
             "openseg",
             "data=coco,data_dir=x,init=scratch,weights=y",
@@ -306,12 +311,20 @@ def test_an_installation_holds_the_configs(tmp_path):
     assert done.stdout.split() == [str(tmp_path / "ovseg_jax/configs/pomp_segments.py"), "1000"]
 
 
+def test_prepared_sets_are_mixed():
+    parts = load("openseg", "data=prepared,data_dir=/x;/y,narratives=/z").data.train
+    assert [(part["name"], part["data_dir"]) for part in parts] == [("prepared", f"/{k}") for k in "xyz"]
+    assert not load("openseg", "data=prepared,data_dir=/x").evals
+
+
 def test_the_sets_of_table_2():
     out = load("openseg", "data=coco,data_dir=x,eval_sets=/sets")
     assert list(out.evals) == ["validation"]
     assert set(out.final_evals) == {"validation", "A-847", "PC-459", "A-150", "PC-59", "PAS-20"}
     assert out.final_evals["PC-59"].source.data_dir == "/sets/PC-59"
     assert out.final_evals["PC-59"].source.kind == "semantic"
+    ours = load("openseg", "data=coco,data_dir=x,eval_sets=/sets,sets_are=prepared").final_evals["A-847"]
+    assert ours.source.to_dict() == {"name": "prepared", "data_dir": "/sets/A-847", "split": "val"}
     few = load("openseg", "data=folder,data_dir=x,eval_sets=gs://b/sets,sets=PC-59;mine")
     assert set(few.final_evals) == {"PC-59", "mine"}
 

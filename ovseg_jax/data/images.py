@@ -192,6 +192,20 @@ def read_header(path: File) -> tuple[tuple[int, int], int]:
         return ((width, height) if turned else (height, width)), orientation
 
 
+def check_image(path: File) -> tuple[int, int]:
+    """Decodes an image, a JPEG at an eighth of its size, to find damage; returns the upright height and width.
+
+    Raises:
+      UserError: the file is missing, damaged or not an image.
+    """
+    size, _ = read_header(path)
+    with _decoding(path, "the image"):
+        image = _open(path, checksums=True)
+        image.draft(None, (1, 1))
+        image.load()
+    return size
+
+
 def read_mask(path: File) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"]:
     """Reads the stored values of a one-channel picture without loss (palette indices, or 1 to 16 bits).
 

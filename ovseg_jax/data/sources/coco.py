@@ -21,7 +21,7 @@ from ovseg_jax.data.source_base import Example, Extent, Regions, Source
 from ovseg_jax.data.transforms import segment_boxes
 from ovseg_jax.errors import UserError
 from ovseg_jax.reading import column, flag, numbers, objects, read_json, reading, text, whole
-from ovseg_jax.vocab.classes import ClassList, read_label_file
+from ovseg_jax.vocab.classes import ClassList, rename
 
 # An upper limit of an image's side in pixels.
 _LONGEST = 1 << 20
@@ -240,11 +240,7 @@ def _classes(categories: list[dict[str, Any]], labels: epath.PathLike | None) ->
     if double := [k for k, count in Counter(ids).items() if count > 1]:
         raise ValueError(f"it lists the category {double[0]} twice")
     if labels:
-        listed = read_label_file(labels)
-        by_id = dict(zip(listed.ids, listed.names, strict=True))
-        if missing := [(k, name) for k, name in zip(ids, raw, strict=True) if k not in by_id]:
-            raise UserError(f"labels={labels} has no line for category {missing[0][0]} ({missing[0][1]!r})")
-        names = [by_id[k] for k in ids]
+        names = [(r,) for r in raw]
     else:
         if not all(name.strip() for name in raw):
             raise ValueError("a category has an empty name")
@@ -255,7 +251,8 @@ def _classes(categories: list[dict[str, Any]], labels: epath.PathLike | None) ->
         "thing": tuple(k for k, thing in enumerate(isthing) if thing),
         "stuff": tuple(k for k, thing in enumerate(isthing) if not thing),
     }
-    return ClassList(tuple(names), tuple(ids), tuple(isthing), {g: m for g, m in groups.items() if m})
+    classes = ClassList(tuple(names), tuple(ids), tuple(isthing), {g: m for g, m in groups.items() if m})
+    return rename(classes, labels) if labels else classes
 
 
 def _plain_name(name: str) -> str:
