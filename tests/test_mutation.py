@@ -46,6 +46,7 @@ from ovseg_jax.experiment.load import read_classes, read_words
 from ovseg_jax.experiment.run import _read_summary
 from ovseg_jax.experiment.scores import read_suite
 from ovseg_jax.scoring.files import read_list
+from ovseg_jax.scoring.panoptic import read_panoptic
 from ovseg_jax.towers.templates import read_templates
 from ovseg_jax.train.checkpoints import load_variables, read_config, write_config
 from ovseg_jax.train.metrics import _readable, read_metrics
@@ -500,6 +501,10 @@ READERS: dict[str, Reader] = {
         )
     },
     "COCO's panoptic JSON": coco_reader("annotations/panoptic_val.json"),
+    "panoptic results": Reader(
+        coco("annotations/panoptic_val.json"),
+        lambda path: read_panoptic(str(path), read_panoptic(str(path))[0]),
+    ),
     "COCO's captions": coco_reader("annotations/captions_val.json", masks=False),
     "COCO's PNG": coco_reader("annotations/panoptic_val/1.png"),
     "COCO's image": coco_reader("val/1.jpg"),
@@ -701,6 +706,7 @@ OPENERS: dict[str, str] = {
     "inference/export.py:to_folder": "none: a class list in memory",
     "inference/pictures.py:_prompt_points": "none: read_json and numbers",
     "scoring/files.py:read_list": "list of images",
+    "scoring/panoptic.py:read_panoptic": "panoptic results",
     "pretrained/files.py:_header": "safetensors",
     "pretrained/files.py:_npz": "npz",
     "pretrained/files.py:_safetensors": "safetensors",

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int, Int32, UInt8
+from jaxtyping import Int, Int32, UInt8, UInt32
 
-from ovseg_jax.data.images import read_colours, read_oriented, turn_mask
+from ovseg_jax.data.images import read_ids, read_oriented, turn_mask
 from ovseg_jax.data.source_base import Example, Extent, Regions, Source
 from ovseg_jax.data.transforms import segment_boxes
 from ovseg_jax.errors import UserError
@@ -148,8 +148,8 @@ class Coco(Source):
         if not self._pngs[index]:
             return np.zeros(size, np.int32)
         png, path = self._masks / self._pngs[index], self._images / self._files[index]
-        colours = turn_mask(read_colours(png, "the PNG"), png, path, size, orientation)
-        return _number(colours, ids, png, self._json.name)
+        stored = turn_mask(read_ids(png, "the PNG"), png, path, size, orientation)
+        return _number(stored, ids, png, self._json.name)
 
     def extent(self) -> Extent:
         """Returns the extent from the JSON, without opening an image."""
@@ -261,14 +261,14 @@ def _plain_name(name: str) -> str:
 
 
 def _number(
-    colours: UInt8[np.ndarray, "h w 3"], ids: Int[np.ndarray, "n"], path: epath.Path, json_name: str
+    stored: UInt32[np.ndarray, "h w"], ids: Int[np.ndarray, "n"], path: epath.Path, json_name: str
 ) -> Int32[np.ndarray, "h w"]:
-    """Converts ids stored as colours R + 256 G + 65536 B to segment numbers 1.. in the order of `ids`; 0 is void.
+    """Converts stored ids to segment numbers 1.. in the order of `ids`; 0 is void.
 
     Raises:
       UserError: the PNG does not hold the segments `ids`.
     """
-    flat = (colours.astype(np.int32) @ np.array([1, 256, 65536], np.int32)).ravel()
+    flat = stored.astype(np.int32).ravel()
     # One lookup for each run of equal pixels instead of each pixel.
     starts = np.flatnonzero(np.diff(flat, prepend=-1))
     runs = flat[starts]
@@ -284,7 +284,7 @@ def _number(
             f"{path} and {json_name} disagree: the JSON has a segment {int(absent[0])} that the PNG lacks"
         )
     number = np.concatenate([[0], order + 1]).astype(np.int32)
-    return np.repeat(number[place], np.diff(starts, append=flat.size)).reshape(colours.shape[:2])
+    return np.repeat(number[place], np.diff(starts, append=flat.size)).reshape(stored.shape)
 
 
 def _read_lists(path: epath.Path, keys: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
