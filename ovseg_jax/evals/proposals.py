@@ -148,6 +148,7 @@ class ProposalsEvaluator(Evaluator):
         self, prediction: Prediction, batch: dict[str, Array], *, canvas: int
     ) -> Int[Array, "4"]:
         """Counts one device's images, summed over all devices."""
+        assert prediction.mask_logits is not None  # `_recalled` has checked it
         valid = batch["segment_valid"] & batch["example_mask"][:, None]
         iou = best_iou(
             prediction.mask_logits,
