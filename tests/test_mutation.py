@@ -547,7 +547,7 @@ READERS: dict[str, Reader] = {
     "names of class folders": Reader(class_folders, lambda path: all_of_labels(path)),
     "names as JSON": Reader(text("names.json", '{"n01": ["dog", "hound"], "n02": "cat"}'), read_names),
     "label file": Reader(
-        text("l.txt", "3:airplane,aeroplane\n# x\n7:invalid_class_id\n9: car\n"), read_label_file
+        text("l.txt", "3:airplane,aeroplane\n# things: 9\n# x\n7:invalid_class_id\n9: car\n"), read_label_file
     ),
     "class list": Reader(text("c.txt", "tench, Tinca tinca\nbow (weapon)\n"), read_class_file),
     "class list as JSON": Reader(text("c.json", '["airplane", ["car", "automobile"]]'), read_class_file),
