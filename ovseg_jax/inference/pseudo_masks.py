@@ -23,11 +23,17 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int32
 from tqdm import tqdm
 
-from ml_collections import ConfigDict
 from ovseg_jax.data.images import list_images, read_image, save_mask
 from ovseg_jax.data.source_base import Source, check_provides
 from ovseg_jax.data.sources.build import make_source
-from ovseg_jax.data.sources.pseudo_masks import PseudoMasks, read_facts, shard_content, shard_name
+from ovseg_jax.data.sources.pseudo_masks import (
+    ANY_SHARD,
+    PseudoMasks,
+    Rules,
+    read_facts,
+    shard_content,
+    shard_name,
+)
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import locked, write_whole
 from ovseg_jax.inference.folder import ImageReader
@@ -40,29 +46,6 @@ SHARD_SIZE = 256  # images: some megabytes, some seconds to some minutes of a de
 SHEET = 16  # images
 BINS = 10  # of the histogram of confidences
 KEPT, SMALL, UNSURE, DOUBLE = range(4)  # what happened to a proposal
-
-
-class Rules(NamedTuple):
-    """The proposals to keep; all rules are ours, the paper gives none.
-
-    Attributes:
-      threshold: the lowest probability of a pixel inside a mask.
-      min_area: the smallest mask, as a share of the image.
-      min_confidence: the lowest confidence of a mask, the mean probability of its pixels. Without it a proposal that
-        eq. 1 never trained could become a label.
-      max_overlap: the IoU above which the less confident one of two masks is dropped.
-    """
-
-    threshold: float = 0.5
-    min_area: float = 0.001
-    min_confidence: float = 0.8
-    max_overlap: float = 0.7
-
-    def check(self) -> None:
-        """Raises a UserError for a number that is not between 0 and 1."""
-        for name, value in self._asdict().items():
-            if not (isinstance(value, int | float) and 0 <= value <= 1):
-                raise UserError(f"{name}={value} is not between 0 and 1")
 
 
 @dataclasses.dataclass
@@ -146,7 +129,9 @@ def choose(
 
     def judge(outcome: Int32[Array, " n"], i: Array) -> tuple[Int32[Array, " n"], None]:
         doubles = (iou[i] > rules.max_overlap) & (jnp.arange(len(logits)) != i) & (outcome == KEPT)
-        weaker = (confidence < confidence[i]) | ((confidence == confidence[i]) & (jnp.arange(len(logits)) > i))
+        weaker = (confidence < confidence[i]) | (
+            (confidence == confidence[i]) & (jnp.arange(len(logits)) > i)
+        )
         return jnp.where((outcome[i] == KEPT) & doubles & weaker, DOUBLE, outcome), None
 
     outcome, _ = jax.lax.scan(judge, outcome, jnp.argsort(-confidence, stable=True))
@@ -217,18 +202,19 @@ def _paint(
     """Draws the kept masks, of fewer pixels in front, so that a part is not covered by its surroundings."""
     axes = zip(size, logits.shape[1:], fitted, strict=True)
     rows, columns = (upsampling_matrix(pixels, n, n * stride, fit) for pixels, n, fit in axes)
-    segments, drawn = np.zeros(size, np.int32), 0
     masks = sigmoid(np.einsum("Hh,nhw,Ww->nHW", rows, logits, columns, optimize=True)) > threshold
-    for mask in sorted(masks, key=np.sum, reverse=True):
-        drawn += 1
-        segments[mask] = drawn
+    segments = np.zeros(size, np.int32)
+    for number, mask in enumerate(sorted(masks, key=np.sum, reverse=True), 1):
+        segments[mask] = number
+    # Masks that others cover entirely get no number.
+    visible = np.unique(segments[segments > 0])
+    segments = np.where(segments > 0, np.searchsorted(visible, segments) + 1, 0).astype(np.int32)
     bins = np.minimum((confidence[outcome == KEPT] * BINS).astype(int), BINS - 1)
-    count = len(np.unique(segments[segments > 0]))
     return Image(
         segments,
         Statistics(
             1,
-            [0] * count + [1],
+            [0] * len(visible) + [1],
             np.bincount(bins, minlength=BINS).tolist(),
             [int((outcome == reason).sum()) for reason in (SMALL, UNSURE, DOUBLE)],
             float((segments > 0).mean()),
@@ -236,9 +222,7 @@ def _paint(
     )
 
 
-def label_folder(
-    load: Callable[[], Segmenter], root: epath.PathLike, rules: Rules
-) -> Labelled:
+def label_folder(load: Callable[[], Segmenter], root: epath.PathLike, rules: Rules) -> Labelled:
     """Writes ROOT/masks/NAME.png for each image ROOT/images/NAME.* that has no mask, and ROOT/pseudo_masks.png.
 
     Args:
@@ -265,7 +249,8 @@ def label_folder(
         masks.mkdir(exist_ok=True)
         done = {path.stem for path in list_images(masks)}
         reader = ImageReader([path for path in files if path.stem not in done])
-        there, found, shown = len(files) - len(reader.files), Statistics(), []
+        there, found = len(files) - len(reader.files), Statistics()
+        shown: list[tuple[epath.Path, np.ndarray]] = []
         if reader.files:
             with tqdm(total=len(files), initial=there, unit="image", disable=None) as bar:
                 reader.report = lambda error: (bar.update(), bar.write(f"skipped: {error}", sys.stderr))
@@ -318,10 +303,10 @@ def label_source(
     problem, written = None, 0
     try:
         mine = range(jax.process_index(), len(paths), jax.process_count())
-        todo = [k for k in mine if not _is_finished(paths[k], request)]
+        indices = {k: range(starts[k], min(starts[k] + shard_size, len(source))) for k in mine}
+        todo = [k for k in mine if not _is_finished(paths[k], source, indices[k], request)]
         # Several processes read a checkpoint together, even if one has nothing left to do.
         segmenter = load() if todo or jax.process_count() > 1 else None
-        indices = {k: range(starts[k], min(starts[k] + shard_size, len(source))) for k in mine}
         size, left = (sum(len(indices[k]) for k in some) for some in (mine, todo))
         quiet = None if jax.process_index() == 0 else True
         with tqdm(total=size, initial=size - left, unit="image", disable=quiet, dynamic_ncols=True) as bar:
@@ -338,8 +323,12 @@ def label_source(
     facts = [read_facts(path) for path in paths]
     found = sum((Statistics(**fact["statistics"]) for fact in facts), Statistics())
     if jax.process_index() == 0:
+        for path in set(out.glob(ANY_SHARD)) - set(paths):
+            path.unlink()  # It is of a source with another number of images.
         write_whole(out / "statistics.json", json.dumps(dataclasses.asdict(found), indent=1) + "\n")
-        _write_sheet(out / "sheet.png", PseudoMasks(source, out), [i for fact in facts for i in fact["skipped"]])
+        _write_sheet(
+            out / "sheet.png", PseudoMasks(source, out), [i for fact in facts for i in fact["skipped"]]
+        )
     written = int(counts.sum())
     return Labelled(written, found.images - written, len(source) - found.images, found)
 
@@ -380,10 +369,12 @@ def label_stage(
         raise UserError(f"shard_size={shard_size} is less than 1")
     load = lambda: Segmenter.from_checkpoint(teacher, batch_size=batch_size, devices=jax.local_devices())
     rules = Rules(threshold, min_area, min_confidence, max_overlap)
-    request = dict(teacher=str(teacher), source=ConfigDict(source).to_dict())
+    request = dict(teacher=str(teacher), source=source)
     done = label_source(load, images, folder, rules, request, shard_size=shard_size)
     if jax.process_index() == 0:
-        print(f"{done.written} images labelled in {folder}, {done.there} before. {done.statistics}", flush=True)
+        print(
+            f"{done.written} images labelled in {folder}, {done.there} before. {done.statistics}", flush=True
+        )
     if done.skipped:
         raise UserError(
             f"{done.skipped} images of {images.name} could not be read: repair or remove them, and run it again"
@@ -391,8 +382,10 @@ def label_stage(
     return {}
 
 
-def _is_finished(path: epath.Path, request: Mapping[str, Any]) -> bool:
-    """Tells whether a shard exists with all its images.
+def _is_finished(
+    path: epath.Path, source: Source, indices: Sequence[int], request: Mapping[str, Any]
+) -> bool:
+    """Tells whether a shard exists with all its images, and these are still those of the source.
 
     Raises:
       UserError: it was made by another request.
@@ -406,7 +399,11 @@ def _is_finished(path: epath.Path, request: Mapping[str, Any]) -> bool:
             f"{path} was made with another {different[0]}: {before.get(different[0])!r}, not "
             f"{request.get(different[0])!r}; delete {path.parent} to label anew"
         )
-    return not facts["skipped"]
+    return not facts["skipped"] and facts["image_ids"] == _image_ids(source, indices)
+
+
+def _image_ids(source: Source, indices: Sequence[int]) -> list[str]:
+    return [str(source[index]["image_id"]) for index in indices]
 
 
 def _write_shard(
@@ -445,8 +442,7 @@ def _write_shard(
             masks[index] = _png(labelled.segments)
             found += labelled.statistics
             bar.update()
-    ids = [str(source[index]["image_id"]) for index in indices]
-    facts = dict(request=request, first=indices[0], image_ids=ids, skipped=skipped)
+    facts = dict(request=request, image_ids=_image_ids(source, indices), skipped=skipped)
     write_whole(path, shard_content(masks, {**facts, "statistics": dataclasses.asdict(found)}))
     return len(masks)
 

@@ -96,9 +96,7 @@ class Segmenter:
             lacking="does not segment; if it classifies images, add --proposals=WORKDIR, the masks of another run "
             "(in Python, Segmenter.from_two_stages)",
         )
-        return cls(
-            run.method, run.variables, run.config, run.classes, batch_size=batch_size, devices=devices
-        )
+        return cls(run.method, run.variables, run.config, run.classes, batch_size=batch_size, devices=devices)
 
     @classmethod
     def from_two_stages(
