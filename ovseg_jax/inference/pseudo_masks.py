@@ -8,7 +8,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import io
-import itertools
 import json
 import sys
 from collections import deque
@@ -28,11 +27,18 @@ from ovseg_jax.data.source_base import Source, check_provides
 from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.data.sources.pseudo_masks import (
     ANY_SHARD,
+    BINS,
+    DOUBLE,
+    KEPT,
+    SMALL,
+    UNSURE,
     PseudoMasks,
     Rules,
-    read_facts,
-    shard_content,
+    Shard,
+    Statistics,
+    read_shard,
     shard_name,
+    write_shard,
 )
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import locked, write_whole
@@ -44,47 +50,6 @@ from ovseg_jax.viz.segments import write_sheet
 
 SHARD_SIZE = 256  # images: some megabytes, some seconds to some minutes of a device
 SHEET = 16  # images
-BINS = 10  # of the histogram of confidences
-KEPT, SMALL, UNSURE, DOUBLE = range(4)  # what happened to a proposal
-
-
-@dataclasses.dataclass
-class Statistics:
-    """What became of the proposals of some images.
-
-    Attributes:
-      images: number of labelled images.
-      masks: number of images by their number of masks, from 0.
-      confidence: number of masks by confidence, in `BINS` equal steps from 0 to 1.
-      dropped: number of dropped proposals: [small or empty, unsure, duplicate].
-      covered: sum over the images of the share of pixels with a mask.
-    """
-
-    images: int = 0
-    masks: list[int] = dataclasses.field(default_factory=list)
-    confidence: list[int] = dataclasses.field(default_factory=lambda: [0] * BINS)
-    dropped: list[int] = dataclasses.field(default_factory=lambda: [0] * (DOUBLE - KEPT))
-    covered: float = 0.0
-
-    def __add__(self, other: "Statistics") -> "Statistics":
-        """Returns the statistics of both groups of images."""
-        add = lambda a, b: [x + y for x, y in itertools.zip_longest(a, b, fillvalue=0)]
-        return Statistics(
-            self.images + other.images,
-            add(self.masks, other.masks),
-            add(self.confidence, other.confidence),
-            add(self.dropped, other.dropped),
-            self.covered + other.covered,
-        )
-
-    def __str__(self) -> str:
-        total = sum(self.confidence)
-        images, (small, unsure, double) = max(self.images, 1), self.dropped
-        return (
-            f"{self.images} images have {total} masks, {total / images:.1f} each, on {self.covered / images:.0%} of "
-            f"their pixels; {self.masks[0] if self.masks else 0} have none. Dropped: {small} small or empty proposals, "
-            f"{unsure} unsure ones, {double} duplicates"
-        )
 
 
 class Labelled(NamedTuple):
@@ -320,14 +285,14 @@ def label_source(
         failed, counts = multihost_utils.process_allgather((failed, counts))
     if failed.any():
         raise problem or UserError("another process could not write its pseudo-masks, see its message")
-    facts = [read_facts(path) for path in paths]
-    found = sum((Statistics(**fact["statistics"]) for fact in facts), Statistics())
+    shards = [read_shard(path) for path in paths]
+    found = sum((shard.statistics for shard in shards), Statistics())
     if jax.process_index() == 0:
         for path in set(out.glob(ANY_SHARD)) - set(paths):
             path.unlink()  # It is of a source with another number of images.
         write_whole(out / "statistics.json", json.dumps(dataclasses.asdict(found), indent=1) + "\n")
         _write_sheet(
-            out / "sheet.png", PseudoMasks(source, out), [i for fact in facts for i in fact["skipped"]]
+            out / "sheet.png", PseudoMasks(source, out), [i for shard in shards for i in shard.skipped]
         )
     written = int(counts.sum())
     return Labelled(written, found.images - written, len(source) - found.images, found)
@@ -392,14 +357,14 @@ def _is_finished(
     """
     if not path.exists():
         return False
-    facts = read_facts(path)
-    before = facts["request"]
+    shard = read_shard(path)
+    before = shard.request
     if different := [key for key in {**request, **before} if request.get(key) != before.get(key)]:
         raise UserError(
             f"{path} was made with another {different[0]}: {before.get(different[0])!r}, not "
             f"{request.get(different[0])!r}; delete {path.parent} to label anew"
         )
-    return not facts["skipped"] and facts["image_ids"] == _image_ids(source, indices)
+    return not shard.skipped and shard.image_ids == _image_ids(source, indices)
 
 
 def _image_ids(source: Source, indices: Sequence[int]) -> list[str]:
@@ -442,8 +407,7 @@ def _write_shard(
             masks[index] = _png(labelled.segments)
             found += labelled.statistics
             bar.update()
-    facts = dict(request=request, image_ids=_image_ids(source, indices), skipped=skipped)
-    write_whole(path, shard_content(masks, {**facts, "statistics": dataclasses.asdict(found)}))
+    write_shard(path, Shard(dict(request), _image_ids(source, indices), skipped, found), masks)
     return len(masks)
 
 

@@ -15,10 +15,19 @@ from ovseg_jax import pseudo_label
 from ovseg_jax.data.source_base import Example, Source
 from ovseg_jax.data.sources import build
 from ovseg_jax.data.sources.build import make_source
-from ovseg_jax.data.sources.pseudo_masks import PseudoMasks, Rules, read_facts
+from ovseg_jax.data.sources.pseudo_masks import (
+    DOUBLE,
+    KEPT,
+    SMALL,
+    UNSURE,
+    PseudoMasks,
+    Rules,
+    Statistics,
+    read_shard,
+)
 from ovseg_jax.errors import UserError
 from ovseg_jax.inference import pseudo_masks
-from ovseg_jax.inference.pseudo_masks import DOUBLE, KEPT, SMALL, UNSURE, Statistics, choose, label_stage
+from ovseg_jax.inference.pseudo_masks import choose, label_stage
 from ovseg_jax.inference.segmenter import Segmenter
 
 
@@ -234,7 +243,7 @@ def test_unreadable_images_are_named_and_labelled_after_their_repair(stage, tmp_
         stage(tmp_path / "out")
     assert "image 1 is damaged" in capsys.readouterr().err
     source = make_source(dict(name="coloured", fields=["image"], masks=str(tmp_path / "out")))
-    assert read_facts(tmp_path / "out/masks-00001-of-00003.zip")["skipped"] == [2]
+    assert read_shard(tmp_path / "out/masks-00001-of-00003.zip").skipped == [2]
     monkeypatch.setitem(globals(), "BROKEN", set())
     assert source[2]["segments"].max() == 0 and len(source[2]["class_ids"]) == 0
     stage(tmp_path / "out")

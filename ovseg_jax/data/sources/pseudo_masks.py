@@ -4,7 +4,9 @@ A shard is a zip archive of consecutive examples: shard.json, and for each image
 segments from 1, 0 = void. `inference.pseudo_masks` writes them.
 """
 
+import dataclasses
 import io
+import itertools
 import json
 import zipfile
 from collections.abc import Mapping
@@ -17,9 +19,12 @@ from ovseg_jax.data.images import Encoded, read_mask
 from ovseg_jax.data.source_base import Extent, Source, Wrapped, replaced
 from ovseg_jax.data.transforms import segment_boxes
 from ovseg_jax.errors import UserError
-from ovseg_jax.reading import reading, texts
+from ovseg_jax.files import write_whole
+from ovseg_jax.reading import array, parse_json, reading, texts, whole
 
 FACTS = "shard.json"
+BINS = 10  # of the histogram of confidences
+KEPT, SMALL, UNSURE, DOUBLE = range(4)  # what happened to a proposal
 ANY_SHARD = "masks-[0-9]*-of-[0-9]*.zip"
 
 
@@ -46,27 +51,78 @@ class Rules(NamedTuple):
                 raise UserError(f"{name}={value} is not between 0 and 1")
 
 
+@dataclasses.dataclass
+class Statistics:
+    """What became of the proposals of some images.
+
+    Attributes:
+      images: number of labelled images.
+      masks: number of images by their number of masks, from 0.
+      confidence: number of masks by confidence, in `BINS` equal steps from 0 to 1.
+      dropped: number of dropped proposals: [small or empty, unsure, duplicate].
+      covered: sum over the images of the share of pixels with a mask.
+    """
+
+    images: int = 0
+    masks: list[int] = dataclasses.field(default_factory=list)
+    confidence: list[int] = dataclasses.field(default_factory=lambda: [0] * BINS)
+    dropped: list[int] = dataclasses.field(default_factory=lambda: [0] * (DOUBLE - KEPT))
+    covered: float = 0.0
+
+    def __add__(self, other: "Statistics") -> "Statistics":
+        """Returns the statistics of both groups of images."""
+        add = lambda a, b: [x + y for x, y in itertools.zip_longest(a, b, fillvalue=0)]
+        return Statistics(
+            self.images + other.images,
+            add(self.masks, other.masks),
+            add(self.confidence, other.confidence),
+            add(self.dropped, other.dropped),
+            self.covered + other.covered,
+        )
+
+    def __str__(self) -> str:
+        total = sum(self.confidence)
+        images, (small, unsure, double) = max(self.images, 1), self.dropped
+        return (
+            f"{self.images} images have {total} masks, {total / images:.1f} each, on {self.covered / images:.0%} of "
+            f"their pixels; {self.masks[0] if self.masks else 0} have none. Dropped: {small} small or empty proposals, "
+            f"{unsure} unsure ones, {double} duplicates"
+        )
+
+
+class Shard(NamedTuple):
+    """What shard.json of a shard says.
+
+    Attributes:
+      request: what its masks depend on, as plain values.
+      image_ids: of its images, in order.
+      skipped: the indices of the images without a mask, since they could not be read.
+      statistics: of its images.
+    """
+
+    request: dict[str, Any]
+    image_ids: list[str]
+    skipped: list[int]
+    statistics: Statistics
+
+
 def shard_name(number: int, count: int) -> str:
     """Returns the file name of a shard."""
     return f"masks-{number:05d}-of-{count:05d}.zip"
 
 
-def shard_content(masks: Mapping[int, bytes], facts: Mapping[str, Any]) -> bytes:
-    """Returns the content of a shard.
-
-    Args:
-      masks: the PNG of each image by its index in the source.
-      facts: plain values, among them `image_ids` of all images, and `skipped`, the indices of those without a mask.
-    """
+def write_shard(path: epath.PathLike, shard: Shard, masks: Mapping[int, bytes]) -> None:
+    """Writes a shard with the PNG of each image, by its index in the source."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
+        facts = {**shard._asdict(), "statistics": dataclasses.asdict(shard.statistics)}
         archive.writestr(FACTS, json.dumps(facts))
         for index, png in masks.items():
             archive.writestr(f"{index}.png", png)
-    return content.getvalue()
+    write_whole(path, content.getvalue())
 
 
-def read_facts(path: epath.PathLike) -> dict[str, Any]:
+def read_shard(path: epath.PathLike) -> Shard:
     """Reads shard.json of a shard.
 
     Raises:
@@ -74,13 +130,20 @@ def read_facts(path: epath.PathLike) -> dict[str, Any]:
     """
     with reading(path, "the pseudo-masks"), epath.Path(path).open("rb") as file:
         with zipfile.ZipFile(file) as archive:
-            facts = json.loads(archive.read(FACTS))
-        ids, skipped = texts(facts["image_ids"], "image_ids"), facts["skipped"]
+            facts = parse_json(archive.read(FACTS).decode())
+        ids, count = texts(facts["image_ids"], "image_ids"), facts["statistics"]
         if not ids or not isinstance(facts["request"], dict):
             raise ValueError(f"{FACTS} has no image_ids, or no request")
-        if not isinstance(skipped, list) or not all(type(index) is int for index in skipped):
-            raise ValueError(f"skipped in {FACTS} is not a list of numbers")
-    return facts
+        integers = lambda key: [whole(number, key) for number in array(count[key], key)]
+        statistics = Statistics(
+            images=whole(count["images"], "images"),
+            masks=integers("masks"),
+            confidence=integers("confidence"),
+            dropped=integers("dropped"),
+            covered=float(count["covered"]),
+        )
+        skipped = [whole(index, "skipped") for index in facts["skipped"]]
+    return Shard(facts["request"], ids, skipped, statistics)
 
 
 class PseudoMasks(Wrapped):
@@ -101,17 +164,17 @@ class PseudoMasks(Wrapped):
         self.provides |= {"segments", "class_ids", "boxes"}
         folder = epath.Path(masks)
         self._shards = sorted(folder.glob(ANY_SHARD))
-        facts = [read_facts(path) for path in self._shards]
-        if not facts:
+        shards = [read_shard(path) for path in self._shards]
+        if not shards:
             raise UserError(f"masks={str(masks)!r} holds no pseudo-masks, such as {shard_name(0, 1)}")
-        self._firsts = np.cumsum([0, *(len(fact["image_ids"]) for fact in facts)])
+        self._firsts = np.cumsum([0, *(len(shard.image_ids) for shard in shards)])
         if len(self._shards) != int(self._shards[0].stem[-5:]) or self._firsts[-1] != len(source):
             raise UserError(
-                f"the {len(facts)} shards in {folder} hold {self._firsts[-1]} images, but {source.name} has "
+                f"the {len(shards)} shards in {folder} hold {self._firsts[-1]} images, but {source.name} has "
                 f"{len(source)}: they are of another source, or some are missing"
             )
-        self._ids = [name for fact in facts for name in fact["image_ids"]]
-        self._skipped = {index for fact in facts for index in fact["skipped"]}
+        self._ids = [name for shard in shards for name in shard.image_ids]
+        self._skipped = {index for shard in shards for index in shard.skipped}
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         """Returns one example, whose mask is decoded when it is accessed.
