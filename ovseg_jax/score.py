@@ -1,4 +1,4 @@
-"""The command that scores trained runs: `python -m ovseg_jax.score KIND ...`."""
+"""The command that scores files of predictions, and trained runs: `python -m ovseg_jax.score KIND ...`."""
 
 import argparse
 import importlib
@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from ovseg_jax.cli.console import LazyParser, Parser, run_command, start
 
 _DESCRIPTION = """\
-Scores trained runs.
+Scores predictions against annotations, both as files of any framework, or scores trained runs.
 
   python -m ovseg_jax.score KIND --help
 """
 
 _KINDS = {
+    "panoptic": "panoptic segmentation, files of COCO's form: PQ, SQ, RQ",
     "suite": "a trained classifier, zero-shot on the data sets of a suite",
     "transfer": "segmentation with the masks of one run and the classifier of another",
     "classify_boxes": "names for the boxes of a detector, by a trained classifier",
