@@ -142,7 +142,7 @@ def test_a_stage_labels_what_the_next_one_learns_from(tmp_path, capsys):
     ]
     broken = folder / "images" / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff\xe0 cut")
-    with pytest.raises(UserError, match=r"1 images of .*mine could not be read"):
+    with pytest.raises(UserError, match="1 images of folder could not be read"):
         train(student, tmp_path / "run")
     masks = tmp_path / "run" / "masks"
     shards = sorted(masks.glob("*.zip"))
