@@ -62,6 +62,7 @@ setup(
         "orbax-checkpoint>=0.11",
         "pillow>=11",
         "pycocotools",
+        "tensorstore",
         "textblob>=0.19",
         "tqdm",
     ],
