@@ -46,6 +46,12 @@ def segmentation(source: dict[str, Any], batch_size: int, **own: Any) -> dict[st
     return dict(type="segmentation", masks=("predicted",), source=source, batch_size=batch_size, **own)
 
 
+def panoptic(like: Any) -> dict[str, dict[str, Any]]:
+    """Returns evaluations of panoptic and instance segmentation on the images of another evaluation."""
+    own = dict(source=like.source, batch_size=like.batch_size)
+    return dict(panoptic=dict(type="panoptic", **own), instances=dict(type="instances", **own))
+
+
 def classification(source: dict[str, Any], batch_size: int, **own: Any) -> dict[str, Any]:
     """Returns an evaluation of whole images."""
     return dict(type="classification", source=source, batch_size=batch_size, **own)

@@ -7,8 +7,10 @@ A reader decodes under `with reading(path):` and states what it expects through 
 import contextlib
 import json
 import lzma
+import os
 import pickle
 import re
+import stat
 import struct
 import tarfile
 import tokenize
@@ -62,12 +64,26 @@ def reading(path: Any, what: str = "") -> Iterator[None]:
       what: the file's role in the message, such as "the mask".
 
     Raises:
-      UserError: in place of any of `DAMAGE`; those raised inside pass as they are.
+      UserError: in place of any of `DAMAGE`; those raised inside pass as they are. And if the file is a named pipe.
     """
+    if _is_named_pipe(path):
+        raise UserError(
+            f"{what} {path} is a named pipe, not a file: it would be waited for without end".lstrip()
+        )
     try:
         yield
     except DAMAGE as error:
         raise UserError(f"{what} {path} cannot be read: {reason(error)}".lstrip()) from error
+
+
+def _is_named_pipe(path: Any) -> bool:
+    """Tells whether a path is a named pipe of the file system; those that a shell opens in /dev have a writer."""
+    if not isinstance(path, str | os.PathLike) or os.fspath(path).startswith("/dev/"):
+        return False
+    try:
+        return stat.S_ISFIFO(os.stat(path).st_mode)
+    except (OSError, ValueError):  # what is wrong is said by who opens it; `path` may also be an address
+        return False
 
 
 def reason(error: BaseException) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 def require(module: str) -> ModuleType:
     """Imports `module`; where it is missing, skips the test, or fails it where the variable CI is set."""
-    if module.split(".")[0] in ("open_clip", "timm", "torchvision", "transformers"):
+    if module.split(".")[0] in ("open_clip", "timm", "torchmetrics", "torchvision", "transformers"):
         # Their torchvision has operators that a CPU build of PyTorch lacks; nobody here needs their shapes.
         name = "torchvision._meta_registrations"
         sys.modules.setdefault(name, ModuleType(name))

@@ -1,6 +1,7 @@
 """The house: imports go down from room to room, and an import changes nothing but what is imported."""
 
 import ast
+import itertools
 import json
 import os
 import subprocess
@@ -169,3 +170,9 @@ def test_a_setting_that_an_import_changes_is_found(tmp_path):
         (tmp_path / "toy" / f"{name}.py").write_text(text)
     found = changes_at_import(tmp_path / "toy")
     assert found == ["toy.a: os.environ", "toy.b: jax.config", "toy.c: Orbax's type handlers"]
+
+
+def test_test_files_have_names_of_their_own():
+    """One process of pytest imports them by base name, whatever their folder."""
+    names = sorted(path.name for path in Path(__file__).parent.rglob("*.py"))
+    assert [a for a, b in itertools.pairwise(names) if a == b] == []

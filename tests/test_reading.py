@@ -1,6 +1,7 @@
 """Files from outside: text in several encodings, JSON with double keys, and one sentence for what is wrong."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -16,6 +17,14 @@ from ovseg_jax.vocab.classes import ClassList, as_classes, load_labels, parse_la
 from ovseg_jax.vocab.splits import load_split
 from ovseg_jax.vocab.vectors import read_vectors
 from ovseg_jax.vocab.words import WordList
+
+
+@pytest.mark.parametrize("read", [read_image, read_json, read_text, read_label_file])
+def test_a_named_pipe_is_refused_instead_of_waited_for(tmp_path, read):
+    path = tmp_path / "pipe.png"
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=r"pipe\.png is a named pipe, not a file"):
+        read(path)
 
 
 def test_text_of_every_encoding(tmp_path):

@@ -53,6 +53,8 @@ def scale_jitter(
     factor, at_y, at_x = rng.random(3)
     scale = (jitter[0] + factor * (jitter[1] - jitter[0])) * min(size / height, size / width)
     scaled = max(1, round(height * scale)), max(1, round(width * scale))
+    if scaled == (height, width) == (size, size):
+        return {**example, "image_size": np.array(scaled, np.int32)}
     top = int(at_y * (max(scaled[0] - size, 0) + 1))
     left = int(at_x * (max(scaled[1] - size, 0) + 1))
     kept = min(scaled[0], size), min(scaled[1], size)
@@ -168,6 +170,10 @@ def segment_masks(
     It counts (segment, cell) pairs in one pass and makes no full-size masks. Rows beyond `len(ids)` are 0.
     """
     size = segments.shape[0] // stride
+    masks = np.zeros((max_masks, size, size), np.uint8)
+    if stride == 1:
+        np.multiply(segments == ids[:, None, None], np.uint8(255), out=masks[: len(ids)])
+        return masks
     slot = np.full(max(int(segments.max(initial=0)), int(ids.max(initial=0))) + 1, len(ids), np.int64)
     slot[ids] = np.arange(len(ids))
     row = np.arange(size * stride) // stride
@@ -176,7 +182,6 @@ def segment_masks(
     pairs = slot[used] * (size * size) + cell
     counts = np.bincount(pairs.ravel(), minlength=(len(ids) + 1) * size * size)
     counts = counts.reshape(-1, size, size)[: len(ids)]
-    masks = np.zeros((max_masks, size, size), np.uint8)
     masks[: len(ids)] = (counts * 255 + stride * stride // 2) // (stride * stride)
     return masks
 

@@ -1,8 +1,8 @@
-"""The interface of `prepare`: a data set as its publishers give it, read example by example.
+"""The interface of readers of published data sets: a data set as its publishers give it, read example by example.
 
-A reader is a class that derives from `Dataset`, and a line in `registry.DATASETS`. `prepare` calls `entries` once in
-the main process, which lists a split and checks that every file is there, and then `example` for each entry, in any
-worker. So annotation files are only parsed once, and a worker only opens the images and masks of its own entries.
+A reader is a class that derives from `Dataset`, and a line in `registry.DATASETS`. `entries` is called once in the main
+process, lists a split and checks that every file is there; then `example` is called for each entry, in any worker. So
+annotation files are only parsed once, and a worker only opens the images and masks of its own entries.
 """
 
 from collections.abc import Iterator

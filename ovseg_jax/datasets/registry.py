@@ -1,4 +1,4 @@
-"""The data sets that `prepare` knows by name."""
+"""The readers of published data sets by name; none is here yet."""
 
 from ovseg_jax.config import import_class
 from ovseg_jax.datasets.base import Dataset

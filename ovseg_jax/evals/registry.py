@@ -23,6 +23,8 @@ from ovseg_jax.towers.templates import read_templates
 
 EVALUATORS = {
     "segmentation": "ovseg_jax.evals.segmentation:SegmentationEvaluator",
+    "panoptic": "ovseg_jax.evals.panoptic:PanopticEvaluator",
+    "instances": "ovseg_jax.evals.instances:InstancesEvaluator",
     "classification": "ovseg_jax.evals.classification:ClassificationEvaluator",
     "transfer": "ovseg_jax.experiment.transfer:TransferEvaluator",
 }

@@ -1,8 +1,8 @@
 """Convolutions in the forms that are fastest on a CPU, for inference.
 
 On CPU, XLA computes convolutions by a general routine. Three kinds are faster as sums and matrix products, which XLA
-compiles well: depthwise ones (13 to 49 times as fast), 3x3 ones of many channels by Winograd's F(4x4, 3x3) (Lavin and
-Gray 2016; twice as fast, with a quarter of the multiplications and errors of 2e-5 of the largest value), and most 1x1.
+compiles well: depthwise ones (13 to 49 times as fast), large 3x3 ones by Winograd's F(4x4, 3x3) (Lavin and Gray 2016;
+twice as fast, with a quarter of the multiplications and errors of 2e-5 of the largest value), and most 1x1.
 GPUs and TPUs have fast convolutions, and float16 is too imprecise for Winograd's.
 """
 
@@ -21,6 +21,9 @@ Pads = Sequence[tuple[int, int]]
 
 # With fewer channels the transforms cost more than they save.
 WINOGRAD_CHANNELS = 64
+# Below 1e8 multiplications it is slower than XLA's own; below this many it saves a few milliseconds each time, but
+# takes 1.5 seconds to compile.
+WINOGRAD_PRODUCTS = 5e8
 
 # The transforms of input, kernel and output (Lavin and Gray, 4.2).
 _INPUT = (
@@ -82,11 +85,17 @@ def _replace(next_function: Callable, args: Any, kwargs: Any, context: nn.module
         return next_function(*args, **kwargs)
     elif size == (1, 1) and not np.any(pads):
         y = x[:, ::stride, ::stride] @ kernel[0, 0]
-    elif size == (3, 3) and stride == 1 and min(kernel.shape[2:]) >= WINOGRAD_CHANNELS:
+    elif size == (3, 3) and stride == 1 and _large(x, kernel):
         y = winograd(x, kernel, pads)
     else:
         return next_function(*args, **kwargs)
     return y + conv.get_variable("params", "bias") if conv.use_bias else y
+
+
+def _large(x: jax.Array, kernel: jax.Array) -> bool:
+    """Tells whether Winograd's form pays for a 3x3 convolution."""
+    products = x[..., 0].size * kernel.size
+    return min(kernel.shape[2:]) >= WINOGRAD_CHANNELS and products >= WINOGRAD_PRODUCTS
 
 
 def depthwise(

@@ -54,4 +54,4 @@ def test_every_registered_reader_says_what_it_is():
 def test_an_unknown_data_set_is_named():
     with pytest.raises(UserError, match="the data set 'cocoa' is not one of"):
         find_dataset("cocoa")
-    assert find_dataset("tests.datasets.test_base:Toy") is Toy
+    assert find_dataset(f"{__name__}:Toy") is Toy

@@ -10,14 +10,19 @@ from pathlib import Path
 import jax
 import pytest
 
+from tests.fast import xla_flags
+
 
 def worker(port: int, process: int, count: int) -> None:
     if count > 1:
         jax.distributed.initialize(f"localhost:{port}", count, process)
     import test_classification_eval as whole
+    import test_instances_and_panoptic
     from test_segmentation import CLASSES, VARIABLES, PatchMethod, batches, examples
 
     from ovseg_jax.evals.classification import ClassificationEvaluator
+    from ovseg_jax.evals.instances import InstancesEvaluator
+    from ovseg_jax.evals.panoptic import PanopticEvaluator
     from ovseg_jax.evals.segmentation import SegmentationEvaluator
     from ovseg_jax.parallel.sharding import make_mesh, replicated
 
@@ -26,6 +31,9 @@ def worker(port: int, process: int, count: int) -> None:
     share = batches(examples()[process::count], 4 // count)
     evaluator = SegmentationEvaluator("x", PatchMethod(), CLASSES, share, mesh, modes=("predicted", "truth"))
     scores = evaluator.run(variables)
+    for kind in (PanopticEvaluator, InstancesEvaluator):
+        share = batches(test_instances_and_panoptic.data()[process::count], 4 // count)
+        scores |= kind("x", test_instances_and_panoptic.Guess(), CLASSES, share, mesh).run(variables)
     share = whole.batches(whole.examples()[process::count], 8 // count)
     method = whole.RandomMethod()
     evaluator = ClassificationEvaluator("x", method, whole.CLASSES, share, mesh, prompts=whole.PROMPTS)
@@ -38,7 +46,7 @@ def start(port, process, count):
     env = dict(
         os.environ,
         JAX_PLATFORMS="cpu",
-        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+        XLA_FLAGS=xla_flags(2),
         PYTHONPATH=os.pathsep.join([str(here.parents[1]), str(here.parent), str(here)]),
     )
     args = [sys.executable, __file__, str(port), str(process), str(count)]
@@ -63,7 +71,7 @@ def test_every_process_returns_the_numbers_of_one():
             p.kill()
     alone = finish(start(port, 0, 1))
     assert several[0] == several[1] == pytest.approx(alone, rel=1e-6)
-    assert 0 < alone["miou"] < 100 and 0 < alone["accuracy"] < 100
+    assert all(0 < alone[name] < 100 for name in ("miou", "accuracy", "pq", "ap"))
 
 
 if __name__ == "__main__":

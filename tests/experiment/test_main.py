@@ -17,6 +17,7 @@ from ovseg_jax import main as command
 from ovseg_jax.main import default_workdir
 from ovseg_jax.train.checkpoints import load_variables
 from tests.absl_commands import run_command
+from tests.fast import xla_flags
 
 ROOT = Path(__file__).parents[2]
 TINY = Path(__file__).parents[1] / "tiny.py"
@@ -38,7 +39,7 @@ def start(cache):
     )
     environment = os.environ | {
         # One device: programs of several CPU devices are not kept.
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": xla_flags(1),
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
     }

@@ -9,6 +9,7 @@ import tiny
 
 from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.errors import UserError
+from ovseg_jax.evals import panoptic_quality as quality
 from ovseg_jax.experiment.load import load_run
 from ovseg_jax.experiment.run import train
 from ovseg_jax.inference.segmenter import Segmenter
@@ -20,7 +21,12 @@ def config(steps=6):
     found.method, found.batch_size = "toy_method:Toy", 8
     for section in ("model", "text", "loss"):
         del found[section]
-    found.final_evals.test.decision = dict(type="panoptic", overlap_threshold=0.5)
+    decision = dict(type="panoptic", overlap_threshold=0.5)
+    test = found.final_evals.test
+    test.decision = decision
+    own = dict(source=test.source, batch_size=4)
+    found.final_evals.panoptic = dict(own, type="panoptic", decision=decision)
+    found.final_evals.instances = dict(own, type="instances")
     return found
 
 
@@ -34,6 +40,7 @@ def workdir(tmp_path_factory):
 def test_it_trains_and_leaves_a_summary(workdir):
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["steps"] == 6 and 0 <= summary["test/miou"] <= 100 and "test/recall@0.5" in summary
+    assert {"panoptic/pq", "panoptic/rq/stuff", "instances/ap", "instances/ap50"} <= set(summary)
     first, *_, last = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert np.isfinite(first["loss"]) and last["step"] == 6
 
@@ -63,6 +70,29 @@ def test_it_segments_by_the_panoptic_decision(workdir):
     assert {segment.instance for segment in plain.segments} == {0}
     with pytest.raises(UserError, match="Panoptic works on whole images"):
         segmenter.segment(image, labels, decision="panoptic", tile=(16, 4))
+
+
+def test_its_panoptic_pictures_have_the_quality_that_the_summary_states(workdir):
+    """From predictions on the mesh, and from the PNGs that Segmenter makes of the same images."""
+    source = make_source(dict(name="scenes", split="test", num_examples=6, image_size=32))
+    segmenter, classes = Segmenter.from_checkpoint(workdir), source.classes
+    total = None
+    for example in (source[i] for i in range(len(source))):
+        decision = {"type": "panoptic", "overlap_threshold": 0.5}
+        picture, rows = segmenter.segment(example["image"], classes, decision=decision).panoptic()
+        ids = np.asarray(picture).astype(int) @ [1, 256, 65536]
+        shared = quality.overlaps(ids, example["segments"])
+        category = np.array([list(classes.ids).index(row["category_id"]) for row in rows])
+        predicted = np.full(int(ids.max()), -1)
+        predicted[[row["id"] - 1 for row in rows]] = category
+        visible = np.isin(np.arange(1, len(example["class_ids"]) + 1), example["segments"])
+        true = np.where(visible, example["class_ids"], len(classes))
+        image = quality.tally(shared, predicted, true, example["iscrowd"], len(classes))
+        total = quality.add(total, image)
+    summary = json.loads((workdir / "summary.json").read_text())
+    for name, value in quality.scores(total, classes.isthing, classes.groups).items():
+        assert summary[f"panoptic/{name}"] == pytest.approx(value)
+    assert total.fp.sum() > 0 and total.fn.sum() > 0
 
 
 def test_a_run_that_died_goes_on_to_the_same_parameters(workdir, tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ def run(conv, shape):
 def test_winograd(shape, padding, monkeypatch):
     if padding == "VALID" and min(shape[1:3]) < 3:
         pytest.skip("nothing is left of it")
+    monkeypatch.setattr(cpu_convs, "WINOGRAD_PRODUCTS", 0)
     calls = spy(monkeypatch, "winograd")
     expected, found = run(nn.Conv(66, (3, 3), padding=padding), shape)
     assert calls == [shape] and found.shape == expected.shape
@@ -58,12 +59,23 @@ def test_depthwise(size, stride, padding, monkeypatch):
     ],
 )
 def test_all_others(conv, monkeypatch):
+    monkeypatch.setattr(cpu_convs, "WINOGRAD_PRODUCTS", 0)
     calls = [spy(monkeypatch, name) for name in ("winograd", "depthwise")]
     channels = 64 if conv.features == 66 else 6
     shape = (2, 9, channels) if len(conv.kernel_size) == 1 else (2, 9, 12, channels)
     expected, found = run(conv, shape)
     assert calls == [[], []] and found.shape == expected.shape and found.dtype == expected.dtype
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("width", [113, 114])
+def test_winograd_only_for_large_convolutions(width, monkeypatch):
+    calls = spy(monkeypatch, "winograd")
+    x = jax.ShapeDtypeStruct((2, 60, width, 64), jnp.float32)
+    conv = nn.Conv(64, (3, 3))
+    variables = jax.eval_shape(conv.init, jax.random.key(0), x)
+    jax.eval_shape(fast_on_cpu(conv.apply), variables, x)
+    assert calls == ([x.shape] if width == 114 else [])
 
 
 def test_only_on_a_cpu(monkeypatch):

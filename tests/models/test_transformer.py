@@ -65,7 +65,9 @@ def test_adapters_of_zeros_change_nothing_and_others_add_their_share(kind):
     expected = jax.jit(plain.apply)(draw(plain), IMAGE)
     variables, apply = draw(adapted), jax.jit(adapted.apply)
     assert len(adapters_of(variables)) == 6  # two beside each of three blocks
-    jax.tree.map(np.testing.assert_array_equal, apply(variables, IMAGE), expected)
+    # Another program may round another way: the last bits differ.
+    same = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    jax.tree.map(same, apply(variables, IMAGE), expected)
     last = next(block for block, _ in adapters_of(variables) if block.endswith("_2"))
     adapters_of(variables)[last, "adapter_mlp"]["out"]["bias"] += 2
     moved = apply(variables, IMAGE).taps[2] - expected.taps[2]

@@ -169,5 +169,8 @@ def draw(
     x, y = scenes_render.grid(size)
     gain, across, down = rng.uniform(-1, 1, 3) * (GAIN, SLOPE, SLOPE)
     light = (np.float32(1 + gain) + np.float32(across) * x + np.float32(down) * y)[..., None]
-    image = image * light + np.float32(NOISE) * rng.standard_normal(image.shape, np.float32)
-    return np.clip(image, 0, 255).astype(np.uint8), segments
+    noise = rng.standard_normal(image.shape, np.float32)
+    noise *= np.float32(NOISE)
+    image *= light
+    image += noise
+    return np.clip(image, 0, 255, out=image).astype(np.uint8), segments

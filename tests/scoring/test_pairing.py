@@ -130,7 +130,7 @@ def test_a_process_that_is_killed():
 def test_forked_processes_in_a_command():
     """As a command runs them: without JAX, so forked."""
     code = (
-        "from tests.scoring.test_files import square, results, Skips\n"
+        "from tests.scoring.test_pairing import square, results, Skips\n"
         "import sys; sys.modules.pop('jax', None)\n"
         "found = [v for _, (v, _) in results(square, list(range(200)), Skips('skip'), workers=2)]\n"
         "print(sum(found))"

@@ -1,0 +1,194 @@
+"""Panoptic quality (Kirillov et al. 2019) from the overlaps of segments: exact counts, divided once, in float64.
+
+A predicted and a true segment of one class match if their IoU is above 0.5, so that every segment has at most one
+match. For each class, with TP matches, FP other predictions and FN other true segments,
+
+    SQ = sum of IoU / TP        RQ = TP / (TP + FP / 2 + FN / 2)        PQ = SQ * RQ
+
+and each is averaged over the classes with a segment in truth or prediction; SQ is 0 for a class without a match.
+
+The rules for pixels without a true segment differ between data sets:
+
+    coco      (panopticapi, detectron2; ADE20K, Cityscapes, Mapillary) Void pixels do not count in a union. A prediction
+              without a match is no FP if more than half of it is void or on a crowd of its class (of several crowds of
+              a class, the last).
+    bdd100k   (bdd100k.eval.pan_seg) Void pixels count in unions. A prediction without a match is no FP if more than
+              half of it is on no true segment that is not a crowd.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Integer
+
+from ovseg_jax.vocab.classes import ClassList
+
+Rule = Literal["coco", "bdd100k"]
+RULES: tuple[Rule, ...] = ("coco", "bdd100k")
+
+VOID = -1
+"""The class of true segments that are treated as void: those without a label."""
+
+
+class Overlaps(NamedTuple):
+    """The pairs of a predicted and a true segment that share pixels; number 0 means none, in the truth void.
+
+    Attributes:
+      predicted: the number of the predicted segment of each pair.
+      true: the number of the true segment of each pair.
+      pixels: the number of pixels that they share.
+    """
+
+    predicted: Int[np.ndarray, "n"]
+    true: Int[np.ndarray, "n"]
+    pixels: Int[np.ndarray, "n"]
+
+
+class Tally(NamedTuple):
+    """What PQ is made of, per class, [K] each.
+
+    Attributes:
+      iou: the sum of the IoU of all matches.
+      tp: the matches.
+      fp: the other predicted segments, without those that the rule ignores.
+      fn: the other true segments.
+    """
+
+    iou: Float[np.ndarray, "k"]
+    tp: Int[np.ndarray, "k"]
+    fp: Int[np.ndarray, "k"]
+    fn: Int[np.ndarray, "k"]
+
+
+class ClassRow(NamedTuple):
+    """A line of the per-class table; percentages are None for a class in neither truth nor prediction."""
+
+    name: str
+    kind: str
+    pq: float | None
+    sq: float | None
+    rq: float | None
+    tp: int
+    fp: int
+    fn: int
+
+
+def overlaps(predicted: Integer[np.ndarray, "h w"], true: Integer[np.ndarray, "h w"]) -> Overlaps:
+    """Counts the shared pixels of two maps of ids below 2^32, in one pass over runs of equal pixels."""
+    predicted, true = predicted.ravel(), true.ravel()
+    if not predicted.size:
+        return Overlaps(*(np.zeros(0, np.int64) for _ in range(3)))
+    change = (predicted[1:] != predicted[:-1]) | (true[1:] != true[:-1])
+    start = np.concatenate([[0], np.flatnonzero(change) + 1])
+    length = np.diff(start, append=predicted.size)
+    pair = predicted[start].astype(np.uint64) << np.uint64(32) | true[start].astype(np.uint64)
+    pair, place = np.unique(pair, return_inverse=True)
+    pixels = np.bincount(place, length).astype(np.int64)
+    return Overlaps(
+        (pair >> np.uint64(32)).astype(np.int64), (pair & np.uint64(2**32 - 1)).astype(np.int64), pixels
+    )
+
+
+def tally(
+    shared: Overlaps,
+    predicted_class: Int[np.ndarray, "p"],
+    true_class: Int[np.ndarray, "t"],
+    true_crowd: Bool[np.ndarray, "t"],
+    num_classes: int,
+    rule: Rule = "coco",
+) -> Tally:
+    """Matches the segments of one image.
+
+    Args:
+      shared: the overlaps, of segments numbered from 1.
+      predicted_class: the class of each predicted segment; segments outside 0..K-1 or without pixels do not count.
+      true_class: the class of each true segment; `VOID` is treated as void, and K or more neither as void nor as a
+        segment that could be missed.
+      true_crowd: whether a true segment is a crowd.
+      num_classes: the number K of classes.
+      rule: how void and crowds count, see the module.
+    """
+    count, k = len(predicted_class), num_classes
+    void = np.concatenate([[True], true_class == VOID])
+    area = np.bincount(shared.predicted, shared.pixels, count + 1)
+    true_area = np.bincount(shared.true, shared.pixels, len(true_class) + 1)
+    on_void = np.bincount(shared.predicted, np.where(void[shared.true], shared.pixels, 0), count + 1)
+
+    real = (shared.predicted > 0) & ~void[shared.true]
+    p, t = shared.predicted[real] - 1, shared.true[real] - 1
+    pixels = shared.pixels[real].astype(np.float64)
+    crowd = true_crowd[t]
+    same = (predicted_class[p] == true_class[t]) & (predicted_class[p] >= 0) & (predicted_class[p] < k)
+    union = area[p + 1] + true_area[t + 1] - pixels
+    if rule == "coco":
+        union = union - on_void[p + 1]
+    iou = pixels / union
+    hit = same & ~crowd & (iou > 0.5)
+
+    if rule == "coco":
+        # panopticapi keeps one crowd for each class.
+        last = np.full(k, -1)
+        where = np.flatnonzero(true_crowd & (true_class >= 0) & (true_class < k))
+        last[true_class[where]] = where
+        on_crowd = crowd & same & (last[np.clip(true_class[t], 0, k - 1)] == t)
+        ignored = on_void[1:] + np.bincount(p, np.where(on_crowd, pixels, 0), count)
+    else:
+        ignored = area[1:] - np.bincount(p, np.where(crowd | (true_class[t] >= k), 0, pixels), count)
+    counts = (area[1:] > 0) & (predicted_class >= 0) & (predicted_class < k) & (2 * ignored <= area[1:])
+    counts[p[hit]] = False
+    missed = ~true_crowd & (true_class >= 0) & (true_class < k)
+    missed[t[hit]] = False
+    matched = true_class[t[hit]]
+    return Tally(
+        np.bincount(matched, iou[hit], k),
+        np.bincount(matched, minlength=k),
+        np.bincount(predicted_class[counts], minlength=k),
+        np.bincount(true_class[missed], minlength=k),
+    )
+
+
+def add(total: Tally | None, image: Tally) -> Tally:
+    """Adds an image's tally to the total, or to None."""
+    return image if total is None else Tally(*(a + b for a, b in zip(total, image, strict=True)))
+
+
+def by_class(total: Tally) -> tuple[np.ndarray, np.ndarray]:
+    """Returns PQ, SQ and RQ of each class in percent, [3 K], and whether the class occurs (else they are undefined)."""
+    iou, tp, fp, fn = (np.asarray(x, np.float64) for x in total)
+    weight = tp + fp / 2 + fn / 2
+    some = np.maximum(weight, 0.5)
+    return 100 * np.stack([iou / some, iou / np.maximum(tp, 1), tp / some]), weight > 0
+
+
+def scores(
+    total: Tally, isthing: Sequence[bool], groups: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, float]:
+    """Computes `pq`, `sq` and `rq` in percent: means over the classes that occur in truth or prediction.
+
+    The same for each group as `pq/<group>` and so on, and for `thing` and `stuff`. A mean over no class is left out.
+    """
+    each, occurs = by_class(total)
+    members = {"": np.ones(len(occurs), bool), "thing": np.asarray(isthing, bool)}
+    members["stuff"] = ~members["thing"]
+    members |= {
+        name: np.isin(np.arange(len(occurs)), np.asarray(own, np.int64))
+        for name, own in (groups or {}).items()
+    }
+    result = {}
+    for name, own in members.items():
+        if (own & occurs).any():
+            for metric, value in zip(("pq", "sq", "rq"), each[:, own & occurs].mean(1), strict=True):
+                result[f"{metric}/{name}".rstrip("/")] = float(value)
+    return result
+
+
+def table(total: Tally, classes: ClassList) -> list[ClassRow]:
+    """Returns a row for each class: its first name, "thing" or "stuff", its scores and counts."""
+    each, occurs = by_class(total)
+    rows = []
+    for k in range(len(classes)):
+        pq, sq, rq = each[:, k].tolist() if occurs[k] else (None, None, None)
+        kind = "thing" if classes.isthing[k] else "stuff"
+        rows.append(ClassRow(classes.display(k), kind, pq, sq, rq, *(int(x[k]) for x in total[1:])))
+    return rows
