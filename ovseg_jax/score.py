@@ -1,14 +1,15 @@
-"""The command that scores trained runs: `python -m ovseg_jax.score KIND ...`."""
+"""The command that scores predictions: `python -m ovseg_jax.score KIND ...`, of files of any framework or of runs."""
 
 import argparse
 import importlib
+import sys
 from collections.abc import Sequence
 
 from ovseg_jax.cli.console import LazyParser, Parser, run_command, start
 from ovseg_jax.scoring.report import publish
 
 _DESCRIPTION = """\
-Scores trained runs.
+Scores predictions against annotations, both as files of any framework, or scores trained runs.
 
   python -m ovseg_jax.score KIND --help
 """
@@ -20,6 +21,9 @@ _KINDS = {
     "classify_boxes": "names for the boxes of a detector, by a trained classifier",
 }
 """The modules of `scoring`, each with `add_flags`, and with `run`, which returns a report or prints by itself."""
+
+_RUNS = ("suite", "transfer", "classify_boxes")
+"""The kinds that run a model: the others import no JAX, and so start at once."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,4 +52,4 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    start(main)
+    start(main, compiles=any(kind in sys.argv[1:2] for kind in _RUNS))
