@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from ovseg_jax.data.images import read_wide_mask
 from ovseg_jax.scoring.files import Fault, Pair
@@ -62,13 +62,13 @@ class Values(NamedTuple):
         other = UNLISTED if rest is None else FIRST + rest
         return cls(known, tuple(slots[value] for value in known), other, ignore_default)
 
-    def look_up(self, pixels: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+    def look_up(self, pixels: Integer[np.ndarray, "*n"]) -> Int[np.ndarray, "*n"]:
         """Returns the slot of each pixel value, as int64."""
         if pixels.dtype.itemsize <= 2:
             return _table(self, pixels.dtype)[pixels]
         return self.search(pixels, pixels.dtype)
 
-    def search(self, pixels: Int[np.ndarray, "n"], dtype: np.dtype) -> Int[np.ndarray, "n"]:
+    def search(self, pixels: Integer[np.ndarray, "*n"], dtype: np.dtype) -> Int[np.ndarray, "*n"]:
         """Returns the slots without a table, for values in a file of this type."""
         known, slots = np.asarray(self.known, np.int64), np.asarray(self.slots, np.int64)
         at = np.minimum(np.searchsorted(known, pixels), len(known) - 1)
@@ -135,7 +135,7 @@ def read_pair(rules: Rules, pair: Pair) -> tuple[Int[np.ndarray, "h w"], Int[np.
     return np.where(label < 0, -1, guess), label
 
 
-def _read(pair: Pair) -> tuple[Int[np.ndarray, "h w"], Int[np.ndarray, "h w"]]:
+def _read(pair: Pair) -> tuple[Integer[np.ndarray, "h w"], Integer[np.ndarray, "h w"]]:
     prediction, truth = read_wide_mask(pair.prediction), read_wide_mask(pair.truth)
     if prediction.shape != truth.shape:
         sizes = [f"{height} x {width}" for height, width in (prediction.shape, truth.shape)]
@@ -148,7 +148,7 @@ def _read(pair: Pair) -> tuple[Int[np.ndarray, "h w"], Int[np.ndarray, "h w"]]:
 
 
 def count(
-    prediction: Int[np.ndarray, "h w"], truth: Int[np.ndarray, "h w"], rules: Rules, name: str = "the truth"
+    prediction: Integer[np.ndarray, "h w"], truth: Integer[np.ndarray, "h w"], rules: Rules, name: str = "the truth"
 ) -> Counted:
     """Counts the pixels of each class.
 
@@ -186,7 +186,7 @@ def count(
 
 
 def _runs(
-    first: Int[np.ndarray, "n"], second: Int[np.ndarray, "n"]
+    first: Integer[np.ndarray, "n"], second: Integer[np.ndarray, "n"]
 ) -> tuple[Int[np.ndarray, "m"], Int[np.ndarray, "m"]]:
     """Returns start and length of each run of places in which neither array changes."""
     change = first[1:] != first[:-1]

@@ -307,7 +307,9 @@ def _report(
     facts = {
         **({"protocol": arguments.protocol} if arguments.protocol else {}),
         "images": len(total.each),
-        "classes": f"{len(classes)}, {int(in_truth.sum())} in the truth, {int(either.sum())} in truth or prediction",
+        "classes": len(classes),
+        "classes in the truth": int(in_truth.sum()),
+        "classes in truth or prediction": int(either.sum()),
         "labelled pixels": int(counts.truth.sum()),
         "ignored pixels": total.void,
         "pixels predicted as no class": total.unlisted,
