@@ -31,7 +31,7 @@ from PIL import Image
 
 from ovseg_jax.cli.outputs import Journal
 from ovseg_jax.config import resolved, stages_of
-from ovseg_jax.data.images import read_header, read_image, read_mask
+from ovseg_jax.data.images import read_header, read_image, read_mask, read_wide_mask
 from ovseg_jax.data.sources.coco import Coco
 from ovseg_jax.data.sources.folder import Folder
 from ovseg_jax.data.sources.image_folder import ImageFolder, read_names
@@ -445,6 +445,15 @@ READERS: dict[str, Reader] = {
             ("a.pgm", "L", {}),
         )
     },
+    **{
+        f"wide mask {name} {mode}": Reader(picture(name, mode, **options), read_wide_mask)
+        for name, mode, options in (
+            ("a.png", "L", {}),
+            ("a.png", "P", {}),
+            ("a.png", "I;16", {}),
+            ("b.tif", "I", {}),
+        )
+    },
     "COCO's panoptic JSON": coco_reader("annotations/panoptic_val.json"),
     "COCO's captions": coco_reader("annotations/captions_val.json", masks=False),
     "COCO's PNG": coco_reader("annotations/panoptic_val/1.png"),
@@ -605,6 +614,7 @@ OPENERS: dict[str, str] = {
     "cli/outputs.py:start": "none: a request in memory",
     "config.py:_places": "config.json beside a run",
     "config.py:from_json": "config.json of a run",
+    "data/images.py:_decode_png": "wide mask a.png L",
     "data/images.py:_open": "image a.png RGBA",
     "data/sources/coco.py:_read_lists": "COCO's panoptic JSON",
     "data/sources/folder.py:_from_lines": "captions.jsonl",

@@ -218,7 +218,7 @@ def read_mask(path: File) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"
 def read_wide_mask(
     path: File,
 ) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"] | Int32[np.ndarray, "h w"]:
-    """Reads a mask like `read_mask`, but one of 32 bits with all its values, as int32, and PNGs of 8 bits faster.
+    """Reads a mask like `read_mask`, but one of 32 bits with all its values, as int32, and PNGs faster.
 
     It starts threads of TensorStore, so that a process that has called it must not be forked.
 
@@ -227,25 +227,37 @@ def read_wide_mask(
     """
     with _decoding(path, "the mask"):
         image = _open(path, checksums=True)
-        if image.format == "PNG" and _raw_mode(image) in ("L", "P") and isinstance(image.fp, io.BytesIO):
+        if image.format == "PNG" and isinstance(image.fp, io.BytesIO) and getattr(image, "n_frames", 1) == 1:
             pixels = _decode_png(image.fp.getvalue())
-            if pixels is not None and pixels.shape[:2] == image.size[::-1] and pixels.shape[2:] == (1,):
-                return pixels[..., 0]
+            if pixels is not None and pixels.shape == image.size[::-1]:
+                return pixels
         return _stored(image)
 
 
-def _decode_png(data: bytes) -> UInt8[np.ndarray, "h w c"] | None:
-    """Decodes a PNG of 8 bits a channel in half of Pillow's time; None if it cannot, for which Pillow has a reason."""
-    import tensorstore  # Pillow undoes the filters of rows byte by byte.
+def _decode_png(data: bytes) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"] | None:
+    """Decodes a PNG of one channel of 8 or 16 bits in about two thirds of Pillow's time.
 
+    Returns:
+      The stored values; None for another form, and where it fails, for which Pillow has a reason.
+    """
+    import tensorstore  # Its libpng undoes the filters of rows faster than Pillow.
+
+    depth, kind = data[24], data[25]
+    if (depth, kind) not in ((8, 0), (8, 3), (16, 0)):
+        return None
+    # TensorStore reads grey pictures of 8 bits: palette indices look like them, and 16 bits like grey with alpha.
+    head = b"IHDR" + data[16:24] + bytes((8, 4 if depth == 16 else 0)) + data[26:29]
+    parts = [data[:12], head, zlib.crc32(head).to_bytes(4, "big")]
+    parts += [data[start:end] for name, start, end in _png_chunks(data) if name in (b"IDAT", b"IEND")]
     context = tensorstore.Context()
     store = {"driver": "memory", "path": "image.png"}
     try:
-        tensorstore.KvStore.open(store, context=context).result().write("", data).result()
+        tensorstore.KvStore.open(store, context=context).result().write("", b"".join(parts)).result()
         image = tensorstore.open({"driver": "png", "kvstore": store}, context=context, read=True).result()
-        return image.read().result()
+        pixels = image.read().result()
     except (ValueError, NotImplementedError):
         return None
+    return pixels.view(">u2")[..., 0].astype(np.uint16) if depth == 16 else pixels[..., 0]
 
 
 def read_colours(path: File, what: str) -> UInt8[np.ndarray, "h w 3"]:
@@ -323,7 +335,8 @@ def _open(path: File, checksums: bool = False) -> ImageFile.ImageFile:
     """Opens a picture and reads its header."""
     data = path.data if isinstance(path, Encoded) else epath.Path(path).read_bytes()
     if checksums and data.startswith(b"\x89PNG"):
-        _check_png(data)
+        for _ in _png_chunks(data):
+            pass
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large photographs are allowed
         return Image.open(io.BytesIO(data))
@@ -341,8 +354,8 @@ def _decoding(path: Any, what: str = "") -> Iterator[None]:
             raise ValueError(f"it is too large ({error}): cut it into pieces") from None
 
 
-def _check_png(data: bytes) -> None:
-    """Verifies the checksum of every chunk; Pillow only verifies the header's."""
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yields kind, start and end of every chunk, and verifies its checksum; Pillow only verifies the header's."""
     at, kind = 8, b""
     while kind != b"IEND":
         length = int.from_bytes(data[at : at + 4], "big")
@@ -351,6 +364,7 @@ def _check_png(data: bytes) -> None:
             raise ValueError("it is cut off")
         if zlib.crc32(memoryview(data)[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
             raise ValueError(f"it is damaged: the checksum of its chunk {kind!r} differs")
+        yield kind, at, end + 4
         at = end + 4
 
 
