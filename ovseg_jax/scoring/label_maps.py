@@ -148,7 +148,10 @@ def _read(pair: Pair) -> tuple[Integer[np.ndarray, "h w"], Integer[np.ndarray, "
 
 
 def count(
-    prediction: Integer[np.ndarray, "h w"], truth: Integer[np.ndarray, "h w"], rules: Rules, name: str = "the truth"
+    prediction: Integer[np.ndarray, "h w"],
+    truth: Integer[np.ndarray, "h w"],
+    rules: Rules,
+    name: str = "the truth",
 ) -> Counted:
     """Counts the pixels of each class.
 

@@ -1,4 +1,4 @@
-"""`score semantic`, held to the rules of detectron2 and mmsegmentation, written anew in float64, and to torchmetrics."""
+"""`score semantic`, held to the rules of detectron2 and mmsegmentation, written anew, and to torchmetrics."""
 
 import csv
 import json
@@ -124,7 +124,9 @@ def test_scores_of_detectron2_and_mmsegmentation(tmp_path, draw, kind, ending, v
     found = run(tmp_path, f"--num_classes={k}", f"--csv={tmp_path}/classes.csv")
     if k > 1000:  # the same classes, renumbered
         place = {value: i for i, value in enumerate([*known, k - 3, k - 2, k - 1])}
-        truths, predictions = ([np.vectorize(lambda v: place.get(v, -1))(m) for m in s] for s in (truths, predictions))
+        truths, predictions = (
+            [np.vectorize(lambda v: place.get(v, -1))(m) for m in s] for s in (truths, predictions)
+        )
     matrix = matrix_of(predictions, truths, min(k, 1000) if k <= 1000 else len(place))
     (newer, each), (older, either) = detectron2s(matrix), mmsegmentations(matrix)
     for name, value in (newer | older).items():
@@ -133,8 +135,14 @@ def test_scores_of_detectron2_and_mmsegmentation(tmp_path, draw, kind, ending, v
     assert found["scores"]["all"]["mIoU"] < found["scores"]["all"]["mIoU_gt"]
     facts = found["facts"]
     assert facts["classes in the truth"] == (~np.isnan(each)).sum()
-    assert facts["classes in truth or prediction"] == (~np.isnan(either)).sum() == facts["classes in the truth"] + 1
-    assert facts["labelled pixels"] == matrix.sum() and facts["ignored pixels"] == sum((t < 0).sum() for t in truths)
+    assert (
+        facts["classes in truth or prediction"]
+        == (~np.isnan(either)).sum()
+        == facts["classes in the truth"] + 1
+    )
+    assert facts["labelled pixels"] == matrix.sum() and facts["ignored pixels"] == sum(
+        (t < 0).sum() for t in truths
+    )
     rows = list(csv.DictReader((tmp_path / "classes.csv").open()))
     assert len(rows) == k and rows == [
         {name: "" if value is None else str(value) for name, value in row.items()} for row in found["classes"]
@@ -152,7 +160,10 @@ def test_torchmetrics(tmp_path):
     truths = [areas(rng, [255, *range(6)]) for _ in range(5)]
     predictions = [np.where(rng.random(t.shape) < 0.5, t % 255, areas(rng, range(7))) for t in truths]
     found = run(written(tmp_path, predictions, truths), "--num_classes=8")
-    joined = [torch.from_numpy(np.concatenate([m.ravel() for m in s]).astype(np.int64)) for s in (predictions, truths)]
+    joined = [
+        torch.from_numpy(np.concatenate([m.ravel() for m in s]).astype(np.int64))
+        for s in (predictions, truths)
+    ]
     shape = {"task": "multiclass", "num_classes": 8, "ignore_index": 255}
     each = metrics.functional.jaccard_index(*joined, average="none", **shape).numpy()
     np.testing.assert_allclose([row["IoU"] or 0.0 for row in found["classes"]], 100 * each, rtol=1e-5)
@@ -184,7 +195,9 @@ def test_by_hand(tmp_path, capsys):
 
 
 def test_a_single_pair_of_files_and_a_palette(tmp_path):
-    write(tmp_path, {"p": np.array([[0, 1, 1]], np.uint8), "t": np.array([[0, 1, 2]], np.uint8)}, palette=True)
+    write(
+        tmp_path, {"p": np.array([[0, 1, 1]], np.uint8), "t": np.array([[0, 1, 2]], np.uint8)}, palette=True
+    )
     out = tmp_path / "r.json"
     assert not score.main(
         ["semantic", f"--pred={tmp_path}/p.png", f"--gt={tmp_path}/t.png", "--num_classes=3", f"--json={out}"]
@@ -319,7 +332,13 @@ def test_seen_and_unseen_classes(tmp_path):
     found = run(written(tmp_path, [prediction], [truth]), "--protocol=pas20", "--split=voc")["scores"]
     matrix = matrix_of([prediction], [np.where(truth == 255, -1, truth - 1)], 20)
     (_, each), (_, either) = detectron2s(matrix), mmsegmentations(matrix)
-    unseen = [15, 16, 17, 18, 19]  # potted plant, sheep, sofa, train, tv monitor: sofa and train are in no truth
+    unseen = [
+        15,
+        16,
+        17,
+        18,
+        19,
+    ]  # potted plant, sheep, sofa, train, tv monitor: sofa and train are in no truth
     for name, values in (("mIoU", either), ("mIoU_gt", each)):
         u, s = np.nanmean(values[unseen]), np.nanmean(np.delete(values, unseen))
         assert found["unseen"][name] == pytest.approx(u) and found["seen"][name] == pytest.approx(s)
@@ -352,8 +371,9 @@ def test_what_is_faulty_is_refused_or_counted(tmp_path, capsys):
     write(tmp_path / "gt", {"003": np.full((2, 2), 77, np.uint8)})
     (tmp_path / "pred/004.png").write_bytes((tmp_path / "pred/005.png").read_bytes()[:-20])
     write(tmp_path / "pred", {"005": np.zeros((2, 2, 3), np.uint8)})
-    assert "1 of 6 truths have no prediction, such as '000'; --missing=skip leaves out what is faulty" in complaint(
-        capsys, tmp_path, "--num_classes=2"
+    assert (
+        "1 of 6 truths have no prediction, such as '000'; --missing=skip leaves out what is faulty"
+        in complaint(capsys, tmp_path, "--num_classes=2")
     )
     found = run(tmp_path, "--num_classes=2", "--missing=skip")
     assert {reason: left["names"] for reason, left in found["skipped"].items()} == {
@@ -364,11 +384,20 @@ def test_what_is_faulty_is_refused_or_counted(tmp_path, capsys):
         "unreadable": ["004", "005"],
     }
     assert found["facts"]["images"] == 1 and found["scores"]["all"]["mIoU"] == 100
-    given = ["semantic", f"--pred={tmp_path}/pred", f"--gt={tmp_path}/gt", "--num_classes=2", "--missing=skip"]
+    given = [
+        "semantic",
+        f"--pred={tmp_path}/pred",
+        f"--gt={tmp_path}/gt",
+        "--num_classes=2",
+        "--missing=skip",
+    ]
     assert score.main(given) == 0
     assert "left out, unreadable: 2 (004, 005)" in capsys.readouterr().out
     for wrong, message in (
-        ("002", "pred/002.png is 2 x 3 (height x width), but its truth {}/gt/002.png is 2 x 2; --missing=skip"),
+        (
+            "002",
+            "pred/002.png is 2 x 3 (height x width), but its truth {}/gt/002.png is 2 x 2; --missing=skip",
+        ),
         ("003", "gt/003.png has the value 77, which is neither a class nor ignored: see --classes"),
         ("004", "pred/004.png cannot be read: it is cut off"),
         ("005", "pred/005.png cannot be read: it is a picture of mode RGB"),
@@ -429,7 +458,7 @@ def test_the_worst_images_are_listed_and_drawn(tmp_path, capsys):
     half = np.where(np.arange(40) < 20, truth, 0)
     written(tmp_path, [truth, 1 - truth, half, truth], [truth, truth, truth, np.full_like(truth, 255)])
     flags = ("--num_classes=2", f"--sheet={tmp_path}/sheet.png")
-    # The second is all wrong; in the third class 1 has 100 of 200 pixels, class 0 1000 of 1100. The last counts nowhere.
+    # The second is all wrong; the third has 100 of 200 pixels of class 1; the last has no labelled pixel.
     worst = ["001 (0.0)", f"002 ({100 * (0.5 + 10 / 11) / 2:.1f})", "000 (100.0)"]
     assert run(tmp_path, *flags)["facts"]["worst images"] == worst
     assert run(tmp_path, "--num_classes=2", "--worst=1")["facts"]["worst images"] == worst[:1]
