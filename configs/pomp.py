@@ -60,7 +60,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config; keys of `arg` stand below, an unknown one or one without effect is an error."""
     args = parse_arg(
         arg,
-        data=("scenes", "folder"),
+        # prepared: a folder with labels that `python -m ovseg_jax.prepare` wrote, such as ImageNet-21K
+        data=("scenes", "folder", "prepared"),
         data_dir="",
         group=("", "base"),  # base: trains on the first half of the classes, and scores both (CoCoOp, 4.1)
         names="",  # data=folder: a file of the folders' class names
@@ -155,11 +156,8 @@ def on_scenes(
 
 def proposals(seed: int) -> ConfigDict:
     """Returns class-agnostic masks of `scenes`: OpenSeg's network, trained on its mask loss alone (ours)."""
-    config = openseg.scenes()
-    config.seed, config.steps = seed, 500
-    config.loss.grounding_weight = 0.0
-    config.data.batch_augment = []
-    config.evals = config.final_evals = {}
+    config = openseg.get_config(f"stage=teacher,seed={seed}")
+    config.steps, config.evals, config.final_evals = 500, {}, {}
     return config
 
 
@@ -227,7 +225,9 @@ def paper(args: Args) -> ConfigDict:
     classes = -(-args.classes // 2) if halves else args.classes
     epoch = max(1, classes * args.shots // own["images"])
     views = 4 if pomp else 1  # code
-    source = dict(name="image_folder", data_dir=args.data_dir, names=args.names)
+    source = dict(name="prepared", data_dir=args.data_dir)
+    if args.data == "folder":
+        source = dict(name="image_folder", data_dir=args.data_dir, names=args.names)
     validation = common.classification(
         dict(source, split=args.val_split, **both),
         256,

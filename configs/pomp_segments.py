@@ -5,7 +5,8 @@
       Expected mIoU on scenes, the mean of 3 seeds: 22.1; from noise (init=noise) 18.9.
   python -m ovseg_jax.main --config=configs/pomp_segments.py:data=masks,data_dir=DIR,unseen=coco_stuff,init=FILE
       the prompt of FILE, or by default one from noise, learns from the segments of the classes that are not unseen. DIR
-      has images/, masks/ with ids of classes, and classes.txt; data=coco takes COCO's panoptic layout.
+      has images/, masks/ with ids of classes, and classes.txt; data=coco takes COCO's panoptic layout, data=prepared a
+      folder that `python -m ovseg_jax.prepare` wrote.
 
 A segment is cut out, and what does not belong to it gets one colour. Numbers are those of the authors' copy of ZSSeg,
 amazon-science/prompt-pretraining, third_party/zsseg.baseline/configs/*/
@@ -32,11 +33,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config; keys of `arg` stand below, an unknown one or one without effect is an error."""
     args = parse_arg(
         arg,
-        data=("scenes", "masks", "coco"),
+        data=("scenes", "masks", "coco", "prepared"),
         data_dir="",
-        val_dir="",  # data=masks: the folder to evaluate on; none where it is not said
-        unseen="",  # coco_stuff | voc (of data=masks: their classes are no panoptic ones) | "cow; ..." | FILE.json
-        proposals="",  # a run whose masks the prompts are then tried on; with data=masks on the images of val_dir
+        val_dir="",  # data=masks, prepared: the folder to evaluate on; none where it is not said
+        unseen="",  # coco_stuff | voc (not of data=coco: their classes are no panoptic ones) | "cow; ..." | FILE.json
+        proposals="",  # a run whose masks the prompts are then tried on; on the images of val_dir, but with data=coco
         init="",  # a prompt's file, words, or noise; by default noise, on scenes POMP's prompt
         run="",  # data=scenes: a finished run of configs/pomp.py
         towers="clip_vitb16",
@@ -80,6 +81,9 @@ def on_masks(args: Args) -> ConfigDict:
     if args.data == "coco":
         common_ = dict(name="coco", data_dir=args.data_dir)
         train, validation = dict(common_, split="train2017"), dict(common_, split="val2017")
+    elif args.data == "prepared":
+        train = dict(name="prepared", data_dir=args.data_dir)
+        validation = dict(train, data_dir=args.val_dir, split="val") if args.val_dir else None
     else:
         common_ = dict(name="folder", kind="semantic")
         train = dict(common_, data_dir=args.data_dir)

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 
 from ovseg_jax.cli.console import LazyParser, Parser, run_command, start
-from ovseg_jax.scoring.report import publish
 
 _DESCRIPTION = """\
 Scores predictions against annotations, both as files of any framework, or scores trained runs.
@@ -16,11 +15,12 @@ Scores predictions against annotations, both as files of any framework, or score
 
 _KINDS = {
     "semantic": "label maps: mIoU, IoU of each class, seen and unseen classes",
+    "panoptic": "panoptic segmentation, files of COCO's form: PQ, SQ, RQ",
     "suite": "a trained classifier, zero-shot on the data sets of a suite",
     "transfer": "segmentation with the masks of one run and the classifier of another",
     "classify_boxes": "names for the boxes of a detector, by a trained classifier",
 }
-"""The modules of `scoring`, each with `add_flags`, and with `run`, which returns a report or prints by itself."""
+"""The modules of `scoring`, each with `add_flags` and `run`."""
 
 _RUNS = ("suite", "transfer", "classify_boxes")
 """The kinds that run a model: the others import no JAX, and so start at once."""
@@ -46,9 +46,7 @@ def parser() -> Parser:
 def _run(arguments: argparse.Namespace) -> None:
     module = importlib.import_module(f"ovseg_jax.scoring.{arguments.kind}")
     del arguments.kind
-    report = module.run(arguments)
-    if report is not None:
-        publish(report, arguments)
+    module.run(arguments)
 
 
 if __name__ == "__main__":

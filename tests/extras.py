@@ -18,5 +18,5 @@ def require(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         if os.environ.get("CI"):
-            pytest.fail(f"CI must have {module} (the extra `torch` or `test` of setup.py): {error}")
+            pytest.fail(f"CI must have {module} (an extra of setup.py): {error}")
         pytest.skip(f"{module} is not installed")

@@ -1,6 +1,43 @@
 """Panoptic quality the slow way: one mask for each segment, one pair at a time, in float64."""
 
+from pathlib import Path
+
 import numpy as np
+from PIL import Image
+
+PUBLISHED = Path(__file__).parents[1] / "../shared/data/pq_deeplab2"
+"""Scenes of DeepLab2's tests, whose PQ is published."""
+
+_COLOURS = {
+    (0, 0, 0): 0,
+    (0, 0, 255): 1,  # person
+    (255, 0, 0): 2,  # bear
+    (0, 255, 0): 3,  # tree
+    (255, 0, 255): 4,  # bird
+    (0, 255, 255): 5,  # sky
+    (255, 255, 0): 6,  # cat
+}
+_TRUE = {
+    "team": {0: 0, 47: 1, 97: 1, 133: 1, 150: 1, 174: 1, 198: 2, 215: 1, 244: 1, 255: 1},
+    "bird": {92: 5, 176: 3, 255: 4},
+    "cat": {0: 0, 255: 6},
+}
+SCENES = tuple(_TRUE)
+
+
+def published_scene(name):
+    """Returns predicted and true ids [H W], and the class 1..6 of each id; 0 is void, in the prediction too."""
+    read = lambda end: np.asarray(Image.open(PUBLISHED / f"{name}_{end}.png").convert("RGB")).astype(int)
+    true = read("gt_instance" if name == "team" else "gt")[..., 0]
+    label = np.vectorize(lambda i: _TRUE[name][i])(true)
+    colours = read("pred_class") @ [1, 256, 65536]
+    guess = np.vectorize({r + 256 * g + 65536 * b: k for (r, g, b), k in _COLOURS.items()}.get)(colours)
+    # A predicted segment has one class and one instance.
+    predicted = read("pred_instance")[..., 0] * 8 + guess + 1
+    predicted[guess == 0] = 0
+    true = np.where(label, true + 1, 0)
+    ids = lambda segments, classes: {int(i): int(classes[segments == i][0]) for i in np.unique(segments) if i}
+    return predicted, true, ids(predicted, guess), ids(true, label)
 
 
 def counts(predicted, true, predicted_class, true_class, crowds, rule="coco"):

@@ -31,10 +31,12 @@ from PIL import Image
 
 from ovseg_jax.cli.outputs import Journal
 from ovseg_jax.config import resolved, stages_of
+from ovseg_jax.data import prepared_files
 from ovseg_jax.data.images import read_header, read_image, read_mask, read_wide_mask
 from ovseg_jax.data.sources.coco import Coco
 from ovseg_jax.data.sources.folder import Folder
 from ovseg_jax.data.sources.image_folder import ImageFolder, read_names
+from ovseg_jax.data.sources.prepared import Prepared
 from ovseg_jax.datasets.members import Members
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.box_files import average_precision, read_annotations, read_boxes
@@ -44,6 +46,7 @@ from ovseg_jax.experiment.load import read_classes, read_words
 from ovseg_jax.experiment.run import _read_summary
 from ovseg_jax.experiment.scores import read_suite
 from ovseg_jax.scoring.files import read_list
+from ovseg_jax.scoring.panoptic import read_panoptic
 from ovseg_jax.towers.templates import read_templates
 from ovseg_jax.train.checkpoints import load_variables, read_config, write_config
 from ovseg_jax.train.metrics import _readable, read_metrics
@@ -196,6 +199,58 @@ def coco_reader(name: str, **arguments: Any) -> Reader:
 def folder_reader(write: Callable[[Path], Path], where: str = "", **arguments: Any) -> Reader:
     root = lambda path: path.parents[1] if where else path.parent
     return Reader(in_folder(write, where), lambda path: all_of(Folder(root(path), **arguments)))
+
+
+def prepared(name: str) -> Reader:
+    """A prepared folder with a shard that is not read; returns one of its other files."""
+
+    def write(folder: Path) -> Path:
+        provides = frozenset({"image", "class_ids", "boxes", "label", "captions", "region_tags"})
+        row = {
+            "size": (12, 16),
+            "class_ids": [0, 1],
+            "iscrowd": [False, True],
+            "boxes": [[0, 0, 3, 4], [5, 5, 9, 9]],
+            "label": 1,
+            "captions": ["a dog"],
+            "region_tags": [["dog"], []],
+        }
+        (folder / "toy-val.array_record-00000-of-00001").write_bytes(b"shard")
+        index = prepared_files.make_index([row, row], provides)
+        np.savez(folder / prepared_files.index_name("val"), allow_pickle=False, **index)
+        files = [prepared_files.shard_name("toy", "val", 0, 1), prepared_files.index_name("val")]
+        shard, listed = (
+            {
+                "file": file,
+                "bytes": (folder / file).stat().st_size,
+                "sha256": prepared_files.file_sha256(folder / file),
+            }
+            for file in files
+        )
+        entry = {"examples": 2, "extent": [12, 16, 2], "shards": [shard | {"examples": 2}], "index": listed}
+        manifest = {
+            "format": prepared_files.FORMAT,
+            "dataset": "toy",
+            "provides": sorted(provides),
+            "splits": {"val": entry},
+        }
+        text(prepared_files.MANIFEST, json.dumps(manifest))(folder)
+        text(prepared_files.CLASSES, CLASSES.to_json())(folder)
+        return folder / name
+
+    def read(path: Path) -> None:
+        if name.endswith("npz"):  # whose size a manifest holds
+            fields = frozenset({"class_ids", "boxes", "label", "captions", "region_tags"})
+            index = prepared_files.read_index(path, 2, fields)
+            for field in ("captions", "region_tags"):
+                list(prepared_files.read_texts(index, field, path))
+            return
+        source = Prepared(path.parent, "val")
+        source.extent()
+        source.regions()
+        list(source.captions())
+
+    return Reader(write, read)
 
 
 def class_folders(folder: Path) -> Path:
@@ -455,6 +510,10 @@ READERS: dict[str, Reader] = {
         )
     },
     "COCO's panoptic JSON": coco_reader("annotations/panoptic_val.json"),
+    "panoptic results": Reader(
+        coco("annotations/panoptic_val.json"),
+        lambda path: read_panoptic(str(path), read_panoptic(str(path))[0]),
+    ),
     "COCO's captions": coco_reader("annotations/captions_val.json", masks=False),
     "COCO's PNG": coco_reader("annotations/panoptic_val/1.png"),
     "COCO's image": coco_reader("val/1.jpg"),
@@ -529,6 +588,9 @@ READERS: dict[str, Reader] = {
     "boxes": Reader(text("b.json", json.dumps(BOXES)), read_boxes),
     "annotations": Reader(text("a.json", json.dumps(ANNOTATIONS)), judged),
     "annotations of LVIS": Reader(text("a.json", json.dumps(LVIS)), judged),
+    "manifest of a prepared set": prepared(prepared_files.MANIFEST),
+    "classes of a prepared set": prepared(prepared_files.CLASSES),
+    "index of a prepared set": prepared("index-val.npz"),
     "zip": Reader(archive("a.zip"), all_members),
     "zip in a tar": Reader(archive("a.tar"), all_members),
     "zip in a tar.gz": Reader(archive("a.tar.gz"), all_members, 0.5),
@@ -616,6 +678,11 @@ OPENERS: dict[str, str] = {
     "config.py:from_json": "config.json of a run",
     "data/images.py:_decode_png": "wide mask a.png L",
     "data/images.py:_open": "image a.png RGBA",
+    "data/prepared_files.py:file_sha256": "none: computes a checksum",
+    "data/prepared_files.py:read_index": "index of a prepared set",
+    "data/prepared_files.py:read_manifest": "manifest of a prepared set",
+    "data/prepared_files.py:read_prepared_classes": "classes of a prepared set",
+    "data/prepared_files.py:read_texts": "index of a prepared set",
     "data/sources/coco.py:_read_lists": "COCO's panoptic JSON",
     "data/sources/folder.py:_from_lines": "captions.jsonl",
     "data/sources/folder.py:_from_table": "captions.tsv",
@@ -624,6 +691,14 @@ OPENERS: dict[str, str] = {
     "datasets/members.py:_add_archive": "zip in a tar",
     "datasets/members.py:_tar_entries": "zip in a tar",
     "datasets/members.py:read": "zip in a tar",
+    "datasets/prepare.py:_check_folder": "none: tests/datasets/test_prepare.py",
+    "datasets/prepare.py:_finish": "none: copies what was just written",
+    "datasets/prepare.py:_load_job": "none: written anew by each call",
+    "datasets/prepare.py:_plan": "none: tests/datasets/test_prepare.py",
+    "datasets/prepare.py:_prepare_split": "none: the sentence of a worker",
+    "datasets/prepare.py:_read_entries": "none: tests/datasets/test_prepare.py",
+    "datasets/prepare.py:_read_mark": "none: tests/datasets/test_prepare.py",
+    "datasets/prepare.py:_whole_file": "none: makes a file durable",
     "evals/box_files.py:read_annotations": "annotations",
     "evals/box_files.py:read_boxes": "boxes",
     "experiment/features.py:kept_features": "features",
@@ -641,6 +716,7 @@ OPENERS: dict[str, str] = {
     "inference/export.py:to_folder": "none: a class list in memory",
     "inference/pictures.py:_prompt_points": "none: read_json and numbers",
     "scoring/files.py:read_list": "list of images",
+    "scoring/panoptic.py:read_panoptic": "panoptic results",
     "pretrained/files.py:_header": "safetensors",
     "pretrained/files.py:_npz": "npz",
     "pretrained/files.py:_safetensors": "safetensors",

@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int32, UInt8, UInt16
+from jaxtyping import Int32, UInt8, UInt16, UInt32
 from PIL import Image, ImageFile, ImageOps
 
 from ovseg_jax.errors import UserError
@@ -192,6 +192,20 @@ def read_header(path: File) -> tuple[tuple[int, int], int]:
         return ((width, height) if turned else (height, width)), orientation
 
 
+def check_image(path: File) -> tuple[int, int]:
+    """Decodes an image, a JPEG at an eighth of its size, to find damage; returns the upright height and width.
+
+    Raises:
+      UserError: the file is missing, damaged or not an image.
+    """
+    size, _ = read_header(path)
+    with _decoding(path, "the image"):
+        image = _open(path, checksums=True)
+        image.draft(None, (1, 1))
+        image.load()
+    return size
+
+
 def read_mask(path: File) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"]:
     """Reads the stored values of a one-channel picture without loss (palette indices, or 1 to 16 bits).
 
@@ -260,18 +274,21 @@ def _decode_png(data: bytes) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h
     return pixels.view(">u2")[..., 0].astype(np.uint16) if depth == 16 else pixels[..., 0]
 
 
-def read_colours(path: File, what: str) -> UInt8[np.ndarray, "h w 3"]:
-    """Reads the stored colours of a PNG with 8 bits a channel, such as COCO's panoptic PNGs.
+def read_ids(path: File, what: str) -> UInt32[np.ndarray, "h w"]:
+    """Reads the ids of COCO's panoptic PNGs, R + 256 G + 65536 B; the file has 8 bits a channel.
 
     Raises:
       UserError: the file is damaged, or not such a PNG.
     """
     with _decoding(path, what):
-        image = _open(path, checksums=True)
-        if image.format != "PNG" or _raw_mode(image) not in ("RGB", "RGBA", "P", "P;1", "P;2", "P;4"):
-            raise ValueError(f"it is {image.format} of mode {_raw_mode(image)}, not a PNG of 8-bit colours")
-        # The alpha channel is dropped: colours count also where it is zero.
-        return np.asarray(image.convert("RGB"))
+        file = _open(path, checksums=True)
+        if file.format != "PNG" or _raw_mode(file) not in ("RGB", "RGBA", "P", "P;1", "P;2", "P;4"):
+            raise ValueError(f"it is {file.format} of mode {_raw_mode(file)}, not a PNG of 8-bit colours")
+        file.info.pop("transparency", None)  # colours count also where they are transparent
+        image = file.convert("RGB") if file.mode == "P" else file
+        # Pillow has four bytes a pixel in memory, too, so that these are copied at once.
+        colours = np.asarray(image.convert("RGBA"))
+        return colours.view("<u4")[..., 0] & np.uint32(0xFFFFFF)
 
 
 def save_mask(

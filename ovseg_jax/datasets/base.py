@@ -70,7 +70,7 @@ class Dataset:
       licence: the licence of annotations and images in words.
       download: the files that the source folder holds.
       options: the choices that the reader offers.
-      splits: the names of its splits, in the publishers' spelling.
+      splits: the names of its splits, of letters, digits and underscores; "train" and "val" where it has such.
       provides: the fields of `data.source_base.FIELDS` that examples have; options may change it.
       classes: the classes with the publishers' ids; a subclass may set it in its constructor.
       wide: whether an image may have more than 255 segments, which are then stored in 16 bits.
@@ -136,6 +136,11 @@ class Dataset:
           UserError: a file is missing or damaged, or files disagree.
         """
         raise NotImplementedError
+
+    def stamp(self) -> dict[str, int]:
+        """Returns the size in bytes of each file of `download` in the source folder, by which changes are noticed."""
+        names = (file.file for file in self.download)
+        return {name: (self.source / name).stat().length for name in names if (self.source / name).is_file()}
 
     def check_split(self, split: str) -> None:
         """Raises a UserError if there is no such split."""

@@ -14,3 +14,26 @@ def find_dataset(name: str) -> type[Dataset]:
       UserError: there is no such data set.
     """
     return import_class(DATASETS.get(name, name), Dataset, "data set", DATASETS)
+
+
+def list_datasets() -> str:
+    """Returns a line for each data set of `DATASETS`."""
+    width = max(map(len, DATASETS), default=0)
+    return "\n".join(f"{name:{width}}  {find_dataset(name).about}" for name in DATASETS)
+
+
+def describe(kind: type[Dataset]) -> str:
+    """Returns what a user needs to know to prepare a data set: files, addresses, licence, splits, options."""
+    lines = [
+        f"{kind.name} {kind.version}: {kind.about}",
+        f"homepage: {kind.homepage}",
+        f"licence: {kind.licence}",
+    ]
+    lines += ["files of --source, as archives or unpacked:"]
+    for file in kind.download:
+        lines += [f"  {file.file}" + (f" ({file.note})" if file.note else ""), f"    {file.address}"]
+    lines += [f"splits: {', '.join(kind.splits)}"]
+    for option in kind.options:
+        values = "|".join(option.values) or "TEXT"
+        lines += [f"--option={option.name}={values}: {option.about}"]
+    return "\n".join(lines)

@@ -22,7 +22,7 @@ from ovseg_jax.scoring.files import (
 )
 from ovseg_jax.scoring.label_maps import SUFFIXES, Counted, Rules, Values, count_pair
 from ovseg_jax.scoring.protocols import PROTOCOLS
-from ovseg_jax.scoring.report import Report, add_report_flags, check_report_flags
+from ovseg_jax.scoring.report import Report, add_report_flags, check_report_flags, publish
 from ovseg_jax.vocab.class_files import read_class_file
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.splits import UNSEEN, load_split
@@ -151,8 +151,8 @@ class _Total(NamedTuple):
     each: list[tuple[Pair, float | None]]
 
 
-def run(arguments: argparse.Namespace) -> Report:
-    """Scores the label maps.
+def run(arguments: argparse.Namespace) -> None:
+    """Scores the label maps and prints the report.
 
     Raises:
       UserError: a flag or a file is invalid.
@@ -177,7 +177,8 @@ def run(arguments: argparse.Namespace) -> Report:
         draw_sheet(
             arguments.sheet, [(pair, value) for value, _, pair in lowest], rules, classes, arguments.images
         )
-    return _report(arguments, classes, total, skips, [f"{name} ({value:.1f})" for value, name, _ in lowest])
+    worst_images = [f"{name} ({value:.1f})" for value, name, _ in lowest]
+    publish(_report(arguments, classes, total, skips, worst_images), arguments)
 
 
 def _worst(arguments: argparse.Namespace) -> int:

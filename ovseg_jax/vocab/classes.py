@@ -226,6 +226,22 @@ def read_label_file(path: epath.PathLike) -> ClassList:
     return listed.say_shared(path)
 
 
+def rename(classes: ClassList, labels: epath.PathLike) -> ClassList:
+    """Returns the classes with the names that a label file gives their ids.
+
+    Raises:
+      UserError: the file cannot be read, or lacks an id.
+    """
+    listed = read_label_file(labels)
+    by_id = dict(zip(listed.ids, listed.names, strict=True))
+    if missing := [k for k, own in enumerate(classes.ids) if own not in by_id]:
+        raise UserError(
+            f"labels={labels} has no line for category {classes.ids[missing[0]]} "
+            f"({classes.display(missing[0])!r})"
+        )
+    return dataclasses.replace(classes, names=tuple(by_id[own] for own in classes.ids))
+
+
 def load_labels(text_or_path: str) -> ClassList:
     """Reads a label file if the text is the path of one, and otherwise parses the text as labels.
 

@@ -12,6 +12,7 @@ from ovseg_jax.data.images import (
     Encoded,
     list_images,
     read_header,
+    read_ids,
     read_image,
     read_mask,
     read_wide_mask,
@@ -149,6 +150,33 @@ def test_what_is_no_mask(tmp_path):
     wrong("e.tif", grey, "holds 2 pictures", save_all=True, append_images=[grey])
     wrong("a.png", grey.convert("RGBA"), "mode RGBA")
     wrong("b.png", grey.convert("LA"), "mode LA")
+
+
+def test_ids_of_a_panoptic_png(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 1 << 24, (5, 7))
+    colours = np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)
+    clear = np.concatenate([colours, np.zeros((5, 7, 1), np.uint8)], -1)
+    for name, pixels in (("rgb", colours), ("rgba", clear)):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+        found = read_ids(tmp_path / f"{name}.png", "the PNG")
+        np.testing.assert_array_equal(found, ids)
+        assert found.dtype == np.uint32
+    few = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3), "P")
+    few.putpalette([0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1, 9, 9, 9, 255, 255, 255])
+    few.save(tmp_path / "p.png", transparency=1)
+    values = [[0, 1, 256], [65536, 9 * 65793, (1 << 24) - 1]]
+    np.testing.assert_array_equal(read_ids(tmp_path / "p.png", "the PNG"), values)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("a.jpg", "RGB"), ("a.png", "L"), ("a.png", "I;16"), ("a.tif", "RGB")]
+)
+def test_what_is_no_panoptic_png(tmp_path, name, mode):
+    Image.new(mode, (3, 2)).save(tmp_path / name)
+    with pytest.raises(
+        UserError, match=rf"the PNG .*{name} cannot be read: it is .*, not a PNG of 8-bit colours"
+    ):
+        read_ids(tmp_path / name, "the PNG")
 
 
 @pytest.mark.parametrize(("read", "bits"), [(read_mask, 4), (read_wide_mask, 8)])

@@ -1,18 +1,14 @@
 """PQ against a loop over masks in float64, against published values, and on cases that are easily got wrong."""
 
 from functools import reduce
-from pathlib import Path
 
 import numpy as np
 import panoptic_reference as reference
 import pytest
-from PIL import Image
 
 from ovseg_jax.evals.panoptic_quality import VOID, Tally, add, overlaps, scores, table, tally
 from ovseg_jax.vocab.classes import ClassList
 from tests.extras import require
-
-PUBLISHED = Path(__file__).parents[2] / "../shared/data/pq_deeplab2"
 
 
 def of(predicted, true, predicted_class, true_class, crowds=(), classes=5, rule="coco"):
@@ -114,46 +110,15 @@ def test_overlaps_of_ids_of_four_bytes_and_of_nothing():
         assert ((a == p) & (b == t)).sum() == n
 
 
-COLOURS = {
-    (0, 0, 0): 0,
-    (0, 0, 255): 1,  # person
-    (255, 0, 0): 2,  # bear
-    (0, 255, 0): 3,  # tree
-    (255, 0, 255): 4,  # bird
-    (0, 255, 255): 5,  # sky
-    (255, 255, 0): 6,  # cat
-}
-TRUE = {
-    "team": {0: 0, 47: 1, 97: 1, 133: 1, 150: 1, 174: 1, 198: 2, 215: 1, 244: 1, 255: 1},
-    "bird": {92: 5, 176: 3, 255: 4},
-    "cat": {0: 0, 255: 6},
-}
-
-
-def published(name):
-    """The tally of a scene of DeepLab2's tests; class 0 is void, in the prediction too."""
-    read = lambda end: np.asarray(Image.open(PUBLISHED / f"{name}_{end}.png").convert("RGB")).astype(int)
-    true = read("gt_instance" if name == "team" else "gt")[..., 0]
-    label = np.vectorize(lambda i: TRUE[name][i])(true)
-    colours = read("pred_class") @ [1, 256, 65536]
-    guess = np.vectorize({r + 256 * g + 65536 * b: k for (r, g, b), k in COLOURS.items()}.get)(colours)
-    # A predicted segment has one class and one instance.
-    predicted = read("pred_instance")[..., 0] * 8 + guess + 1
-    predicted[guess == 0] = 0
-    true = np.where(label, true + 1, 0)
-    ids = lambda segments, classes: {int(i): int(classes[segments == i][0]) for i in np.unique(segments) if i}
-    return of(predicted, true, ids(predicted, guess), ids(true, label), classes=7)
-
-
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="no published scenes beside the repository")
+@pytest.mark.skipif(not reference.PUBLISHED.is_dir(), reason="no published scenes beside the repository")
 def test_published_scenes_have_the_published_scores():
-    one = scores(published("team"), (True,) * 7)
+    team = of(*reference.published_scene("team"), classes=7)
+    one = scores(team, (True,) * 7)
     assert [one[m] / 100 for m in ("pq", "sq", "rq")] == pytest.approx(
         [0.62156284, 0.64664984, 0.96666670], abs=5e-7
     )
-    team = published("team")
     assert (team.tp.sum(), team.fn.sum(), team.fp.sum()) == (8, 1, 0)
-    every = reduce(add, [published(name) for name in TRUE])
+    every = reduce(add, [of(*reference.published_scene(name), classes=7) for name in reference.SCENES])
     assert scores(every, (True,) * 7)["pq"] / 100 == pytest.approx(0.76855499, abs=5e-7)
 
 

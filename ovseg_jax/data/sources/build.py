@@ -23,6 +23,7 @@ SOURCES = {
     "scene_objects": "ovseg_jax.data.scenes.objects:SceneObjects",
     "image_folder": "ovseg_jax.data.sources.image_folder:ImageFolder",
     "tfds": "ovseg_jax.data.sources.tfds_images:TfdsImages",
+    "prepared": "ovseg_jax.data.sources.prepared:Prepared",
     "crops": "ovseg_jax.data.sources.crops:Crops",
 }
 """The class of each kind of source, imported when it is used."""

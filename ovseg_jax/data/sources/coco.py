@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int, Int32, UInt8
+from jaxtyping import Int, Int32, UInt8, UInt32
 
-from ovseg_jax.data.images import read_colours, read_oriented, turn_mask
+from ovseg_jax.data.images import read_ids, read_oriented, turn_mask
 from ovseg_jax.data.source_base import Example, Extent, Regions, Source
 from ovseg_jax.data.transforms import segment_boxes
 from ovseg_jax.errors import UserError
 from ovseg_jax.reading import column, flag, numbers, objects, read_json, reading, text, whole
-from ovseg_jax.vocab.classes import ClassList, read_label_file
+from ovseg_jax.vocab.classes import ClassList, rename
 
 # An upper limit of an image's side in pixels.
 _LONGEST = 1 << 20
@@ -148,8 +148,8 @@ class Coco(Source):
         if not self._pngs[index]:
             return np.zeros(size, np.int32)
         png, path = self._masks / self._pngs[index], self._images / self._files[index]
-        colours = turn_mask(read_colours(png, "the PNG"), png, path, size, orientation)
-        return _number(colours, ids, png, self._json.name)
+        stored = turn_mask(read_ids(png, "the PNG"), png, path, size, orientation)
+        return _number(stored, ids, png, self._json.name)
 
     def extent(self) -> Extent:
         """Returns the extent from the JSON, without opening an image."""
@@ -240,11 +240,7 @@ def _classes(categories: list[dict[str, Any]], labels: epath.PathLike | None) ->
     if double := [k for k, count in Counter(ids).items() if count > 1]:
         raise ValueError(f"it lists the category {double[0]} twice")
     if labels:
-        listed = read_label_file(labels)
-        by_id = dict(zip(listed.ids, listed.names, strict=True))
-        if missing := [(k, name) for k, name in zip(ids, raw, strict=True) if k not in by_id]:
-            raise UserError(f"labels={labels} has no line for category {missing[0][0]} ({missing[0][1]!r})")
-        names = [by_id[k] for k in ids]
+        names = [(r,) for r in raw]
     else:
         if not all(name.strip() for name in raw):
             raise ValueError("a category has an empty name")
@@ -255,7 +251,8 @@ def _classes(categories: list[dict[str, Any]], labels: epath.PathLike | None) ->
         "thing": tuple(k for k, thing in enumerate(isthing) if thing),
         "stuff": tuple(k for k, thing in enumerate(isthing) if not thing),
     }
-    return ClassList(tuple(names), tuple(ids), tuple(isthing), {g: m for g, m in groups.items() if m})
+    classes = ClassList(tuple(names), tuple(ids), tuple(isthing), {g: m for g, m in groups.items() if m})
+    return rename(classes, labels) if labels else classes
 
 
 def _plain_name(name: str) -> str:
@@ -264,14 +261,14 @@ def _plain_name(name: str) -> str:
 
 
 def _number(
-    colours: UInt8[np.ndarray, "h w 3"], ids: Int[np.ndarray, "n"], path: epath.Path, json_name: str
+    stored: UInt32[np.ndarray, "h w"], ids: Int[np.ndarray, "n"], path: epath.Path, json_name: str
 ) -> Int32[np.ndarray, "h w"]:
-    """Converts ids stored as colours R + 256 G + 65536 B to segment numbers 1.. in the order of `ids`; 0 is void.
+    """Converts stored ids to segment numbers 1.. in the order of `ids`; 0 is void.
 
     Raises:
       UserError: the PNG does not hold the segments `ids`.
     """
-    flat = (colours.astype(np.int32) @ np.array([1, 256, 65536], np.int32)).ravel()
+    flat = stored.astype(np.int32).ravel()
     # One lookup for each run of equal pixels instead of each pixel.
     starts = np.flatnonzero(np.diff(flat, prepend=-1))
     runs = flat[starts]
@@ -287,7 +284,7 @@ def _number(
             f"{path} and {json_name} disagree: the JSON has a segment {int(absent[0])} that the PNG lacks"
         )
     number = np.concatenate([[0], order + 1]).astype(np.int32)
-    return np.repeat(number[place], np.diff(starts, append=flat.size)).reshape(colours.shape[:2])
+    return np.repeat(number[place], np.diff(starts, append=flat.size)).reshape(stored.shape)
 
 
 def _read_lists(path: epath.Path, keys: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:

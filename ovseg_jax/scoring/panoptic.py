@@ -1,0 +1,311 @@
+"""`score panoptic`: panoptic quality of COCO's JSON and PNGs."""
+
+import argparse
+import functools
+import os
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from ovseg_jax.data.images import read_ids
+from ovseg_jax.errors import UserError
+from ovseg_jax.evals.panoptic_quality import (
+    RULES,
+    Overlaps,
+    Rule,
+    Tally,
+    add,
+    overlaps,
+    scores,
+    table,
+    tally,
+)
+from ovseg_jax.reading import column, flag, number, objects, read_json, reading, text, whole
+from ovseg_jax.scoring.files import Fault, Skips, add_file_flags, results, workers_of
+from ovseg_jax.scoring.report import Report, add_report_flags, check_report_flags, publish
+from ovseg_jax.vocab.classes import ClassList
+
+_DESCRIPTION = """\
+Scores panoptic segmentation: PQ, SQ and RQ over all classes, things and stuff, and for each class.
+
+  python -m ovseg_jax.score panoptic --pred=panoptic.json --gt=panoptic_val2017.json --csv=classes.csv
+
+Both are JSON files in COCO's panoptic format, with their PNGs (ids are R + 256 G + 65536 B) in the folder of the same
+name without .json, or in --pred_masks and --gt_masks. Categories are those of --gt. An image without any segment needs
+an annotation with an empty segments_info, or counts as missing.
+
+--rule says how pixels without a true segment and crowds count:
+  coco     as in panopticapi: void counts in no union, and a false prediction is ignored if more than half of it is void
+           or on a crowd of its class. ADE20K, Cityscapes and Mapillary use it too.
+  bdd100k  void counts in unions, and a false prediction is ignored if more than half of it is on no segment that is not
+           a crowd.
+Pixels count, not the areas in the JSON. As in panopticapi, a true segment without pixels is missed, and an id of a true
+PNG that its JSON lacks is neither void nor a segment; both are counted in the report. In a prediction they are errors.
+"""
+
+
+class Annotation(NamedTuple):
+    """The segments of an image.
+
+    Attributes:
+      file: the name of the PNG.
+      ids: their ids, in the JSON's order.
+      category: the index of each one's class.
+      crowd: whether each is a crowd.
+      area: the area of each in the JSON, or -1.
+    """
+
+    file: str
+    ids: np.ndarray
+    category: np.ndarray
+    crowd: np.ndarray
+    area: np.ndarray
+
+
+class _Pair(NamedTuple):
+    name: str
+    predicted: Annotation
+    true: Annotation
+
+
+class _Found(NamedTuple):
+    """The result of an image: its tally, and numbers of true segments that are odd."""
+
+    tally: Tally
+    invisible: int
+    unlisted: int
+    other_area: int
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the description and the flags."""
+    parser.description = _DESCRIPTION
+    add = parser.add_argument
+    add("--pred", required=True, metavar="FILE", help="the JSON of the predictions")
+    add("--gt", required=True, metavar="FILE", help="the JSON of the truth")
+    add("--pred_masks", metavar="DIR", help="the PNGs of the predictions (default: --pred without .json)")
+    add("--gt_masks", metavar="DIR", help="the PNGs of the truth (default: --gt without .json)")
+    add("--rule", choices=RULES, default="coco", help="see above (default %(default)s)")
+    add_file_flags(parser)
+    add_report_flags(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command."""
+    check_report_flags(arguments, {"--pred": arguments.pred, "--gt": arguments.gt})
+    skips, workers = Skips(arguments.missing), workers_of(arguments)
+    folders = [
+        _folder(given or path.removesuffix(".json"), f"{name}_masks")
+        for name, path, given in (
+            ("--pred", arguments.pred, arguments.pred_masks),
+            ("--gt", arguments.gt, arguments.gt_masks),
+        )
+    ]
+    found = score(arguments.pred, arguments.gt, folders[0], folders[1], arguments.rule, skips, workers)
+    publish(found, arguments)
+
+
+def _folder(path: str, flag: str) -> str:
+    if not epath.Path(path).is_dir():
+        raise UserError(f"the folder {path} with the PNGs is missing: name it by {flag}")
+    return path
+
+
+def score(
+    pred: str, gt: str, pred_masks: str, gt_masks: str, rule: Rule, skips: Skips, workers: int
+) -> Report:
+    """Scores a prediction.
+
+    Args:
+      pred: the JSON of the predictions.
+      gt: the JSON of the truth.
+      pred_masks: the folder of the predictions' PNGs.
+      gt_masks: the folder of the true PNGs.
+      rule: see `panoptic_quality`.
+      skips: takes images that cannot be scored.
+      workers: the number of processes.
+
+    Raises:
+      UserError: a file is not of COCO's form, no image can be scored, or one cannot and `skips` does not allow it.
+    """
+    classes, truths = read_panoptic(gt)
+    _, predictions = read_panoptic(pred, classes)
+    without = [name for name in truths if name not in predictions]
+    skips.add(
+        without, _lone("no prediction", without, f"of {len(truths)} images have no prediction in {pred}")
+    )
+    surplus = [name for name in predictions if name not in truths]
+    skips.add(surplus, _lone("no truth", surplus, f"predicted images are not in {gt}"))
+    pairs = [_Pair(name, predictions[name], true) for name, true in truths.items() if name in predictions]
+    one = functools.partial(_image, pred_masks=pred_masks, gt_masks=gt_masks, classes=len(classes), rule=rule)
+    total: Tally | None = None
+    odd, count = Counter[str](), 0
+    for _, image in results(one, pairs, skips, workers=workers):
+        total, count = add(total, image.tally), count + 1
+        odd += Counter(
+            {
+                "true segments without pixels, which are missed": image.invisible,
+                "ids in true PNGs that the JSON lacks": image.unlisted,
+                "true segments whose area in the JSON is another": image.other_area,
+            }
+        )
+    if total is None:
+        raise UserError(f"no image of {gt} can be scored")
+    return _report(total, classes, {"images": count, "rule": rule, **odd}, skips)
+
+
+def _lone(reason: str, names: Sequence[str], have: str) -> Fault:
+    return Fault(reason, f"{len(names)} {have}, such as {names[0]}" if names else "")
+
+
+def _report(total: Tally, classes: ClassList, facts: dict[str, Any], skips: Skips) -> Report:
+    found, rows = scores(total, classes.isthing), table(total, classes)
+    grid: dict[str, dict[str, float | None]] = {}
+    for name, end, kinds in (
+        ("all", "", ("thing", "stuff")),
+        ("things", "/thing", ("thing",)),
+        ("stuff", "/stuff", ("stuff",)),
+    ):
+        grid[name] = {metric.upper(): found.get(f"{metric}{end}") for metric in ("pq", "sq", "rq")}
+        grid[name]["classes"] = sum(row.pq is not None and row.kind in kinds for row in rows)
+    lines = [
+        {
+            "class": row.name,
+            "id": classes.ids[k],
+            "kind": row.kind,
+            **{key.upper(): value for key, value in row._asdict().items() if key not in ("name", "kind")},
+        }
+        for k, row in enumerate(rows)
+    ]
+    return Report("panoptic", grid, lines, facts, skips.names)
+
+
+def _image(pair: _Pair, *, pred_masks: str, gt_masks: str, classes: int, rule: Rule) -> _Found:
+    """Scores one image.
+
+    Raises:
+      UserError: a PNG cannot be read, sizes differ, or JSON and PNG of the prediction disagree.
+    """
+    files = os.path.join(pred_masks, pair.predicted.file), os.path.join(gt_masks, pair.true.file)
+    predicted, true = (read_ids(file, "the PNG") for file in files)
+    if predicted.shape != true.shape:
+        sizes = [f"{height} x {width}" for height, width in (predicted.shape, true.shape)]
+        raise Fault(
+            "another size",
+            f"{files[0]} is {sizes[0]} (height x width), but the true {files[1]} is {sizes[1]}",
+        )
+    shared = overlaps(predicted, true)
+    guess, _, unlisted = _numbers(shared.predicted, pair.predicted.ids)
+    for name, wrong in (
+        ("the PNG has the segment {} that the JSON lacks", unlisted),
+        (
+            "the JSON has the segment {} that the PNG lacks",
+            np.setdiff1d(pair.predicted.ids, shared.predicted),
+        ),
+    ):
+        if wrong.size:
+            raise Fault(
+                "JSON and PNG disagree", f"{files[0]}, image {pair.name}: {name.format(int(wrong[0]))}"
+            )
+    place, unlisted_from, unlisted = _numbers(shared.true, pair.true.ids)
+    # What the JSON lacks has a class that is of no account.
+    true_class = np.concatenate([pair.true.category, np.full(len(unlisted), classes)])
+    true_crowd = np.concatenate([pair.true.crowd, np.zeros(len(unlisted), bool)])
+    area = np.bincount(place, shared.pixels, len(true_class) + 1)[1:unlisted_from]
+    stated = pair.true.area
+    return _Found(
+        tally(
+            Overlaps(guess, place, shared.pixels),
+            pair.predicted.category,
+            true_class,
+            true_crowd,
+            classes,
+            rule,
+        ),
+        int((area == 0).sum()),
+        len(unlisted),
+        int(((stated >= 0) & (stated != area) & (area > 0)).sum()),
+    )
+
+
+def _numbers(ids: np.ndarray, listed: np.ndarray) -> tuple[np.ndarray, int, np.ndarray]:
+    """Numbers ids from 1 in the order of the list, then those that it lacks; 0 stays 0.
+
+    Returns:
+      The numbers, the first number of what the list lacks, and its ids.
+    """
+    unlisted = np.setdiff1d(ids, np.append(listed, 0))
+    known = np.concatenate([[0], listed, unlisted])
+    order = np.argsort(known)
+    return order[np.searchsorted(known[order], ids)], len(listed) + 1, unlisted
+
+
+def read_panoptic(path: str, classes: ClassList | None = None) -> tuple[ClassList, dict[str, Annotation]]:
+    """Reads a panoptic JSON.
+
+    Args:
+      path: the file.
+      classes: the categories; those of the file itself if None.
+
+    Returns:
+      The categories, and the annotation of each image by its id, as text, since tools write both 285 and "285".
+
+    Raises:
+      UserError: it is not of COCO's form, an image or a segment's id occurs twice, or a category is unknown.
+    """
+    content = read_json(path)
+    with reading(path):
+        if not isinstance(content, dict) or not content.get("annotations"):
+            raise ValueError("it has no annotations, so it is not in COCO's panoptic format")
+        if classes is None:
+            classes = _categories(content.get("categories"))
+        return classes, _annotations(objects(content["annotations"], "'annotations'"), classes)
+
+
+def _categories(rows: Any) -> ClassList:
+    rows = objects(rows, "'categories'")
+    ids = column(rows, "id", whole, of="category")
+    if len(set(ids)) < len(ids):
+        raise ValueError("two categories have the same id")
+    names = column(rows, "name", text, default=None, of="category")
+    things = column(rows, "isthing", flag, of="category")
+    shown = tuple((name or str(k),) for name, k in zip(names, ids, strict=True))
+    return ClassList(shown, tuple(ids), tuple(things))
+
+
+def _annotations(rows: list[dict[str, Any]], classes: ClassList) -> dict[str, Annotation]:
+    index = {category: k for k, category in enumerate(classes.ids)}
+    found: dict[str, Annotation] = {}
+    names = [str(x) for x in column(rows, "image_id", _image_id, of="annotation")]
+    files = column(rows, "file_name", text, of="annotation")
+    infos = column(rows, "segments_info", objects, of="annotation")
+    for name, file, segments in zip(names, files, infos, strict=True):
+        where = f"image {name}, segment"
+        ids = column(segments, "id", whole, 1, (1 << 24) - 1, of=where)
+        kinds = column(segments, "category_id", whole, of=where)
+        if name in found:
+            raise ValueError(f"it has two annotations for the image {name}")
+        if len(set(ids)) < len(ids):
+            raise ValueError(
+                f"two segments of the image {name} have the id {Counter(ids).most_common(1)[0][0]}"
+            )
+        if unknown := [k for k in kinds if k not in index]:
+            raise ValueError(
+                f"a segment of the image {name} has the category_id {unknown[0]}, which is not among the categories "
+                "of the truth"
+            )
+        found[name] = Annotation(
+            file,
+            np.array(ids, np.int64),
+            np.array([index[k] for k in kinds], np.int64),
+            np.array(column(segments, "iscrowd", flag, default=False, of=where), bool),
+            np.array(column(segments, "area", number, default=-1.0, of=where), np.float64),
+        )
+    return found
+
+
+def _image_id(value: Any, name: str) -> int | str:
+    return text(value, name) if isinstance(value, str) else whole(value, name)
