@@ -170,8 +170,12 @@ class PascalContext459(Packed):
         return {"image": image.data, "segments": segments, "class_ids": ids}
 
 
-def read_label_map(file: Encoded) -> np.ndarray:
-    """Reads `LabelMap` of a MATLAB file of version 5, i32 [H W].
+def read_label_map(file: Encoded, *path: str) -> np.ndarray:
+    """Reads a label map from a MATLAB file of version 5, i32 [H W].
+
+    Args:
+      file: the file.
+      *path: its variable, and the fields of structures that lead to the map; by default "LabelMap".
 
     Raises:
       UserError: the file is damaged, or has no such array of whole numbers.
@@ -179,18 +183,22 @@ def read_label_map(file: Encoded) -> np.ndarray:
     from scipy.io import loadmat
 
     try:
-        found = loadmat(io.BytesIO(file.data), variable_names=["LabelMap"])
+        variable, *fields = path or ("LabelMap",)
+        found = loadmat(io.BytesIO(file.data), variable_names=[variable])
     except Exception as error:
         raise fault(str(file), error) from error
     with reading(file):
-        labels = found["LabelMap"]
+        labels = found[variable]
+        for field in fields:
+            labels = labels[field][0, 0]
+        name = repr((variable, *fields)[-1])
         if labels.ndim != 2 or labels.dtype.kind not in "uif" or not labels.size:
-            raise ValueError(f"'LabelMap' is an array of {labels.dtype} {labels.shape}, not a label map")
+            raise ValueError(f"{name} is an array of {labels.dtype} {labels.shape}, not a label map")
         if (
             not np.isfinite(labels).all()
             or (labels < 0).any()
             or (labels > 1 << 16).any()
             or (labels % 1).any()
         ):
-            raise ValueError("'LabelMap' has values that are not whole numbers from 0 to 65536")
+            raise ValueError(f"{name} has values that are not whole numbers from 0 to 65536")
         return labels.astype(np.int32)
