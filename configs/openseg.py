@@ -22,7 +22,7 @@ from ml_collections.config_dict import placeholder
 
 from ovseg_jax.config import Args, parse_arg
 from ovseg_jax.configs import common
-from ovseg_jax.experiment.tables import TABLE_2
+from ovseg_jax.experiment.tables import ENGINEERED, TABLE_2
 from ovseg_jax.pretrained.published import CENTRED, pixels_of, weights_of
 
 # Learning rate (Table 3), steps on COCO alone (4.1) and on COCO and Localized Narratives (Table 3). ALIGN's weights,
@@ -31,6 +31,7 @@ INITS = {
     "noisy_student": (0.08, 30_000, 60_000),
     "scratch": (0.32, 90_000, 180_000),  # on COCO alone: ours, half as many, as with noisy student
 }
+RECIPE = -1.0
 # Tower, weights, embed_dim.
 TEXT_TOWERS = {
     "clip": ("clip_vitl14_336", "hf:openai/clip-vit-large-patch14-336", 768),  # of the released model
@@ -44,7 +45,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         arg,
         # prepared: folders that `python -m ovseg_jax.prepare` wrote; their splits `train` and `val` are read
         data=("scenes", "coco", "folder", "prepared"),
-        data_dir="",  # data=prepared: one, or several with `;` between them, mixed by equal parts
+        data_dir="",  # data=folder, prepared: also several, A;B, mixed by equal parts (Table 6)
         val_dir="",  # data=folder, prepared: the folder to evaluate on, which needs classes; none where it is not said
         kind="segments",  # data=folder: what the values of a mask are: segments | semantic
         labels="",  # a label file with more names for the classes
@@ -52,10 +53,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         narratives="",  # a folder of images and captions (README: train on your own data; or a prepared one) mixed in
         eval_sets="",  # a folder that holds the sets of Table 2 by name, to test on at the end
         sets=";".join(TABLE_2),  # which of them, or others that lie there
-        sets_are=(
-            "folders",
-            "prepared",
-        ),  # folders of images and masks, or written by `python -m ovseg_jax.prepare`
+        sets_are=("folders", "prepared"),  # of images and masks, or written by `python -m ovseg_jax.prepare`
+        names="",  # a folder of label files SET.txt with more names (appendix I), to test on as SET+eng as well
+        masks="predicted",  # Table 4: which masks to test with, of predicted;none;truth; the first names the scores
         backbone="efficientnet_b7",  # 4.1; resnet101 in Table 2
         init=tuple(INITS),  # for ResNets, noisy_student stands for ImageNet's weights
         weights="",  # where they are, if not on the hub: a folder or file
@@ -63,14 +63,49 @@ def get_config(arg: str | None = None) -> ConfigDict:
         text_weights="",  # where it is, if not on the hub: a folder with weights and tokeniser
         vectors="",  # an .npz of `words` and `vectors`: a frozen encoder that knows these words only
         method=("openseg", "lseg"),  # lseg: the per-pixel supervised baseline of 4.3, LSeg+
+        stage=(
+            "",
+            "teacher",
+        ),  # teacher: learns masks alone (3.3), and is tested on their recall (Tables 1 and 6)
         contrast=("unsync", "sync"),  # 4.1; sync in appendix F and in the strongest rows of Table 2
         evals=("", "panoptic"),  # panoptic: at the end also PQ, and AP of things, on the same images
         captions="noun+adj",  # Table 5: all | noun+adj+verb | noun+adj
+        kp=RECIPE,  # Table 9: the keep probability of words; by default the recipe's
+        mask_weight=RECIPE,  # α of eq. 5, by default the recipe's; 0 in Table 8: captions alone
         seed=0,
     )
-    config = scenes() if args.data == "scenes" else paper(args)
+    if args.stage == "teacher":
+        config = teacher(scenes() if args.data == "scenes" else paper(args))
+    else:
+        config = scenes() if args.data == "scenes" else paper(args)
+        taught(config, args)
+    config.seed = args.seed
+    args.check_read()
+    return config
+
+
+def teacher(config: ConfigDict) -> ConfigDict:
+    """Returns a config that trains masks alone, the teacher of 3.3; words have no part in it."""
+    config.loss.grounding_weight = 0.0
+    config.data.batch_augment = []  # of `scenes`: they serve the words
+    config.text = dict(learned=True, vectors="")  # nothing to download
+    for section in (config.evals, config.final_evals):
+        for evaluation in section.values():
+            evaluation.type = "proposals"
+            if "masks" in evaluation:  # both sections may hold the same one
+                del evaluation["masks"]
+    return config
+
+
+def taught(config: ConfigDict, args: Args) -> None:
+    """Fills in what concerns words: the text side, what is kept of captions, both losses and the tests with names."""
     if args.vectors:
         config.text = dict(learned=False, vectors=args.vectors)
+    config.method, config.data.caption_filter = args.method, args.captions
+    masks = tuple(args.masks.split(";"))
+    for section in (config.evals, config.final_evals):
+        for evaluation in section.values():
+            evaluation.masks = masks
     if args.method == "lseg":
         # Words of captions can be dropped where an augmentation makes them wrong, but not the class of a pixel.
         config.data.batch_augment = []
@@ -80,13 +115,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
             config.data.mask_stride = 2
             # The bounds of `scenes` are for eq. 6, which is not used here.
             config.loss.update(dict(temperature=0.05, temperature_bounds=(0.01, 1.0)))
-    else:
-        config.loss.contrast = args.contrast
-        if (own := config.final_evals.get("test") or config.final_evals.get("validation")) and args.evals:
-            config.final_evals.update(common.panoptic(own))
-    config.seed, config.method, config.data.caption_filter = args.seed, args.method, args.captions
-    args.check_read()
-    return config
+        return
+    config.loss.contrast = args.contrast
+    if args.kp != RECIPE:
+        with config.ignore_type():  # `scenes` has a probability for each part of speech
+            config.data.keep_prob = args.kp
+    if args.mask_weight != RECIPE:
+        config.loss.mask_weight = args.mask_weight
+    if (own := config.final_evals.get("test") or config.final_evals.get("validation")) and args.evals:
+        config.final_evals.update(common.panoptic(own))
 
 
 def scenes() -> ConfigDict:
@@ -208,7 +245,7 @@ def paper(args: Args) -> ConfigDict:
             caption_filter="noun+adj",  # Table 5
             tagger="pattern",  # ours
             # The paper has no vocabulary. A frozen tower needs none; rare words would learn no vector: ours.
-            min_count=1 if tiny or args.vectors or args.text != "learned" else 5,
+            min_count=1 if tiny or args.stage or args.vectors or args.text != "learned" else 5,
             keep_prob=0.75 if args.narratives else 0.5,  # appendix H; 4.1
             batch_augment=[],
             workers=8,
@@ -234,7 +271,7 @@ def full(args: Args) -> dict[str, Any]:
     if args.init != "scratch":
         init, pixels = args.weights or weights_of(args.backbone), pixels_of(args.backbone)
     text, embed_dim = dict(learned=True, vectors=""), 640  # 4.1
-    if not args.vectors and args.text != "learned":
+    if not args.stage and not args.vectors and args.text != "learned":
         tower, where, embed_dim = TEXT_TOWERS[args.text]
         text = dict(tower=tower, init=args.text_weights or where, prompt="")
     return dict(
@@ -310,33 +347,38 @@ def sources(args: Args) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     more: list[dict[str, Any]] = []
     if args.data == "folder":
         common_.update(name="folder", kind=args.kind)
-        train = common_
+        train = [dict(common_, data_dir=place) for place in args.data_dir.split(";")]
         validation = dict(common_, data_dir=args.val_dir) if args.val_dir else None
     elif args.data == "prepared":
         common_.update(name="prepared")
-        train, *more = [dict(common_, data_dir=folder) for folder in args.data_dir.split(";")]
+        train = [dict(common_, data_dir=place) for place in args.data_dir.split(";")]
         validation = dict(common_, data_dir=args.val_dir, split="val") if args.val_dir else None
     else:
         common_.update(name="coco")
         # A laptop has COCO's validation images at most.
-        train = dict(common_, split="val2017" if args.size == "tiny" else "train2017")
+        train = [dict(common_, split="val2017" if args.size == "tiny" else "train2017")]
         validation = dict(common_, split="val2017")
     if args.narratives:
         form = "prepared" if args.data == "prepared" else "folder"
         more.append(dict(name=form, data_dir=args.narratives))
-    return [train, *more], validation
+    return [*train, *more], validation
 
 
 def table_2(args: Args) -> dict[str, Any]:
     """Returns the evaluations on the sets of Table 2, or others.
 
-    Each is a folder of its name in `eval_sets`, in the layout of data.sources.folder with kind=semantic, or a prepared
-    one. All classes of the labels count, and none is background.
+    Each is a folder of its name in `eval_sets`, in the layout of data.sources.folder, with kind=semantic, for a teacher
+    with `kind`; or a prepared one. All classes of the labels count, and none is background.
     """
     if not args.eval_sets:
         return {}
-    form = dict(name="folder", kind="semantic")
     if args.sets_are == "prepared":
         form = dict(name="prepared", split="val")
+    else:
+        form = dict(name="folder", kind=args.kind if args.stage else "semantic")
     source = lambda name: dict(form, data_dir=f"{args.eval_sets}/{name}")
-    return {name: common.segmentation(source(name), 64) for name in args.sets.split(";")}
+    found = {name: common.segmentation(source(name), 64) for name in args.sets.split(";")}
+    if not args.stage and args.names:
+        more = lambda name: dict(source(name), labels=f"{args.names}/{name}.txt")
+        found |= {f"{name}{ENGINEERED}": common.segmentation(more(name), 64) for name in list(found)}
+    return found

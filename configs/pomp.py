@@ -156,11 +156,8 @@ def on_scenes(
 
 def proposals(seed: int) -> ConfigDict:
     """Returns class-agnostic masks of `scenes`: OpenSeg's network, trained on its mask loss alone (ours)."""
-    config = openseg.scenes()
-    config.seed, config.steps = seed, 500
-    config.loss.grounding_weight = 0.0
-    config.data.batch_augment = []
-    config.evals = config.final_evals = {}
+    config = openseg.get_config(f"stage=teacher,seed={seed}")
+    config.steps, config.evals, config.final_evals = 500, {}, {}
     return config
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ovseg_jax import config
+from ovseg_jax import config, methods
 from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.errors import UserError
+from ovseg_jax.experiment.keys import check_config
 from ovseg_jax.methods import build
 from ovseg_jax.pretrained import published
 from ovseg_jax.train.optimizer import make_schedule
@@ -148,6 +149,25 @@ def test_the_numbers_of_pomp():
         ),
         ("openseg", "data=coco,data_dir=x,size=tiny,backbone=resnet50", "backbone=resnet50 has no effect"),
         ("openseg", "method=lseg,contrast=sync", "contrast=sync has no effect with method=lseg"),
+        ("openseg", "method=lseg,kp=0.5", "kp=0.5 has no effect with method=lseg"),
+        ("openseg", "method=lseg,mask_weight=0", "mask_weight=0.0 has no effect with method=lseg"),
+        ("openseg", "data=coco,data_dir=x,names=y", "names=y has no effect with data=coco"),
+        *(
+            (
+                "openseg",
+                f"data=coco,data_dir=x,stage=teacher,{key}",
+                f"{key.split('=')[0]}=.* has no effect with",
+            )
+            for key in (
+                "text=bert",
+                "kp=0.5",
+                "masks=none",
+                "method=lseg",
+                "captions=all",
+                "evals=panoptic",
+                "kind=semantic",
+            )
+        ),
     ],
 )
 def test_a_key_that_nothing_reads(name, arg, message):
@@ -307,6 +327,56 @@ def test_the_sets_of_table_2():
     assert ours.source.to_dict() == {"name": "prepared", "data_dir": "/sets/A-847", "split": "val"}
     few = load("openseg", "data=folder,data_dir=x,eval_sets=gs://b/sets,sets=PC-59;mine")
     assert set(few.final_evals) == {"PC-59", "mine"}
+
+
+def test_ablations_of_openseg_by_name():
+    """Tables 4, 8 and 9, on `scenes` and by the paper's recipe; what is not said stays the recipe's."""
+    for data in ("", "data=coco,data_dir=x,"):
+        usual = load("openseg", data)
+        out = load("openseg", f"{data}kp=0.25,mask_weight=0,masks=predicted;none;truth")
+        assert (out.data.keep_prob, out.loss.mask_weight, out.loss.grounding_weight) == (0.25, 0, 1)
+        for section in (out.evals, out.final_evals):
+            assert all(e.masks == ("predicted", "none", "truth") for e in section.values())
+        assert usual.loss.mask_weight > 0 and usual.data.keep_prob != 0.25
+        assert all(e.masks == ("predicted",) for e in usual.final_evals.values())
+        out = load("openseg", f"{data}kp=0.5,mask_weight=2")
+        usual.update(dict(loss=dict(mask_weight=2.0)))
+        with usual.ignore_type():
+            usual.data.keep_prob = 0.5
+        assert config.to_json(out) == config.to_json(usual)
+
+
+def test_a_teacher_learns_masks_alone_and_is_tested_on_recall():
+    """3.3; and Table 1 and 6, whose sets have segments or areas of classes."""
+    for arg in (
+        "",
+        "data=coco,data_dir=x,size=tiny",
+        "data=coco,data_dir=x,eval_sets=s,sets=PC-59,kind=semantic",
+    ):
+        out = load("openseg", f"{arg},stage=teacher,seed=3")
+        assert (out.loss.grounding_weight, out.text.learned, out.seed) == (0, True, 3)
+        assert methods.method_type(out.method).fields(out) == ("image", "masks")
+        assert {e.type for e in (*out.evals.values(), *out.final_evals.values())} == {"proposals"}
+        check_config(out)
+    assert out.final_evals["PC-59"].source.kind == "semantic" and out.model.embed_dim == 640
+    assert load("openseg", "stage=teacher").loss.mask_weight == load("openseg").loss.mask_weight
+
+
+def test_folders_of_masks_are_mixed_with_equal_probability():
+    """Table 6: MSeg."""
+    out = load("openseg", "data=folder,data_dir=a;b/c;d,kind=semantic,stage=teacher")
+    assert [part["data_dir"] for part in out.data.train] == ["a", "b/c", "d"]
+    assert {part["kind"] for part in out.data.train} == {"semantic"}
+    assert not any("weight" in part for part in out.data.train)
+
+
+def test_sets_are_tested_with_more_names_as_well():
+    out = load("openseg", "data=coco,data_dir=x,eval_sets=s,sets=A-150;PC-59,names=n")
+    assert set(out.final_evals) == {"validation", "A-150", "A-150+eng", "PC-59", "PC-59+eng"}
+    assert out.final_evals["A-150+eng"].source.to_dict() == dict(
+        name="folder", kind="semantic", data_dir="s/A-150", labels="n/A-150.txt"
+    )
+    assert "labels" not in out.final_evals["A-150"].source
 
 
 def test_negatives_of_the_papers_recipe_differ_between_devices():

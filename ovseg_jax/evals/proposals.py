@@ -1,10 +1,21 @@
 """Recall of mask proposals (OpenSeg, Table 1): whether any proposal matches a true segment, ignoring classes."""
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from ovseg_jax.errors import UserError
+from ovseg_jax.evals.passes import each_batch
+from ovseg_jax.evals.registry import Setup
 from ovseg_jax.kernels.resize import row_block, split_rows, upsampling
+from ovseg_jax.parallel.sharding import AXES
+from ovseg_jax.protocols import Evaluator, Prediction, Segmenting, Variables
 
 THRESHOLDS = (0.5, 0.7, 0.9)
 
@@ -66,3 +77,85 @@ def count_recalled(iou: Float[Array, "b m"], valid: Bool[Array, "b m"]) -> Int[A
     """Counts the valid segments with an IoU of at least 0.5, 0.7 and 0.9, and all valid segments."""
     hits = [(valid & (iou >= threshold)).sum() for threshold in THRESHOLDS]
     return jnp.stack([*hits, valid.sum()]).astype(jnp.int32)
+
+
+def recalls(counts: Sequence[int]) -> dict[str, float]:
+    """Returns `recall@0.5`, `recall@0.7` and `recall@0.9` in percent from the sums of `count_recalled`."""
+    *hits, segments = counts
+    return {f"recall@{t}": 100.0 * hit / segments for t, hit in zip(THRESHOLDS, hits, strict=True)}
+
+
+class ProposalsEvaluator(Evaluator):
+    """An evaluator of mask proposals alone: the recall of visible segments that are not crowds, in percent.
+
+    It needs no class and embeds no text, so that it also scores a teacher, which has learned masks only (OpenSeg,
+    Tables 1 and 6).
+    """
+
+    needs = frozenset({"image", "segments"})
+    takes = Segmenting
+    overrides = ("image_size", "label_size", "max_segments")
+
+    def __init__(
+        self,
+        name: str,
+        method: Segmenting,
+        batches: Callable[[], Iterable[Mapping[str, np.ndarray]]],
+        mesh: Mesh,
+        *,
+        every: int = 0,
+    ):
+        """Creates an evaluator that compiles once and runs many times; the arguments are `SegmentationEvaluator`'s."""
+        self.name, self.every = name, every
+        self.tables: dict[str, list[Any]] = {}
+        self._method, self._batches, self._mesh = method, batches, mesh
+        self._step = jax.jit(self._recalled)
+
+    @classmethod
+    def from_config(cls, setup: Setup) -> "ProposalsEvaluator":
+        """Creates the evaluator; it has no options."""
+        return cls(setup.name, setup.method, setup.batches(), setup.mesh, every=setup.every)
+
+    def run(self, variables: Variables) -> dict[str, float]:
+        """Computes `recall@0.5`, `recall@0.7` and `recall@0.9`.
+
+        Raises:
+          UserError: the method predicts no masks, or no image has a segment.
+        """
+        total = np.zeros(len(THRESHOLDS) + 1, np.int64)
+        with jax.set_mesh(self._mesh):
+            for counts in each_batch(self._batches(), partial(self._step, variables), self._mesh):
+                total += counts
+        if not total[-1]:
+            raise UserError(f"evals.{self.name}: the source has no image with a segment to evaluate on")
+        return recalls(total.tolist())
+
+    def _recalled(self, variables: Variables, batch: dict[str, Array]) -> Int[Array, "4"]:
+        prediction = self._method.predict(variables, batch["image"], batch["image_size"])
+        if prediction.mask_logits is None:
+            raise UserError(f"evals.{self.name}: {type(self._method).__name__} predicts no masks")
+        split, whole = PartitionSpec(AXES), PartitionSpec()
+        count = jax.shard_map(
+            partial(self._count_shard, canvas=batch["image"].shape[1]),
+            mesh=self._mesh,
+            in_specs=(split, split),
+            out_specs=whole,
+            check_vma=False,  # as in `SegmentationEvaluator`
+        )
+        return count(prediction, {k: v for k, v in batch.items() if k != "image"})
+
+    def _count_shard(
+        self, prediction: Prediction, batch: dict[str, Array], *, canvas: int
+    ) -> Int[Array, "4"]:
+        """Counts one device's images, summed over all devices."""
+        assert prediction.mask_logits is not None  # `_recalled` has checked it
+        valid = batch["segment_valid"] & batch["example_mask"][:, None]
+        iou = best_iou(
+            prediction.mask_logits,
+            batch["image_size"],
+            batch["label_size"],
+            batch["segments"],
+            valid.shape[1],
+            canvas=canvas,
+        )
+        return jax.lax.psum(count_recalled(iou, valid), AXES)

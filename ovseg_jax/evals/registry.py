@@ -23,6 +23,7 @@ from ovseg_jax.towers.templates import read_templates
 
 EVALUATORS = {
     "segmentation": "ovseg_jax.evals.segmentation:SegmentationEvaluator",
+    "proposals": "ovseg_jax.evals.proposals:ProposalsEvaluator",
     "panoptic": "ovseg_jax.evals.panoptic:PanopticEvaluator",
     "instances": "ovseg_jax.evals.instances:InstancesEvaluator",
     "classification": "ovseg_jax.evals.classification:ClassificationEvaluator",

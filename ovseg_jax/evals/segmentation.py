@@ -234,7 +234,5 @@ class SegmentationEvaluator(Evaluator):
             result["grounding_miou" + suffix] = confusion.scores(total.own_classes[mode])["miou"]
             self.tables["iou" + suffix + mark] = confusion.table(total.every_class[mode], self._classes)
         if total.recalled is not None and total.recalled[-1]:
-            *hits, segments = total.recalled.tolist()
-            for threshold, hit in zip(proposals.THRESHOLDS, hits, strict=True):
-                result[f"recall@{threshold}"] = 100.0 * hit / segments
+            result |= proposals.recalls(total.recalled.tolist())
         return result

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 TABLE_2 = ("A-847", "PC-459", "A-150", "PC-59", "PAS-20")  # papers/004
+ENGINEERED = "+eng"
+"""Ends the name of an evaluation with more names for the classes of a set (papers/004, appendix I)."""
 
 Cell = str | int | float | None
 
@@ -90,17 +92,19 @@ def _by_prompt(scores: Mapping[str, float]) -> _Block:
 
 def _side_by_side(scores: Mapping[str, float]) -> list[str]:
     """Formats the sets of OpenSeg's Table 2 in its order, then the others, with one decimal as there."""
-    names = [name.removesuffix("/miou") for name in scores if name.endswith("/miou")]
-    names = [name for name in TABLE_2 if name in names] + [name for name in names if name not in TABLE_2]
+    found = [name.removesuffix("/miou").removesuffix(ENGINEERED) for name in scores if name.endswith("/miou")]
+    names = list(dict.fromkeys([*(name for name in TABLE_2 if name in found), *found]))
     if len(names) < 2:
         return []
-    metrics = {"  mIoU": "miou", "  mIoU, classes given": "grounding_miou"}
-    table = Table({"": metrics}, names)
-    values = {label: [scores.get(f"{name}/{metric}") for name in names] for label, metric in metrics.items()}
-    return [
-        table.head,
-        *(
-            table.line(label, *("" if v is None else f"{v:.1f}" for v in row))
-            for label, row in values.items()
-        ),
-    ]
+    metrics = {"mIoU": "miou", "mIoU_gt": "miou_gt", "mIoU, classes given": "grounding_miou"}
+    rows = {
+        f"  {label}{', more names' if suffix else ''}": [
+            scores.get(f"{name}{suffix}/{metric}") for name in names
+        ]
+        for suffix in ("", ENGINEERED)
+        for label, metric in metrics.items()
+    }
+    rows = {label: row for label, row in rows.items() if any(value is not None for value in row)}
+    table = Table({"": rows}, names)
+    shown = lambda row: ["" if value is None else f"{value:.1f}" for value in row]
+    return [table.head, *(table.line(label, *shown(row)) for label, row in rows.items())]

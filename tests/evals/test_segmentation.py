@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.errors import UserError
+from ovseg_jax.evals.proposals import ProposalsEvaluator
 from ovseg_jax.evals.registry import make_evaluators
 from ovseg_jax.evals.segmentation import SegmentationEvaluator
 from ovseg_jax.parallel.sharding import make_mesh
@@ -150,6 +151,21 @@ def test_one_pass_gives_the_reference_scores(mode):
     iou, truth, guess, _ = reference_scores(mode, True)
     assert got["grounding_miou"] == close(iou[truth > 0].mean())
     assert [row.pixels for row in evaluator.tables["iou"]] == truth.tolist()
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_recall_alone_needs_no_class_and_no_text(devices):
+    method, mesh = PatchMethod(), make_mesh(devices=jax.devices()[:devices])
+    got = ProposalsEvaluator("test", method, batches(examples(), 4), mesh).run(VARIABLES)
+    recall = reference_scores("predicted", False)[-1]
+    assert list(got) == ["recall@0.5", "recall@0.7", "recall@0.9"] and not method.asked
+    assert list(got.values()) == pytest.approx(recall.tolist())
+
+
+def test_recall_of_a_method_without_masks_is_a_sentence():
+    evaluator = ProposalsEvaluator("test", PatchMethod(True), batches(examples(), 4), make_mesh())
+    with pytest.raises(UserError, match="PatchMethod predicts no masks"):
+        evaluator.run(VARIABLES)
 
 
 def test_devices_batch_size_and_padding_change_no_number():

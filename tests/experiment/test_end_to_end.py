@@ -83,8 +83,8 @@ def write_set(root: Path, words: list[str]) -> None:
 
 
 def test_teacher_student_and_prediction(tmp_path, capsys):
-    teacher = shrunk("", grounding_weight=0.0)
-    train(teacher, tmp_path / "teacher")
+    taught = train(shrunk("stage=teacher"), tmp_path / "teacher")
+    assert 0 <= taught["test/recall@0.5"] <= 100 and "test/miou" not in taught
 
     folder = tmp_path / "mine"
     write_folder(folder, 8)
@@ -112,7 +112,7 @@ def test_teacher_student_and_prediction(tmp_path, capsys):
     capsys.readouterr()
     scores = evaluate(shrunk(f"{arg},eval_sets={tmp_path / 'sets'},sets=mine;PC-59"), tmp_path / "student")
     assert scores["PC-59/miou"] == scores["mine/miou"] > 0
-    row, values, _ = (line.split() for line in capsys.readouterr().out.splitlines()[-3:])
+    row, values, *_ = (line.split() for line in capsys.readouterr().out.splitlines()[-4:])
     assert row == ["PC-59", "mine"] and values[1] == values[2] == f"{scores['mine/miou']:.1f}"
     assert predict.main([*asked, labels, "--threshold=-1", "--features"]) == 0
     assert {p.name for p in out.iterdir()} == {

@@ -15,6 +15,13 @@ def test_the_row_of_table_2_is_in_its_order():
     assert lines[2] == ["mIoU,", "classes", "given", "25.0"]
 
 
+def test_more_names_stand_below_the_own_ones():
+    """Table 2's last two rows."""
+    scores = {"A-847/miou": 8.1, "A-847+eng/miou": 8.8, "A-150/miou": 26.4, "A-150+eng/miou": 28.6}
+    lines = [line.split() for line in score_table(scores).splitlines()][-3:]
+    assert lines == [["A-847", "A-150"], ["mIoU", "8.1", "26.4"], ["mIoU,", "more", "names", "8.8", "28.6"]]
+
+
 def test_one_set_has_no_row_of_its_own():
     assert len(score_table({"test/miou": 9.0}).splitlines()) == 2
 
