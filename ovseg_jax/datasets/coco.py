@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from ovseg_jax.data.images import read_colours, read_mask
+from ovseg_jax.data.images import read_ids, read_mask
 from ovseg_jax.data.sources.coco import coco_classes, number_segments
 from ovseg_jax.datasets.base import Download, Entry, Option, segments_of_map
 from ovseg_jax.datasets.packed import Packed
-from ovseg_jax.errors import UserError
 from ovseg_jax.reading import column, flag, objects, reading, text, whole
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.splits import load_split
@@ -171,11 +170,11 @@ class CocoPanoptic(Packed):
     def example(self, split: str, entry: Entry) -> dict[str, Any]:
         """Returns `image`, `segments`, `class_ids`, `iscrowd` and, if chosen, `captions` of an image."""
         image, mask = self.encoded(entry.data["image"]), self.encoded(entry.data["mask"])
-        colours = self.upright(read_colours(mask, "the PNG"), mask, image)
+        stored = self.upright(read_ids(mask, "the PNG"), mask, image)
         rows = np.array(entry.data["segments"], np.int64).reshape(-1, 3)
         found = {
             "image": image.data,
-            "segments": number_segments(colours, rows[:, 0], mask, f"panoptic_{split}2017.json"),
+            "segments": number_segments(stored, rows[:, 0], mask, f"panoptic_{split}2017.json"),
             "class_ids": rows[:, 1].astype(np.int32),
             "iscrowd": rows[:, 2].astype(bool),
         }

@@ -1,6 +1,6 @@
 """PASCAL VOC 2012: semantic maps of 20 classes, with the additional images of SBD."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,16 +73,17 @@ class Voc2012(Packed):
         """Yields the images of a split with their maps."""
         self.check_split(split)
         own = self._listed(f"ImageSets/Segmentation/{'val' if split == 'val' else 'train'}.txt")
-        keys, maps = own, self.files(self.need_folder("SegmentationClass", suffix=".png"), ".png")
+        keys: Sequence[str] = own
+        maps = self.files(self.need_folder("SegmentationClass", suffix=".png"), ".png")
         if split == "trainaug":
-            val = set(self._listed("ImageSets/Segmentation/val.txt"))
+            first, val = set(own), set(self._listed("ImageSets/Segmentation/val.txt"))
             more = {key for part in ("train", "val") for key in self._listed(f"dataset/{part}.txt")}
             keys = sorted({*own, *more} - val)
             others = self.files(self.need_folder("dataset/cls", "cls", suffix=".mat"), ".mat")
-            maps = others | {key: maps[key] for key in own if key in maps}
+            maps = {key: (maps if key in first else others).get(key, "") for key in keys}
         images = self.files(self.need_folder("JPEGImages", suffix=".jpg"), ".jpg")
         self.present(split, keys, images)
-        if missing := [key for key in keys if key not in maps]:
+        if missing := [key for key in keys if not maps.get(key)]:
             raise UserError(
                 f"{self.name}: {len(missing)} of {len(keys)} images of {split} have no map, such as {missing[0]}"
             )

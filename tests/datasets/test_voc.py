@@ -89,7 +89,7 @@ def test_the_split_of_zero_shot(tmp_path):
         unseen = [classes.display(k) for k in classes.withheld()]
         assert unseen == ["potted plant", "sheep", "sofa", "train", "tv monitor"]
         assert len(classes.groups["seen"]) == count
-    assert len(NAMES) == 20 and NAMES == sorted(NAMES)
+    assert len(NAMES) == 20 and sorted(NAMES) == NAMES
 
 
 def test_faults_of_voc(tmp_path):

@@ -274,6 +274,12 @@ def number_segments(
 ) -> Int32[np.ndarray, "h w"]:
     """Converts stored ids to segment numbers 1.. in the order of `ids`; 0 is void.
 
+    Args:
+      stored: the ids of the PNG.
+      ids: the ids of the segments in the JSON.
+      path: the PNG's name in messages.
+      json_name: the JSON's.
+
     Raises:
       UserError: the PNG does not hold the segments `ids`.
     """
