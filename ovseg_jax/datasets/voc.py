@@ -8,8 +8,8 @@ from etils import epath
 
 from ovseg_jax.data.images import read_mask
 from ovseg_jax.datasets.base import Download, Entry, Option, segments_of_map
+from ovseg_jax.datasets.matlab import read_label_map
 from ovseg_jax.datasets.packed import Packed
-from ovseg_jax.datasets.pascal_context import read_label_map
 from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.splits import load_split
