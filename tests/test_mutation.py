@@ -33,10 +33,13 @@ from ovseg_jax.cli.outputs import Journal
 from ovseg_jax.config import resolved, stages_of
 from ovseg_jax.data import prepared_files
 from ovseg_jax.data.images import read_header, read_image, read_mask
+from ovseg_jax.data.scenes.source import Scenes
+from ovseg_jax.data.source_base import Example, replaced
 from ovseg_jax.data.sources.coco import Coco
 from ovseg_jax.data.sources.folder import Folder
 from ovseg_jax.data.sources.image_folder import ImageFolder, read_names
 from ovseg_jax.data.sources.prepared import Prepared
+from ovseg_jax.data.sources.pseudo_masks import PseudoMasks, Shard, Statistics, shard_name, write_shard
 from ovseg_jax.datasets.ade20k import Ade20k150, Ade20kFull
 from ovseg_jax.datasets.coco import CocoPanoptic, CocoStuff
 from ovseg_jax.datasets.imagenet import ImageNet21k, ImageNetS
@@ -146,6 +149,43 @@ def halves(folder: Path) -> Path:
 
 def _segments(mask: np.ndarray, path: Path) -> None:
     Image.fromarray(mask).save(path)
+
+
+def shard(folder: Path) -> Path:
+    masks = {k: picture("m.png", "P")(folder).read_bytes() for k in range(2)}
+    shown = Shard({"threshold": 0.5}, [f"train-{k:06d}" for k in range(3)], [2], Statistics(2, [0, 2]))
+    write_shard(folder / shard_name(0, 1), shown, masks)
+    return folder / shard_name(0, 1)
+
+
+def facts_of_shard(folder: Path) -> Path:
+    with zipfile.ZipFile(shard(folder)) as archive:
+        (folder / "shard.json").write_bytes(archive.read("shard.json"))
+    return folder / "shard.json"
+
+
+def with_facts(path: Path) -> None:
+    if path.is_dir():
+        return
+    masks = picture("m.png", "P")(path.parent).read_bytes()
+    with zipfile.ZipFile(path.parent / shard_name(0, 1), "w") as archive:
+        archive.writestr("shard.json", path.read_bytes())
+        archive.writestr("0.png", masks)
+        archive.writestr("1.png", masks)
+    masks_of_scenes(path.parent / shard_name(0, 1))
+
+
+class Three(Scenes):
+    """Images of the size of `picture`."""
+
+    def __getitem__(self, index: int) -> Example:
+        return replaced(super().__getitem__(index), image=np.zeros((12, 16, 3), np.uint8), class_ids=())
+
+
+def masks_of_scenes(path: Path) -> None:
+    source = PseudoMasks(Three(num_examples=3), path.parent)
+    for index in range(3):
+        dict(source[index])
 
 
 def in_folder(write: Callable[[Path], Path], where: str = "") -> Callable[[Path], Path]:
@@ -649,6 +689,8 @@ READERS: dict[str, Reader] = {
     "journal": Reader(text("p.jsonl", '{"request": {"a": 1}}\n{"image": "a"}\n{"image": "b"}\n'), Journal),
     "metrics.jsonl of curves": Reader(text("metrics.jsonl", RECORDS), curves._read),
     **{name: Reader(write, read, 0.3) for name, (write, read) in damaged.READERS.items()},
+    "pseudo-masks": Reader(shard, masks_of_scenes),
+    "shard.json": Reader(facts_of_shard, with_facts),
     "metrics.jsonl": Reader(text("metrics.jsonl", RECORDS), lambda path: read_metrics(path.parent)),
     "metrics.jsonl of a restart": Reader(text("metrics.jsonl", RECORDS), lambda path: _readable(path.parent)),
 }
@@ -735,6 +777,8 @@ OPENERS: dict[str, str] = {
     "data/sources/folder.py:_from_table": "captions.tsv",
     "data/sources/folder.py:_read_entries": "segments.json",
     "data/sources/image_folder.py:read_names": "names of class folders",
+    "data/sources/pseudo_masks.py:_read": "pseudo-masks",
+    "data/sources/pseudo_masks.py:read_shard": "shard.json",
     "datasets/ade20k.py:full_ids": "none: a file of the package",
     "datasets/members.py:_add_archive": "zip in a tar",
     "datasets/members.py:_tar_entries": "zip in a tar",
@@ -765,6 +809,7 @@ OPENERS: dict[str, str] = {
     "files.py:read_recorded": "config.json of a run",
     "inference/export.py:to_folder": "none: a class list in memory",
     "inference/pictures.py:_prompt_points": "none: read_json and numbers",
+    "inference/pseudo_masks.py:label_source": "none: a request in memory",
     "scoring/files.py:read_list": "list of images",
     "scoring/panoptic.py:read_panoptic": "panoptic results",
     "pretrained/files.py:_header": "safetensors",
