@@ -5,6 +5,7 @@ embedded on the mesh, each device finds the classes nearest to its images, and e
 of each image and counts them on the host.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -72,15 +73,14 @@ class ClassificationEvaluator(Evaluator):
     """An evaluator of accuracy over all classes of a source, in percent, and alignment and uniformity.
 
     Metrics: those of `scores`, and `uniformity` (papers/000, eq. 7, over the classes' first names). Without a suffix
-      they
-    belong to the method's own prompt; those of each further prompt have the suffix `[<prompt>]`. `score` repeats the
-    metric that the option `metric` names, the main one of the data set.
+    they belong to the method's own prompt; those of each further prompt have the suffix `[<prompt>]`. `score` repeats
+    the metric that the option `metric` names, the main one of the data set.
     """
 
     needs = frozenset({"image", "label"})
     takes = Classifier
     overrides = ("image_size",)
-    options = ("prompts", "metric")
+    options = ("prompts", "metric", "names")
 
     def __init__(
         self,
@@ -92,6 +92,7 @@ class ClassificationEvaluator(Evaluator):
         *,
         prompts: Mapping[str, Sequence[str] | Prompt] | None = None,
         metric: str | None = None,
+        names: str = "first",
         every: int = 0,
     ):
         """Creates an evaluator that compiles once and runs many times.
@@ -106,13 +107,22 @@ class ClassificationEvaluator(Evaluator):
           prompts: hand-written or learned prompts by name; the unit features of several templates are averaged and
             normalised (CLIP's prompt ensemble).
           metric: the metric to repeat as `score`, such as "accuracy" or "per_class"; none by default.
+          names: "first" scores a class by its first name, on which prompts are trained, as in papers/000; "all" by the
+            best of its names.
           every: see `Evaluator`.
+
+        Raises:
+          UserError: `names` is neither.
         """
+        if names not in ("first", "all"):
+            raise UserError(f"evals.{name}.names={names!r} is not one of first, all")
         self.name, self.every = name, every
         self.tables: dict[str, list[Any]] = {}
         self._method, self._classes, self._batches, self._mesh = method, classes, batches, mesh
         self._prompts, self._metric = dict(prompts or {}), metric
         self._groups = own_groups(classes)
+        if names == "first":
+            classes = dataclasses.replace(classes, names=tuple(own[:1] for own in classes.names))
         self._names, self._texts = names_of(classes), classes.flat()[0]
         everything = np.arange(len(classes))
         own = [np.isin(everything, classes.groups[group]) for group in self._groups]
@@ -122,7 +132,7 @@ class ClassificationEvaluator(Evaluator):
 
     @classmethod
     def from_config(cls, setup: Setup) -> "ClassificationEvaluator":
-        """Creates the evaluator with `prompts` (see `Setup.prompts`) and `metric`, the one to repeat as "score"."""
+        """Creates the evaluator with `prompts` (see `Setup.prompts`), `metric`, repeated as "score", and `names`."""
         return cls(
             setup.name,
             setup.method,
@@ -131,6 +141,7 @@ class ClassificationEvaluator(Evaluator):
             setup.mesh,
             prompts=setup.prompts(),
             metric=setup.evaluation.get("metric"),
+            names=setup.evaluation.get("names", "first"),
             every=setup.every,
         )
 

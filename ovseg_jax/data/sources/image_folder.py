@@ -3,10 +3,13 @@
     DIR/train/n01440764/n01440764_10026.JPEG      or, without splits, DIR/n01440764/...
     DIR/val/n01440764/...
 
-The name of a class is that of its folder, with `_` read as a space, or given by the file `names` in one of these forms:
+The name of a class is that of its folder, with `_` read as a space and "AnnualCrop" as "Annual Crop", or given by the
+file `names` in one of these forms:
 
     n01440764: tench, Tinca tinca                 a line each; a tab or a space may replace the colon
     {"n01440764": ["tench", "Tinca tinca"]}       JSON; a single name needs no list
+
+Folders named by WordNet ids need such a file: `names`, or one of `WORDNET_FILES` in DIR.
 """
 
 import logging
@@ -24,7 +27,13 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.reading import read_json, read_lines, reading, short, texts
 from ovseg_jax.vocab.classes import ClassList, split_names
 
+WORDNET_FILES = ("classnames.txt", "LOC_synset_mapping.txt", "words.txt")
+"""Published files with names of WordNet ids: CoOp's, Kaggle's and WordNet's own."""
+FOLDERS = "folders"
+"""The value of `names` that takes WordNet ids for names."""
 _LOG = logging.getLogger(__name__)
+_WORDNET_ID = re.compile(r"n\d{8}")
+_CAMEL_CASE = re.compile(r"([A-Z][a-z]+){2,}")
 
 
 class ImageFolder(Source):
@@ -51,13 +60,14 @@ class ImageFolder(Source):
         Args:
           data_dir: DIR.
           split: the folder of a split in DIR; "" if the class folders lie in DIR itself.
-          names: a file with the names of the class folders.
+          names: a file with the names of the class folders, which may list others, too; "folders" takes the folders'
+            own, even if they are WordNet ids.
           num_classes: the required number of class folders; 0 takes any number. A config that computes its steps from
             epochs sets it, since the steps depend on it.
 
         Raises:
-          UserError: a folder is missing, holds no class or no image, or is not in `names`; or the number of class
-            folders is not `num_classes`.
+          UserError: a folder is missing, holds no class or no image, or is not in `names`; the number of class folders
+            is not `num_classes`; or the folders are WordNet ids and there is no file of names.
         """
         root = epath.Path(data_dir)
         self.name, self._folder = "image_folder", root / split if split else root
@@ -79,7 +89,16 @@ class ImageFolder(Source):
         ]
         # Folders beside the splits may hold annotations or tools, without images.
         found = there.union(folder for other, folder in others if has_image(other / folder))
-        if names:
+        if not names and any(map(is_wordnet_id, own)):
+            there_are = [root / file for file in WORDNET_FILES if (root / file).exists()]
+            if not there_are:
+                raise UserError(
+                    f"the class folders of {self._folder} are WordNet ids, such as {own[0]}, which are no words for a "
+                    f"prompt: give names=FILE, or put one of {', '.join(WORDNET_FILES)} into {root}; names={FOLDERS} "
+                    "takes the ids"
+                )
+            names = there_are[0]
+        if names and names != FOLDERS:
             listed = read_names(names)
             if stray := [folder for folder in own if folder not in listed]:
                 raise UserError(f"{names} has no name for the folder {self._folder / stray[0]}")
@@ -93,9 +112,7 @@ class ImageFolder(Source):
                     len(listed),
                 )
         else:
-            by_folder = {
-                folder: (" ".join(folder.replace("_", " ").split()) or folder,) for folder in sorted(found)
-            }
+            by_folder = {folder: (readable_name(folder),) for folder in sorted(found)}
         self._class_folders = list(by_folder)
         self.classes = ClassList(
             tuple(by_folder.values()), tuple(range(len(by_folder))), (True,) * len(by_folder)
@@ -134,6 +151,18 @@ class ImageFolder(Source):
         self.labels = np.concatenate(labels)
         if not len(self.labels):
             raise UserError(f"the class folders of {self._folder} hold no readable image")
+
+
+def is_wordnet_id(name: str) -> bool:
+    """Tells whether a name is a WordNet id such as "n01440764"."""
+    return _WORDNET_ID.fullmatch(name) is not None
+
+
+def readable_name(written: str) -> str:
+    """Returns the name of a class folder or label in words: `_` becomes a space, "AnnualCrop" "Annual Crop"."""
+    if _CAMEL_CASE.fullmatch(written):
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", written)
+    return " ".join(written.replace("_", " ").split()) or written
 
 
 def read_names(path: epath.PathLike) -> dict[str, tuple[str, ...]]:

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +13,19 @@ from jaxtyping import UInt8
 
 from ovseg_jax.data.images import read_image
 from ovseg_jax.data.source_base import Example, Source
+from ovseg_jax.data.sources.image_folder import (
+    FOLDERS,
+    WORDNET_FILES,
+    is_wordnet_id,
+    read_names,
+    readable_name,
+)
 from ovseg_jax.errors import UserError
 from ovseg_jax.reading import reason
 from ovseg_jax.vocab.classes import ClassList
+
+NARROW = ("imagenet_a", "imagenet_r")
+"""Data sets whose label feature lists all classes of ImageNet, of which they have 200."""
 
 
 class TfdsImages(Source):
@@ -22,7 +33,7 @@ class TfdsImages(Source):
 
     Attributes:
       name: the name of the data set.
-      classes: the names of the label feature, with `_` read as a space.
+      classes: the names of the label feature, read as `image_folder.readable_name` does, or given by `names`.
       labels: i32 [n], read once without decoding an image.
     """
 
@@ -30,7 +41,14 @@ class TfdsImages(Source):
     labels: np.ndarray
 
     def __init__(
-        self, dataset: str, split: str, data_dir: str = "", image_key: str = "image", label_key: str = "label"
+        self,
+        dataset: str,
+        split: str,
+        data_dir: str = "",
+        image_key: str = "image",
+        label_key: str = "label",
+        names: str = "",
+        present: bool | None = None,
     ):
         """Opens the files and reads the labels.
 
@@ -40,10 +58,13 @@ class TfdsImages(Source):
           data_dir: the folder that holds it; "" takes the default folder of TensorFlow Datasets.
           image_key: the name of the image feature.
           label_key: the name of the class feature.
+          names: a file with names for the labels, such as of WordNet ids, see `image_folder.read_names`; "folders"
+            takes the labels' own, even if they are WordNet ids.
+          present: whether only the labels that the split has are classes; by default for `NARROW`.
 
         Raises:
           UserError: tensorflow_datasets is not installed, the data set does not exist or is not in ArrayRecord
-            files, or it has no such features.
+            files, it has no such features, or `names` lacks a label.
         """
         tfds = _tfds()
         self.name, self._image_key, self._label_key = dataset, image_key, label_key
@@ -60,20 +81,37 @@ class TfdsImages(Source):
         for key in (image_key, label_key):
             if key not in features:
                 raise UserError(f"tfds: {dataset} has no feature {key!r}; it has {', '.join(features)}")
-        names = getattr(features[label_key], "names", None)
-        if not names:
+        listed = getattr(features[label_key], "names", None)
+        if not listed:
             raise UserError(f"tfds: the feature {label_key!r} of {dataset} is not a class label with names")
-        self.classes = ClassList(
-            tuple((name.replace("_", " "),) for name in names), tuple(range(len(names))), (True,) * len(names)
-        )
         with _package(f"tfds: the labels of {dataset}, split {split!r}, cannot be read"):
             undecoded = open_({image_key: tfds.decode.SkipDecoding()})
             self.labels = np.array([record[label_key] for record in undecoded], np.int32)
-        if ((wrong := self.labels) < 0).any() or (wrong >= len(names)).any():
-            wrong = wrong[(wrong < 0) | (wrong >= len(names))]
+        if ((wrong := self.labels) < 0).any() or (wrong >= len(listed)).any():
+            wrong = wrong[(wrong < 0) | (wrong >= len(listed))]
             raise UserError(
-                f"tfds: {dataset}, split {split!r}, has the label {wrong[0]}, but only {len(names)} classes"
+                f"tfds: {dataset}, split {split!r}, has the label {wrong[0]}, but only {len(listed)} classes"
             )
+        if present or (present is None and re.split("[:/]", dataset)[0] in NARROW):
+            kept, self.labels = np.unique(self.labels, return_inverse=True)
+            self.labels = self.labels.astype(np.int32)
+            listed = [listed[k] for k in kept]
+        found = self._name(listed, names)
+        self.classes = ClassList(tuple(found), tuple(range(len(found))), (True,) * len(found))
+
+    def _name(self, listed: list[str], names: str) -> list[tuple[str, ...]]:
+        """Returns the names of each label."""
+        if names in ("", FOLDERS):
+            if not names and any(map(is_wordnet_id, listed)):
+                raise UserError(
+                    f"tfds: the labels of {self.name} are WordNet ids, such as {listed[0]}, which are no words for a "
+                    f"prompt: give names=FILE, such as {WORDNET_FILES[1]}; names={FOLDERS} takes the ids"
+                )
+            return [(readable_name(name),) for name in listed]
+        known = read_names(names)
+        if stray := [name for name in listed if name not in known]:
+            raise UserError(f"{names} has no name for the label {stray[0]!r} of {self.name}")
+        return [known[name] for name in listed]
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -118,3 +118,39 @@ def test_what_is_missing_is_named(root, tmp_path_factory):
     photo.write_bytes(photo.read_bytes()[:-50])
     with pytest.raises(UserError, match=r"d\.jpg cannot be read"):
         dict(ImageFolder(root, "val")[1])
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("AnnualCrop", "Annual Crop"),
+        ("ApplyEyeMakeup", "Apply Eye Makeup"),
+        ("sea_lion", "sea lion"),
+        ("Abyssinian", "Abyssinian"),
+        ("YMCA", "YMCA"),
+        ("707-320", "707-320"),
+        ("iPhone", "iPhone"),
+        ("_", "_"),
+    ],
+)
+def test_names_are_words(tmp_path, written, name):
+    save(tmp_path / written / "a.png")
+    assert ImageFolder(tmp_path).classes.names == ((name,),)
+
+
+def test_wordnet_ids_need_names(tmp_path):
+    for wnid in ("n01440764", "n01443537"):
+        save(tmp_path / "val" / wnid / "a.png")
+    with pytest.raises(
+        UserError, match="are WordNet ids, such as n01440764, which are no words for a prompt: give"
+    ):
+        ImageFolder(tmp_path, "val")
+    assert ImageFolder(tmp_path, "val", "folders").classes.names == (("n01440764",), ("n01443537",))
+    # Longer than what is there, as for ImageNet-A and R: 200 of ImageNet's 1,000.
+    words = "".join(f"n{k:08d} class {k}, other {k}\n" for k in (1440764, *range(1443537, 1444536)))
+    (tmp_path / "LOC_synset_mapping.txt").write_text(words)
+    source = ImageFolder(tmp_path, "val")
+    assert source.classes.names == (("class 1440764", "other 1440764"), ("class 1443537", "other 1443537"))
+    assert source.labels.tolist() == [0, 1]
+    (tmp_path / "names.txt").write_text("n01440764 tench\nn01443537 goldfish\nn01484850 white shark\n")
+    assert ImageFolder(tmp_path, "val", tmp_path / "names.txt").classes.names == (("tench",), ("goldfish",))

@@ -68,6 +68,41 @@ def test_what_is_wrong_is_named(package, arguments, message):
         TfdsImages("zoo", **arguments)
 
 
+@pytest.fixture
+def imagenet(package, monkeypatch):
+    """ImageNet-A in small: the label feature lists four classes, the images have two."""
+    module = sys.modules["tensorflow_datasets"]
+    names = ["n01440764", "n01443537", "n01484850", "n01491361"]
+    features = {"image": None, "label": SimpleNamespace(names=names)}
+    records = [{"image": b"", "label": np.int64(label)} for label in (3, 1, 3)]
+    monkeypatch.setattr(
+        module, "builder", lambda *_, **__: SimpleNamespace(info=SimpleNamespace(features=features))
+    )
+    monkeypatch.setattr(module, "data_source", lambda *_, **__: records)
+
+
+def test_wordnet_ids_need_names_and_absent_classes_do_not_count(imagenet, tmp_path):
+    with pytest.raises(
+        UserError, match="of imagenet_a are WordNet ids, such as n01443537, which are no words"
+    ):
+        TfdsImages("imagenet_a", "test")
+    file = tmp_path / "names.txt"
+    file.write_text(
+        "n01440764 tench\nn01443537 goldfish\nn01484850 white shark\nn01491361 tiger shark, shark\n"
+    )
+    small = TfdsImages("imagenet_a:1.0.0", "test", names=str(file))
+    assert small.classes.names == (("goldfish",), ("tiger shark", "shark")) and small.classes.ids == (0, 1)
+    assert small.labels.tolist() == [1, 0, 1] and small.labels.dtype == np.int32
+    assert small[0]["label"] == 1
+    wide = TfdsImages("imagenet2012", "test", names=str(file))
+    assert len(wide.classes) == 4 and wide.labels.tolist() == [3, 1, 3]
+    assert len(TfdsImages("imagenet2012", "test", names=str(file), present=True).classes) == 2
+    assert len(TfdsImages("imagenet_a", "test", names="folders", present=False).classes) == 4
+    file.write_text("n01443537 goldfish\n")
+    with pytest.raises(UserError, match=r"names.txt has no name for the label 'n01491361' of imagenet_a"):
+        TfdsImages("imagenet_a", "test", names=str(file))
+
+
 def test_what_the_package_raises_is_one_sentence(package, monkeypatch):
     module = sys.modules["tensorflow_datasets"]
     whole = module.data_source
