@@ -23,8 +23,8 @@ or a JSON file, {{"sets": {{NAME: {{...}}}}}}, where a set may have
   limit      use only the first so many images
 The images of a set lie in DIR/NAME/CLASS, DIR/NAME/test/CLASS or DIR/NAME/val/CLASS; the optional DIR/NAME/names.txt
 (or names.json) gives the class name of each folder; folders named by WordNet ids need it, or classnames.txt,
-LOC_synset_mapping.txt or words.txt. A class counts by its first name. A set without a folder is listed as missing, and each average
-states how many sets it covers. If the command was stopped, run it again with the same --out to continue.
+LOC_synset_mapping.txt or words.txt. A class counts by its first name. A set without a folder is listed as missing, and
+each average states how many sets it covers. If the command was stopped, run it again with the same --out to continue.
 """
 
 
