@@ -71,10 +71,13 @@ def split(truth: Mapping[str, Rows], found: Rows, rule: Rule = "coco") -> list[P
         `iscrowd`, and `bbox` or `segmentation`; images have sizes for masks, and for LVIS's rule `neg_category_ids`
         and `not_exhaustive_category_ids`.
       found: detections with `image_id`, `category_id`, `score`, and `bbox` or `segmentation` in RLE.
-      rule: the rule; LVIS's limits the detections of an image here.
+      rule: the rule; LVIS's leaves out detections here: those beyond the best of an image, and those of a class that
+        the image is not labelled for.
     """
     if rule == "lvis":
-        found = _best_of_each_image(found, LIMITS["lvis"][0])
+        known = labelled(truth)
+        best = _best_of_each_image(found, LIMITS["lvis"][0])
+        found = [row for row in best if (row["image_id"], row["category_id"]) in known]
     own, guesses = _by(truth["annotations"], "category_id"), _by(found, "category_id")
     parts = []
     for category in sorted(int(row["id"]) for row in truth["categories"]):
@@ -83,6 +86,12 @@ def split(truth: Mapping[str, Rows], found: Rows, rule: Rule = "coco") -> list[P
         images = [image for image in truth["images"] if image["id"] in used] if rows else []
         parts.append(Part(str(category), category, images, rows, boxes))
     return parts
+
+
+def labelled(truth: Mapping[str, Rows]) -> set[tuple[int, int]]:
+    """Returns the pairs of an image and a category that it holds or is known to lack, by LVIS's rule."""
+    held = {(row["image_id"], row["category_id"]) for row in truth["annotations"]}
+    return held | {(image["id"], k) for image in truth["images"] for k in image["neg_category_ids"]}
 
 
 def pool(truth: Mapping[str, Rows], found: Rows) -> Part:

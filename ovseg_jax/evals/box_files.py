@@ -196,11 +196,18 @@ def read_annotations(
                 rle = mask_rle(shape, f"annotation {i}: 'segmentation'", images[where - 1][2])
                 own = {"segmentation": rle, "area": rle_area(rle) if area is None else area}
             crowded = int(crowd and not is_lvis)
-            head = {"id": i + 1, "image_id": where, "category_id": category, "iscrowd": crowded}
+            head: dict[str, Any] = {
+                "id": i + 1,
+                "image_id": where,
+                "category_id": category,
+                "iscrowd": crowded,
+            }
             annotations.append(head | own)
-    if classes and (strange := [k for k, own in enumerate(classes.ids) if own not in known]):
-        own, name = classes.ids[strange[0]], classes.display(strange[0])
-        raise UserError(f"{path} has no category {own}, which --classes calls {name!r}: use --classes={path}")
+    if classes and (strange := [k for k, wanted in enumerate(classes.ids) if wanted not in known]):
+        lost, name = classes.ids[strange[0]], classes.display(strange[0])
+        raise UserError(
+            f"{path} has no category {lost}, which --classes calls {name!r}: use --classes={path}"
+        )
     data = {
         "images": [
             {"id": n, **dict(zip(("height", "width"), size, strict=False)), **lvis}

@@ -87,8 +87,7 @@ def _beyond(truth: Annotations, found: list[dict[str, Any]], rule: Rule) -> dict
     groups = Counter((row["image_id"], row["category_id"] if rule == "coco" else 0) for row in found)
     facts[f"results beyond the best {limit} of an {of}"] = sum(max(0, n - limit) for n in groups.values())
     if rule == "lvis":
-        known = {(row["image_id"], row["category_id"]) for row in truth.data["annotations"]}
-        known |= {(image["id"], k) for image in truth.data["images"] for k in image["neg_category_ids"]}
+        known = ap.labelled(truth.data)
         facts["results of classes that their image is not labelled for"] = sum(
             (row["image_id"], row["category_id"]) not in known for row in found
         )
