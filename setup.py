@@ -49,6 +49,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["ovseg_jax", "ovseg_jax.*"]),
     package_dir={"ovseg_jax.configs": "configs"},
+    package_data={"ovseg_jax.datasets": ["*.txt"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py",

@@ -242,6 +242,16 @@ def read_ids(path: File, what: str) -> UInt32[np.ndarray, "h w"]:
         return colours.view("<u4")[..., 0] & np.uint32(0xFFFFFF)
 
 
+def read_colours(path: File, what: str) -> UInt8[np.ndarray, "h w 3"]:
+    """Reads the stored colours of a PNG with 8 bits a channel.
+
+    Raises:
+      UserError: the file is damaged, or not such a PNG.
+    """
+    ids = read_ids(path, what)
+    return np.stack([ids >> shift & 255 for shift in (0, 8, 16)], -1).astype(np.uint8)
+
+
 def save_mask(
     file: IO[bytes] | io.BytesIO, mask: UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"]
 ) -> None:

@@ -1,12 +1,16 @@
 """Pictures of segmentations: a palette, an overlay with a legend, and a grid of predictions."""
 
 import functools
+import io
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
+
+from ovseg_jax.files import write_whole
 
 UNKNOWN_COLOUR = (150, 150, 150)
 INK, FAINT, PAPER = (33, 37, 41), (134, 142, 150), (255, 255, 255)
@@ -111,6 +115,21 @@ def overlay(
     # The legend of a narrow picture is wider than the picture.
     strip = _legend(entries, max(size[1] - font_size, 12 * font_size), font_size)
     return _stack([picture, _padded(strip, font_size // 2)], gap=0)
+
+
+def write_sheet(
+    path: epath.PathLike, pictures: Sequence[tuple[np.ndarray, np.ndarray]], columns: int = 4
+) -> None:
+    """Writes a PNG of pairs: each image u8 [H W 3] beside its segments i32 [H W], 0 = void, drawn over it."""
+    rows = []
+    for image, segments in pictures:
+        drawn = overlay(image, segments - 1, [""] * int(segments.max()), legend=False, min_side=240)
+        drawn.thumbnail((240, 240))
+        rows.append(_padded(_side_by_side([_resized(image, drawn.size[::-1]), drawn], gap=4), 4))
+    lines = [_side_by_side(rows[k : k + columns], gap=8) for k in range(0, len(rows), columns)]
+    content = io.BytesIO()
+    _stack(lines, gap=8).save(content, "PNG")
+    write_whole(path, content.getvalue())
 
 
 class GridRow(NamedTuple):
