@@ -67,6 +67,7 @@ setup(
         "orbax-checkpoint>=0.11",
         "pillow>=11",
         "pycocotools",
+        "tensorstore",
         "textblob>=0.19",
         "tqdm",
     ],

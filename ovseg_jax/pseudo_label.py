@@ -36,6 +36,7 @@ def parser() -> Parser:
         ("min_area", "smallest mask, as a share of the image"),
         ("min_confidence", "lowest confidence of a mask, the mean probability of its pixels"),
         ("max_overlap", "IoU above which the less confident mask is dropped"),
+        ("min_visible", "smallest share of a mask that smaller ones may leave uncovered"),
     ):
         default = getattr(Rules(), name)
         add(f"--{name}", type=float, default=default, metavar="X", help=f"{text} (default %(default)s)")

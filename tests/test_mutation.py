@@ -32,7 +32,7 @@ from PIL import Image
 from ovseg_jax.cli.outputs import Journal
 from ovseg_jax.config import resolved, stages_of
 from ovseg_jax.data import prepared_files
-from ovseg_jax.data.images import read_header, read_image, read_mask
+from ovseg_jax.data.images import read_header, read_image, read_mask, read_wide_mask
 from ovseg_jax.data.scenes.source import Scenes
 from ovseg_jax.data.source_base import Example, replaced
 from ovseg_jax.data.sources.coco import Coco
@@ -597,6 +597,15 @@ READERS: dict[str, Reader] = {
             ("a.pgm", "L", {}),
         )
     },
+    **{
+        f"wide mask {name} {mode}": Reader(picture(name, mode, **options), read_wide_mask)
+        for name, mode, options in (
+            ("a.png", "L", {}),
+            ("a.png", "P", {}),
+            ("a.png", "I;16", {}),
+            ("b.tif", "I", {}),
+        )
+    },
     "COCO's panoptic JSON": coco_reader("annotations/panoptic_val.json"),
     "panoptic results": Reader(
         coco("annotations/panoptic_val.json"),
@@ -790,6 +799,7 @@ OPENERS: dict[str, str] = {
     "cli/outputs.py:start": "none: a request in memory",
     "config.py:_places": "config.json beside a run",
     "config.py:from_json": "config.json of a run",
+    "data/images.py:_decode_png": "wide mask a.png L",
     "data/images.py:_open": "image a.png RGBA",
     "data/prepared_files.py:file_sha256": "none: computes a checksum",
     "data/prepared_files.py:read_index": "index of a prepared set",

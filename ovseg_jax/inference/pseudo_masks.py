@@ -152,37 +152,40 @@ def _chosen(batch: Batch, canvas: int, rules: Rules) -> Iterator[tuple[Any, ...]
     for i, (size, fitted) in enumerate(zip(batch.sizes, batch.fitted, strict=True)):
         outcome, confidence, _ = (x[i] for x in judged)
         kept = np.asarray(logits[i, outcome == KEPT, : cells[i, 0], : cells[i, 1]], np.float32)
-        yield kept, outcome, confidence, size, fitted, stride, rules.threshold
+        yield kept, confidence[outcome == KEPT], outcome, size, fitted, stride, rules
 
 
 def _paint(
     logits: Float[np.ndarray, "n h w"],
+    confidence: Float[np.ndarray, " n"],
     outcome: Int32[np.ndarray, " m"],
-    confidence: Float[np.ndarray, " m"],
     size: tuple[int, int],
     fitted: tuple[int, int],
     stride: int,
-    threshold: float,
+    rules: Rules,
 ) -> Image:
-    """Draws the kept masks, of fewer pixels in front, so that a part is not covered by its surroundings."""
+    """Draws the chosen masks, of fewer pixels in front, so that a part is not covered by its surroundings."""
     axes = zip(size, logits.shape[1:], fitted, strict=True)
     rows, columns = (upsampling_matrix(pixels, n, n * stride, fit) for pixels, n, fit in axes)
-    masks = sigmoid(np.einsum("Hh,nhw,Ww->nHW", rows, logits, columns, optimize=True)) > threshold
-    segments = np.zeros(size, np.int32)
-    for number, mask in enumerate(sorted(masks, key=np.sum, reverse=True), 1):
-        segments[mask] = number
-    # Masks that others cover entirely get no number.
-    visible = np.unique(segments[segments > 0])
-    segments = np.where(segments > 0, np.searchsorted(visible, segments) + 1, 0).astype(np.int32)
-    bins = np.minimum((confidence[outcome == KEPT] * BINS).astype(int), BINS - 1)
+    masks = sigmoid(np.einsum("Hh,nhw,Ww->nHW", rows, logits, columns, optimize=True)) > rules.threshold
+    area = masks.sum((1, 2))
+    order = np.argsort(-area, kind="stable")
+    drawn = np.zeros(size, np.int32)
+    for number, mask in enumerate(masks[order], 1):
+        drawn[mask] = number
+    visible = np.bincount(drawn.ravel(), minlength=len(masks) + 1)[1:]
+    kept = visible >= np.maximum(rules.min_visible * area[order], 1)
+    segments = np.append(0, np.cumsum(kept) * kept)[drawn].astype(np.int32)
+    bins = np.minimum((confidence[order][kept] * BINS).astype(int), BINS - 1)
+    dropped = [int((outcome == reason).sum()) for reason in (SMALL, UNSURE, DOUBLE)]
     return Image(
         segments,
         Statistics(
-            1,
-            [0] * len(visible) + [1],
-            np.bincount(bins, minlength=BINS).tolist(),
-            [int((outcome == reason).sum()) for reason in (SMALL, UNSURE, DOUBLE)],
-            float((segments > 0).mean()),
+            images=1,
+            masks=[0] * int(kept.sum()) + [1],
+            confidence=np.bincount(bins, minlength=BINS).tolist(),
+            dropped=[*dropped, int((~kept).sum())],
+            covered=float((segments > 0).mean()),
         ),
     )
 
@@ -307,6 +310,7 @@ def label_stage(
     min_area: float = Rules().min_area,
     min_confidence: float = Rules().min_confidence,
     max_overlap: float = Rules().max_overlap,
+    min_visible: float = Rules().min_visible,
     batch_size: int = 8,
     shard_size: int = SHARD_SIZE,
 ) -> dict[str, Any]:
@@ -318,10 +322,11 @@ def label_stage(
       folder: the folder of the stage; the other arguments are the keys of its config.
       teacher: a run's folder or "stage:NAME".
       source: as in `data.train`; it may provide masks, which are not read.
-      threshold: see `Rules`, as the next three.
+      threshold: see `Rules`, as the next four.
       min_area: of a mask.
       min_confidence: of a mask.
       max_overlap: of two masks.
+      min_visible: of a mask.
       batch_size: the number of images at once in each process.
       shard_size: the number of images of a shard.
 
@@ -333,7 +338,7 @@ def label_stage(
     if shard_size < 1:
         raise UserError(f"shard_size={shard_size} is less than 1")
     load = lambda: Segmenter.from_checkpoint(teacher, batch_size=batch_size, devices=jax.local_devices())
-    rules = Rules(threshold, min_area, min_confidence, max_overlap)
+    rules = Rules(threshold, min_area, min_confidence, max_overlap, min_visible)
     request = dict(teacher=str(teacher), source=source)
     done = label_source(load, images, folder, rules, request, shard_size=shard_size)
     if jax.process_index() == 0:

@@ -192,6 +192,27 @@ def test_the_rules_are_those_of_a_plain_loop():
     assert seen == {KEPT, SMALL, UNSURE, DOUBLE}
 
 
+def painted(masks, **rules):
+    masks = np.asarray(masks, np.float32)
+    logits, size = np.where(masks > 0, 5, -5).astype(np.float32), masks.shape[1:]
+    outcome, sure = np.zeros(len(masks), np.int32), np.full(len(masks), 0.99, np.float32)
+    return pseudo_masks._paint(logits, sure, outcome, size, size, 1, Rules(**rules))
+
+
+def test_parts_lie_in_front_and_what_they_hide_is_dropped():
+    whole, part, most = np.zeros((3, 10, 10), np.float32)
+    whole[1:9, 1:9], part[2:4, 2:4], most[1:9, 1:8] = 1, 1, 1
+    segments, statistics = painted([part, whole])
+    np.testing.assert_array_equal(segments, np.where(part > 0, 2, whole))
+    assert statistics == Statistics(1, [0, 0, 1], [0] * 9 + [2], [0, 0, 0, 0], 0.64)
+    segments, statistics = painted([most, part, whole])
+    np.testing.assert_array_equal(segments, np.where(part > 0, 2, most))
+    assert statistics.dropped == [0, 0, 0, 1] and sum(statistics.confidence) == 2
+    assert painted([most, part, whole], min_visible=0.1).statistics.masks == [0, 0, 0, 1]
+    nothing = painted(np.zeros((0, 10, 10)))
+    assert not nothing.segments.any() and nothing.statistics.masks == [1]
+
+
 @pytest.fixture
 def stage(run, monkeypatch):
     monkeypatch.setitem(build.SOURCES, "coloured", f"{__name__}:Coloured")

@@ -24,7 +24,7 @@ from ovseg_jax.reading import array, parse_json, reading, texts, whole
 
 FACTS = "shard.json"
 BINS = 10  # of the histogram of confidences
-KEPT, SMALL, UNSURE, DOUBLE = range(4)  # what happened to a proposal
+KEPT, SMALL, UNSURE, DOUBLE, HIDDEN = range(5)  # what happened to a proposal
 ANY_SHARD = "masks-[0-9]*-of-[0-9]*.zip"
 
 
@@ -37,12 +37,15 @@ class Rules(NamedTuple):
       min_confidence: the lowest confidence of a mask, the mean probability of its pixels. Without it a proposal that
         eq. 1 never trained could become a label.
       max_overlap: the IoU above which the less confident one of two masks is dropped.
+      min_visible: the smallest share of a mask that smaller masks, which lie in front, leave uncovered. Without it the
+        rims of covered masks would become labels.
     """
 
     threshold: float = 0.5
     min_area: float = 0.001
     min_confidence: float = 0.8
     max_overlap: float = 0.7
+    min_visible: float = 0.5
 
     def check(self) -> None:
         """Raises a UserError for a number that is not between 0 and 1."""
@@ -59,14 +62,14 @@ class Statistics:
       images: number of labelled images.
       masks: number of images by their number of masks, from 0.
       confidence: number of masks by confidence, in `BINS` equal steps from 0 to 1.
-      dropped: number of dropped proposals: [small or empty, unsure, duplicate].
+      dropped: number of dropped proposals: [small or empty, unsure, duplicate, hidden].
       covered: sum over the images of the share of pixels with a mask.
     """
 
     images: int = 0
     masks: list[int] = dataclasses.field(default_factory=list)
     confidence: list[int] = dataclasses.field(default_factory=lambda: [0] * BINS)
-    dropped: list[int] = dataclasses.field(default_factory=lambda: [0] * (DOUBLE - KEPT))
+    dropped: list[int] = dataclasses.field(default_factory=lambda: [0] * HIDDEN)
     covered: float = 0.0
 
     def __add__(self, other: "Statistics") -> "Statistics":
@@ -82,11 +85,11 @@ class Statistics:
 
     def __str__(self) -> str:
         total = sum(self.confidence)
-        images, (small, unsure, double) = max(self.images, 1), self.dropped
+        images, (small, unsure, double, hidden) = max(self.images, 1), self.dropped
         return (
             f"{self.images} images have {total} masks, {total / images:.1f} each, on {self.covered / images:.0%} of "
             f"their pixels; {self.masks[0] if self.masks else 0} have none. Dropped: {small} small or empty proposals, "
-            f"{unsure} unsure ones, {double} duplicates"
+            f"{unsure} unsure ones, {double} duplicates, {hidden} hidden by others"
         )
 
 
