@@ -844,7 +844,6 @@ OPENERS: dict[str, str] = {
     "inference/export.py:to_folder": "none: a class list in memory",
     "inference/pictures.py:_prompt_points": "none: read_json and numbers",
     "scoring/detections.py:read_results": "results",
-=======
     "inference/pseudo_masks.py:label_source": "none: a request in memory",
     "scoring/files.py:read_list": "list of images",
     "scoring/panoptic.py:read_panoptic": "panoptic results",
