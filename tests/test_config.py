@@ -16,7 +16,7 @@ from ovseg_jax.experiment.keys import check_config
 from ovseg_jax.methods import build
 from ovseg_jax.pretrained import published
 from ovseg_jax.train.optimizer import make_schedule
-from ovseg_jax.vocab.classes import parse_labels
+from ovseg_jax.vocab.classes import LABEL_FILES, parse_labels
 from ovseg_jax.vocab.words import WordList
 
 
@@ -292,13 +292,15 @@ def test_towers_get_the_pixels_that_they_know():
     assert published.pixels_of("siglip_vitb16").mean[0] == 0.5
 
 
-def test_an_installation_holds_the_configs(tmp_path):
+def test_an_installation_holds_the_configs_and_label_files(tmp_path):
     """As `ovseg_jax.configs`, where a checkout has a folder beside the package; and never as `configs`."""
     pytest.importorskip("setuptools")
     root = Path(config.__file__).parents[1]
     build = [sys.executable, "setup.py", "-q", "build_py", f"--build-lib={tmp_path}"]
     subprocess.run(build, cwd=root, check=True, capture_output=True)
     assert [path.name for path in tmp_path.iterdir()] == ["ovseg_jax"]
+    labels = {path.name for path in (tmp_path / "ovseg_jax/vocab/labels").iterdir()}
+    assert labels == {f"{name}.txt" for name in LABEL_FILES}
     code = "from ovseg_jax.configs import pomp_segments as c; print(c.__file__, c.get_config().steps)"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -379,6 +381,14 @@ def test_sets_are_tested_with_more_names_as_well():
     assert "labels" not in out.final_evals["A-150"].source
 
 
+def test_the_package_has_more_names_for_three_sets():
+    out = load("openseg", "data=coco,data_dir=x,eval_sets=s,sets=A-847;A-150;PAS-20,names=package")
+    assert set(out.final_evals) == {"validation", "A-847", "A-150", "PAS-20", "A-150+eng", "PAS-20+eng"}
+    assert out.final_evals["PAS-20+eng"].source.labels == "voc_2012"
+    with pytest.raises(UserError, match="names=package: the package has more names for A-150, PC-59, PAS-20"):
+        load("openseg", "data=coco,data_dir=x,eval_sets=s,sets=A-847,names=package")
+
+
 def test_negatives_of_the_papers_recipe_differ_between_devices():
     assert load("pomp", "data=folder,data_dir=x").loss.per_device
     assert not load("pomp", "data=folder,data_dir=x,per_device=False").loss.per_device
@@ -422,6 +432,54 @@ def test_weights_may_lie_in_a_folder():
 )
 def test_a_wrong_choice_is_a_sentence(arg):
     with pytest.raises(UserError):
+        load("openseg", arg)
+
+
+@pytest.mark.parametrize(
+    ("arg", "human", "captioned", "steps"),
+    [
+        ("images=50,captioned=70", ("scenes", 50), ("scenes", 70), 5500),
+        ("data=coco,data_dir=x,narratives=y,text=learned", ("coco", None), ("folder", None), 30_000),
+    ],
+)
+def test_a_teacher_labels_what_has_captions_alone(arg, human, captioned, steps):
+    """3.3, and rows of Table 8."""
+    out = load("openseg", f"{arg},pseudo=true,seed=3")
+    named = lambda sources: [(source["name"], source.get("num_examples")) for source in sources]
+    assert named(out.data.train) == [human, captioned]
+    first, last = out.data.train
+    assert "masks" not in first and last["masks"] == "stage:masks"
+    teacher, labels = (stage["config"] for stage in out.stages)
+    assert named(teacher.data.train) == [human] and teacher.seed == 3
+    assert (teacher.steps, teacher.loss.grounding_weight) == (steps, 0)
+    assert labels["teacher"] == "stage:teacher"
+    assert labels["source"] == {k: v for k, v in last.items() if k not in ("masks", "cache")}
+    alone = load("openseg", f"{arg},seed=3")
+    assert "masks" not in alone.data.train[-1] and not alone.get("stages")
+
+
+def test_captions_alone_train_the_masks_too():
+    """Table 8, row 2: with nothing but the grounding loss."""
+    assert load("openseg").model.detach_masks
+    assert not load("openseg", "mask_weight=0").model.detach_masks
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("pseudo=true", "pseudo=true labels the images of captioned=, which is missing"),
+        (
+            "data=coco,data_dir=x,pseudo=true",
+            "pseudo=true labels the images of narratives=, which is missing",
+        ),
+        ("stage=teacher,captioned=5,pseudo=true", "pseudo=True has no effect"),
+        ("method=lseg,captioned=5,pseudo=true", "pseudo=True has no effect"),
+        ("images=0", "images"),
+        ("data=folder,data_dir=x,images=5", "images=5 has no effect"),
+    ],
+)
+def test_pseudo_masks_need_captions(arg, message):
+    with pytest.raises(UserError, match=message):
         load("openseg", arg)
 
 

@@ -99,12 +99,18 @@ def run_command(
     return guarded(call)
 
 
-def start(main: Callable[[], int]) -> NoReturn:
-    """Runs a command's `main` as this process and exits with its status."""
+def start(main: Callable[[], int], compiles: bool = True) -> NoReturn:
+    """Runs a command's `main` as this process and exits with its status.
+
+    Args:
+      main: runs the command.
+      compiles: whether it runs programs of JAX, which is then imported to set its cache.
+    """
 
     def call() -> int:
         ensure_home()
-        use_compilation_cache()
+        if compiles:
+            use_compilation_cache()
         code = main()
         sys.stdout.flush()
         return code
