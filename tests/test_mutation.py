@@ -633,7 +633,7 @@ READERS: dict[str, Reader] = {
     "names of class folders": Reader(class_folders, lambda path: all_of_labels(path)),
     "names as JSON": Reader(text("names.json", '{"n01": ["dog", "hound"], "n02": "cat"}'), read_names),
     "label file": Reader(
-        text("l.txt", "3:airplane,aeroplane\n# x\n7:invalid_class_id\n9: car\n"), read_label_file
+        text("l.txt", "3:airplane,aeroplane\n# things: 9\n# x\n7:invalid_class_id\n9: car\n"), read_label_file
     ),
     "class list": Reader(text("c.txt", "tench, Tinca tinca\nbow (weapon)\n"), read_class_file),
     "class list as JSON": Reader(text("c.json", '["airplane", ["car", "automobile"]]'), read_class_file),
@@ -802,6 +802,9 @@ def test_a_damaged_file_is_read_or_refused(name, tmp_path, caplog):
     path.unlink()
     path.mkdir()
     complaint(reader.read, path)  # a folder in the file's place
+    path.rmdir()
+    os.mkfifo(path)
+    complaint(reader.read, path)  # a named pipe without a writer
 
 
 # Functions that open files: the readers above that go through each, or why none does.
@@ -866,7 +869,9 @@ OPENERS: dict[str, str] = {
     "pretrained/files.py:_torch": "PyTorch's zip",
     "pretrained/stated.py:check": "none: a description in memory",
     "pretrained/stated.py:read_config": "config.json beside weights",
+    "reading.py:open_binary": "arrays of a checkpoint",
     "reading.py:parse_json": "captions.jsonl",
+    "reading.py:read_bytes": "sums of a checkpoint",
     "reading.py:read_json": "segments.json",
     "reading.py:read_lines": "label file",
     "reading.py:read_npz": "vectors",
@@ -902,9 +907,8 @@ OPENERS: dict[str, str] = {
 def opens_a_file(call: ast.Call) -> bool:
     """Whether a call reads a file, or parses what was read of one."""
     name = ast.unparse(call.func)
-    own = (
-        "read_text read_bytes read_json read_lines read_npz read_recorded parse_json memmap deserialize loads"
-    )
+    own = "read_text read_bytes open_binary read_json read_lines read_npz read_recorded parse_json"
+    own += " memmap deserialize loads"
     if name.split(".")[-1] in own.split() or name in ("np.load", "torch.load", "torch.jit.load", "json.load"):
         return True
     modes = {
