@@ -15,6 +15,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.keys import check_config
 from ovseg_jax.methods import build
 from ovseg_jax.pretrained import published
+from ovseg_jax.towers.templates import read_templates
 from ovseg_jax.train.optimizer import make_schedule
 from ovseg_jax.vocab.classes import parse_labels
 from ovseg_jax.vocab.words import WordList
@@ -299,7 +300,8 @@ def test_an_installation_holds_the_configs(tmp_path):
     build = [sys.executable, "setup.py", "-q", "build_py", f"--build-lib={tmp_path}"]
     subprocess.run(build, cwd=root, check=True, capture_output=True)
     assert [path.name for path in tmp_path.iterdir()] == ["ovseg_jax"]
-    code = "from ovseg_jax.configs import pomp_segments as c; print(c.__file__, c.get_config().steps)"
+    code = "from ovseg_jax.configs import pomp_segments as c, tables; tables.all_tables(); "
+    code += "print(c.__file__, c.get_config().steps)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -383,6 +385,16 @@ def test_negatives_of_the_papers_recipe_differ_between_devices():
     assert load("pomp", "data=folder,data_dir=x").loss.per_device
     assert not load("pomp", "data=folder,data_dir=x,per_device=False").loss.per_device
     assert not load("pomp").loss.per_device
+
+
+def test_both_prompt_ensembles_are_scored():
+    """Table 1 of papers/000 is that of seven templates in its authors' code."""
+    prompts = load("pomp", "data=folder,data_dir=x").final_evals.validation.prompts
+    assert {name: len(read_templates(value)) for name, value in prompts.items()} == {
+        "hard": 1,
+        "ensemble": 7,
+        "ensemble_80": 80,
+    }
 
 
 def test_the_fifty_epochs_of_table_3():
