@@ -49,6 +49,7 @@ setup(
     license="Apache-2.0",
     packages=[*find_packages(include=["ovseg_jax", "ovseg_jax.*"]), "ovseg_jax.configs.tables"],
     package_dir={"ovseg_jax.configs": "configs"},
+    package_data={"ovseg_jax.datasets": ["*.txt"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py",
@@ -66,6 +67,7 @@ setup(
         "orbax-checkpoint>=0.11",
         "pillow>=11",
         "pycocotools",
+        "tensorstore",
         "textblob>=0.19",
         "tqdm",
     ],

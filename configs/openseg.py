@@ -20,8 +20,9 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from ovseg_jax.config import Args, parse_arg
+from ovseg_jax.config import Args, AtLeast, parse_arg
 from ovseg_jax.configs import common
+from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.tables import ENGINEERED, TABLE_2
 from ovseg_jax.pretrained.published import CENTRED, pixels_of, weights_of
 
@@ -51,6 +52,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         labels="",  # a label file with more names for the classes
         size=("", "tiny"),  # tiny: a small network and few steps, for any data
         narratives="",  # a folder of images and captions (README: train on your own data; or a prepared one) mixed in
+        images=AtLeast(10_000, 1),  # data=scenes: number of training images with masks
+        captioned=0,  # data=scenes: number of further ones with captions alone, mixed in by half
+        pseudo=False,  # those of narratives or captioned get pseudo-masks first, of a teacher trained on the others
         eval_sets="",  # a folder that holds the sets of Table 2 by name, to test on at the end
         sets=";".join(TABLE_2),  # which of them, or others that lie there
         sets_are=("folders", "prepared"),  # of images and masks, or written by `python -m ovseg_jax.prepare`
@@ -63,10 +67,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         text_weights="",  # where it is, if not on the hub: a folder with weights and tokeniser
         vectors="",  # an .npz of `words` and `vectors`: a frozen encoder that knows these words only
         method=("openseg", "lseg"),  # lseg: the per-pixel supervised baseline of 4.3, LSeg+
-        stage=(
-            "",
-            "teacher",
-        ),  # teacher: learns masks alone (3.3), and is tested on their recall (Tables 1 and 6)
+        # teacher: learns masks alone (3.3), and is tested on their recall (Tables 1 and 6)
+        stage=("", "teacher"),
         contrast=("unsync", "sync"),  # 4.1; sync in appendix F and in the strongest rows of Table 2
         evals=("", "panoptic"),  # panoptic: at the end also PQ, and AP of things, on the same images
         captions="noun+adj",  # Table 5: all | noun+adj+verb | noun+adj
@@ -74,13 +76,19 @@ def get_config(arg: str | None = None) -> ConfigDict:
         mask_weight=RECIPE,  # α of eq. 5, by default the recipe's; 0 in Table 8: captions alone
         seed=0,
     )
+    config = base(args)
     if args.stage == "teacher":
-        config = teacher(scenes() if args.data == "scenes" else paper(args))
+        config = teacher(config)
     else:
-        config = scenes() if args.data == "scenes" else paper(args)
         taught(config, args)
-    config.seed = args.seed
     args.check_read()
+    return config
+
+
+def base(args: Args) -> ConfigDict:
+    """Returns what teachers and their students share."""
+    config = scenes(args) if args.data == "scenes" else paper(args)
+    config.seed = args.seed
     return config
 
 
@@ -122,12 +130,42 @@ def taught(config: ConfigDict, args: Args) -> None:
             config.data.keep_prob = args.kp
     if args.mask_weight != RECIPE:
         config.loss.mask_weight = args.mask_weight
+        if not args.mask_weight:
+            config.model.detach_masks = False  # otherwise nothing trains the masks of `scenes`
+    if args.pseudo:
+        pseudo_labelled(config, args)
     if (own := config.final_evals.get("test") or config.final_evals.get("validation")) and args.evals:
         config.final_evals.update(common.panoptic(own))
 
 
-def scenes() -> ConfigDict:
+def pseudo_labelled(config: ConfigDict, args: Args) -> None:
+    """Adds the stages of 3.3: a teacher learns masks on the other sources, and labels the images of the last one.
+
+    Raises:
+      UserError: there is no source of captions.
+    """
+    if not (args.captioned if args.data == "scenes" else args.narratives):
+        key = "captioned" if args.data == "scenes" else "narratives"
+        raise UserError(f"pseudo=true labels the images of {key}=, which is missing")
+    first = teacher(base(args.changed(narratives="", captioned=0)))
+    first.evals = {}
+    captioned = config.data.train[-1]
+    source = {key: value for key, value in captioned.items() if key != "cache"}
+    labels = dict(teacher="stage:teacher", source=source, batch_size=16)
+    config.stages = [
+        *common.train_stages(teacher=first),
+        dict(name="masks", kind="pseudo_label", config=labels),
+    ]
+    config.data.train = [*config.data.train[:-1], dict(captioned, masks="stage:masks")]
+
+
+def scenes(args: Args) -> ConfigDict:
     """Returns OpenSeg on the embedded data, seven to nine minutes on two cores. All numbers are ours."""
+    train = [dict(common.scenes("train", args.images), cache=True)]
+    if args.captioned:
+        # Other images than those with masks: another seed.
+        others = dict(common.scenes("train", args.captioned), seed=1, fields=["image", "captions"])
+        train.append(dict(others, cache=True))
     return common.run(
         "openseg",
         steps=5500,
@@ -176,7 +214,7 @@ def scenes() -> ConfigDict:
             b2=0.98,
         ),
         data=dict(
-            train=[dict(common.scenes("train", 10_000), cache=True)],
+            train=train,
             image_size=64,
             mask_stride=1,
             max_masks=6,

@@ -38,6 +38,12 @@ class Args:
         self._read.add(key)
         return self._values[key]
 
+    def changed(self, **values: Any) -> "Args":
+        """Returns a copy with other values; a key that is read there counts as read here."""
+        other = Args({**self._values, **values}, self._given, self._choices)
+        other._read = self._read
+        return other
+
     def check_read(self) -> None:
         """Raises a UserError for a key that was given but never read, and so has no effect."""
         for key in self._given:

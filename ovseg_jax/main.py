@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from ovseg_jax.cli.console import check_addresses, setup_logging, use_compilation_cache
+from ovseg_jax.cli.console import check_addresses, check_reachable, setup_logging, use_compilation_cache
 from ovseg_jax.cli.flags import chosen_config, given_keys, launch
 from ovseg_jax.errors import UserError
 
@@ -51,6 +51,7 @@ def run(argv: list[str]) -> int:
     config = chosen_config()
     workdir = _WORKDIR.value or default_workdir(sys.argv[1:])
     check_addresses({"--workdir": workdir})
+    check_reachable({"--workdir": workdir, "config": config.to_dict()})
     use_all_cores(config.batch_size)
     asked = _DISTRIBUTED.value
     if asked if asked is not None else "JAX_COORDINATOR_ADDRESS" in os.environ:

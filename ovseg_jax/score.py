@@ -1,7 +1,8 @@
-"""The command that scores files of predictions, and trained runs: `python -m ovseg_jax.score KIND ...`."""
+"""The command that scores predictions: `python -m ovseg_jax.score KIND ...`, of files of any framework or of runs."""
 
 import argparse
 import importlib
+import sys
 from collections.abc import Sequence
 
 from ovseg_jax.cli.console import LazyParser, Parser, run_command, start
@@ -13,12 +14,16 @@ Scores predictions against annotations, both as files of any framework, or score
 """
 
 _KINDS = {
+    "semantic": "label maps: mIoU, IoU of each class, seen and unseen classes",
     "panoptic": "panoptic segmentation, files of COCO's form: PQ, SQ, RQ",
     "suite": "a trained classifier, zero-shot on the data sets of a suite",
     "transfer": "segmentation with the masks of one run and the classifier of another",
     "classify_boxes": "names for the boxes of a detector, by a trained classifier",
 }
 """The modules of `scoring`, each with `add_flags` and `run`."""
+
+_RUNS = ("suite", "transfer", "classify_boxes")
+"""The kinds that run a model: the others import no JAX, and so start at once."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,4 +50,4 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    start(main)
+    start(main, compiles=any(kind in sys.argv[1:2] for kind in _RUNS))

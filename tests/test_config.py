@@ -437,6 +437,54 @@ def test_a_wrong_choice_is_a_sentence(arg):
         load("openseg", arg)
 
 
+@pytest.mark.parametrize(
+    ("arg", "human", "captioned", "steps"),
+    [
+        ("images=50,captioned=70", ("scenes", 50), ("scenes", 70), 5500),
+        ("data=coco,data_dir=x,narratives=y,text=learned", ("coco", None), ("folder", None), 30_000),
+    ],
+)
+def test_a_teacher_labels_what_has_captions_alone(arg, human, captioned, steps):
+    """3.3, and rows of Table 8."""
+    out = load("openseg", f"{arg},pseudo=true,seed=3")
+    named = lambda sources: [(source["name"], source.get("num_examples")) for source in sources]
+    assert named(out.data.train) == [human, captioned]
+    first, last = out.data.train
+    assert "masks" not in first and last["masks"] == "stage:masks"
+    teacher, labels = (stage["config"] for stage in out.stages)
+    assert named(teacher.data.train) == [human] and teacher.seed == 3
+    assert (teacher.steps, teacher.loss.grounding_weight) == (steps, 0)
+    assert labels["teacher"] == "stage:teacher"
+    assert labels["source"] == {k: v for k, v in last.items() if k not in ("masks", "cache")}
+    alone = load("openseg", f"{arg},seed=3")
+    assert "masks" not in alone.data.train[-1] and not alone.get("stages")
+
+
+def test_captions_alone_train_the_masks_too():
+    """Table 8, row 2: with nothing but the grounding loss."""
+    assert load("openseg").model.detach_masks
+    assert not load("openseg", "mask_weight=0").model.detach_masks
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("pseudo=true", "pseudo=true labels the images of captioned=, which is missing"),
+        (
+            "data=coco,data_dir=x,pseudo=true",
+            "pseudo=true labels the images of narratives=, which is missing",
+        ),
+        ("stage=teacher,captioned=5,pseudo=true", "pseudo=True has no effect"),
+        ("method=lseg,captioned=5,pseudo=true", "pseudo=True has no effect"),
+        ("images=0", "images"),
+        ("data=folder,data_dir=x,images=5", "images=5 has no effect"),
+    ],
+)
+def test_pseudo_masks_need_captions(arg, message):
+    with pytest.raises(UserError, match=message):
+        load("openseg", arg)
+
+
 def test_a_frozen_text_side_is_not_trained():
     out = load("openseg", "data=coco,data_dir=x,vectors=y.npz")
     assert (out.text.learned, out.text.vectors) == (False, "y.npz")

@@ -32,12 +32,22 @@ from PIL import Image
 from ovseg_jax.cli.outputs import Journal
 from ovseg_jax.config import resolved, stages_of
 from ovseg_jax.data import prepared_files
-from ovseg_jax.data.images import read_header, read_image, read_mask
+from ovseg_jax.data.images import read_header, read_image, read_mask, read_wide_mask
+from ovseg_jax.data.scenes.source import Scenes
+from ovseg_jax.data.source_base import Example, replaced
 from ovseg_jax.data.sources.coco import Coco
 from ovseg_jax.data.sources.folder import Folder
 from ovseg_jax.data.sources.image_folder import ImageFolder, read_names
 from ovseg_jax.data.sources.prepared import Prepared
+from ovseg_jax.data.sources.pseudo_masks import PseudoMasks, Shard, Statistics, shard_name, write_shard
+from ovseg_jax.datasets.ade20k import Ade20k150, Ade20kFull
+from ovseg_jax.datasets.imagenet import ImageNet21k, ImageNetS
+from ovseg_jax.datasets.lvis import Lvis
 from ovseg_jax.datasets.members import Members
+from ovseg_jax.datasets.narratives import LocalizedNarratives
+from ovseg_jax.datasets.objects365 import Objects365
+from ovseg_jax.datasets.pascal_context import PascalContext59, PascalContext459
+from ovseg_jax.datasets.retrieval import CocoRetrieval
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.box_files import average_precision, read_annotations, read_boxes
 from ovseg_jax.experiment import stages
@@ -58,6 +68,14 @@ from ovseg_jax.vocab.splits import load_split, read_categories
 from ovseg_jax.vocab.tokenizers import load_tokenizer
 from ovseg_jax.vocab.vectors import ClassVectors
 from ovseg_jax.vocab.words import WordList
+from tests.datasets.packing import read_all, unpacked
+from tests.datasets.test_ade20k import BENCH, FULL
+from tests.datasets.test_captions import COCO, RETRIEVAL
+from tests.datasets.test_imagenet import FILES as IMAGENET_S
+from tests.datasets.test_imagenet import PROCESSED
+from tests.datasets.test_instances import LVIS as LVIS_FILES
+from tests.datasets.test_instances import OBJECTS
+from tests.datasets.test_pascal_context import FILES_59, FILES_459
 from tests.extras import require
 from tests.mutants import mutant
 from tests.pretrained import damaged
@@ -128,6 +146,43 @@ def halves(folder: Path) -> Path:
 
 def _segments(mask: np.ndarray, path: Path) -> None:
     Image.fromarray(mask).save(path)
+
+
+def shard(folder: Path) -> Path:
+    masks = {k: picture("m.png", "P")(folder).read_bytes() for k in range(2)}
+    shown = Shard({"threshold": 0.5}, [f"train-{k:06d}" for k in range(3)], [2], Statistics(2, [0, 2]))
+    write_shard(folder / shard_name(0, 1), shown, masks)
+    return folder / shard_name(0, 1)
+
+
+def facts_of_shard(folder: Path) -> Path:
+    with zipfile.ZipFile(shard(folder)) as archive:
+        (folder / "shard.json").write_bytes(archive.read("shard.json"))
+    return folder / "shard.json"
+
+
+def with_facts(path: Path) -> None:
+    if path.is_dir():
+        return
+    masks = picture("m.png", "P")(path.parent).read_bytes()
+    with zipfile.ZipFile(path.parent / shard_name(0, 1), "w") as archive:
+        archive.writestr("shard.json", path.read_bytes())
+        archive.writestr("0.png", masks)
+        archive.writestr("1.png", masks)
+    masks_of_scenes(path.parent / shard_name(0, 1))
+
+
+class Three(Scenes):
+    """Images of the size of `picture`."""
+
+    def __getitem__(self, index: int) -> Example:
+        return replaced(super().__getitem__(index), image=np.zeros((12, 16, 3), np.uint8), class_ids=())
+
+
+def masks_of_scenes(path: Path) -> None:
+    source = PseudoMasks(Three(num_examples=3), path.parent)
+    for index in range(3):
+        dict(source[index])
 
 
 def in_folder(write: Callable[[Path], Path], where: str = "") -> Callable[[Path], Path]:
@@ -282,6 +337,15 @@ def archive(name: str) -> Callable[[Path], Path]:
         return folder / name
 
     return write
+
+
+def download(files: dict[str, bytes], name: str, kind: Any, split: str = "train") -> Reader:
+    """A whole download of a published data set, of which one file is damaged."""
+
+    def write(folder: Path) -> Path:
+        return unpacked(folder, files) / name
+
+    return Reader(write, lambda path: read_all(kind(root_of(path, name)), split), 0.5)
 
 
 def all_members(path: Path) -> None:
@@ -501,6 +565,15 @@ READERS: dict[str, Reader] = {
             ("a.pgm", "L", {}),
         )
     },
+    **{
+        f"wide mask {name} {mode}": Reader(picture(name, mode, **options), read_wide_mask)
+        for name, mode, options in (
+            ("a.png", "L", {}),
+            ("a.png", "P", {}),
+            ("a.png", "I;16", {}),
+            ("b.tif", "I", {}),
+        )
+    },
     "COCO's panoptic JSON": coco_reader("annotations/panoptic_val.json"),
     "panoptic results": Reader(
         coco("annotations/panoptic_val.json"),
@@ -586,6 +659,27 @@ READERS: dict[str, Reader] = {
     "boxes": Reader(text("b.json", json.dumps(BOXES)), read_boxes),
     "annotations": Reader(text("a.json", json.dumps(ANNOTATIONS)), judged),
     "annotations of LVIS": Reader(text("a.json", json.dumps(LVIS)), judged),
+    "objectInfo150.txt": download(BENCH, "ADEChallengeData2016/objectInfo150.txt", Ade20k150),
+    "index of ADE20K": download(FULL, "ADE20K_2021_17_01/index_ade20k.pkl", Ade20kFull),
+    "merged JSON of PASCAL Context": download(FILES_59, "trainval_merged.json", PascalContext59),
+    "label map of PASCAL Context": download(FILES_459, "trainval/2008_000002.mat", PascalContext459),
+    "words.txt of ImageNet-21K": download(PROCESSED, "words.txt", ImageNet21k),
+    "mask of ImageNet-S": download(
+        IMAGENET_S,
+        next(k for k in IMAGENET_S if "n-seg" in k),
+        functools.partial(ImageNetS, size="50"),
+        "val",
+    )._replace(share=0.1),
+    "LVIS": download(LVIS_FILES, "lvis_v1_train.json", Lvis),
+    "Objects365": download(OBJECTS, "train/zhiyuan_objv2_train.json", Objects365),
+    "Localized Narratives": download(
+        {k: v for k, v in COCO.items() if "00001" not in k}
+        | {"coco_train_localized_narratives-00000-of-00001.jsonl": COCO["coco_val_captions.jsonl"]},
+        "coco_val_captions.jsonl",
+        LocalizedNarratives,
+        "val",
+    ),
+    "Karpathy's splits": download(RETRIEVAL, "dataset_coco.json", CocoRetrieval),
     "manifest of a prepared set": prepared(prepared_files.MANIFEST),
     "classes of a prepared set": prepared(prepared_files.CLASSES),
     "index of a prepared set": prepared("index-val.npz"),
@@ -599,6 +693,8 @@ READERS: dict[str, Reader] = {
     "journal": Reader(text("p.jsonl", '{"request": {"a": 1}}\n{"image": "a"}\n{"image": "b"}\n'), Journal),
     "metrics.jsonl of curves": Reader(text("metrics.jsonl", RECORDS), curves._read),
     **{name: Reader(write, read, 0.3) for name, (write, read) in damaged.READERS.items()},
+    "pseudo-masks": Reader(shard, masks_of_scenes),
+    "shard.json": Reader(facts_of_shard, with_facts),
     "metrics.jsonl": Reader(text("metrics.jsonl", RECORDS), lambda path: read_metrics(path.parent)),
     "metrics.jsonl of a restart": Reader(text("metrics.jsonl", RECORDS), lambda path: _readable(path.parent)),
 }
@@ -674,6 +770,7 @@ OPENERS: dict[str, str] = {
     "cli/outputs.py:start": "none: a request in memory",
     "config.py:_places": "config.json beside a run",
     "config.py:from_json": "config.json of a run",
+    "data/images.py:_decode_png": "wide mask a.png L",
     "data/images.py:_open": "image a.png RGBA",
     "data/prepared_files.py:file_sha256": "none: computes a checksum",
     "data/prepared_files.py:read_index": "index of a prepared set",
@@ -685,9 +782,14 @@ OPENERS: dict[str, str] = {
     "data/sources/folder.py:_from_table": "captions.tsv",
     "data/sources/folder.py:_read_entries": "segments.json",
     "data/sources/image_folder.py:read_names": "names of class folders",
+    "data/sources/pseudo_masks.py:_read": "pseudo-masks",
+    "data/sources/pseudo_masks.py:read_shard": "shard.json",
+    "datasets/ade20k.py:full_ids": "none: a file of the package",
     "datasets/members.py:_add_archive": "zip in a tar",
     "datasets/members.py:_tar_entries": "zip in a tar",
     "datasets/members.py:read": "zip in a tar",
+    "datasets/narratives.py:_read": "Localized Narratives",
+    "datasets/packed.py:json": "LVIS",
     "datasets/prepare.py:_check_folder": "none: tests/datasets/test_prepare.py",
     "datasets/prepare.py:_finish": "none: copies what was just written",
     "datasets/prepare.py:_load_job": "none: written anew by each call",
@@ -715,6 +817,7 @@ OPENERS: dict[str, str] = {
     "files.py:read_recorded": "config.json of a run",
     "inference/export.py:to_folder": "none: a class list in memory",
     "inference/pictures.py:_prompt_points": "none: read_json and numbers",
+    "inference/pseudo_masks.py:label_source": "none: a request in memory",
     "scoring/files.py:read_list": "list of images",
     "scoring/panoptic.py:read_panoptic": "panoptic results",
     "pretrained/files.py:_header": "safetensors",

@@ -1,4 +1,7 @@
-"""The command `score` and its kinds."""
+"""The command `score`: its kinds, and what each of them imports."""
+
+import subprocess
+import sys
 
 import pytest
 
@@ -47,3 +50,16 @@ def test_a_wrong_request_is_one_sentence(capsys, arguments, message):
     assert score.main(arguments) == 1
     out, err = capsys.readouterr()
     assert not out and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", [kind for kind in score._KINDS if kind not in score._RUNS])
+def test_kinds_of_files_start_without_jax(kind):
+    """They need a tenth of a second; JAX needs several."""
+    code = f"""
+import contextlib, sys
+from ovseg_jax import score
+with contextlib.suppress(SystemExit):
+    score.main([{kind!r}, "--help"])
+assert not {{"jax", "flax", "grain", "matplotlib"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

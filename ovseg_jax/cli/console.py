@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +22,8 @@ FAILED, INTERRUPTED = 1, 130
 
 # The package that reads each supported kind of address.
 _BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}
+# The buckets' clients try again for minutes where there is no network.
+_SECONDS_TO_REACH = 20
 _CLIENTS = frozenset(("aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs"))
 
 
@@ -87,19 +90,27 @@ def run_command(
 
     def call() -> int:
         arguments = parser().parse_args(argv)
-        check_addresses({f"--{key}": value for key, value in vars(arguments).items()})
+        values = {f"--{key}": value for key, value in vars(arguments).items()}
+        check_addresses(values)
         silence()
+        check_reachable(values)
         return run(arguments) or 0
 
     return guarded(call)
 
 
-def start(main: Callable[[], int]) -> NoReturn:
-    """Runs a command's `main` as this process and exits with its status."""
+def start(main: Callable[[], int], compiles: bool = True) -> NoReturn:
+    """Runs a command's `main` as this process and exits with its status.
+
+    Args:
+      main: runs the command.
+      compiles: whether it runs programs of JAX, which is then imported to set its cache.
+    """
 
     def call() -> int:
         ensure_home()
-        use_compilation_cache()
+        if compiles:
+            use_compilation_cache()
         code = main()
         sys.stdout.flush()
         return code
@@ -156,7 +167,8 @@ def check_addresses(values: Mapping[str, Any]) -> None:
       values: texts, or trees of texts, by the flag or key that they belong to.
     """
     for name, value in _texts(values):
-        for scheme in re.findall(r"(?:^|[=,])([A-Za-z][\w+.-]*)://", value):
+        for address in _addresses(value):
+            scheme = address.partition("://")[0]
             if scheme not in _BUCKETS:
                 known = " or ".join(f"{bucket}://" for bucket in _BUCKETS)
                 raise UserError(
@@ -166,6 +178,52 @@ def check_addresses(values: Mapping[str, Any]) -> None:
                 raise UserError(
                     f"{name}={value}: {scheme}:// needs {_BUCKETS[scheme]}: pip install -e '.[buckets]'"
                 )
+
+
+def check_reachable(values: Mapping[str, Any]) -> None:
+    """Raises a UserError for an address of a bucket that does not answer within seconds.
+
+    One address of each bucket is looked up; whether it exists does not matter.
+
+    Args:
+      values: as for `check_addresses`, which they have passed.
+    """
+    asked = set()
+    for name, value in _texts(values):
+        for address in _addresses(value):
+            bucket = "/".join(address.split("/")[:3])
+            if bucket not in asked:
+                asked.add(bucket)
+                _look_up(name, address)
+
+
+def _look_up(name: str, address: str) -> None:
+    """Looks up an address in a thread of its own, which is abandoned after `_SECONDS_TO_REACH`."""
+    from etils import epath
+
+    failed: list[Exception] = []
+
+    def call() -> None:
+        try:
+            epath.Path(address).exists()
+        except Exception as error:  # The clients share no type of error.
+            failed.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(_SECONDS_TO_REACH)
+    if thread.is_alive():
+        raise UserError(
+            f"{name}: {address} did not answer within {_SECONDS_TO_REACH} seconds: check the network and the "
+            "credentials"
+        )
+    if failed:
+        raise UserError(f"{name}: {address} cannot be reached: {' '.join(str(failed[0]).split())}")
+
+
+def _addresses(text: str) -> list[str]:
+    """Finds the addresses in a flag's value, such as "folder,data_dir=gs://bucket/data"."""
+    return re.findall(r"(?:^|[=,])([A-Za-z][\w+.-]*://[^,;]*)", text)
 
 
 def _texts(tree: Any, name: str = "") -> Iterator[tuple[str, str]]:

@@ -1,9 +1,21 @@
-"""The readers of published data sets by name; none is here yet."""
+"""The readers of published data sets by name."""
 
 from ovseg_jax.config import import_class
 from ovseg_jax.datasets.base import Dataset
 
-DATASETS: dict[str, str] = {}
+DATASETS: dict[str, str] = {
+    "ade20k_150": "ovseg_jax.datasets.ade20k:Ade20k150",
+    "ade20k_847": "ovseg_jax.datasets.ade20k:Ade20kFull",
+    "coco_retrieval": "ovseg_jax.datasets.retrieval:CocoRetrieval",
+    "flickr30k_retrieval": "ovseg_jax.datasets.retrieval:Flickr30kRetrieval",
+    "imagenet21k": "ovseg_jax.datasets.imagenet:ImageNet21k",
+    "imagenet_s": "ovseg_jax.datasets.imagenet:ImageNetS",
+    "localized_narratives": "ovseg_jax.datasets.narratives:LocalizedNarratives",
+    "lvis_v1": "ovseg_jax.datasets.lvis:Lvis",
+    "objects365_v2": "ovseg_jax.datasets.objects365:Objects365",
+    "pascal_context_59": "ovseg_jax.datasets.pascal_context:PascalContext59",
+    "pascal_context_459": "ovseg_jax.datasets.pascal_context:PascalContext459",
+}
 """The class of each data set, imported when it is used."""
 
 

@@ -1,22 +1,20 @@
 """Semantic segmentation scores from three exact counts per class: pixels of its truth, its prediction and both.
 
 IoU, pixel accuracy and frequency-weighted IoU do not need the K x K confusion matrix, which would have 400 million
-entries for 20,000 classes.
+entries for 20,000 classes. This module computes on the host; `pixel_counts` counts on devices.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Int
 
 from ovseg_jax.vocab.classes import ClassList
 
 
 class Counts(NamedTuple):
-    """Pixel counts per class, [K] each; pixels without a label are not counted.
+    """Pixel counts per class, [K] each, in arrays of NumPy or JAX; pixels without a label are not counted.
 
     Attributes:
       intersection: pixels labelled and predicted as the class.
@@ -24,9 +22,9 @@ class Counts(NamedTuple):
       prediction: labelled pixels predicted as the class.
     """
 
-    intersection: Int[Array | np.ndarray, "k"]
-    truth: Int[Array | np.ndarray, "k"]
-    prediction: Int[Array | np.ndarray, "k"]
+    intersection: Int[Any, "k"]
+    truth: Int[Any, "k"]
+    prediction: Int[Any, "k"]
 
 
 class ClassRow(NamedTuple):
@@ -35,44 +33,6 @@ class ClassRow(NamedTuple):
     name: str
     pixels: int
     iou: float | None
-
-
-def count(label: Int[Array, "*b h w"], predicted: Int[Array, "*b h w"], num_classes: int) -> Counts:
-    """Counts the pixels of one batch in int32, exact below 2^31 labelled pixels. Jittable.
-
-    Args:
-      label: the class of every pixel; anything outside 0..K-1 (void, padding) is ignored.
-      predicted: the predicted class; anything outside 0..K-1 means none and counts as wrong where there is a label.
-      num_classes: the number K of classes.
-    """
-    known = (label >= 0) & (label < num_classes)
-    guess = known & (predicted >= 0) & (predicted < num_classes)
-    return Counts(
-        _histogram(label, known & (label == predicted), num_classes),
-        _histogram(label, known, num_classes),
-        _histogram(predicted, guess, num_classes),
-    )
-
-
-def _histogram(values, where, bins):
-    slot = jnp.where(where, values, bins).ravel()
-    return jnp.zeros(bins, jnp.int32).at[slot].add(1, mode="drop")
-
-
-def present_classes(label: Int[Array, "b h w"], num_classes: int) -> Bool[Array, "b k"]:
-    """Tells which classes occur in each label, bool [B K]: the queries of Grounding mIoU.
-
-    Values outside 0..K-1 are ignored.
-    """
-    b = label.shape[0]
-    slot = jnp.where((label >= 0) & (label < num_classes), label, num_classes).reshape(b, -1)
-    return jnp.zeros((b, num_classes), bool).at[jnp.arange(b)[:, None], slot].set(True, mode="drop")
-
-
-def add(total: Any, batch: Any) -> Any:
-    """Adds a batch's counts, any tree of integer arrays, to the total (or None), in int64 on the host."""
-    wide = jax.tree.map(lambda x: np.asarray(x).astype(np.int64), batch)
-    return wide if total is None else jax.tree.map(np.add, total, wide)
 
 
 def iou(counts: Counts) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Int
 from ovseg_jax.decisions.maps import Mode, vocabulary_of
 from ovseg_jax.decisions.rules import Decision, decide, decision_of
 from ovseg_jax.errors import UserError
-from ovseg_jax.evals import confusion, proposals
+from ovseg_jax.evals import confusion, pixel_counts, proposals
 from ovseg_jax.evals.passes import each_batch
 from ovseg_jax.evals.registry import Setup
 from ovseg_jax.parallel.sharding import AXES, replicated
@@ -147,7 +147,7 @@ class SegmentationEvaluator(Evaluator):
         with jax.set_mesh(self._mesh):
             step = partial(self._step, variables, jax.device_put(dict(texts), replicated(self._mesh)))
             for sums in each_batch(self._batches(), step, self._mesh):
-                total = confusion.add(total, sums)
+                total = pixel_counts.add(total, sums)
         if total is None or not next(iter(total.values())).every_class[self._modes[0]].truth.sum():
             raise UserError(
                 f"evals.{self.name}: the source has no image with a labelled pixel to evaluate on"
@@ -184,7 +184,7 @@ class SegmentationEvaluator(Evaluator):
         k, background = len(self._classes), self._background
         label = jnp.where(batch["example_mask"][:, None, None], batch["label"], -1)
         valid = batch["segment_valid"] & batch["example_mask"][:, None]
-        asked = confusion.present_classes(label, k)
+        asked = pixel_counts.present_classes(label, k)
         asked = jnp.stack([jnp.ones_like(asked), asked], 1)
         if background is not None:
             asked = asked.at[:, :, background].set(False)
@@ -220,8 +220,8 @@ class SegmentationEvaluator(Evaluator):
             ).category
             if background is not None:
                 category = jnp.where(category < 0, background, category)
-            sums[key].every_class[mode] = confusion.count(label, category[:, 0], k)
-            sums[key].own_classes[mode] = confusion.count(label, category[:, 1], k)
+            sums[key].every_class[mode] = pixel_counts.count(label, category[:, 0], k)
+            sums[key].own_classes[mode] = pixel_counts.count(label, category[:, 1], k)
         return jax.lax.psum(sums, AXES)
 
     def _summarise(self, total: Sums, mark: str) -> dict[str, float]:

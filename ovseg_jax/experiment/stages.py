@@ -113,7 +113,7 @@ def check_keys(stage: ConfigDict, where: str) -> None:
 def _runner(kind: str, train: Runner) -> Runner:
     if kind == "train":
         return train
-    return lambda config, folder: _function(kind)(folder, **config_lib.resolved(config, folder))
+    return lambda config, folder: _function(kind)(folder, **config_lib.resolved(config, folder).to_dict())
 
 
 def _function(kind: str) -> Callable[..., Mapping[str, Any]]:

@@ -6,8 +6,8 @@ result.labels, result.scores, result.masks
 result.overlay().save("photo.png")
 """
 
-from collections import deque
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.inference.result import PixelFeatures, Result
 from ovseg_jax.inference.tiles import Blender, Span, View, spans
 from ovseg_jax.kernels.cpu_convs import fast_on_cpu
+from ovseg_jax.parallel.sharding import batch_sharding, make_mesh, replicated
 from ovseg_jax.protocols import Prediction, Segmenting, Text, Variables, Vocabulary
 from ovseg_jax.vocab.classes import ClassList, Labels, as_classes
 from ovseg_jax.vocab.vectors import ClassVectors
@@ -42,6 +43,8 @@ class Segmenter:
       config: the config of the run; `config.data.image_size` is the size of the model's square input.
       classes: the labels to use if none are given.
       batch_size: number of images, or tiles of large ones, in a batch.
+      devices: this process's devices that share each batch; by default its first one. The batch size is rounded up to
+        a multiple of their number.
     """
 
     def __init__(
@@ -52,11 +55,14 @@ class Segmenter:
         classes: ClassList | None = None,
         *,
         batch_size: int = 8,
+        devices: Sequence[jax.Device] = (),
     ):
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} is less than 1")
-        self.method, self.config, self.classes, self.batch_size = method, config, classes, batch_size
-        self.variables = jax.device_put(variables)
+        self.method, self.config, self.classes = method, config, classes
+        self._mesh = make_mesh(devices=devices) if len(devices) > 1 else None
+        self.batch_size = -(-batch_size // max(len(devices), 1)) * max(len(devices), 1)
+        self.variables = jax.device_put(variables, self._mesh and replicated(self._mesh))
         self._predict = jax.jit(fast_on_cpu(method.predict))
         self._layers = jax.jit(partial(_layers, method))
         self._decide = jax.jit(partial(decide, method), static_argnames=("canvas", "shape", "decision"))
@@ -70,10 +76,12 @@ class Segmenter:
         *,
         averaged: bool = True,
         batch_size: int = 8,
+        devices: Sequence[jax.Device] = (),
     ) -> "Segmenter":
         """Loads a run, with its latest checkpoint or that of `step`.
 
-        From a run with `optimizer.ema` it takes the averaged parameters, or the last ones if `averaged` is False.
+        From a run with `optimizer.ema` it takes the averaged parameters, or the last ones if `averaged` is False; for
+        `batch_size` and `devices` see the class.
 
         Raises:
           UserError: the folder holds no run or no such checkpoint, or the run does not segment.
@@ -88,7 +96,7 @@ class Segmenter:
             lacking="does not segment; if it classifies images, add --proposals=WORKDIR, the masks of another run "
             "(in Python, Segmenter.from_two_stages)",
         )
-        return cls(run.method, run.variables, run.config, run.classes, batch_size=batch_size)
+        return cls(run.method, run.variables, run.config, run.classes, batch_size=batch_size, devices=devices)
 
     @classmethod
     def from_two_stages(
@@ -213,7 +221,7 @@ class Segmenter:
             if given:
                 text = _text_of(given, prediction)
             size = job.image.shape[:2]
-            dense = PixelFeatures.of(prediction, self._canvas, fitted, size) if features else None
+            dense = PixelFeatures.of(prediction, self.canvas, fitted, size) if features else None
             if not blocks:
                 # Sizes are rounded up, to limit compilations.
                 shape = tuple(-(-pixels // SHAPE_STEP) * SHAPE_STEP for pixels in size)
@@ -224,7 +232,7 @@ class Segmenter:
                     np.array([fitted], np.int32),
                     np.array([size], np.int32),
                     np.ones((1, 1, len(owner)), bool),
-                    canvas=self._canvas,
+                    canvas=self.canvas,
                     shape=shape,
                     decision=chosen,
                 )
@@ -232,7 +240,7 @@ class Segmenter:
                 continue
             blender = blender or Blender(job.rows, job.columns)
             layers = self._layers(prediction, text, vocabulary)
-            if not blender.add(View(job.row, job.column, self._canvas, fitted, layers)):
+            if not blender.add(View(job.row, job.column, self.canvas, fitted, layers)):
                 continue
             confidence: np.ndarray = blender.score
             if layers.masks:
@@ -252,7 +260,12 @@ class Segmenter:
     def stream_features(self, images: Iterable[Any]) -> Iterator[PixelFeatures]:
         """Computes `features` of any number of images; yields one at a time, reading a batch ahead."""
         for job, fitted, prediction in self._predictions(images, None):
-            yield PixelFeatures.of(prediction, self._canvas, fitted, job.image.shape[:2])
+            yield PixelFeatures.of(prediction, self.canvas, fitted, job.image.shape[:2])
+
+    def stream_batches(self, images: Iterable[Any]) -> Iterator["Batch"]:
+        """Predicts any number of images; yields a batch at a time."""
+        for jobs in _batched(_jobs(images, None), self.batch_size):
+            yield Batch([job.image.shape[:2] for job in jobs], *self._forward(jobs))
 
     def embed(self, labels: Labels | ClassVectors) -> Text:
         """Embeds all names, category by category, in each space of the method; computed once per set of labels.
@@ -268,7 +281,8 @@ class Segmenter:
         return self._texts[classes.names]
 
     @property
-    def _canvas(self) -> int:
+    def canvas(self) -> int:
+        """The side of the model's square input in pixels."""
         return int(self.config.data.image_size)
 
     def _categories(self, labels: Labels | ClassVectors | None) -> ClassList:
@@ -288,27 +302,39 @@ class Segmenter:
         self, images: Iterable[Any], tile: tuple[int, int] | None
     ) -> Iterator[tuple["_Job", tuple[int, int], Prediction]]:
         """Yields every tile of every image with its size in the model's input and its prediction."""
-        waiting: deque[_Job] = deque()
-        for job in _jobs(images, tile):
-            waiting.append(job)
-            if len(waiting) == self.batch_size:
-                yield from self._forward(waiting)
-                waiting.clear()
-        if waiting:
-            yield from self._forward(waiting)
+        for jobs in _batched(_jobs(images, tile), self.batch_size):
+            fitted, prediction = self._forward(jobs)
+            for i, (job, size) in enumerate(zip(jobs, fitted, strict=True)):
+                yield job, size, jax.tree.map(lambda x, i=i: x[i : i + 1], prediction)
 
-    def _forward(self, jobs: Iterable["_Job"]) -> Iterator[tuple["_Job", tuple[int, int], Prediction]]:
-        jobs = list(jobs)
-        fitted = [fit_canvas(job.image[slice(*job.row), slice(*job.column)], self._canvas) for job in jobs]
+    def _forward(self, jobs: Sequence["_Job"]) -> tuple[list[tuple[int, int]], Prediction]:
+        """Returns the sizes of some tiles in the model's input, and their prediction, padded to more rows."""
+        fitted = [fit_canvas(job.image[slice(*job.row), slice(*job.column)], self.canvas) for job in jobs]
         # Batches of 1, 2, 4, ... images: few compilations, and a single image is not padded to a full batch.
         count = min(self.batch_size, 1 << (len(jobs) - 1).bit_length())
-        canvases = np.zeros((count, self._canvas, self._canvas, 3), np.uint8)
-        sizes = np.full((count, 2), self._canvas, np.int32)
+        if self._mesh is not None:
+            count = -(-count // self._mesh.size) * self._mesh.size
+        canvases = np.zeros((count, self.canvas, self.canvas, 3), np.uint8)
+        sizes = np.full((count, 2), self.canvas, np.int32)
         for i, (canvas, size) in enumerate(fitted):
             canvases[i], sizes[i] = canvas, size
-        prediction = self._predict(self.variables, canvases, sizes)
-        for i, (job, (_, size)) in enumerate(zip(jobs, fitted, strict=True)):
-            yield job, size, jax.tree.map(lambda x, i=i: x[i : i + 1], prediction)
+        where = self._mesh and batch_sharding(self._mesh)
+        prediction = self._predict(self.variables, *jax.device_put((canvases, sizes), where))
+        return [size for _, size in fitted], prediction
+
+
+class Batch(NamedTuple):
+    """The prediction of some images.
+
+    Attributes:
+      sizes: height and width of each image.
+      fitted: height and width of each in the model's input.
+      prediction: its first rows are those images, the others padding.
+    """
+
+    sizes: list[tuple[int, int]]
+    fitted: list[tuple[int, int]]
+    prediction: Prediction
 
 
 class _Job(NamedTuple):
@@ -327,6 +353,11 @@ def _jobs(images: Iterable[Any], tile: tuple[int, int] | None) -> Iterator[_Job]
         for row in rows:
             for column in columns:
                 yield _Job(image, rows, columns, row, column)
+
+
+def _batched(jobs: Iterator[_Job], count: int) -> Iterator[list[_Job]]:
+    while some := list(itertools.islice(jobs, count)):
+        yield some
 
 
 def _layers(method: Segmenting, prediction: Prediction, text: Text, vocabulary: Vocabulary) -> Layers:

@@ -77,6 +77,9 @@ class OpenSeg(Trainable, Segmenting):
     initial τ of eq. 2, learned within `temperature_bounds` (ours; () for none); `shared_temperature` uses one τ for
     eq. 3 and eq. 4 as in the paper, otherwise each has its own; `grounding_weight` 0 trains only the masks (the teacher
     of 3.3), `mask_weight` 0 only the words (Table 8), with batches without masks.
+
+    The mask loss is a mean over the images of a batch that have masks (ours: where the paper weights the masks of
+    captioned images by 0, in Table 8, it may divide by all images, which halves the weight of the others).
     """
 
     @classmethod

@@ -258,9 +258,7 @@ def results(
     call = functools.partial(_guarded, function)
     with contextlib.ExitStack() as stack:
         if workers > 1 and len(items) > _FEW:
-            # Forked processes start at once, but only a process without other threads can be forked safely.
-            alone = threading.active_count() == 1 and "jax" not in sys.modules and sys.platform == "linux"
-            context = multiprocessing.get_context("fork" if alone else "spawn")
+            context = multiprocessing.get_context("fork" if _can_fork() else "spawn")
             pool = stack.enter_context(
                 ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupts)
             )
@@ -279,6 +277,17 @@ def results(
             raise UserError(
                 f"one of the {workers} processes that read files ended, perhaps for want of memory: try --workers=1"
             ) from None
+
+
+def _can_fork() -> bool:
+    """Tells whether processes can be forked, which start at once: safe only where no thread may hold a lock."""
+    # The thread of tqdm only redraws bars, of which the new processes have none.
+    others = [
+        t
+        for t in threading.enumerate()
+        if t is not threading.main_thread() and not type(t).__module__.startswith("tqdm")
+    ]
+    return sys.platform == "linux" and not others and not {"jax", "tensorstore"} & sys.modules.keys()
 
 
 def _guarded(function: Callable[[T], S], item: T) -> S | UserError:

@@ -224,7 +224,9 @@ def read_run(workdir: epath.PathLike) -> ConfigDict:
     """
     config = read_config(workdir)
     if config is None:
-        raise UserError(f"{workdir} holds no run: {CONFIG_FILE} is missing.")
+        folder = epath.Path(workdir)
+        why = f"{CONFIG_FILE} is missing" if folder.is_dir() else "it is a file"
+        raise UserError(f"{workdir} holds no run: {why if folder.exists() else 'it does not exist'}.")
     return with_own_text(config_lib.resolved(config, workdir), workdir)
 
 

@@ -1,12 +1,16 @@
 """Pictures of segmentations: a palette, an overlay with a legend, and a grid of predictions."""
 
 import functools
+import io
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
+
+from ovseg_jax.files import write_whole
 
 UNKNOWN_COLOUR = (150, 150, 150)
 INK, FAINT, PAPER = (33, 37, 41), (134, 142, 150), (255, 255, 255)
@@ -113,6 +117,21 @@ def overlay(
     return _stack([picture, _padded(strip, font_size // 2)], gap=0)
 
 
+def write_sheet(
+    path: epath.PathLike, pictures: Sequence[tuple[np.ndarray, np.ndarray]], columns: int = 4
+) -> None:
+    """Writes a PNG of pairs: each image u8 [H W 3] beside its segments i32 [H W], 0 = void, drawn over it."""
+    rows = []
+    for image, segments in pictures:
+        drawn = overlay(image, segments - 1, [""] * int(segments.max()), legend=False, min_side=240)
+        drawn.thumbnail((240, 240))
+        rows.append(_padded(_side_by_side([_resized(image, drawn.size[::-1]), drawn], gap=4), 4))
+    lines = [_side_by_side(rows[k : k + columns], gap=8) for k in range(0, len(rows), columns)]
+    content = io.BytesIO()
+    _stack(lines, gap=8).save(content, "PNG")
+    write_whole(path, content.getvalue())
+
+
 class GridRow(NamedTuple):
     """One image of `prediction_grid`; maps may have another resolution than the image.
 
@@ -121,12 +140,14 @@ class GridRow(NamedTuple):
       truth: label map with -1 for void, or None.
       prediction: label map with -1 for unknown.
       proposals: the index of the best proposal for every pixel, or None.
+      caption: a line above the row.
     """
 
     image: UInt8[np.ndarray, "h w 3"]
     truth: Int[np.ndarray, "h1 w1"] | None
     prediction: Int[np.ndarray, "h2 w2"]
     proposals: Int[np.ndarray, "h3 w3"] | None = None
+    caption: str = ""
 
 
 def prediction_grid(
@@ -139,6 +160,7 @@ def prediction_grid(
     colours: UInt8[np.ndarray, "k 3"] | None = None,
     cell: int = 256,
     abreast: int | None = None,
+    first: str = "image",
 ) -> Image.Image:
     """Draws a grid with a row per image: image | truth | prediction | proposals, above the words in it.
 
@@ -151,12 +173,13 @@ def prediction_grid(
       colours: one for every name; `palette` by default.
       cell: the longer side of a cell in pixels; pictures are scaled to it.
       abreast: number of rows side by side; by default two for six rows or more.
+      first: the heading of the images.
     """
     if not rows:
         raise ValueError("prediction_grid needs at least one row")
     colours = palette(len(names)) if colours is None else colours
     words = {k: name + "*" * (k in marked) for k, name in enumerate(names)}
-    heads = ["image"] + ["truth"] * any(r.truth is not None for r in rows) + ["prediction"]
+    heads = [first] + ["truth"] * any(r.truth is not None for r in rows) + ["prediction"]
     heads += ["proposals"] * any(r.proposals is not None for r in rows)
     abreast = abreast or (2 if len(rows) >= 6 else 1)
     blocks = [_grid_row(row, heads, words, colours, cell) for row in rows]
@@ -178,8 +201,8 @@ def _grid_row(
     scale = cell / max(height, width)
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
     cells = []
-    for head in heads:
-        if head == "image":
+    for place, head in enumerate(heads):
+        if place == 0:
             cells.append(_resized(row.image, size))
         elif head == "proposals":
             cells.append(_proposals(row.proposals, size))
@@ -191,7 +214,8 @@ def _grid_row(
     picture = _side_by_side(padded, gap=10)
     maps = [m for m in (row.truth, row.prediction) if m is not None]
     found = [int(k) for k in np.unique(np.concatenate([m.ravel() for m in maps])) if k >= 0]
-    return _stack([picture, _legend(_entries(found, words, colours), picture.width, 14)], gap=0)
+    caption = [_line(row.caption, picture.width, 15, INK)] if row.caption else []
+    return _stack([*caption, picture, _legend(_entries(found, words, colours), picture.width, 14)], gap=0)
 
 
 def _segments_over(

@@ -1,7 +1,7 @@
 """Reader of class lists in many file formats, for commands that accept any of them.
 
 3:airplane,aeroplane                          OpenSeg's label file: a line for each class, with the data set's own id
-airplane, aeroplane                           a line for each class, numbered from 1; commas separate its names
+airplane, aeroplane                           a line for each class, numbered by the reader; commas separate its names
 ["airplane", ["car", "automobile"]]           JSON: the same
 [{"id": 3, "name": "airplane"}, ...]          JSON: COCO's and LVIS's categories, also as the `categories` of a whole
                                               annotation file; sorted by id
@@ -21,29 +21,33 @@ from ovseg_jax.vocab.classes import ClassList, read_label_file, split_names
 _WHAT = "the classes"
 
 
-def read_class_file(path: epath.PathLike) -> ClassList:
+def read_class_file(path: epath.PathLike, first: int = 1) -> ClassList:
     """Reads a class list in any of these formats; `_` in the names of categories becomes a space.
+
+    Args:
+      path: the file.
+      first: the id of the first class in a file without ids.
 
     Raises:
       UserError: there is no such file, its format is unknown or mixed, or it lists no class.
     """
     path = epath.Path(path)
     if path.suffix.lower() != ".json":
-        return _read_lines(path)
+        return _read_lines(path, first)
     found = read_json(path, _WHAT)
     with reading(path, _WHAT):
         if isinstance(found, dict) and "isthing" in found:
             classes = ClassList.from_fields(found)
-            return classes if len(classes) else _numbered(path, [])
+            return classes if len(classes) else _numbered(path, [], first)
         entries = found.get("categories") if isinstance(found, dict) else found
         if not isinstance(entries, list):
             raise UserError(f"{path} is neither a list of classes nor an object with 'categories'")
         if any(isinstance(entry, dict) for entry in entries):
             return _categories(path, objects(entries, "the list of classes"))
-        return _numbered(path, [texts(entry, f"class {k}") for k, entry in enumerate(entries, 1)])
+        return _numbered(path, [texts(entry, f"class {k}") for k, entry in enumerate(entries, 1)], first)
 
 
-def _read_lines(path: epath.Path) -> ClassList:
+def _read_lines(path: epath.Path, first: int) -> ClassList:
     lines = [(n, line) for n, line in read_lines(path, _WHAT) if not line.lstrip().startswith("#")]
     with_id = [bool(re.match(r"\s*[-+]?\d+\s*:", line)) for _, line in lines]
     if any(with_id):
@@ -56,7 +60,7 @@ def _read_lines(path: epath.Path) -> ClassList:
         return read_label_file(path)
     if lines and all(re.match(r"\s*\d+\s*,\s*\S", line) for _, line in lines):
         raise UserError(f"{path}: an id must be followed by a colon, not a comma, as in 3:airplane,aeroplane")
-    return _numbered(path, [split_names(line) for _, line in lines])
+    return _numbered(path, [split_names(line) for _, line in lines], first)
 
 
 def _categories(path: epath.Path, entries: Sequence[dict[str, Any]]) -> ClassList:
@@ -72,9 +76,9 @@ def _categories(path: epath.Path, entries: Sequence[dict[str, Any]]) -> ClassLis
     return ClassList(_checked(path, groups), numbers, isthing).say_shared(path)
 
 
-def _numbered(path: epath.Path, groups: Sequence[Sequence[str]]) -> ClassList:
+def _numbered(path: epath.Path, groups: Sequence[Sequence[str]], first: int) -> ClassList:
     names = _checked(path, groups)
-    return ClassList(names, tuple(range(1, len(names) + 1)), (True,) * len(names)).say_shared(path)
+    return ClassList(names, tuple(range(first, first + len(names))), (True,) * len(names)).say_shared(path)
 
 
 def _checked(path: epath.Path, groups: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:

@@ -4,10 +4,13 @@ import io
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import jax
 import pytest
+from etils import epath
 
 from ovseg_jax.cli import console
 from ovseg_jax.cli.console import Parser, check_addresses, guarded, run_command
@@ -95,6 +98,44 @@ def test_addresses_name_the_scheme_or_the_extra(monkeypatch):
     config = {"data": {"train": [{"data_dir": "http://x"}]}}
     with pytest.raises(UserError, match=r"config.data.train.0.data_dir=http://x"):
         check_addresses({"config": config})
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_bucket_that_does_not_answer_is_named_at_once(scheme, monkeypatch, capsys):
+    asked, answer = [], threading.Event()
+
+    def exists(path):
+        asked.append(str(path))
+        if "silent" in str(path):
+            answer.wait(60)
+        if "closed" in str(path):
+            raise RuntimeError("no\ncredentials")
+        return False
+
+    monkeypatch.setattr(console.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(console, "_SECONDS_TO_REACH", 1)
+    monkeypatch.setattr(epath.Path(f"{scheme}://x").__class__, "exists", exists)
+
+    def parser():
+        parser = Parser("nothing", "")
+        parser.add_argument("--checkpoint")
+        return parser
+
+    def said(value):
+        status = run_command(parser, lambda _: 0, [f"--checkpoint={value}"])
+        err = capsys.readouterr().err
+        assert err.count("\n") == status
+        return err
+
+    assert said(f"{scheme}://open/a") == said(f"folder,a={scheme}://open/a b,c={scheme}://open/d") == ""
+    assert asked == [f"{scheme}://open/a", f"{scheme}://open/a b"]  # each bucket once a command
+    for value in (f"{scheme}://silent/run", f"x={scheme}://silent/run,y=2"):
+        begun = time.monotonic()
+        assert f"error: --checkpoint: {scheme}://silent/run did not answer within 1 seconds" in said(value)
+        assert time.monotonic() - begun < 30
+    text = f"error: --checkpoint: {scheme}://closed/run cannot be reached: no credentials\n"
+    assert said(f"{scheme}://closed/run") == text
+    answer.set()
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from ovseg_jax.data.images import (
     read_ids,
     read_image,
     read_mask,
+    read_wide_mask,
     save_mask,
     turn_mask,
 )
@@ -22,32 +23,90 @@ from ovseg_jax.data.sources.folder import Folder
 from ovseg_jax.data.sources.image_folder import ImageFolder
 from ovseg_jax.errors import UserError
 
+both_readers = pytest.mark.parametrize("read", [read_mask, read_wide_mask])
 
-def png(values, bits, palette=False):
-    """A PNG of one channel of 1 to 16 bits, grey or with a palette, made without an image library."""
+
+def png(values, bits, palette=False, more=(), rows=()):
+    """A PNG of one channel of 1 to 16 bits, grey or with a palette, made without an image library.
+
+    `more` are further chunks, as (kind, content); `rows` replace the rows, which have no filter.
+    """
     chunk = lambda kind, body: (
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
     )
-    rows = ["".join(f"{value:0{bits}b}" for value in row) for row in values]
-    rows = [row + "0" * (-len(row) % 8) for row in rows]
-    raw = b"".join(b"\0" + bytes(int(row[i : i + 8], 2) for i in range(0, len(row), 8)) for row in rows)
+    plain = ["".join(f"{value:0{bits}b}" for value in row) for row in values]
+    plain = [row + "0" * (-len(row) % 8) for row in plain]
+    raw = b"".join(
+        rows or (b"\0" + bytes(int(row[i : i + 8], 2) for i in range(0, len(row), 8)) for row in plain)
+    )
     head = struct.pack(">IIBBBBB", len(values[0]), len(values), bits, 3 if palette else 0, 0, 0, 0)
     colours = chunk(b"PLTE", bytes(k * 7 % 256 for k in range(3 << bits))) if palette else b""
+    colours += b"".join(chunk(*each) for each in more)
     body = chunk(b"IHDR", head) + colours + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
 
 
+@both_readers
 @pytest.mark.parametrize(
     ("bits", "palette"), [*((b, False) for b in (1, 2, 4, 8, 16)), *((b, True) for b in (1, 2, 4, 8))]
 )
-def test_a_mask_has_its_stored_values(tmp_path, bits, palette):
+def test_a_mask_has_its_stored_values(tmp_path, read, bits, palette):
     values = (np.arange(15).reshape(3, 5) * 4099 if bits == 16 else np.arange(15).reshape(3, 5)) % (1 << bits)
     (tmp_path / "m.png").write_bytes(png(values.tolist(), bits, palette))
-    mask = read_mask(tmp_path / "m.png")
+    mask = read(tmp_path / "m.png")
     np.testing.assert_array_equal(mask, values)
     assert mask.dtype == (np.uint16 if bits == 16 else np.uint8)
 
 
+@both_readers
+@pytest.mark.parametrize(("bits", "palette"), [(8, False), (16, False), (8, True)])
+def test_what_a_png_says_of_its_colours_changes_no_value(tmp_path, read, bits, palette):
+    """Gamma, significant bits, background and a transparent value."""
+    values = np.random.default_rng(0).integers(0, 1 << bits, (20, 30))
+    clear = b"\0\3" if not palette else bytes(range(256))
+    more = [
+        (b"gAMA", struct.pack(">I", 100000)),
+        (b"sBIT", b"\x03" * (3 if palette else 1)),
+        (b"tRNS", clear),
+    ]
+    (tmp_path / "m.png").write_bytes(png(values.tolist(), bits, palette, more))
+    np.testing.assert_array_equal(read(tmp_path / "m.png"), values)
+
+
+@both_readers
+@pytest.mark.parametrize("bits", [8, 16])
+def test_rows_of_every_filter(tmp_path, read, bits):
+    """A PNG stores rows as differences in one of five ways (PNG 1.2, section 6)."""
+    values = np.random.default_rng(0).integers(0, 1 << bits, (25, 30))
+    step = bits // 8
+    stored = np.stack([values >> 8, values & 255], -1)[..., 2 - step :].reshape(25, -1)
+    padded = np.pad(stored, ((1, 0), (step, 0)))
+    left, up, corner = padded[1:, :-step], padded[:-1, step:], padded[:-1, :-step]
+    three = np.stack([left, up, corner])
+    nearest = np.abs(left + up - corner - three).argmin(0)
+    paeth = np.take_along_axis(three, nearest[None], 0)[0]
+    guesses = [np.zeros_like(left), left, up, (left + up) // 2, paeth]
+    rows = [bytes([k % 5, *((stored[k] - guesses[k % 5][k]) % 256)]) for k in range(25)]
+    (tmp_path / "m.png").write_bytes(png(values.tolist(), bits, rows=rows))
+    np.testing.assert_array_equal(read(tmp_path / "m.png"), values)
+
+
+def test_a_mask_of_32_bits(tmp_path):
+    values = np.array([[-1, 70000, 2**31 - 1], [0, 1, -(2**31)]], np.int32)
+    Image.fromarray(values).save(tmp_path / "m.tif")
+    np.testing.assert_array_equal(read_wide_mask(tmp_path / "m.tif"), values)
+    with pytest.raises(UserError, match=r"m.tif cannot be read: it has values outside 0..65535"):
+        read_mask(tmp_path / "m.tif")
+
+
+def test_a_moving_picture_is_no_mask(tmp_path):
+    first, second = (Image.fromarray(np.full((3, 4), k, np.uint8)) for k in (1, 2))
+    first.save(tmp_path / "m.png", save_all=True, append_images=[second])
+    with pytest.raises(UserError, match=r"m.png cannot be read: it holds 2 pictures"):
+        read_wide_mask(tmp_path / "m.png")
+
+
+@both_readers
 @pytest.mark.parametrize(
     ("name", "mode", "options"),
     [
@@ -61,7 +120,7 @@ def test_a_mask_has_its_stored_values(tmp_path, bits, palette):
         ("m.tif", "1", {"compression": "group4"}),
     ],
 )
-def test_masks_of_other_formats(tmp_path, name, mode, options):
+def test_masks_of_other_formats(tmp_path, read, name, mode, options):
     values = np.arange(12, dtype=np.uint8).reshape(3, 4) % (2 if mode == "1" else 12)
     image = Image.fromarray(values * 255 if mode == "1" else values)
     if mode == "P":
@@ -71,7 +130,7 @@ def test_masks_of_other_formats(tmp_path, name, mode, options):
     else:
         image = image.convert(mode)
     image.save(tmp_path / name, **options)
-    np.testing.assert_array_equal(read_mask(tmp_path / name), values)
+    np.testing.assert_array_equal(read(tmp_path / name), values)
 
 
 def test_what_is_no_mask(tmp_path):
@@ -120,15 +179,16 @@ def test_what_is_no_panoptic_png(tmp_path, name, mode):
         read_ids(tmp_path / name, "the PNG")
 
 
-def test_every_altered_bit_of_a_mask_is_found(tmp_path):
+@pytest.mark.parametrize(("read", "bits"), [(read_mask, 4), (read_wide_mask, 8)])
+def test_every_altered_bit_of_a_mask_is_found(tmp_path, read, bits):
     expected = np.random.default_rng(0).integers(0, 16, (16, 16))
-    whole = png(expected.tolist(), 4)
+    whole = png(expected.tolist(), bits)
     for bit in range(0, 8 * len(whole), 5):
         data = bytearray(whole)
         data[bit // 8] ^= 1 << bit % 8
         (tmp_path / "m.png").write_bytes(data)
         try:
-            np.testing.assert_array_equal(read_mask(tmp_path / "m.png"), expected)
+            np.testing.assert_array_equal(read(tmp_path / "m.png"), expected)
         except UserError:
             continue
 

@@ -4,13 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ovseg_jax.evals import confusion
+from ovseg_jax.evals import confusion, pixel_counts
 from ovseg_jax.evals.confusion import Counts
 from ovseg_jax.vocab.classes import ClassList
 
 
 def counted(label, predicted, k):
-    return confusion.add(None, jax.jit(confusion.count, static_argnums=2)(label, predicted, k))
+    return pixel_counts.add(None, jax.jit(pixel_counts.count, static_argnums=2)(label, predicted, k))
 
 
 def test_counts_and_scores_match_the_confusion_matrix():
@@ -103,13 +103,13 @@ def test_sums_over_a_data_set_do_not_overflow():
     batch = Counts(*[np.full(2, 2**31 - 1, np.int32)] * 3)
     total = None
     for _ in range(5):
-        total = confusion.add(total, batch)
+        total = pixel_counts.add(total, batch)
     assert total.truth.tolist() == [5 * (2**31 - 1)] * 2
 
 
 def test_present_classes_are_the_queries_of_grounding():
     label = jnp.array([[[0, 2], [-1, 255]], [[1, 1], [1, 1]]])
-    got = np.asarray(confusion.present_classes(label, 4))
+    got = np.asarray(pixel_counts.present_classes(label, 4))
     np.testing.assert_array_equal(got, [[1, 0, 1, 0], [0, 1, 0, 0]])
 
 

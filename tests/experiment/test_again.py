@@ -6,12 +6,15 @@ import shutil
 
 import numpy as np
 import pytest
+from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
+from ovseg_jax.configs import openseg
+from ovseg_jax.data.pipeline import make_source
 from ovseg_jax.errors import UserError
-from ovseg_jax.experiment.load import load_run
-from ovseg_jax.experiment.run import train
+from ovseg_jax.experiment.load import load_run, read_classes
+from ovseg_jax.experiment.run import make_parts, train
 from ovseg_jax.files import locked
 from tests.methods.test_prompt_tuning import config as prompt_config
 
@@ -91,6 +94,26 @@ def test_other_classes(again, change, caplog):
     with pytest.raises(UserError, match=r"moon|first one|there were 3"):
         train(config, folder / "run")
     assert json.loads((folder / "run" / "summary.json").read_text())["steps"] == 2
+
+
+def test_a_class_in_front_of_the_list_of_a_data_set_with_masks(tmp_path):
+    """Masks keep the ids of the list, so that only the indices of the classes move."""
+    data = tmp_path / "data"
+    for name in ("images", "masks"):
+        (data / name).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(data / "images/a.png")
+    Image.new("L", (8, 8), 2).save(data / "masks/a.png")
+    (data / "classes.txt").write_text("1:red ball\n2:grass\n")
+    config = openseg.get_config(f"data=folder,data_dir={data},kind=semantic,size=tiny,method=lseg")
+    run = epath.Path(tmp_path / "run")
+    run.mkdir()
+    for _ in range(2):  # The same list may come again.
+        assert make_parts(config, run, make_source(config.data.train)).classes.ids == (1, 2)
+    (data / "classes.txt").write_text("9:kite\n1:red ball\n2:grass\n")
+    changed = r"there were 2 classes, now 3; names of class 0 were \('red ball',\), are \('kite',\)"
+    with pytest.raises(UserError, match=changed):
+        make_parts(config, run, make_source(config.data.train))
+    assert read_classes(run).ids == (1, 2)
 
 
 def test_features_of_other_images_are_computed_again(again, caplog):

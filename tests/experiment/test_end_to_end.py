@@ -15,8 +15,6 @@ from ovseg_jax.data.scenes.source import Scenes
 from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.run import evaluate, train
-from ovseg_jax.inference.pseudo_masks import segments_of
-from ovseg_jax.inference.result import PixelFeatures
 from ovseg_jax.vocab.words import WordList
 
 ROOT = Path(__file__).parents[2]
@@ -135,52 +133,28 @@ def test_a_stage_labels_what_the_next_one_learns_from(tmp_path, capsys):
     teacher = shrunk("", grounding_weight=0.0)
     teacher.final_evals = {}
     student = shrunk(f"data=folder,data_dir={folder},init=scratch,text=learned")
-    student.data.train = [dict(name="folder", data_dir=str(folder), masks="stage:masks")]
-    labels = dict(teacher="stage:teacher", data_dir=str(folder), min_area=0.0)
+    mine = dict(name="folder", data_dir=str(folder))
+    student.data.train = [dict(mine, masks="stage:masks")]
+    labels = dict(teacher="stage:teacher", source=mine, min_area=0.0, min_confidence=0.0, shard_size=1)
     student.stages = [
         dict(name="masks", kind="pseudo_label", config=labels),
         dict(name="teacher", kind="train", config=teacher),
     ]
     broken = folder / "images" / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff\xe0 cut")
-    with pytest.raises(UserError, match=r"1 images of .*mine could not be read"):
+    with pytest.raises(UserError, match="1 images of folder could not be read"):
         train(student, tmp_path / "run")
     masks = tmp_path / "run" / "masks"
-    assert sorted(p.name for p in masks.glob("*.png")) == ["1.png", "2.png", "3.png"]
+    shards = sorted(masks.glob("*.zip"))
+    assert len(shards) == 5 and "broken.jpg" in capsys.readouterr().err
     broken.unlink()
-    (masks / "2.png").unlink()  # As if it had been killed before.
-    kept = (masks / "1.png").stat().st_mtime_ns
-    capsys.readouterr()
     summary = train(student, tmp_path / "run")
     said = capsys.readouterr().out
-    assert "first: teacher" not in said and "1 masks written" in said
-    assert summary["steps"] == 2 and (masks / "1.png").stat().st_mtime_ns == kept
+    assert "the stage teacher" not in said and "4 images labelled" in said and summary["steps"] == 2
     assert [p.name for p in (folder / "masks").iterdir()] == ["0.png"]
-    source = make_source(dict(name="folder", data_dir=str(folder), masks=str(masks)))
+    source = make_source(dict(mine, masks=str(masks)))
     assert set(np.unique(source[0]["segments"])) == {1} and len(np.unique(source[1]["segments"])) > 0
     assert "first:" not in (train(student, tmp_path / "run"), capsys.readouterr().out)[1]
     student.stages[0]["config"]["threshold"] = 0.6
     with pytest.raises(UserError, match=r"the stage masks in .* another config: threshold was absent"):
         train(student, tmp_path / "run")
-
-
-def features(masks) -> PixelFeatures:
-    masks = np.clip(np.asarray(masks, np.float32), 1e-6, 1 - 1e-6)
-    size, logits = masks.shape[1:], np.log(masks / (1 - masks))
-    pixels = np.zeros((*size, 2), np.float32)
-    return PixelFeatures(size, size, 1, pixels, pixels, logits, np.zeros((len(masks), 2), np.float32))
-
-
-def test_pseudo_masks_drop_doubles_and_keep_parts_in_front():
-    whole, part = np.zeros((2, 8, 8), np.float32)
-    whole[1:7, 1:7], part[2:4, 2:4] = 0.9, 0.8
-    double, faint = whole * 0.8, np.full((8, 8), 0.3, np.float32)
-    segments = segments_of(features([double, part, whole, faint]))
-    assert set(np.unique(segments)) == {0, 1, 2}
-    np.testing.assert_array_equal(segments == 2, part > 0.5)
-    np.testing.assert_array_equal(segments > 0, whole > 0.5)
-
-
-def test_pseudo_masks_need_proposals():
-    with pytest.raises(UserError, match="per-pixel"):
-        segments_of(PixelFeatures((4, 4), (4, 4), 1, np.zeros((4, 4, 2)), np.zeros((4, 4, 2)), None, None))

@@ -31,6 +31,21 @@ def test_a_run_leaves_a_grid_for_each_evaluation_and_curves(tmp_path, masks):
     assert grid.width == columns * 256 + (columns - 1) * 10 + 48 and grid.height > 3 * 256
 
 
+def test_an_image_of_one_column_is_drawn_with_the_others(tmp_path):
+    data = tmp_path / "data"
+    for name in ("images", "masks"):
+        (data / name).mkdir(parents=True)
+    for name, size in {"a": (64, 64), "b": (1, 600)}.items():
+        Image.new("RGB", size, COLOURS["red"]).save(data / f"images/{name}.png")
+        Image.new("L", size, 1).save(data / f"masks/{name}.png")
+    (data / "classes.txt").write_text("1:red\n2:blue\n")
+    source = {"name": "folder", "data_dir": str(data), "kind": "semantic"}
+    config = ConfigDict({"data": {"image_size": 32}, "final_evals": {"test": {"source": source}}})
+    method = AnyWords(stride=2)
+    assert draw_run(config, tmp_path, method, method.init(None)) == [tmp_path / "pictures" / "test.png"]
+    assert Image.open(tmp_path / "pictures/test.png").height > 2 * 256
+
+
 def test_a_classification_leaves_features_and_prompts(tmp_path):
     folder = tmp_path / "data"
     for name in ("red", "blue", "white"):

@@ -170,8 +170,14 @@ def test_a_checkpoint_of_another_config_names_what_differs(tmp_path):
 
 def test_variables_for_inference(tmp_path):
     result = run(tmp_path, steps=10)
-    with pytest.raises(UserError, match="holds no run"):
-        read_run(tmp_path)
+    (tmp_path / "file").touch()
+    for name, reason in {
+        "": "config.json is missing",
+        "no": "it does not exist",
+        "file": "it is a file",
+    }.items():
+        with pytest.raises(UserError, match=f"{tmp_path / name} holds no run: {reason}"):
+            read_run(tmp_path / name)
     write_config(tmp_path, make_config(steps=10))
     variables, step = load_variables(tmp_path)
     assert step == 10 and read_run(tmp_path).steps == 10

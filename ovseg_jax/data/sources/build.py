@@ -13,6 +13,7 @@ import numpy as np
 from ovseg_jax.config import import_class
 from ovseg_jax.data.source_base import Example, Extent, Regions, Source, Wrapped, check_provides, replaced
 from ovseg_jax.data.sources.few_shot import FewShot
+from ovseg_jax.data.sources.pseudo_masks import PseudoMasks
 from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.classes import ClassList, union
 
@@ -34,8 +35,9 @@ def make_source(cfg: Any) -> Source:
 
     Args:
       cfg: a mapping with `name` (a key of `SOURCES`, or "module:Class"), the arguments of that source, and optionally
-        `cache` (keep decoded examples in memory), `weight` (its share in a mixture), and for a classification source
-        `shots`, `seed` and `group` (see `FewShot`); or a list of such mappings, for a mixture.
+        `fields` (the only ones to provide), `masks` (a folder of pseudo-masks for the images without segments, see
+        `PseudoMasks`), `cache` (keep decoded examples in memory), `weight` (its share in a mixture), and for a
+        classification source `shots`, `seed` and `group` (see `FewShot`); or a list of such mappings, for a mixture.
 
     Raises:
       UserError: a name or argument is unknown, or the data cannot be read.
@@ -55,6 +57,7 @@ def make_source(cfg: Any) -> Source:
 def _make_one(cfg: dict[str, Any]) -> Source:
     cfg = {key: value for key, value in cfg.items() if key != "weight"}
     name, cache = cfg.pop("name", None), cfg.pop("cache", False)
+    fields, masks = cfg.pop("fields", None), cfg.pop("masks", "")
     kind = import_class(SOURCES.get(name, name), Source, "data source", SOURCES)
     known = inspect.signature(kind).parameters
     few = {}
@@ -70,6 +73,10 @@ def _make_one(cfg: dict[str, Any]) -> Source:
     if few:
         check_provides(source, ("label",), f"the argument {next(iter(few))!r}")
         source = FewShot(source, **few)
+    if fields is not None:
+        source = Restricted(source, fields)
+    if masks:
+        source = PseudoMasks(source, masks)
     return Cached(source) if cache else source
 
 
@@ -155,6 +162,29 @@ class _Part(Wrapped):
         if "label" in example:
             fields["label"] = lambda _: int(ids[example["label"]])
         return replaced(example, **fields)
+
+
+class Restricted(Wrapped):
+    """A source with some of its fields only, such as the images and captions of a data set that has masks as well.
+
+    Raises:
+      UserError: it does not provide one of them.
+    """
+
+    def __init__(self, source: Source, fields: Sequence[str]):
+        super().__init__(source)
+        check_provides(source, fields, "the argument 'fields'")
+        self.provides = frozenset(fields)
+        self._hidden = source.provides - self.provides
+        self._hidden |= {"isthing", "iscrowd"} if "class_ids" in self._hidden else set()
+
+    def __getitem__(self, index: int) -> Example:
+        example = self.source[index]
+        return Example(**{k: lambda _, k=k: example[k] for k in example if k not in self._hidden})
+
+    def extent(self) -> Extent:
+        """Returns the extent of what it provides."""
+        return Source.extent(self)
 
 
 class Cached(Wrapped):

@@ -44,7 +44,6 @@ class Folder(Source):
         data_dir: epath.PathLike,
         kind: str = "segments",
         labels: epath.PathLike | None = None,
-        masks: epath.PathLike | None = None,
     ):
         """Lists the files and reads the texts; images and masks are read when they are accessed.
 
@@ -52,8 +51,6 @@ class Folder(Source):
           data_dir: DIR.
           kind: the meaning of a mask's values, "segments" or "semantic".
           labels: a label file in place of DIR/classes.txt.
-          masks: a folder of further masks, such as pseudo-masks, for images without one in DIR/masks; only with kind
-            "segments".
 
         Raises:
           UserError: the layout is not as above: there are no images, a mask or caption belongs to no image, or a class
@@ -72,10 +69,6 @@ class Folder(Source):
         self._by_name = _names(self._files, images)
         own = self._root / "masks"
         self._masks = self._list_masks(own) if own.is_dir() else {}
-        if masks:
-            if kind != "segments" or not epath.Path(masks).is_dir():
-                raise UserError(f"folder: masks={str(masks)!r} is not a folder, or kind is not 'segments'")
-            self._masks = self._list_masks(epath.Path(masks)) | self._masks
         self._segment_names = self._read_segment_names()
         self.classes = self._read_classes(labels)
         self._class_of = self.classes.index

@@ -168,6 +168,7 @@ def read_names(path: epath.PathLike) -> dict[str, tuple[str, ...]]:
 
 def _pair(line: str) -> tuple[str, str]:
     """Splits a line into folder and names; if the folder holds spaces, a tab or a colon must separate it."""
-    separator = r"\s*[\t:]\s*" if re.search(r"[\t:]", line.strip()) else r"\s+"
+    wordnet = re.match(r"\s*n\d{8}\s", line)  # A colon may follow in a name of a WordNet id.
+    separator = r"\s*[\t:]\s*" if re.search(r"[\t:]", line.strip()) and not wordnet else r"\s+"
     folder, *rest = re.split(separator, line.strip(), maxsplit=1)
     return folder, rest[0] if rest else ""

@@ -1,0 +1,122 @@
+"""Time of `score` on files, beside the way of the field's own scripts on the same files, in turns.
+
+    python tests/benchmarks/score.py semantic [--images=1000] [--classes=150] [--rounds=5] [--workers=2]
+
+semantic  label maps of 512 x 683 with `classes` classes (PNG; 8 bits below 255 classes, else 16), against the loop of
+          detectron2's SemSegEvaluator: one process, both maps as int64, and a histogram of (classes + 1)^2 cells an
+          image. Its list of run-length encoded predictions is left out.
+
+Both sides read all files anew in each turn; the files stay in the system's cache. Prints one JSON line; `ratio` is the
+median of theirs over ours.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ovseg_jax import score
+
+HEIGHT, WIDTH = 512, 683
+
+
+def areas(rng: np.random.Generator, count: int, side: int = 40) -> np.ndarray:
+    """A map of areas with wavy outlines, of values below `count`."""
+    values = rng.integers(0, count, (HEIGHT // side + 2, WIDTH // side + 2))
+    whole = np.repeat(np.repeat(values, side, 0), side, 1)[:HEIGHT, :WIDTH]
+    wave = (8 * np.sin(np.arange(WIDTH) / 17)).astype(int)
+    return whole[(np.arange(HEIGHT)[:, None] + wave) % HEIGHT, np.arange(WIDTH)]
+
+
+def write_label_maps(folder: Path, images: int, classes: int) -> None:
+    """Truths of which a twelfth is void, and predictions that are right in three quarters of the areas."""
+    rng = np.random.default_rng(0)
+    kind, void = (np.uint8, 255) if classes < 255 else (np.uint16, 65535)
+    for name in ("pred", "gt"):
+        (folder / name).mkdir()
+    for i in range(images):
+        truth = areas(rng, classes)
+        prediction = np.where(areas(rng, 4) == 0, areas(rng, classes), truth)
+        truth = np.where(areas(rng, 12) == 0, void, truth)
+        Image.fromarray(prediction.astype(kind)).save(folder / f"pred/{i}.png")
+        Image.fromarray(truth.astype(kind)).save(folder / f"gt/{i}.png")
+
+
+def detectron2s_way(folder: Path, classes: int) -> float:
+    """mIoU over the classes in the truth."""
+    void = 255 if classes < 255 else 65535
+    matrix = np.zeros((classes + 1, classes + 1), np.int64)
+    for path in sorted((folder / "gt").iterdir()):
+        prediction = np.array(Image.open(folder / "pred" / path.name), dtype=int)
+        truth = np.array(Image.open(path), dtype=int)
+        truth[truth == void] = classes
+        matrix += np.bincount(
+            (classes + 1) * prediction.reshape(-1) + truth.reshape(-1), minlength=matrix.size
+        ).reshape(matrix.shape)
+    inside = matrix.diagonal()[:-1].astype(float)
+    label, guess = matrix[:-1, :-1].sum(0), matrix[:-1, :-1].sum(1)
+    return float(100 * np.mean((inside / np.maximum(label + guess - inside, 1))[label > 0]))
+
+
+def scored(kind: str, folder: Path, flags: list[str]) -> dict[str, Any]:
+    """The scores of the command, run in this process."""
+    out = folder / "scores.json"
+    code = score.main([kind, f"--pred={folder}/pred", f"--gt={folder}/gt", f"--json={out}", *flags])
+    assert code == 0
+    return json.loads(out.read_text())["scores"]
+
+
+def turns(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> dict[str, float]:
+    """Seconds of both sides, and their ratio."""
+    seconds: dict[Callable[[], Any], list[float]] = {ours: [], theirs: []}
+    for _ in range(rounds):
+        for side, found in seconds.items():
+            start = time.perf_counter()
+            side()
+            found.append(time.perf_counter() - start)
+    ratios = [b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True)]
+    return {
+        "ours_seconds": round(statistics.median(seconds[ours]), 3),
+        "theirs_seconds": round(statistics.median(seconds[theirs]), 3),
+        "ratio": round(statistics.median(ratios), 2),
+        "lowest": round(min(ratios), 2),
+        "highest": round(max(ratios), 2),
+    }
+
+
+def semantic(folder: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Label maps."""
+    write_label_maps(folder, args.images, args.classes)
+    flags = [f"--num_classes={args.classes}", f"--workers={args.workers}"]
+    ours = lambda: scored("semantic", folder, flags)["all"]["mIoU_gt"]
+    theirs = lambda: detectron2s_way(folder, args.classes)
+    assert abs(ours() - theirs()) < 1e-9
+    return turns(ours, theirs, args.rounds)
+
+
+KINDS = {"semantic": semantic}
+
+
+def main() -> None:
+    """Writes the files and prints the measurement."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--classes", type=int, default=150)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = KINDS[args.kind](Path(folder), args)
+    print(json.dumps({**vars(args), **found}))
+
+
+if __name__ == "__main__":
+    main()

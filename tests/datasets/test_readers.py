@@ -1,0 +1,100 @@
+"""Every reader of the registry: its fixture becomes examples that `prepare` accepts."""
+
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ovseg_jax.data.images import Encoded, read_image
+from ovseg_jax.data.source_base import FIELDS
+from ovseg_jax.data.sources.build import make_source
+from ovseg_jax.datasets.base import Dataset
+from ovseg_jax.datasets.fields import complete, encode, fields_of
+from ovseg_jax.datasets.packed import Packed
+from ovseg_jax.datasets.registry import DATASETS, describe, find_dataset
+from tests.datasets import test_ade20k, test_captions, test_imagenet, test_instances, test_pascal_context
+from tests.datasets.packing import Files, unpacked
+from tests.extras import require
+
+FIXTURES: dict[str, tuple[Files, dict[str, str]]] = {
+    "ade20k_150": (test_ade20k.BENCH, {}),
+    "ade20k_847": (test_ade20k.FULL, {}),
+    "coco_retrieval": (test_captions.RETRIEVAL, {}),
+    "flickr30k_retrieval": (test_captions.RETRIEVAL, {}),
+    "imagenet21k": (test_imagenet.PROCESSED, {}),
+    "imagenet_s": (test_imagenet.FILES, {"size": "50"}),
+    "localized_narratives": (test_captions.COCO, {}),
+    "lvis_v1": (test_instances.LVIS, {}),
+    "objects365_v2": (test_instances.OBJECTS, {}),
+    "pascal_context_59": (test_pascal_context.FILES_59, {}),
+    "pascal_context_459": (test_pascal_context.FILES_459, {}),
+}
+"""The files and options of each reader that derives from `Packed`."""
+
+
+def test_every_packed_reader_is_tried_here():
+    assert {name for name in DATASETS if issubclass(find_dataset(name), Packed)} == FIXTURES.keys()
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_a_reader_describes_itself(name):
+    kind = find_dataset(name)
+    assert kind.name == name and kind.about and kind.licence and kind.splits
+    assert kind.provides <= FIELDS and all(re.fullmatch(r"\w+", split) for split in kind.splits)
+    assert all(file.address.startswith("http") for file in kind.download)
+    assert kind.homepage in describe(kind) and kind.homepage.startswith("http")
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[[str], Dataset]:
+    @functools.cache
+    def make(name: str) -> Dataset:
+        files, options = FIXTURES[name]
+        return find_dataset(name)(unpacked(tmp_path / name, files), **options)
+
+    return make
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_prepare_accepts_the_examples(name, load):
+    data, count = load(name), 0
+    splits = ("train", "val") if name == "localized_narratives" else data.splits  # COCO's has no test split
+    for split in splits:
+        for entry in data.entries(split):
+            whole = complete(data, entry.key, data.example(split, entry))
+            assert whole.keys() >= fields_of(data)
+            assert encode(entry.key, whole, data.wide)["image_id"] == entry.key
+            count += 1
+    assert count
+
+
+def test_a_changed_download_has_another_stamp(load):
+    data = load("lvis_v1")
+    before = data.stamp()
+    (data.source / "more.zip").write_bytes(b"x")
+    assert data.stamp() == before | {"more.zip": 1}
+    (data.source / "a").mkdir()
+    (data.source / "a/b.jpg").write_bytes(b"x")
+    assert load.__wrapped__("lvis_v1").stamp()[""] == before[""] + 2
+
+
+@pytest.mark.parametrize("name", ["ade20k_150", "imagenet21k", "lvis_v1", "localized_narratives"])
+def test_a_prepared_download_is_read_back(name, load, tmp_path):
+    require("apache_beam")
+    require("tensorflow_datasets")
+    from ovseg_jax.datasets.prepare import prepare
+
+    data = load(name)
+    prepare(data, tmp_path / "out", splits=("val",), workers=1)
+    back = make_source({"name": "prepared", "data_dir": str(tmp_path / "out"), "split": "val"})
+    entries = list(data.entries("val"))
+    assert len(back) == len(entries) and back.classes == data.classes
+    for k, entry in enumerate(entries):
+        found, whole = back[k], complete(data, entry.key, data.example("val", entry))
+        assert found["image_id"] == entry.key
+        np.testing.assert_array_equal(found["image"], read_image(Encoded("", whole["image"])))
+        for field in whole.keys() - {"image", "size"}:
+            np.testing.assert_array_equal(found[field], whole[field])
