@@ -5,7 +5,6 @@ import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
 from etils import epath
 
 from ovseg_jax.config import from_json
@@ -117,9 +116,9 @@ def read_suite_scores(path: epath.PathLike) -> dict[str, float]:
                 found[f"{SUITE}{name}/{metric}" + (f"[{prompt}]" if prompt else "")] = float(line[metric])
         for average in ("cross-dataset", "cross-domain"):
             for metric, suffix in ((m, p) for m in ("accuracy", "per_class") for p in prompts):
-                own = [found.get(f"{SUITE}{name}/{metric}{suffix}") for name in SUITES[average]]
-                if all(value is not None for value in own):
-                    found[f"{SUITE}{average}/{metric}{suffix}"] = float(np.mean(own))
+                own = [f"{SUITE}{name}/{metric}{suffix}" for name in SUITES[average]]
+                if found.keys() >= set(own):
+                    found[f"{SUITE}{average}/{metric}{suffix}"] = sum(found[key] for key in own) / len(own)
     return found
 
 
