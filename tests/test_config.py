@@ -150,6 +150,15 @@ def test_the_numbers_of_pomp():
         ),
         ("openseg", "data=coco,data_dir=x,size=tiny,backbone=resnet50", "backbone=resnet50 has no effect"),
         ("openseg", "method=lseg,contrast=sync", "contrast=sync has no effect with method=lseg"),
+        ("openseg", "method=lseg,evals=panoptic", "evals=panoptic has no effect with .*method=lseg"),
+        ("openseg", "data=folder,data_dir=x,evals=panoptic", "evals=panoptic has no effect with data=folder"),
+        ("openseg", "evals=benchmark", "evals=benchmark has no effect with data=scenes"),
+        ("openseg", "data=coco,data_dir=x,evals=benchmark", "evals=benchmark needs eval_sets=DIR"),
+        (
+            "openseg",
+            "data=coco,data_dir=x,evals=benchmark,eval_sets=s,sets=A-150",
+            "sets=A-150 has no effect",
+        ),
         ("openseg", "method=lseg,kp=0.5", "kp=0.5 has no effect with method=lseg"),
         ("openseg", "method=lseg,mask_weight=0", "mask_weight=0.0 has no effect with method=lseg"),
         ("openseg", "data=coco,data_dir=x,names=y", "names=y has no effect with data=coco"),
@@ -379,6 +388,26 @@ def test_sets_are_tested_with_more_names_as_well():
         name="folder", kind="semantic", data_dir="s/A-150", labels="n/A-150.txt"
     )
     assert "labels" not in out.final_evals["A-150"].source
+
+
+def test_the_benchmark_is_the_five_sets_alone():
+    """4.1; PAS-20's background is what PC-59 has and VOC lacks."""
+    out = load("openseg", "data=coco,data_dir=x,evals=benchmark,eval_sets=s,names=n")
+    five = ["A-847", "PC-459", "A-150", "PC-59", "PAS-20"]
+    assert set(out.final_evals) == {*five, *(f"{name}+eng" for name in five)}
+    assert list(out.evals) == ["validation"]
+    check_config(out)
+    for name in ("PAS-20", "PAS-20+eng"):
+        rest = out.final_evals[name].names.background
+        assert len(rest) == 39 and {"tree", "sky"} < set(rest) and not {"table", "cat"} & set(rest)
+    assert not any("names" in out.final_evals[name] for name in five[:4])
+    prepared = load("openseg", "data=prepared,data_dir=x,evals=benchmark,eval_sets=s,sets_are=prepared")
+    assert prepared.final_evals["PC-59"].source.to_dict() == dict(
+        name="prepared", split="val", data_dir="s/PC-59"
+    )
+    assert set(prepared.final_evals) == set(five)
+    alone = load("openseg", "data=coco,data_dir=x,evals=benchmark,eval_sets=s,method=lseg")
+    assert set(alone.final_evals) == set(five)
 
 
 def test_negatives_of_the_papers_recipe_differ_between_devices():

@@ -19,8 +19,8 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.paper_tables import PaperTable, Row, find_row
 
 PAPERS = ("openseg", "pomp")
-OWN = ("data_dir", "narratives", "eval_sets", "names", "init", "weights", "text_weights", "seed")
-"""Arguments that may follow `table` and `row`: those of the row's config that name folders and files, and its seed."""
+OWN = ("data_dir", "narratives", "eval_sets", "sets_are", "names", "init", "weights", "text_weights", "seed")
+"""Arguments that may follow `table` and `row`: those of the row's config that say where data lies, and its seed."""
 
 
 def all_tables(papers: Sequence[str] = PAPERS) -> list[PaperTable]:

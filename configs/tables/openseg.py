@@ -2,8 +2,8 @@
 
 Data of the commands: data/coco in COCO's layout; data/narratives, the folder of images and captions of Localized
 Narratives (README: train on your own data), with pseudo-masks where a row says so; data/sets/A-847 and the other sets
-of 4.1 (configs/README.md); data/names, label files with more names for their classes (appendix I); data/mseg, a folder
-for each data set of MSeg's.
+of 4.1, as `python -m ovseg_jax.prepare` writes them (configs/README.md); data/names, label files with more names for
+their classes (appendix I); data/mseg, a folder for each data set of MSeg's.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,8 @@ FOUR = ("A-847", "PC-459", "A-150", "PC-59")
 FIVE = (*FOUR, "PAS-20")
 MSEG = ("COCO", "ADE20K", "Mapillary", "IDD", "BDD", "Cityscapes", "SUN")
 
-COCO = "data=coco,data_dir=data/coco,eval_sets=data/sets"
+SETS = "eval_sets=data/sets,sets_are=prepared"
+COCO = f"data=coco,data_dir=data/coco,evals=benchmark,{SETS}"
 BOTH = f"{COCO},narratives=data/narratives"
 
 ALIGN = (
@@ -87,7 +88,7 @@ TABLES = (
             run(
                 "OpenSeg",
                 (68.9, 48.1, 16.9, 84.5, 65.1, 29.1),
-                f"{COCO},sets=PC-59,kind=semantic,stage=teacher",
+                f"data=coco,data_dir=data/coco,{SETS},sets=PC-59,stage=teacher",
                 recall("validation", "PC-59"),
                 differs="ALIGN's weights were never released: the backbone starts from noisy student; a segment of "
                 "PC-59 is the whole area of a class, which the paper does not state",

@@ -242,6 +242,27 @@ def rename(classes: ClassList, labels: epath.PathLike) -> ClassList:
     return dataclasses.replace(classes, names=tuple(by_id[own] for own in classes.ids))
 
 
+def with_names(classes: ClassList, names: Mapping[str, Sequence[str]]) -> ClassList:
+    """Returns the classes with other names for some of them.
+
+    Args:
+      classes: the classes.
+      names: the new names by a class's first name.
+
+    Raises:
+      UserError: there is no such class, or no new name for it.
+    """
+    first = [own[0] for own in classes.names]
+    for name, new in names.items():
+        if name not in first:
+            raise UserError(
+                f"there is no class {name!r} to give other names: the classes are {', '.join(first)}"
+            )
+        if not new:
+            raise UserError(f"the class {name!r} would have no name")
+    return dataclasses.replace(classes, names=tuple(tuple(names.get(own[0], own)) for own in classes.names))
+
+
 def load_labels(text_or_path: str) -> ClassList:
     """Reads a label file if the text is the path of one, and otherwise parses the text as labels.
 
