@@ -23,7 +23,7 @@ from ml_collections.config_dict import placeholder
 from ovseg_jax.config import Args, AtLeast, parse_arg
 from ovseg_jax.configs import common
 from ovseg_jax.errors import UserError
-from ovseg_jax.experiment.tables import ENGINEERED, TABLE_2
+from ovseg_jax.experiment.tables import ENGINEERED, LABELS, TABLE_2
 from ovseg_jax.pretrained.published import CENTRED, pixels_of, weights_of
 from ovseg_jax.scoring.protocols import CONTEXT_59, PROTOCOLS
 
@@ -52,7 +52,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         data_dir="",  # data=folder, prepared: also several, A;B, mixed by equal parts (Table 6)
         val_dir="",  # data=folder, prepared: the folder to evaluate on, which needs classes; none where it is not said
         kind="segments",  # data=folder: what the values of a mask are: segments | semantic
-        labels="",  # a label file with more names for the classes
+        labels="",  # a label file with more names for the classes, or coco_panoptic of the package
         size=("", "tiny"),  # tiny: a small network and few steps, for any data
         narratives="",  # a folder of images and captions (README: train on your own data; or a prepared one) mixed in
         images=AtLeast(10_000, 1),  # data=scenes: number of training images with masks
@@ -61,7 +61,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         eval_sets="",  # a folder that holds the sets of Table 2 by name, to test on at the end
         sets=";".join(TABLE_2),  # which of them, or others that lie there
         sets_are=("folders", "prepared"),  # of images and masks, or written by `python -m ovseg_jax.prepare`
-        names="",  # a folder of label files SET.txt with more names (appendix I), to test on as SET+eng as well
+        names="",  # more names (appendix I), to test on as SET+eng as well: a folder of SET.txt, or package
         masks="predicted",  # Table 4: which masks to test with, of predicted;none;truth; the first names the scores
         backbone="efficientnet_b7",  # 4.1; resnet101 in Table 2
         init=tuple(INITS),  # for ResNets, noisy_student stands for ImageNet's weights
@@ -425,12 +425,21 @@ def final_evals(args: Args, evals: dict[str, Any]) -> dict[str, Any]:
         form = dict(name="prepared", split="val")
     else:
         form = dict(name="folder", kind=args.kind if args.stage else "semantic")
+    sets = TABLE_2 if benchmark else args.sets.split(";")
+    files = {}
+    if not args.stage and args.names:
+        files = {name: f"{args.names}/{name}.txt" for name in sets}
+        if args.names == "package":
+            own = LABELS | ({"PAS-20": "voc_2012_background"} if benchmark else {})
+            files = {name: own[name] for name in sets if name in own}
+        if not files:
+            raise UserError(f"names=package: the package has more names for {', '.join(LABELS)} only")
     found = {}
-    for name in TABLE_2 if benchmark else args.sets.split(";"):
+    for name in sets:
         source = dict(form, data_dir=f"{args.eval_sets}/{name}")
-        own = dict(names=dict(background=REST)) if benchmark and name == "PAS-20" else {}
-        found[name] = common.segmentation(source, 64, **own)
-        if not args.stage and args.names:
-            more = dict(source, labels=f"{args.names}/{name}.txt")
-            found[f"{name}{ENGINEERED}"] = common.segmentation(more, 64, **own)
+        rest = dict(names=dict(background=REST)) if benchmark and name == "PAS-20" else {}
+        found[name] = common.segmentation(source, 64, **rest)
+        if name in files:
+            more = dict(source, labels=files[name])
+            found[f"{name}{ENGINEERED}"] = common.segmentation(more, 64, **rest)
     return found if benchmark else {**evals, **found}

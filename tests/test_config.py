@@ -17,7 +17,7 @@ from ovseg_jax.methods import build
 from ovseg_jax.pretrained import published
 from ovseg_jax.towers.templates import read_templates
 from ovseg_jax.train.optimizer import make_schedule
-from ovseg_jax.vocab.classes import parse_labels
+from ovseg_jax.vocab.classes import LABEL_FILES, parse_labels, read_label_file
 from ovseg_jax.vocab.words import WordList
 
 
@@ -302,13 +302,15 @@ def test_towers_get_the_pixels_that_they_know():
     assert published.pixels_of("siglip_vitb16").mean[0] == 0.5
 
 
-def test_an_installation_holds_the_configs(tmp_path):
+def test_an_installation_holds_the_configs_and_label_files(tmp_path):
     """As `ovseg_jax.configs`, where a checkout has a folder beside the package; and never as `configs`."""
     pytest.importorskip("setuptools")
     root = Path(config.__file__).parents[1]
     build = [sys.executable, "setup.py", "-q", "build_py", f"--build-lib={tmp_path}"]
     subprocess.run(build, cwd=root, check=True, capture_output=True)
     assert [path.name for path in tmp_path.iterdir()] == ["ovseg_jax"]
+    labels = {path.name for path in (tmp_path / "ovseg_jax/vocab/labels").iterdir()}
+    assert labels == {f"{name}.txt" for name in LABEL_FILES}
     code = "from ovseg_jax.configs import pomp_segments as c, tables; tables.all_tables(); "
     code += "print(c.__file__, c.get_config().steps)"
     done = subprocess.run(
@@ -408,6 +410,22 @@ def test_the_benchmark_is_the_five_sets_alone():
     assert set(prepared.final_evals) == set(five)
     alone = load("openseg", "data=coco,data_dir=x,evals=benchmark,eval_sets=s,method=lseg")
     assert set(alone.final_evals) == set(five)
+
+
+def test_the_package_has_more_names_for_three_sets():
+    out = load("openseg", "data=coco,data_dir=x,eval_sets=s,sets=A-847;A-150;PAS-20,names=package")
+    assert set(out.final_evals) == {"validation", "A-847", "A-150", "PAS-20", "A-150+eng", "PAS-20+eng"}
+    assert out.final_evals["PAS-20+eng"].source.labels == "voc_2012"
+    with pytest.raises(UserError, match="names=package: the package has more names for A-150, PC-59, PAS-20"):
+        load("openseg", "data=coco,data_dir=x,eval_sets=s,sets=A-847,names=package")
+    out = load("openseg", "data=coco,data_dir=x,eval_sets=s,evals=benchmark,names=package")
+    assert out.final_evals["PAS-20+eng"].source.labels == "voc_2012_background"
+
+
+def test_the_labels_with_background_are_those_without():
+    alone, both = (read_label_file(name) for name in ("voc_2012", "voc_2012_background"))
+    assert both.names == (("background",), *alone.names) and both.ids == (0, *alone.ids)
+    assert both.isthing == (False, *alone.isthing)
 
 
 def test_negatives_of_the_papers_recipe_differ_between_devices():

@@ -41,6 +41,7 @@ from ovseg_jax.data.sources.image_folder import ImageFolder, read_names
 from ovseg_jax.data.sources.prepared import Prepared
 from ovseg_jax.data.sources.pseudo_masks import PseudoMasks, Shard, Statistics, shard_name, write_shard
 from ovseg_jax.datasets.ade20k import Ade20k150, Ade20kFull
+from ovseg_jax.datasets.coco import CocoPanoptic, CocoStuff
 from ovseg_jax.datasets.imagenet import ImageNet21k, ImageNetS
 from ovseg_jax.datasets.lvis import Lvis
 from ovseg_jax.datasets.members import Members
@@ -48,6 +49,7 @@ from ovseg_jax.datasets.narratives import LocalizedNarratives
 from ovseg_jax.datasets.objects365 import Objects365
 from ovseg_jax.datasets.pascal_context import PascalContext59, PascalContext459
 from ovseg_jax.datasets.retrieval import CocoRetrieval
+from ovseg_jax.datasets.voc import Voc2012
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.box_files import average_precision, read_annotations, read_boxes
 from ovseg_jax.experiment import stages
@@ -71,11 +73,13 @@ from ovseg_jax.vocab.words import WordList
 from tests.datasets.packing import read_all, unpacked
 from tests.datasets.test_ade20k import BENCH, FULL
 from tests.datasets.test_captions import COCO, RETRIEVAL
+from tests.datasets.test_coco_sets import PANOPTIC, STUFF
 from tests.datasets.test_imagenet import FILES as IMAGENET_S
 from tests.datasets.test_imagenet import PROCESSED
 from tests.datasets.test_instances import LVIS as LVIS_FILES
 from tests.datasets.test_instances import OBJECTS
 from tests.datasets.test_pascal_context import FILES_59, FILES_459
+from tests.datasets.test_voc import FILES as VOC
 from tests.extras import require
 from tests.mutants import mutant
 from tests.pretrained import damaged
@@ -597,7 +601,7 @@ READERS: dict[str, Reader] = {
     "names of class folders": Reader(class_folders, lambda path: all_of_labels(path)),
     "names as JSON": Reader(text("names.json", '{"n01": ["dog", "hound"], "n02": "cat"}'), read_names),
     "label file": Reader(
-        text("l.txt", "3:airplane,aeroplane\n# x\n7:invalid_class_id\n9: car\n"), read_label_file
+        text("l.txt", "3:airplane,aeroplane\n# things: 9\n# x\n7:invalid_class_id\n9: car\n"), read_label_file
     ),
     "class list": Reader(text("c.txt", "tench, Tinca tinca\nbow (weapon)\n"), read_class_file),
     "class list as JSON": Reader(text("c.json", '["airplane", ["car", "automobile"]]'), read_class_file),
@@ -679,6 +683,14 @@ READERS: dict[str, Reader] = {
         LocalizedNarratives,
         "val",
     ),
+    "panoptic JSON of a download": download(PANOPTIC, "annotations/panoptic_train2017.json", CocoPanoptic),
+    "captions of a download": download(PANOPTIC, "annotations/captions_train2017.json", CocoPanoptic),
+    "PNG of panoptic segments": download(
+        PANOPTIC, "annotations/panoptic_train2017/000000000009.png", CocoPanoptic
+    ),
+    "map of COCO-Stuff": download(STUFF, "stuffthingmaps/train2017/000000000009.png", CocoStuff),
+    "map of SBD": download(VOC, "benchmark_RELEASE/dataset/cls/2008_000002.mat", Voc2012, "trainaug"),
+    "list of SBD": download(VOC, "benchmark_RELEASE/dataset/train.txt", Voc2012, "trainaug"),
     "Karpathy's splits": download(RETRIEVAL, "dataset_coco.json", CocoRetrieval),
     "manifest of a prepared set": prepared(prepared_files.MANIFEST),
     "classes of a prepared set": prepared(prepared_files.CLASSES),
