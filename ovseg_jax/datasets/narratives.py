@@ -51,7 +51,7 @@ class LocalizedNarratives(Packed):
         Option("images", ("coco", "flickr30k", "open_images"), "the image collection"),
         MISSING,
     )
-    splits = ("train", "val", "test")
+    splits: tuple[str, ...] = ("train", "val", "test")
     provides = frozenset({"image", "captions"})
     archives = (
         "train2017.zip val2017.zip flickr30k*.zip flickr30k*.tar flickr30k*.tar.gz train_*.tar.gz train_*.tar "
