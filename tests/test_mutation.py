@@ -57,6 +57,7 @@ from ovseg_jax.experiment.run import _read_summary
 from ovseg_jax.experiment.scores import read_suite
 from ovseg_jax.scoring.files import read_list
 from ovseg_jax.scoring.panoptic import read_panoptic
+from ovseg_jax.scoring.retrieval import _read_owners, _read_scores
 from ovseg_jax.towers.templates import read_templates
 from ovseg_jax.train.checkpoints import load_variables, read_config, write_config
 from ovseg_jax.train.metrics import _readable, read_metrics
@@ -132,6 +133,14 @@ def picture(name: str, mode: str = "RGB", orientation: int = 1, **options: Any) 
         exif[0x0112] = orientation
         image.save(folder / name, **(options if orientation == 1 else {"exif": exif, **options}))
         return folder / name
+
+    return write
+
+
+def arrays(**found: np.ndarray) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        np.savez(folder / "a.npz", **found)
+        return folder / "a.npz"
 
     return write
 
@@ -649,6 +658,14 @@ READERS: dict[str, Reader] = {
     "list of images": Reader(
         text("l.txt", "a.png\nb/c.png\nd\n"), lambda path: read_list(str(path), (".png",))
     ),
+    "vectors of images and texts": Reader(
+        arrays(images=np.ones((2, 3), np.float32), texts=np.ones((4, 3))),
+        lambda path: _read_scores(str(path), False),
+    ),
+    "image of each text": Reader(
+        arrays(image_ids=np.array(["a", "b"]), text_image_ids=np.array(["b", "b", "a"])),
+        lambda path: _read_owners(str(path), (2, 3)),
+    ),
     "boxes": Reader(text("b.json", json.dumps(BOXES)), read_boxes),
     "annotations": Reader(text("a.json", json.dumps(ANNOTATIONS)), judged),
     "annotations of LVIS": Reader(text("a.json", json.dumps(LVIS)), judged),
@@ -809,6 +826,8 @@ OPENERS: dict[str, str] = {
     "inference/pictures.py:_prompt_points": "none: read_json and numbers",
     "inference/pseudo_masks.py:label_source": "none: a request in memory",
     "scoring/files.py:read_list": "list of images",
+    "scoring/retrieval.py:_read_owners": "image of each text",
+    "scoring/retrieval.py:_read_scores": "vectors of images and texts",
     "scoring/panoptic.py:read_panoptic": "panoptic results",
     "pretrained/files.py:_header": "safetensors",
     "pretrained/files.py:_npz": "npz",
