@@ -202,7 +202,8 @@ def _read_owners(path: str, shape: tuple[int, int]) -> Int[np.ndarray, "m"]:
             owner = arrays["image_of_text"]
             if owner.dtype.kind not in "iu" or owner.shape != (texts,):
                 raise ValueError(
-                    f"'image_of_text' has the dtype {owner.dtype} and the shape {owner.shape}, not {texts} whole numbers"
+                    f"'image_of_text' has the dtype {owner.dtype} and the shape {owner.shape}, "
+                    f"not {texts} whole numbers"
                 )
             if owner.min() < 0 or owner.max() >= images:
                 raise ValueError(f"'image_of_text' has a value outside 0..{images - 1}")
