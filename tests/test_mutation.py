@@ -55,6 +55,7 @@ from ovseg_jax.experiment.features import kept_features
 from ovseg_jax.experiment.load import read_classes, read_words
 from ovseg_jax.experiment.run import _read_summary
 from ovseg_jax.experiment.scores import read_suite
+from ovseg_jax.scoring.answers import read_answers
 from ovseg_jax.scoring.files import read_list
 from ovseg_jax.scoring.panoptic import read_panoptic
 from ovseg_jax.scoring.retrieval import _read_owners, _read_scores
@@ -143,6 +144,10 @@ def arrays(**found: np.ndarray) -> Callable[[Path], Path]:
         return folder / "a.npz"
 
     return write
+
+
+def answers(path: Path) -> Any:
+    return read_answers(path, "--pred:")
 
 
 def halves(folder: Path) -> Path:
@@ -658,6 +663,13 @@ READERS: dict[str, Reader] = {
     "list of images": Reader(
         text("l.txt", "a.png\nb/c.png\nd\n"), lambda path: read_list(str(path), (".png",))
     ),
+    "answers as JSON": Reader(text("a.json", '{"a": [0.5, 1, 2], "b": [3, -1, 2e3]}'), answers),
+    "classes as JSON": Reader(text("a.json", '{"a": "dog", "b": 4}'), answers),
+    "answers as CSV": Reader(text("a.csv", 'image,dog,"a cat"\na,0.5,1\nb,-1,2e3\n'), answers),
+    "classes as CSV": Reader(text("a.csv", "image,class\na,dog\nb,7\n"), answers),
+    "answers as arrays": Reader(
+        arrays(scores=np.ones((2, 3)), names=np.array(["a", "b"]), columns=np.arange(3)), answers
+    ),
     "vectors of images and texts": Reader(
         arrays(images=np.ones((2, 3), np.float32), texts=np.ones((4, 3))),
         lambda path: _read_scores(str(path), False),
@@ -825,6 +837,7 @@ OPENERS: dict[str, str] = {
     "inference/export.py:to_folder": "none: a class list in memory",
     "inference/pictures.py:_prompt_points": "none: read_json and numbers",
     "inference/pseudo_masks.py:label_source": "none: a request in memory",
+    "scoring/answers.py:read_answers": "answers as JSON",
     "scoring/files.py:read_list": "list of images",
     "scoring/retrieval.py:_read_owners": "image of each text",
     "scoring/retrieval.py:_read_scores": "vectors of images and texts",
