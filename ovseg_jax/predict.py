@@ -31,6 +31,7 @@ def parser() -> Parser:
     """Returns the command's parser."""
     from ovseg_jax.decisions.rules import DECISIONS
     from ovseg_jax.inference.segmenter import UNKNOWN_BELOW
+    from ovseg_jax.vocab.classes import LABEL_FILES
 
     parser = Parser("predict", _DESCRIPTION)
     add = parser.add_argument
@@ -41,6 +42,7 @@ def parser() -> Parser:
         "--labels",
         metavar="TEXT|FILE",
         help="';' between categories, ',' between the names of one; or a file of lines 'id:name,name,...', or "
+        f"one of {', '.join(LABEL_FILES)}; or "
         "an .npz of names and vectors (ovseg_jax.prompts); "
         "by default the classes that the model was trained with",
     )

@@ -33,8 +33,20 @@ from ovseg_jax.vocab.words import WordList
 def test_a_named_pipe_is_refused_instead_of_waited_for(tmp_path, read):
     path = tmp_path / "pipe.png"
     os.mkfifo(path)
-    with pytest.raises(UserError, match=r"pipe\.png is a named pipe, not a file"):
+    with pytest.raises(UserError, match=r"pipe\.png cannot be read: it is a named pipe, not a file"):
         read(path)
+
+
+def test_sentences_hold_no_control_characters_and_are_short(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('"\x1b[2J\x00' + "a" * 9000)
+    with pytest.raises(UserError) as error:
+        read_json(path)
+    assert str(UserError("\x1b[2J\x00a\nb")) == "\\x1b[2J\\x00a\nb"
+    for name in ("\x00" * 9, "a" * 9000):
+        with pytest.raises(UserError) as error, reading(path):
+            raise ValueError(name)
+        assert str(error.value).isprintable() and len(str(error.value)) < 700
 
 
 def test_text_of_every_encoding(tmp_path):

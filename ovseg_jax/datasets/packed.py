@@ -13,7 +13,7 @@ from ovseg_jax.data.images import Encoded, read_header, turn_mask
 from ovseg_jax.datasets.base import Dataset, Option
 from ovseg_jax.datasets.members import Members
 from ovseg_jax.errors import UserError
-from ovseg_jax.reading import reading, reason
+from ovseg_jax.reading import reading
 
 MISSING = Option(
     "missing",
@@ -170,8 +170,3 @@ class Packed(Dataset):
     def _missing(self, what: str) -> str:
         files = "; ".join(f"{file.file} from {file.address}" for file in self.download)
         return f"{self.name}: {self.source} holds no {what}, packed or unpacked; the download is {files}"
-
-
-def fault(name: str, error: BaseException) -> UserError:
-    """Returns the error of a file that a third-party decoder refuses with any exception."""
-    return UserError(f"{name} cannot be read: {reason(error)}")

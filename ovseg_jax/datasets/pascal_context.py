@@ -1,6 +1,5 @@
 """PASCAL Context: its 59 most frequent classes, and all 459."""
 
-import io
 import posixpath
 import re
 from collections.abc import Iterator
@@ -11,7 +10,8 @@ from etils import epath
 
 from ovseg_jax.data.images import Encoded, read_header
 from ovseg_jax.datasets.base import Download, Entry, segments_of_map
-from ovseg_jax.datasets.packed import Packed, fault
+from ovseg_jax.datasets.matlab import read_label_map
+from ovseg_jax.datasets.packed import Packed
 from ovseg_jax.datasets.regions import decode_rle
 from ovseg_jax.errors import UserError
 from ovseg_jax.reading import column, objects, reading, text, whole
@@ -165,32 +165,6 @@ class PascalContext459(Packed):
     def example(self, split: str, entry: Entry) -> dict[str, Any]:
         """Returns `image`, `segments` and `class_ids` of an image."""
         image, file = self.encoded(entry.data["image"]), self.encoded(entry.data["map"])
-        labels = self.upright(read_label_map(file), file, image)
+        labels = self.upright(read_label_map(file, "LabelMap"), file, image)
         segments, ids = segments_of_map(labels, self.classes, (0,), str(file))
         return {"image": image.data, "segments": segments, "class_ids": ids}
-
-
-def read_label_map(file: Encoded) -> np.ndarray:
-    """Reads `LabelMap` of a MATLAB file of version 5, i32 [H W].
-
-    Raises:
-      UserError: the file is damaged, or has no such array of whole numbers.
-    """
-    from scipy.io import loadmat
-
-    try:
-        found = loadmat(io.BytesIO(file.data), variable_names=["LabelMap"])
-    except Exception as error:
-        raise fault(str(file), error) from error
-    with reading(file):
-        labels = found["LabelMap"]
-        if labels.ndim != 2 or labels.dtype.kind not in "uif" or not labels.size:
-            raise ValueError(f"'LabelMap' is an array of {labels.dtype} {labels.shape}, not a label map")
-        if (
-            not np.isfinite(labels).all()
-            or (labels < 0).any()
-            or (labels > 1 << 16).any()
-            or (labels % 1).any()
-        ):
-            raise ValueError("'LabelMap' has values that are not whole numbers from 0 to 65536")
-        return labels.astype(np.int32)

@@ -6,6 +6,8 @@ from ovseg_jax.datasets.base import Dataset
 DATASETS: dict[str, str] = {
     "ade20k_150": "ovseg_jax.datasets.ade20k:Ade20k150",
     "ade20k_847": "ovseg_jax.datasets.ade20k:Ade20kFull",
+    "coco_panoptic": "ovseg_jax.datasets.coco:CocoPanoptic",
+    "coco_stuff": "ovseg_jax.datasets.coco:CocoStuff",
     "coco_retrieval": "ovseg_jax.datasets.retrieval:CocoRetrieval",
     "flickr30k_retrieval": "ovseg_jax.datasets.retrieval:Flickr30kRetrieval",
     "imagenet21k": "ovseg_jax.datasets.imagenet:ImageNet21k",
@@ -15,6 +17,7 @@ DATASETS: dict[str, str] = {
     "objects365_v2": "ovseg_jax.datasets.objects365:Objects365",
     "pascal_context_59": "ovseg_jax.datasets.pascal_context:PascalContext59",
     "pascal_context_459": "ovseg_jax.datasets.pascal_context:PascalContext459",
+    "voc_2012": "ovseg_jax.datasets.voc:Voc2012",
 }
 """The class of each data set, imported when it is used."""
 

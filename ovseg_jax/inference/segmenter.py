@@ -164,9 +164,10 @@ class Segmenter:
         Args:
           image: a path, a PIL image or an array, see `read_image`; or a list of these.
           labels: categories with their names: `"bride,woman in white; groom; cake"`, a list of such categories, the
-            path of a label file, or a ClassList; or the path of an .npz of names with vectors, which `python -m
-            ovseg_jax.prompts` writes, or ClassVectors. By default the training classes of the model. The score of a
-            category is that of its best name; among equal scores the first category wins.
+            path of a label file or a name of `vocab.classes.LABEL_FILES`, or a ClassList; or the path of an .npz of
+            names with vectors, which `python -m ovseg_jax.prompts` writes, or ClassVectors. By default the training
+            classes of the model. The score of a category is that of its best name; among equal scores the first
+            category wins.
           threshold: pixels with a lower confidence (see `Result`) are unknown.
           decision: how scores become categories and segments, in place of the threshold: the name of a decision, such
             as "panoptic", or a mapping of its `type` and settings, see `decisions.rules`.

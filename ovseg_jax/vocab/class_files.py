@@ -6,6 +6,7 @@ airplane, aeroplane                           a line for each class, numbered by
 [{"id": 3, "name": "airplane"}, ...]          JSON: COCO's and LVIS's categories, also as the `categories` of a whole
                                               annotation file; sorted by id
 WORKDIR/classes.json                          the classes of a run
+ade20k_150                                    a label file of the package, see `classes.LABEL_FILES`
 """
 
 import re
@@ -16,7 +17,7 @@ from etils import epath
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.reading import column, flag, objects, read_json, read_lines, reading, short, text, texts, whole
-from ovseg_jax.vocab.classes import ClassList, read_label_file, split_names
+from ovseg_jax.vocab.classes import ClassList, label_file, read_label_file, split_names
 
 _WHAT = "the classes"
 
@@ -31,7 +32,7 @@ def read_class_file(path: epath.PathLike, first: int = 1) -> ClassList:
     Raises:
       UserError: there is no such file, its format is unknown or mixed, or it lists no class.
     """
-    path = epath.Path(path)
+    path = label_file(path)
     if path.suffix.lower() != ".json":
         return _read_lines(path, first)
     found = read_json(path, _WHAT)

@@ -2,7 +2,9 @@
 
 Two formats are read. In a text, `;` separates categories and `,` the names of one category (as in OpenSeg's demo):
 `"bride,woman in white; groom; cake"`. In a label file, each line is `id:name,name,...`, where `id` is the data set's
-own number of the class; a line whose name is `invalid_class_id` marks an unused number.
+own number of the class; a line whose name is `invalid_class_id` marks an unused number. Lines that begin with `#` are
+comments; `# things: 1 3 4` lists the numbers of the categories that are things. The package holds the label files of
+`LABEL_FILES`, which stand for themselves wherever the path of a label file is expected.
 """
 
 import dataclasses
@@ -21,6 +23,16 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.reading import array, flag, parse_json, read_lines, short, text, texts, whole
 
 UNUSED = "invalid_class_id"
+LABEL_FILES = (
+    "ade20k_150",
+    "coco_panoptic",
+    "coco_things",
+    "pascal_context_59",
+    "voc_2012",
+    "voc_2012_background",
+)
+"""The label files of the package: official ids and order, with synonyms, subcategories, plurals and contexts of our own
+in the spirit of papers/004, appendix I. Those of published sets are named as their readers in `datasets`."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -198,15 +210,20 @@ def parse_labels(text: str) -> ClassList:
 def read_label_file(path: epath.PathLike) -> ClassList:
     """Reads a label file in OpenSeg's format: one `id:name,name,...` a line, UTF-8.
 
-    The format does not say which categories are things: all are marked as things.
+    Args:
+      path: the file, or one of `LABEL_FILES`. Without a line `# things: ...` all its categories are things.
 
     Raises:
-      UserError: the file cannot be read, a line is not of that form, an id occurs twice, or no category is
-        left.
+      UserError: the file cannot be read, a line is not of that form, an id occurs twice, no category is left, or a
+        thing is none of the categories.
     """
+    path = label_file(path)
     categories: dict[int, tuple[str, ...]] = {}
+    things: set[str] | None = None
     for number, line in read_lines(path, "the label file"):
         if line.lstrip().startswith("#"):
+            if found := re.match(r"\s*#\s*things:(.*)", line):
+                things = {*(things or ()), *found[1].split()}
             continue
         head, colon, tail = line.partition(":")
         names = split_names(tail)
@@ -220,10 +237,20 @@ def read_label_file(path: epath.PathLike) -> ClassList:
         categories[int(head)] = names
     if not categories:
         raise UserError(f"the label file {path} lists no category")
-    listed = ClassList(
-        names=tuple(categories.values()), ids=tuple(categories), isthing=(True,) * len(categories)
-    )
-    return listed.say_shared(path)
+    if things is not None and (unknown := sorted(things - {str(k) for k in categories})):
+        raise UserError(f"{path}: the thing {short(unknown[0])} is the id of no category")
+    isthing = tuple(things is None or str(k) in things for k in categories)
+    return ClassList(tuple(categories.values()), tuple(categories), isthing).say_shared(path)
+
+
+def label_file(path: epath.PathLike) -> epath.Path:
+    """Returns the path of a label file that is given by its path, or by its name in `LABEL_FILES`."""
+    return epath.Path(__file__).parent / "labels" / f"{path}.txt" if is_built_in(path) else epath.Path(path)
+
+
+def is_built_in(path: epath.PathLike) -> bool:
+    """Tells whether this is a name of `LABEL_FILES`; a file of that name is meant by `./NAME`."""
+    return os.fspath(path) in LABEL_FILES
 
 
 def rename(classes: ClassList, labels: epath.PathLike) -> ClassList:
@@ -242,14 +269,35 @@ def rename(classes: ClassList, labels: epath.PathLike) -> ClassList:
     return dataclasses.replace(classes, names=tuple(by_id[own] for own in classes.ids))
 
 
+def with_names(classes: ClassList, names: Mapping[str, Sequence[str]]) -> ClassList:
+    """Returns the classes with other names for some of them.
+
+    Args:
+      classes: the classes.
+      names: the new names by a class's first name.
+
+    Raises:
+      UserError: there is no such class, or no new name for it.
+    """
+    first = [own[0] for own in classes.names]
+    for name, new in names.items():
+        if name not in first:
+            raise UserError(
+                f"there is no class {name!r} to give other names: the classes are {', '.join(first)}"
+            )
+        if not new:
+            raise UserError(f"the class {name!r} would have no name")
+    return dataclasses.replace(classes, names=tuple(tuple(names.get(own[0], own)) for own in classes.names))
+
+
 def load_labels(text_or_path: str) -> ClassList:
-    """Reads a label file if the text is the path of one, and otherwise parses the text as labels.
+    """Reads a label file if the text is the path of one or in `LABEL_FILES`, and otherwise parses it as labels.
 
     Raises:
       UserError: see `read_label_file` and `parse_labels`.
     """
     text = str(text_or_path).strip()
-    looks_like_file = re.search(r"(?i)\.txt$|^[\w+.-]+://", text) is not None and ";" not in text
+    looks_like_file = is_built_in(text) or (re.search(r"(?i)\.txt$|^[\w+.-]+://", text) and ";" not in text)
     if looks_like_file:
         return read_label_file(text)
     # A long list of labels is not a file name: looking for such a file would fail with "file name too long".

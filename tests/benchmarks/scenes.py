@@ -1,11 +1,13 @@
 """A method on `scenes` beside what it is compared with, over seeds: the tables of the README.
 
     python tests/benchmarks/scenes.py --out=runs/benchmark [--method=pomp] [--seeds=0,1,2] [--config.KEY=VALUE ...]
+    python tests/benchmarks/scenes.py --out=runs/captions --method=captions [--seeds=0,1,2] [--steps=2500]
 
 OpenSeg stands beside its ceiling and chance: LSeg+ is the same network, steps and data, supervised by the class of
 every pixel. POMP's prompt stands beside others of the same towers, and beside what it becomes, and a prompt from noise
 does, where they are tuned on segments of the segmentation's own training data (papers/000, table 4). Each run is the
-command that a user types; one that is finished is read, not repeated.
+command that a user types; one that is finished is read, not repeated. The rows of --method=captions are those of
+papers/004, table 8: 200 images with masks, and 9,800 more with captions alone.
 """
 
 import argparse
@@ -14,6 +16,8 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+from etils import epath
 
 METRICS = {
     "seen": "test/miou/seen",
@@ -42,6 +46,12 @@ PROMPTS = {
     "hard prompt": "[hard]",
     "prompt ensemble": "[ensemble]",
 }
+CAPTION_ROWS = {
+    "masks and captions of 200 images": "images=200",
+    "their captions alone": "images=200,mask_weight=0",
+    "and captions of 9,800 more": "images=200,captioned=9800",
+    "and pseudo-masks of these": "images=200,captioned=9800,pseudo=true",
+}
 ROOT = Path(__file__).parents[2]
 
 
@@ -59,6 +69,20 @@ def run(name: str, config: str, seed: int, out: Path, overrides: list[str]) -> d
     ]
     print("$ " + " ".join(command[1:]), flush=True)
     subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def run_caption_row(arg: str, steps: int, workdir: Path) -> dict[str, float]:
+    """Trains one row of table 8, and its teacher, for so many steps each; returns its summary."""
+    from configs import openseg
+    from ovseg_jax.experiment.run import train
+
+    config = openseg.get_config(arg)
+    stages = [stage["config"] for stage in config.get("stages") or () if stage["kind"] == "train"]
+    for one in (config, *stages):
+        one.steps, one.evals = steps, {}
+    print(f"$ {workdir.name}: {arg}", flush=True)
+    train(config, epath.Path(workdir))
     return json.loads((workdir / "summary.json").read_text())
 
 
@@ -106,7 +130,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--method", default="openseg", choices=("openseg", "pomp"))
+    parser.add_argument("--method", default="openseg", choices=("openseg", "pomp", "captions"))
+    parser.add_argument("--steps", type=int, default=2500, help="of each run of --method=captions")
     args, overrides = parser.parse_known_args()
     seeds, out = [int(s) for s in args.seeds.split(",")], args.out.absolute()
     if args.method == "pomp":
@@ -119,6 +144,18 @@ def main() -> None:
         segmentation = [key if key.startswith("segmentation") else "" for key in PROMPT_METRICS.values()]
         for init, name in (("prompt", "POMP, tuned on segments"), ("noise", "noise, tuned on segments")):
             lines.insert(-1, row(name, summaries[f"tuned-{init}"], segmentation))
+        write(out, lines, summaries)
+        return
+    if args.method == "captions":
+        summaries = {
+            name: [
+                run_caption_row(f"{arg},seed={seed}", args.steps, out / f"row{k}-{seed}") for seed in seeds
+            ]
+            for k, (name, arg) in enumerate(CAPTION_ROWS.items())
+        }
+        lines = [f"| test, {len(seeds)} seeds | " + " | ".join(METRICS) + " |"]
+        lines.append("|---" * (len(METRICS) + 1) + "|")
+        lines += [row(name, runs, list(METRICS.values())) for name, runs in summaries.items()]
         write(out, lines, summaries)
         return
     summaries = {

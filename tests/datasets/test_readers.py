@@ -15,13 +15,23 @@ from ovseg_jax.datasets.base import Dataset
 from ovseg_jax.datasets.fields import complete, encode, fields_of
 from ovseg_jax.datasets.packed import Packed
 from ovseg_jax.datasets.registry import DATASETS, describe, find_dataset
-from tests.datasets import test_ade20k, test_captions, test_imagenet, test_instances, test_pascal_context
+from tests.datasets import (
+    test_ade20k,
+    test_captions,
+    test_coco_sets,
+    test_imagenet,
+    test_instances,
+    test_pascal_context,
+    test_voc,
+)
 from tests.datasets.packing import Files, unpacked
 from tests.extras import require
 
 FIXTURES: dict[str, tuple[Files, dict[str, str]]] = {
     "ade20k_150": (test_ade20k.BENCH, {}),
     "ade20k_847": (test_ade20k.FULL, {}),
+    "coco_panoptic": (test_coco_sets.PANOPTIC, {}),
+    "coco_stuff": (test_coco_sets.STUFF, {}),
     "coco_retrieval": (test_captions.RETRIEVAL, {}),
     "flickr30k_retrieval": (test_captions.RETRIEVAL, {}),
     "imagenet21k": (test_imagenet.PROCESSED, {}),
@@ -31,6 +41,7 @@ FIXTURES: dict[str, tuple[Files, dict[str, str]]] = {
     "objects365_v2": (test_instances.OBJECTS, {}),
     "pascal_context_59": (test_pascal_context.FILES_59, {}),
     "pascal_context_459": (test_pascal_context.FILES_459, {}),
+    "voc_2012": (test_voc.FILES, {}),
 }
 """The files and options of each reader that derives from `Packed`."""
 

@@ -87,7 +87,7 @@ class Coco(Source):
             if not self._masks.is_dir():
                 raise UserError(f"the folder {self._masks} with the PNGs of {self._json.name} is missing")
         with reading(self._json):
-            self.classes = _classes(panoptic["categories"], labels) if panoptic else ClassList((), (), ())
+            self.classes = coco_classes(panoptic["categories"], labels) if panoptic else ClassList((), (), ())
             self._read_images((panoptic or caption_data or {})["images"])
             self._read_segments(panoptic["annotations"] if panoptic else [])
         with reading(caption_file):
@@ -149,7 +149,7 @@ class Coco(Source):
             return np.zeros(size, np.int32)
         png, path = self._masks / self._pngs[index], self._images / self._files[index]
         stored = turn_mask(read_ids(png, "the PNG"), png, path, size, orientation)
-        return _number(stored, ids, png, self._json.name)
+        return number_segments(stored, ids, png, self._json.name)
 
     def extent(self) -> Extent:
         """Returns the extent from the JSON, without opening an image."""
@@ -234,8 +234,17 @@ class Coco(Source):
         del self._position
 
 
-def _classes(categories: list[dict[str, Any]], labels: epath.PathLike | None) -> ClassList:
-    """Returns the categories in the JSON's order, named by a label file or by the JSON."""
+def coco_classes(categories: list[dict[str, Any]], labels: epath.PathLike | None = None) -> ClassList:
+    """Returns the categories of a panoptic JSON in its order, with the groups "thing" and "stuff".
+
+    Args:
+      categories: its list of categories.
+      labels: a label file with other names for them; by default the JSON's, simplified where that is unambiguous.
+
+    Raises:
+      ValueError: an entry is not a category, or two have the same id.
+      UserError: the label file cannot be read, or lacks a category.
+    """
     ids, raw = column(categories, "id", whole, of="category"), column(categories, "name", text, of="category")
     if double := [k for k, count in Counter(ids).items() if count > 1]:
         raise ValueError(f"it lists the category {double[0]} twice")
@@ -244,8 +253,8 @@ def _classes(categories: list[dict[str, Any]], labels: epath.PathLike | None) ->
     else:
         if not all(name.strip() for name in raw):
             raise ValueError("a category has an empty name")
-        plain = Counter(map(_plain_name, raw))
-        names = [(p,) if plain[p] == 1 and p else (r,) for r in raw for p in [_plain_name(r)]]
+        plain = Counter(map(plain_name, raw))
+        names = [(p,) if plain[p] == 1 and p else (r,) for r in raw for p in [plain_name(r)]]
     isthing = column(categories, "isthing", flag, default=True, of="category")
     groups = {
         "thing": tuple(k for k, thing in enumerate(isthing) if thing),
@@ -255,15 +264,21 @@ def _classes(categories: list[dict[str, Any]], labels: epath.PathLike | None) ->
     return rename(classes, labels) if labels else classes
 
 
-def _plain_name(name: str) -> str:
-    """Simplifies a name: "wall-other-merged" to "wall", "floor-wood" to "floor wood"."""
+def plain_name(name: str) -> str:
+    """Returns a COCO name in plain words: "wall-other-merged" becomes "wall", "floor-wood" "floor wood"."""
     return re.sub(r"(-(merged|other|stuff))+$", "", name).replace("-", " ")
 
 
-def _number(
-    stored: UInt32[np.ndarray, "h w"], ids: Int[np.ndarray, "n"], path: epath.Path, json_name: str
+def number_segments(
+    stored: UInt32[np.ndarray, "h w"], ids: Int[np.ndarray, "n"], path: Any, json_name: str
 ) -> Int32[np.ndarray, "h w"]:
     """Converts stored ids to segment numbers 1.. in the order of `ids`; 0 is void.
+
+    Args:
+      stored: the ids of the PNG.
+      ids: the ids of the segments in the JSON.
+      path: the PNG's name in messages.
+      json_name: the JSON's.
 
     Raises:
       UserError: the PNG does not hold the segments `ids`.
