@@ -16,6 +16,8 @@ Scores predictions against annotations, both as files of any framework, or score
 _KINDS = {
     "semantic": "label maps: mIoU, IoU of each class, seen and unseen classes",
     "panoptic": "panoptic segmentation, files of COCO's form: PQ, SQ, RQ",
+    "instances": "masks of instances, files of COCO's and LVIS's form: AP",
+    "boxes": "boxes, files of COCO's and LVIS's form: AP",
     "suite": "a trained classifier, zero-shot on the data sets of a suite",
     "transfer": "segmentation with the masks of one run and the classifier of another",
     "classify_boxes": "names for the boxes of a detector, by a trained classifier",

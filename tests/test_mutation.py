@@ -51,20 +51,23 @@ from ovseg_jax.datasets.pascal_context import PascalContext59, PascalContext459
 from ovseg_jax.datasets.retrieval import CocoRetrieval
 from ovseg_jax.datasets.voc import Voc2012
 from ovseg_jax.errors import UserError
-from ovseg_jax.evals.box_files import average_precision, read_annotations, read_boxes
+from ovseg_jax.evals import average_precision as ap
+from ovseg_jax.evals.box_files import read_boxes
 from ovseg_jax.experiment import stages
 from ovseg_jax.experiment.features import kept_features
 from ovseg_jax.experiment.load import read_classes, read_words
+from ovseg_jax.experiment.paper_report import read_scores, read_suite_scores
 from ovseg_jax.experiment.run import _read_summary
 from ovseg_jax.experiment.scores import read_suite
-from ovseg_jax.scoring.files import read_list
+from ovseg_jax.scoring.detections import score_precision
+from ovseg_jax.scoring.files import Skips, read_list
 from ovseg_jax.scoring.panoptic import read_panoptic
 from ovseg_jax.towers.templates import read_templates
 from ovseg_jax.train.checkpoints import load_variables, read_config, write_config
 from ovseg_jax.train.metrics import _readable, read_metrics
 from ovseg_jax.viz import curves
 from ovseg_jax.vocab.class_files import read_class_file
-from ovseg_jax.vocab.classes import ClassList, parse_labels, read_label_file
+from ovseg_jax.vocab.classes import parse_labels, read_label_file
 from ovseg_jax.vocab.splits import load_split, read_categories
 from ovseg_jax.vocab.tokenizers import load_tokenizer
 from ovseg_jax.vocab.vectors import ClassVectors
@@ -357,21 +360,48 @@ def all_members(path: Path) -> None:
         members.read(name)
 
 
-BOXES = [{"image_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}, {"image_id": "x", "bbox": [0.5, 2, 3, 4]}]
+BOXES = [
+    {"image_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5, "category_id": 3},
+    {"image_id": "x", "bbox": [0.5, 2, 3, 4], "score": 1, "category_id": 3},
+]
+RLE = {"size": [12, 16], "counts": "d0:2:2:2:^3"}
+MASKS = [
+    {"image_id": 1, "segmentation": RLE, "score": 0.5, "category_id": 3},
+    {
+        "image_id": 1,
+        "segmentation": {"size": [12, 16], "counts": [20, 100, 72]},
+        "score": 1,
+        "category_id": 3,
+    },
+]
 ANNOTATIONS = {
-    "images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "coco_url": "http://x/val2017/b.jpg"}],
+    "images": [
+        {"id": 1, "file_name": "a.jpg", "height": 12, "width": 16},
+        {"id": 2, "coco_url": "http://x/val2017/b.jpg", "height": 12, "width": 16},
+    ],
     "annotations": [
-        {"id": 0, "image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4], "area": 12, "iscrowd": 0}
+        {"id": 0, "image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4], "area": 12, "iscrowd": 0},
     ],
     "categories": [{"id": 3, "name": "dog", "synonyms": ["hound"], "isthing": 1}, {"id": 4, "name": "cat"}],
 }
 LVIS = ANNOTATIONS | {
     "images": [
-        {"id": k, "file_name": f"{k}.jpg", "neg_category_ids": [4], "not_exhaustive_category_ids": []}
-        for k in (1, 2)
+        image | {"file_name": "a.jpg", "neg_category_ids": [4], "not_exhaustive_category_ids": []}
+        for image in ANNOTATIONS["images"]
     ],
     "categories": [{"id": k, "name": f"n{k}", "frequency": "r"} for k in (3, 4)],
 }
+RLE = {"size": [12, 16], "counts": "X14800000X3"}
+OUTLINES = LVIS | {
+    "annotations": [
+        ANNOTATIONS["annotations"][0] | {"segmentation": mask, "area": None}
+        for mask in ([[1, 2, 4, 2, 4.5, 6], [0, 0, 9, 0, 9, 9, 0, 9]], RLE, RLE | {"counts": [40, 4, 148]})
+    ]
+}
+MASKS = [
+    {"image_id": 1, "segmentation": mask, "score": 0.5, "category_id": 3}
+    for mask in (RLE, RLE | {"counts": [20, 100, 72]})
+]
 CLASSES = parse_labels("dog,hound; cat; sky")
 SPLIT = {"seen": [{"id": 3, "name": "dog", "isthing": 1}], "unseen": ["cat", "sky"]}
 RECORDS = "".join(json.dumps({"step": k, "loss": 1 / (k + 1), "val/mIoU": 50.0}) + "\n" for k in range(4))
@@ -509,12 +539,16 @@ def features(name: str) -> Callable[[Path], Path]:
     return write
 
 
-def judged(path: Path) -> None:
-    """The annotations, and AP by them."""
-    found = read_annotations(path, ClassList((("dog",),), (3,), (True,)))
-    results = [{"image_id": found.ids[0], "category_id": 3, "bbox": [1.0, 2.0, 3.0, 4.0], "score": 0.5}]
-    with contextlib.suppress(ImportError):  # pycocotools and lvis are extras
-        average_precision(found, results)
+def scored(kind: ap.Kind, annotations: dict[str, Any] | None = None) -> Callable[[Path], Any]:
+    """A reader of annotations, with AP by them; or of results for the annotations."""
+
+    def read(path: Path) -> None:
+        beside = path.parent / "beside.json"
+        files = (str(beside), str(path)) if annotations is None else (str(path), str(beside))
+        beside.write_text(json.dumps(annotations or {"bbox": BOXES[:1], "segm": MASKS}[kind]))
+        score_precision(*files, kind, None, Skips("skip"), 1)
+
+    return read
 
 
 STAGED = {"method": "linear", "steps": 3, "optimizer": {"learning_rate": 0.1}}
@@ -650,12 +684,21 @@ READERS: dict[str, Reader] = {
         text("summary.json", '{"steps": 3, "seconds": 2.5, "images_per_second": 3, "data_wait_seconds": 0}'),
         lambda path: _read_summary(epath.Path(path.parent)),
     ),
+    "summary.json of a report": Reader(
+        text("summary.json", '{"steps": 3, "a/miou": 2.5, "drawn": 3}'), read_scores
+    ),
+    "scores of a suite": Reader(
+        text("s.csv", 'set,prompt,accuracy,per_class\npets,,3.5,4\npets,hard,7,"2"\n'), read_suite_scores
+    ),
     "list of images": Reader(
         text("l.txt", "a.png\nb/c.png\nd\n"), lambda path: read_list(str(path), (".png",))
     ),
     "boxes": Reader(text("b.json", json.dumps(BOXES)), read_boxes),
-    "annotations": Reader(text("a.json", json.dumps(ANNOTATIONS)), judged),
-    "annotations of LVIS": Reader(text("a.json", json.dumps(LVIS)), judged),
+    "annotations": Reader(text("a.json", json.dumps(ANNOTATIONS)), scored("bbox")),
+    "annotations of LVIS": Reader(text("a.json", json.dumps(LVIS)), scored("bbox")),
+    "annotations of masks": Reader(text("a.json", json.dumps(OUTLINES)), scored("segm")),
+    "results": Reader(text("r.json", json.dumps(BOXES[:1])), scored("bbox", LVIS)),
+    "results of masks": Reader(text("r.json", json.dumps(MASKS)), scored("segm", OUTLINES)),
     "objectInfo150.txt": download(BENCH, "ADEChallengeData2016/objectInfo150.txt", Ade20k150),
     "index of ADE20K": download(FULL, "ADE20K_2021_17_01/index_ade20k.pkl", Ade20kFull),
     "merged JSON of PASCAL Context": download(FILES_59, "trainval_merged.json", PascalContext59),
@@ -811,6 +854,9 @@ OPENERS: dict[str, str] = {
     "experiment/features.py:kept_features": "features",
     "experiment/load.py:read_classes": "classes.json",
     "experiment/load.py:read_words": "words.json",
+    "experiment/paper_report.py:read_run": "config.json of a run",
+    "experiment/paper_report.py:read_scores": "summary.json of a report",
+    "experiment/paper_report.py:read_suite_scores": "scores of a suite",
     "experiment/run.py:_read_summary": "summary.json",
     "experiment/scores.py:read_suite": "suite",
     "experiment/stages.py:_hash": "none: a config in memory",
@@ -822,6 +868,7 @@ OPENERS: dict[str, str] = {
     "files.py:read_recorded": "config.json of a run",
     "inference/export.py:to_folder": "none: a class list in memory",
     "inference/pictures.py:_prompt_points": "none: read_json and numbers",
+    "scoring/detections.py:read_results": "results",
     "inference/pseudo_masks.py:label_source": "none: a request in memory",
     "scoring/files.py:read_list": "list of images",
     "scoring/panoptic.py:read_panoptic": "panoptic results",
