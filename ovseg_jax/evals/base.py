@@ -1,7 +1,7 @@
 """The constructor that the evaluators of a method on batches of images share."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -43,7 +43,7 @@ class BatchEvaluator(Evaluator):
         self._method, self._classes, self._batches, self._mesh = method, classes, batches, mesh
 
     @classmethod
-    def from_config(cls, setup: Setup) -> Self:
+    def from_config(cls, setup: Setup) -> "BatchEvaluator":
         """Creates the evaluator with the options that its section of the config names."""
         return cls(
             setup.name,

@@ -25,6 +25,7 @@ from ovseg_jax.evals.passes import each_batch
 from ovseg_jax.parallel.sharding import AXES, replicated
 from ovseg_jax.protocols import Prediction, Segmenting, Text, Variables, Vocabulary
 from ovseg_jax.towers.features import embed_in_chunks
+from ovseg_jax.vocab.classes import with_names
 
 
 class Sums(NamedTuple):
@@ -63,6 +64,7 @@ class SegmentationEvaluator(BatchEvaluator):
         masks: str | Sequence[str] = "predicted",
         decision: Any = "argmax",
         background: str | None = None,
+        names: Any = None,
         every: int = 0,
     ):
         """Creates an evaluator.
@@ -72,6 +74,7 @@ class SegmentationEvaluator(BatchEvaluator):
           masks: the origins of the masks, one or several, see `decisions.rules.decide`.
           decision: see `decisions.rules.decision_of`.
           background: the name of a class that is not predicted by its name but given to pixels without a category.
+          names: a mapping of classes to other names to ask for, such as those of all things that are background.
 
         Raises:
           UserError: the method does not support the masks, or there is no class `background`.
@@ -91,8 +94,9 @@ class SegmentationEvaluator(BatchEvaluator):
             if background not in self._classes.index:
                 raise UserError(f"evals.{self.name}.background={background!r} is not one of the classes")
             self._background = self._classes.index[background]
-        self._names, _ = self._classes.flat()
-        self._vocabulary = vocabulary_of(self._classes, self._method.seen_names())
+        asked = with_names(self._classes, dict(names or {}))
+        self._names, _ = asked.flat()
+        self._vocabulary = vocabulary_of(asked, self._method.seen_names())
         self._step = jax.jit(self._counts)
 
     def run(self, variables: Variables) -> dict[str, float]:
