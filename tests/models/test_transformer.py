@@ -194,10 +194,10 @@ def test_text_towers_have_adapters(kind):
     assert sum("adapter" in name for i in range(3) for name in blocks[f"encoderblock_{i}"]) == 6
     same = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
     jax.tree.map(same, apply(variables, IDS), expected)
-    # The last norm removes what all channels share.
-    blocks["encoderblock_2"]["adapter_mlp"]["out"]["bias"][3] += 500
-    moved = apply(variables, IDS).tokens
-    assert (np.abs(moved).argmax(-1) == 3).all() and (np.abs(expected.tokens).argmax(-1) != 3).any()
+    # Behind the last norm, tokens with one channel far above all others are alike.
+    blocks["encoderblock_2"]["adapter_mlp"]["out"]["bias"][3] += 1e5
+    alike = lambda x: np.abs(x - x[:1, :1]).max() < 1e-2
+    assert alike(apply(variables, IDS).tokens) and not alike(expected.tokens)
 
 
 @pytest.mark.parametrize("kind", TEXTS)
