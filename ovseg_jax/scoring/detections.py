@@ -23,10 +23,15 @@ missed.
 
 
 def add_detection_flags(parser: argparse.ArgumentParser, per_class: bool = True) -> None:
-    """Adds the flags of files and reports."""
+    """Adds the flags of files and reports.
+
+    Args:
+      parser: the parser of a kind.
+      per_class: whether classes are scored, each on its own, in parallel.
+    """
     parser.add_argument("--pred", required=True, metavar="FILE", help="the results")
     parser.add_argument("--gt", required=True, metavar="FILE", help="the annotations")
-    add_file_flags(parser)
+    add_file_flags(parser, per_class)
     add_report_flags(parser, per_class)
 
 

@@ -208,3 +208,36 @@ def test_what_are_no_masks_of_a_truth(tmp_path, capsys, part, change, message):
     assert command(tmp_path, "instances") == 1
     err = capsys.readouterr().err
     assert "gt.json cannot be read: " in err and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("shape", ["boxes", "masks"])
+def test_proposals_have_the_recall_of_pycocotools_without_categories(tmp_path, shape):
+    truth, found = case(19, images=3)
+    found = [row | {"score": row["score"] - n} for n in range(8) for row in found]
+    found.sort(key=lambda row: row["category_id"])  # which decides between equal scores there
+    kind, key = ("bbox", "bbox") if shape == "boxes" else ("segm", "segmentation")
+    write(tmp_path, truth, [{k: row[k] for k in ("image_id", "score", key)} for row in found])
+    recall = official(truth, found, kind, (100, 300, 1000), by_class=False).eval["recall"][:, 0]
+    got = report(tmp_path, "proposals", f"--shape={shape}")
+    assert len(found) / 3 > 100 and list(got["scores"]) == ["best 100", "best 300", "best 1000"]
+    for m, row in enumerate(got["scores"].values()):
+        expected = [np.nanmean(np.where(recall[:, a, m] < 0, np.nan, recall[:, a, m])) for a in range(4)]
+        expected += [recall[t, 0, m] for t in (0, 4, 8)]
+        assert list(row) == "AR ARs ARm ARl recall@0.5 recall@0.7 recall@0.9".split()
+        np.testing.assert_allclose(
+            [np.nan if x is None else x for x in row.values()], 100 * np.array(expected)
+        )
+    assert 5 < got["scores"]["best 100"]["AR"] < 100
+
+
+def test_all_proposals_count_up_to_the_limit(tmp_path):
+    """The box that fits is the 250th of its image."""
+    image = {"id": 1}
+    truth = [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 50, 50]}]
+    found = [{"image_id": 1, "bbox": [200 + n, 0, 9, 9], "score": 1 - n / 1000} for n in range(249)]
+    found.append({"image_id": 1, "bbox": [0, 0, 50, 40], "score": 0.1})
+    write(tmp_path, {"images": [image], "categories": [{"id": 1}], "annotations": truth}, found)
+    scores = report(tmp_path, "proposals")["scores"]
+    assert [row["recall@0.7"] for row in scores.values()] == [0, 100, 100]
+    assert scores["best 300"]["AR"] == pytest.approx(70) and scores["best 300"]["recall@0.9"] == 0
+    assert scores["best 300"]["ARs"] is None and scores["best 300"]["ARm"] == pytest.approx(70)
