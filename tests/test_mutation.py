@@ -183,7 +183,7 @@ def facts_of_shard(folder: Path) -> Path:
 
 
 def with_facts(path: Path) -> None:
-    if path.is_dir():
+    if not path.is_file():
         return
     masks = picture("m.png", "P")(path.parent).read_bytes()
     with zipfile.ZipFile(path.parent / shard_name(0, 1), "w") as archive:
