@@ -102,6 +102,8 @@ class Clip:
         if name != "clip" and not (name in PRESETS and PRESETS[name][0] is CLIPText):
             raise UserError(f"towers.text.name={name!r} is not a text tower of CLIP's kind")
         self._tokenizer: PieceTokenizer | None = self._of_words()
+        if hooks := sorted(options.keys() & set(HOOKS)):
+            raise UserError(f"towers.text of {name!r} has no key {hooks[0]!r}")
         if name == "clip" and self._tokenizer:
             options["vocab_size"] = self._tokenizer.vocab_size
         try:
