@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.reading import DAMAGE
+from ovseg_jax.reading import DAMAGE, read_bytes
 
 STAGE = "stage:"
 STAGE_KINDS = ("train", "pseudo_label", "annotate")
@@ -239,7 +239,7 @@ def _places(config: ConfigDict, workdir: epath.Path) -> dict[str, epath.Path]:
     outer = workdir.absolute().parent / "config.json"
     if outer.exists():
         try:
-            around = from_json(outer.read_text())
+            around = from_json(read_bytes(outer).decode())
             inside = workdir.absolute().name in stages_of(around)
         except (*DAMAGE, UserError):
             return places  # The outer folder does not belong to a run.

@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.reading import DAMAGE, reason
+from ovseg_jax.reading import DAMAGE, open_binary, read_bytes, reason
 
 SUMS_FILE = "checksums.json"
 LOCK_FILE = ".lock"
@@ -42,7 +42,7 @@ def write_whole(path: epath.PathLike, content: str | bytes) -> None:
 def checksum(path: epath.PathLike) -> list[int]:
     """Returns the size and the CRC-32 of a file."""
     size = crc = 0
-    with epath.Path(path).open("rb") as file:
+    with open_binary(path) as file:
         while chunk := file.read(_CHUNK):
             size, crc = size + len(chunk), zlib.crc32(chunk, crc)
     return [size, crc]
@@ -107,7 +107,7 @@ def read_recorded(path: epath.PathLike) -> str:
     """
     path = epath.Path(path)
     try:
-        text = path.read_bytes().decode()
+        text = read_bytes(path).decode()
         verify(path)
     except DAMAGE as error:
         raise UserError(f"{path} cannot be read: {reason(error)}") from error
@@ -117,7 +117,7 @@ def read_recorded(path: epath.PathLike) -> str:
 def _sums(folder: epath.Path) -> dict[str, Any]:
     path = folder / SUMS_FILE
     try:
-        found = json.loads(path.read_bytes()) if path.exists() else {}
+        found = json.loads(read_bytes(path)) if path.exists() else {}
         if isinstance(found, dict):
             return found
         raise ValueError("it is not a JSON object")

@@ -5,6 +5,7 @@ A reader decodes under `with reading(path):` and states what it expects through 
 """
 
 import contextlib
+import errno
 import json
 import lzma
 import os
@@ -17,7 +18,7 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from etils import epath
@@ -53,6 +54,7 @@ INT64 = 2**63 - 1
 _LARGEST = float(np.finfo(np.float32).max)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _REQUIRED: Any = object()
+_LONGEST = 500  # characters of a reason, which may quote a file
 
 
 @contextlib.contextmanager
@@ -64,26 +66,48 @@ def reading(path: Any, what: str = "") -> Iterator[None]:
       what: the file's role in the message, such as "the mask".
 
     Raises:
-      UserError: in place of any of `DAMAGE`; those raised inside pass as they are. And if the file is a named pipe.
+      UserError: in place of any of `DAMAGE`, and if the file is a named pipe; those raised inside pass as they are.
     """
-    if _is_named_pipe(path):
-        raise UserError(
-            f"{what} {path} is a named pipe, not a file: it would be waited for without end".lstrip()
-        )
     try:
+        _refuse_pipe(path)
         yield
     except DAMAGE as error:
         raise UserError(f"{what} {path} cannot be read: {reason(error)}".lstrip()) from error
 
 
-def _is_named_pipe(path: Any) -> bool:
-    """Tells whether a path is a named pipe of the file system; those that a shell opens in /dev have a writer."""
+def open_binary(path: epath.PathLike) -> IO[bytes]:
+    """Opens a file for reading.
+
+    Raises:
+      OSError: it cannot be opened, or is a named pipe.
+    """
+    _refuse_pipe(path)
+    return epath.Path(path).open("rb")
+
+
+def read_bytes(path: epath.PathLike) -> bytes:
+    """Reads a file.
+
+    Raises:
+      OSError: it cannot be read, or is a named pipe.
+    """
+    with open_binary(path) as file:
+        return file.read()
+
+
+def _refuse_pipe(path: Any) -> None:
+    """Raises an OSError for a named pipe, for whose writer a reader would wait without end.
+
+    Pipes that a shell opens in /dev have a writer.
+    """
     if not isinstance(path, str | os.PathLike) or os.fspath(path).startswith("/dev/"):
-        return False
+        return
     try:
-        return stat.S_ISFIFO(os.stat(path).st_mode)
-    except (OSError, ValueError):  # what is wrong is said by who opens it; `path` may also be an address
-        return False
+        is_pipe = stat.S_ISFIFO(os.stat(path).st_mode)
+    except (OSError, ValueError):  # Opening it raises a better error; `path` may also be an address.
+        return
+    if is_pipe:
+        raise OSError(errno.EINVAL, "it is a named pipe, not a file", os.fspath(path))
 
 
 def reason(error: BaseException) -> str:
@@ -107,6 +131,7 @@ def reason(error: BaseException) -> str:
     if isinstance(error, KeyError):
         return f"it has no {error}"
     first = str(error).strip().partition("\n")[0]
+    first = first if len(first) <= _LONGEST else f"{first[: _LONGEST - 3]}..."
     return _SURROGATE.sub("\ufffd", first) or f"it is damaged ({type(error).__name__})"
 
 
@@ -117,7 +142,7 @@ def read_text(path: epath.PathLike, what: str = "") -> str:
       UserError: it cannot be read, or is not text.
     """
     with reading(path, what):
-        data = epath.Path(path).read_bytes()
+        data = read_bytes(path)
         wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
         found = data.decode("utf-16" if wide else "utf-8-sig")
         if "\0" in found:
@@ -132,13 +157,13 @@ def read_lines(path: epath.PathLike, what: str = "") -> Iterator[tuple[int, str]
       UserError: it cannot be read, or a line is not text.
     """
     with reading(path, what):
-        with epath.Path(path).open("rb") as file:
+        with open_binary(path) as file:
             wide = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
         if wide:
             yield from ((n, line) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip())
             return
         number = 0
-        with epath.Path(path).open("rb") as file:
+        with open_binary(path) as file:
             for raw in file:
                 raw = raw.removeprefix(b"\xef\xbb\xbf") if not number else raw
                 for piece in raw.removesuffix(b"\n").removesuffix(b"\r").split(b"\r"):
@@ -178,12 +203,21 @@ def read_npz(path: epath.PathLike, what: str = "") -> dict[str, np.ndarray]:
     Raises:
       UserError: it cannot be read, or holds Python objects.
     """
-    with reading(path, what), epath.Path(path).open("rb") as file:
+    with reading(path, what), open_binary(path) as file:
         data = np.load(file, allow_pickle=False)
         if not isinstance(data, np.lib.npyio.NpzFile):
             raise ValueError("it is not an .npz file")
         with data:
-            return dict(data.items())
+            found = dict(data.items())
+        for name, values in found.items():
+            # NumPy does not check texts, and Python ends in a SystemError for what is no character.
+            if values.dtype.kind == "U" and values.size and values.dtype.itemsize:
+                codes = (
+                    np.ascontiguousarray(values).ravel().view(values.dtype.byteorder.replace("|", "=") + "u4")
+                )
+                if codes.max() > 0x10FFFF:
+                    raise ValueError(f"the array {name!r} holds what is no text")
+        return found
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from ovseg_jax.data.sources.prepared import Prepared
 from ovseg_jax.data.sources.pseudo_masks import PseudoMasks, Shard, Statistics, shard_name, write_shard
 from ovseg_jax.datasets.ade20k import Ade20k150, Ade20kFull
 from ovseg_jax.datasets.coco import CocoPanoptic, CocoStuff
+from ovseg_jax.datasets.coop import CoopSplit
 from ovseg_jax.datasets.imagenet import ImageNet21k, ImageNetS
 from ovseg_jax.datasets.lvis import Lvis
 from ovseg_jax.datasets.members import Members
@@ -51,20 +52,26 @@ from ovseg_jax.datasets.pascal_context import PascalContext59, PascalContext459
 from ovseg_jax.datasets.retrieval import CocoRetrieval
 from ovseg_jax.datasets.voc import Voc2012
 from ovseg_jax.errors import UserError
-from ovseg_jax.evals.box_files import average_precision, read_annotations, read_boxes
+from ovseg_jax.evals import average_precision as ap
+from ovseg_jax.evals.box_files import read_boxes
 from ovseg_jax.experiment import stages
 from ovseg_jax.experiment.features import kept_features
 from ovseg_jax.experiment.load import read_classes, read_words
+from ovseg_jax.experiment.mask_files import decode, read_mask_list, read_masks
+from ovseg_jax.experiment.paper_report import read_scores, read_suite_scores
 from ovseg_jax.experiment.run import _read_summary
 from ovseg_jax.experiment.scores import read_suite
-from ovseg_jax.scoring.files import read_list
+from ovseg_jax.scoring.answers import read_answers
+from ovseg_jax.scoring.detections import score_precision
+from ovseg_jax.scoring.files import Skips, read_list
 from ovseg_jax.scoring.panoptic import read_panoptic
+from ovseg_jax.scoring.retrieval import _read_owners, _read_scores
 from ovseg_jax.towers.templates import read_templates
 from ovseg_jax.train.checkpoints import load_variables, read_config, write_config
 from ovseg_jax.train.metrics import _readable, read_metrics
 from ovseg_jax.viz import curves
 from ovseg_jax.vocab.class_files import read_class_file
-from ovseg_jax.vocab.classes import ClassList, parse_labels, read_label_file
+from ovseg_jax.vocab.classes import parse_labels, read_label_file
 from ovseg_jax.vocab.splits import load_split, read_categories
 from ovseg_jax.vocab.tokenizers import load_tokenizer
 from ovseg_jax.vocab.vectors import ClassVectors
@@ -73,6 +80,7 @@ from tests.datasets.packing import read_all, unpacked
 from tests.datasets.test_ade20k import BENCH, FULL
 from tests.datasets.test_captions import COCO, RETRIEVAL
 from tests.datasets.test_coco_sets import PANOPTIC, STUFF
+from tests.datasets.test_coop_splits import PETS
 from tests.datasets.test_imagenet import FILES as IMAGENET_S
 from tests.datasets.test_imagenet import PROCESSED
 from tests.datasets.test_instances import LVIS as LVIS_FILES
@@ -140,6 +148,18 @@ def picture(name: str, mode: str = "RGB", orientation: int = 1, **options: Any) 
     return write
 
 
+def arrays(**found: np.ndarray) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        np.savez(folder / "a.npz", **found)
+        return folder / "a.npz"
+
+    return write
+
+
+def answers(path: Path) -> Any:
+    return read_answers(path, "--pred:")
+
+
 def halves(folder: Path) -> Path:
     mask = np.full((12, 16), 255, np.uint8)
     mask[:6], mask[6:9] = 1, 2
@@ -165,7 +185,7 @@ def facts_of_shard(folder: Path) -> Path:
 
 
 def with_facts(path: Path) -> None:
-    if path.is_dir():
+    if not path.is_file():
         return
     masks = picture("m.png", "P")(path.parent).read_bytes()
     with zipfile.ZipFile(path.parent / shard_name(0, 1), "w") as archive:
@@ -357,21 +377,48 @@ def all_members(path: Path) -> None:
         members.read(name)
 
 
-BOXES = [{"image_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}, {"image_id": "x", "bbox": [0.5, 2, 3, 4]}]
+BOXES = [
+    {"image_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5, "category_id": 3},
+    {"image_id": "x", "bbox": [0.5, 2, 3, 4], "score": 1, "category_id": 3},
+]
+RLE = {"size": [12, 16], "counts": "d0:2:2:2:^3"}
+MASKS = [
+    {"image_id": 1, "segmentation": RLE, "score": 0.5, "category_id": 3},
+    {
+        "image_id": 1,
+        "segmentation": {"size": [12, 16], "counts": [20, 100, 72]},
+        "score": 1,
+        "category_id": 3,
+    },
+]
 ANNOTATIONS = {
-    "images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "coco_url": "http://x/val2017/b.jpg"}],
+    "images": [
+        {"id": 1, "file_name": "a.jpg", "height": 12, "width": 16},
+        {"id": 2, "coco_url": "http://x/val2017/b.jpg", "height": 12, "width": 16},
+    ],
     "annotations": [
-        {"id": 0, "image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4], "area": 12, "iscrowd": 0}
+        {"id": 0, "image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4], "area": 12, "iscrowd": 0},
     ],
     "categories": [{"id": 3, "name": "dog", "synonyms": ["hound"], "isthing": 1}, {"id": 4, "name": "cat"}],
 }
 LVIS = ANNOTATIONS | {
     "images": [
-        {"id": k, "file_name": f"{k}.jpg", "neg_category_ids": [4], "not_exhaustive_category_ids": []}
-        for k in (1, 2)
+        image | {"file_name": "a.jpg", "neg_category_ids": [4], "not_exhaustive_category_ids": []}
+        for image in ANNOTATIONS["images"]
     ],
     "categories": [{"id": k, "name": f"n{k}", "frequency": "r"} for k in (3, 4)],
 }
+RLE = {"size": [12, 16], "counts": "X14800000X3"}
+OUTLINES = LVIS | {
+    "annotations": [
+        ANNOTATIONS["annotations"][0] | {"segmentation": mask, "area": None}
+        for mask in ([[1, 2, 4, 2, 4.5, 6], [0, 0, 9, 0, 9, 9, 0, 9]], RLE, RLE | {"counts": [40, 4, 148]})
+    ]
+}
+MASKS = [
+    {"image_id": 1, "segmentation": mask, "score": 0.5, "category_id": 3}
+    for mask in (RLE, RLE | {"counts": [20, 100, 72]})
+]
 CLASSES = parse_labels("dog,hound; cat; sky")
 SPLIT = {"seen": [{"id": 3, "name": "dog", "isthing": 1}], "unseen": ["cat", "sky"]}
 RECORDS = "".join(json.dumps({"step": k, "loss": 1 / (k + 1), "val/mIoU": 50.0}) + "\n" for k in range(4))
@@ -509,12 +556,16 @@ def features(name: str) -> Callable[[Path], Path]:
     return write
 
 
-def judged(path: Path) -> None:
-    """The annotations, and AP by them."""
-    found = read_annotations(path, ClassList((("dog",),), (3,), (True,)))
-    results = [{"image_id": found.ids[0], "category_id": 3, "bbox": [1.0, 2.0, 3.0, 4.0], "score": 0.5}]
-    with contextlib.suppress(ImportError):  # pycocotools and lvis are extras
-        average_precision(found, results)
+def scored(kind: ap.Kind, annotations: dict[str, Any] | None = None) -> Callable[[Path], Any]:
+    """A reader of annotations, with AP by them; or of results for the annotations."""
+
+    def read(path: Path) -> None:
+        beside = path.parent / "beside.json"
+        files = (str(beside), str(path)) if annotations is None else (str(path), str(beside))
+        beside.write_text(json.dumps(annotations or {"bbox": BOXES[:1], "segm": MASKS}[kind]))
+        score_precision(*files, kind, None, Skips("skip"), 1)
+
+    return read
 
 
 STAGED = {"method": "linear", "steps": 3, "optimizer": {"learning_rate": 0.1}}
@@ -650,12 +701,45 @@ READERS: dict[str, Reader] = {
         text("summary.json", '{"steps": 3, "seconds": 2.5, "images_per_second": 3, "data_wait_seconds": 0}'),
         lambda path: _read_summary(epath.Path(path.parent)),
     ),
+    "JSON of masks": Reader(
+        text(
+            "m.json",
+            '[{"image_id": 3, "segmentation": {"size": [3, 4], "counts": "42102"}, "score": 0.5}, '
+            '{"image_id": "a", "segmentation": {"size": [3, 4], "counts": [4, 2, 6]}}]',
+        ),
+        lambda path: [decode(found, str(path)) for found in read_mask_list(path).values()],
+    ),
+    "masks of an image": Reader(arrays(masks=np.eye(4)[None], scores=np.ones(1)), read_masks),
+    "summary.json of a report": Reader(
+        text("summary.json", '{"steps": 3, "a/miou": 2.5, "drawn": 3}'), read_scores
+    ),
+    "scores of a suite": Reader(
+        text("s.csv", 'set,prompt,accuracy,per_class\npets,,3.5,4\npets,hard,7,"2"\n'), read_suite_scores
+    ),
     "list of images": Reader(
         text("l.txt", "a.png\nb/c.png\nd\n"), lambda path: read_list(str(path), (".png",))
     ),
+    "answers as JSON": Reader(text("a.json", '{"a": [0.5, 1, 2], "b": [3, -1, 2e3]}'), answers),
+    "classes as JSON": Reader(text("a.json", '{"a": "dog", "b": 4}'), answers),
+    "answers as CSV": Reader(text("a.csv", 'image,dog,"a cat"\na,0.5,1\nb,-1,2e3\n'), answers),
+    "classes as CSV": Reader(text("a.csv", "image,class\na,dog\nb,7\n"), answers),
+    "answers as arrays": Reader(
+        arrays(scores=np.ones((2, 3)), names=np.array(["a", "b"]), columns=np.arange(3)), answers
+    ),
+    "vectors of images and texts": Reader(
+        arrays(images=np.ones((2, 3), np.float32), texts=np.ones((4, 3))),
+        lambda path: _read_scores(str(path), False),
+    ),
+    "image of each text": Reader(
+        arrays(image_ids=np.array(["a", "b"]), text_image_ids=np.array(["b", "b", "a"])),
+        lambda path: _read_owners(str(path), (2, 3)),
+    ),
     "boxes": Reader(text("b.json", json.dumps(BOXES)), read_boxes),
-    "annotations": Reader(text("a.json", json.dumps(ANNOTATIONS)), judged),
-    "annotations of LVIS": Reader(text("a.json", json.dumps(LVIS)), judged),
+    "annotations": Reader(text("a.json", json.dumps(ANNOTATIONS)), scored("bbox")),
+    "annotations of LVIS": Reader(text("a.json", json.dumps(LVIS)), scored("bbox")),
+    "annotations of masks": Reader(text("a.json", json.dumps(OUTLINES)), scored("segm")),
+    "results": Reader(text("r.json", json.dumps(BOXES[:1])), scored("bbox", LVIS)),
+    "results of masks": Reader(text("r.json", json.dumps(MASKS)), scored("segm", OUTLINES)),
     "objectInfo150.txt": download(BENCH, "ADEChallengeData2016/objectInfo150.txt", Ade20k150),
     "index of ADE20K": download(FULL, "ADE20K_2021_17_01/index_ade20k.pkl", Ade20kFull),
     "merged JSON of PASCAL Context": download(FILES_59, "trainval_merged.json", PascalContext59),
@@ -681,6 +765,7 @@ READERS: dict[str, Reader] = {
     "PNG of panoptic segments": download(
         PANOPTIC, "annotations/panoptic_train2017/000000000009.png", CocoPanoptic
     ),
+    "CoOp's split": download(PETS, "split_zhou_OxfordPets.json", CoopSplit),
     "map of COCO-Stuff": download(STUFF, "stuffthingmaps/train2017/000000000009.png", CocoStuff),
     "map of SBD": download(VOC, "benchmark_RELEASE/dataset/cls/2008_000002.mat", Voc2012, "trainaug"),
     "list of SBD": download(VOC, "benchmark_RELEASE/dataset/train.txt", Voc2012, "trainaug"),
@@ -766,6 +851,9 @@ def test_a_damaged_file_is_read_or_refused(name, tmp_path, caplog):
     path.unlink()
     path.mkdir()
     complaint(reader.read, path)  # a folder in the file's place
+    path.rmdir()
+    os.mkfifo(path)
+    complaint(reader.read, path)  # a named pipe without a writer
 
 
 # Functions that open files: the readers above that go through each, or why none does.
@@ -808,6 +896,11 @@ OPENERS: dict[str, str] = {
     "experiment/features.py:kept_features": "features",
     "experiment/load.py:read_classes": "classes.json",
     "experiment/load.py:read_words": "words.json",
+    "experiment/mask_files.py:read_mask_list": "JSON of masks",
+    "experiment/mask_files.py:read_masks": "masks of an image",
+    "experiment/paper_report.py:read_run": "config.json of a run",
+    "experiment/paper_report.py:read_scores": "summary.json of a report",
+    "experiment/paper_report.py:read_suite_scores": "scores of a suite",
     "experiment/run.py:_read_summary": "summary.json",
     "experiment/scores.py:read_suite": "suite",
     "experiment/stages.py:_hash": "none: a config in memory",
@@ -819,8 +912,12 @@ OPENERS: dict[str, str] = {
     "files.py:read_recorded": "config.json of a run",
     "inference/export.py:to_folder": "none: a class list in memory",
     "inference/pictures.py:_prompt_points": "none: read_json and numbers",
+    "scoring/detections.py:read_results": "results",
     "inference/pseudo_masks.py:label_source": "none: a request in memory",
+    "scoring/answers.py:read_answers": "answers as JSON",
     "scoring/files.py:read_list": "list of images",
+    "scoring/retrieval.py:_read_owners": "image of each text",
+    "scoring/retrieval.py:_read_scores": "vectors of images and texts",
     "scoring/panoptic.py:read_panoptic": "panoptic results",
     "pretrained/files.py:_header": "safetensors",
     "pretrained/files.py:_npz": "npz",
@@ -829,7 +926,9 @@ OPENERS: dict[str, str] = {
     "pretrained/files.py:_torch": "PyTorch's zip",
     "pretrained/stated.py:check": "none: a description in memory",
     "pretrained/stated.py:read_config": "config.json beside weights",
+    "reading.py:open_binary": "arrays of a checkpoint",
     "reading.py:parse_json": "captions.jsonl",
+    "reading.py:read_bytes": "sums of a checkpoint",
     "reading.py:read_json": "segments.json",
     "reading.py:read_lines": "label file",
     "reading.py:read_npz": "vectors",
@@ -865,9 +964,8 @@ OPENERS: dict[str, str] = {
 def opens_a_file(call: ast.Call) -> bool:
     """Whether a call reads a file, or parses what was read of one."""
     name = ast.unparse(call.func)
-    own = (
-        "read_text read_bytes read_json read_lines read_npz read_recorded parse_json memmap deserialize loads"
-    )
+    own = "read_text read_bytes open_binary read_json read_lines read_npz read_recorded parse_json"
+    own += " memmap deserialize loads"
     if name.split(".")[-1] in own.split() or name in ("np.load", "torch.load", "torch.jit.load", "json.load"):
         return True
     modes = {

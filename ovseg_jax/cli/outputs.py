@@ -12,6 +12,7 @@ from etils import epath
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import write_whole
+from ovseg_jax.reading import read_bytes
 
 # File systems allow 255 bytes for a name; the rest is for suffixes such as ".overlay.png".
 _LONGEST = 200
@@ -137,7 +138,7 @@ class Journal:
         self.records: list[dict[str, Any]] = []
         self._file: Any = None
         try:
-            lines = self.path.read_bytes().splitlines() if self.path.exists() else []
+            lines = read_bytes(self.path).splitlines() if self.path.exists() else []
         except OSError as error:
             raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from error
         for line in lines:

@@ -27,7 +27,7 @@ import numpy as np
 from etils import epath
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.reading import reading, reason, short
+from ovseg_jax.reading import open_binary, read_bytes, reading, reason, short
 
 _LOG = logging.getLogger(__name__)
 
@@ -152,8 +152,8 @@ class Members:
         place = self.where(name)
         with reading(place):
             if record["file"] == _DISK:
-                return (self.root / name).read_bytes()
-            with epath.Path(self._files[record["file"]][0]).open("rb") as file:
+                return read_bytes(self.root / name)
+            with open_binary(self._files[record["file"]][0]) as file:
                 return _read_packed(file, record)
 
     def where(self, name: str) -> str:
@@ -210,7 +210,7 @@ class Members:
                 f"{title} lies in {_DEEPEST} archives, one inside another, which is not supported: unpack it"
             )
         if _kind(name) == "tar.gz":
-            with reading(title), epath.Path(path).open("rb") as file:
+            with reading(title), open_binary(path) as file:
                 part = _part(file, start, size)
                 length = part.seek(0, os.SEEK_END)
                 part.seek(0)
@@ -221,7 +221,7 @@ class Members:
         self._files.append((path, title))
         own: dict[str, tuple[int, ...]] = {}
         inner: list[tuple[str, str, int, int | None]] = []
-        with reading(title), epath.Path(path).open("rb") as file:
+        with reading(title), open_binary(path) as file:
             part = _part(file, start, size)
             for raw, record, open_ in _zip_entries(part) if _kind(name) == "zip" else _tar_entries(part):
                 member = posixpath.join(posixpath.dirname(name), _inside(raw))

@@ -1,12 +1,6 @@
-"""Files of boxes in the formats of COCO and LVIS: proposals, annotations, and AP of results."""
+"""Files of boxes and masks in the formats of COCO and LVIS: proposals and annotations."""
 
-import contextlib
-import io
-import json
-import math
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from types import SimpleNamespace
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +9,8 @@ from jaxtyping import Float
 
 from ovseg_jax.data.images import list_images
 from ovseg_jax.errors import UserError
+from ovseg_jax.evals.average_precision import Kind, Rule
+from ovseg_jax.evals.masks import LONGEST, mask_rle, rle_area
 from ovseg_jax.reading import (
     array,
     column,
@@ -102,29 +98,46 @@ class Annotations(NamedTuple):
         and annotations from 1.
       ids: the file's own id of each image, in the order of the new ids.
       files: the file name of each image, or its address, or "".
-      is_lvis: whether its categories have frequencies.
+      classes: its categories, in the file's order.
     """
 
     data: dict[str, list[dict[str, Any]]]
     ids: list[int | str]
     files: list[str]
-    is_lvis: bool
+    classes: ClassList
 
     @property
     def numbers(self) -> dict[str, int]:
         """The new id of each image, from 1, by its own id as text, since tools write both 285 and "285"."""
         return {str(key): number for number, key in enumerate(self.ids, 1)}
 
+    @property
+    def frequencies(self) -> dict[int, str]:
+        """LVIS's "r", "c" or "f" for each category id; empty for files that are not LVIS's."""
+        return {row["id"]: row["frequency"] for row in self.data["categories"] if "frequency" in row}
 
-def read_annotations(path: epath.PathLike, classes: ClassList) -> Annotations:
-    """Reads annotations of these classes and adds the fields that the evaluation packages require.
+    @property
+    def rule(self) -> Rule:
+        """The rule by which results are scored: LVIS's where categories have frequencies."""
+        return "lvis" if self.frequencies else "coco"
 
-    Annotations get ids from 1, since pycocotools takes 0 for "no match"; a missing `iscrowd` becomes 0, and a missing
-    area that of the box.
+
+def read_annotations(
+    path: epath.PathLike, classes: ClassList | None = None, kind: Kind = "bbox"
+) -> Annotations:
+    """Reads annotations and adds the fields that the evaluation package requires.
+
+    Annotations get ids from 1, since the package takes 0 for "no match"; a missing `iscrowd` becomes 0, as all are in
+    LVIS's rules, and a missing area that of the box or mask.
+
+    Args:
+      path: the file.
+      classes: the classes that it must have, if not None.
+      kind: "bbox" reads boxes; "segm" reads masks, and sizes of images.
 
     Raises:
       UserError: the file cannot be read, has no category with the id of a class, or an annotation names an unknown
-        image or category or has no box.
+        image or category or has no valid box or mask.
     """
     found = read_json(path)
     parts = ("images", "annotations", "categories")
@@ -141,19 +154,24 @@ def read_annotations(path: epath.PathLike, classes: ClassList) -> Annotations:
         categories = [
             {**row, "id": k} for row, k in zip(kinds, column(kinds, "id", _id, of="category"), strict=True)
         ]
-        column(kinds, "frequency", _frequency, default="", of="category")
+        is_lvis = any(column(kinds, "frequency", _frequency, default="", of="category"))
+        shown = column(kinds, "name", text, default="", of="category")
+        sizes: list[tuple[int, ...]] = [() for _ in rows]
+        if kind == "segm":
+            sides = (column(rows, side, whole, 1, LONGEST, of="image") for side in ("height", "width"))
+            sizes = list(zip(*sides, strict=True))
         names, addresses = (
             column(rows, key, text, default="", of="image") for key in ("file_name", "coco_url")
         )
         lists = [column(rows, key, _ids, default=[], of="image") for key in _LVIS_LISTS]
         images = [
-            (key, name or address, dict(zip(_LVIS_LISTS, own, strict=True)))
-            for key, name, address, *own in zip(
-                column(rows, "id", image_id, of="image"), names, addresses, *lists, strict=True
+            (key, name or address, size, dict(zip(_LVIS_LISTS, own, strict=True)))
+            for key, name, address, size, *own in zip(
+                column(rows, "id", image_id, of="image"), names, addresses, sizes, *lists, strict=True
             )
         ]
         images.sort(key=lambda image: _by_number(image[0]))
-        numbers_of = {str(key): n for n, (key, _, _) in enumerate(images, 1)}
+        numbers_of = {str(key): n for n, (key, *_) in enumerate(images, 1)}
         if len(numbers_of) < len(images):
             raise ValueError("two images have the same id")
         known = {category["id"] for category in categories}
@@ -161,34 +179,53 @@ def read_annotations(path: epath.PathLike, classes: ClassList) -> Annotations:
         columns = (
             column(truth, "image_id", image_id, of="annotation"),
             column(truth, "category_id", _id, of="annotation"),
-            column(truth, "bbox", numbers, 4, of="annotation"),
             column(truth, "area", number, default=None, of="annotation"),
             column(truth, "iscrowd", flag, default=False, of="annotation"),
+            column(truth, "bbox", numbers, 4, of="annotation")
+            if kind == "bbox"
+            else column(truth, "segmentation", _given, of="annotation"),
         )
-        for i, (image, category, box, area, crowd) in enumerate(zip(*columns, strict=True)):
+        for i, (image, category, area, crowd, shape) in enumerate(zip(*columns, strict=True)):
             if str(image) not in numbers_of or category not in known:
                 what = f"image {image!r}" if str(image) not in numbers_of else f"category {category}"
                 raise ValueError(f"annotation {i} refers to the {what}, which the file does not list")
-            annotations.append(
-                {
-                    "id": i + 1,
-                    "image_id": numbers_of[str(image)],
-                    "category_id": category,
-                    "bbox": box,
-                    "area": box[2] * box[3] if area is None else area,
-                    "iscrowd": int(crowd),
-                }
-            )
-    if strange := [k for k, own in enumerate(classes.ids) if own not in known]:
-        own, name = classes.ids[strange[0]], classes.display(strange[0])
-        raise UserError(f"{path} has no category {own}, which --classes calls {name!r}: use --classes={path}")
+            where = numbers_of[str(image)]
+            if kind == "bbox":
+                own = {"bbox": shape, "area": shape[2] * shape[3] if area is None else area}
+            else:
+                rle = mask_rle(shape, f"annotation {i}: 'segmentation'", images[where - 1][2])
+                own = {"segmentation": rle, "area": rle_area(rle) if area is None else area}
+            crowded = int(crowd and not is_lvis)
+            head: dict[str, Any] = {
+                "id": i + 1,
+                "image_id": where,
+                "category_id": category,
+                "iscrowd": crowded,
+            }
+            annotations.append(head | own)
+    if classes and (strange := [k for k, wanted in enumerate(classes.ids) if wanted not in known]):
+        lost, name = classes.ids[strange[0]], classes.display(strange[0])
+        raise UserError(
+            f"{path} has no category {lost}, which --classes calls {name!r}: use --classes={path}"
+        )
     data = {
-        "images": [{"id": n, **lvis} for n, (_, _, lvis) in enumerate(images, 1)],
+        "images": [
+            {"id": n, **dict(zip(("height", "width"), size, strict=False)), **lvis}
+            for n, (_, _, size, lvis) in enumerate(images, 1)
+        ],
         "annotations": annotations,
         "categories": categories,
     }
-    is_lvis = any("frequency" in category for category in categories)
-    return Annotations(data, [image[0] for image in images], [image[1] for image in images], is_lvis)
+    own_classes = ClassList(
+        tuple((name or str(row["id"]),) for name, row in zip(shown, categories, strict=True)),
+        tuple(row["id"] for row in categories),
+        (True,) * len(categories),
+    )
+    return Annotations(data, [image[0] for image in images], [image[1] for image in images], own_classes)
+
+
+def _given(value: Any, name: str) -> Any:
+    return value
 
 
 def _frequency(value: Any, name: str) -> str:
@@ -242,57 +279,3 @@ def find_images(
             raise UserError(f"--images={folder} holds no image with the id {key}")
         found[key] = path
     return found
-
-
-NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-"""COCO's twelve metrics, in COCO's order."""
-
-
-def average_precision(annotations: Annotations, results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Computes AP and AR of boxes in percent, over IoU 0.5 to 0.95, and their variants; NaN without boxes.
-
-    It uses pycocotools, with at most 100 boxes per image, or for LVIS files the package lvis, with at most 300.
-
-    Args:
-      annotations: the ground truth.
-      results: at least one box, in images that the annotations list.
-
-    Raises:
-      ImportError: the file is LVIS's, and the package lvis is not installed.
-    """
-    numbers = annotations.numbers
-    keys = ("category_id", "bbox", "score")
-    found = [{**{k: r[k] for k in keys}, "image_id": numbers[str(r["image_id"])]} for r in results]
-    with contextlib.redirect_stdout(io.StringIO()):
-        if annotations.is_lvis:
-            return _lvis(annotations.data, found)
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-
-        truth = COCO()
-        truth.dataset = annotations.data
-        truth.createIndex()
-        judge = COCOeval(truth, truth.loadRes(found), "bbox")
-        judge.evaluate()
-        judge.accumulate()
-        judge.summarize()
-    return {name: _percent(score) for name, score in zip(NUMBERS, judge.stats.tolist(), strict=True)}
-
-
-def _percent(score: float) -> float:
-    return 100 * score if score >= 0 else math.nan
-
-
-def _lvis(annotations: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, float]:
-    import lvis
-    import lvis.eval
-
-    # lvis 0.5.3, the latest, uses np.float, which NumPy 2 removed.
-    lvis.eval.np = SimpleNamespace(**{**vars(np), "float": float})
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(annotations, file)
-        file.flush()
-        truth = lvis.LVIS(file.name)
-    judge = lvis.LVISEval(truth, lvis.LVISResults(truth, results), "bbox")
-    judge.run()
-    return {name: _percent(float(score)) for name, score in judge.get_results().items()}

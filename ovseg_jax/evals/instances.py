@@ -90,10 +90,10 @@ class InstancesEvaluator(SegmentsEvaluator):
                 )
         if not truth["annotations"]:
             return None
-        result = ap.curves(truth, found)
+        result = ap.curves(truth, found, "segm")
         self._fill_table(truth["annotations"], result)
         names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
-        scores = {name.lower(): value for name, value in ap.coco_metrics(result).items() if name in names}
+        scores = {name.lower(): value for name, value in ap.metrics(result).items() if name in names}
         for group, members in self._classes.groups.items():
             own = [i for i, k in enumerate(result.categories) if k in members]
             scores[f"ap/{group}"] = ap.mean(result.precision[:, :, own, 0, -1])

@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from ovseg_jax.cli.outputs import Journal, check_out_file, file_stamp, run_stamp
 from ovseg_jax.errors import UserError
+from ovseg_jax.evals import average_precision as ap
 from ovseg_jax.evals.box_files import (
     Annotations,
-    average_precision,
     find_images,
     match_images,
     read_annotations,
@@ -28,9 +28,6 @@ from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.protocols import Classifier
 from ovseg_jax.towers.prompt_file import Prompt
 from ovseg_jax.vocab.class_files import read_class_file
-
-LIMITS = {False: 100, True: 300}
-"""The number of boxes per image that COCO (False) and LVIS (True) evaluate."""
 
 
 def classify_boxes(
@@ -76,7 +73,7 @@ def classify_boxes(
     if truth:
         proposals = match_images(proposals, truth)
     files = find_images(images, proposals, truth)
-    limit = max_boxes or LIMITS[truth is not None and truth.is_lvis]
+    limit = max_boxes or ap.LIMITS[truth.rule if truth else "coco"][-1]
     journal = Journal(f"{out}.part.jsonl")
     journal.start(
         {
@@ -136,10 +133,9 @@ def score_boxes(truth: Annotations, results: Sequence[dict[str, Any]]) -> str:
     """Formats AP and AR of boxes as text, with a note on images without boxes."""
     if not results:
         return "no box has a score above 0: AP is 0"
-    try:
-        scores = average_precision(truth, results)
-    except ImportError as error:
-        return f"AP of LVIS needs a package ({error}): pip install lvis"
+    numbers = truth.numbers
+    found = [{**row, "image_id": numbers[str(row["image_id"])]} for row in results]
+    scores = ap.metrics(ap.curves(truth.data, found, "bbox", truth.rule), truth.rule, truth.frequencies)
     cells = (f"{name} {'-' if math.isnan(value) else f'{value:.2f}'}" for name, value in scores.items())
     lines = ["  ".join(cells)]
     if missing := len(truth.ids) - len({result["image_id"] for result in results}):

@@ -36,7 +36,7 @@ from ovseg_jax.experiment.tables import score_table
 from ovseg_jax.files import forget, is_recorded, locked, record, write_recorded, write_whole
 from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.protocols import Classifier, Evaluator, Segmenting, Trainable, Variables
-from ovseg_jax.reading import DAMAGE
+from ovseg_jax.reading import DAMAGE, read_bytes
 from ovseg_jax.towers.prompt_file import FILE as PROMPT_FILE
 from ovseg_jax.train.checkpoints import (
     disk_full_message,
@@ -349,7 +349,7 @@ def _read_summary(workdir: epath.Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        summary = json.loads(path.read_bytes())
+        summary = json.loads(read_bytes(path))
         if all(isinstance(summary[key], int | float) for key in _SUMMARY_KEYS):
             return summary
     except DAMAGE:

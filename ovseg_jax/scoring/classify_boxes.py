@@ -35,7 +35,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--annotations",
         metavar="FILE",
-        help="score the results: COCO's AP, or LVIS's where `lvis` is installed",
+        help="score the results: COCO's AP, or LVIS's where categories have frequencies",
     )
     add("--batch", type=int, default=64, metavar="N", help="crops at once (default %(default)s)")
     add(

@@ -85,8 +85,8 @@ class Pair(NamedTuple):
     truth: str
 
 
-def add_file_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags for faulty items and for parallel reading."""
+def add_file_flags(parser: argparse.ArgumentParser, parallel: bool = True) -> None:
+    """Adds the flags for faulty items and, if `parallel`, for the number of processes."""
     parser.add_argument(
         "--missing",
         choices=("error", "skip"),
@@ -94,12 +94,13 @@ def add_file_flags(parser: argparse.ArgumentParser) -> None:
         help="what happens where a prediction or a truth is missing, unreadable or of another size: error (default) "
         "stops, skip leaves it out and counts it",
     )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes that read files (default: one for each core); the result does not depend on it",
-    )
+    if parallel:
+        parser.add_argument(
+            "--workers",
+            type=int,
+            metavar="N",
+            help="processes that read files (default: one for each core); the result does not depend on it",
+        )
 
 
 def workers_of(arguments: argparse.Namespace) -> int:

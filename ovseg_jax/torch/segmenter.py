@@ -192,7 +192,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       UserError: there is no such file, or it is not a JSON object.
     """
-    with reading(path.parent, "the exported model"):
+    with reading(path, "the file of the exported model"):
         found = json.loads(path.read_text("utf-8"))
         if not isinstance(found, dict):
             raise ValueError(f"{path.name} is not a JSON object")

@@ -40,7 +40,7 @@ from ovseg_jax import config as config_lib
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import SUMS_FILE, checksum, is_recorded, read_recorded, write_recorded
 from ovseg_jax.parallel.sharding import DEFAULT_RULES, leaf_sharding, path_name
-from ovseg_jax.reading import DAMAGE, reading, reason
+from ovseg_jax.reading import DAMAGE, read_bytes, reading, reason
 from ovseg_jax.towers.frozen_text import TEXT_TOWER
 from ovseg_jax.towers.prompt_file import FILE as PROMPT_FILE
 from ovseg_jax.train.metrics import Sums
@@ -350,7 +350,7 @@ def find_damage(folder: epath.Path, items: Sequence[str] = ITEMS) -> str | None:
     if "://" in str(folder):
         return None
     try:
-        sums = json.loads((folder / SUMS_FILE).read_bytes())
+        sums = json.loads(read_bytes(folder / SUMS_FILE))
         files = {name: tuple(known) for name, known in sums.items() if name.split("/")[0] in items}
         if not any(name.startswith("variables/") for name in files):
             raise ValueError("it lists no file of the variables")
@@ -359,7 +359,7 @@ def find_damage(folder: epath.Path, items: Sequence[str] = ITEMS) -> str | None:
         if FROZEN in sums:
             frozen = folder.parent / FROZEN
             problem = _find_altered(frozen, {SUMS_FILE: tuple(sums[FROZEN])})
-            problem = problem or _find_altered(frozen, json.loads((frozen / SUMS_FILE).read_bytes()))
+            problem = problem or _find_altered(frozen, json.loads(read_bytes(frozen / SUMS_FILE)))
             return problem and f"of {FROZEN}, {problem}"
     except DAMAGE as error:
         return f"{SUMS_FILE} cannot be read ({reason(error)})"
@@ -430,7 +430,7 @@ def read_config(workdir: epath.PathLike) -> ConfigDict | None:
 def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:
     """Writes `config.json` into `workdir` atomically."""
     path, text = epath.Path(workdir) / CONFIG_FILE, config_lib.to_json(config)
-    if not path.exists() or path.read_bytes() != text.encode() or not is_recorded(path):
+    if not path.exists() or read_bytes(path) != text.encode() or not is_recorded(path):
         write_recorded(path, text)
 
 

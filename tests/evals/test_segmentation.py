@@ -110,7 +110,7 @@ def batches(examples, size):
 def evaluate(method=None, *, n=11, size=4, devices=1, modes=("predicted",), classes=CLASSES, data=None):
     mesh = make_mesh(devices=jax.devices()[:devices])
     data = batches(examples(n) if data is None else data, size)
-    evaluator = SegmentationEvaluator("test", method or PatchMethod(), classes, data, mesh, modes=modes)
+    evaluator = SegmentationEvaluator("test", method or PatchMethod(), classes, data, mesh, masks=modes)
     return evaluator.run(VARIABLES), evaluator
 
 
@@ -153,17 +153,37 @@ def test_one_pass_gives_the_reference_scores(mode):
     assert [row.pixels for row in evaluator.tables["iou"]] == truth.tolist()
 
 
+def test_other_names_may_mean_a_class():
+    """As PC-59's classes mean VOC's background: a pixel whose best name is one of them has that class."""
+
+    def run(classes, **own):
+        mesh = make_mesh(devices=jax.devices()[:1])
+        evaluator = SegmentationEvaluator("test", PatchMethod(), classes, batches(examples(), 4), mesh, **own)
+        return evaluator.run(VARIABLES), evaluator.tables["iou"]
+
+    asked = ClassList((("kitten", "lawn"), *CLASSES.names[1:]), CLASSES.ids, CLASSES.isthing, CLASSES.groups)
+    want, (got, table) = run(asked), run(CLASSES, names={"cat": ["kitten", "lawn"]})
+    assert got == want[0] and got != run(CLASSES)[0]
+    assert table[0].name == "cat"  # under its own name
+    for names, message in (
+        ({"kitten": ["a"]}, "no class 'kitten'"),
+        ({"cat": []}, "'cat' would have no name"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(CLASSES, names=names)
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 def test_recall_alone_needs_no_class_and_no_text(devices):
     method, mesh = PatchMethod(), make_mesh(devices=jax.devices()[:devices])
-    got = ProposalsEvaluator("test", method, batches(examples(), 4), mesh).run(VARIABLES)
+    got = ProposalsEvaluator("test", method, CLASSES, batches(examples(), 4), mesh).run(VARIABLES)
     recall = reference_scores("predicted", False)[-1]
     assert list(got) == ["recall@0.5", "recall@0.7", "recall@0.9"] and not method.asked
     assert list(got.values()) == pytest.approx(recall.tolist())
 
 
 def test_recall_of_a_method_without_masks_is_a_sentence():
-    evaluator = ProposalsEvaluator("test", PatchMethod(True), batches(examples(), 4), make_mesh())
+    evaluator = ProposalsEvaluator("test", PatchMethod(True), CLASSES, batches(examples(), 4), make_mesh())
     with pytest.raises(UserError, match="PatchMethod predicts no masks"):
         evaluator.run(VARIABLES)
 

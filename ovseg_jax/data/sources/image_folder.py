@@ -183,12 +183,12 @@ def read_names(path: epath.PathLike) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     with reading(path, what):
         for folder, value in pairs:
-            written = texts(value, f"the entry of {folder!r}")
+            written = texts(value, f"the entry of {short(folder)}")
             names = [name for text in written for name in split_names(text.replace("_", " "))]
             if not names:
-                raise UserError(f"{path}: the folder {folder!r} has no name")
+                raise UserError(f"{path}: the folder {short(folder)} has no name")
             if folder in found:
-                raise UserError(f"{path}: the folder {folder!r} occurs twice")
+                raise UserError(f"{path}: the folder {short(folder)} occurs twice")
             found[folder] = tuple(dict.fromkeys(names))
     if not found:
         raise UserError(f"the file {path} lists no class")
