@@ -47,7 +47,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["ovseg_jax", "ovseg_jax.*"]),
+    packages=[*find_packages(include=["ovseg_jax", "ovseg_jax.*"]), "ovseg_jax.configs.tables"],
     package_dir={"ovseg_jax.configs": "configs"},
     package_data={"ovseg_jax.datasets": ["*.txt"], "ovseg_jax.vocab": ["labels/*.txt"]},
     python_requires=">=3.11",

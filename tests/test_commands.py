@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 ROOT = Path(__file__).parents[1]
-ARGPARSE = ("predict", "score", "prompts", "pseudo_label", "export", "prepare")
+ARGPARSE = ("predict", "score", "prompts", "pseudo_label", "export", "prepare", "report")
 ABSL = ("main", "plan")
 KINDS = {"score"}  # the commands whose first word is a kind of theirs
 CONFIGS = sorted(
@@ -24,7 +24,7 @@ PAGES = [
     ROOT / "README.md",
     *sorted(ROOT.glob("*/*.md")),
     *sorted(ROOT.glob("*/*/*.md")),
-    *sorted(ROOT.glob("configs/*.py")),
+    *sorted(ROOT.glob("configs/**/*.py")),
     *sorted(ROOT.glob("ovseg_jax/**/*.py")),
     *sorted(ROOT.glob("notebooks/*.ipynb")),
 ]

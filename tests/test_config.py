@@ -15,8 +15,9 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.keys import check_config
 from ovseg_jax.methods import build
 from ovseg_jax.pretrained import published
+from ovseg_jax.towers.templates import read_templates
 from ovseg_jax.train.optimizer import make_schedule
-from ovseg_jax.vocab.classes import LABEL_FILES, parse_labels
+from ovseg_jax.vocab.classes import LABEL_FILES, parse_labels, read_label_file
 from ovseg_jax.vocab.words import WordList
 
 
@@ -149,6 +150,15 @@ def test_the_numbers_of_pomp():
         ),
         ("openseg", "data=coco,data_dir=x,size=tiny,backbone=resnet50", "backbone=resnet50 has no effect"),
         ("openseg", "method=lseg,contrast=sync", "contrast=sync has no effect with method=lseg"),
+        ("openseg", "method=lseg,evals=panoptic", "evals=panoptic has no effect with .*method=lseg"),
+        ("openseg", "data=folder,data_dir=x,evals=panoptic", "evals=panoptic has no effect with data=folder"),
+        ("openseg", "evals=benchmark", "evals=benchmark has no effect with data=scenes"),
+        ("openseg", "data=coco,data_dir=x,evals=benchmark", "evals=benchmark needs eval_sets=DIR"),
+        (
+            "openseg",
+            "data=coco,data_dir=x,evals=benchmark,eval_sets=s,sets=A-150",
+            "sets=A-150 has no effect",
+        ),
         ("openseg", "method=lseg,kp=0.5", "kp=0.5 has no effect with method=lseg"),
         ("openseg", "method=lseg,mask_weight=0", "mask_weight=0.0 has no effect with method=lseg"),
         ("openseg", "data=coco,data_dir=x,names=y", "names=y has no effect with data=coco"),
@@ -301,7 +311,8 @@ def test_an_installation_holds_the_configs_and_label_files(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["ovseg_jax"]
     labels = {path.name for path in (tmp_path / "ovseg_jax/vocab/labels").iterdir()}
     assert labels == {f"{name}.txt" for name in LABEL_FILES}
-    code = "from ovseg_jax.configs import pomp_segments as c; print(c.__file__, c.get_config().steps)"
+    code = "from ovseg_jax.configs import pomp_segments as c, tables; tables.all_tables(); "
+    code += "print(c.__file__, c.get_config().steps)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -381,18 +392,56 @@ def test_sets_are_tested_with_more_names_as_well():
     assert "labels" not in out.final_evals["A-150"].source
 
 
+def test_the_benchmark_is_the_five_sets_alone():
+    """4.1; PAS-20's background is what PC-59 has and VOC lacks."""
+    out = load("openseg", "data=coco,data_dir=x,evals=benchmark,eval_sets=s,names=n")
+    five = ["A-847", "PC-459", "A-150", "PC-59", "PAS-20"]
+    assert set(out.final_evals) == {*five, *(f"{name}+eng" for name in five)}
+    assert list(out.evals) == ["validation"]
+    check_config(out)
+    for name in ("PAS-20", "PAS-20+eng"):
+        rest = out.final_evals[name].names.background
+        assert len(rest) == 39 and {"tree", "sky"} < set(rest) and not {"table", "cat"} & set(rest)
+    assert not any("names" in out.final_evals[name] for name in five[:4])
+    prepared = load("openseg", "data=prepared,data_dir=x,evals=benchmark,eval_sets=s,sets_are=prepared")
+    assert prepared.final_evals["PC-59"].source.to_dict() == dict(
+        name="prepared", split="val", data_dir="s/PC-59"
+    )
+    assert set(prepared.final_evals) == set(five)
+    alone = load("openseg", "data=coco,data_dir=x,evals=benchmark,eval_sets=s,method=lseg")
+    assert set(alone.final_evals) == set(five)
+
+
 def test_the_package_has_more_names_for_three_sets():
     out = load("openseg", "data=coco,data_dir=x,eval_sets=s,sets=A-847;A-150;PAS-20,names=package")
     assert set(out.final_evals) == {"validation", "A-847", "A-150", "PAS-20", "A-150+eng", "PAS-20+eng"}
     assert out.final_evals["PAS-20+eng"].source.labels == "voc_2012"
     with pytest.raises(UserError, match="names=package: the package has more names for A-150, PC-59, PAS-20"):
         load("openseg", "data=coco,data_dir=x,eval_sets=s,sets=A-847,names=package")
+    out = load("openseg", "data=coco,data_dir=x,eval_sets=s,evals=benchmark,names=package")
+    assert out.final_evals["PAS-20+eng"].source.labels == "voc_2012_background"
+
+
+def test_the_labels_with_background_are_those_without():
+    alone, both = (read_label_file(name) for name in ("voc_2012", "voc_2012_background"))
+    assert both.names == (("background",), *alone.names) and both.ids == (0, *alone.ids)
+    assert both.isthing == (False, *alone.isthing)
 
 
 def test_negatives_of_the_papers_recipe_differ_between_devices():
     assert load("pomp", "data=folder,data_dir=x").loss.per_device
     assert not load("pomp", "data=folder,data_dir=x,per_device=False").loss.per_device
     assert not load("pomp").loss.per_device
+
+
+def test_both_prompt_ensembles_are_scored():
+    """Table 1 of papers/000 is that of seven templates in its authors' code."""
+    prompts = load("pomp", "data=folder,data_dir=x").final_evals.validation.prompts
+    assert {name: len(read_templates(value)) for name, value in prompts.items()} == {
+        "hard": 1,
+        "ensemble": 7,
+        "ensemble_80": 80,
+    }
 
 
 def test_the_fifty_epochs_of_table_3():

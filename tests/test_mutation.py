@@ -56,6 +56,7 @@ from ovseg_jax.evals.box_files import read_boxes
 from ovseg_jax.experiment import stages
 from ovseg_jax.experiment.features import kept_features
 from ovseg_jax.experiment.load import read_classes, read_words
+from ovseg_jax.experiment.paper_report import read_scores, read_suite_scores
 from ovseg_jax.experiment.run import _read_summary
 from ovseg_jax.experiment.scores import read_suite
 from ovseg_jax.scoring.detections import score_precision
@@ -683,6 +684,12 @@ READERS: dict[str, Reader] = {
         text("summary.json", '{"steps": 3, "seconds": 2.5, "images_per_second": 3, "data_wait_seconds": 0}'),
         lambda path: _read_summary(epath.Path(path.parent)),
     ),
+    "summary.json of a report": Reader(
+        text("summary.json", '{"steps": 3, "a/miou": 2.5, "drawn": 3}'), read_scores
+    ),
+    "scores of a suite": Reader(
+        text("s.csv", 'set,prompt,accuracy,per_class\npets,,3.5,4\npets,hard,7,"2"\n'), read_suite_scores
+    ),
     "list of images": Reader(
         text("l.txt", "a.png\nb/c.png\nd\n"), lambda path: read_list(str(path), (".png",))
     ),
@@ -847,6 +854,9 @@ OPENERS: dict[str, str] = {
     "experiment/features.py:kept_features": "features",
     "experiment/load.py:read_classes": "classes.json",
     "experiment/load.py:read_words": "words.json",
+    "experiment/paper_report.py:read_run": "config.json of a run",
+    "experiment/paper_report.py:read_scores": "summary.json of a report",
+    "experiment/paper_report.py:read_suite_scores": "scores of a suite",
     "experiment/run.py:_read_summary": "summary.json",
     "experiment/scores.py:read_suite": "suite",
     "experiment/stages.py:_hash": "none: a config in memory",

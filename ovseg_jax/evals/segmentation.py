@@ -25,7 +25,7 @@ from ovseg_jax.evals.registry import Setup
 from ovseg_jax.parallel.sharding import AXES, replicated
 from ovseg_jax.protocols import Evaluator, Prediction, Segmenting, Text, Variables, Vocabulary
 from ovseg_jax.towers.features import embed_in_chunks
-from ovseg_jax.vocab.classes import ClassList
+from ovseg_jax.vocab.classes import ClassList, with_names
 
 
 class Sums(NamedTuple):
@@ -56,7 +56,7 @@ class SegmentationEvaluator(Evaluator):
     needs = frozenset({"image", "segments", "class_ids"})
     takes = Segmenting
     overrides = ("image_size", "label_size", "max_segments")
-    options = ("masks", "decision", "background")
+    options = ("masks", "decision", "background", "names")
 
     def __init__(
         self,
@@ -69,6 +69,7 @@ class SegmentationEvaluator(Evaluator):
         modes: Sequence[str] = ("predicted",),
         decision: Any = "argmax",
         background: str | None = None,
+        names: Mapping[str, Sequence[str]] | None = None,
         every: int = 0,
     ):
         """Creates an evaluator that compiles once and runs many times.
@@ -83,6 +84,7 @@ class SegmentationEvaluator(Evaluator):
           modes: the origins of the masks, see `decisions.rules.decide`.
           decision: see `decisions.rules.decision_of`.
           background: the name of a class that is not predicted by its name but given to pixels without a category.
+          names: other names to ask for, by the class that they mean, such as those of all things that are background.
           every: see `Evaluator`.
         """
         unknown = [mode for mode in modes if mode not in method.modes]
@@ -101,13 +103,14 @@ class SegmentationEvaluator(Evaluator):
             if background not in classes.index:
                 raise UserError(f"evals.{name}.background={background!r} is not one of the classes")
             self._background = classes.index[background]
-        self._names, _ = classes.flat()
-        self._vocabulary = vocabulary_of(classes, method.seen_names())
+        asked = with_names(classes, names or {})
+        self._names, _ = asked.flat()
+        self._vocabulary = vocabulary_of(asked, method.seen_names())
         self._step = jax.jit(self._counts)
 
     @classmethod
     def from_config(cls, setup: Setup) -> "SegmentationEvaluator":
-        """Creates the evaluator with `masks` (one or several modes), `decision` and `background`."""
+        """Creates the evaluator with `masks` (one or several modes), `decision`, `background` and `names`."""
         modes = setup.evaluation.get("masks", "predicted")
         return cls(
             setup.name,
@@ -118,6 +121,7 @@ class SegmentationEvaluator(Evaluator):
             modes=(modes,) if isinstance(modes, str) else tuple(modes),
             decision=setup.evaluation.get("decision", "argmax"),
             background=setup.evaluation.get("background"),
+            names=dict(setup.evaluation.get("names") or {}),
             every=setup.every,
         )
 

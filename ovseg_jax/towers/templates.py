@@ -23,7 +23,8 @@ CLIP_SIMPLE = (
     "art of the {}.",
     "a photo of the small {}.",
 )
-"""The seven of CLIP's eighty templates that a forward selection chose, in its order."""
+"""The seven of CLIP's eighty templates that a forward selection chose, in its order: the "prompt ensemble" of
+papers/000, table 1, as its authors' code computes it."""
 
 VILD = (
     "a photo of a {}.",
@@ -125,7 +126,7 @@ IMAGENET = (
     "a photo of a small {}.",
     "a tattoo of the {}.",
 )
-"""CLIP's eighty templates: the "prompt ensemble" of papers/000, table 1."""
+"""CLIP's eighty templates: the "ImageNet prompts" of papers/000, table 13."""
 
 TEMPLATES = {"imagenet": IMAGENET, "simple": CLIP_SIMPLE, "vild": VILD}
 """The lists that a config can refer to by name."""

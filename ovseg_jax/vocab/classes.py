@@ -23,7 +23,14 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.reading import array, flag, parse_json, read_lines, short, text, texts, whole
 
 UNUSED = "invalid_class_id"
-LABEL_FILES = ("ade20k_150", "coco_panoptic", "coco_things", "pascal_context_59", "voc_2012")
+LABEL_FILES = (
+    "ade20k_150",
+    "coco_panoptic",
+    "coco_things",
+    "pascal_context_59",
+    "voc_2012",
+    "voc_2012_background",
+)
 """The label files of the package: official ids and order, with synonyms, subcategories, plurals and contexts of our own
 in the spirit of papers/004, appendix I. Those of published sets are named as their readers in `datasets`."""
 _LOG = logging.getLogger(__name__)
@@ -260,6 +267,27 @@ def rename(classes: ClassList, labels: epath.PathLike) -> ClassList:
             f"({classes.display(missing[0])!r})"
         )
     return dataclasses.replace(classes, names=tuple(by_id[own] for own in classes.ids))
+
+
+def with_names(classes: ClassList, names: Mapping[str, Sequence[str]]) -> ClassList:
+    """Returns the classes with other names for some of them.
+
+    Args:
+      classes: the classes.
+      names: the new names by a class's first name.
+
+    Raises:
+      UserError: there is no such class, or no new name for it.
+    """
+    first = [own[0] for own in classes.names]
+    for name, new in names.items():
+        if name not in first:
+            raise UserError(
+                f"there is no class {name!r} to give other names: the classes are {', '.join(first)}"
+            )
+        if not new:
+            raise UserError(f"the class {name!r} would have no name")
+    return dataclasses.replace(classes, names=tuple(tuple(names.get(own[0], own)) for own in classes.names))
 
 
 def load_labels(text_or_path: str) -> ClassList:

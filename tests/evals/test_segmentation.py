@@ -153,6 +153,26 @@ def test_one_pass_gives_the_reference_scores(mode):
     assert [row.pixels for row in evaluator.tables["iou"]] == truth.tolist()
 
 
+def test_other_names_may_mean_a_class():
+    """As PC-59's classes mean VOC's background: a pixel whose best name is one of them has that class."""
+
+    def run(classes, **own):
+        mesh = make_mesh(devices=jax.devices()[:1])
+        evaluator = SegmentationEvaluator("test", PatchMethod(), classes, batches(examples(), 4), mesh, **own)
+        return evaluator.run(VARIABLES), evaluator.tables["iou"]
+
+    asked = ClassList((("kitten", "lawn"), *CLASSES.names[1:]), CLASSES.ids, CLASSES.isthing, CLASSES.groups)
+    want, (got, table) = run(asked), run(CLASSES, names={"cat": ["kitten", "lawn"]})
+    assert got == want[0] and got != run(CLASSES)[0]
+    assert table[0].name == "cat"  # under its own name
+    for names, message in (
+        ({"kitten": ["a"]}, "no class 'kitten'"),
+        ({"cat": []}, "'cat' would have no name"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(CLASSES, names=names)
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 def test_recall_alone_needs_no_class_and_no_text(devices):
     method, mesh = PatchMethod(), make_mesh(devices=jax.devices()[:devices])

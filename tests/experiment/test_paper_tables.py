@@ -1,0 +1,258 @@
+"""Every row of every table of papers/004 and papers/000: its config builds, its commands parse, its keys are scores."""
+
+import csv
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import flags
+from ml_collections import config_flags
+from PIL import Image
+
+from ovseg_jax import report
+from ovseg_jax.config import to_json
+from ovseg_jax.configs import openseg, pomp
+from ovseg_jax.configs.tables import all_tables, build, row_config
+from ovseg_jax.errors import UserError
+from ovseg_jax.experiment.keys import check_config
+from ovseg_jax.experiment.paper_report import compare, read_run
+from ovseg_jax.experiment.paper_tables import SUITE
+from ovseg_jax.experiment.scores import SUITES, Score, write_scores
+from tests.test_commands import parse
+
+ROOT = Path(__file__).parents[2]
+TABLES = {(table.paper, table.number): table for table in all_tables()}
+ROWS = {table.place(row): (table, row) for table in TABLES.values() for row in table.rows}
+RUN = {place: pair for place, pair in ROWS.items() if pair[1].config}
+
+
+@pytest.fixture
+def root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def config_of(command):
+    """The config that a command's flags give."""
+    own, argv = flags.FlagValues(), shlex.split(command)[2:]
+    config = config_flags.DEFINE_config_file("config", flag_values=own)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", argv)
+        own(argv)
+    return config.value
+
+
+def values(paper, number):
+    return {row.name: row.values for row in TABLES[paper, number].rows}
+
+
+def test_all_tables_are_there():
+    wanted = [("openseg", n) for n in range(1, 11)] + [("pomp", n) for n in range(1, 14)]
+    assert list(TABLES) == wanted and len(ROWS) == sum(len(table.rows) for table in TABLES.values())
+
+
+@pytest.mark.parametrize("place", ROWS)
+def test_a_row_runs_or_says_why_not(place):
+    table, row = ROWS[place]
+    assert re.fullmatch(r"[A-Za-z0-9.+-]+", row.name)
+    assert len(row.values) == len(table.columns)
+    assert bool(row.config) != bool(row.why)
+    assert len(row.keys) == (len(table.columns) if row.config else 0)
+    assert row.config or not (row.args or row.before or row.after or row.differs)
+
+
+@pytest.mark.parametrize("place", RUN)
+def test_the_commands_of_a_row_are_its_config(root, place):
+    """What the table's command gives is what the exact arguments give, and no key is unknown."""
+    table, row = RUN[place]
+    config, plain = config_of(table.command(row)), config_of(row.command)
+    check_config(config)
+    assert config.row == place
+    with config.unlocked():
+        del config["row"]
+    assert to_json(config) == to_json(plain)
+    for command in filter(None, (row.before, row.after)):
+        verb, *given = shlex.split(command)[2:]
+        parse(verb.removeprefix("ovseg_jax."), given)
+
+
+@pytest.mark.parametrize("place", RUN)
+def test_the_scores_of_a_row_are_metrics_of_its_run(place):
+    table, row = RUN[place]
+    config = build(table, row)
+    for key in filter(None, row.keys):
+        name, metric, _, prompt = re.fullmatch(r"(.*)/([\w@.]+)(\[(\w+)\])?", key).groups()
+        if name.startswith(SUITE):
+            assert row.after and metric == "accuracy" and prompt in (None, "hard")
+            name = name.removeprefix(SUITE)
+            assert name in SUITES["pomp"] or name in ("cross-dataset", "cross-domain")
+            continue
+        evaluation = config.final_evals[name]
+        if evaluation.type == "proposals":
+            assert metric in ("recall@0.5", "recall@0.7", "recall@0.9")
+        elif evaluation.type == "segmentation":
+            metric, _, mode = metric.partition("@")
+            assert metric in ("miou", "grounding_miou") and (not mode or mode in evaluation.masks[1:])
+        else:
+            assert metric == "accuracy" and (prompt is None or prompt in evaluation.prompts)
+
+
+def test_published_scores_agree_with_what_the_papers_say_of_them():
+    """Differences, averages and harmonic means that tables and text give beside the scores."""
+    four = values("openseg", 4)
+    assert np.subtract(four["OpenSeg-no-masks"], four["OpenSeg"]) == pytest.approx([-1.7, -3.1, -4.7, -10])
+    assert np.subtract(four["OpenSeg-true-masks"], four["OpenSeg"]) == pytest.approx([2.8, 3.3, 6.4, 7.2])
+    ten = values("openseg", 10)
+    gain = np.subtract(ten["COCO-eng"][:4], ten["COCO"][:4])
+    assert gain == pytest.approx([0.5, 1.0, 3.7, 4.3]) and gain.mean() == pytest.approx(2.4, abs=0.05)
+    gain = np.subtract(ten["COCO+narratives-eng"], ten["COCO+narratives"])
+    assert gain == pytest.approx([0.8, 0.6, 2.9, 3.1, 0.1, 0.7, 1.3, 2.7])
+    eight = values("openseg", 8)
+    assert eight["COCO"][0] - eight["COCO-no-masks"][0] == pytest.approx(3.8)
+    assert eight["COCO"][1] - eight["COCO-no-masks"][1] == pytest.approx(5.7)
+    best = values("openseg", 2)["OpenSeg-B7-prompt-eng"]
+    assert best[4] - 52.3 == pytest.approx(19.9)
+    for row in values("pomp", 2).values():
+        assert np.mean(row[:10]) == pytest.approx(row[10], abs=0.06)
+        assert np.mean(row[11:15]) == pytest.approx(row[15], abs=0.06)
+    for name in (
+        "ZegFormer",
+        "ZSSeg",
+        "POMP",
+    ):  # SPNet's and CaGNet's on VOC contradict themselves in the paper
+        row = values("pomp", 4)[name]
+        for harmonic, seen, unseen in (row[:3], row[3:]):
+            assert 2 * seen * unseen / (seen + unseen) == pytest.approx(harmonic, abs=0.2)
+    one, three = values("pomp", 1), values("pomp", 8)
+    assert one["POMP-B16"][0] - one["ZeroshotCLIP-B16"][0] == pytest.approx(3.5)
+    assert one["POMP-B16"][0] - one["LinearProbe-B16"][0] == pytest.approx(4.4)
+    assert one["POMP-B16"][0] - one["VPT-B16"][0] == pytest.approx(0.5)
+    assert np.subtract(three["K1000"], three["no-correction"]) == pytest.approx([0.3, 1.2, 1.0])
+
+
+def test_a_row_takes_my_folders_and_my_seed():
+    config = row_config(
+        all_tables(["openseg"]), "table=5,row=noun+adj,data_dir=/coco,eval_sets=gs://b/sets,seed=3"
+    )
+    assert config.data.train[0]["data_dir"] == "/coco" and config.seed == 3
+    assert config.final_evals["PC-59"].source.data_dir == "gs://b/sets/PC-59"
+    assert config.row == "openseg:table=5,row=noun+adj"
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("table=99,row=x", "table=99: the tables are 1, 2, 3"),
+        ("", r"table=\(missing\)"),
+        ("table=2,row=LSegg", r"row=LSegg \(did you mean 'LSeg'\?\): the rows of table 2 are LSeg-ViT-L16, "),
+        ("table=3,row=ALIGN", "table 3, row ALIGN cannot be run: ALIGN's weights were never released"),
+        ("table=2,row=LSeg+,narratives=x,data=scenes", "unknown config key 'data'"),
+        ("table=3,row=random,weights=x", "weights=x has no effect with .*init=scratch"),
+    ],
+)
+def test_a_wrong_row_is_a_sentence(arg, message):
+    with pytest.raises(UserError, match=message):
+        row_config(all_tables(["openseg"]), arg)
+
+
+def write_run(folder, config, scores):
+    folder.mkdir()
+    (folder / "config.json").write_text(to_json(config))
+    (folder / "summary.json").write_text(json.dumps({"steps": 9, "drawn": True, **scores}))
+    return str(folder)
+
+
+def suite_scores(prompts=("", "hard")):
+    """Scores of all sets: the accuracy of set i is i, with the hard prompt i / 2."""
+    for i, (name, entry) in enumerate(SUITES["pomp"].items()):
+        for prompt in prompts:
+            value = i / 2 if prompt else float(i)
+            yield Score(
+                name, entry.get("average", ""), prompt, "accuracy", value, 9, 2, value, None, 1.0, 1, 1, 50
+            )
+
+
+def test_runs_stand_below_the_rows_of_the_papers(tmp_path, capsys):
+    coco = build(*ROWS["openseg:table=5,row=noun+adj"])
+    mine = write_run(tmp_path / "mine", coco, {"A-847/miou": 1.25, "PC-59/miou": 40.0, "validation/miou": 3})
+    best = write_run(
+        tmp_path / "best", build(*ROWS["pomp:table=12,row=uniform"]), {"validation/accuracy": 25}
+    )
+    write_scores(Path(best) / "scores.csv", list(suite_scores()))
+    free = write_run(tmp_path / "free", openseg.get_config("seed=2"), {"test/miou": 80.0})
+    out, png = tmp_path / "r.md", tmp_path / "r.png"
+    assert report.main([mine, best, free, f"--out={out}", f"--png={png}"]) == 0
+    printed = capsys.readouterr()
+    assert f"{free} is the run of no row" in printed.err and mine not in printed.err
+    assert out.read_text() == printed.out
+    lines = printed.out.splitlines()
+    heads = [line for line in lines if line.startswith("###")]
+    assert [head.split(":")[0] for head in heads] == [
+        *(f"### openseg, table {n}" for n in (5, 8)),
+        *(f"### pomp, table {n}" for n in (2, 8, 9, 12)),
+    ]
+    at = lines.index("| noun+adj | 6.3 | 9.0 | 21.1 | 42.1 |")
+    assert lines[at + 1] == f"| *{mine}, seed 0* | *1.2* | - | - | *40.0* |"
+    hard = next(k for k, line in enumerate(lines) if line.startswith("| hard-prompt"))
+    assert lines[hard + 1].split(" | ")[1:3] == ["*0.5*", "*1.0*"]
+    assert lines[hard + 1].split(" | ")[11] == f"*{np.mean(np.arange(1, 11)) / 2:.1f}*"
+    uniform = next(k for k, line in enumerate(lines) if line.startswith("| uniform"))
+    assert lines[uniform + 1].endswith("| *25.0* | *5.5* | *12.5* |")
+    with Image.open(png) as picture:
+        assert picture.size[0] > 500 and np.asarray(picture.convert("RGB")).std() > 5
+
+
+def test_an_average_needs_all_of_its_sets(tmp_path):
+    folder = tmp_path / "run"
+    write_run(folder, build(*ROWS["pomp:table=12,row=uniform"]), {})
+    write_scores(folder / "scores.csv", [score for score in suite_scores() if score.set != "dtd"])
+    scores = read_run(folder).scores
+    assert f"{SUITE}cross-domain/accuracy" in scores and f"{SUITE}cross-dataset/accuracy" not in scores
+    (found, *_) = compare([TABLES["pomp", 12]], [read_run(folder)])
+    assert [line.values for line in found.lines if line.run] == [(None, None, 12.5)]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda run: (run / "config.json").unlink(), "holds no run"),
+        (lambda run: (run / "summary.json").unlink(), "has not finished"),
+        (
+            lambda run: (run / "summary.json").write_text("[1]"),
+            "summary.json cannot be read: it is not an object",
+        ),
+        (lambda run: (run / "scores.csv").write_text("set,prompt\na"), "scores.csv cannot be read"),
+        (lambda run: (run / "scores.csv").write_text('set,prompt\n"a'), "scores.csv cannot be read"),
+        (
+            lambda run: (run / "config.json").write_text(to_json(pomp.get_config())),
+            "none of the runs is that of a row",
+        ),
+    ],
+)
+def test_what_is_no_run_is_a_sentence(tmp_path, capsys, spoil, message):
+    run = tmp_path / "run"
+    write_run(run, build(*ROWS["openseg:table=5,row=noun+adj"]), {})
+    spoil(run)
+    assert report.main([str(run)]) == 1
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_the_list_has_every_row(capsys):
+    assert report.main(["--list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {row.name}: " in printed for _, row in ROWS.values())
+    assert printed.count("cannot be run: ") == len(ROWS) - len(RUN)
+    assert (
+        report.main([]) == 1 and report.main(["--list", "x"]) == 1 and report.main(["--list", "--out=x"]) == 1
+    )
+
+
+def test_tables_are_csv_columns_of_the_suite(tmp_path):
+    """The columns that `read_run` reads are those that `score suite` writes."""
+    path = tmp_path / "s.csv"
+    write_scores(path, list(suite_scores()))
+    with path.open() as file:
+        assert {"set", "prompt", "accuracy", "per_class"} <= set(next(csv.reader(file)))
