@@ -28,6 +28,8 @@ EXTRAS = {
         "open_clip_torch>=3",
         "torchmetrics",
     ],
+    # A faster decoder of PNGs, for `score panoptic`.
+    "fast": ["kornia_rs>=0.2"],
     "spacy": ["spacy"],
     "nltk": ["nltk"],
     "test": [
