@@ -57,7 +57,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         narratives="",  # a folder of images and captions (README: train on your own data; or a prepared one) mixed in
         images=AtLeast(10_000, 1),  # data=scenes: number of training images with masks
         captioned=0,  # data=scenes: number of further ones with captions alone, mixed in by half
-        pseudo=False,  # those of narratives or captioned get pseudo-masks first, of a teacher trained on the others
+        # true: those of narratives or captioned get pseudo-masks first, of a teacher trained on the others (3.3); or
+        # WORKDIR of a finished teacher
+        pseudo="",
         eval_sets="",  # a folder that holds the sets of Table 2 by name, to test on at the end
         sets=";".join(TABLE_2),  # which of them, or others that lie there
         sets_are=("folders", "prepared"),  # of images and masks, or written by `python -m ovseg_jax.prepare`
@@ -149,21 +151,23 @@ def taught(config: ConfigDict, args: Args) -> None:
 def pseudo_labelled(config: ConfigDict, args: Args) -> None:
     """Adds the stages of 3.3: a teacher learns masks on the other sources, and labels the images of the last one.
 
+    With `pseudo=WORKDIR` the run in that folder is the teacher.
+
     Raises:
       UserError: there is no source of captions.
     """
     if not (args.captioned if args.data == "scenes" else args.narratives):
         key = "captioned" if args.data == "scenes" else "narratives"
-        raise UserError(f"pseudo=true labels the images of {key}=, which is missing")
-    first = teacher(base(args.changed(narratives="", captioned=0)))
-    first.evals = {}
+        raise UserError(f"pseudo={args.pseudo} labels the images of {key}=, which is missing")
+    stages, first = [], args.pseudo
+    if first in ("true", "yes", "1", "on"):
+        own = teacher(base(args.changed(narratives="", captioned=0)))
+        own.evals, own.final_evals = {}, {}
+        stages, first = common.train_stages(teacher=own), "stage:teacher"
     captioned = config.data.train[-1]
     source = {key: value for key, value in captioned.items() if key != "cache"}
-    labels = dict(teacher="stage:teacher", source=source, batch_size=16)
-    config.stages = [
-        *common.train_stages(teacher=first),
-        dict(name="masks", kind="pseudo_label", config=labels),
-    ]
+    labels = dict(teacher=first, source=source, batch_size=16)
+    config.stages = [*stages, dict(name="masks", kind="pseudo_label", config=labels)]
     config.data.train = [*config.data.train[:-1], dict(captioned, masks="stage:masks")]
 
 

@@ -208,7 +208,16 @@ def read_npz(path: epath.PathLike, what: str = "") -> dict[str, np.ndarray]:
         if not isinstance(data, np.lib.npyio.NpzFile):
             raise ValueError("it is not an .npz file")
         with data:
-            return dict(data.items())
+            found = dict(data.items())
+        for name, values in found.items():
+            # NumPy does not check texts, and Python ends in a SystemError for what is no character.
+            if values.dtype.kind == "U" and values.size and values.dtype.itemsize:
+                codes = (
+                    np.ascontiguousarray(values).ravel().view(values.dtype.byteorder.replace("|", "=") + "u4")
+                )
+                if codes.max() > 0x10FFFF:
+                    raise ValueError(f"the array {name!r} holds what is no text")
+        return found
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -19,6 +19,8 @@ _KINDS = {
     "instances": "masks of instances, files of COCO's and LVIS's form: AP",
     "boxes": "boxes, files of COCO's and LVIS's form: AP",
     "proposals": "boxes or masks whatever their class, files of the same form: recall",
+    "retrieval": "images and texts by vectors or scores: R@1, R@5, R@10 both ways",
+    "classification": "classes of images: accuracy, over all and per class, of one or several data sets",
     "suite": "a trained classifier, zero-shot on the data sets of a suite",
     "transfer": "segmentation with the masks of one run and the classifier of another",
     "classify_boxes": "names for the boxes of a detector, by a trained classifier",

@@ -503,6 +503,8 @@ def test_a_teacher_labels_what_has_captions_alone(arg, human, captioned, steps):
     assert (teacher.steps, teacher.loss.grounding_weight) == (steps, 0)
     assert labels["teacher"] == "stage:teacher"
     assert labels["source"] == {k: v for k, v in last.items() if k not in ("masks", "cache")}
+    (masks,) = load("openseg", f"{arg},pseudo=runs/teacher").stages
+    assert masks["config"] == labels | {"teacher": "runs/teacher"}
     alone = load("openseg", f"{arg},seed=3")
     assert "masks" not in alone.data.train[-1] and not alone.get("stages")
 
@@ -521,8 +523,8 @@ def test_captions_alone_train_the_masks_too():
             "data=coco,data_dir=x,pseudo=true",
             "pseudo=true labels the images of narratives=, which is missing",
         ),
-        ("stage=teacher,captioned=5,pseudo=true", "pseudo=True has no effect"),
-        ("method=lseg,captioned=5,pseudo=true", "pseudo=True has no effect"),
+        ("stage=teacher,captioned=5,pseudo=true", "pseudo=true has no effect"),
+        ("method=lseg,captioned=5,pseudo=true", "pseudo=true has no effect"),
         ("images=0", "images"),
         ("data=folder,data_dir=x,images=5", "images=5 has no effect"),
     ],

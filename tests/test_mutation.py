@@ -59,9 +59,11 @@ from ovseg_jax.experiment.load import read_classes, read_words
 from ovseg_jax.experiment.paper_report import read_scores, read_suite_scores
 from ovseg_jax.experiment.run import _read_summary
 from ovseg_jax.experiment.scores import read_suite
+from ovseg_jax.scoring.answers import read_answers
 from ovseg_jax.scoring.detections import score_precision
 from ovseg_jax.scoring.files import Skips, read_list
 from ovseg_jax.scoring.panoptic import read_panoptic
+from ovseg_jax.scoring.retrieval import _read_owners, _read_scores
 from ovseg_jax.towers.templates import read_templates
 from ovseg_jax.train.checkpoints import load_variables, read_config, write_config
 from ovseg_jax.train.metrics import _readable, read_metrics
@@ -141,6 +143,18 @@ def picture(name: str, mode: str = "RGB", orientation: int = 1, **options: Any) 
         return folder / name
 
     return write
+
+
+def arrays(**found: np.ndarray) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        np.savez(folder / "a.npz", **found)
+        return folder / "a.npz"
+
+    return write
+
+
+def answers(path: Path) -> Any:
+    return read_answers(path, "--pred:")
 
 
 def halves(folder: Path) -> Path:
@@ -693,6 +707,21 @@ READERS: dict[str, Reader] = {
     "list of images": Reader(
         text("l.txt", "a.png\nb/c.png\nd\n"), lambda path: read_list(str(path), (".png",))
     ),
+    "answers as JSON": Reader(text("a.json", '{"a": [0.5, 1, 2], "b": [3, -1, 2e3]}'), answers),
+    "classes as JSON": Reader(text("a.json", '{"a": "dog", "b": 4}'), answers),
+    "answers as CSV": Reader(text("a.csv", 'image,dog,"a cat"\na,0.5,1\nb,-1,2e3\n'), answers),
+    "classes as CSV": Reader(text("a.csv", "image,class\na,dog\nb,7\n"), answers),
+    "answers as arrays": Reader(
+        arrays(scores=np.ones((2, 3)), names=np.array(["a", "b"]), columns=np.arange(3)), answers
+    ),
+    "vectors of images and texts": Reader(
+        arrays(images=np.ones((2, 3), np.float32), texts=np.ones((4, 3))),
+        lambda path: _read_scores(str(path), False),
+    ),
+    "image of each text": Reader(
+        arrays(image_ids=np.array(["a", "b"]), text_image_ids=np.array(["b", "b", "a"])),
+        lambda path: _read_owners(str(path), (2, 3)),
+    ),
     "boxes": Reader(text("b.json", json.dumps(BOXES)), read_boxes),
     "annotations": Reader(text("a.json", json.dumps(ANNOTATIONS)), scored("bbox")),
     "annotations of LVIS": Reader(text("a.json", json.dumps(LVIS)), scored("bbox")),
@@ -870,7 +899,10 @@ OPENERS: dict[str, str] = {
     "inference/pictures.py:_prompt_points": "none: read_json and numbers",
     "scoring/detections.py:read_results": "results",
     "inference/pseudo_masks.py:label_source": "none: a request in memory",
+    "scoring/answers.py:read_answers": "answers as JSON",
     "scoring/files.py:read_list": "list of images",
+    "scoring/retrieval.py:_read_owners": "image of each text",
+    "scoring/retrieval.py:_read_scores": "vectors of images and texts",
     "scoring/panoptic.py:read_panoptic": "panoptic results",
     "pretrained/files.py:_header": "safetensors",
     "pretrained/files.py:_npz": "npz",

@@ -11,7 +11,17 @@ from ovseg_jax.data.sources.coco import Coco
 from ovseg_jax.data.sources.folder import Folder
 from ovseg_jax.data.sources.image_folder import read_names
 from ovseg_jax.errors import UserError
-from ovseg_jax.reading import column, numbers, read_json, read_lines, read_text, reading, text, whole
+from ovseg_jax.reading import (
+    column,
+    numbers,
+    read_json,
+    read_lines,
+    read_npz,
+    read_text,
+    reading,
+    text,
+    whole,
+)
 from ovseg_jax.vocab.class_files import read_class_file
 from ovseg_jax.vocab.classes import ClassList, as_classes, load_labels, parse_labels, read_label_file, union
 from ovseg_jax.vocab.splits import load_split
@@ -375,3 +385,14 @@ def test_equal_names_are_said(tmp_path, caplog):
     (tmp_path / "l.txt").write_text("1:dog\n2:dog,hound\n")
     assert read_label_file(tmp_path / "l.txt").names == (("dog",), ("dog", "hound"))
     assert "names listed by several categories: 1, such as 'dog' by 'dog', 'dog'" in caplog.text
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_text_of_an_npz_that_is_none(tmp_path, order):
+    texts = np.array(["dog", "\U0010ffff"], f"{order}U3")
+    np.savez(tmp_path / "a.npz", words=texts, none=np.array([], "U"), empty=np.array([""]))
+    assert read_npz(tmp_path / "a.npz")["words"].tolist() == texts.tolist()
+    texts.view(f"{order}u4")[4] = 0x110000
+    np.savez(tmp_path / "a.npz", words=texts)
+    with pytest.raises(UserError, match=r"a.npz cannot be read: the array 'words' holds what is no text"):
+        read_npz(tmp_path / "a.npz")

@@ -19,7 +19,18 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.paper_tables import PaperTable, Row, find_row
 
 PAPERS = ("openseg", "pomp")
-OWN = ("data_dir", "narratives", "eval_sets", "sets_are", "names", "init", "weights", "text_weights", "seed")
+OWN = (
+    "data_dir",
+    "narratives",
+    "pseudo",
+    "eval_sets",
+    "sets_are",
+    "names",
+    "init",
+    "weights",
+    "text_weights",
+    "seed",
+)
 """Arguments that may follow `table` and `row`: those of the row's config that say where data lies, and its seed."""
 
 

@@ -1,9 +1,10 @@
 """The tables of papers/004 (Ghiasi et al., Scaling Open-Vocabulary Image Segmentation with Image-Level Labels).
 
 Data of the commands: data/coco in COCO's layout; data/narratives, the folder of images and captions of Localized
-Narratives (README: train on your own data), with pseudo-masks where a row says so; data/sets/A-847 and the other sets
-of 4.1, as `python -m ovseg_jax.prepare` writes them (configs/README.md); data/names, label files with more names for
-their classes (appendix I); data/mseg, a folder for each data set of MSeg's.
+Narratives (README: train on your own data), which a teacher labels first where a row says pseudo=true (with
+pseudo=WORKDIR rows share one, the run of Table 1); data/sets/A-847 and the other sets of 4.1, as `python -m
+ovseg_jax.prepare` writes them (configs/README.md); data/names, label files with more names for their classes
+(appendix I); data/mseg, a folder for each data set of MSeg's.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +18,7 @@ MSEG = ("COCO", "ADE20K", "Mapillary", "IDD", "BDD", "Cityscapes", "SUN")
 
 SETS = "eval_sets=data/sets,sets_are=prepared"
 COCO = f"data=coco,data_dir=data/coco,evals=benchmark,{SETS}"
-BOTH = f"{COCO},narratives=data/narratives"
+BOTH = f"{COCO},narratives=data/narratives,pseudo=true"
 
 ALIGN = (
     "ALIGN's weights were never released: the backbone starts from noisy student, and CLIP's text tower takes the "
@@ -27,7 +28,6 @@ TEXT = "CLIP's text tower takes the place of ALIGN's BERT, which was never relea
 RATE = "the paper names no learning rate for ResNet-101: ours is that of noisy student"
 NAMES = "names=package asks for our own names, which there are for A-150, PC-59 and PAS-20"
 OTHERS = "the numbers are those of another paper, whose method is not built here"
-LABELS = "python -m ovseg_jax.pseudo_label --checkpoint=runs/openseg-table=1-row=OpenSeg --data_dir=data/narratives"
 
 
 def miou(*sets: str, more: str = "", suffix: str = "") -> tuple[str, ...]:
@@ -44,8 +44,7 @@ def run(
     name: str, values: tuple[float | None, ...], args: str, keys: tuple[str, ...] = (), **own: object
 ) -> Row:
     """Returns a row that a run of configs/openseg.py scores, by default by its mIoU on the four sets of Table 3."""
-    labels = {"before": LABELS} if "narratives=data/narratives" in args else {}
-    return Row(name, values, keys or miou(*FOUR), "openseg", args, **(labels | {"differs": ALIGN} | own))
+    return Row(name, values, keys or miou(*FOUR), "openseg", args, **({"differs": ALIGN} | own))
 
 
 def mseg(name: str, values: tuple[float, ...], *folders: str) -> Row:
@@ -215,7 +214,7 @@ TABLES = (
             run(
                 "COCO+narratives-no-masks",
                 (6.3, 10.4, None, None),
-                f"{COCO},narratives=data/narratives_without_masks",
+                f"{COCO},narratives=data/narratives",
             ),
         ],
     ),

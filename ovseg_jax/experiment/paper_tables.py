@@ -26,7 +26,6 @@ class Row(NamedTuple):
       config: the file in `configs/` that trains the row's run, such as "openseg"; "" if none does.
       args: its argument.
       overrides: the keys that `--config.key=value` sets beside it.
-      before: a command that must have run, or "".
       after: a command that scores the finished run in its folder WORKDIR; "" if training already does.
       differs: how the run differs from the paper's, or "".
       why: why the row cannot be run, which then has no config.
@@ -38,7 +37,6 @@ class Row(NamedTuple):
     config: str = ""
     args: str = ""
     overrides: Mapping[str, str | int | float | bool] = {}
-    before: str = ""
     after: str = ""
     differs: str = ""
     why: str = ""
@@ -115,7 +113,7 @@ def list_rows(tables: Iterable[PaperTable]) -> str:
             lines.append(f"  {row.name}: {' | '.join(map(shown, row.values))}")
             if row.config:
                 lines += [f"    {table.command(row)}", f"      = {row.command}"]
-            for title in ("before", "after", "differs", "why"):
+            for title in ("after", "differs", "why"):
                 if said := getattr(row, title):
                     label = {"why": "cannot be run", "differs": "differs from the paper"}.get(title, title)
                     lines.append(f"    {label}: {said}")

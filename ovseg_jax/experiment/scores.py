@@ -18,9 +18,8 @@ from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.protocols import Classifier
 from ovseg_jax.reading import column, objects, read_json, reading, short, text, texts, whole
 from ovseg_jax.towers.templates import HARD
+from ovseg_jax.vocab.splits import PER_CLASS
 
-# These four are scored by the mean over classes (papers/000, table 11).
-_PER_CLASS = ("caltech101", "oxford_pets", "flowers102", "fgvc_aircraft")
 CROSS_DATASET = (
     *("caltech101", "oxford_pets", "stanford_cars", "flowers102", "food101"),
     *("fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101"),
@@ -33,7 +32,7 @@ def _published(names: Sequence[str], average: str | None) -> dict[str, dict[str,
     return {
         name: {
             **common,
-            "metric": "per_class" if name in _PER_CLASS else "accuracy",
+            "metric": "per_class" if name in PER_CLASS else "accuracy",
             "prompts": {"hard": HARD[name]},
         }
         for name in names
@@ -46,6 +45,9 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
     "imagenet21k": _published(("imagenet21k",), None),
 }
 SUITES["pomp"] = SUITES["imagenet21k"] | SUITES["cross-dataset"] | SUITES["cross-domain"]
+
+
+_OWN = "main metric of each"
 
 
 class Score(NamedTuple):
@@ -135,9 +137,11 @@ def score_suite(
             for score in found if journal else ():
                 journal.append(score._asdict())  # type: ignore[union-attr]
         scores += found
-        by_prompt, first = {s.prompt: s.score for s in found}, found[0]
-        cells = [by_prompt.get(prompt) for prompt in ("", *_prompts(sets))]
-        print(table.line(name, first.metric, first.images, first.classes, *cells, first.chance), flush=True)
+        for metric in dict.fromkeys((found[0].metric, "accuracy")):
+            by_prompt = {s.prompt: s.score if metric == s.metric else s.accuracy for s in found}
+            cells = [by_prompt.get(prompt) for prompt in ("", *_prompts(sets))]
+            images, classes, chance = found[0].images, found[0].classes, found[0].chance
+            print(table.line(name, metric, images, classes, *cells, chance), flush=True)
         if out:
             write_scores(out, scores)
     for line in averages(sets, scores):
@@ -236,10 +240,10 @@ def source_of(name: str, entry: Mapping[str, Any], data_dir: epath.Path) -> dict
 
 
 def suite_table(suite: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Returns the table of a suite: a line for each set, then one for each average."""
+    """Returns the table of a suite: a line for each set and metric, then those of `averages`."""
     found = [entry["average"] for entry in suite.values() if "average" in entry]
-    metrics = [entry.get("metric", "accuracy") for entry in suite.values()]
-    counts = [f"average of {len(found)} of {len(found)}"] if found else []
+    metrics = ["accuracy", *(entry.get("metric", "accuracy") for entry in suite.values())]
+    counts = [f"average of {len(found)} of {len(found)}, {_OWN}"] if found else []
     return Table(
         {"": [*suite, *found], "metric": [*metrics, *counts]},
         ["images", "classes", "score", *_prompts(suite), "chance"],
@@ -247,17 +251,26 @@ def suite_table(suite: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def averages(suite: Mapping[str, Mapping[str, Any]], scores: Sequence[Score]) -> Iterator[str]:
-    """Yields a line for each average of the suite: the unweighted mean over its data sets, as in publications."""
+    """Yields the lines of each average of the suite, the unweighted mean over its data sets.
+
+    One line is of the main metric of each set, and one of the accuracy of all sets; where the main metric is accuracy
+    everywhere, there is one line.
+    """
     table = suite_table(suite)
     for average in dict.fromkeys(entry["average"] for entry in suite.values() if "average" in entry):
         wanted = [name for name, entry in suite.items() if entry.get("average") == average]
-        cells = []
-        for prompt in ("", *_prompts(suite)):
-            found = [s.score for s in scores if s.set in wanted and s.prompt == prompt]
-            there = len({s.set for s in scores if s.set in wanted})
-            cells.append(sum(found) / there if there and len(found) == there else None)
+        mixed = any(suite[name].get("metric", "accuracy") != "accuracy" for name in wanted)
+        counted = [s for s in scores if s.set in wanted]
+        there = len({s.set for s in counted})
         of = f"average of {there} of {len(wanted)}" if there < len(wanted) else f"average of all {there}"
-        yield table.line(average, of, None, None, *cells)
+        for metric in dict.fromkeys((_OWN if mixed else "accuracy", "accuracy")):
+            cells = []
+            for prompt in ("", *_prompts(suite)):
+                found = [
+                    s.accuracy if metric == "accuracy" else s.score for s in counted if s.prompt == prompt
+                ]
+                cells.append(sum(found) / there if there and len(found) == there else None)
+            yield table.line(average, f"{of}, {metric}", None, None, *cells)
 
 
 def write_scores(path: epath.PathLike, scores: Sequence[Score]) -> None:

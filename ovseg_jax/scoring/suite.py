@@ -23,7 +23,10 @@ or a JSON file, {{"sets": {{NAME: {{...}}}}}}, where a set may have
   limit      use only the first so many images
 The images of a set lie in DIR/NAME/CLASS, DIR/NAME/test/CLASS or DIR/NAME/val/CLASS; the optional DIR/NAME/names.txt
 (or names.json) gives the class name of each folder. A set without a folder is listed as missing, and each average
-states how many sets it covers. If the command was stopped, run it again with the same --out to continue.
+states how many sets it covers. A set whose main metric is not accuracy has a second line with its accuracy, and an
+average of such sets is printed twice: of the main metric of each (POMP's table 11 names the mean over classes for
+caltech101, oxford_pets, flowers102 and fgvc_aircraft), and of the accuracy of all (which the authors' evaluation
+prints, and POMP's table 2 is made of). If the command was stopped, run it again with the same --out to continue.
 """
 
 

@@ -21,6 +21,13 @@ UNSEEN = {
 """The unseen classes of COCO-Stuff (15 of 171) and Pascal VOC (5 of 20): SPNet's (Xian et al. 2019), which ZSSeg and
 papers/000 (appendix B) keep."""
 
+PER_CLASS = ("caltech101", "oxford_pets", "flowers102", "fgvc_aircraft")
+"""The data sets whose metric is the mean over classes of their accuracy (papers/000, table 11).
+
+The authors' evaluation prints the overall accuracy of every set, of which their table 2 is made, so that both averages
+over sets are printed.
+"""
+
 
 def split(classes: ClassList, unseen: Sequence[str]) -> ClassList:
     """Adds the groups "seen" and "unseen" to the classes; classes of the group "held_out" are not seen.

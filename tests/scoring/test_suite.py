@@ -92,10 +92,13 @@ def test_a_suite_of_folders(run, tmp_path, capsys):
     assert lines[0] == ["metric", "images", "classes", "score", "hard", "two", "chance"]
     # Of pets (9 test images of red, green, yellow; blue is a class of its training split) the green one is lost.
     assert lines[1] == ["pets", "per_class", "9", "4", "66.67", "100.00", "25.00"]
+    assert lines[2] == ["pets", "accuracy", "9", "4", "88.89", "100.00", "25.00"]
     assert f"gone  missing: there is no folder {sets / 'gone'}" in out
     # Four of its first five images are blue, which is taken for green.
-    assert lines[3] == ["sky", "accuracy", "5", "4", "20.00", "100.00", "100.00", "25.00"]
-    assert lines[4] == ["mine", "average", "of", "2", "of", "3", "43.33", "100.00"]  # not every set has "two"
+    assert lines[4] == ["sky", "accuracy", "5", "4", "20.00", "100.00", "100.00", "25.00"]
+    # Both averages; "two" has none, since not every set has this prompt.
+    own = "mine average of 2 of 3, main metric of each 43.33 100.00".split()
+    assert lines[5:] == [own, "mine average of 2 of 3, accuracy 54.44 100.00".split()]
     with (tmp_path / "out.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(r["set"], r["prompt"]) for r in rows] == [
@@ -156,19 +159,17 @@ def test_an_average_is_of_all_only_if_none_is_missing():
     def found(names):
         scores = [10.0 * (i + 1) for i in range(len(names))]
         return [
-            score.Score(
-                n, "cross-domain", p, "accuracy", s + 1 * (p == "hard"), 1, 2, s, None, s, 1.0, None, 50.0
-            )
+            score.Score(n, "cross-domain", p, "accuracy", v, 1, 2, v, None, v, 1.0, None, 50.0)
             for n, s in zip(names, scores, strict=True)
-            for p in ("", "hard")
+            for p, v in (("", s), ("hard", s + 1))
         ]
 
     (line,) = score.averages(suite, found(list(suite)))
-    assert line.split() == ["cross-domain", "average", "of", "all", "4", "25.00", "26.00"]
+    assert line.split() == ["cross-domain", "average", "of", "all", "4,", "accuracy", "25.00", "26.00"]
     (line,) = score.averages(suite, found(list(suite)[:3]))
     assert "average of 3 of 4" in line and line.split()[-2:] == ["20.00", "21.00"]
     (line,) = score.averages(suite, [])
-    assert line.split() == ["cross-domain", "average", "of", "0", "of", "4"]
+    assert line.split() == ["cross-domain", "average", "of", "0", "of", "4,", "accuracy"]
 
 
 def test_a_set_of_tfds_and_of_a_chosen_split():
