@@ -34,6 +34,7 @@ EXTRAS = {
     "nltk": ["nltk"],
     "test": [
         "beartype>=0.21",
+        "kornia_rs>=0.2",
         "mypy>=1.15",
         "pytest>=8",
         "pytest-xdist",
