@@ -116,7 +116,7 @@ def test_a_class_in_front_of_the_list_of_a_data_set_with_masks(tmp_path):
     assert read_classes(run).ids == (1, 2)
 
 
-@pytest.mark.parametrize("key, value", [("dtype", "nan"), ("image_size", "x"), ("image", {"name": []})])
+@pytest.mark.parametrize("key, value", [("dtype", "nan"), ("image_size", "x")])
 def test_a_config_with_a_value_of_another_type(finished, tmp_path, key, value):
     run = tmp_path / "run"
     shutil.copytree(finished[0] / "run", run)
