@@ -18,7 +18,10 @@ AFTER = f"{SUITE_OF} --suite=pomp --data_dir=data/sets --out=WORKDIR/scores.csv"
 TOWERS = {"RN50": "clip_rn50", "B32": "clip_vitb32", "B16": "clip_vitb16"}
 
 OTHERS = "the numbers are those of another paper, whose method is not built here"
-FIRST_STAGE = "its first stage, MaskFormer, is not built yet"
+FIRST_STAGE = (
+    "its first stage, MaskFormer, is not built yet; `python -m ovseg_jax.score transfer --proposals=FILE "
+    "--checkpoint=WORKDIR --ensemble=0` scores masks that it wrote elsewhere, named by the prompt alone"
+)
 DETECTOR = (
     "the detector, CenterNet2 as Detic trains it, is not built here; `python -m ovseg_jax.prompts --checkpoint=WORKDIR "
     "--classes=FILE --out=vectors.npy` writes the class vectors that Detic reads"

@@ -136,7 +136,7 @@ class SegmentationEvaluator(BatchEvaluator):
     def _counts(
         self, variables: Variables, texts: dict[str, Text], batch: dict[str, Array]
     ) -> dict[str, Sums]:
-        prediction = self._method.predict(variables, batch["image"], batch["image_size"])
+        prediction = self._predict(variables, batch)
         split, whole = PartitionSpec(AXES), PartitionSpec()
         count = jax.shard_map(
             partial(self._count_shard, canvas=batch["image"].shape[1]),
@@ -148,6 +148,9 @@ class SegmentationEvaluator(BatchEvaluator):
         )
         rest = {k: v for k, v in batch.items() if k != "image"}
         return count(prediction, rest, texts, self._vocabulary)
+
+    def _predict(self, variables: Variables, batch: dict[str, Array]) -> Prediction:
+        return self._method.predict(variables, batch["image"], batch["image_size"])
 
     def _count_shard(
         self,
