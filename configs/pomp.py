@@ -78,8 +78,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
         classes=AtLeast(10_451, 2),  # folders of the data: a run's length is counted in epochs
         shots=AtLeast(16, 1),  # 4.1
         sample=1000,  # K; 4.1
-        correction="log10",  # Table 9 and the code; log, as eq. 5 is written, or a number
-        proposal=("uniform", "frequency", "similarity"),  # Table 12
+        # Table 9 and the code; log, as eq. 5 is written, or a number; log10_q, -log10 of the proposal's probability, as
+        # the code has it where the proposal is not uniform.
+        correction="log10",
+        # Table 12. Ours: similarities are averaged over the batch as probabilities, and classes are drawn without
+        # replacement; the code averages logits and draws with replacement, E.1 has a distribution for each image.
+        proposal=("uniform", "frequency", "similarity"),
         # Of the negatives, code: each device draws its own, on 8 GPUs about 7,400 classes a step in all. False: ours,
         # all devices share one draw of K, which they encode together, for a fraction of the time and memory.
         per_device=True,

@@ -42,6 +42,7 @@ from ovseg_jax.data.sources.prepared import Prepared
 from ovseg_jax.data.sources.pseudo_masks import PseudoMasks, Shard, Statistics, shard_name, write_shard
 from ovseg_jax.datasets.ade20k import Ade20k150, Ade20kFull
 from ovseg_jax.datasets.coco import CocoPanoptic, CocoStuff
+from ovseg_jax.datasets.coop import CoopSplit
 from ovseg_jax.datasets.imagenet import ImageNet21k, ImageNetS
 from ovseg_jax.datasets.lvis import Lvis
 from ovseg_jax.datasets.members import Members
@@ -56,6 +57,7 @@ from ovseg_jax.evals.box_files import read_boxes
 from ovseg_jax.experiment import stages
 from ovseg_jax.experiment.features import kept_features
 from ovseg_jax.experiment.load import read_classes, read_words
+from ovseg_jax.experiment.mask_files import decode, read_mask_list, read_masks
 from ovseg_jax.experiment.paper_report import read_scores, read_suite_scores
 from ovseg_jax.experiment.run import _read_summary
 from ovseg_jax.experiment.scores import read_suite
@@ -78,6 +80,7 @@ from tests.datasets.packing import read_all, unpacked
 from tests.datasets.test_ade20k import BENCH, FULL
 from tests.datasets.test_captions import COCO, RETRIEVAL
 from tests.datasets.test_coco_sets import PANOPTIC, STUFF
+from tests.datasets.test_coop_splits import PETS
 from tests.datasets.test_imagenet import FILES as IMAGENET_S
 from tests.datasets.test_imagenet import PROCESSED
 from tests.datasets.test_instances import LVIS as LVIS_FILES
@@ -182,7 +185,7 @@ def facts_of_shard(folder: Path) -> Path:
 
 
 def with_facts(path: Path) -> None:
-    if path.is_dir():
+    if not path.is_file():
         return
     masks = picture("m.png", "P")(path.parent).read_bytes()
     with zipfile.ZipFile(path.parent / shard_name(0, 1), "w") as archive:
@@ -698,6 +701,15 @@ READERS: dict[str, Reader] = {
         text("summary.json", '{"steps": 3, "seconds": 2.5, "images_per_second": 3, "data_wait_seconds": 0}'),
         lambda path: _read_summary(epath.Path(path.parent)),
     ),
+    "JSON of masks": Reader(
+        text(
+            "m.json",
+            '[{"image_id": 3, "segmentation": {"size": [3, 4], "counts": "42102"}, "score": 0.5}, '
+            '{"image_id": "a", "segmentation": {"size": [3, 4], "counts": [4, 2, 6]}}]',
+        ),
+        lambda path: [decode(found, str(path)) for found in read_mask_list(path).values()],
+    ),
+    "masks of an image": Reader(arrays(masks=np.eye(4)[None], scores=np.ones(1)), read_masks),
     "summary.json of a report": Reader(
         text("summary.json", '{"steps": 3, "a/miou": 2.5, "drawn": 3}'), read_scores
     ),
@@ -753,6 +765,7 @@ READERS: dict[str, Reader] = {
     "PNG of panoptic segments": download(
         PANOPTIC, "annotations/panoptic_train2017/000000000009.png", CocoPanoptic
     ),
+    "CoOp's split": download(PETS, "split_zhou_OxfordPets.json", CoopSplit),
     "map of COCO-Stuff": download(STUFF, "stuffthingmaps/train2017/000000000009.png", CocoStuff),
     "map of SBD": download(VOC, "benchmark_RELEASE/dataset/cls/2008_000002.mat", Voc2012, "trainaug"),
     "list of SBD": download(VOC, "benchmark_RELEASE/dataset/train.txt", Voc2012, "trainaug"),
@@ -883,6 +896,8 @@ OPENERS: dict[str, str] = {
     "experiment/features.py:kept_features": "features",
     "experiment/load.py:read_classes": "classes.json",
     "experiment/load.py:read_words": "words.json",
+    "experiment/mask_files.py:read_mask_list": "JSON of masks",
+    "experiment/mask_files.py:read_masks": "masks of an image",
     "experiment/paper_report.py:read_run": "config.json of a run",
     "experiment/paper_report.py:read_scores": "summary.json of a report",
     "experiment/paper_report.py:read_suite_scores": "scores of a suite",

@@ -1,4 +1,4 @@
-"""The memory and time of a config's train step on devices that are not available, compiled or counted."""
+"""Memory and time of a config's train step on devices that are not available, from the TPU compiler or counted."""
 
 import math
 import re
@@ -30,22 +30,21 @@ from ovseg_jax.vocab.classes import ClassList
 
 
 def plan(config: ConfigDict, topology: str, *, words: int = 10_000, classes: int = 10_451) -> Plan:
-    """Compiles, or counts, the train step of a config.
+    """Computes the memory and time of a config's train step: compiled for TPUs, counted for GPUs.
 
     Args:
-      config: as `main` takes it. Its data is not read: a vocabulary of `words` words stands for that of the
-        captions, and 133 classes, COCO's number, for the classes; of a classification `classes`.
+      config: the config of a run. Its data is not read; invented words and classes replace those of the data.
       topology: `<chip>:<shape>` of TPUs, such as `v3:4x8` (32 chips, 64 cores), or `h100:<count>`.
-      words: size of the vocabulary.
-      classes: see above.
+      words: the number of words in the caption vocabulary.
+      classes: the number of classes of a method that trains on image labels; others get 133, COCO's number.
 
     Raises:
-      UserError: an unknown topology, a missing TPU compiler, a batch that the devices cannot share.
+      UserError: the topology is unknown, the TPU compiler is missing, or the devices do not divide the batch.
     """
     chip, mesh = devices_of(topology, config)
     counts_only = isinstance(mesh, AbstractMesh)
     check_batch_size(config.batch_size, mesh, parts=config.get("accumulate", 1))
-    # Before the mesh is in use: nothing can be computed on devices that are not there.
+    # Outside the mesh's context, in which nothing can be computed, since its devices are absent.
     method, optimizer, state, batch, shardings = _abstract(config, mesh, words, classes)
     with jax.sharding.use_abstract_mesh(mesh) if counts_only else jax.set_mesh(mesh):
         step: Any = make_step(method, optimizer, config.seed, shardings)
@@ -54,16 +53,16 @@ def plan(config: ConfigDict, topology: str, *, words: int = 10_000, classes: int
             topology=topology,
             devices=mesh.size,
             batch_size=int(config.batch_size),
-            parameters=_share(state.variables),
-            optimizer=_share((state.opt_state, state.average)),
-            batch=_share(batch),
+            parameters=_bytes_per_device(state.variables),
+            optimizer=_bytes_per_device((state.opt_state, state.average)),
+            batch=_bytes_per_device(batch),
             activations=_activations(method, state, batch) // mesh.size,
             capacity=chip.memory,
             flops=flops,
             compute_seconds=flops / chip.flops,
         )
         if counts_only:
-            # The gradients are as large as the parameters.
+            # The factor 2 is for the gradients.
             total = 2 * counted["parameters"] + sum(counted[k] for k in ("optimizer", "batch", "activations"))
             return Plan(
                 **counted,
@@ -79,9 +78,9 @@ def plan(config: ConfigDict, topology: str, *, words: int = 10_000, classes: int
         try:
             compiled = step.lower(state, batch).compile()
         except jax.errors.JaxRuntimeError as error:
-            return _too_large(error, counted)
+            return _plan_that_exceeds(error, counted)
     memory = compiled.memory_analysis()
-    # Inputs that come back as outputs are aliases of them.
+    # Donated inputs share their memory with outputs.
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     total += memory.temp_size_in_bytes
     traffic = count_traffic(compiled.as_text())
@@ -102,20 +101,20 @@ def devices_of(topology: str, config: ConfigDict) -> tuple[Chip, Any]:
     """Returns the chip of a topology, and the config's mesh over its devices.
 
     Raises:
-      UserError: an unknown topology, or no TPU compiler.
+      UserError: the topology is unknown, or the TPU compiler is missing.
     """
     name, _, shape = topology.partition(":")
     if name not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
         raise UserError(
-            f"--topology={topology} is none of v3:4x8, v4:2x4x4, v5e:4x4, v5p:2x2x4, v6e:4x4 and the like, or h100:8, "
-            "h200:8 (counted, not compiled)"
+            f"--topology={topology} is unknown: give <chip>:<shape>, such as v3:4x8, v4:2x4x4, v5e:4x4, v5p:2x2x4 or "
+            "v6e:4x4, or h100:<count> or h200:<count> (counted, not compiled)"
         )
     if name.startswith("h"):
         sizes = mesh_shape(config.get("mesh"), math.prod(map(int, shape.split("x"))))
         return CHIPS[name], AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     from jax.experimental import topologies
 
-    # On v4 a program runs on a whole chip; libtpu's default is one on each of its two cores.
+    # On v4 a program runs on a whole chip; by default libtpu compiles for each of its two cores.
     options = {"chip_config_name": "megacore"} if name == "v4" else {}
     try:
         devices = topologies.get_topology_desc(topology_name=topology, platform="tpu", **options).devices
@@ -129,7 +128,7 @@ def devices_of(topology: str, config: ConfigDict) -> tuple[Chip, Any]:
 
 
 def _abstract(config: ConfigDict, mesh: Any, words: int, classes: int) -> tuple[Any, Any, Any, dict, Any]:
-    """Returns method, optimiser, and the shapes of state and batch, which `make_step` and `lower` take."""
+    """Returns the method, its optimiser, the shapes of state and batch, and the shardings of the state."""
     from ovseg_jax.data.fields import batch_fields
     from ovseg_jax.methods import build, method_type, training_rows
     from ovseg_jax.vocab.words import WordList
@@ -139,7 +138,7 @@ def _abstract(config: ConfigDict, mesh: Any, words: int, classes: int) -> tuple[
     if "towers" in config:
         config = ConfigDict(config.to_dict())
         config.towers.update(dict(init="", tokenizer="words"))
-    method = build(config, vocabulary, _stand_ins(words, classes if labelled else min(133, words)))
+    method = build(config, vocabulary, _invented_classes(words, classes if labelled else min(133, words)))
     variables = abstract_variables(method, config.seed)
     optimizer = make_optimizer(config.optimizer, variables["params"], int(config.steps), method.frozen)
     shardings = state_shardings(optimizer, variables, mesh, config.get("sharding", DEFAULT_RULES))
@@ -169,21 +168,21 @@ def _abstract(config: ConfigDict, mesh: Any, words: int, classes: int) -> tuple[
     return method, optimizer, state, batch, shardings
 
 
-def _stand_ins(words: int, count: int) -> ClassList:
-    """Returns `count` invented classes with names of one to five words, equally often."""
+def _invented_classes(words: int, count: int) -> ClassList:
+    """Returns `count` classes whose names have one to five words in turn."""
     names = ((" ".join(f"word{(k + i) % words}" for i in range(1 + k % 5)),) for k in range(count))
     return ClassList(tuple(names), tuple(range(count)), (True,) * count)
 
 
-def _share(tree: Any) -> int:
-    """Computes the bytes of a tree of shapes on one device."""
+def _bytes_per_device(tree: Any) -> int:
+    """Computes the bytes of a tree of sharded shapes on one device."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)
     )
 
 
 def _activations(method: Any, state: Any, batch: Any) -> int:
-    """Computes the bytes that the forward pass of the whole batch keeps for the backward pass, without parameters."""
+    """Computes the bytes that the forward pass keeps for the backward pass, for the whole batch, without parameters."""
 
     def residuals(params, rest, batch):
         loss = lambda params: method.loss({"params": params, **rest}, batch, jax.random.key(0))[0]
@@ -194,8 +193,8 @@ def _activations(method: Any, state: Any, batch: Any) -> int:
     return max(0, kept - size(state.params))
 
 
-def _too_large(error: Exception, counted: dict[str, Any]) -> Plan:
-    """Converts the compiler's refusal, `(16.51G) exceeds available HBM (15.48G)` or the like, to a plan."""
+def _plan_that_exceeds(error: Exception, counted: dict[str, Any]) -> Plan:
+    """Parses the compiler's error, such as `(16.51G) exceeds available HBM (15.48G)`, to a plan; raises any other."""
     size = r"([\d.]+)([KMG])"
     found = re.search(rf"\({size}\) exceeds available HBM \({size}\)|Used {size} of {size} hbm", str(error))
     if not found:
@@ -219,7 +218,10 @@ def _too_large(error: Exception, counted: dict[str, Any]) -> Plan:
 def largest_batch(
     config: ConfigDict, topology: str, *, words: int = 10_000, classes: int = 10_451
 ) -> Plan | None:
-    """Returns the plan of the largest batch that fits, in multiples that devices, parts and groups need, or None."""
+    """Returns the plan of the largest batch that fits, to within an eighth; None if none fits.
+
+    Batches are multiples of the number of devices times `accumulate`, and of `loss.group`; arguments as for `plan`.
+    """
     mesh = devices_of(topology, config)[1]
     unit = math.lcm(mesh.size * config.get("accumulate", 1), config.get("loss", {}).get("group", 1))
 
@@ -232,7 +234,7 @@ def largest_batch(
     high = max(1, int(config.batch_size) // unit)
     while (found := attempt(high)).fits:
         low, best, high = high, found, 2 * high
-    while high - low > max(1, low // 8):  # To an eighth: every attempt is a compilation.
+    while high - low > max(1, low // 8):  # Each attempt compiles the step.
         middle = (low + high) // 2
         found = attempt(middle)
         low, high, best = (middle, high, found) if found.fits else (low, middle, best)
@@ -251,7 +253,10 @@ def _remat(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 def search(
     config: ConfigDict, topology: str, *, words: int = 10_000, classes: int = 10_451
 ) -> Iterator[tuple[str, Plan]]:
-    """Tries settings that reduce memory, cheapest first, until the config fits; yields (the flags, their plan)."""
+    """Tries settings that reduce memory, the fastest first, until the config fits; yields (flags, plan).
+
+    For the arguments see `plan`.
+    """
     mesh = devices_of(topology, config)[1]
     flags: dict[str, Any] = {}
     networks = {section: config[section].to_dict() for section in ("model", "towers") if section in config}

@@ -149,7 +149,8 @@ class Packed(Dataset):
             raise UserError(f"{self.name}: {self.source} lists the image {double!r} of {split} twice")
         found = [key for key in wanted if key in known]
         if absent := [key for key in wanted if key not in known]:
-            said = f"{len(absent)} of {len(wanted)} images of {split} are not in {self.source}, such as {absent[0]}"
+            said = f"{len(absent)} of {len(wanted)} images of {split} are not in {self.source}"
+            said += f", such as {absent[0][:200]}"
             if not found or self.chosen.get(MISSING.name, "refuse") == "refuse":
                 advice = (
                     ": --option=missing=skip leaves them out" if found and MISSING in self.options else ""

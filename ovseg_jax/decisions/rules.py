@@ -345,7 +345,11 @@ def decide(
         )
     if mode == "predicted" and not masks:
         raise ValueError("a per-pixel prediction has no masks: use mode 'none'")
-    _, *grid, _ = next(iter(prediction.pixels.values())).shape
+    if masks:
+        assert prediction.mask_logits is not None
+        grid = prediction.mask_logits.shape[2:]
+    else:
+        grid = next(iter(prediction.pixels.values())).shape[1:3]
 
     def one_image(inputs: Any) -> Decided:
         seen, image, label, allowed, true = inputs

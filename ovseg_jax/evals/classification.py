@@ -5,23 +5,24 @@ embedded on the mesh, each device finds the classes nearest to its images, and e
 of each image and counts them on the host.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.evals.base import BatchEvaluator
 from ovseg_jax.evals.nearest import names_of, nearest_classes
 from ovseg_jax.evals.passes import each_batch
 from ovseg_jax.evals.registry import Setup
 from ovseg_jax.evals.uniformity import distances, uniformity
 from ovseg_jax.parallel.sharding import AXES, replicated
-from ovseg_jax.protocols import Classifier, Evaluator, Variables, only
+from ovseg_jax.protocols import Classifier, Variables, only
 from ovseg_jax.towers.features import class_features
 from ovseg_jax.towers.prompt_file import Prompt
 from ovseg_jax.vocab.classes import ClassList
@@ -68,7 +69,7 @@ class AccuracyRow(NamedTuple):
     confused_with: str | None
 
 
-class ClassificationEvaluator(Evaluator):
+class ClassificationEvaluator(BatchEvaluator):
     """An evaluator of accuracy over all classes of a source, in percent, and alignment and uniformity.
 
     Metrics: those of `scores`, and `uniformity` (papers/000, eq. 7, over the classes' first names). Without a suffix
@@ -84,55 +85,33 @@ class ClassificationEvaluator(Evaluator):
 
     def __init__(
         self,
-        name: str,
-        method: Classifier,
-        classes: ClassList,
-        batches: Callable[[], Iterable[Mapping[str, np.ndarray]]],
-        mesh: Mesh,
-        *,
+        *common: Any,
         prompts: Mapping[str, Sequence[str] | Prompt] | None = None,
         metric: str | None = None,
         every: int = 0,
     ):
-        """Creates an evaluator that compiles once and runs many times.
+        """Creates an evaluator.
 
         Args:
-          name: see `Evaluator`.
-          method: the method to evaluate.
-          classes: the classes that `label` indexes.
-          batches: starts a pass over this process's share of the images, or of their unit-norm features (`feature`
-            in place of `image`), with equal shapes and numbers of batches on all processes.
-          mesh: the devices.
+          *common, every: see `BatchEvaluator`; batches may hold unit-norm features (`feature`) in place of `image`.
           prompts: hand-written or learned prompts by name; the unit features of several templates are averaged and
             normalised (CLIP's prompt ensemble).
           metric: the metric to repeat as `score`, such as "accuracy" or "per_class"; none by default.
-          every: see `Evaluator`.
         """
-        self.name, self.every = name, every
-        self.tables: dict[str, list[Any]] = {}
-        self._method, self._classes, self._batches, self._mesh = method, classes, batches, mesh
+        super().__init__(*common, every=every)
         self._prompts, self._metric = dict(prompts or {}), metric
-        self._groups = own_groups(classes)
-        self._names, self._texts = names_of(classes), classes.flat()[0]
-        everything = np.arange(len(classes))
-        own = [np.isin(everything, classes.groups[group]) for group in self._groups]
+        self._groups = own_groups(self._classes)
+        self._names, self._texts = names_of(self._classes), self._classes.flat()[0]
+        everything = np.arange(len(self._classes))
+        own = [np.isin(everything, self._classes.groups[group]) for group in self._groups]
         self._allowed = np.stack([everything >= 0, *own])
-        self._step = jax.jit(self._outcomes, out_shardings=replicated(mesh))
+        self._step = jax.jit(self._outcomes, out_shardings=replicated(self._mesh))
         self._kept: Any = None
 
     @classmethod
-    def from_config(cls, setup: Setup) -> "ClassificationEvaluator":
-        """Creates the evaluator with `prompts` (see `Setup.prompts`) and `metric`, the one to repeat as "score"."""
-        return cls(
-            setup.name,
-            setup.method,
-            setup.source.classes,
-            setup.batches(),
-            setup.mesh,
-            prompts=setup.prompts(),
-            metric=setup.evaluation.get("metric"),
-            every=setup.every,
-        )
+    def arguments(cls, setup: Setup) -> dict[str, Any]:
+        """Returns the constructor's keyword arguments, with the prompts read by `Setup.prompts`."""
+        return super().arguments(setup) | {"prompts": setup.prompts()}
 
     def run(self, variables: Variables) -> dict[str, float]:
         """Computes the metrics and fills `tables`.

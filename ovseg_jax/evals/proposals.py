@@ -1,21 +1,21 @@
 """Recall of mask proposals (OpenSeg, Table 1): whether any proposal matches a true segment, ignoring classes."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.evals.base import BatchEvaluator
 from ovseg_jax.evals.passes import each_batch
-from ovseg_jax.evals.registry import Setup
 from ovseg_jax.kernels.resize import row_block, split_rows, upsampling
 from ovseg_jax.parallel.sharding import AXES
-from ovseg_jax.protocols import Evaluator, Prediction, Segmenting, Variables
+from ovseg_jax.protocols import Prediction, Segmenting, Variables
 
 THRESHOLDS = (0.5, 0.7, 0.9)
 
@@ -85,7 +85,7 @@ def recalls(counts: Sequence[int]) -> dict[str, float]:
     return {f"recall@{t}": 100.0 * hit / segments for t, hit in zip(THRESHOLDS, hits, strict=True)}
 
 
-class ProposalsEvaluator(Evaluator):
+class ProposalsEvaluator(BatchEvaluator):
     """An evaluator of mask proposals alone: the recall of visible segments that are not crowds, in percent.
 
     It needs no class and embeds no text, so that it also scores a teacher, which has learned masks only (OpenSeg,
@@ -96,25 +96,10 @@ class ProposalsEvaluator(Evaluator):
     takes = Segmenting
     overrides = ("image_size", "label_size", "max_segments")
 
-    def __init__(
-        self,
-        name: str,
-        method: Segmenting,
-        batches: Callable[[], Iterable[Mapping[str, np.ndarray]]],
-        mesh: Mesh,
-        *,
-        every: int = 0,
-    ):
-        """Creates an evaluator that compiles once and runs many times; the arguments are `SegmentationEvaluator`'s."""
-        self.name, self.every = name, every
-        self.tables: dict[str, list[Any]] = {}
-        self._method, self._batches, self._mesh = method, batches, mesh
+    def __init__(self, *common: Any, every: int = 0):
+        """Creates an evaluator; for the arguments see `BatchEvaluator`."""
+        super().__init__(*common, every=every)
         self._step = jax.jit(self._recalled)
-
-    @classmethod
-    def from_config(cls, setup: Setup) -> "ProposalsEvaluator":
-        """Creates the evaluator; it has no options."""
-        return cls(setup.name, setup.method, setup.batches(), setup.mesh, every=setup.every)
 
     def run(self, variables: Variables) -> dict[str, float]:
         """Computes `recall@0.5`, `recall@0.7` and `recall@0.9`.

@@ -6,26 +6,26 @@ divides once. Every process returns the same numbers.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int
 
 from ovseg_jax.decisions.maps import Mode, vocabulary_of
 from ovseg_jax.decisions.rules import Decision, decide, decision_of
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals import confusion, pixel_counts, proposals
+from ovseg_jax.evals.base import BatchEvaluator
 from ovseg_jax.evals.passes import each_batch
-from ovseg_jax.evals.registry import Setup
 from ovseg_jax.parallel.sharding import AXES, replicated
-from ovseg_jax.protocols import Evaluator, Prediction, Segmenting, Text, Variables, Vocabulary
+from ovseg_jax.protocols import Prediction, Segmenting, Text, Variables, Vocabulary
 from ovseg_jax.towers.features import embed_in_chunks
-from ovseg_jax.vocab.classes import ClassList, with_names
+from ovseg_jax.vocab.classes import with_names
 
 
 class Sums(NamedTuple):
@@ -42,7 +42,7 @@ class Sums(NamedTuple):
     recalled: Int[Array | np.ndarray, "4"] | None
 
 
-class SegmentationEvaluator(Evaluator):
+class SegmentationEvaluator(BatchEvaluator):
     """An evaluator of semantic segmentation and mask proposals, in percent.
 
     Metrics: those of `confusion.scores` (`miou`, `miou_gt`, `pacc`, `macc`, `fwiou`, groups, chance);
@@ -60,70 +60,44 @@ class SegmentationEvaluator(Evaluator):
 
     def __init__(
         self,
-        name: str,
-        method: Segmenting,
-        classes: ClassList,
-        batches: Callable[[], Iterable[Mapping[str, np.ndarray]]],
-        mesh: Mesh,
-        *,
-        modes: Sequence[str] = ("predicted",),
+        *common: Any,
+        masks: str | Sequence[str] = "predicted",
         decision: Any = "argmax",
         background: str | None = None,
-        names: Mapping[str, Sequence[str]] | None = None,
+        names: Any = None,
         every: int = 0,
     ):
-        """Creates an evaluator that compiles once and runs many times.
+        """Creates an evaluator.
 
         Args:
-          name: see `Evaluator`.
-          method: the method to evaluate.
-          classes: the classes that `label` indexes.
-          batches: starts a pass over this process's share of the images, with equal shapes and numbers of batches on
-            all processes.
-          mesh: the devices.
-          modes: the origins of the masks, see `decisions.rules.decide`.
+          *common, every: see `BatchEvaluator`.
+          masks: the origins of the masks, one or several, see `decisions.rules.decide`.
           decision: see `decisions.rules.decision_of`.
           background: the name of a class that is not predicted by its name but given to pixels without a category.
-          names: other names to ask for, by the class that they mean, such as those of all things that are background.
-          every: see `Evaluator`.
+          names: a mapping of classes to other names to ask for, such as those of all things that are background.
+
+        Raises:
+          UserError: the method does not support the masks, or there is no class `background`.
         """
-        unknown = [mode for mode in modes if mode not in method.modes]
+        super().__init__(*common, every=every)
+        modes = (masks,) if isinstance(masks, str) else tuple(masks)
+        unknown = [mode for mode in modes if mode not in self._method.modes]
         if unknown or not modes:
             raise UserError(
-                f"evals.{name}.masks is {', '.join(unknown) or 'empty'}: {type(method).__name__} supports "
-                f"{', '.join(method.modes)}"
+                f"evals.{self.name}.masks is {', '.join(unknown) or 'empty'}: {type(self._method).__name__} supports "
+                f"{', '.join(self._method.modes)}"
             )
-        self.name, self.every = name, every
-        self.tables: dict[str, list[Any]] = {}
-        self._method, self._classes, self._batches, self._mesh = method, classes, batches, mesh
         self._modes = tuple(dict.fromkeys(modes))
         self._decision: Decision = decision_of(decision)
         self._background = None
         if background is not None:
-            if background not in classes.index:
-                raise UserError(f"evals.{name}.background={background!r} is not one of the classes")
-            self._background = classes.index[background]
-        asked = with_names(classes, names or {})
+            if background not in self._classes.index:
+                raise UserError(f"evals.{self.name}.background={background!r} is not one of the classes")
+            self._background = self._classes.index[background]
+        asked = with_names(self._classes, dict(names or {}))
         self._names, _ = asked.flat()
-        self._vocabulary = vocabulary_of(asked, method.seen_names())
+        self._vocabulary = vocabulary_of(asked, self._method.seen_names())
         self._step = jax.jit(self._counts)
-
-    @classmethod
-    def from_config(cls, setup: Setup) -> "SegmentationEvaluator":
-        """Creates the evaluator with `masks` (one or several modes), `decision`, `background` and `names`."""
-        modes = setup.evaluation.get("masks", "predicted")
-        return cls(
-            setup.name,
-            setup.method,
-            setup.source.classes,
-            setup.batches(),
-            setup.mesh,
-            modes=(modes,) if isinstance(modes, str) else tuple(modes),
-            decision=setup.evaluation.get("decision", "argmax"),
-            background=setup.evaluation.get("background"),
-            names=dict(setup.evaluation.get("names") or {}),
-            every=setup.every,
-        )
 
     def run(self, variables: Variables) -> dict[str, float]:
         """Computes the metrics and fills `tables`.
@@ -162,7 +136,7 @@ class SegmentationEvaluator(Evaluator):
     def _counts(
         self, variables: Variables, texts: dict[str, Text], batch: dict[str, Array]
     ) -> dict[str, Sums]:
-        prediction = self._method.predict(variables, batch["image"], batch["image_size"])
+        prediction = self._predict(variables, batch)
         split, whole = PartitionSpec(AXES), PartitionSpec()
         count = jax.shard_map(
             partial(self._count_shard, canvas=batch["image"].shape[1]),
@@ -174,6 +148,9 @@ class SegmentationEvaluator(Evaluator):
         )
         rest = {k: v for k, v in batch.items() if k != "image"}
         return count(prediction, rest, texts, self._vocabulary)
+
+    def _predict(self, variables: Variables, batch: dict[str, Array]) -> Prediction:
+        return self._method.predict(variables, batch["image"], batch["image_size"])
 
     def _count_shard(
         self,

@@ -4,30 +4,29 @@ The mesh predicts, decides at the labels' own size and counts the pixels that se
 tables, go to the host, gathered from all devices of all processes, so that every process computes the same numbers.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from ovseg_jax.decisions.maps import vocabulary_of
 from ovseg_jax.decisions.rules import Decided, Decision, decide, decision_of
 from ovseg_jax.errors import UserError
+from ovseg_jax.evals.base import BatchEvaluator
 from ovseg_jax.evals.passes import each_batch
-from ovseg_jax.evals.registry import Setup
 from ovseg_jax.parallel.sharding import AXES, replicated
-from ovseg_jax.protocols import Evaluator, Prediction, Segmenting, Text, Variables, Vocabulary
+from ovseg_jax.protocols import Prediction, Segmenting, Text, Variables, Vocabulary
 from ovseg_jax.towers.features import embed_in_chunks
-from ovseg_jax.vocab.classes import ClassList
 
 _TRUTH = ("index", "example_mask", "segment_classes", "segment_iscrowd")
 
 
-class SegmentsEvaluator(Evaluator):
+class SegmentsEvaluator(BatchEvaluator):
     """A base class of evaluators that compare predicted segments with true ones.
 
     A subclass defines `_count` and `_summarise`.
@@ -42,49 +41,18 @@ class SegmentsEvaluator(Evaluator):
     overrides = ("image_size", "label_size", "max_segments")
     options = ("decision",)
 
-    def __init__(
-        self,
-        name: str,
-        method: Segmenting,
-        classes: ClassList,
-        batches: Callable[[], Iterable[Mapping[str, np.ndarray]]],
-        mesh: Mesh,
-        *,
-        decision: Any = None,
-        every: int = 0,
-    ):
-        """Creates an evaluator that compiles once and runs many times.
+    def __init__(self, *common: Any, decision: Any = None, every: int = 0):
+        """Creates an evaluator.
 
         Args:
-          name: see `Evaluator`.
-          method: the method to evaluate.
-          classes: the classes that the segments' `segment_classes` index.
-          batches: starts a pass over this process's share of the images, with equal shapes and numbers of batches on
-            all processes.
-          mesh: the devices.
+          *common, every: see `BatchEvaluator`; batches have the `segment_classes` of their segments.
           decision: see `decisions.rules.decision_of`.
-          every: see `Evaluator`.
         """
-        self.name, self.every = name, every
-        self.tables: dict[str, list[Any]] = {}
-        self._method, self._classes, self._batches, self._mesh = method, classes, batches, mesh
+        super().__init__(*common, every=every)
         self._decision: Decision = decision_of(self.decision if decision is None else decision)
-        self._names, _ = classes.flat()
-        self._vocabulary = vocabulary_of(classes, method.seen_names())
+        self._names, _ = self._classes.flat()
+        self._vocabulary = vocabulary_of(self._classes, self._method.seen_names())
         self._step = jax.jit(self._gathered)
-
-    @classmethod
-    def from_config(cls, setup: Setup) -> "SegmentsEvaluator":
-        """Creates the evaluator with `decision`."""
-        return cls(
-            setup.name,
-            setup.method,
-            setup.source.classes,
-            setup.batches(),
-            setup.mesh,
-            decision=setup.evaluation.get("decision"),
-            every=setup.every,
-        )
 
     def run(self, variables: Variables) -> dict[str, float]:
         """Computes the metrics and fills `tables`.

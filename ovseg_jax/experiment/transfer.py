@@ -8,14 +8,17 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
+from ovseg_jax.data.source_base import Source
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.registry import Setup
 from ovseg_jax.evals.segmentation import SegmentationEvaluator
 from ovseg_jax.experiment.load import Run, load_run
+from ovseg_jax.experiment.mask_files import MaskFiles, is_mask_file, stage_of
 from ovseg_jax.methods.zsseg import Rules, TwoStage
-from ovseg_jax.protocols import Classifier, Evaluator, Segmenting, Variables
+from ovseg_jax.protocols import Classifier, Evaluator, Prediction, Segmenting, Variables
 from ovseg_jax.towers.clip import MEAN
 from ovseg_jax.towers.features import embed_in_chunks
 from ovseg_jax.towers.prompt_file import Prompt
@@ -68,13 +71,15 @@ class TransferEvaluator(Evaluator):
         self.tables: dict[str, list[Any]] = {}
         self._proposals, self._classes, self._mesh, self._prompts = proposals, classes, mesh, dict(prompts)
         self._join = partial(TwoStage, proposals.method, classifier, rules, seen=seen_names(classes))
-        self._evaluator = SegmentationEvaluator(name, self._join(), classes, batches, mesh)
+        kind = _GivenMasks if isinstance(proposals.method, MaskFiles) else SegmentationEvaluator
+        self._evaluator = kind(name, self._join(), classes, batches, mesh)
 
     @classmethod
     def from_config(cls, setup: Setup) -> "TransferEvaluator":
         """Creates the evaluator from its section of the config.
 
-        - `proposals`: the folder of a run that proposes masks, whose image size is used;
+        - `proposals`: the folder of a run that proposes masks, whose image size is used, or masks in files, see
+          `mask_files`;
         - `split`: the unseen classes, see `vocab.splits.load_split`;
         - `prompts`: further prompts beside the classifier's own, see `Setup.prompts`;
         - `ensemble`, `threshold` and `fill`: see `rules_of`.
@@ -83,20 +88,15 @@ class TransferEvaluator(Evaluator):
             raise UserError(
                 f"the evaluation {setup.name!r} of type 'transfer' needs the key proposals=WORKDIR"
             )
-        proposals = load_run(
-            setup.evaluation.proposals,
-            setup.mesh,
-            kind=Segmenting,
-            key=f"{setup.name}.proposals",
-            lacking="does not propose masks",
-        )
+        proposals = load_proposals(setup.evaluation.proposals, setup.mesh, f"{setup.name}.proposals")
         chosen, classes = rules_in(setup.evaluation, setup.source.classes)
+        batches = setup.batches(image_size=proposals.config.data.image_size)
         return cls(
             setup.name,
             proposals,
             setup.method,
             classes,
-            setup.batches(image_size=proposals.config.data.image_size),
+            with_masks(proposals, batches, setup.source, setup.evaluation.get("limit")),
             setup.mesh,
             rules=rules_of(proposals, setup.config, **chosen),
             prompts={"learned": None, **setup.prompts()},
@@ -136,6 +136,43 @@ class TransferEvaluator(Evaluator):
         return found
 
 
+class _GivenMasks(SegmentationEvaluator):
+    """An evaluator of masks that come with the batches."""
+
+    def _predict(self, variables: Variables, batch: dict[str, Array]) -> Prediction:
+        given = {**variables, "proposals": {"mask_logits": batch["mask_logits"]}}
+        return self._method.predict(given, batch["image"], batch["image_size"])
+
+
+def load_proposals(where: str, mesh: Mesh, key: str) -> Run:
+    """Loads the run of a first stage, or masks in files as one.
+
+    Raises:
+      UserError: it is neither, or proposes no masks.
+    """
+    if is_mask_file(where):
+        return stage_of(where)
+    return load_run(where, mesh, kind=Segmenting, key=key, lacking="does not propose masks")
+
+
+def with_masks(
+    proposals: Run,
+    batches: Callable[[], Iterable[Mapping[str, np.ndarray]]],
+    source: Source,
+    limit: int | None,
+) -> Callable[[], Iterable[Mapping[str, np.ndarray]]]:
+    """Returns the batches with the masks of files, if the first stage is one of files.
+
+    Raises:
+      UserError: an image has no masks.
+    """
+    if not isinstance(proposals.method, MaskFiles):
+        return batches
+    if (said := proposals.method.check(source, limit)) and jax.process_index() == 0:
+        print(said, file=sys.stderr)
+    return proposals.method.batches(batches, source)
+
+
 def rules_of(
     proposals: Run, config: ConfigDict, ensemble: float = 0.8, threshold: float = 0.5, fill: str = "mean"
 ) -> Rules:
@@ -145,8 +182,12 @@ def rules_of(
     outside of the mask get the colour `fill`: the "mean" of the classifier's images, or "zero", black.
 
     Raises:
-      UserError: `fill` is unknown; and see `Rules`.
+      UserError: `fill` is unknown, or `ensemble` is not 0 with masks in files; and see `Rules`.
     """
+    if ensemble and isinstance(proposals.method, MaskFiles):
+        raise UserError(
+            f"ensemble={ensemble}: masks in files have no scores of classes, so that only ensemble=0 is possible"
+        )
     if fill not in FILLS:
         raise UserError(f"fill={fill!r} is not one of {', '.join(FILLS)}")
     scale = proposals.method.region_scale(proposals.variables)

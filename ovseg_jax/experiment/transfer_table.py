@@ -11,9 +11,9 @@ from ovseg_jax.data.source_base import check_provides
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.load import load_run
 from ovseg_jax.experiment.tables import Table
-from ovseg_jax.experiment.transfer import TransferEvaluator, rules_of
+from ovseg_jax.experiment.transfer import TransferEvaluator, load_proposals, rules_of, with_masks
 from ovseg_jax.parallel.sharding import make_mesh
-from ovseg_jax.protocols import Classifier, Segmenting
+from ovseg_jax.protocols import Classifier
 from ovseg_jax.towers.prompt_file import Prompt
 from ovseg_jax.towers.templates import read_templates
 from ovseg_jax.vocab.splits import load_split
@@ -56,7 +56,7 @@ def compare_prompts(
     # Errors in the request are reported before a model is loaded.
     asked = read_prompts(prompts)
     mesh = make_mesh()
-    first = load_run(proposals, mesh, kind=Segmenting, key="--proposals", lacking="does not propose masks")
+    first = load_proposals(proposals, mesh, "--proposals")
     second = load_run(checkpoint, mesh, kind=Classifier, lacking="does not classify images")
     evaluation = evaluation_of(first.config, data, batch)
     if not evaluation:
@@ -81,8 +81,9 @@ def compare_prompts(
         limit=limit if limit is not None else evaluation.get("limit"),
     )
     rules = rules_of(first, second.config, ensemble, threshold, fill)
+    rows = with_masks(first, batches, source, limit)
     evaluator = TransferEvaluator(
-        "transfer", first, second.method, classes, batches, mesh, rules=rules, prompts=asked
+        "transfer", first, second.method, classes, rows, mesh, rules=rules, prompts=asked
     )
     found = evaluator.compare(second.variables)
     return table(found) if jax.process_index() == 0 else ""

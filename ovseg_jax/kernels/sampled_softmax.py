@@ -18,7 +18,7 @@ from ovseg_jax.kernels.contrastive import Contrast
 from ovseg_jax.kernels.unit import unit
 
 Encode = Callable[[Any, Any], Float[Array, "k d"]]
-Correction = Literal["log10", "log"] | float
+Correction = Literal["log10", "log", "log10_q"] | float
 
 
 def sample_classes(
@@ -54,7 +54,8 @@ def similarity_proposal(
 ) -> Float[Array, " n"]:
     """Returns the logits of eq. 9, `Q_i(x) ∝ exp(x·w_i / τ)`, averaged over a batch.
 
-    The average is taken because the images of a batch share their negatives.
+    The average is taken because the images of a batch share their negatives, and it is one of probabilities. E.1 has a
+    distribution for each image; the authors' code takes the softmax of the logits' mean, and draws with replacement.
 
     Args:
       image: unit-norm features of the images.
@@ -66,7 +67,9 @@ def similarity_proposal(
     return jax.nn.logsumexp(jnp.where(valid[:, None], log_q, LOWEST), 0)
 
 
-def local_correction(num_classes: int, negatives: Int[Array, "..."], kind: Correction) -> Float[Array, "..."]:
+def local_correction(
+    num_classes: int, negatives: Int[Array, "..."], kind: Literal["log10", "log"] | float
+) -> Float[Array, "..."]:
     """Returns the margin m of eq. 5, which is added to the logits of the sampled negatives.
 
     Args:
@@ -113,7 +116,8 @@ def sampled_softmax(
       key: the random key of the step.
       scale: 1/τ.
       sample: K; N makes it the softmax over all classes.
-      correction: see `local_correction`.
+      correction: see `local_correction`; or "log10_q", `-log10 Q_i` for each negative i, with Q the proposal of
+        `log_weights`, as the authors' code corrects proposals that are not uniform.
       log_weights: proposal logits of the negatives, see `sample_classes`.
       per_device: whether every device draws its own negatives and encodes all of them, as the authors' code does;
         otherwise all images share one sample, whose encoding is distributed over the devices.
@@ -124,6 +128,8 @@ def sampled_softmax(
       Sums over images; `correct` counts those whose own class scores highest among the sampled ones.
     """
     num_classes = _count(tokens)
+    if correction == "log10_q" and log_weights is None:
+        raise ValueError("correction='log10_q' needs log_weights")
     if not 2 <= sample <= num_classes:
         raise ValueError(f"sample={sample} is not between 2 and the number of classes, {num_classes}")
     # With K = N all classes are drawn: a draw of N - 1 would miss one class for all images of other classes.
@@ -150,10 +156,13 @@ def sampled_softmax(
             negative = jax.lax.all_gather(negative, batch_axes, tiled=True)[:count]
 
         rejected = ids[None] == labels[:, None]
-        margin = local_correction(num_classes, count - rejected.sum(1), correction)
+        if correction == "log10_q":
+            margin = -jax.nn.log_softmax(log_weights)[ids][None] / jnp.log(10.0)
+        else:
+            margin = local_correction(num_classes, count - rejected.sum(1), correction)[:, None]
         logits = scale * jnp.matmul(image, negative.T, preferred_element_type=jnp.float32)
         best = jnp.where(rejected, LOWEST, logits).max(1)
-        logits = jnp.where(rejected, LOWEST, logits + margin[:, None])
+        logits = jnp.where(rejected, LOWEST, logits + margin)
         truth = scale * jnp.einsum("bd,bd->b", image, positive, preferred_element_type=jnp.float32)
         loss = jax.nn.logsumexp(jnp.concatenate([truth[:, None], logits], 1), 1) - truth
         out = _sums(loss, truth >= best, valid)

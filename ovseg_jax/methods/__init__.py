@@ -8,6 +8,7 @@ from ovseg_jax.config import import_class
 from ovseg_jax.data.fields import batch_fields
 from ovseg_jax.data.rows import Rows
 from ovseg_jax.methods.clip import ClipTraining
+from ovseg_jax.methods.clip_dense import ClipDense
 from ovseg_jax.methods.cocoop import CoCoOp
 from ovseg_jax.methods.linear_probe import LinearProbe
 from ovseg_jax.methods.lseg import LSeg
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Trainable]] = {
     "openseg": OpenSeg,
     "lseg": LSeg,
     "clip": ClipTraining,
+    "clip_dense": ClipDense,
     "pomp": PromptTuning,
     "linear_probe": LinearProbe,
     "vpt": VPT,

@@ -45,13 +45,13 @@ HARD_PROMPT = "a photo of a {}."  # E.1, and the zero-shot row of Table 1
 
 
 def read_correction(value: str | float) -> Correction:
-    """Parses `loss.correction`: "log10", "log", or a number, also as text."""
-    if value in ("log10", "log"):
+    """Parses `loss.correction`: "log10", "log", "log10_q", or a number, also as text."""
+    if value in ("log10", "log", "log10_q"):
         return value  # type: ignore[return-value]
     try:
         return float(value)
     except ValueError:
-        raise UserError(f"loss.correction={value!r} is not log10, log or a number") from None
+        raise UserError(f"loss.correction={value!r} is not log10, log, log10_q or a number") from None
 
 
 class PromptTuning(OnClip):
@@ -109,6 +109,8 @@ class PromptTuning(OnClip):
             )
         self.sample = sample
         self.correction = read_correction(self.loss_config.get("correction", "log10"))
+        if self.correction == "log10_q" and proposal == "uniform":
+            raise UserError("loss.correction=log10_q needs loss.proposal=frequency or similarity")
 
     @functools.cached_property
     def table(self) -> tuple[NameTokens, np.ndarray]:

@@ -1,3 +1,3 @@
-"""Fields of image towers that hold functions or modules, which config files cannot set."""
+"""Fields of towers that hold functions or modules, which config files cannot set."""
 
 HOOKS = ("adapter", "adapter_scale", "between")

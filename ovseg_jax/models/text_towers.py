@@ -5,7 +5,7 @@ Parameters follow big_vision's text transformer: `Embed_0`, `pos_embedding` [1 l
 `Encoder_0/encoder_norm`, `head`. ovseg_jax/pretrained/text.py has the names of others.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.remat import rematerialise
-from ovseg_jax.models.transformer import ACTIVATIONS, TEXT, Block
+from ovseg_jax.models.transformer import ACTIVATIONS, TEXT, Adapter, Block
 
 _table_init = nn.initializers.normal(0.02)
 
@@ -31,18 +31,27 @@ class TextOutput(NamedTuple):
     tokens: Float[Array, "b l d"]
 
 
+# Called after a block with its number and all tokens; returns as many, since a text is pooled at its place.
+Between = Callable[[int, Float[Array, "b l d"]], Float[Array, "b l d"]]
+
+
 class _Encoder(nn.Module):
     """A sequence of blocks with the fields `block`, and a final norm unless blocks end in one."""
 
     layers: int
     block: Mapping[str, Any]
     remat: str
+    between: Between | None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"], valid: Bool[Array, "b l"] | None) -> Float[Array, "b l d"]:
         block = rematerialise(Block, self.remat)
         for i in range(self.layers):
             x = block(**self.block, name=f"encoderblock_{i}")(x, valid)
+            if self.between is not None and i < self.layers - 1:
+                x, shape = self.between(i, x), x.shape
+                if x.shape != shape:
+                    raise ValueError(f"`between` returned tokens {x.shape} for {shape}")
         norm = nn.LayerNorm(self.block["epsilon"], self.block["dtype"], name="encoder_norm")
         return x if self.block.get("order") == "sum" else norm(x)
 
@@ -56,6 +65,8 @@ class TextTower(nn.Module):
       width, layers, heads, mlp_dim: sizes of the encoder; `mlp_dim` None means 4 times `width`.
       remat: what the backward pass recomputes in each block, see `rematerialise`.
       dtype: compute type; parameters are float32.
+      adapter, adapter_scale: modules beside the branches of each block, see `transformer.Block`; their places are None.
+      between: a function on the tokens between two blocks, see `Between`.
     """
 
     vocab_size: int = 49408
@@ -66,6 +77,9 @@ class TextTower(nn.Module):
     mlp_dim: int | None = None
     remat: str = "none"
     dtype: Any = jnp.float32
+    adapter: Adapter | None = None
+    adapter_scale: float = 1.0
+    between: Between | None = None
 
     def setup(self) -> None:
         """Creates the token table, which `embed` and the tower share."""
@@ -92,7 +106,8 @@ class TextTower(nn.Module):
             )
         hidden = self.mlp_dim or 4 * self.width
         block |= dict(heads=self.heads, hidden=hidden, style=TEXT, dtype=self.dtype)
-        return _Encoder(self.layers, block, self.remat, name="Encoder_0")(x, valid)
+        block |= dict(adapter=self.adapter, adapter_scale=self.adapter_scale)
+        return _Encoder(self.layers, block, self.remat, self.between, name="Encoder_0")(x, valid)
 
 
 class CLIPText(TextTower):

@@ -57,7 +57,8 @@ class Places:
 # grid positions, and `owner` indices of the returned tokens, see `Places`.
 Between = Callable[[int, Float[Array, "b m d"], Places], tuple[Float[Array, "b k d"], Places]]
 Taps = dict[int, tuple[Float[Array, "b _ d"], Places]]  # by number of a block
-# Creates a module by name, which maps the input of a branch [b n d], and its places, to an addition to its output.
+# Creates a module by name, which maps the input of a branch [b n d], and its places (None for texts), to an addition to
+# its output.
 Adapter = Callable[..., Any]
 
 

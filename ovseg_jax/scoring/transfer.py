@@ -15,6 +15,11 @@ prints the scores of each prompt in percent.
   python -m ovseg_jax.score transfer --proposals=runs/openseg --checkpoint=runs/pomp \\
       --data=coco,data_dir=../coco_stuff,split=val2017 --split=coco_stuff
 
+  python -m ovseg_jax.score transfer --proposals=masks.json --checkpoint=runs/pomp --ensemble=0 \\
+      --data=folder,data_dir=../ade,kind=semantic
+
+--proposals may also name masks of another program, such as MaskFormer's: a JSON file of COCO's results, or a folder of
+NAME.npz with `masks` [n h w] and `scores` [n]. They have no scores of classes, so that --ensemble must be 0.
 Each proposal is classified twice: by the proposal network (p) and, as a crop of the image, by the classifier (q).
 Classes that the proposal network was trained with score p^w q^(1-w), all others p^(1-w) q^w; --ensemble=0 is q alone.
 mIoU averages over the classes in truth or prediction, mIoU_gt over those in the truth; hIoU is the harmonic mean of
@@ -26,7 +31,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the description and the flags."""
     parser.description = _DESCRIPTION
     add = parser.add_argument
-    add("--proposals", required=True, metavar="WORKDIR", help="a training run that proposes masks")
+    add("--proposals", required=True, metavar="WORKDIR|FILE.json|DIR", help="a training run, or masks")
     add("--checkpoint", required=True, metavar="WORKDIR", help="a training run that classifies images")
     add(
         "--data",

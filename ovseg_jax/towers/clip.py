@@ -25,6 +25,7 @@ from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.hooks import HOOKS
 from ovseg_jax.models.small import SmallBackbone
 from ovseg_jax.models.text_towers import PRESETS, CLIPText, text_tower
+from ovseg_jax.models.transformer import VIT, Block
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.parallel.sharding import on_host
 from ovseg_jax.pretrained.files import read_arrays, write_safetensors
@@ -101,6 +102,8 @@ class Clip:
         if name != "clip" and not (name in PRESETS and PRESETS[name][0] is CLIPText):
             raise UserError(f"towers.text.name={name!r} is not a text tower of CLIP's kind")
         self._tokenizer: PieceTokenizer | None = self._of_words()
+        if hooks := sorted(options.keys() & set(HOOKS)):
+            raise UserError(f"towers.text of {name!r} has no key {hooks[0]!r}")
         if name == "clip" and self._tokenizer:
             options["vocab_size"] = self._tokenizer.vocab_size
         try:
@@ -193,6 +196,53 @@ class Clip:
         x = (image.astype(jnp.float32) / 255 - mean) / std
         more: dict[str, Any] = {} if prompts is None else {"prompts": prompts}
         return unit(_pooled(self.image.apply(weights["image"], x.astype(self.dtype), **more)))
+
+    def check_patches(self, values: bool) -> None:
+        """Checks that the image tower has the features of patches that `embed_patches` returns.
+
+        Raises:
+          UserError: it has none, or `values` is False for an attention pooling.
+        """
+        if isinstance(self.image, ClipResNet):
+            if not values:
+                raise UserError("a ResNet of CLIP pools by attention, so that it has value features only")
+        elif not isinstance(self.image, ViT) or self.image.pool != "cls" or self.image.depth < 2:
+            raise UserError(
+                f"towers.image.name={self.config.image.name!r} has no features of patches in the space of the texts: "
+                "take a ViT of at least two blocks with a class token, or a ResNet of CLIP"
+            )
+
+    def embed_patches(
+        self, weights: Mapping[str, Any], image: UInt8[Array, "b s t 3"], values: bool
+    ) -> Float[Array, "b h w d"]:
+        """Embeds the patches of images in the space of the texts, without normalising them; see `check_patches`.
+
+        Args:
+          weights: see `Clip`.
+          image: images whose sides are multiples of a ViT's patch.
+          values: whether tokens do not attend to each other in the last block, so that each keeps its value projection
+            (MaskCLIP, Zhou et al. 2022); otherwise the map before the pooling, in the projection of the class token.
+        """
+        mean, std = (jnp.asarray(pixels, jnp.float32) for pixels in self._pixels())
+        x = ((image.astype(jnp.float32) / 255 - mean) / std).astype(self.dtype)
+        tower, out = self.image, lambda module: module.apply(weights["image"], x)
+        if isinstance(tower, ClipResNet):
+            return out(tower)["dense"]
+        assert isinstance(tower, ViT)
+        params = weights["image"]["params"]
+        of = lambda module, own, y: module.apply({"params": own}, y)
+        if values:
+            last, blocks = tower.depth - 1, params["Transformer"]
+            tokens = out(tower.clone(taps=(last - 1,))).taps[last - 1]
+            block = Block(tower.heads, tower.mlp_dim, tower.activation, tower.epsilon, VIT, dtype=self.dtype)
+            norm = nn.LayerNorm(tower.epsilon, dtype=self.dtype)
+            # Attention among a single token returns its value.
+            y = of(block, blocks[f"encoderblock_{last}"], tokens.reshape(-1, 1, tower.width))
+            tokens = of(norm, blocks["encoder_norm"], y).reshape(tokens.shape)
+        else:
+            tokens = out(tower).tokens
+        head = nn.Dense(tower.embed_dim, use_bias=tower.head_bias, dtype=self.dtype)
+        return of(head, params["head"], tokens) if tower.embed_dim else tokens
 
     def embed_names(
         self,
@@ -328,7 +378,8 @@ def image_tower(config: ConfigDict, dtype: Any) -> nn.Module:
     Raises:
       UserError: the name or a field is unknown.
     """
-    options = dict(config.items())
+    # A config that was read from JSON has lists in place of tuples.
+    options = {key: tuple(x) if isinstance(x, list) else x for key, x in config.items()}
     name = options.pop("name")
     kinds: dict[str, tuple[type[nn.Module], Mapping[str, Any]]] = {
         "small": (SmallImageTower, {}),

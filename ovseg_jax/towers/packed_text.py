@@ -99,7 +99,12 @@ def encode_packed(
       packed: the texts of the stream; `ids` is not used.
       window: the size of a window, at least the length of the longest rest.
       deep: vectors that replace prefix tokens 1 to M after each of the first j blocks (MaPLe).
+
+    Raises:
+      ValueError: the tower has an adapter or a hook, which packed texts do not pass.
     """
+    if tower.adapter is not None or tower.between is not None:
+        raise ValueError("packed texts cannot be encoded by a tower with `adapter` or `between`")
     p, dtype = prefix.shape[0], tower.dtype
     windows = -(-stream.shape[0] // window)
     padding = windows * window - stream.shape[0]

@@ -18,18 +18,24 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def make_step(method: Trainable, optimizer: Optimizer, seed: int, shardings: TrainState) -> Step:
-    """Compiles `(state, batch) -> (state, metrics)`, which donates its input state.
+    """Creates the jitted function `(state, batch) -> (state, metrics)`, which donates its input state.
 
-    The step's random key is fold_in(key(seed), step), so that it depends on nothing that came before. Beside
-    the method's own metrics come `loss`, `grad_norm` (before clipping), `param_norm` (of all variables after
-    the update: not finite as soon as any of them is not) and `learning_rate`.
+    The random key of a step is fold_in(key(seed), step), so that a resumed run draws the same numbers. The metrics are
+    those of the method, `loss`, `grad_norm` (before clipping), `param_norm` (of all variables after the update; it is
+    NaN or infinite if any of them is) and `learning_rate`.
+
+    Args:
+      method: defines the loss.
+      optimizer: see `make_optimizer`; parameters that it does not train are constants.
+      seed: seed of the random keys.
+      shardings: of the state, before and after the step.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
 
         def loss_of(params: Any) -> tuple[jax.Array, Any]:
-            # Frozen parameters are constants, so that no gradient is computed for them at all.
+            # No gradient is computed for frozen parameters.
             params = jax.tree.map(
                 lambda p, moves: p if moves else jax.lax.stop_gradient(p), params, optimizer.trainable
             )
@@ -40,7 +46,7 @@ def make_step(method: Trainable, optimizer: Optimizer, seed: int, shardings: Tra
         params = optax.apply_updates(state.params, updates)
         average = state.average
         if average is not None:
-            # Short at first, so that it soon forgets where the run began.
+            # The average covers few steps at first, so that it forgets the initial parameters.
             share = 1 - jnp.minimum(optimizer.ema, (1 + state.step) / (10 + state.step))
             averaged = optax.incremental_update(params, average, share)
             average = jax.tree.map(
@@ -63,13 +69,13 @@ def make_step(method: Trainable, optimizer: Optimizer, seed: int, shardings: Tra
         }
         return new, metrics
 
-    # XLA's default runs independent operations at the same time, and each of them on all cores of a CPU: with one
-    # operation after another, a step of `scenes` takes three quarters of the time.
+    # By default XLA runs independent operations concurrently, each on all CPU cores. Run one after another, they take
+    # three quarters of the time for a step of `scenes`.
     options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
     return jax.jit(
         step,
         donate_argnums=0,
-        # Stated on the way out: left to the compiler, the state could come back spread differently.
+        # Without it the compiler could choose another sharding for the new state.
         out_shardings=(shardings, None),
         compiler_options=options if on_cpu(shardings.step.mesh) else None,
     )

@@ -79,11 +79,11 @@ def test_a_refusal_of_the_compiler_becomes_a_plan():
         "available HBM (15.48G).",
         "Ran out of memory in memory space hbm. Used 16.51G of 15.48G hbm. Exceeded hbm capacity by 1.03G.",
     ):
-        refused = planner._too_large(RuntimeError(text), counted)
+        refused = planner._plan_that_exceeds(RuntimeError(text), counted)
         assert not refused.fits and abs(refused.over / 2**30 - 1.03) < 1e-6
         assert "DOES NOT FIT: 1.03 GiB too much" in report(refused)
     with pytest.raises(RuntimeError, match="another"):
-        planner._too_large(RuntimeError("another error"), counted)
+        planner._plan_that_exceeds(RuntimeError("another error"), counted)
 
 
 def command(*arguments):
@@ -166,7 +166,7 @@ def test_a_search_tries_the_cheapest_first(monkeypatch):
 
 def test_what_cannot_be_planned():
     for topology in ("v3", "v9:2x2", "a100:8"):
-        with pytest.raises(UserError, match=f"--topology={topology} is none of"):
+        with pytest.raises(UserError, match=f"--topology={topology} is unknown"):
             plan(tiny(), topology)
     with pytest.raises(UserError, match="batch_size=4 must be a positive multiple of the 3 devices"):
         plan(tiny(), "h100:3")

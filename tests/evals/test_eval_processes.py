@@ -29,7 +29,7 @@ def worker(port: int, process: int, count: int) -> None:
     mesh = make_mesh()
     variables = jax.device_put(VARIABLES, replicated(mesh))
     share = batches(examples()[process::count], 4 // count)
-    evaluator = SegmentationEvaluator("x", PatchMethod(), CLASSES, share, mesh, modes=("predicted", "truth"))
+    evaluator = SegmentationEvaluator("x", PatchMethod(), CLASSES, share, mesh, masks=("predicted", "truth"))
     scores = evaluator.run(variables)
     for kind in (PanopticEvaluator, InstancesEvaluator):
         share = batches(test_instances_and_panoptic.data()[process::count], 4 // count)

@@ -110,7 +110,7 @@ def batches(examples, size):
 def evaluate(method=None, *, n=11, size=4, devices=1, modes=("predicted",), classes=CLASSES, data=None):
     mesh = make_mesh(devices=jax.devices()[:devices])
     data = batches(examples(n) if data is None else data, size)
-    evaluator = SegmentationEvaluator("test", method or PatchMethod(), classes, data, mesh, modes=modes)
+    evaluator = SegmentationEvaluator("test", method or PatchMethod(), classes, data, mesh, masks=modes)
     return evaluator.run(VARIABLES), evaluator
 
 
@@ -176,14 +176,14 @@ def test_other_names_may_mean_a_class():
 @pytest.mark.parametrize("devices", [1, 8])
 def test_recall_alone_needs_no_class_and_no_text(devices):
     method, mesh = PatchMethod(), make_mesh(devices=jax.devices()[:devices])
-    got = ProposalsEvaluator("test", method, batches(examples(), 4), mesh).run(VARIABLES)
+    got = ProposalsEvaluator("test", method, CLASSES, batches(examples(), 4), mesh).run(VARIABLES)
     recall = reference_scores("predicted", False)[-1]
     assert list(got) == ["recall@0.5", "recall@0.7", "recall@0.9"] and not method.asked
     assert list(got.values()) == pytest.approx(recall.tolist())
 
 
 def test_recall_of_a_method_without_masks_is_a_sentence():
-    evaluator = ProposalsEvaluator("test", PatchMethod(True), batches(examples(), 4), make_mesh())
+    evaluator = ProposalsEvaluator("test", PatchMethod(True), CLASSES, batches(examples(), 4), make_mesh())
     with pytest.raises(UserError, match="PatchMethod predicts no masks"):
         evaluator.run(VARIABLES)
 

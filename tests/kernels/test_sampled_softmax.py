@@ -92,6 +92,26 @@ def test_one_device_equals_the_formula(correction):
     assert np.isin(data[3], ids).any()  # an image's own class was sampled: it is no negative of its own
 
 
+@pytest.mark.parametrize("shape", [None, {"data": 8}])
+def test_negatives_are_corrected_by_their_own_probability(shape):
+    """-log10 Q of each, as the authors' code has it where the proposal is not uniform."""
+    data, logits = make(), np.random.default_rng(5).normal(size=N)
+    log_weights = jnp.asarray(logits, jnp.float32)
+    how = dict(key=KEY, scale=SCALE, sample=K, log_weights=log_weights, correction="log10_q")
+    out, _ = run(sampled_softmax, data, shape, **how)
+    ids = np.asarray(sample_classes(KEY, K - 1, N, log_weights))
+    margin = -np.log10(np.exp(logits) / np.exp(logits).sum())
+    params, tokens, image, labels, valid = data
+    loss = 0.0
+    for b in np.nonzero(valid)[0]:
+        x = SCALE * features(params, tokens) @ np.float64(image[b])
+        negatives = [c for c in ids if c != labels[b]]
+        loss += np.log(np.exp(x[labels[b]]) + np.exp(x[negatives] + margin[negatives]).sum()) - x[labels[b]]
+    np.testing.assert_allclose(out.loss, loss, rtol=1e-5)
+    with pytest.raises(ValueError, match="needs log_weights"):
+        run(sampled_softmax, data, None, **{**how, "log_weights": None})
+
+
 @pytest.mark.parametrize("shape", [{"data": 8}, {"data": 2, "fsdp": 4}])
 def test_a_shared_sample_is_the_same_on_eight_devices(shape):
     data = make()

@@ -387,4 +387,4 @@ def test_what_cannot_be():
     with pytest.raises(UserError, match="threshold=0"):
         make(threshold=0.0)
     with pytest.raises(UserError, match="supports predicted"):
-        SegmentationEvaluator("x", make(), CLASSES, list, make_mesh(), modes=("predicted", "none"))
+        SegmentationEvaluator("x", make(), CLASSES, list, make_mesh(), masks=("predicted", "none"))

@@ -11,9 +11,11 @@ import pytest
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.backbones import build_backbone
 from ovseg_jax.models.eva import Eva
+from ovseg_jax.models.text_towers import Bert, CLIPText, SiglipText
 from ovseg_jax.models.transformer import Places, rotate
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.pretrained.to_torch import describe
+from ovseg_jax.towers.packed_text import Packed, encode_packed
 from tests import reference
 
 SHAPE: dict[str, Any] = dict(patch=8, width=16, depth=3, heads=2, taps=(0, 2))
@@ -37,9 +39,9 @@ class Adapter(nn.Module):
         return nn.Dense(x.shape[-1], name="out")(x)
 
 
-def draw(tower, adapters=0.0):
+def draw(tower, adapters=0.0, inputs=IMAGE):
     """Random variables; those of adapters times a factor."""
-    shapes = jax.eval_shape(tower.init, jax.random.key(0), IMAGE)
+    shapes = jax.eval_shape(tower.init, jax.random.key(0), inputs)
 
     def leaf(path, shape):
         of_adapter = any(str(key.key).startswith("adapter") for key in path)
@@ -162,6 +164,65 @@ def test_rematerialisation_keeps_hooks(kind):
         return jax.jit(jax.grad(lambda v: jnp.mean(tower.apply(v, IMAGE).tokens ** 2)))(variables)
 
     reference.assert_trees_agree(gradient("all"), gradient("none"))
+
+
+TEXT: dict[str, Any] = dict(vocab_size=40, length=7, width=16, layers=3, heads=2)
+TEXTS = {
+    "clip": CLIPText(**TEXT, embed_dim=8),
+    "siglip": SiglipText(**TEXT, embed_dim=8),
+    "bert": Bert(**TEXT, pool="mean"),
+}
+IDS = jnp.asarray(np.random.default_rng(1).integers(1, 40, (3, 7)))
+
+
+class TextAdapter(nn.Module):
+    """A linear map without positions on a grid."""
+
+    @nn.compact
+    def __call__(self, x, places):
+        assert places is None and x.shape == (3, 7, 16)
+        return nn.Dense(x.shape[-1], name="out")(x)
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_text_towers_have_adapters(kind):
+    plain = TEXTS[kind]
+    adapted = plain.clone(adapter=TextAdapter, adapter_scale=0.1)
+    expected = jax.jit(plain.apply)(draw(plain, inputs=IDS), IDS)
+    variables, apply = draw(adapted, inputs=IDS), jax.jit(adapted.apply)
+    blocks = variables["params"]["Encoder_0"]
+    assert sum("adapter" in name for i in range(3) for name in blocks[f"encoderblock_{i}"]) == 6
+    same = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    jax.tree.map(same, apply(variables, IDS), expected)
+    # Behind the last norm, tokens with one channel far above all others are alike.
+    blocks["encoderblock_2"]["adapter_mlp"]["out"]["bias"][3] += 1e5
+    alike = lambda x: np.abs(x - x[:1, :1]).max() < 1e-2
+    assert alike(apply(variables, IDS).tokens) and not alike(expected.tokens)
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_text_towers_change_tokens_between_blocks(kind):
+    """Zeros behind the second of three blocks: all texts are then alike, and as the third block maps zeros."""
+    tower, called = TEXTS[kind], []
+
+    def clear(i, x):
+        called.append(i)
+        return jnp.zeros_like(x) if i == 1 else x
+
+    variables = draw(tower, inputs=IDS)
+    tokens = jax.jit(tower.clone(between=clear).apply)(variables, IDS).tokens
+    assert called == [0, 1]
+    np.testing.assert_allclose(tokens, jnp.broadcast_to(tokens[:1, :1], tokens.shape), atol=1e-5)
+    assert np.abs(jax.jit(tower.apply)(variables, IDS).tokens - tokens).max() > 0.1
+    with pytest.raises(ValueError, match=r"`between` returned tokens \(3, 6, 16\) for \(3, 7, 16\)"):
+        tower.clone(between=lambda i, x: x[:, 1:]).apply(variables, IDS)
+
+
+def test_packed_texts_pass_no_hooks():
+    tower = TEXTS["clip"].clone(adapter=TextAdapter)
+    zeros = jnp.zeros((1, 16))
+    with pytest.raises(ValueError, match="packed texts"):
+        encode_packed(tower, {}, zeros, zeros, Packed(*[jnp.zeros(1, int)] * 4), 1)
 
 
 def test_places_without_a_hook():

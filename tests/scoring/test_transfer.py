@@ -1,5 +1,6 @@
 """The command, on a tiny folder, with proposals and a classifier whose answers are known."""
 
+import json
 import os
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from fake_method import CLASSES, COLOURS, FAKES, ColourClassifier, ColourMethod, blocks
 from ml_collections import ConfigDict
 from PIL import Image
+from pycocotools import mask as coco
 
 from ovseg_jax import methods, score
 from ovseg_jax.errors import UserError
@@ -99,6 +101,61 @@ def test_seen_and_unseen_classes_trust_different_stages(run):
 def test_other_data(run, root):
     given = f"folder,data_dir={root / 'data'},kind=semantic"
     assert run(data=given, prompts="single", batch=3, limit=2)[1] == run(prompts="single", limit=2)[1]
+
+
+def true_masks(root):
+    """The true masks of each image, and a worse one with a lower score, by the image's name."""
+    for path in sorted((root / "data/masks").iterdir()):
+        ids = np.array(Image.open(path))
+        own = [ids == value for value in np.unique(ids)]
+        yield (
+            path.stem,
+            np.stack([np.zeros_like(own[0]), *own]),
+            np.array([0.1, *np.linspace(0.5, 1, len(own))]),
+        )
+
+
+def write_masks(root, json_file, folder):
+    folder.mkdir()
+    entries = []
+    for name, masks, scores in true_masks(root):
+        np.savez(folder / f"{name}.npz", masks=masks, scores=scores)
+        for mask, score_ in zip(masks, scores, strict=True):
+            code = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+            code = {"size": list(mask.shape), "counts": code["counts"].decode()}
+            entries.append({"image_id": int(name), "segmentation": code, "score": score_})
+    json_file.write_text(json.dumps(entries))
+    return entries
+
+
+def test_masks_of_another_program(run, root, tmp_path):
+    """MaskFormer's, say: the classifier names each, and the hand-written prompt knows all colours."""
+    file, folder = tmp_path / "m.json", tmp_path / "m"
+    entries = write_masks(root, file, folder)
+    flags = {
+        "data": f"folder,data_dir={root / 'data'},kind=semantic",
+        "prompts": "single; learned",
+        "ensemble": 0,
+    }
+    code, out, err = run(proposals=file, **flags)
+    assert code == 0 and rows(out)["single"]["pACC"] == 100 and rows(out)["learned"]["mIoU"] < 50 and not err
+    assert run(proposals=folder, **flags)[1] == out
+    file.write_text(json.dumps({"annotations": [*entries, {**entries[0], "image_id": 77}]}))
+    code, again, err = run(proposals=file, **flags)
+    assert (code, again) == (0, out) and "has masks for 1 images that are not evaluated" in err
+    for masks, change, message in (
+        (entries[:-3], {}, "has no masks for 1 of 3 images, such as '2'"),
+        (entries, {"ensemble": 0.8}, "ensemble=0.8: masks in files have no scores of classes"),
+        (
+            [{**e, "segmentation": {"size": [5, 30], "counts": [150]}} for e in entries],
+            {},
+            "5 x 30 pixels, its labels",
+        ),
+        ([], {}, "holds no mask"),
+    ):
+        file.write_text(json.dumps(masks))
+        code, _, err = run(proposals=file, **(flags | change))
+        assert code == 1 and message in err and "Traceback" not in err
 
 
 def test_a_prompt_whose_words_are_not_known_is_left_out(run, monkeypatch):

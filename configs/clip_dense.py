@@ -1,0 +1,111 @@
+"""CLIP without training as a segmenter: the ALIGN baselines of papers/004, 4.3 and figure 5, whose weights are private.
+
+  python -m ovseg_jax.main --config=configs/clip_dense.py
+      on `scenes`, which is generated on the fly, on a laptop CPU in minutes: first a small CLIP is trained on single
+      things, then tried on whole scenes. Its score has not been measured yet.
+  python -m ovseg_jax.main --config=configs/clip_dense.py:data=sets,eval_sets=DIR
+      CLIP's value features on the sets of figure 5; features=activation is the paper's class activation of the last
+      map. ALIGN's mIoU on PC-459 is 3.6 with it, 4.8 with proposals (4.3, by differences).
+  python -m ovseg_jax.main --config=configs/clip_dense.py:data=sets,eval_sets=DIR,features=proposals,proposals=WORKDIR
+      the proposals of a run of configs/openseg.py, each named by CLIP's image tower ("ALIGN w/ proposal").
+
+The run has no steps: its scores are in its summary. Everything that is not marked with a section is ours.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ovseg_jax.config import Args, AtLeast, parse_arg
+from ovseg_jax.configs import common, pomp
+from ovseg_jax.errors import UserError
+from ovseg_jax.experiment.tables import TABLE_2
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Returns the config; keys of `arg` stand below, an unknown one or one without effect is an error."""
+    args = parse_arg(
+        arg,
+        data=("scenes", "sets"),
+        features=("value", "activation", "proposals"),
+        proposals="",  # features=proposals: a run that proposes masks; on scenes one is trained by default
+        eval_sets="",  # a folder that holds the sets by name, see configs/README.md
+        sets=";".join(TABLE_2[:4]),  # figure 5
+        sets_are=("folders", "prepared"),
+        towers="clip_vitb16",
+        weights="",  # where they are, if not on the hub: a folder or file
+        image_size=AtLeast(640, 1),  # 4.1; a multiple of the patch
+        prompt="imagenet",  # of class names: imagenet | simple | vild, a template with {}, or FILE.json
+        seed=0,
+    )
+    config = on_scenes(args) if args.data == "scenes" else on_sets(args)
+    config.seed = args.seed
+    args.check_read()
+    return config
+
+
+def without_steps(towers: dict[str, Any], image_size: int, prompt: Any, features: str) -> ConfigDict:
+    """Returns the run of a CLIP that is not trained."""
+    return common.run(
+        "clip_dense",
+        steps=0,
+        batch_size=8,
+        towers=towers,
+        # With proposals, dense features have no part in the scores.
+        dense=dict(features="value" if features == "proposals" else features, prompt=prompt),
+        optimizer=common.adamw(1e-3, warmup_steps=0, weight_decay=0.0),
+        data=dict(image_size=image_size, workers=0),
+        checkpoint=common.checkpoint(every=0),
+    )
+
+
+def tested(config: ConfigDict, name: str, source: dict[str, Any], features: str, proposals: str) -> None:
+    """Adds the evaluation on a source, by dense features or by the masks of the run `proposals`."""
+    if features == "proposals":
+        # Crops have the size that the tower knows.
+        config.data.image_size = config.towers.image_size
+        rules = dict(ensemble=0.0, fill="mean", batch_size=8)
+        config.final_evals[name] = dict(type="transfer", source=source, proposals=proposals, **rules)
+    else:
+        config.final_evals[name] = common.segmentation(source, 8)
+
+
+def on_scenes(args: Args) -> ConfigDict:
+    """Returns a small CLIP with a ViT, learned from single things as that of configs/pomp.py, on whole scenes."""
+    clip = pomp.small_clip(args.seed)
+    vit = dict(patch=8, width=64, depth=2, heads=2, mlp_dim=128, grid=(4, 4), embed_dim=64, head_bias=False)
+    clip.towers.image = dict(name="vit", pre_norm=True, **vit)
+    clip.steps, clip.batch_size = 400, 128
+    towers = dict(clip.towers.to_dict(), init="stage:clip", tokenizer="stage:clip")
+    config = without_steps(towers, 64, "a photo of a {}", args.features)
+    stages, proposals = dict(clip=clip), ""
+    if args.features == "proposals":
+        proposals = args.proposals or "stage:proposals"
+        if not args.proposals:
+            stages["proposals"] = pomp.proposals(args.seed)
+    config.stages = common.train_stages(**stages)
+    config.data.train = [common.scenes("train", 8)]  # not read but for its classes
+    tested(config, "test", common.scenes("test", 500), args.features, proposals)
+    return config
+
+
+def on_sets(args: Args) -> ConfigDict:
+    """Returns published towers on the sets of figure 5, or others."""
+    if not args.eval_sets:
+        raise UserError("data=sets needs eval_sets=DIR, the folder of the sets")
+    proposals = args.proposals if args.features == "proposals" else ""
+    if args.features == "proposals" and not proposals:
+        raise UserError("features=proposals needs proposals=WORKDIR, a run of configs/openseg.py")
+    towers = pomp.published_towers(args)
+    size = towers["image_size"] if proposals else args.image_size
+    config = without_steps(towers, size, args.prompt, args.features)
+    form = (
+        dict(name="prepared", split="val")
+        if args.sets_are == "prepared"
+        else dict(name="folder", kind="semantic")
+    )
+    sources = {name: dict(form, data_dir=f"{args.eval_sets}/{name}") for name in args.sets.split(";")}
+    config.data.train = [next(iter(sources.values()))]  # not read but for its classes
+    for name, source in sources.items():
+        tested(config, name, source, args.features, proposals)
+    return config

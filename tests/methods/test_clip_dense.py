@@ -1,0 +1,147 @@
+"""Dense CLIP against the last block in NumPy's float64; its configs on `scenes`, on sets, and with proposals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from ovseg_jax.configs import clip_dense
+from ovseg_jax.errors import UserError
+from ovseg_jax.experiment.keys import check_config
+from ovseg_jax.experiment.run import train
+from ovseg_jax.methods import build
+from ovseg_jax.towers.clip import SPACE
+from ovseg_jax.vocab.classes import ClassList
+from ovseg_jax.vocab.words import WordList
+from tests.methods import torch_clip
+
+WORDS = WordList("cat kitten dog sky emu sea".split())
+CLASSES = ClassList((("cat",), ("sky",)), (0, 1), (True, False))
+
+
+def config(features, image=None):
+    found = torch_clip.config("clip_dense", {})
+    found.update(dict(steps=0, dense=dict(features=features, prompt="{}")))
+    found.towers.image = image or dict(
+        name="vit",
+        patch=4,
+        width=8,
+        depth=2,
+        heads=2,
+        mlp_dim=12,
+        grid=(2, 2),
+        embed_dim=torch_clip.D,
+        pre_norm=True,
+    )
+    return found
+
+
+def drawn(method):
+    """Random weights, with the positions and norms away from their start."""
+    rng = np.random.default_rng(0)
+    variables = {"params": {}, "towers": method.init(jax.random.key(0))["towers"]}
+    return jax.tree.map(lambda x: x + jnp.asarray(rng.normal(0, 0.3, np.shape(x)), jnp.float32), variables)
+
+
+def norm(x, p, epsilon=1e-6):
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon)
+    return x * np.float64(p["scale"]) + np.float64(p["bias"])
+
+
+def dense(x, p):
+    return x @ np.float64(p["kernel"]) + np.float64(p.get("bias", 0))
+
+
+def gelu(x):
+    from scipy.special import erf
+
+    return x * (1 + erf(x / np.sqrt(2))) / 2
+
+
+def test_features_of_patches_are_those_of_the_last_block():
+    methods = {kind: build(config(kind), WORDS, CLASSES) for kind in ("value", "activation")}
+    variables = drawn(methods["value"])
+    image = np.random.default_rng(1).integers(0, 256, (2, 12, 12, 3)).astype(np.uint8)
+    clip, weights = methods["value"].clip, variables["towers"]["image"]
+    params = weights["params"]
+    x = (image / 255 - np.array(clip._pixels()[0])) / np.array(clip._pixels()[1])
+    out = clip.image.clone(taps=(0,)).apply(weights, jnp.asarray(x, jnp.float32))
+    size = jnp.array([[12, 12]] * 2)
+    got = {
+        kind: np.asarray(method.predict(variables, jnp.asarray(image), size).pixels[SPACE])
+        for kind, method in methods.items()
+    }
+    np.testing.assert_allclose(got["activation"], dense(np.float64(out.tokens), params["head"]), atol=1e-4)
+    tokens, block = np.float64(out.taps[0]), params["Transformer"]["encoderblock_1"]
+    attention = block["MultiHeadDotProductAttention_0"]
+    y = norm(tokens, block["LayerNorm_0"])
+    value = (
+        np.einsum("bhwd,dnk->bhwnk", y, np.float64(attention["value"]["kernel"])) + attention["value"]["bias"]
+    )
+    mixed = (
+        np.einsum("bhwnk,nkd->bhwd", value, np.float64(attention["out"]["kernel"])) + attention["out"]["bias"]
+    )
+    y = tokens + mixed
+    mlp, z = block["MlpBlock_0"], norm(y, block["LayerNorm_1"])
+    y = y + dense(gelu(dense(z, mlp["Dense_0"])), mlp["Dense_1"])
+    want = dense(norm(y, params["Transformer"]["encoder_norm"]), params["head"])
+    assert got["value"].shape == (2, 3, 3, torch_clip.D)
+    np.testing.assert_allclose(got["value"], want, atol=1e-4)
+    assert np.abs(got["value"] - got["activation"]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (config("values"), "dense.features='values' is not one of value, activation"),
+        (
+            config("value", dict(name="small", width=16, levels=2, embed_dim=torch_clip.D)),
+            "name='small' has no features",
+        ),
+        (
+            ConfigDict({**config("value").to_dict(), "steps": 3}),
+            "steps=3: the method clip_dense is not trained",
+        ),
+    ],
+)
+def test_a_wrong_config_is_a_sentence(found, message):
+    with pytest.raises(UserError, match=message):
+        build(found, WORDS, CLASSES)
+
+
+def test_a_run_without_steps_is_scored(tmp_path, features="activation"):
+    found = clip_dense.get_config(f"features={features}")
+    check_config(found)
+    for stage in found.stages:
+        stage["config"].update(dict(steps=1, batch_size=8))
+        stage["config"].data.train[0].update(dict(cache=False))
+    if features == "proposals":
+        teacher = found.stages[1]["config"]
+        teacher.model.update(dict(width=16, embed_dim=16, num_queries=4, decoder_layers=1, position_grid=4))
+        teacher.model.backbone.width, teacher.loss.group, teacher.data.image_size = 16, 8, 32
+        teacher.data.train[0].update(dict(num_examples=8, image_size=32))
+    found.final_evals.test.update(dict(batch_size=4))
+    found.final_evals.test.source.update(dict(num_examples=4))
+    summary = train(found, tmp_path)
+    assert summary["steps"] == 0 and 0 <= summary["test/miou"] <= 100
+    assert ("test/recall@0.5" in summary) == (features == "proposals")
+
+
+def test_the_sets_of_figure_5():
+    out = clip_dense.get_config("data=sets,eval_sets=s,features=activation,sets_are=prepared")
+    check_config(out)
+    assert set(out.final_evals) == {*("A-847", "PC-459", "A-150", "PC-59")}
+    assert (out.data.image_size, out.dense.features, out.steps) == (640, "activation", 0)
+    with_masks = clip_dense.get_config("data=sets,eval_sets=s,features=proposals,proposals=runs/o,sets=PC-59")
+    check_config(with_masks)
+    (evaluation,) = with_masks.final_evals.values()
+    assert (evaluation.type, evaluation.proposals, evaluation.ensemble) == ("transfer", "runs/o", 0.0)
+    for arg, message in (
+        ("data=sets", "data=sets needs eval_sets"),
+        ("data=sets,eval_sets=s,features=proposals", "features=proposals needs proposals"),
+        ("data=sets,eval_sets=s,proposals=x", "proposals=x has no effect"),
+        ("eval_sets=s", "eval_sets=s has no effect with data=scenes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            clip_dense.get_config(arg)
