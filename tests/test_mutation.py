@@ -42,6 +42,7 @@ from ovseg_jax.data.sources.prepared import Prepared
 from ovseg_jax.data.sources.pseudo_masks import PseudoMasks, Shard, Statistics, shard_name, write_shard
 from ovseg_jax.datasets.ade20k import Ade20k150, Ade20kFull
 from ovseg_jax.datasets.coco import CocoPanoptic, CocoStuff
+from ovseg_jax.datasets.coop import CoopSplit
 from ovseg_jax.datasets.imagenet import ImageNet21k, ImageNetS
 from ovseg_jax.datasets.lvis import Lvis
 from ovseg_jax.datasets.members import Members
@@ -79,6 +80,7 @@ from tests.datasets.packing import read_all, unpacked
 from tests.datasets.test_ade20k import BENCH, FULL
 from tests.datasets.test_captions import COCO, RETRIEVAL
 from tests.datasets.test_coco_sets import PANOPTIC, STUFF
+from tests.datasets.test_coop_splits import PETS
 from tests.datasets.test_imagenet import FILES as IMAGENET_S
 from tests.datasets.test_imagenet import PROCESSED
 from tests.datasets.test_instances import LVIS as LVIS_FILES
@@ -763,6 +765,7 @@ READERS: dict[str, Reader] = {
     "PNG of panoptic segments": download(
         PANOPTIC, "annotations/panoptic_train2017/000000000009.png", CocoPanoptic
     ),
+    "CoOp's split": download(PETS, "split_zhou_OxfordPets.json", CoopSplit),
     "map of COCO-Stuff": download(STUFF, "stuffthingmaps/train2017/000000000009.png", CocoStuff),
     "map of SBD": download(VOC, "benchmark_RELEASE/dataset/cls/2008_000002.mat", Voc2012, "trainaug"),
     "list of SBD": download(VOC, "benchmark_RELEASE/dataset/train.txt", Voc2012, "trainaug"),

@@ -9,6 +9,7 @@ DATASETS: dict[str, str] = {
     "coco_panoptic": "ovseg_jax.datasets.coco:CocoPanoptic",
     "coco_stuff": "ovseg_jax.datasets.coco:CocoStuff",
     "coco_retrieval": "ovseg_jax.datasets.retrieval:CocoRetrieval",
+    "coop": "ovseg_jax.datasets.coop:CoopSplit",
     "flickr30k_retrieval": "ovseg_jax.datasets.retrieval:Flickr30kRetrieval",
     "imagenet21k": "ovseg_jax.datasets.imagenet:ImageNet21k",
     "imagenet_s": "ovseg_jax.datasets.imagenet:ImageNetS",

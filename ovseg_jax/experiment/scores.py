@@ -9,6 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ovseg_jax.cli.outputs import Journal, check_out_file, run_stamp
+from ovseg_jax.data.prepared_files import MANIFEST, read_manifest
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.registry import make_evaluators
 from ovseg_jax.experiment.load import load_run
@@ -233,6 +234,10 @@ def source_of(name: str, entry: Mapping[str, Any], data_dir: epath.Path) -> dict
     folder = data_dir / name
     if not folder.is_dir():
         return None
+    if (folder / MANIFEST).exists():
+        held = read_manifest(folder)["splits"]
+        split = next((split for split in ("test", "val") if split in held), next(iter(held)))
+        return {"name": "prepared", "data_dir": str(folder), "split": split, **arguments}
     splits = [split for split in ("test", "val") if (folder / split).is_dir()]
     names = [str(folder / file) for file in ("names.txt", "names.json") if (folder / file).exists()]
     found = {"split": splits[0] if splits else "", "names": names[0] if names else ""}

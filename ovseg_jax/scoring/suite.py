@@ -19,14 +19,16 @@ or a JSON file, {{"sets": {{NAME: {{...}}}}}}, where a set may have
   average    the average that it counts in
   prompts    {{NAME: template, list of templates, imagenet | simple | vild, or FILE.json}}
   tfds       name of a TFDS data set in DIR, in place of a folder
-  split, names, ...   arguments of its data source, image_folder or tfds
+  split, names, ...   arguments of its data source, image_folder, prepared or tfds
   limit      use only the first so many images
 The images of a set lie in DIR/NAME/CLASS, DIR/NAME/test/CLASS or DIR/NAME/val/CLASS; the optional DIR/NAME/names.txt
-(or names.json) gives the class name of each folder. A set without a folder is listed as missing, and each average
-states how many sets it covers. A set whose main metric is not accuracy has a second line with its accuracy, and an
-average of such sets is printed twice: of the main metric of each (POMP's table 11 names the mean over classes for
-caltech101, oxford_pets, flowers102 and fgvc_aircraft), and of the accuracy of all (which the authors' evaluation
-prints, and POMP's table 2 is made of). If the command was stopped, run it again with the same --out to continue.
+(or names.json) gives the class name of each folder. Or DIR/NAME was written by `python -m ovseg_jax.prepare`, such as
+`coop`, which reads CoOp's split files: its split test, or else val, is scored. A set without a folder is listed as
+missing, and each average states how many sets it covers. A set whose main metric is not accuracy has a second line with
+its accuracy, and an average of such sets is printed twice: of the main metric of each (POMP's table 11 names the mean
+over classes for caltech101, oxford_pets, flowers102 and fgvc_aircraft), and of the accuracy of all (which the authors'
+evaluation prints, and POMP's table 2 is made of). If the command was stopped, run it again with the same --out to
+continue.
 """
 
 

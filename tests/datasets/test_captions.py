@@ -74,7 +74,9 @@ def test_faults_of_narratives(tmp_path):
     ):
         LocalizedNarratives(tmp_path, images="ade20k")
     data = LocalizedNarratives(unpacked(tmp_path / "a", COCO))
-    with pytest.raises(UserError, match="COCO's part has no test split"):
+    with pytest.raises(
+        UserError, match="localized_narratives has no split 'test'; its splits are train, val"
+    ):
         list(data.entries("test"))
     with pytest.raises(
         UserError, match=r"holds no flickr30k_train_localized_narratives.jsonl, packed or unpacked"
@@ -129,13 +131,16 @@ LISTING = karpathy(
 RETRIEVAL = {
     "dataset_coco.json": LISTING,
     "dataset_flickr8k.json": b"{}",
-    "dataset_flickr30k.json": karpathy(("1000092795.jpg", "train", None), ("10002456.jpg", "val", None)),
+    "dataset_flickr30k.json": karpathy(
+        ("1000092795.jpg", "train", None), ("10002456.jpg", "val", None), ("36979.jpg", "test", None)
+    ),
     "val2014/COCO_val2014_000000000004.jpg": jpeg(2, 3),
     "val2014/COCO_val2014_000000000005.jpg": jpeg(2, 3, 1),
     "val2014/COCO_val2014_000000000006.jpg": jpeg(2, 3, 2),
     "train2014/COCO_train2014_000000000009.jpg": jpeg(2, 3, 3),
     "flickr30k-images/1000092795.jpg": jpeg(2, 3, 4),
     "flickr30k-images/10002456.jpg": jpeg(2, 3, 5),
+    "flickr30k-images/36979.jpg": jpeg(2, 3, 6),
 }
 RETRIEVAL_ARCHIVES = {
     "caption_datasets.zip": "dataset_",

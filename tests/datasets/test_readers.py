@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ovseg_jax import prepare as command
 from ovseg_jax.data.images import Encoded, read_image
 from ovseg_jax.data.source_base import FIELDS
 from ovseg_jax.data.sources.build import make_source
@@ -19,6 +20,7 @@ from tests.datasets import (
     test_ade20k,
     test_captions,
     test_coco_sets,
+    test_coop_splits,
     test_imagenet,
     test_instances,
     test_pascal_context,
@@ -33,6 +35,7 @@ FIXTURES: dict[str, tuple[Files, dict[str, str]]] = {
     "coco_panoptic": (test_coco_sets.PANOPTIC, {}),
     "coco_stuff": (test_coco_sets.STUFF, {}),
     "coco_retrieval": (test_captions.RETRIEVAL, {}),
+    "coop": (test_coop_splits.PETS, {}),
     "flickr30k_retrieval": (test_captions.RETRIEVAL, {}),
     "imagenet21k": (test_imagenet.PROCESSED, {}),
     "imagenet_s": (test_imagenet.FILES, {"size": "50"}),
@@ -72,8 +75,7 @@ def load(tmp_path: Path) -> Callable[[str], Dataset]:
 @pytest.mark.parametrize("name", FIXTURES)
 def test_prepare_accepts_the_examples(name, load):
     data, count = load(name), 0
-    splits = ("train", "val") if name == "localized_narratives" else data.splits  # COCO's has no test split
-    for split in splits:
+    for split in data.splits:
         for entry in data.entries(split):
             whole = complete(data, entry.key, data.example(split, entry))
             assert whole.keys() >= fields_of(data)
@@ -92,20 +94,21 @@ def test_a_changed_download_has_another_stamp(load):
     assert load.__wrapped__("lvis_v1").stamp()[""] == before[""] + 2
 
 
-@pytest.mark.parametrize("name", ["ade20k_150", "imagenet21k", "lvis_v1", "localized_narratives"])
+@pytest.mark.parametrize("name", FIXTURES)
 def test_a_prepared_download_is_read_back(name, load, tmp_path):
+    """By the command, as a user types it, over all splits; what is read back is what the reader says."""
     require("apache_beam")
     require("tensorflow_datasets")
-    from ovseg_jax.datasets.prepare import prepare
-
-    data = load(name)
-    prepare(data, tmp_path / "out", splits=("val",), workers=1)
-    back = make_source({"name": "prepared", "data_dir": str(tmp_path / "out"), "split": "val"})
-    entries = list(data.entries("val"))
-    assert len(back) == len(entries) and back.classes == data.classes
-    for k, entry in enumerate(entries):
-        found, whole = back[k], complete(data, entry.key, data.example("val", entry))
-        assert found["image_id"] == entry.key
-        np.testing.assert_array_equal(found["image"], read_image(Encoded("", whole["image"])))
-        for field in whole.keys() - {"image", "size"}:
-            np.testing.assert_array_equal(found[field], whole[field])
+    data, out, (_, options) = load(name), tmp_path / "out", FIXTURES[name]
+    chosen = [f"--option={key}={value}" for key, value in options.items()]
+    assert command.main([name, f"--source={data.source}", f"--out={out}", "--workers=1", *chosen]) == 0
+    for split in data.splits:
+        back = make_source({"name": "prepared", "data_dir": str(out), "split": split, "verify": True})
+        entries = list(data.entries(split))
+        assert len(back) == len(entries) and back.classes == data.classes and back.name == name
+        for k, entry in enumerate(entries):
+            found, whole = back[k], complete(data, entry.key, data.example(split, entry))
+            assert found["image_id"] == entry.key
+            np.testing.assert_array_equal(found["image"], read_image(Encoded("", whole["image"])))
+            for field in whole.keys() - {"image", "size"}:
+                np.testing.assert_array_equal(found[field], whole[field])
