@@ -28,10 +28,13 @@ EXTRAS = {
         "open_clip_torch>=3",
         "torchmetrics",
     ],
+    # A faster decoder of PNGs, for `score panoptic`.
+    "fast": ["kornia_rs>=0.2"],
     "spacy": ["spacy"],
     "nltk": ["nltk"],
     "test": [
         "beartype>=0.21",
+        "kornia_rs>=0.2",
         "mypy>=1.15",
         "pytest>=8",
         "pytest-xdist",

@@ -12,7 +12,7 @@ import re
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -284,11 +284,47 @@ def read_ids(path: File, what: str) -> UInt32[np.ndarray, "h w"]:
         file = _open(path, checksums=True)
         if file.format != "PNG" or _raw_mode(file) not in ("RGB", "RGBA", "P", "P;1", "P;2", "P;4"):
             raise ValueError(f"it is {file.format} of mode {_raw_mode(file)}, not a PNG of 8-bit colours")
+        found = _decode_ids(file)
+        if found is not None:
+            return found
         file.info.pop("transparency", None)  # colours count also where they are transparent
         image = file.convert("RGB") if file.mode == "P" else file
         # Pillow has four bytes a pixel in memory, too, so that these are copied at once.
         colours = np.asarray(image.convert("RGBA"))
         return colours.view("<u4")[..., 0] & np.uint32(0xFFFFFF)
+
+
+def _decode_ids(file: ImageFile.ImageFile) -> UInt32[np.ndarray, "h w"] | None:
+    """Decodes the ids of a PNG of mode RGB in about a fifth of Pillow's time.
+
+    Returns:
+      The ids; None without the extra "fast", for another form, and where it fails, for which Pillow has a reason.
+    """
+    decode = _fast_decoder()
+    one = _raw_mode(file) == "RGB" and getattr(file, "n_frames", 1) == 1
+    if decode is None or not one or not isinstance(file.fp, io.BytesIO):
+        return None
+    width, height = file.size
+    try:
+        colours = decode(file.fp.getvalue(), (height, width), "rgb")
+    except Exception:  # its errors have no class of their own
+        return None
+    # Four bytes from every third on: a pixel, and the first byte of the next one, which is cut off.
+    flat = np.ascontiguousarray(colours).reshape(-1)
+    found = np.empty(height * width, np.uint32)
+    np.bitwise_and(np.ndarray(len(found) - 1, "<u4", flat.data, 0, (3,)), 0xFFFFFF, out=found[:-1])
+    found[-1] = int.from_bytes(flat[-3:].tobytes(), "little")
+    return found.reshape(height, width)
+
+
+@functools.cache
+def _fast_decoder() -> Callable[..., np.ndarray] | None:
+    """Returns the PNG decoder of the extra "fast", or None."""
+    try:
+        from kornia_rs.io import decode_image_png_u8
+    except ImportError:
+        return None
+    return decode_image_png_u8
 
 
 def read_colours(path: File, what: str) -> UInt8[np.ndarray, "h w 3"]:

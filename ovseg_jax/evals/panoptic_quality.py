@@ -79,12 +79,15 @@ def overlaps(predicted: Integer[np.ndarray, "h w"], true: Integer[np.ndarray, "h
     predicted, true = predicted.ravel(), true.ravel()
     if not predicted.size:
         return Overlaps(*(np.zeros(0, np.int64) for _ in range(3)))
-    change = (predicted[1:] != predicted[:-1]) | (true[1:] != true[:-1])
-    start = np.concatenate([[0], np.flatnonzero(change) + 1])
-    length = np.diff(start, append=predicted.size)
-    pair = predicted[start].astype(np.uint64) << np.uint64(32) | true[start].astype(np.uint64)
-    pair, place = np.unique(pair, return_inverse=True)
-    pixels = np.bincount(place, length).astype(np.int64)
+    change = predicted[1:] != predicted[:-1]
+    change |= true[1:] != true[:-1]
+    last = np.append(np.flatnonzero(change), predicted.size - 1)
+    pair = predicted[last].astype(np.uint64) << np.uint64(32) | true[last].astype(np.uint64)
+    order = np.argsort(pair)
+    pair = pair[order]
+    first = np.flatnonzero(np.append(True, pair[1:] != pair[:-1]))
+    pixels = np.add.reduceat(np.diff(last, prepend=-1)[order], first)
+    pair = pair[first]
     return Overlaps(
         (pair >> np.uint64(32)).astype(np.int64), (pair & np.uint64(2**32 - 1)).astype(np.int64), pixels
     )

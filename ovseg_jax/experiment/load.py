@@ -13,7 +13,7 @@ from ovseg_jax.files import read_recorded
 from ovseg_jax.parallel.sharding import DEFAULT_RULES
 from ovseg_jax.protocols import Variables
 from ovseg_jax.reading import reading
-from ovseg_jax.train.checkpoints import load_variables, read_run
+from ovseg_jax.train.checkpoints import CONFIG_FILE, load_variables, read_run
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 
@@ -68,7 +68,8 @@ def load_run(
     """
     workdir = epath.Path(workdir)
     config = read_run(workdir)
-    method, words, classes = read_method(config, workdir)
+    with reading(workdir / CONFIG_FILE, "the model of"):  # A value in it may have another type.
+        method, words, classes = read_method(config, workdir)
     if kind is not None and not isinstance(method, kind):
         raise UserError(f"{key}={workdir} was trained with method={config.method}, which {lacking}")
     rules = config.get("sharding", DEFAULT_RULES) if rules is None else rules

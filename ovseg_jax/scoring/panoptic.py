@@ -203,7 +203,7 @@ def _image(pair: _Pair, *, pred_masks: str, gt_masks: str, classes: int, rule: R
         ("the PNG has the segment {} that the JSON lacks", unlisted),
         (
             "the JSON has the segment {} that the PNG lacks",
-            np.setdiff1d(pair.predicted.ids, shared.predicted),
+            np.array(sorted({*pair.predicted.ids.tolist()} - {*shared.predicted.tolist()})),
         ),
     ):
         if wrong.size:
@@ -237,10 +237,10 @@ def _numbers(ids: np.ndarray, listed: np.ndarray) -> tuple[np.ndarray, int, np.n
     Returns:
       The numbers, the first number of what the list lacks, and its ids.
     """
-    unlisted = np.setdiff1d(ids, np.append(listed, 0))
-    known = np.concatenate([[0], listed, unlisted])
-    order = np.argsort(known)
-    return order[np.searchsorted(known[order], ids)], len(listed) + 1, unlisted
+    number = {0: 0, **{key: k for k, key in enumerate(listed.tolist(), 1)}}
+    first, unlisted = len(listed) + 1, sorted({*ids.tolist()} - number.keys())
+    number |= {key: first + k for k, key in enumerate(unlisted)}
+    return np.array([number[key] for key in ids.tolist()], np.int64), first, np.array(unlisted, np.int64)
 
 
 def read_panoptic(path: str, classes: ClassList | None = None) -> tuple[ClassList, dict[str, Annotation]]:

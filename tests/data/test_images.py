@@ -1,5 +1,6 @@
 """Images and masks: stored values of labels, orientations, checksums, and one rule by which files are listed."""
 
+import io
 import os
 import struct
 import zlib
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ovseg_jax.data import images
 from ovseg_jax.data.images import (
     Encoded,
     list_images,
@@ -22,6 +24,7 @@ from ovseg_jax.data.images import (
 from ovseg_jax.data.sources.folder import Folder
 from ovseg_jax.data.sources.image_folder import ImageFolder
 from ovseg_jax.errors import UserError
+from tests.extras import require
 
 both_readers = pytest.mark.parametrize("read", [read_mask, read_wide_mask])
 
@@ -152,7 +155,22 @@ def test_what_is_no_mask(tmp_path):
     wrong("b.png", grey.convert("LA"), "mode LA")
 
 
-def test_ids_of_a_panoptic_png(tmp_path):
+def test_the_fast_decoder_reads_the_same_ids(tmp_path):
+    require("kornia_rs")
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (9, 11, 3), dtype=np.uint8)
+    for k, pixels in enumerate((blocks, blocks.repeat(8, 0).repeat(9, 1), blocks[:1, :1])):
+        Image.fromarray(pixels).save(tmp_path / f"{k}.png")
+        found = images._decode_ids(Image.open(io.BytesIO((tmp_path / f"{k}.png").read_bytes())))
+        np.testing.assert_array_equal(found, pixels.astype(np.uint32) @ np.array([1, 256, 65536], np.uint32))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_ids_of_a_panoptic_png(tmp_path, monkeypatch, fast):
+    if fast:
+        require("kornia_rs")
+    else:
+        monkeypatch.setattr(images, "_fast_decoder", lambda: None)
     ids = np.random.default_rng(0).integers(0, 1 << 24, (5, 7))
     colours = np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)
     clear = np.concatenate([colours, np.zeros((5, 7, 1), np.uint8)], -1)

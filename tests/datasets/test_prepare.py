@@ -255,6 +255,30 @@ def test_runners_and_numbers_of_workers_write_the_same_bytes(tmp_path, source, o
     assert content(tmp_path / "a") == content(tmp_path / "b")
 
 
+def test_a_job_server_runs_it(tmp_path, source):
+    """As Flink and Spark do, whose runners speak the protocol of this server."""
+    server = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "apache_beam.runners.portability.local_job_service_main"),
+            *("-p", "0", "--port_file", tmp_path / "port"),
+        ],
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while not (tmp_path / "port").exists() or not (tmp_path / "port").read_text():
+            assert server.poll() is None
+            time.sleep(0.1)
+        port = (tmp_path / "port").read_text().strip()
+        given = [TOY, f"--source={source}", "--shard_examples=4", "--split=train"]
+        own = [f"--beam=--job_endpoint=localhost:{port}", "--beam=--environment_type=LOOPBACK"]
+        assert command.main([*given, f"--out={tmp_path / 'a'}", "--runner=PortableRunner", *own]) == 0
+    finally:
+        server.terminate()
+        server.wait()
+    assert command.main([*given, f"--out={tmp_path / 'b'}", "--workers=1"]) == 0
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
 def test_a_damaged_file_of_an_unfinished_run_is_written_again_or_named(tmp_path, source):
     (source / "broken").touch()
     with pytest.raises(UserError, match="is broken"):

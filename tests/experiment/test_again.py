@@ -116,6 +116,19 @@ def test_a_class_in_front_of_the_list_of_a_data_set_with_masks(tmp_path):
     assert read_classes(run).ids == (1, 2)
 
 
+@pytest.mark.parametrize("key, value", [("dtype", "nan"), ("image_size", "x")])
+def test_a_config_with_a_value_of_another_type(finished, tmp_path, key, value):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0] / "run", run)
+    (run / "checksums.json").unlink()
+    content = json.loads((run / "config.json").read_text())
+    content["towers"][key] = value
+    (run / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"the model of .*/config\.json cannot be read: ") as error:
+        load_run(run)
+    assert "\n" not in str(error.value)
+
+
 def test_features_of_other_images_are_computed_again(again, caplog):
     folder, config = again
     config.steps = 3
