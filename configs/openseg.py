@@ -55,6 +55,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         labels="",  # a label file with more names for the classes, or coco_panoptic of the package
         size=("", "tiny"),  # tiny: a small network and few steps, for any data
         narratives="",  # a folder of images and captions (README: train on your own data; or a prepared one) mixed in
+        tars="",  # not data=scenes: folders A;B of tars of images and captions, as img2dataset writes CC3M; mixed in
         images=AtLeast(10_000, 1),  # data=scenes: number of training images with masks
         captioned=0,  # data=scenes: number of further ones with captions alone, mixed in by half
         # true: those of narratives or captioned get pseudo-masks first, of a teacher trained on the others (3.3); or
@@ -411,6 +412,8 @@ def sources(args: Args) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     if args.narratives:
         form = "prepared" if args.data == "prepared" else "folder"
         more.append(dict(name=form, data_dir=args.narratives))
+    if args.tars:
+        more += [dict(name="webdataset", data_dir=place) for place in args.tars.split(";")]
     return [*train, *more], validation
 
 

@@ -428,6 +428,15 @@ def test_the_labels_with_background_are_those_without():
     assert both.isthing == (False, *alone.isthing)
 
 
+def test_tars_are_mixed_in():
+    train = load("openseg", "data=coco,data_dir=x,tars=/cc3m;/sbu").data.train
+    assert [dict(part) for part in train[1:]] == [
+        dict(name="webdataset", data_dir=f"/{k}") for k in ("cc3m", "sbu")
+    ]
+    with pytest.raises(UserError, match="tars=/cc3m has no effect with data=scenes"):
+        load("openseg", "tars=/cc3m")
+
+
 def test_negatives_of_the_papers_recipe_differ_between_devices():
     assert load("pomp", "data=folder,data_dir=x").loss.per_device
     assert not load("pomp", "data=folder,data_dir=x,per_device=False").loss.per_device

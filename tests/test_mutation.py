@@ -40,6 +40,7 @@ from ovseg_jax.data.sources.folder import Folder
 from ovseg_jax.data.sources.image_folder import ImageFolder, read_names
 from ovseg_jax.data.sources.prepared import Prepared
 from ovseg_jax.data.sources.pseudo_masks import PseudoMasks, Shard, Statistics, shard_name, write_shard
+from ovseg_jax.data.sources.webdataset import WebDataset
 from ovseg_jax.datasets.ade20k import Ade20k150, Ade20kFull
 from ovseg_jax.datasets.coco import CocoPanoptic, CocoStuff
 from ovseg_jax.datasets.coop import CoopSplit
@@ -76,7 +77,7 @@ from ovseg_jax.vocab.splits import load_split, read_categories
 from ovseg_jax.vocab.tokenizers import load_tokenizer
 from ovseg_jax.vocab.vectors import ClassVectors
 from ovseg_jax.vocab.words import WordList
-from tests.datasets.packing import read_all, unpacked
+from tests.datasets.packing import jpeg, read_all, tarred, unpacked
 from tests.datasets.test_ade20k import BENCH, FULL
 from tests.datasets.test_captions import COCO, RETRIEVAL
 from tests.datasets.test_coco_sets import PANOPTIC, STUFF
@@ -369,6 +370,32 @@ def download(files: dict[str, bytes], name: str, kind: Any, split: str = "train"
         return unpacked(folder, files) / name
 
     return Reader(write, lambda path: read_all(kind(root_of(path, name)), split), 0.5)
+
+
+def tars(folder: Path) -> Path:
+    files = {
+        f"{k}{suffix}": data for k in (1, 2) for suffix, data in ((".jpg", jpeg(5, 6)), (".txt", b"a dog"))
+    }
+    (folder / "0.tar").write_bytes(tarred(files))
+    return folder / "0.tar"
+
+
+def with_captions(folder: Path, told: bytes) -> Path:
+    (folder / "0.tar").write_bytes(tarred({"1.json": told, "1.jpg": jpeg(2, 3)}))
+    return folder / "0.tar"
+
+
+def index_of_tars(folder: Path) -> Path:
+    tars(folder)
+    WebDataset(folder, index=folder / "i.npz")
+    return folder / "i.npz"
+
+
+def all_captions(folder: Path, **arguments: Any) -> None:
+    source = WebDataset(folder, **arguments)
+    for index in range(len(source)):
+        dict(source[index])
+    list(source.captions())
 
 
 def all_members(path: Path) -> None:
@@ -773,6 +800,12 @@ READERS: dict[str, Reader] = {
     "manifest of a prepared set": prepared(prepared_files.MANIFEST),
     "classes of a prepared set": prepared(prepared_files.CLASSES),
     "index of a prepared set": prepared("index-val.npz"),
+    "tar of images and captions": Reader(tars, lambda path: all_captions(path.parent)),
+    "caption in a tar": Reader(
+        lambda folder: with_captions(folder, b'{"caption": ["a dog", "x"], "url": null}'),
+        lambda path: all_captions(path.parent),
+    ),
+    "index of tars": Reader(index_of_tars, lambda path: all_captions(path.parent, index=path)),
     "zip": Reader(archive("a.zip"), all_members),
     "zip in a tar": Reader(archive("a.tar"), all_members),
     "zip in a tar.gz": Reader(archive("a.tar.gz"), all_members, 0.5),
@@ -877,6 +910,10 @@ OPENERS: dict[str, str] = {
     "data/sources/image_folder.py:read_names": "names of class folders",
     "data/sources/pseudo_masks.py:_read": "pseudo-masks",
     "data/sources/pseudo_masks.py:read_shard": "shard.json",
+    "data/sources/webdataset.py:_captions": "caption in a tar",
+    "data/sources/webdataset.py:_member": "tar of images and captions",
+    "data/sources/webdataset.py:_read_index": "index of tars",
+    "data/sources/webdataset.py:_tar_members": "tar of images and captions",
     "datasets/ade20k.py:full_ids": "none: a file of the package",
     "datasets/members.py:_add_archive": "zip in a tar",
     "datasets/members.py:_tar_entries": "zip in a tar",

@@ -25,6 +25,7 @@ SOURCES = {
     "image_folder": "ovseg_jax.data.sources.image_folder:ImageFolder",
     "tfds": "ovseg_jax.data.sources.tfds_images:TfdsImages",
     "prepared": "ovseg_jax.data.sources.prepared:Prepared",
+    "webdataset": "ovseg_jax.data.sources.webdataset:WebDataset",
     "crops": "ovseg_jax.data.sources.crops:Crops",
 }
 """The class of each kind of source, imported when it is used."""
