@@ -58,8 +58,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         tars="",  # not data=scenes: folders A;B of tars of images and captions, as img2dataset writes CC3M; mixed in
         images=AtLeast(10_000, 1),  # data=scenes: number of training images with masks
         captioned=0,  # data=scenes: number of further ones with captions alone, mixed in by half
-        # true: those of narratives or captioned get pseudo-masks first, of a teacher trained on the others (3.3); or
-        # WORKDIR of a finished teacher
+        # true: the images of narratives, tars or captioned get pseudo-masks first, of a teacher that is trained on the
+        # others (3.3); or WORKDIR of a finished teacher
         pseudo="",
         eval_sets="",  # a folder that holds the sets of Table 2 by name, to test on at the end
         sets=";".join(TABLE_2),  # which of them, or others that lie there
@@ -150,26 +150,31 @@ def taught(config: ConfigDict, args: Args) -> None:
 
 
 def pseudo_labelled(config: ConfigDict, args: Args) -> None:
-    """Adds the stages of 3.3: a teacher learns masks on the other sources, and labels the images of the last one.
+    """Adds the stages of 3.3: a teacher learns masks on the other sources, and labels the captioned images.
 
     With `pseudo=WORKDIR` the run in that folder is the teacher.
 
     Raises:
       UserError: there is no source of captions.
     """
-    if not (args.captioned if args.data == "scenes" else args.narratives):
+    own = base(args.changed(narratives="", tars="", captioned=0))
+    count = len(own.data.train)
+    captioned = config.data.train[count:]
+    if not captioned:
         key = "captioned" if args.data == "scenes" else "narratives"
         raise UserError(f"pseudo={args.pseudo} labels the images of {key}=, which is missing")
     stages, first = [], args.pseudo
     if first in ("true", "yes", "1", "on"):
-        own = teacher(base(args.changed(narratives="", captioned=0)))
+        own = teacher(own)
         own.evals, own.final_evals = {}, {}
         stages, first = common.train_stages(teacher=own), "stage:teacher"
-    captioned = config.data.train[-1]
-    source = {key: value for key, value in captioned.items() if key != "cache"}
-    labels = dict(teacher=first, source=source, batch_size=16)
-    config.stages = [*stages, dict(name="masks", kind="pseudo_label", config=labels)]
-    config.data.train = [*config.data.train[:-1], dict(captioned, masks="stage:masks")]
+    for k, source in enumerate(captioned):
+        name = f"masks{k or ''}"
+        labelled = {key: value for key, value in source.items() if key != "cache"}
+        labels = dict(teacher=first, source=labelled, batch_size=16)
+        stages.append(dict(name=name, kind="pseudo_label", config=labels))
+        config.data.train[count + k] = dict(source, masks=f"stage:{name}")
+    config.stages = stages
 
 
 def scenes(args: Args) -> ConfigDict:

@@ -518,6 +518,13 @@ def test_a_teacher_labels_what_has_captions_alone(arg, human, captioned, steps):
     assert "masks" not in alone.data.train[-1] and not alone.get("stages")
 
 
+def test_each_source_of_captions_gets_its_masks():
+    out = load("openseg", "data=coco,data_dir=x,narratives=y,tars=a;b,pseudo=runs/teacher")
+    places = {stage["name"]: stage["config"]["source"]["data_dir"] for stage in out.stages}
+    assert places == {"masks": "y", "masks1": "a", "masks2": "b"}
+    assert [source.get("masks") for source in out.data.train] == [None, *(f"stage:{name}" for name in places)]
+
+
 def test_captions_alone_train_the_masks_too():
     """Table 8, row 2: with nothing but the grounding loss."""
     assert load("openseg").model.detach_masks

@@ -122,14 +122,16 @@ class WebDataset(Source):
         """Returns the largest size, from the header of every image."""
         sizes = [(1, 1)]
         sizes += [read_header(self._image(row, self._image_id(k)))[0] for k, row in enumerate(self._rows)]
-        return Extent(*(max(column) for column in zip(*sizes, strict=True)), 0)
+        heights, widths = zip(*sizes, strict=True)
+        return Extent(max(heights), max(widths), 0)
 
     def _image_id(self, index: int) -> str:
         shard = self._shards[self._rows[index]["shard"]].name.removesuffix(".tar")
         return f"{shard}/{os.fsdecode(bytes(self._names[index]))}"
 
     def _image(self, row: np.void, name: str) -> Encoded:
-        return Encoded(f"of {name}", self._member(row, "image"))
+        folder = self._shards[row["shard"]].parent
+        return Encoded(f"{name} in the tars of {folder}", self._member(row, "image"))
 
     def _captions(self, row: np.void, name: str) -> list[str]:
         data = self._member(row, "text")
@@ -204,7 +206,8 @@ def _scan_tar(shard: int, path: epath.Path) -> tuple[np.ndarray, np.ndarray, Cou
 
 def _examples(path: epath.Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """Yields the name of each example of a tar, and the place and size of its members by their suffix."""
-    last, members = None, {}
+    last: str | None = None
+    members: dict[str, tuple[int, int]] = {}
     for member, at, size in _tar_members(path):
         folder, slash, base = member.rpartition("/")
         stem, point, suffix = base.partition(".")
