@@ -7,13 +7,14 @@ from runpy import run_path
 import pytest
 
 import ovseg_jax
-from ovseg_jax.configs import openseg, pomp, pomp_segments
+from ovseg_jax.configs import clip_dense, openseg, pomp, pomp_segments
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.keys import check_config, check_evaluation, known_keys
 from ovseg_jax.experiment.run import train
 
 PACKAGE = Path(ovseg_jax.__file__).parent
 FOLDER = "data=folder,data_dir=x"
+FOLDERS = dict(name="folder", data_dir="x")
 SHIPPED = [
     *(
         (openseg, arg)
@@ -30,6 +31,11 @@ SHIPPED = [
     *(
         (pomp_segments, arg)
         for arg in (None, "run=r", "data=masks,data_dir=x", "data=coco,data_dir=x,proposals=y")
+    ),
+    *((openseg, arg) for arg in ("stage=teacher", "captioned=9,pseudo=true", "mask_weight=0")),
+    *(
+        (clip_dense, arg)
+        for arg in (None, "features=activation", "features=proposals", "data=sets,eval_sets=x")
     ),
 ]
 
@@ -78,10 +84,10 @@ def test_stages_are_checked_before_the_first_runs():
     ("labels", "message"),
     [
         (
-            dict(teacher="stage:teacher", data_dir="x", treshold=0.6),
-            r"'stages.masks.treshold' .did you mean 'threshold'.*batch_size, data_dir, max_overlap, min_area, teacher",
+            dict(teacher="stage:teacher", source=FOLDERS, treshold=0.6),
+            r"'stages.masks.treshold' .did you mean 'threshold'.*batch_size, .*, source, teacher",
         ),
-        (dict(data_dir="x"), r"stages.masks of kind 'pseudo_label' needs teacher="),
+        (dict(source=FOLDERS), r"stages.masks of kind 'pseudo_label' needs teacher="),
     ],
 )
 def test_stages_of_other_kinds_are_checked_before_the_first_runs(labels, message, tmp_path):
@@ -97,7 +103,7 @@ def test_stages_of_other_kinds_are_checked_before_the_first_runs(labels, message
     outer.stages = [dict(name="all", kind="train", config=config)]
     with pytest.raises(UserError, match=r"stages\.all\.stages\.masks"):
         check_config(outer)
-    config.stages[1]["config"] = dict(teacher="stage:teacher", data_dir="x", threshold=0.6)
+    config.stages[1]["config"] = dict(teacher="stage:teacher", source=FOLDERS, threshold=0.6)
     check_config(config)
 
 
