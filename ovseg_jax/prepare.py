@@ -86,4 +86,4 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    start(main)
+    start(main, compiles=False)

@@ -13,3 +13,15 @@ def test_the_segmenter_brings_nothing_that_it_may_not_need():
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_list_of_data_sets_needs_no_jax():
+    code = """
+import contextlib, runpy, sys
+sys.argv = ["prepare", "--list"]
+with contextlib.suppress(SystemExit):
+    runpy.run_module("ovseg_jax.prepare", run_name="__main__")
+assert not {"jax", "flax", "apache_beam", "tensorflow"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "ade20k_150" in done.stdout
