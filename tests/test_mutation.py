@@ -629,7 +629,7 @@ READERS: dict[str, Reader] = {
             ("a.ppm", "RGB", {}),
             ("a.jp2", "RGB", {}),
             ("a.tga", "RGB", {}),
-            ("a.ico", "RGB", {}),
+            ("a.ico", "RGB", {"sizes": [(8, 8)]}),
             ("a.pcx", "RGB", {}),
             ("a.dds", "RGB", {}),
             ("a.sgi", "RGB", {}),
