@@ -164,7 +164,7 @@ def pseudo_labelled(config: ConfigDict, args: Args) -> None:
         key = "captioned" if args.data == "scenes" else "narratives"
         raise UserError(f"pseudo={args.pseudo} labels the images of {key}=, which is missing")
     stages, first = [], args.pseudo
-    if first in ("true", "yes", "1", "on"):
+    if first == "true":
         own = teacher(own)
         own.evals, own.final_evals = {}, {}
         stages, first = common.train_stages(teacher=own), "stage:teacher"

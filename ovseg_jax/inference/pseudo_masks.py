@@ -59,7 +59,7 @@ class Labelled(NamedTuple):
       written: the number of images that got masks.
       there: the number of those that had some.
       skipped: the number of images that could not be read.
-      statistics: of the written ones.
+      statistics: of the written ones; in `label_source` of all.
     """
 
     written: int
@@ -70,7 +70,7 @@ class Labelled(NamedTuple):
 
 def choose(
     logits: Float[Array, "n h w"], cells: Int32[Array, " 2"], rules: Rules
-) -> tuple[Int32[Array, " n"], Float[Array, " n"], Float[Array, " n"]]:
+) -> tuple[Int32[Array, " n"], Float[Array, " n"]]:
     """Applies the rules to the proposals of one image, the most confident first (mask NMS).
 
     Args:
@@ -79,28 +79,25 @@ def choose(
       rules: the rules.
 
     Returns:
-      (outcome, KEPT or why not; confidence; area as a share of the image).
+      (outcome, KEPT or why not; confidence).
     """
     inside = (jnp.arange(logits.shape[1]) < cells[0])[:, None] & (jnp.arange(logits.shape[2]) < cells[1])
     probability = jax.nn.sigmoid(logits.astype(jnp.float32))
     binary = ((probability > rules.threshold) & inside).reshape(len(logits), -1).astype(jnp.float32)
     area = binary.sum(1)
     confidence = (probability.reshape(binary.shape) * binary).sum(1) / jnp.maximum(area, 1)
-    overlap = binary @ binary.T
-    iou = overlap / jnp.maximum(area[:, None] + area - overlap, 1)
-    share = area / inside.sum()
     outcome = jnp.where(confidence < rules.min_confidence, UNSURE, KEPT)
-    outcome = jnp.where((area < 1) | (share < rules.min_area), SMALL, outcome)
+    outcome = jnp.where((area < 1) | (area < rules.min_area * inside.sum()), SMALL, outcome)
+    order = jnp.argsort(-confidence, stable=True)
+    overlap = (binary @ binary.T)[order][:, order]
+    iou = overlap / jnp.maximum(area[order, None] + area[order] - overlap, 1)
 
     def judge(outcome: Int32[Array, " n"], i: Array) -> tuple[Int32[Array, " n"], None]:
-        doubles = (iou[i] > rules.max_overlap) & (jnp.arange(len(logits)) != i) & (outcome == KEPT)
-        weaker = (confidence < confidence[i]) | (
-            (confidence == confidence[i]) & (jnp.arange(len(logits)) > i)
-        )
-        return jnp.where((outcome[i] == KEPT) & doubles & weaker, DOUBLE, outcome), None
+        doubles = (iou[i] > rules.max_overlap) & (jnp.arange(len(logits)) > i) & (outcome == KEPT)
+        return jnp.where((outcome[i] == KEPT) & doubles, DOUBLE, outcome), None
 
-    outcome, _ = jax.lax.scan(judge, outcome, jnp.argsort(-confidence, stable=True))
-    return outcome, confidence, share
+    judged, _ = jax.lax.scan(judge, outcome[order], jnp.arange(len(logits)))
+    return outcome.at[order].set(judged), confidence
 
 
 @functools.partial(jax.jit, static_argnames="rules")
@@ -126,10 +123,9 @@ def label_images(segmenter: Segmenter, images: Iterable[Any], rules: Rules) -> I
     Raises:
       UserError: the teacher is a per-pixel model without proposals.
     """
-    batches = segmenter.stream_batches(images)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         waiting: deque[Iterator[Image]] = deque()
-        for batch in batches:
+        for batch in segmenter.stream_batches(images):
             work = [*_chosen(batch, segmenter.canvas, rules)]
             waiting.append(pool.map(_paint, *zip(*work, strict=True)))
             if len(waiting) > 1:
@@ -150,7 +146,7 @@ def _chosen(batch: Batch, canvas: int, rules: Rules) -> Iterator[tuple[Any, ...]
     cells[: len(batch.fitted)] = -(-np.array(batch.fitted) // stride)
     logits, judged = jax.device_get((logits, _choose_all(logits, cells, rules)))
     for i, (size, fitted) in enumerate(zip(batch.sizes, batch.fitted, strict=True)):
-        outcome, confidence, _ = (x[i] for x in judged)
+        outcome, confidence = (x[i] for x in judged)
         kept = np.asarray(logits[i, outcome == KEPT, : cells[i, 0], : cells[i, 1]], np.float32)
         yield kept, confidence[outcome == KEPT], outcome, size, fitted, stride, rules
 
@@ -257,7 +253,7 @@ def label_source(
       shard_size: number of images of a shard.
 
     Returns:
-      The counts over all processes; the statistics are those of all images, labelled now or before.
+      The counts over all processes.
 
     Raises:
       UserError: a rule is invalid, an existing shard was made by another request, or another process failed.

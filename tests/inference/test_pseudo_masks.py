@@ -12,7 +12,7 @@ from fake_method import CLASSES, ColourMethod, blocks, config
 from PIL import Image
 
 from ovseg_jax import pseudo_label
-from ovseg_jax.data.source_base import Example, Source
+from ovseg_jax.data.source_base import Example, Source, replaced
 from ovseg_jax.data.sources import build
 from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.data.sources.pseudo_masks import (
@@ -184,7 +184,7 @@ def test_the_rules_are_those_of_a_plain_loop():
         padded = np.pad(logits, ((0, 0), (0, 9 - height), (0, 9 - width)), constant_values=5).astype(
             np.float32
         )
-        outcome, confidence, _ = choose(jnp.asarray(padded), jnp.array([height, width]), rules)
+        outcome, confidence = choose(jnp.asarray(padded), jnp.array([height, width]), rules)
         expected, sure = reference(1 / (1 + np.exp(-logits.astype(np.float32))), rules)
         assert np.asarray(outcome).tolist() == expected.tolist()
         np.testing.assert_allclose(confidence, sure, atol=1e-6)
@@ -293,6 +293,16 @@ def test_masks_of_another_source_are_refused(stage, tmp_path, monkeypatch):
         make_source(dict(name="coloured", masks=str(tmp_path)))
     with pytest.raises(UserError, match="shard_size=0"):
         stage(tmp_path / "other", shard_size=0)
+
+
+def test_captions_alone_open_no_mask(stage, tmp_path, monkeypatch):
+    stage(tmp_path / "out")
+    source = make_source(dict(name="coloured", masks=str(tmp_path / "out")))
+    unread = lambda _: pytest.fail("a mask was read")
+    plain = Coloured.__getitem__
+    closed = lambda self, index: replaced(plain(self, index), segments=unread, class_ids=unread)
+    monkeypatch.setattr(Coloured, "__getitem__", closed)
+    assert source[1]["captions"] == ["a colour"] and source[1]["image"].shape == (24, 40, 3)
 
 
 def test_images_that_moved_are_labelled_anew(stage, tmp_path, monkeypatch):

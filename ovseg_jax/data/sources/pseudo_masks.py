@@ -5,11 +5,12 @@ segments from 1, 0 = void. `inference.pseudo_masks` writes them.
 """
 
 import dataclasses
+import functools
 import io
 import itertools
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -192,17 +193,17 @@ class PseudoMasks(Wrapped):
                 f"the pseudo-masks in {self._shards[0].parent} were made of other images: image {index} was "
                 f"{self._ids[index]!r} and is now {example['image_id']!r}; label them anew"
             )
-        if len(example.get("class_ids", ())):
-            return example
-        numbers = lambda e: np.full(int(e["segments"].max(initial=0)), -1, np.int32)
-        return replaced(
-            example,
-            segments=lambda e: self._read(index, e["image"].shape[:2]),
-            class_ids=numbers,
-            isthing=lambda e: np.ones(len(e["class_ids"]), bool),
-            iscrowd=lambda e: np.zeros(len(e["class_ids"]), bool),
-            boxes=lambda e: segment_boxes(e["segments"], len(e["class_ids"])),
-        )
+        # A function, so that captions alone never open a mask.
+        has_own = functools.cache(lambda: len(example.get("class_ids", ())) > 0)
+        made: dict[str, Callable[[Any], Any]] = {
+            "segments": lambda e: self._read(index, e["image"].shape[:2]),
+            "class_ids": lambda e: np.full(int(e["segments"].max(initial=0)), -1, np.int32),
+            "isthing": lambda e: np.ones(len(e["class_ids"]), bool),
+            "iscrowd": lambda e: np.zeros(len(e["class_ids"]), bool),
+            "boxes": lambda e: segment_boxes(e["segments"], len(e["class_ids"])),
+        }
+        either = lambda field: lambda e: example[field] if has_own() else made[field](e)
+        return replaced(example, **{field: either(field) for field in made})
 
     def extent(self) -> Extent:
         """Returns the extent, reading every mask."""
