@@ -17,7 +17,7 @@ import tarfile
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, TypeVar
 
 import numpy as np
@@ -223,10 +223,41 @@ def read_npz(path: epath.PathLike, what: str = "") -> dict[str, np.ndarray]:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        double = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {double!r} occurs twice in one object")
+        raise ValueError(f"the key {first_twice(key for key, _ in pairs)!r} occurs twice in one object")
     return found
+
+
+def tar_files(file: Any) -> Iterator[tarfile.TarInfo]:
+    """Yields the regular files of a tar that is not compressed, given as an open binary file.
+
+    Raises:
+      ValueError: it is damaged or cut off, or holds a sparse file.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        while entry := archive.next():
+            archive.members = []  # type: ignore[attr-defined]  # or it would keep all of them
+            if entry.isfile():
+                if entry.issparse():
+                    raise ValueError(f"its member {short(entry.name)} is a sparse file: unpack it")
+                if entry.offset_data + entry.size > size:
+                    raise ValueError(f"it is cut off inside its member {short(entry.name)}")
+                yield entry
+        # tarfile takes a damaged header for the end.
+        file.seek(archive.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise ValueError(f"it is cut off or damaged at byte {archive.offset}")
+
+
+def first_twice(items: Iterable[T]) -> T | None:
+    """Returns the first item that occurred before, or None."""
+    seen: set[T] = set()
+    for item in items:
+        if item in seen:
+            return item
+        seen.add(item)
+    return None
 
 
 def short(value: Any) -> str:

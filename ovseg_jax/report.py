@@ -16,8 +16,8 @@ Prints the scores of finished runs below the rows of the papers that they were s
       the run of a row
   python -m ovseg_jax.report runs/a runs/b --out=report.md --png=report.png
 
-A run stands below every row that it scores, also those of other tables. Scores of `score suite` count if it wrote them
-to WORKDIR/scores.csv.
+A run stands below every row of the same arguments, also those of other tables. Scores of `score suite` count if it
+wrote them to WORKDIR/scores.csv.
 """
 
 
@@ -50,8 +50,9 @@ def _run(arguments: argparse.Namespace) -> None:
             raise UserError("--list only prints, so --out and --png have no effect")
         print(paper_tables.list_rows(all_tables()))
         return
-    for out in filter(None, (arguments.out, arguments.png)):
-        check_out_file(out, {})
+    for flag, out in (("--out", arguments.out), ("--png", arguments.png)):
+        if out:
+            check_out_file(out, {}, flag)
     runs = [paper_report.read_run(workdir) for workdir in dict.fromkeys(arguments.workdirs)]
     found = list(paper_report.compare(all_tables(), runs))
     placed = {line.name for _, lines, _ in found for line in lines if line.run}

@@ -26,7 +26,6 @@ OWN = (
     "eval_sets",
     "sets_are",
     "names",
-    "init",
     "weights",
     "text_weights",
     "seed",
@@ -53,7 +52,13 @@ def row_config(tables: Sequence[PaperTable], arg: str | None) -> ConfigDict:
     table, row = find_row(tables, args.table, args.row)
     if not row.config:
         raise UserError(f"table {table.number}, row {row.name} cannot be run: {row.why}")
-    return build(table, row, {key: value for key in OWN if (value := getattr(args, key))})
+    own = {key: value for key in OWN if (value := getattr(args, key))}
+    for key in ("narratives", "pseudo"):
+        if key in own and f"{key}=" not in row.args:
+            raise UserError(
+                f"{key}={own[key]} has no place in table {table.number}, row {row.name}: it trains without"
+            )
+    return build(table, row, own)
 
 
 def build(table: PaperTable, row: Row, own: dict[str, str] | None = None) -> ConfigDict:

@@ -4,7 +4,7 @@ Data of the commands: data/coco in COCO's layout; data/narratives, the folder of
 Narratives (README: train on your own data), which a teacher labels first where a row says pseudo=true (with
 pseudo=WORKDIR rows share one, the run of Table 1); data/sets/A-847 and the other sets of 4.1, as `python -m
 ovseg_jax.prepare` writes them (configs/README.md); data/names, label files with more names for their classes
-(appendix I); data/mseg, a folder for each data set of MSeg's.
+(appendix I); data/mseg/train/NAME and data/mseg/val/NAME, a folder (README, kind=semantic) for each of MSeg's sets.
 """
 
 from ml_collections import ConfigDict

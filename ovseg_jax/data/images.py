@@ -249,7 +249,7 @@ def read_wide_mask(
 
 
 def _decode_png(data: bytes) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"] | None:
-    """Decodes a PNG of one channel of 8 or 16 bits in about two thirds of Pillow's time.
+    """Decodes a PNG of one channel of 8 or 16 bits in a half to two thirds of Pillow's time.
 
     Returns:
       The stored values; None for another form, and where it fails, for which Pillow has a reason.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, Num, UInt8
 from PIL import Image
 
 Example = Mapping[str, Any]
@@ -193,6 +193,11 @@ def class_map(
     height, width = (n // stride * stride for n in segments.shape)
     middle = segments[stride // 2 : height : stride, stride // 2 : width : stride]
     return np.concatenate([[-1], class_ids]).astype(np.int32)[middle]
+
+
+def corners(boxes: Num[np.ndarray, "n 4"]) -> Num[np.ndarray, "n 4"]:
+    """Returns boxes (x, y, width, height) as (x0, y0, x1, y1)."""
+    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
 
 
 def segment_boxes(segments: Int[np.ndarray, "h w"], count: int) -> Float[np.ndarray, "{count} 4"]:

@@ -14,7 +14,7 @@ from jaxtyping import Int32, UInt8
 from PIL import Image
 
 from ovseg_jax.data.images import read_colours, read_image, read_mask
-from ovseg_jax.datasets.base import Download, Entry, Option, segments_of_map
+from ovseg_jax.datasets.base import Download, Entry, Option, segments_of_map, without_hidden
 from ovseg_jax.datasets.packed import Packed
 from ovseg_jax.errors import UserError
 from ovseg_jax.reading import reading
@@ -80,7 +80,7 @@ class Ade20k150(Packed):
 
     def _read_classes(self) -> ClassList:
         name = self.need("objectInfo150.txt")
-        rows = [re.split(r"\t+", line) for line in self.lines(name)]
+        rows = [re.split(r"\s*\t\s*", line) for line in self.lines(name)]
         rows = [row for row in rows if row[0].isdecimal()]
         if [row[0] for row in rows] != [str(k) for k in range(1, 151)] or any(len(row) < 5 for row in rows):
             raise UserError(
@@ -153,7 +153,8 @@ class Ade20k150(Packed):
         things, thing_ids = self._instances(colours, where)
         segments = np.where(things > 0, things + len(stuff), number[semantic])
         ids = np.concatenate([semantic_ids[stuff], thing_ids]).astype(np.int32)
-        return _without_hidden(segments, ids)
+        segments, seen = without_hidden(segments, len(ids))
+        return segments, ids[seen]
 
 
 class Ade20kFull(Packed):
@@ -283,13 +284,6 @@ def _resized(height: int, width: int) -> tuple[int, int]:
 
 def _mask_of(image: str) -> str:
     return f"{posixpath.splitext(image)[0]}_seg.png"
-
-
-def _without_hidden(segments: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Removes segments without a pixel, and numbers the others anew."""
-    seen = np.bincount(segments.ravel(), minlength=len(ids) + 1)[1:] > 0
-    number = np.concatenate([[0], np.cumsum(seen) * seen]).astype(np.int32)
-    return number[segments], ids[seen]
 
 
 class _Plain(pickle.Unpickler):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int32, Integer
+from jaxtyping import Bool, Int, Int32, Integer
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.classes import ClassList
@@ -146,6 +146,14 @@ class Dataset:
         """Raises a UserError if there is no such split."""
         if split not in self.splits:
             raise UserError(f"{self.name} has no split {split!r}; its splits are {', '.join(self.splits)}")
+
+
+def without_hidden(
+    segments: Int[np.ndarray, "h w"], count: int
+) -> tuple[Int32[np.ndarray, "h w"], Bool[np.ndarray, " n"]]:
+    """Removes those of `count` segments that have no pixel; returns the others numbered anew, and which they are."""
+    seen = np.bincount(segments.ravel(), minlength=count + 1)[1:] > 0
+    return np.concatenate([[0], np.cumsum(seen) * seen]).astype(np.int32)[segments], seen
 
 
 def segments_of_map(

@@ -48,7 +48,7 @@ _LAST_THING, _UNLABELLED = 91, 255
 
 
 class _Segment(NamedTuple):
-    """An entry of `segments_info`; as dicts, the 900,000 of train2017 would take gigabytes."""
+    """An entry of `segments_info`; as dicts, those of train2017 would take gigabytes."""
 
     id: int
     category: int

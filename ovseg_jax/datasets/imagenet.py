@@ -18,7 +18,7 @@ _NAMES = Option("names", (), "a file with names of WordNet ids, a line each: n01
 _WORDS = Download(
     "words.txt",
     "https://image-net.org/data/words.txt",
-    "names of all WordNet ids; or LOC_synset_mapping.txt of Kaggle",
+    "names of all WordNet ids; for ImageNet-1k's, LOC_synset_mapping.txt of Kaggle will do",
 )
 _LICENCE = "for non-commercial research and education (https://image-net.org/download, where one registers)"
 _IGNORED = 1000
@@ -35,7 +35,7 @@ class _WordNet(Packed):
         Raises:
           UserError: there is no file of names, or it lacks an id.
         """
-        path = self.chosen["names"] or self.source / self.need("LOC_synset_mapping.txt", "words.txt")
+        path = self.chosen["names"] or self.source / self.need("words.txt", "LOC_synset_mapping.txt")
         listed = read_names(path)
         chosen = sorted(wnids)
         if missing := [wnid for wnid in chosen if wnid not in listed]:

@@ -7,7 +7,8 @@ import numpy as np
 from etils import epath
 
 from ovseg_jax.data.images import Encoded, read_header
-from ovseg_jax.datasets.base import Download, Entry
+from ovseg_jax.data.transforms import corners
+from ovseg_jax.datasets.base import Download, Entry, without_hidden
 from ovseg_jax.datasets.packed import Packed
 from ovseg_jax.datasets.regions import check_polygons, decode_polygons
 from ovseg_jax.errors import UserError
@@ -90,23 +91,23 @@ class Lvis(Packed):
         """Returns `image`, `segments`, `class_ids` and `boxes` of an image."""
         image = self.encoded(entry.data["image"])
         size, orientation = read_header(image)
-        stored = size[::-1] if orientation > 4 else size
         if orientation != 1:
-            raise UserError(f"{image} has the EXIF orientation {orientation}, which no image of COCO has")
+            raise UserError(
+                f"{image} has the EXIF orientation {orientation}, but masks are read for upright ones only"
+            )
         rows = sorted(entry.data["rows"], key=lambda row: -row[2])
-        segments = np.zeros(stored, np.int32)
+        segments = np.zeros(size, np.int32)
         with reading(Encoded(f"{self.name}, the masks of {entry.key},", b"")):
             for k, row in enumerate(rows, 1):
-                segments[decode_polygons(row[3], stored)] = k
-        seen = np.bincount(segments.ravel(), minlength=len(rows) + 1)[1:] > 0
-        order = np.concatenate([[0], np.cumsum(seen) * seen]).astype(np.int32)
+                segments[decode_polygons(row[3], size)] = k
+        segments, seen = without_hidden(segments, len(rows))
         kept = [row for row, own in zip(rows, seen, strict=True) if own]
         boxes = np.array([row[1] for row in kept], np.float32).reshape(-1, 4)
         return {
             "image": image.data,
-            "segments": order[segments],
+            "segments": segments,
             "class_ids": np.array([row[0] for row in kept], np.int32),
-            "boxes": np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1),
+            "boxes": corners(boxes),
         }
 
 

@@ -17,7 +17,6 @@ import os
 import posixpath
 import re
 import stat
-import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -27,13 +26,12 @@ import numpy as np
 from etils import epath
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.reading import open_binary, read_bytes, reading, reason, short
+from ovseg_jax.reading import open_binary, read_bytes, reading, reason, short, tar_files
 
 _LOG = logging.getLogger(__name__)
 
 CACHE = ".unpacked"
 _DEEPEST = 4
-_BLOCK = 512  # bytes of a tar header
 _ENCRYPTED = 1
 _PLAIN, _STORED, _DEFLATED = range(3)  # a span of bytes; a zip's member, stored or deflated
 _DISK = -1
@@ -398,21 +396,8 @@ def _zip_entries(part: io.BufferedReader) -> Iterator[_Entry]:
 
 def _tar_entries(part: io.BufferedReader) -> Iterator[_Entry]:
     """Yields the name of each member and its record without the file."""
-    size = part.seek(0, os.SEEK_END)
-    part.seek(0)
-    with tarfile.open(fileobj=part, mode="r:") as archive:
-        while entry := archive.next():
-            archive.members = []  # type: ignore[attr-defined]  # or it would keep all of them
-            if entry.isfile():
-                if entry.issparse():
-                    raise ValueError(f"its member {short(entry.name)} is a sparse file: unpack it")
-                if entry.offset_data + entry.size > size:
-                    raise ValueError(f"it is cut off inside its member {short(entry.name)}")
-                yield entry.name, (_PLAIN, entry.offset_data, entry.size, entry.size, 0), None
-        # tarfile takes a damaged header for the end.
-        part.seek(archive.offset)
-        if part.read(_BLOCK) != bytes(_BLOCK):
-            raise ValueError(f"it is cut off or damaged at byte {archive.offset}")
+    for entry in tar_files(part):
+        yield entry.name, (_PLAIN, entry.offset_data, entry.size, entry.size, 0), None
 
 
 def _read_chunk(plain: Any, title: str) -> bytes:

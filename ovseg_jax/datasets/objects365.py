@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from ovseg_jax.data.images import read_header
+from ovseg_jax.data.transforms import corners
 from ovseg_jax.datasets.base import Download, Entry
 from ovseg_jax.datasets.packed import MISSING, Packed
 from ovseg_jax.reading import array, column, flag, numbers, objects, reading, text, whole
@@ -111,7 +112,7 @@ class Objects365(Packed):
         (height, width), _ = read_header(image)
         rows = entry.data["rows"]
         boxes = np.array([row[1] for row in rows], np.float32).reshape(-1, 4)
-        boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
+        boxes = corners(boxes)
         boxes = np.clip(boxes, 0, np.array([width, height] * 2, np.float32))
         kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
         return {
@@ -123,7 +124,7 @@ class Objects365(Packed):
 
 
 class _Boxes:
-    """The boxes of a file of annotations, as columns: 40 bytes a box, where Python's objects take 900."""
+    """The boxes of a file of annotations, as columns: 49 bytes a box."""
 
     def __init__(self) -> None:
         self.owners, self.kinds = Column("q"), Column("q")

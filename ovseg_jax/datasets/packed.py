@@ -2,6 +2,7 @@
 
 import json
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -116,7 +117,9 @@ class Packed(Dataset):
         """
         data = self.members.read(name)
         with reading(self.members.where(name)):
-            return [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+            # Not splitlines: JSON may hold the other characters at which it splits, such as U+2028.
+            lines = re.split(r"\r\n?|\n", data.decode("utf-8-sig"))
+            return [line.strip() for line in lines if line.strip()]
 
     def paired(
         self, split: str, images: Mapping[str, str], masks: Mapping[str, str]

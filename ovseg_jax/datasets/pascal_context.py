@@ -71,7 +71,7 @@ class PascalContext59(Packed):
     )
     splits = ("train", "val")
     provides = frozenset({"image", "segments", "class_ids"})
-    archives = ("VOCtrainval*.tar", "trainval_merged*.zip")
+    archives = ("VOCtrainval_03-May-2010.tar", "trainval_merged*.zip")
 
     def __init__(self, source: epath.PathLike, **options: str):
         super().__init__(source, **options)
@@ -81,7 +81,7 @@ class PascalContext59(Packed):
         """Yields the images of a split with their masks in COCO's run-length encoding."""
         self.check_split(split)
         name = self.need("trainval_merged.json")
-        images = self.members_by_stem("JPEGImages")
+        images = self.files(self.need_folder("VOC2010/JPEGImages", "JPEGImages", suffix=".jpg"), ".jpg")
         data = self.json(name)
         with reading(self.members.where(name)):
             rows = [row for row in objects(data["images"], "'images'") if row.get("phase") == split]
@@ -98,10 +98,6 @@ class PascalContext59(Packed):
         self.present(split, stems, images)
         for stem, number in sorted(zip(stems, numbers, strict=True)):
             yield Entry(stem, {"image": images[stem], "masks": masks[number]})
-
-    def members_by_stem(self, folder: str) -> dict[str, str]:
-        """Returns the JPEG images of a folder by their base names without suffix."""
-        return self.files(self.need_folder(folder, suffix=".jpg"), ".jpg")
 
     def example(self, split: str, entry: Entry) -> dict[str, Any]:
         """Returns `image`, `segments` and `class_ids` of an image; later masks cover earlier ones."""
@@ -131,7 +127,7 @@ class PascalContext459(Packed):
     )
     splits = ("train", "val")
     provides = frozenset({"image", "segments", "class_ids"})
-    archives = ("VOCtrainval*.tar", "trainval*.tar.gz", "trainval*.tar")
+    archives = ("VOCtrainval_03-May-2010.tar", "trainval*.tar.gz", "trainval*.tar")
 
     def __init__(self, source: epath.PathLike, **options: str):
         super().__init__(source, **options)
@@ -150,9 +146,9 @@ class PascalContext459(Packed):
     def entries(self, split: str) -> Iterator[Entry]:
         """Yields the images of ImageSets/Main/SPLIT.txt of VOC 2010, which is the split of the 459 classes."""
         self.check_split(split)
-        listing = self.need(f"ImageSets/Main/{split}.txt")
+        listing = self.need(f"VOC2010/ImageSets/Main/{split}.txt", f"ImageSets/Main/{split}.txt")
         stems = [line.split()[0] for line in self.lines(listing)]
-        images = self.files(self.need_folder("JPEGImages", suffix=".jpg"), ".jpg")
+        images = self.files(self.need_folder("VOC2010/JPEGImages", "JPEGImages", suffix=".jpg"), ".jpg")
         maps = self.files(self.need_folder("trainval", "", suffix=".mat"), ".mat")
         self.present(split, stems, images)
         if missing := [stem for stem in stems if stem not in maps]:

@@ -55,7 +55,7 @@ class Voc2012(Packed):
     )
     splits = ("train", "val", "trainaug")
     provides = frozenset({"image", "segments", "class_ids"})
-    archives = ("VOCtrainval*.tar", "benchmark.tgz")
+    archives = ("VOCtrainval_11-May-2012.tar", "benchmark.tgz")
 
     def __init__(self, source: epath.PathLike, **options: str):
         super().__init__(source, **options)
@@ -74,14 +74,16 @@ class Voc2012(Packed):
         self.check_split(split)
         own = self._listed(f"ImageSets/Segmentation/{'val' if split == 'val' else 'train'}.txt")
         keys: Sequence[str] = own
-        maps = self.files(self.need_folder("SegmentationClass", suffix=".png"), ".png")
+        maps = self.files(
+            self.need_folder("VOC2012/SegmentationClass", "SegmentationClass", suffix=".png"), ".png"
+        )
         if split == "trainaug":
             first, val = set(own), set(self._listed("ImageSets/Segmentation/val.txt"))
             more = {key for part in ("train", "val") for key in self._listed(f"dataset/{part}.txt")}
             keys = sorted({*own, *more} - val)
             others = self.files(self.need_folder("dataset/cls", "cls", suffix=".mat"), ".mat")
             maps = {key: (maps if key in first else others).get(key, "") for key in keys}
-        images = self.files(self.need_folder("JPEGImages", suffix=".jpg"), ".jpg")
+        images = self.files(self.need_folder("VOC2012/JPEGImages", "JPEGImages", suffix=".jpg"), ".jpg")
         self.present(split, keys, images)
         if missing := [key for key in keys if not maps.get(key)]:
             raise UserError(
@@ -91,7 +93,7 @@ class Voc2012(Packed):
             yield Entry(key, {"image": images[key], "mask": maps[key]})
 
     def _listed(self, name: str) -> list[str]:
-        return [line.split()[0] for line in self.lines(self.need(name))]
+        return [line.split()[0] for line in self.lines(self.need(f"VOC2012/{name}", name))]
 
     def example(self, split: str, entry: Entry) -> dict[str, Any]:
         """Returns `image`, `segments` and `class_ids` of an image; the borders of objects are void."""

@@ -78,10 +78,10 @@ def image_id(value: Any, name: str = "the image's id") -> int | str:
     Raises:
       ValueError: it is neither.
     """
-    return text(value, name) if isinstance(value, str) else _id(value, name)
+    return text(value, name) if isinstance(value, str) else whole_id(value, name)
 
 
-def _id(value: Any, name: str) -> int:
+def whole_id(value: Any, name: str) -> int:
     """Checks that a value is a whole number, which some tools write as 3.0, and returns it."""
     return whole(int(value) if isinstance(value, float) and value.is_integer() else value, name)
 
@@ -152,7 +152,8 @@ def read_annotations(
             for key in parts
         )
         categories = [
-            {**row, "id": k} for row, k in zip(kinds, column(kinds, "id", _id, of="category"), strict=True)
+            {**row, "id": k}
+            for row, k in zip(kinds, column(kinds, "id", whole_id, of="category"), strict=True)
         ]
         is_lvis = any(column(kinds, "frequency", _frequency, default="", of="category"))
         shown = column(kinds, "name", text, default="", of="category")
@@ -175,10 +176,12 @@ def read_annotations(
         if len(numbers_of) < len(images):
             raise ValueError("two images have the same id")
         known = {category["id"] for category in categories}
+        if len(known) < len(categories):
+            raise ValueError("two categories have the same id")
         annotations = []
         columns = (
             column(truth, "image_id", image_id, of="annotation"),
-            column(truth, "category_id", _id, of="annotation"),
+            column(truth, "category_id", whole_id, of="annotation"),
             column(truth, "area", number, default=None, of="annotation"),
             column(truth, "iscrowd", flag, default=False, of="annotation"),
             column(truth, "bbox", numbers, 4, of="annotation")
@@ -235,7 +238,7 @@ def _frequency(value: Any, name: str) -> str:
 
 
 def _ids(value: Any, name: str) -> list[int]:
-    return [_id(item, name) for item in array(value, name)]
+    return [whole_id(item, name) for item in array(value, name)]
 
 
 def match_images(

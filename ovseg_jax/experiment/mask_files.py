@@ -18,9 +18,10 @@ from PIL import Image
 
 from ovseg_jax.data.source_base import Source
 from ovseg_jax.errors import UserError
+from ovseg_jax.evals.masks import mask_rle
 from ovseg_jax.experiment.load import Run
 from ovseg_jax.protocols import Prediction, Segmenting, Text, Variables
-from ovseg_jax.reading import objects, read_json, read_npz, reading, short
+from ovseg_jax.reading import array, objects, read_json, read_npz, reading, short
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 
@@ -150,14 +151,12 @@ def read_mask_list(path: epath.PathLike) -> dict[str, list[Mapping[str, Any]]]:
             image, code = entry["image_id"], entry["segmentation"]
             if isinstance(image, bool) or not isinstance(image, int | str):
                 raise ValueError(f"image_id is neither a number nor a text: {short(image)}")
-            if not isinstance(code, dict) or not isinstance(code.get("counts"), str | list):
+            if not isinstance(code, dict):
                 raise ValueError(f"segmentation is no run-length encoding of COCO's: {short(code)}")
-            height, width = code["size"]
-            if not all(isinstance(n, int) and 0 < n <= 1 << 15 for n in (height, width)):
-                raise ValueError(f"the size of a mask is {short(code['size'])}")
+            code = mask_rle(code, "segmentation", tuple(array(code["size"], "size")))
             if not np.isfinite(float(entry.get("score", 1.0))):
                 raise ValueError(f"a score is {short(entry['score'])}")
-            by_image.setdefault(_key(image), []).append(entry)
+            by_image.setdefault(_key(image), []).append({**entry, "segmentation": code})
     return by_image
 
 
@@ -175,14 +174,7 @@ def decode(
         sizes = {tuple(entry["segmentation"]["size"]) for entry in entries}
         if len(sizes) > 1:
             raise ValueError(f"the masks of one image have several sizes: {short(sorted(sizes))}")
-        masks = []
-        for entry in entries:
-            code = entry["segmentation"]
-            if isinstance(code["counts"], list):
-                if sum(code["counts"]) != code["size"][0] * code["size"][1]:
-                    raise ValueError("the runs of a mask do not fill its size")
-                code = coco.frPyObjects(code, *code["size"])
-            masks.append(coco.decode(code).astype(np.float32))
+        masks = [coco.decode(entry["segmentation"]).astype(np.float32) for entry in entries]
         return np.stack(masks), np.array([float(entry.get("score", 1.0)) for entry in entries], np.float64)
 
 

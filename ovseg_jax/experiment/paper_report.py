@@ -132,8 +132,7 @@ def _lines(content: str) -> list[dict[str, str]]:
 def compare(tables: Iterable[PaperTable], runs: Sequence[Scored]) -> Iterator[Compared]:
     """Yields each table that a run has a row in, with the runs below their rows.
 
-    A run stands below every row that it scores: rows of the same recipe share a run, such as the best row of a table
-    and that of an ablation.
+    A run stands below every row of its recipe, such as the best row of a table and that of an ablation.
     """
     tables = list(tables)
     recipes = {table.place(row): row.recipe for table in tables for row in table.rows if row.config}

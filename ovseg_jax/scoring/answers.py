@@ -10,7 +10,7 @@ from etils import epath
 from jaxtyping import Float
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.reading import read_json, read_npz, read_text, reading, short
+from ovseg_jax.reading import first_twice, read_json, read_npz, read_text, reading, short
 
 SUFFIXES = (".json", ".csv", ".npz")
 
@@ -65,9 +65,7 @@ def read_answers(path: epath.PathLike, what: str) -> Answers:
         if not len(found):
             raise ValueError("it holds no image")
         for names, of in ((found.names, "image"), (found.columns, "class")):
-            if names is not None and len(set(names)) < len(names):
-                seen: set[Class] = set()
-                twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            if names is not None and (twice := first_twice(names)) is not None:
                 raise ValueError(f"it names the {of} {twice!r} twice")
         if found.scores is not None and not np.isfinite(found.scores).all():
             raise ValueError("it holds scores that are not finite")

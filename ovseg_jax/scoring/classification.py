@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.scoring.answers import SUFFIXES, Answers, Class, read_answers
-from ovseg_jax.scoring.files import Fault, Pair, Skips, list_files, pair_files
+from ovseg_jax.scoring.files import Fault, Pair, Skips, add_file_flags, list_files, pair_files
 from ovseg_jax.scoring.report import Report, add_report_flags, check_report_flags, publish
 from ovseg_jax.vocab.class_files import read_class_file
 from ovseg_jax.vocab.classes import ClassList
@@ -52,13 +52,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="the classes, by all their names and ids: a label file (id:name,name), COCO's categories, or a name a "
         "line, numbered from 0 (default: those in --gt)",
     )
-    add(
-        "--missing",
-        choices=("error", "skip"),
-        default="error",
-        help="what happens where a prediction or a truth is missing: error (default) stops, skip leaves the image out "
-        "and counts it",
-    )
+    add_file_flags(parser, parallel=False)
     add_report_flags(parser)
 
 
@@ -179,7 +173,8 @@ def _index(
         raise UserError(
             f"{pair.truth} and {pair.prediction} mix names and numbers of classes: give --classes=FILE, which has both"
         )
-    return [str(value) for value in found], {value: k for k, value in enumerate(found)}
+    index: dict[Class, int] = {str(value): k for k, value in enumerate(found)}
+    return [str(value) for value in found], index | {value: k for k, value in enumerate(found)}
 
 
 def _columns(

@@ -8,10 +8,10 @@ from typing import Any
 
 from ovseg_jax.evals import average_precision as ap
 from ovseg_jax.evals.average_precision import Kind, Rule
-from ovseg_jax.evals.box_files import Annotations, image_id, read_annotations
+from ovseg_jax.evals.box_files import Annotations, image_id, read_annotations, whole_id
 from ovseg_jax.evals.masks import OtherSize, mask_rle
 from ovseg_jax.experiment.tables import Cell
-from ovseg_jax.reading import column, number, numbers, objects, read_json, reading, whole
+from ovseg_jax.reading import column, number, numbers, objects, read_json, reading
 from ovseg_jax.scoring.files import Fault, Skips, add_file_flags, results, workers_of
 from ovseg_jax.scoring.report import Report, add_report_flags, check_report_flags, publish
 
@@ -58,18 +58,19 @@ def score_precision(pred: str, gt: str, kind: Kind, rule: Rule | None, skips: Sk
     """
     truth = read_annotations(gt, kind=kind)
     rule = rule or truth.rule
+    frequencies = truth.frequencies
     found = read_results(pred, gt, truth, kind, skips)
     limits = ap.LIMITS[rule]
     one = functools.partial(ap.curve, kind=kind, limits=limits, federated=rule == "lvis")
     parts = ap.split(truth.data, found, rule)
     curves = ap.joined(own for _, own in results(one, parts, skips, workers=workers, unit="class"))
-    scores = {name: _defined(x) for name, x in ap.metrics(curves, rule, truth.frequencies).items()}
+    scores = {name: defined(x) for name, x in ap.metrics(curves, rule, frequencies).items()}
     counts = Counter(row["category_id"] for row in truth.data["annotations"] if not row["iscrowd"])
     shown, rows = dict(zip(truth.classes.ids, truth.classes.names, strict=True)), list[Mapping[str, Cell]]()
     for k, (own, own50) in ap.class_precision(curves).items():
         row: dict[str, Cell] = {"class": shown[k][0], "id": k}
-        row |= {"frequency": truth.frequencies.get(k)} if truth.frequencies else {}
-        rows.append(row | {"instances": counts[k], "AP": _defined(own), "AP50": _defined(own50)})
+        row |= {"frequency": frequencies.get(k)} if frequencies else {}
+        rows.append(row | {"instances": counts[k], "AP": defined(own), "AP50": defined(own50)})
     facts = {**counted(truth, found), **_beyond(truth, found, rule), "rule": rule}
     return Report("boxes" if kind == "bbox" else "instances", {"all": scores}, rows, facts, skips.names)
 
@@ -99,7 +100,8 @@ def _beyond(truth: Annotations, found: list[dict[str, Any]], rule: Rule) -> dict
     return {name: count for name, count in facts.items() if count}
 
 
-def _defined(value: float) -> float | None:
+def defined(value: float) -> float | None:
+    """Returns a score, or None for NaN, a score of nothing."""
     return None if value != value else value
 
 
@@ -128,7 +130,7 @@ def read_results(
             raise ValueError("it is not a list of results, as COCO's server takes them")
         rows, of = objects(content, "the list of results"), "result"
         images = column(rows, "image_id", image_id, of=of)
-        categories = column(rows, "category_id", _category, of=of) if classes else [0] * len(rows)
+        categories = column(rows, "category_id", whole_id, of=of) if classes else [0] * len(rows)
         scores = column(rows, "score", number, of=of)
         shapes = (
             column(rows, "bbox", _box, of=of)
@@ -161,10 +163,6 @@ def read_results(
                     fault = Fault("another size", f"{path}: {error}")
         skips.add([f"result {i}"], fault)
     return found
-
-
-def _category(value: Any, name: str) -> int:
-    return whole(int(value) if isinstance(value, float) and value.is_integer() else value, name)
 
 
 def _box(value: Any, name: str) -> list[float]:

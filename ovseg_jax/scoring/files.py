@@ -17,7 +17,7 @@ from etils import epath
 from tqdm import tqdm
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.reading import read_lines, reading
+from ovseg_jax.reading import first_twice, read_lines, reading
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -91,15 +91,15 @@ def add_file_flags(parser: argparse.ArgumentParser, parallel: bool = True) -> No
         "--missing",
         choices=("error", "skip"),
         default="error",
-        help="what happens where a prediction or a truth is missing, unreadable or of another size: error (default) "
-        "stops, skip leaves it out and counts it",
+        help="what happens to what cannot be scored, such as where a prediction or a truth is missing: error "
+        "(default) stops, skip leaves it out and counts it",
     )
     if parallel:
         parser.add_argument(
             "--workers",
             type=int,
             metavar="N",
-            help="processes that read files (default: one for each core); the result does not depend on it",
+            help="processes that work at once (default: one for each core); the result does not depend on it",
         )
 
 
@@ -185,7 +185,7 @@ def pair_files(
       UserError: nothing matches, or something has no partner and `skips` does not allow it.
     """
     if predictions.keys() == truths.keys() == {""}:
-        return [Pair(os.path.basename(truths[""]), predictions[""], truths[""])]
+        return [Pair(os.path.splitext(os.path.basename(truths[""]))[0], predictions[""], truths[""])]
     if not predictions.keys() & truths.keys():
         last = [
             {os.path.basename(name): file for name, file in side.items()} for side in (predictions, truths)
@@ -196,26 +196,29 @@ def pair_files(
         known = {os.path.basename(name): name for name in truths}
         wanted = [name if name in truths else known.get(name, name) for name in listed]
         absent = [name for name in wanted if name not in truths]
-        skips.add(absent, _lone("no truth", absent, len(wanted), "names in --list have no truth"))
+        skips.add(absent, lone("no truth", absent, len(wanted), "names in --list have no truth"))
         truths = {name: truths[name] for name in wanted if name in truths}
         predictions = {name: predictions[name] for name in truths if name in predictions}
     without = [name for name in truths if name not in predictions]
     if len(without) == len(truths):
         raise UserError(
             f"no prediction has the name of a truth: --pred holds {_first(predictions)}, --gt {_first(truths)}; "
-            "--pred_suffix and --gt_suffix name endings that differ"
+            "for endings that differ score semantic has --pred_suffix and --gt_suffix"
         )
-    skips.add(without, _lone("no prediction", without, len(truths), "truths have no prediction"))
+    skips.add(without, lone("no prediction", without, len(truths), "truths have no prediction"))
     surplus = [name for name in predictions if name not in truths]
-    skips.add(surplus, _lone("no truth", surplus, len(predictions), "predictions have no truth"))
+    skips.add(surplus, lone("no truth", surplus, len(predictions), "predictions have no truth"))
     return [Pair(name, predictions[name], truths[name]) for name in sorted(truths) if name in predictions]
 
 
 def _first(names: dict[str, str]) -> str:
+    if names.keys() == {""}:
+        return "one file"
     return f"{next(iter(names))!r} and so on" if names else "none of the names in --list"
 
 
-def _lone(reason: str, names: Sequence[str], total: int, have: str) -> Fault:
+def lone(reason: str, names: Sequence[str], total: int, have: str) -> Fault:
+    """Returns the fault of names that have no partner: "2 of 9 images have no prediction, such as 'a'"."""
     return Fault(reason, f"{len(names)} of {total} {have}, such as {names[0]!r}" if names else "")
 
 
@@ -232,9 +235,7 @@ def read_list(path: str, suffixes: Collection[str]) -> list[str]:
             names.append(stem if suffix.lower() in suffixes else line.strip())
         if not names:
             raise ValueError("it names no image")
-        if len(set(names)) < len(names):
-            seen: set[str] = set()
-            twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        if (twice := first_twice(names)) is not None:
             raise ValueError(f"it names {twice!r} twice")
     return names
 

@@ -4,7 +4,6 @@ import argparse
 import functools
 import os
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ from etils import epath
 
 from ovseg_jax.data.images import read_ids
 from ovseg_jax.errors import UserError
+from ovseg_jax.evals.box_files import image_id
 from ovseg_jax.evals.panoptic_quality import (
     RULES,
     Overlaps,
@@ -24,7 +24,7 @@ from ovseg_jax.evals.panoptic_quality import (
     tally,
 )
 from ovseg_jax.reading import column, flag, number, objects, read_json, reading, text, whole
-from ovseg_jax.scoring.files import Fault, Skips, add_file_flags, results, workers_of
+from ovseg_jax.scoring.files import Fault, Skips, add_file_flags, lone, results, workers_of
 from ovseg_jax.scoring.report import Report, add_report_flags, check_report_flags, publish
 from ovseg_jax.vocab.classes import ClassList
 
@@ -134,11 +134,9 @@ def score(
     classes, truths = read_panoptic(gt)
     _, predictions = read_panoptic(pred, classes)
     without = [name for name in truths if name not in predictions]
-    skips.add(
-        without, _lone("no prediction", without, f"of {len(truths)} images have no prediction in {pred}")
-    )
+    skips.add(without, lone("no prediction", without, len(truths), f"images have no prediction in {pred}"))
     surplus = [name for name in predictions if name not in truths]
-    skips.add(surplus, _lone("no truth", surplus, f"predicted images are not in {gt}"))
+    skips.add(surplus, lone("no truth", surplus, len(predictions), f"predicted images are not in {gt}"))
     pairs = [_Pair(name, predictions[name], true) for name, true in truths.items() if name in predictions]
     one = functools.partial(_image, pred_masks=pred_masks, gt_masks=gt_masks, classes=len(classes), rule=rule)
     total: Tally | None = None
@@ -155,10 +153,6 @@ def score(
     if total is None:
         raise UserError(f"no image of {gt} can be scored")
     return _report(total, classes, {"images": count, "rule": rule, **odd}, skips)
-
-
-def _lone(reason: str, names: Sequence[str], have: str) -> Fault:
-    return Fault(reason, f"{len(names)} {have}, such as {names[0]}" if names else "")
 
 
 def _report(total: Tally, classes: ClassList, facts: dict[str, Any], skips: Skips) -> Report:
@@ -279,7 +273,7 @@ def _categories(rows: Any) -> ClassList:
 def _annotations(rows: list[dict[str, Any]], classes: ClassList) -> dict[str, Annotation]:
     index = {category: k for k, category in enumerate(classes.ids)}
     found: dict[str, Annotation] = {}
-    names = [str(x) for x in column(rows, "image_id", _image_id, of="annotation")]
+    names = [str(x) for x in column(rows, "image_id", image_id, of="annotation")]
     files = column(rows, "file_name", text, of="annotation")
     infos = column(rows, "segments_info", objects, of="annotation")
     for name, file, segments in zip(names, files, infos, strict=True):
@@ -305,7 +299,3 @@ def _annotations(rows: list[dict[str, Any]], classes: ClassList) -> dict[str, An
             np.array(column(segments, "area", number, default=-1.0, of=where), np.float64),
         )
     return found
-
-
-def _image_id(value: Any, name: str) -> int | str:
-    return text(value, name) if isinstance(value, str) else whole(value, name)

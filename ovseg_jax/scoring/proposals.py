@@ -5,7 +5,7 @@ import argparse
 from ovseg_jax.evals import average_precision as ap
 from ovseg_jax.evals.average_precision import Kind
 from ovseg_jax.evals.box_files import read_annotations
-from ovseg_jax.scoring.detections import NOTE, add_detection_flags, counted, read_results
+from ovseg_jax.scoring.detections import NOTE, add_detection_flags, counted, defined, read_results
 from ovseg_jax.scoring.files import Skips
 from ovseg_jax.scoring.report import Report, check_report_flags, publish
 
@@ -61,7 +61,6 @@ def score_proposals(pred: str, gt: str, kind: Kind, skips: Skips) -> Report:
     found = read_results(pred, gt, truth, kind, skips, classes=False)
     limits = ap.LIMITS["proposals"]
     recall = ap.curve(ap.pool(truth.data, found), kind, limits).recall[:, 0]
-    defined = lambda value: None if value != value else value
     rows = {}
     for m, limit in enumerate(limits):
         row = {name: ap.mean(recall[:, area, m]) for area, name in enumerate(("AR", "ARs", "ARm", "ARl"))}

@@ -15,22 +15,15 @@ pas21-groupvit   GroupViT and mmsegmentation: background is where the method was
 
 from typing import NamedTuple
 
+from ovseg_jax.datasets.pascal_context import frequent_classes
+from ovseg_jax.datasets.voc import NAMES
 from ovseg_jax.vocab.classes import ClassList
 
 BACKGROUND = "background"
 
-VOC = tuple(
-    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
-    "sofa train tvmonitor".split()
-)
-
+VOC = tuple(name.replace(" ", "") for name in NAMES)
 # The order of mmsegmentation, CAT-Seg and of the label files of OpenSeg.
-CONTEXT_59 = tuple(
-    "aeroplane bag bed bedclothes bench bicycle bird boat book bottle building bus cabinet car cat ceiling chair cloth "
-    "computer cow cup curtain dog door fence floor flower food grass ground horse keyboard light motorbike mountain "
-    "mouse person plate platform pottedplant road rock sheep shelves sidewalk sign sky snow sofa table track train "
-    "tree truck tvmonitor wall water window wood".split()
-)
+CONTEXT_59 = tuple(name for (name,) in frequent_classes()[0].names)
 
 
 class Protocol(NamedTuple):

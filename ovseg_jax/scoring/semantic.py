@@ -189,7 +189,7 @@ def _worst(arguments: argparse.Namespace) -> int:
     if arguments.sheet:
         if not arguments.sheet.lower().endswith(".png"):
             raise UserError(f"--sheet={arguments.sheet} must end in .png")
-        check_out_file(arguments.sheet, {}, "--sheet")
+        check_out_file(arguments.sheet, {"--pred": arguments.pred, "--gt": arguments.gt}, "--sheet")
     return arguments.worst or (12 if arguments.sheet else 0)
 
 

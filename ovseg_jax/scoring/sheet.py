@@ -1,6 +1,7 @@
 """A picture sheet of the images with the lowest scores."""
 
 import io
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ from jaxtyping import Int, UInt8
 from ovseg_jax.data.images import image_suffixes, read_image
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import write_whole
-from ovseg_jax.scoring.files import Pair, Skips, list_files, pair_files
+from ovseg_jax.scoring.files import Pair, list_files
 from ovseg_jax.scoring.label_maps import Rules, read_pair
 from ovseg_jax.viz.segments import GridRow, prediction_grid
 from ovseg_jax.vocab.classes import ClassList
@@ -53,11 +54,15 @@ def draw_sheet(
 
 def _find(images: str, pairs: Sequence[Pair]) -> dict[str, str]:
     files = list_files(images, "--images", image_suffixes())
-    skips = Skips("skip")
-    found = pair_files(files, {pair.name: pair.truth for pair in pairs}, skips)
-    if absent := skips.names.get("no prediction"):
-        raise UserError(f"--images={images} holds no image {absent[0]!r}")
-    return {pair.name: pair.prediction for pair in found}
+    last = {os.path.basename(name): file for name, file in files.items()}
+    known = files | (last if len(last) == len(files) else {})
+    found: dict[str, str] = {}
+    for pair in pairs:
+        own = known.get(pair.name) or known.get(os.path.basename(pair.name)) or known.get("")
+        if own is None:
+            raise UserError(f"--images={images} holds no image {pair.name!r}")
+        found[pair.name] = own
+    return found
 
 
 def _errors(prediction: Int[np.ndarray, "h w"], truth: Int[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:

@@ -192,10 +192,13 @@ class Clip:
         prompts: Float[Array, "j m d"] | None = None,
     ) -> Float[Array, "b d"]:
         """Embeds images as unit vectors; `prompts` are tokens for a ViT."""
-        mean, std = (jnp.asarray(values, jnp.float32) for values in self._pixels())
-        x = (image.astype(jnp.float32) / 255 - mean) / std
+        x = self._normalised(image)
         more: dict[str, Any] = {} if prompts is None else {"prompts": prompts}
-        return unit(_pooled(self.image.apply(weights["image"], x.astype(self.dtype), **more)))
+        return unit(_pooled(self.image.apply(weights["image"], x, **more)))
+
+    def _normalised(self, image: Array) -> Array:
+        mean, std = (jnp.asarray(values, jnp.float32) for values in self._pixels())
+        return ((image.astype(jnp.float32) / 255 - mean) / std).astype(self.dtype)
 
     def check_patches(self, values: bool) -> None:
         """Checks that the image tower has the features of patches that `embed_patches` returns.
@@ -223,8 +226,7 @@ class Clip:
           values: whether tokens do not attend to each other in the last block, so that each keeps its value projection
             (MaskCLIP, Zhou et al. 2022); otherwise the map before the pooling, in the projection of the class token.
         """
-        mean, std = (jnp.asarray(pixels, jnp.float32) for pixels in self._pixels())
-        x = ((image.astype(jnp.float32) / 255 - mean) / std).astype(self.dtype)
+        x = self._normalised(image)
         tower, out = self.image, lambda module: module.apply(weights["image"], x)
         if isinstance(tower, ClipResNet):
             return out(tower)["dense"]

@@ -12,8 +12,9 @@ from ovseg_jax.datasets.ade20k import THINGS, Ade20k150, Ade20kFull, full_ids, r
 from ovseg_jax.errors import UserError
 from tests.datasets.packing import both_forms, jpeg, names_of, png, read_all, unpacked
 
+SPACED = (22, 24, 25, 26, 27)  # a space before the tab, as published
 INFO = "Idx\tRatio\tTrain\tVal\tName\n" + "".join(
-    f"{k}\t0.1\t1\t1\t{ {1: 'wall', 13: 'person, individual', 3: 'sky'}.get(k, f'class {k}') }\n"
+    f"{k}{' ' * (k in SPACED)}\t0.1\t1\t1\t{ {1: 'wall', 13: 'person, individual', 3: 'sky'}.get(k, f'class {k}') }\n"
     for k in range(1, 151)
 )
 # Rows: sky, sky, person 1 and 2; the instance map has a person over the sky and misses another.
@@ -115,7 +116,7 @@ def test_faults_of_the_benchmark(tmp_path):
             png([[151] * 4] * 2),
             r"ADE_train_00000001.png holds the value 151, which is the id of no class",
         ),
-        ("g", png(np.ones((4, 4))), r"ADE_train_00000001"),
+        ("g", png(np.ones((4, 4))), r"ADE_train_00000001.png is 4 x 4"),
         ("h", BENCH[mask][:-20], r"the mask .*ADE_train_00000001.png cannot be read"),
     ):
         data = Ade20k150(unpacked(tmp_path / name, BENCH | {mask: content}))

@@ -23,7 +23,7 @@ def narratives(dataset: str, *rows: tuple[str, str]) -> bytes:
         }
         for image, caption in rows
     ]
-    return "".join(json.dumps(row) + "\n" for row in made).encode()
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made).encode()
 
 
 PART = "coco_train_localized_narratives-0000{}-of-00002.jsonl"

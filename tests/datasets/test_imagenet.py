@@ -56,7 +56,7 @@ def test_faults_of_imagenet_s(tmp_path):
         ImageNetS(folder, size="50")
     (folder / "words.txt").unlink()
     with pytest.raises(
-        UserError, match=r"holds no LOC_synset_mapping.txt or words.txt, packed or unpacked; the download"
+        UserError, match=r"holds no words.txt or LOC_synset_mapping.txt, packed or unpacked; the download"
     ):
         ImageNetS(folder, size="50")
     names = tmp_path / "names.txt"

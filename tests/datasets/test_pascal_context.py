@@ -141,7 +141,7 @@ def test_faults_of_the_459(tmp_path):
         ("e", mat([[0.5] * 4] * 2), r"'LabelMap' has values that are not whole numbers"),
         ("f", mat([[np.nan] * 4] * 2), r"'LabelMap' has values that are not whole numbers"),
         ("g", mat(np.zeros((2, 4, 2))), r"'LabelMap' is an array of float64 \(2, 4, 2\)"),
-        ("h", mat(np.zeros((3, 4))), r"2008_000002.mat"),
+        ("h", mat(np.zeros((3, 4))), r"2008_000002.mat is 3 x 4"),
     ):
         data = PascalContext459(unpacked(tmp_path / name, FILES_459 | {where: content}))
         with pytest.raises(UserError, match=message):

@@ -256,3 +256,22 @@ def test_tables_are_csv_columns_of_the_suite(tmp_path):
     write_scores(path, list(suite_scores()))
     with path.open() as file:
         assert {"set", "prompt", "accuracy", "per_class"} <= set(next(csv.reader(file)))
+
+
+def test_rows_of_one_run_share_it():
+    one, two, three = (TABLES["pomp", number] for number in (1, 2, 3))
+    row = lambda table, name: next(row for row in table.rows if row.name == name)
+    assert row(one, "MaPLe-B16").recipe == row(two, "MaPLe").recipe
+    assert row(one, "CoOp-B16").recipe == row(three, "CoOp").recipe
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("table=5,row=noun+adj,narratives=x", "narratives=x has no place in table 5, row noun.adj"),
+        ("table=8,row=COCO+narratives-no-masks,pseudo=true", "pseudo=true has no place in table 8"),
+    ],
+)
+def test_an_argument_of_another_row_is_refused(place, message):
+    with pytest.raises(UserError, match=message):
+        row_config(all_tables(["openseg"]), place)

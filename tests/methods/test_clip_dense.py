@@ -110,7 +110,8 @@ def test_a_wrong_config_is_a_sentence(found, message):
         build(found, WORDS, CLASSES)
 
 
-def test_a_run_without_steps_is_scored(tmp_path, features="activation"):
+@pytest.mark.parametrize("features", ["activation", "proposals"])
+def test_a_run_without_steps_is_scored(tmp_path, features):
     found = clip_dense.get_config(f"features={features}")
     check_config(found)
     for stage in found.stages:

@@ -90,10 +90,10 @@ def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path, kind):
 
 
 def test_masks_of_every_form_are_the_same(tmp_path):
-    """A box as polygon, as RLE and as RLE with counts as a list."""
+    """A box as polygon, and as RLE with counts as a list."""
     box = [[10, 20, 40, 20, 40, 50, 10, 50]]
-    counts = [10 * 100 + 20, *[30, 70] * 29, 30, 100 * 59 + 50 + 100]
-    counts[-1] = 100 * 100 - sum(counts[:-1])
+    counts = [10 * 100 + 20, *[30, 70] * 29, 30]
+    counts.append(100 * 100 - sum(counts))
     image = {"id": "a", "height": 100, "width": 100}
     own = {"id": 0, "image_id": "a", "category_id": 1}
     for shape in (box, {"size": [100, 100], "counts": counts}):

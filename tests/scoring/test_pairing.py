@@ -57,7 +57,7 @@ def test_files_match_by_path_or_else_by_their_last_part():
     assert pair_files(*sides(["1"], ["val/1"]), Skips()) == [Pair("1", "p/1.png", "t/val/1.png")]
     with pytest.raises(UserError, match=r"--pred holds '1' and so on, --gt 'a/1' and so on"):
         pair_files(*sides(["1"], ["a/1", "b/1"]), Skips())
-    assert pair_files({"": "p.png"}, {"": "t.png"}, Skips()) == [Pair("t.png", "p.png", "t.png")]
+    assert pair_files({"": "p.png"}, {"": "t.png"}, Skips()) == [Pair("t", "p.png", "t.png")]
 
 
 def test_what_has_no_partner_is_an_error_or_counted():

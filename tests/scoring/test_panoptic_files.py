@@ -177,7 +177,7 @@ FAULTS = {
     ),
     "no truth": (
         lambda folder: change(folder, "gt", lambda c: c["annotations"].pop()),
-        "1 predicted images are not in",
+        "1 of 2 predicted images are not in",
     ),
     "unreadable": (
         lambda folder: (folder / "pred/1.png").unlink(),

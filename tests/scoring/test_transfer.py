@@ -144,6 +144,12 @@ def test_masks_of_another_program(run, root, tmp_path):
     code, again, err = run(proposals=file, **flags)
     assert (code, again) == (0, out) and "has masks for 1 images that are not evaluated" in err
     for masks, change, message in (
+        ([{**entries[0], "segmentation": {"size": [20, 30], "counts": "zzz"}}], {}, "expected run lengths"),
+        (
+            [{**entries[0], "segmentation": {"size": [9, 9], "counts": [-9, 90]}}],
+            {},
+            "expected a whole number",
+        ),
         (entries[:-3], {}, "has no masks for 1 of 3 images, such as '2'"),
         (entries, {"ensemble": 0.8}, "ensemble=0.8: masks in files have no scores of classes"),
         (

@@ -18,7 +18,7 @@ from jaxtyping import Int, Int32, UInt8, UInt32
 
 from ovseg_jax.data.images import read_ids, read_oriented, turn_mask
 from ovseg_jax.data.source_base import Example, Extent, Regions, Source
-from ovseg_jax.data.transforms import segment_boxes
+from ovseg_jax.data.transforms import corners, segment_boxes
 from ovseg_jax.errors import UserError
 from ovseg_jax.reading import column, flag, numbers, objects, read_json, reading, text, whole
 from ovseg_jax.vocab.classes import ClassList, rename
@@ -170,7 +170,7 @@ class Coco(Source):
         counts = np.diff(self._first)
         image = np.repeat(np.arange(len(self), dtype=np.int32), counts)
         segment = np.arange(len(image), dtype=np.int32) - np.repeat(self._first[:-1], counts).astype(np.int32)
-        boxes = np.concatenate([self._boxes[:, :2], self._boxes[:, :2] + self._boxes[:, 2:]], 1)
+        boxes = corners(self._boxes)
         kept = ~self._crowd
         return Regions(image[kept], segment[kept], self._segment_class[kept], boxes[kept])
 
@@ -253,8 +253,8 @@ def coco_classes(categories: list[dict[str, Any]], labels: epath.PathLike | None
     else:
         if not all(name.strip() for name in raw):
             raise ValueError("a category has an empty name")
-        plain = Counter(map(plain_name, raw))
-        names = [(p,) if plain[p] == 1 and p else (r,) for r in raw for p in [plain_name(r)]]
+        plain = Counter(map(_plain_name, raw))
+        names = [(p,) if plain[p] == 1 and p else (r,) for r in raw for p in [_plain_name(r)]]
     isthing = column(categories, "isthing", flag, default=True, of="category")
     groups = {
         "thing": tuple(k for k, thing in enumerate(isthing) if thing),
@@ -264,7 +264,7 @@ def coco_classes(categories: list[dict[str, Any]], labels: epath.PathLike | None
     return rename(classes, labels) if labels else classes
 
 
-def plain_name(name: str) -> str:
+def _plain_name(name: str) -> str:
     """Returns a COCO name in plain words: "wall-other-merged" becomes "wall", "floor-wood" "floor wood"."""
     return re.sub(r"(-(merged|other|stuff))+$", "", name).replace("-", " ")
 

@@ -15,7 +15,6 @@ import io
 import json
 import logging
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -27,7 +26,7 @@ from ovseg_jax.data.images import Encoded, image_suffixes, read_header, read_ori
 from ovseg_jax.data.source_base import Example, Extent, Source
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import write_whole
-from ovseg_jax.reading import parse_json, read_npz, reading, short, texts
+from ovseg_jax.reading import parse_json, read_npz, reading, short, tar_files, texts
 from ovseg_jax.vocab.classes import ClassList
 
 _LOG = logging.getLogger(__name__)
@@ -65,7 +64,7 @@ class WebDataset(Source):
         caption: str = "caption",
         index: epath.PathLike = "",
     ):
-        """Reads the headers of all tars, which takes about a minute for a million examples, or their index.
+        """Reads the headers of all tars, or their index.
 
         Args:
           data_dir: the folder of the tars.
@@ -228,18 +227,9 @@ def _tar_members(path: epath.Path) -> Iterator[tuple[str, int, int]]:
     Raises:
       UserError: it is damaged or cut off.
     """
-    end = path.stat().length
-    with reading(path), path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-        while entry := archive.next():
-            archive.members = []  # type: ignore[attr-defined]  # or it would keep all of them
-            if entry.offset_data + entry.size > end:
-                raise ValueError(f"it is cut off inside its member {short(entry.name)}")
-            if entry.isfile() and not entry.issparse():
-                yield entry.name, entry.offset_data, entry.size
-        # tarfile takes a damaged header for the end.
-        file.seek(archive.offset)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise ValueError(f"it is cut off or damaged at byte {archive.offset}")
+    with reading(path), path.open("rb") as file:
+        for entry in tar_files(file):
+            yield entry.name, entry.offset_data, entry.size
 
 
 def _write_index(path: epath.Path, stamp: str, rows: np.ndarray, names: np.ndarray) -> None:
