@@ -243,19 +243,7 @@ def scenes(args: Args) -> ConfigDict:
             tagger="pattern",
             min_count=1,
             keep_prob=dict(noun=1.0, adj=0.9),
-            # Whole batches lose their colour and the words for it; others lose their texture and the words for things.
-            # Otherwise colour tells which nouns never occur together, and the held-out pairs are never learned.
-            batch_augment=[
-                dict(name="channels", probability=0.65, probability_end=0.4, drop=("lexicon:colour",)),
-                dict(
-                    name="blur",
-                    probability=0.25,
-                    factor=8,
-                    mask_weight=0.1,
-                    drop=("pos:noun",),
-                    spare=("lexicon:stuff",),
-                ),
-            ],
+            batch_augment=common.without_shortcuts(),
             workers=0,
         ),
         evals=dict(validation=common.segmentation(common.scenes("validation", 200), 64, every=1000)),
