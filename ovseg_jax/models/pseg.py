@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.unit import unit
-from ovseg_jax.models.fpn import ConvHead
+from ovseg_jax.models.fpn import ConvHead, FusedPyramid
 from ovseg_jax.models.maskformer import MaskFormerNet, cells_inside
 from ovseg_jax.models.projection import Projection
 
@@ -40,8 +40,8 @@ class PSegNet(nn.Module):
       embed_dim: D of the text space (256).
       features: what a mask's feature is. "query": its query after the decoder (3.2), in a projection of two layers
         (3.3.2); a pixel's embedding is the sum of those of the masks, weighted by the masks (ours). "pooled" (ours):
-        the sum of pixel embeddings under the mask, which come from a head of 3x3 convolutions on the mask features;
-        there is no further projection.
+        the sum of pixel embeddings under the mask, which come from a pyramid and a head of 3x3 convolutions of their
+        own, as in OpenSeg; there is no further projection.
       projection_hidden: channels inside of the projection, for "query".
       projection_norm: whether it has batch normalisation, for "query".
       head_convs: 3x3 convolutions of the head, for "pooled".
@@ -84,8 +84,9 @@ class PSegNet(nn.Module):
             return PSegFeatures(out.mask_logits, regions, mean, pixels)
         if self.features != "pooled":
             raise UserError(f"model.features={self.features!r} is not one of {', '.join(FEATURES)}")
+        fused = FusedPyramid(self.net.width, False, self.net.dtype, name="pyramid")(out.maps)
         head = ConvHead(self.net.width, self.head_convs, self.embed_dim, dtype=self.net.dtype, name="head")
-        pixels = head(out.pixels).astype(jnp.float32)
+        pixels = head(fused).astype(jnp.float32)
         masks = jax.lax.stop_gradient(masks) if self.detach_masks else masks
         regions = jnp.einsum("bnhw,bhwd->bnd", masks, pixels)
         return PSegFeatures(out.mask_logits, regions, unit(regions).mean(1), pixels)
