@@ -20,6 +20,7 @@ with its best query, all ours.
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from ovseg_jax.config import Args, AtLeast, parse_arg
 from ovseg_jax.configs import common
@@ -85,6 +86,7 @@ def scenes(args: Args) -> ConfigDict:
             heads=4,
             ffn=128,
             dropout=0.0,
+            mask_bias=-1.0,
             deep_supervision=False,
             remat="none",
             dtype="float32",
@@ -141,6 +143,7 @@ def transformer(
     """Returns the text side of the paper's form."""
     return dict(
         tokenizer=tokenizer,
+        vocab_size=0 if tokenizer == "words" else 49408,  # C.1
         length=length,
         width=width,
         layers=layers,
@@ -183,6 +186,7 @@ def paper(args: Args) -> ConfigDict:
             heads=8,  # ours, as MaskFormer
             ffn=2048,  # ours, as MaskFormer
             dropout=0.1,  # ours, as MaskFormer
+            mask_bias=placeholder(float),  # none, as MaskFormer
             # Figure 17 has one mask loss. True: each layer of the decoder is matched, as in the authors' MaskFormer.
             deep_supervision=False,
             remat="none",

@@ -35,9 +35,7 @@ from ovseg_jax.vocab.words import WordList
 SPACE = "text"
 """The name of the only space, which images and texts share."""
 
-MASKFORMER_FIELDS = (
-    "num_queries width mask_dim layers heads ffn dropout mask_bias deep_supervision remat"
-)
+MASKFORMER_FIELDS = "num_queries width mask_dim layers heads ffn dropout mask_bias deep_supervision remat"
 OWN_FIELDS = "embed_dim features projection_hidden projection_norm head_convs detach_masks"
 LOSS_KEYS = "mask_weight contrastive_weight average matching focal dice aggregation temperature temperature_bounds form"
 MATCHING = ("hungarian", "best")

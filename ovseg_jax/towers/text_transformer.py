@@ -20,7 +20,7 @@ from ovseg_jax.vocab.tokenizers import PieceTokenizer, load_tokenizer
 from ovseg_jax.vocab.word_tokenizer import WordTokenizer
 from ovseg_jax.vocab.words import WordList
 
-TEXT_KEYS = "tokenizer length width layers heads projection_hidden projection_norm prompt remat"
+TEXT_KEYS = "tokenizer vocab_size length width layers heads projection_hidden projection_norm prompt remat"
 TOKENIZER = "tokenizer"  # the folder for the tokeniser's files inside of a run
 
 
@@ -40,8 +40,9 @@ class TextTransformer:
 
     Args:
       config: `tokenizer`, the folder of CLIP's (or its name on the hub), or "words" for the words of this run;
-        `length`, `width`, `layers`, `heads`, `remat` of the transformer; `projection_hidden` and `projection_norm`
-        (batch normalisation) of the projection; `prompt`, the templates of class names, see `towers.templates`.
+        `vocab_size` (0 for that of the tokeniser), `length`, `width`, `layers`, `heads`, `remat` of the transformer;
+        `projection_hidden` and `projection_norm` (batch normalisation) of the projection; `prompt`, the templates of
+        class names, see `towers.templates`.
       words: the vocabulary, if the tokeniser is one of words.
       dim: the dimension D of the text space.
       dtype: compute type.
@@ -65,8 +66,13 @@ class TextTransformer:
             raise UserError(f"text.prompt={prompt} is a learned prompt, which this transformer cannot use")
         self.templates = templates
         self.tokenizer = self._tokenizer()
+        vocab_size, least = int(config.vocab_size), self.tokenizer.vocab_size
+        if vocab_size and vocab_size < least:
+            raise UserError(
+                f"text.vocab_size={vocab_size}, but the tokeniser {self.source} has {least} pieces"
+            )
         tower = CLIPText(
-            vocab_size=self.tokenizer.vocab_size,
+            vocab_size=vocab_size or least,
             length=int(config.length),
             width=int(config.width),
             layers=int(config.layers),

@@ -30,7 +30,7 @@ def make(small=False, text=None, loss=None, **model):
     net = dict(num_queries=5, width=32, mask_dim=16, layers=1, heads=2, ffn=32, dropout=0.0, embed_dim=24)
     losses = dict(contrastive_weight=1.0, average=False, focal=20.0, dice=1.0, form="auto")
     losses |= dict(temperature=0.1, temperature_bounds=(0.01, 1.0))
-    transformer = dict(tokenizer="words", length=L, width=16, layers=1, heads=2)
+    transformer = dict(tokenizer="words", vocab_size=0, length=L, width=16, layers=1, heads=2)
     transformer |= dict(projection_hidden=16, projection_norm=False, prompt="{}")
     backbone = dict(name="small", width=16, levels=2)
     config = ConfigDict(
@@ -249,6 +249,7 @@ def test_texts_of_word_pieces_need_no_pass_over_captions():
         (dict(depth=2), "unknown keys of config.model: depth"),
         (dict(text=dict(tokenizer="")), "text.tokenizer is missing"),
         (dict(text=dict(tokenizer="no/folder")), "no/folder"),
+        (dict(text=dict(vocab_size=3)), "text.vocab_size=3, but the tokeniser words has 7 pieces"),
     ],
 )
 def test_a_bad_value_is_named(changes, message):
