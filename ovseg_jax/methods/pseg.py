@@ -1,6 +1,7 @@
 """P-Seg (papers/002): a MaskFormer that learns its masks from pseudo-masks, and their meaning from captions."""
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import jax
@@ -18,10 +19,12 @@ from ovseg_jax.kernels.unit import unit
 from ovseg_jax.losses.masks import best_match_dice_loss
 from ovseg_jax.losses.matching import Weights, matched_losses
 from ovseg_jax.losses.temperature import bounded, unbounded
+from ovseg_jax.methods import openseg
 from ovseg_jax.models.backbones import build_backbone
 from ovseg_jax.models.maskformer import MaskFormerNet
-from ovseg_jax.models.openseg import inside
-from ovseg_jax.models.pseg import PSegNet
+from ovseg_jax.models.openseg import OpenSegNet, inside
+from ovseg_jax.models.pseg import PSegFeatures, PSegNet
+from ovseg_jax.models.pseudo_masks import Colours, PseudoMaskGenerator, TowerTokens, build_generator
 from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.parallel.sharding import active_batch_axes
 from ovseg_jax.protocols import Aux, Batch, Prediction, Segmenting, Text, Trainable, Variables
@@ -35,16 +38,33 @@ from ovseg_jax.vocab.words import WordList
 SPACE = "text"
 """The name of the only space, which images and texts share."""
 
-MASKFORMER_FIELDS = "num_queries width mask_dim layers heads ffn dropout mask_bias deep_supervision remat"
-OWN_FIELDS = "embed_dim features projection_hidden projection_norm head_convs detach_masks"
+MASKFORMER_FIELDS = "num_queries width mask_dim layers heads ffn dropout deep_supervision remat"
+OWN_FIELDS = "embed_dim projection_hidden projection_norm"
 LOSS_KEYS = "mask_weight contrastive_weight average matching focal dice aggregation temperature temperature_bounds form"
+GENERATOR_KEYS = [
+    "backbone",
+    *(f.name for kind in (PseudoMaskGenerator, Colours, TowerTokens) for f in fields(kind)),
+]
+NETWORKS = ("maskformer", "openseg")
 MATCHING = ("hungarian", "best")
 AGGREGATION = ("mean", "words")
 
 
-def build_net(config: ConfigDict) -> PSegNet:
-    """Creates the image network of a config's `model` section; raises a UserError for an unknown key."""
+def build_net(config: ConfigDict) -> PSegNet | OpenSegNet:
+    """Creates the image network of a config's `model` section.
+
+    Raises:
+      UserError: the network or a key is unknown.
+    """
     model = config.model.to_dict()
+    network = model.pop("network")
+    if network not in NETWORKS:
+        raise UserError(f"model.network={network!r} is not one of {', '.join(NETWORKS)}")
+    if network == "openseg":
+        net = openseg.build_net(ConfigDict(dict(model=model)))
+        if not net.num_queries:
+            raise UserError("model.num_queries=0: P-Seg needs masks")
+        return net
     known = f"backbone mean std dtype {MASKFORMER_FIELDS} {OWN_FIELDS}".split()
     if unknown := set(model) - set(known):
         raise UserError(
@@ -54,12 +74,28 @@ def build_net(config: ConfigDict) -> PSegNet:
     pick = lambda names: {key: model[key] for key in names.split() if key in model}
     mean, std = tuple(model["mean"]), tuple(model["std"])
     backbone = build_backbone(config.model.backbone, dtype)
-    net = MaskFormerNet(backbone, mean, std, dtype=dtype, **pick(MASKFORMER_FIELDS))
-    return PSegNet(net, **pick(OWN_FIELDS))
+    return PSegNet(
+        MaskFormerNet(backbone, mean, std, dtype=dtype, **pick(MASKFORMER_FIELDS)), **pick(OWN_FIELDS)
+    )
+
+
+def features_of(out: Any) -> PSegFeatures:
+    """Returns the features of P-Seg from the output of either network."""
+    if isinstance(out, PSegFeatures):
+        return out
+    return PSegFeatures(
+        out.mask_logits[:, None], out.region_sum, unit(out.region_sum).mean(1), out.pixel_embed
+    )
 
 
 class PSeg(Trainable, Segmenting):
     """The method P-Seg: network, text side and losses; `config` is the whole config of a run.
+
+    `config.pseudo_masks` describes the generator of masks (3.3.1), which runs in the step, on the augmented images;
+    without that section, the masks of the source are used, which may be pseudo-masks made ahead of time.
+
+    `config.model.network` is "maskformer" (3.2), see `models.pseg`, or "openseg" (ours), whose mask features are pixel
+    embeddings, summed under the predicted mask.
 
     Keys of `config.loss`: `mask_weight` and `contrastive_weight` are λ of eq. 4; `average` halves their sum, as Figure
     17 does and eq. 4 does not. `matching` is "hungarian" (3.3.1), with `focal` and `dice` of eq. 1, or "best" (ours):
@@ -74,15 +110,20 @@ class PSeg(Trainable, Segmenting):
     @classmethod
     def fields(cls, config: ConfigDict) -> tuple[str, ...]:
         """Returns the batch fields that the loss reads."""
-        masks = ("masks",) if config.loss.get("mask_weight", 1) else ()
+        given = config.loss.get("mask_weight", 1) and not config.get("pseudo_masks")
+        masks = ("masks",) if given else ()
         return ("image", *masks, "tokens" if config.text.get("layers") else "words")
 
     @classmethod
     def vocabulary(cls, config: ConfigDict, source: Source) -> Sequence[str]:
         """Returns the words that the text side knows; none for a tokeniser of word pieces, so no caption is read."""
-        if config.loss.get("mask_weight", 1):
-            check_provides(source, ("segments",), "the mask loss", "masks= of a source names pseudo-masks")
-        check_provides(source, ("captions",), "the contrastive loss", "")
+        if "masks" in cls.fields(config):
+            advice = (
+                "masks= of a source names pseudo-masks, and the section pseudo_masks makes them in the step"
+            )
+            check_provides(source, ("segments",), "the mask loss", advice)
+        advice = "captions.json for a folder, annotations/captions_<split>.json for COCO"
+        check_provides(source, ("captions",), "the contrastive loss", advice)
         if not config.text.get("layers"):
             return counted_words(config.data, source).words
         return (
@@ -92,22 +133,21 @@ class PSeg(Trainable, Segmenting):
     @classmethod
     def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
         """Returns the method's own keys in each section, and whether each has an effect, see `experiment.keys`."""
-        transformer, pooled = bool(config.text.get("layers")), config.model.get("features") == "pooled"
-        words = config.loss.get("aggregation") == "words"
+        transformer, words = bool(config.text.get("layers")), config.loss.get("aggregation") == "words"
+        queries = config.model.get("network") == "maskformer"
+        own = f"{MASKFORMER_FIELDS} {OWN_FIELDS}" if queries else " ".join(openseg.NET_FIELDS)
         return {
-            "model": {
-                **keys(f"backbone mean std dtype {MASKFORMER_FIELDS} embed_dim features"),
-                **keys("projection_hidden projection_norm", not pooled),
-                **keys("head_convs detach_masks", pooled),
-            },
+            "model": keys(f"network backbone mean std dtype {own}"),
             "text": keys(TEXT_KEYS, transformer) | keys("learned vectors", not transformer),
             "loss": keys(LOSS_KEYS) | keys("group", words),
+            "pseudo_masks": keys(" ".join(GENERATOR_KEYS)),
         }
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         del classes
         self.config, self.loss_config = config, config.loss
         self.net = build_net(config)
+        self.backbone = self.net.net.backbone if isinstance(self.net, PSegNet) else self.net.backbone
         dim = self.net.embed_dim
         loss = self.loss_config
         for key, known in (("matching", MATCHING), ("aggregation", AGGREGATION), ("form", ("auto", *FORMS))):
@@ -117,11 +157,19 @@ class PSeg(Trainable, Segmenting):
         if config.text.get("layers"):
             if loss.aggregation == "words":
                 raise UserError("loss.aggregation=words needs a vector for each word: text.layers=0")
-            self.text = TextTransformer(config.text, words, dim, self.net.net.dtype)
+            self.text = TextTransformer(
+                config.text, words, dim, jnp.dtype(config.model.get("dtype", "float32"))
+            )
             self.tokenizer = self.text.tokenizer
         else:
             self.text = TextTable(config.text, words, dim)
         self.frozen = () if self.text.learned else ("^text/",)
+        self.generator = None
+        if loss.mask_weight and config.get("pseudo_masks"):
+            self.generator = build_generator(
+                config.pseudo_masks, jnp.dtype(config.model.get("dtype", "float32"))
+            )
+            self.frozen += ("^generator/",)
         self.form = None if loss.form == "auto" else loss.form
         self.group = (loss.get("group", 0) if loss.aggregation == "words" else 0) or None
         if self.group and config.batch_size % self.group:
@@ -140,21 +188,40 @@ class PSeg(Trainable, Segmenting):
         for name, tree in text.items():
             joined.setdefault(name, {})["text"] = tree
         joined["params"]["temperature"] = {"pair": raw, **of_words}
+        if self.generator is not None:
+            made = self.generator.init(
+                jax.random.key(0), jnp.zeros((1, size, size, 3), jnp.uint8), jnp.full((1, 2), size)
+            )
+            joined["params"] |= {"generator": made["params"]} if made else {}
         return joined
 
     def pretrained(self) -> dict[str, Any]:
-        """Returns the weights of `model.backbone.init`; P-Seg starts without any (ours, the paper does not say)."""
-        init = self.config.model.backbone.get("init", "")
+        """Returns the weights of `model.backbone.init` and `pseudo_masks.backbone.init`.
+
+        P-Seg's own network starts without any (ours: the paper does not say).
+        """
+        place = ["image", "net", "backbone"] if isinstance(self.net, PSegNet) else ["image", "backbone"]
+        found = self._loaded(self.config.model.backbone, self.backbone, place)
+        if self.generator is not None and "backbone" in self.config.pseudo_masks:
+            tower = self.generator.features.tower
+            frozen = self._loaded(
+                self.config.pseudo_masks.backbone, tower, ["generator", "features", "tower"]
+            )
+            found.setdefault("params", {}).update(frozen.get("params", {}))
+        return found
+
+    def _loaded(self, config: ConfigDict, module: Any, place: Sequence[str]) -> dict[str, Any]:
+        init = config.get("init", "")
         if not init:
             return {}
         from ovseg_jax.pretrained.load import load
 
         shapes = jax.eval_shape(self.init, jax.random.key(0))
-        place = ("image", "net", "backbone")
-        inner = lambda tree: tree[place[0]][place[1]].get(place[2], {})
-        own = {name: inner(tree) for name, tree in shapes.items() if "image" in tree}
-        found = load(init, self.net.net.backbone, {name: tree for name, tree in own.items() if tree})
-        wrap = lambda tree: {place[0]: {place[1]: {place[2]: tree}}}
+        own = {
+            name: reduce(lambda tree, key: tree.get(key, {}), place, tree) for name, tree in shapes.items()
+        }
+        found = load(init, module, {name: tree for name, tree in own.items() if tree})
+        wrap = lambda tree: reduce(lambda inner, key: {key: inner}, reversed(place), tree)
         return {name: wrap(tree) for name, tree in found.items()}
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
@@ -197,8 +264,7 @@ class PSeg(Trainable, Segmenting):
         """Embeds some images and their texts; returns these, sum and count of the mask loss, updated collections."""
         mutable = [name for name in variables if name != "params"]
         own = lambda part: {name: tree[part] for name, tree in variables.items() if part in tree}
-        out: Any
-        out, changed = self.net.apply(
+        made, changed = self.net.apply(
             own("image"),
             batch["image"],
             batch["image_size"],
@@ -206,6 +272,7 @@ class PSeg(Trainable, Segmenting):
             mutable=mutable,
             rngs={"dropout": rng},
         )
+        out = features_of(made)
         mutated = {name: {"image": tree} for name, tree in changed.items()}
         text: Any
         if isinstance(self.text, TextTransformer):
@@ -218,6 +285,11 @@ class PSeg(Trainable, Segmenting):
         else:
             text = embed_phrases(variables["params"]["text"]["table"], batch["word_ids"], batch["word_valid"])
         image = unit(out.regions if self.loss_config.aggregation == "words" else out.image)
+        if self.generator is not None:
+            weights = {"params": variables["params"].get("generator", {})}
+            masks, valid = self.generator.apply(weights, batch["image"], batch["image_size"])
+            each = jnp.ones(len(masks), jnp.float32)
+            batch = {**batch, "masks": masks, "mask_valid": valid, "mask_weight": each}
         return (image, text), self._mask_loss(out.mask_logits, batch), mutated
 
     def _mask_loss(self, logits: Array, batch: Batch) -> tuple[Array, Array] | None:
@@ -246,7 +318,7 @@ class PSeg(Trainable, Segmenting):
     ) -> Prediction:
         """Predicts the masks with their embeddings, and embeddings of pixels."""
         own = {name: tree["image"] for name, tree in variables.items() if "image" in tree}
-        out: Any = self.net.apply(own, image, image_size)
+        out = features_of(self.net.apply(own, image, image_size))
         return Prediction(out.mask_logits[:, -1], {SPACE: unit(out.regions)}, {SPACE: out.pixels})
 
     def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:

@@ -33,13 +33,11 @@ class MaskFormerOutput(NamedTuple):
       queries: [B L N D], normalised outputs of the decoder; the last layer is the last entry.
       mask_logits: [B L N h w] at stride 4.
       pixels: [B h w C], the mask features.
-      maps: the backbone's, "c2" to "c5".
     """
 
     queries: Float[Array, "b l n d"]
     mask_logits: Float[Array, "b l n h w"]
     pixels: Float[Array, "b h w c"]
-    maps: dict[str, Float[Array, "b _h _w _c"]]
 
 
 def cells_inside(image_size: Int[Array, "b 2"], shape: tuple[int, ...], level: str) -> Bool[Array, "b h w"]:
@@ -187,7 +185,6 @@ class MaskFormerNet(nn.Module):
       heads: attention heads.
       ffn: channels inside the decoder's MLPs.
       dropout: rate in the decoder.
-      mask_bias: initial value of a learned bias of the mask logits (ours); None for none, as published.
       deep_supervision: whether all layers are returned.
       remat: what the backward pass recomputes in pyramid and decoder, see `rematerialise`.
       dtype: compute type; mask logits are float32.
@@ -203,7 +200,6 @@ class MaskFormerNet(nn.Module):
     heads: int = 8
     ffn: int = 2048
     dropout: float = 0.1
-    mask_bias: float | None = None
     deep_supervision: bool = False
     remat: str = "none"
     dtype: Any = jnp.float32
@@ -251,9 +247,7 @@ class MaskFormerNet(nn.Module):
         y = nn.relu(dense(self.width, name="mask_mlp_1")(y))
         y = dense(self.mask_dim, name="mask_mlp_2")(y)
         logits = jnp.einsum("blnc,bhwc->blnhw", y, pixels, preferred_element_type=jnp.float32)
-        if self.mask_bias is not None:
-            logits = logits + self.param("mask_bias", nn.initializers.constant(self.mask_bias), ())
-        return MaskFormerOutput(stacked, logits, pixels, features)
+        return MaskFormerOutput(stacked, logits, pixels)
 
 
 class Classifier(nn.Module):

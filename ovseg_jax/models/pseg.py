@@ -7,13 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.unit import unit
-from ovseg_jax.models.fpn import ConvHead, FusedPyramid
 from ovseg_jax.models.maskformer import MaskFormerNet, cells_inside
 from ovseg_jax.models.projection import Projection
-
-FEATURES = ("query", "pooled")
 
 
 class PSegFeatures(NamedTuple):
@@ -35,58 +31,35 @@ class PSegFeatures(NamedTuple):
 class PSegNet(nn.Module):
     """P-Seg's network (papers/002, 3.2, 3.3 and C.1).
 
+    The feature of a mask is its query after the decoder (3.2), in a projection of two layers (3.3.2). The embedding of
+    a pixel is the sum of those of the masks, weighted by the masks (ours).
+
     Attributes:
       net: the MaskFormer.
       embed_dim: D of the text space (256).
-      features: what a mask's feature is. "query": its query after the decoder (3.2), in a projection of two layers
-        (3.3.2); a pixel's embedding is the sum of those of the masks, weighted by the masks (ours). "pooled" (ours):
-        the sum of pixel embeddings under the mask, which come from a pyramid and a head of 3x3 convolutions of their
-        own, as in OpenSeg; there is no further projection.
-      projection_hidden: channels inside of the projection, for "query".
-      projection_norm: whether it has batch normalisation, for "query".
-      head_convs: 3x3 convolutions of the head, for "pooled".
-      detach_masks: whether to stop the gradient of the texts' loss to the masks, for "pooled".
+      projection_hidden: channels inside of the projection of mask features.
+      projection_norm: whether it has batch normalisation.
     """
 
     net: MaskFormerNet
     embed_dim: int = 256
-    features: str = "query"
     projection_hidden: int = 256
     projection_norm: bool = False
-    head_convs: int = 1
-    detach_masks: bool = True
 
     @nn.compact
     def __call__(
         self, image: UInt8[Array, "b s t 3"], image_size: Int[Array, "b 2"], train: bool = False
     ) -> PSegFeatures:
-        """Encodes images that fill `image_size` (height, width) of their canvas.
-
-        Raises:
-          UserError: `features` is unknown.
-        """
+        """Encodes images that fill `image_size` (height, width) of their canvas."""
         out = self.net(image, image_size, train)
         logits = out.mask_logits[:, -1]
         masks = jax.nn.sigmoid(logits) * cells_inside(image_size, logits.shape[2:], "c2")[:, None]
-        if self.features == "query":
-            queries = out.queries[:, -1].astype(jnp.float32)
-            project = Projection(
-                self.embed_dim,
-                self.projection_hidden,
-                self.projection_norm,
-                self.net.dtype,
-                name="projection",
-            )
-            # The mean comes first: it is what the paper's pseudocode contrasts, and what batch statistics are of.
-            mean = project(queries.mean(1), train).astype(jnp.float32)
-            regions = project(queries, False).astype(jnp.float32)
-            pixels = jnp.einsum("bnhw,bnd->bhwd", masks, unit(regions))
-            return PSegFeatures(out.mask_logits, regions, mean, pixels)
-        if self.features != "pooled":
-            raise UserError(f"model.features={self.features!r} is not one of {', '.join(FEATURES)}")
-        fused = FusedPyramid(self.net.width, False, self.net.dtype, name="pyramid")(out.maps)
-        head = ConvHead(self.net.width, self.head_convs, self.embed_dim, dtype=self.net.dtype, name="head")
-        pixels = head(fused).astype(jnp.float32)
-        masks = jax.lax.stop_gradient(masks) if self.detach_masks else masks
-        regions = jnp.einsum("bnhw,bhwd->bnd", masks, pixels)
-        return PSegFeatures(out.mask_logits, regions, unit(regions).mean(1), pixels)
+        queries = out.queries[:, -1].astype(jnp.float32)
+        project = Projection(
+            self.embed_dim, self.projection_hidden, self.projection_norm, self.net.dtype, name="projection"
+        )
+        # The mean comes first: it is what the paper's pseudocode contrasts, and what batch statistics are of.
+        mean = project(queries.mean(1), train).astype(jnp.float32)
+        regions = project(queries, False).astype(jnp.float32)
+        pixels = jnp.einsum("bnhw,bnd->bhwd", masks, unit(regions))
+        return PSegFeatures(out.mask_logits, regions, mean, pixels)

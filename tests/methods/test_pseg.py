@@ -25,9 +25,12 @@ PAPER = dict(mask_weight=1.0, matching="hungarian", aggregation="mean")
 SMALL = dict(mask_weight=2.0, matching="best", aggregation="words", group=2)
 
 
-def make(small=False, text=None, loss=None, **model):
-    features = "pooled" if small else "query"
-    net = dict(num_queries=5, width=32, mask_dim=16, layers=1, heads=2, ffn=32, dropout=0.0, embed_dim=24)
+def make(small=False, text=None, loss=None, pseudo_masks=None, **model):
+    net = dict(network="openseg", num_queries=5, width=16, embed_dim=24, decoder_layers=1, head_convs=1)
+    net |= dict(position_grid=4, mask_bias=-1.0)
+    if not small:
+        net = dict(network="maskformer", num_queries=5, width=32, mask_dim=16, layers=1, heads=2, ffn=32)
+        net |= dict(dropout=0.0, embed_dim=24, projection_hidden=32, projection_norm=False)
     losses = dict(contrastive_weight=1.0, average=False, focal=20.0, dice=1.0, form="auto")
     losses |= dict(temperature=0.1, temperature_bounds=(0.01, 1.0))
     transformer = dict(tokenizer="words", vocab_size=0, length=L, width=16, layers=1, heads=2)
@@ -37,10 +40,11 @@ def make(small=False, text=None, loss=None, **model):
         dict(
             method="pseg",
             batch_size=B,
-            model=dict(backbone=backbone, mean=(0.5,) * 3, std=(0.25,) * 3, features=features, **net) | model,
+            model=dict(backbone=backbone, mean=(0.5,) * 3, std=(0.25,) * 3, **net) | model,
             text=(dict(learned=True, layers=0) if small else transformer) | (text or {}),
             loss=losses | (SMALL if small else PAPER) | (loss or {}),
             data=dict(image_size=S),
+            **({"pseudo_masks": pseudo_masks} if pseudo_masks else {}),
         )
     )
     return build(config, WORDS, CLASSES)
@@ -179,10 +183,33 @@ def test_pixels_outside_of_an_image_change_no_prediction():
         np.testing.assert_allclose(a.mask_logits[:, :, :5, :7], b.mask_logits[:, :, :5, :7], atol=1e-4)
 
 
+def test_pseudo_masks_of_the_step_are_those_of_their_generator():
+    made = dict(features="colour", clusters=M, stride=4, mask_stride=4)
+    method, data = make(True, pseudo_masks=made), batch(True)
+    variables = method.init(jax.random.key(0))
+    assert "masks" not in method.fields(method.config)
+    masks, valid = method.generator.apply({}, data["image"], data["image_size"])
+    given = data | {"masks": masks, "mask_valid": valid}
+    without = {k: v for k, v in data.items() if not k.startswith("mask")}
+    found = method.loss(variables, without, jax.random.key(1))[1].metrics["mask_loss"]
+    expected = make(True).loss(variables, given, jax.random.key(1))[1].metrics["mask_loss"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_the_generators_tower_is_frozen():
+    tower = dict(name="vit", patch=8, width=16, depth=1, heads=2, mlp_dim=16, grid=(4, 4), cls="token")
+    made = dict(features="tower", backbone=tower, clusters=M, mask_stride=4)
+    method, data = make(True, pseudo_masks=made), batch(True)
+    variables = method.init(jax.random.key(0))
+    assert variables["params"]["generator"] and "^generator/" in method.frozen
+    grad = jax.grad(lambda p: method.loss({"params": p}, data, jax.random.key(1))[0])(variables["params"])
+    assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(grad["generator"]))
+
+
 def test_a_detached_mask_learns_from_masks_alone():
     for detach in (True, False):
         _, grad = grads(batch(True), True, loss=dict(mask_weight=0.0), detach_masks=detach)
-        assert np.any(np.asarray(grad["image"]["net"]["queries"])) == (not detach)
+        assert np.any(np.asarray(grad["image"]["decoder"]["queries"])) == (not detach)
 
 
 def test_batch_statistics_are_of_the_means_and_serve_single_masks():
@@ -245,7 +272,8 @@ def test_texts_of_word_pieces_need_no_pass_over_captions():
     [
         (dict(loss=dict(matching="greedy")), "loss.matching='greedy' is not one of hungarian, best"),
         (dict(loss=dict(aggregation="words")), "text.layers=0"),
-        (dict(features="token"), "model.features='token'"),
+        (dict(network="detr"), "model.network='detr' is not one of maskformer, openseg"),
+        (dict(small=True, num_queries=0), "P-Seg needs masks"),
         (dict(depth=2), "unknown keys of config.model: depth"),
         (dict(text=dict(tokenizer="")), "text.tokenizer is missing"),
         (dict(text=dict(tokenizer="no/folder")), "no/folder"),
