@@ -76,10 +76,10 @@ class Assign(nn.Module):
         self, x: Float[Array, "b n d"], tokens: Float[Array, "b m d"]
     ) -> tuple[Float[Array, "b g d"], Float[Array, "b g n"]]:
         """Returns the groups, and the soft assignment of the tokens `x`, which sums to 1 over the groups."""
+        width = x.shape[-1]
         norm = lambda name: nn.LayerNorm(self.epsilon, dtype=self.dtype, name=name)
         dense = lambda name: nn.Dense(width, dtype=self.dtype, name=name)
         mlp = lambda hidden, name: Mlp(hidden, self.activation, VIT, dtype=self.dtype, name=name)
-        width = x.shape[-1]
         tokens, x = norm("norm_tokens")(tokens), norm("norm_x")(x)
         mixer = Mixer(int(self.ratio[0] * width), self.groups, self.activation, self.dtype, name="mixer")
         groups = norm("norm_groups")(mixer(tokens))
