@@ -1,5 +1,6 @@
 """P-Seg (papers/002): a MaskFormer that learns its masks from pseudo-masks, and their meaning from captions."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
@@ -43,7 +44,7 @@ OWN_FIELDS = "embed_dim projection_hidden projection_norm"
 LOSS_KEYS = "mask_weight contrastive_weight average matching focal dice aggregation temperature temperature_bounds form"
 GENERATOR_KEYS = [
     "backbone",
-    *(f.name for kind in (PseudoMaskGenerator, Colours, TowerTokens) for f in fields(kind)),
+    *(f.name for kind in (PseudoMaskGenerator, Colours, TowerTokens) for f in dataclasses.fields(kind)),
 ]
 NETWORKS = ("maskformer", "openseg")
 MATCHING = ("hungarian", "best")
@@ -167,7 +168,7 @@ class PSeg(Trainable, Segmenting):
         self.generator = None
         if loss.mask_weight and config.get("pseudo_masks"):
             self.generator = build_generator(
-                config.pseudo_masks, jnp.dtype(config.model.get("dtype", "float32"))
+                config.pseudo_masks.to_dict(), jnp.dtype(config.model.get("dtype", "float32"))
             )
             self.frozen += ("^generator/",)
         self.form = None if loss.form == "auto" else loss.form

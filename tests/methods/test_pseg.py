@@ -197,7 +197,7 @@ def test_pseudo_masks_of_the_step_are_those_of_their_generator():
 
 
 def test_the_generators_tower_is_frozen():
-    tower = dict(name="vit", patch=8, width=16, depth=1, heads=2, mlp_dim=16, grid=(4, 4), cls="token")
+    tower = dict(name="vit", patch=8, width=16, depth=1, heads=2, mlp_dim=16, grid=(4, 4), cls="plain")
     made = dict(features="tower", backbone=tower, clusters=M, mask_stride=4)
     method, data = make(True, pseudo_masks=made), batch(True)
     variables = method.init(jax.random.key(0))
