@@ -86,7 +86,7 @@ def test_inference_is_the_sum_of_class_probability_times_mask(drawn):
     size = jnp.full((1, 2), 32)
     prediction = jax.jit(found.predict)(drawn, jnp.asarray(image), size)
     text = found.embed_text(drawn, CLASSES.flat()[0])
-    out, logits = found.model.apply(drawn, jnp.asarray(image), size)
+    out, logits = jax.jit(found.model.apply)(drawn, jnp.asarray(image), size)
     share = np.exp(np.float64(logits[0, -1]))
     share = share / share.sum(-1, keepdims=True)
     np.testing.assert_allclose(prediction.void[0], share[:, 3], rtol=1e-4)
@@ -126,7 +126,7 @@ def test_two_stages_take_probabilities_as_they_are(drawn):
     found = method()
     both = TwoStage(found, Fixed(), Rules(crop_size=8, ensemble=1.0))
     prediction = jax.tree.map(
-        lambda x: x[0], found.predict(drawn, jnp.asarray(batch(1)["image"]), jnp.full((1, 2), 32))
+        lambda x: x[0], jax.jit(found.predict)(drawn, jnp.asarray(batch(1)["image"]), jnp.full((1, 2), 32))
     )
     prediction = prediction._replace(regions={**prediction.regions, CROPS: jnp.ones((4, 2))})
     text = {**found.embed_text(drawn, ["cat", "sky", "dog"]), CROPS + "x": jnp.ones((3, 2))}
@@ -164,9 +164,9 @@ def test_configs_have_no_unknown_key(arg):
 
 def test_a_short_run(tmp_path):
     found = config()
-    found.steps, found.evals = 2, {}
+    found.steps, found.batch_size, found.evals = 2, 8, {}
     found.data.train = [dict(name="scenes", split="train", num_examples=8, image_size=32)]
-    own = dict(source=dict(name="scenes", split="test", num_examples=4, image_size=32), batch_size=4)
+    own = dict(source=dict(name="scenes", split="test", num_examples=8, image_size=32), batch_size=8)
     found.final_evals = dict(
         test=dict(own, type="segmentation", masks=("predicted",)), panoptic=dict(own, type="panoptic")
     )
