@@ -13,13 +13,14 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.clip_resnet import ClipResNet
 from ovseg_jax.models.efficientnet import EfficientNet
 from ovseg_jax.models.eva import Eva
+from ovseg_jax.models.groupvit import GroupVitImage, GroupVitText
 from ovseg_jax.models.maskformer import MaskFormer
 from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.swin import Swin
 from ovseg_jax.models.text_towers import Bert, CLIPText, SiglipText
 from ovseg_jax.models.tower_pyramid import TowerPyramid
 from ovseg_jax.models.vit import ViT
-from ovseg_jax.pretrained import clip_resnet, efficientnet, eva, maskformer, resnet, swin, text, vit
+from ovseg_jax.pretrained import clip_resnet, efficientnet, eva, groupvit, maskformer, resnet, swin, text, vit
 from ovseg_jax.pretrained.big_vision import read_big_vision
 from ovseg_jax.pretrained.files import read_arrays, weights_file
 from ovseg_jax.pretrained.hub import find
@@ -153,6 +154,10 @@ def formats(module: nn.Module) -> dict[str, list[Rename]]:
                 "transformers' CLIP": text.from_hf_clip_text(heads),
                 "OpenAI's or open_clip's CLIP": text.from_openai_clip_text(heads),
             }
+        case GroupVitImage(heads=heads):
+            return {"transformers' GroupViT": groupvit.from_hf_groupvit_image(heads)}
+        case GroupVitText(tower=tower):
+            return {"transformers' GroupViT": groupvit.from_hf_groupvit_text(tower.heads)}
         case SiglipText(heads=heads):
             return {
                 "transformers' SigLIP": text.from_hf_siglip_text(heads),

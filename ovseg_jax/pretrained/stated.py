@@ -19,6 +19,7 @@ import numpy as np
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.efficientnet import EfficientNet
 from ovseg_jax.models.eva import Eva
+from ovseg_jax.models.groupvit import GroupVitImage, GroupVitText
 from ovseg_jax.models.maskformer import MaskFormer
 from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.swin import Swin
@@ -47,6 +48,15 @@ _HF: dict[str, tuple[tuple[str, ...], Facts]] = {
         ("clip", "clip_vision_model", "clip_text_model"),
         dict(activation="quick_gelu", heads={"vision": 12, "text": 8}, epsilon=1e-5),
     ),
+    "transformers' GroupViT": (
+        ("groupvit",),
+        dict(
+            activation={"vision": "gelu", "text": "quick_gelu"},
+            heads={"vision": 6, "text": 4},
+            epsilon=1e-5,
+            assign_epsilon=1.0,
+        ),
+    ),
     "transformers' SigLIP": (
         ("siglip", "siglip_vision_model", "siglip_text_model"),
         dict(activation="gelu_pytorch_tanh", heads=12, epsilon=1e-6),
@@ -58,6 +68,7 @@ _HF_NAMES = (
     ("heads", "num_attention_heads"),
     ("epsilon", "layer_norm_eps"),
     ("epsilon", "batch_norm_eps"),
+    ("assign_epsilon", "assign_eps"),
     ("stride_in_first_convolution", "downsample_in_bottleneck"),
 )
 _OF_HF = {theirs: ours for ours, theirs in HF_ACTIVATIONS.items()} | {"silu": "swish"}
@@ -175,6 +186,11 @@ def facts(module: nn.Module) -> Facts:
             return dict(
                 activation=module.activation, heads=module.heads, epsilon=1e-5, causal=True, pool="argmax"
             )
+        case GroupVitImage():
+            names = ("activation", "heads", "epsilon", "assign_epsilon")
+            return {name: getattr(module, name) for name in names}
+        case GroupVitText():
+            return facts(module.tower)
         case SiglipText():
             return dict(activation="gelu_tanh", heads=module.heads, epsilon=1e-6, causal=False, pool="last")
         case Bert():
@@ -192,7 +208,7 @@ def facts(module: nn.Module) -> Facts:
 
 def _stated(config: Mapping[str, Any], module: nn.Module, format_: str) -> Facts:
     """Returns the properties in a file of the tower that is loaded, as in `facts`, or `refused` with the reason."""
-    side = "text" if isinstance(module, CLIPText | SiglipText | Bert) else "vision"
+    side = "text" if isinstance(module, CLIPText | SiglipText | Bert | GroupVitText) else "vision"
     if format_ == "ours":
         same_kind = config.get("kind") == type(module).__name__
         return {k: v for k, v in config.items() if k != "taps"} if same_kind else {}
