@@ -15,6 +15,7 @@ from ovseg_jax.models.efficientnet import EfficientNet
 from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.groupvit import GroupVitImage, GroupVitText
 from ovseg_jax.models.maskformer import MaskFormer
+from ovseg_jax.models.pseudo_masks import TowerTokens
 from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.swin import Swin
 from ovseg_jax.models.text_towers import Bert, CLIPText, SiglipText
@@ -61,8 +62,8 @@ def load(
       UserError: the weights are missing, cannot be read, or belong to another architecture or shape; or a file beside
         them describes another model than the module.
     """
-    if isinstance(module, TowerPyramid):
-        # Only the tower's weights are published; those of the pyramid are new.
+    if isinstance(module, TowerPyramid | TowerTokens):
+        # Only the tower's weights are published; those of a pyramid are new.
         inner = {name: tree["tower"] for name, tree in shapes.items() if "tower" in tree}
         found = load(init, module.tower, inner, may_miss=may_miss, pixels=pixels)
         return {name: {"tower": tree} for name, tree in found.items()}
