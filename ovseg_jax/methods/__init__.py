@@ -26,11 +26,8 @@ from ovseg_jax.vocab.words import WordList
 METHODS: dict[str, type[Trainable]] = {
     "openseg": OpenSeg,
     "lseg": LSeg,
-<<<<<<< HEAD
     "pseg": PSeg,
-=======
     "maskformer": MaskFormer,
->>>>>>> main
     "clip": ClipTraining,
     "clip_dense": ClipDense,
     "pomp": PromptTuning,
