@@ -288,7 +288,8 @@ class PSeg(Trainable, Segmenting):
         image = unit(out.regions if self.loss_config.aggregation == "words" else out.image)
         if self.generator is not None:
             weights = {"params": variables["params"].get("generator", {})}
-            masks, valid = self.generator.apply(weights, batch["image"], batch["image_size"])
+            generator: Any = self.generator
+            masks, valid = generator.apply(weights, batch["image"], batch["image_size"])
             each = jnp.ones(len(masks), jnp.float32)
             batch = {**batch, "masks": masks, "mask_valid": valid, "mask_weight": each}
         return (image, text), self._mask_loss(out.mask_logits, batch), mutated

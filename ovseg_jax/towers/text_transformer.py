@@ -83,7 +83,8 @@ class TextTransformer:
         )
         projection = Projection(dim, int(config.projection_hidden), bool(config.projection_norm), dtype=dtype)
         self.net = TextNet(tower, projection)
-        self._embed = jax.jit(lambda variables, ids: unit(self.net.apply(variables, ids)))
+        net: Any = self.net
+        self._embed = jax.jit(lambda variables, ids: unit(net.apply(variables, ids)))
 
     def _tokenizer(self) -> PieceTokenizer:
         length = int(self.config.length)
