@@ -23,7 +23,7 @@ def run(method: str, **own: Any) -> ConfigDict:
 
 def adamw(learning_rate: float, **own: Any) -> dict[str, Any]:
     """Returns AdamW under a cosine."""
-    return dict(name="adamw", learning_rate=learning_rate, schedule="cosine", ema=0.0, **own)
+    return dict(dict(name="adamw", learning_rate=learning_rate, schedule="cosine", ema=0.0), **own)
 
 
 def sgd(learning_rate: float, **own: Any) -> dict[str, Any]:
