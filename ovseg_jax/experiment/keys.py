@@ -92,8 +92,9 @@ def known_keys(config: ConfigDict) -> dict[str, Mapping[str, bool]]:
         "final_evals": dict.fromkeys(_items(config.get("final_evals")), True),
         "optimizer": {
             **keys("name learning_rate schedule warmup_steps warmup_rate hold_steps weight_decay clip_norm"),
-            **keys("multipliers ema"),
+            **keys("multipliers no_decay ema"),
             **keys("final_fraction decay_steps", not constant),
+            **keys("power", optimizer.get("schedule") == "polynomial"),
             **keys("momentum nesterov", sgd),
             **keys("b1 b2", not sgd),
         },

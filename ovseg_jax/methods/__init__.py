@@ -15,6 +15,7 @@ from ovseg_jax.methods.lseg import LSeg
 from ovseg_jax.methods.maple import MaPLe
 from ovseg_jax.methods.openseg import OpenSeg
 from ovseg_jax.methods.prompt_tuning import PromptTuning
+from ovseg_jax.methods.upernet import UPerNetMethod
 from ovseg_jax.methods.vpt import VPT
 from ovseg_jax.protocols import Trainable
 from ovseg_jax.towers.vocabulary import SPOKEN
@@ -24,6 +25,7 @@ from ovseg_jax.vocab.words import WordList
 METHODS: dict[str, type[Trainable]] = {
     "openseg": OpenSeg,
     "lseg": LSeg,
+    "upernet": UPerNetMethod,
     "clip": ClipTraining,
     "clip_dense": ClipDense,
     "pomp": PromptTuning,
