@@ -18,15 +18,15 @@ from tests.extras import require
 
 SIZE, CLASSES = (64, 96), 5
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
-VIT = dict(name="vit", patch=8, width=32, depth=12, heads=2, mlp_dim=48, grid=(8, 8), taps=(3, 5, 7, 11))
+VIT = dict(name="vit", patch=8, width=32, depth=6, heads=2, mlp_dim=48, grid=(8, 8), taps=(1, 2, 3, 5))
 
 
 def image():
-    return np.random.default_rng(1).integers(0, 256, (2, *SIZE, 3), np.uint8)
+    return jnp.asarray(np.random.default_rng(1).integers(0, 256, (2, *SIZE, 3), np.uint8))
 
 
 def pixels():
-    x = (image() / 255.0 - MEAN) / STD
+    x = (np.asarray(image()) / 255.0 - MEAN) / STD
     return reference.torch_images(x.astype(np.float32))
 
 
@@ -38,14 +38,14 @@ def net(backbone=None, **fields):
 def original(kind="beit", **own):
     transformers, torch = require("transformers"), require("torch")
     if kind == "beit":
-        # Block 12 is `out_indices` 12: hidden state 0 is the input of the first block.
-        config = dict(hidden_size=32, num_hidden_layers=12, num_attention_heads=2, intermediate_size=48)
+        # The output of block 6, the last, is hidden state 6: hidden state 0 is the input of the first block.
+        config = dict(hidden_size=32, num_hidden_layers=6, num_attention_heads=2, intermediate_size=48)
         config |= dict(image_size=64, patch_size=8, use_absolute_position_embeddings=True)
         config |= dict(layer_scale_init_value=0.0, drop_path_rate=0.0, add_fpn=True)
-        backbone = transformers.BeitConfig(**config, out_indices=[4, 6, 8, 12], **own)
+        backbone = transformers.BeitConfig(**config, out_indices=[2, 3, 4, 6], **own)
     else:
         stages = ["stage1", "stage2", "stage3", "stage4"]
-        sizes = dict(embed_dim=16, depths=[1, 2, 1, 1], num_heads=[1, 2, 2, 4], window_size=4, image_size=64)
+        sizes = dict(embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 4], window_size=4, image_size=64)
         backbone = transformers.SwinConfig(**sizes, drop_path_rate=0.0, out_features=stages)
     config = transformers.UperNetConfig(
         backbone_config=backbone, hidden_size=24, auxiliary_channels=8, num_labels=CLASSES
@@ -85,7 +85,7 @@ def both_logits(model):
 def test_logits_equal_transformers(kind, tmp_path):
     torch = require("torch")
     model = original(kind)
-    swin = Swin(width=16, depths=(1, 2, 1, 1), heads=(1, 2, 2, 4), window=4, window_rule="always")
+    swin = Swin(width=16, depths=(1, 1, 1, 1), heads=(1, 2, 2, 4), window=4, window_rule="always")
     module = net() if kind == "beit" else net(swin)
     variables = loaded(module, model, tmp_path)
     out = jax.jit(module.apply)(variables, image(), jnp.full((2, 2), jnp.array(SIZE)))
@@ -106,8 +106,8 @@ def test_training_equals_transformers(tmp_path):
     variables = loaded(module, model, tmp_path)
     labels = np.random.default_rng(2).integers(0, CLASSES, (2, *SIZE))
     labels[:, :5] = 255
-    model(pixels(), labels=torch.from_numpy(labels)).loss.backward()
-    loss = model(pixels(), labels=torch.from_numpy(labels)).loss.item()
+    loss = model(pixels(), labels=torch.from_numpy(labels)).loss
+    loss.backward()
 
     def ours(params):
         size = jnp.full((2, 2), jnp.array(SIZE))
@@ -123,7 +123,7 @@ def test_training_equals_transformers(tmp_path):
         return means[0] + 0.4 * means[1], mutated
 
     (value, mutated), grads = jax.jit(jax.value_and_grad(ours, has_aux=True))(variables["params"])
-    assert float(value) == pytest.approx(loss, rel=1e-5)
+    assert float(value) == pytest.approx(loss.item(), rel=1e-5)
     theirs = dict(model.named_parameters())
     for path, name in (
         (
@@ -147,8 +147,8 @@ def test_training_equals_transformers(tmp_path):
             assert np.abs(expected).max() > 1e-6, path
         error = np.abs(np.asarray(found) - expected).max()
         assert error < 1e-3 * max(np.abs(expected).max(), 1e-4), (path, error)
-    unfrozen = mutated["batch_stats"]["head"]["fusion"]["norm"]["mean"]
-    assert np.abs(unfrozen - variables["batch_stats"]["head"]["fusion"]["norm"]["mean"]).max() > 1e-3
+    updated = mutated["batch_stats"]["head"]["fusion"]["norm"]["mean"]
+    assert np.abs(updated - variables["batch_stats"]["head"]["fusion"]["norm"]["mean"]).max() > 1e-3
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
@@ -160,16 +160,14 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3), jnp.uint8), sizes)
         return load(str(tmp_path), module, shapes)
 
-    with pytest.raises(UserError, match=r"taps is \[4, 6, 8, 12\], but this model's is \[2, 4, 6, 12\]"):
-        read(net(build_backbone(VIT | dict(taps=(1, 3, 5, 11)))))
+    with pytest.raises(UserError, match=r"taps is \[2, 3, 4, 6\], but this model's is \[1, 3, 4, 6\]"):
+        read(net(build_backbone(VIT | dict(taps=(0, 2, 3, 5)))))
     with pytest.raises(UserError, match="its heads is 2, but this model's is 4"):
         read(net(build_backbone(VIT | dict(heads=4))))
     with pytest.raises(UserError, match=r"its pools is \[1, 2, 3, 6\]"):
         read(net(pools=(1, 2, 3, 4)))
     with pytest.raises(UserError, match=r"has a wrong shape: .*classifier/bias"):
         read(net(classes=7))
-    with pytest.raises(UserError, match="too many"):
-        read(net(aux_width=0))
     config = json.loads((tmp_path / "config.json").read_text())
     config["backbone_config"]["use_relative_position_bias"] = True
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -199,11 +197,10 @@ def test_stochastic_depth_drops_whole_branches():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 16, 16, 3)), jnp.float32)
     module = ViT(**fields, depth=3, taps=(0, 1, 2), drop_rate=0.8)
     variables = reference.init(module, x)
-    apply = jax.jit(module.apply, static_argnums=2)
     dropped = module.apply(variables, x, True, rngs={"dropout": jax.random.key(0)}).taps
-    kept = apply(variables, x, False).taps
-    np.testing.assert_array_equal(dropped[0], kept[0])  # the first block has the rate 0
-    np.testing.assert_array_equal(kept[2], ViT(**fields, depth=3, taps=(2,)).apply(variables, x).taps[2])
+    kept = module.apply(variables, x, False).taps
+    np.testing.assert_allclose(dropped[0], kept[0], atol=1e-5)  # the first block has the rate 0
     same = [np.mean(np.all(dropped[i] == dropped[i - 1], axis=(1, 2, 3))) for i in (1, 2)]
     # Both branches of an example are dropped with probability 0.4² and 0.8².
     assert abs(same[0] - 0.16) < 0.15 and abs(same[1] - 0.64) < 0.2
+    assert not np.any(np.all(kept[2] == kept[1], axis=(1, 2, 3)))

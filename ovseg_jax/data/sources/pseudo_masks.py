@@ -22,7 +22,7 @@ from ovseg_jax.data.source_base import Extent, Source, Wrapped, replaced
 from ovseg_jax.data.transforms import segment_boxes
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import write_whole
-from ovseg_jax.reading import array, parse_json, reading, texts, whole
+from ovseg_jax.reading import array, parse_json, reading, text, texts, whole
 from ovseg_jax.vocab.classes import ClassList
 
 FACTS = "shard.json"
@@ -89,14 +89,14 @@ class Statistics:
     def __str__(self) -> str:
         total = sum(self.confidence)
         images, (small, unsure, double, hidden) = max(self.images, 1), self.dropped
-        text = (
+        found = (
             f"{self.images} images have {total} masks, {total / images:.1f} each, on {self.covered / images:.0%} of "
             f"their pixels; {self.masks[0] if self.masks else 0} have none."
         )
         if not any(self.dropped):
-            return text
+            return found
         return (
-            f"{text} Dropped: {small} small or empty proposals, {unsure} unsure ones, {double} duplicates, {hidden} "
+            f"{found} Dropped: {small} small or empty proposals, {unsure} unsure ones, {double} duplicates, {hidden} "
             "hidden by others"
         )
 
@@ -129,7 +129,7 @@ def write_shard(path: epath.PathLike, shard: Shard, masks: Mapping[int, bytes]) 
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         facts = {**shard._asdict(), "statistics": dataclasses.asdict(shard.statistics)}
-        facts["classes"] = None if shard.classes is None else parse_json(shard.classes.to_json())
+        facts["classes"] = None if shard.classes is None else shard.classes.to_json()
         archive.writestr(FACTS, json.dumps(facts))
         for index, png in masks.items():
             archive.writestr(f"{index}.png", png)
@@ -158,7 +158,7 @@ def read_shard(path: epath.PathLike) -> Shard:
         )
         skipped = [whole(index, "skipped") for index in facts["skipped"]]
         named = facts.get("classes")
-        classes = None if named is None else ClassList.from_fields(named)
+        classes = None if named is None else ClassList.from_json(text(named, "classes"))
     return Shard(facts["request"], ids, skipped, statistics, classes)
 
 
