@@ -11,11 +11,9 @@
       ovseg_jax.prepare` wrote to DIR. The paper's mIoU with background (Table 4): VOC 62.0, Context 30.2, COCO 35.7.
       None of them has been reproduced yet.
 
-Numbers with a section, table or appendix are the paper's; "mmsegmentation" marks those of its MAE recipe, whose form the
-paper follows; the rest is marked "ours".
+Numbers with a section, table or appendix are the paper's; "mmsegmentation" marks those of its MAE recipe, whose form
+the paper follows; the rest is marked "ours".
 """
-
-from typing import Any
 
 from ml_collections import ConfigDict
 
