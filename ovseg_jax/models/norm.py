@@ -5,7 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 class GroupNorm(nn.Module):
@@ -28,8 +28,10 @@ class GroupNorm(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """Normalises each group of channels over height and width."""
+    def __call__(
+        self, x: Float[Array, "b h w c"], valid: Bool[Array, "b h w"] | None = None
+    ) -> Float[Array, "b h w c"]:
+        """Normalises each group of channels over height and width; only `valid` pixels count for the moments."""
         b, c = x.shape[0], x.shape[-1]
         scale = self.param("scale", nn.initializers.constant(self.scale_init), (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
@@ -39,8 +41,14 @@ class GroupNorm(nn.Module):
             grouped = per_channel.reshape(b, self.groups, c // self.groups).mean(-1, keepdims=True)
             return jnp.broadcast_to(grouped, (b, self.groups, c // self.groups)).reshape(b, c)
 
-        mean = group_mean(x32.mean((1, 2)))
-        variance = group_mean((x32 * x32).mean((1, 2))) - mean * mean
+        def pixel_mean(y: jax.Array) -> jax.Array:
+            if valid is None:
+                return y.mean((1, 2))
+            count = jnp.maximum(valid.sum((1, 2)), 1)
+            return jnp.where(valid[..., None], y, 0).sum((1, 2)) / count[:, None]
+
+        mean = group_mean(pixel_mean(x32))
+        variance = group_mean(pixel_mean(x32 * x32)) - mean * mean
         # Rounding can make a constant image's variance negative.
         factor = scale * jax.lax.rsqrt(jnp.maximum(variance, 0.0) + self.epsilon)
         offset = bias - mean * factor

@@ -93,6 +93,7 @@ def attend(
     queries: Float[Array, "b q d"],
     values: Float[Array, "b n d"],
     *,
+    keys: Float[Array, "b n d"] | None = None,
     features: int | None = None,
     key_bias: bool = True,
     mask: Bool[Array, "b 1 1 n"] | None = None,
@@ -106,7 +107,8 @@ def attend(
       layer: creates a dense layer from a name ("query", "key", "value", "out"), a shape and `DenseGeneral`'s options.
       heads: number of heads; divides the width.
       queries: the input of the queries.
-      values: the input of keys and values.
+      values: the input of the values.
+      keys: the input of the keys; None means that of the values.
       features: channels of the result; None means those of the queries.
       key_bias: whether keys have a bias.
       mask: True for values that may be attended to; None means all.
@@ -117,7 +119,7 @@ def attend(
     width = queries.shape[-1]
     split = (heads, width // heads)
     query = layer("query", split)(queries)
-    key = layer("key", split, use_bias=key_bias)(values)
+    key = layer("key", split, use_bias=key_bias)(values if keys is None else keys)
     value = layer("value", split)(values)
     if rotary is not None:
         query, key = rotate(query, rotary), rotate(key, rotary)
@@ -155,8 +157,9 @@ class Attention(nn.Module):
         values: Float[Array, "b n d"],
         valid: Bool[Array, "b n"] | None = None,
         rotary: Rotary | None = None,
+        keys: Float[Array, "b n d"] | None = None,
     ) -> Float[Array, "b q d"]:
-        """Attends from each query to all values, or to those that are `valid`."""
+        """Attends from each query to all values, or to those that are `valid`; for `keys` see `attend`."""
 
         def layer(name: str, shape: Any, **options: Any) -> nn.DenseGeneral:
             init = self.style.kernel_init
@@ -167,6 +170,7 @@ class Attention(nn.Module):
             self.heads,
             queries,
             values,
+            keys=keys,
             key_bias=self.key_bias,
             mask=None if valid is None else valid[:, None, None, :],
             causal=self.causal,

@@ -115,6 +115,7 @@ def from_hf_swin(heads: Sequence[int], backbone: bool = False) -> list[Rename]:
         if stage < len(heads) - 1:
             renames += _merge(rf"{theirs}\.downsample", f"merge{stage + 2}")
         if backbone:
-            renames += _norm(rf"hidden_states_norms\.stage{stage + 1}", f"out_norm{stage + 2}")
+            # MaskFormer's Swin numbers them.
+            renames += _norm(rf"hidden_states_norms\.(?:stage{stage + 1}|{stage})", f"out_norm{stage + 2}")
     final = [Rename(rf"{top}layernorm\..*", "")] if backbone else _norm(rf"{top}layernorm", "out_norm5")
     return [*renames, *final, _INDICES, Rename(r"classifier\..*", "")]
