@@ -138,7 +138,8 @@ class ShortSideCrop:
             raise UserError(
                 f"data.short_side.ratio={ratio} is not (lowest, highest) with 0 < lowest <= highest"
             )
-        made = cls(int(data["image_size"]), ratio, **given)
+        share = float(given.pop("category_share", cls.category_share))
+        made = cls(int(data["image_size"]), ratio, category_share=share, **given)
         for name, valid in (
             ("long_side", made.long_side >= 1),
             ("category_share", 0 < made.category_share <= 1),

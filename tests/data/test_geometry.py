@@ -218,11 +218,11 @@ def test_a_crop_by_the_short_side():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (dict(short_side=dict(ratios=(1, 2))), "data.short_side has no key 'ratios'"),
+        (dict(short_side=dict(ratios=(1, 2))), r"data\.short_side has no key 'ratios'"),
         (dict(short_side=dict(ratio=(2, 1))), r"short_side.ratio=\(2.0, 1.0\)"),
-        (dict(short_side=dict(category_share=0)), "category_share=0 is out of range"),
-        (dict(short_side={}, flip=True), "leave out data.flip"),
-        (dict(short_side={}, augment={}), "leave out data.augment"),
+        (dict(short_side=dict(category_share=0)), r"category_share=0\.0 is out of range"),
+        (dict(short_side={}, flip=True), r"leave out data\.flip"),
+        (dict(short_side={}, augment={}), r"leave out data\.augment"),
     ],
 )
 def test_wrong_keys_of_a_crop_by_the_short_side(data, message):

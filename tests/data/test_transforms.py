@@ -186,7 +186,7 @@ def test_a_crop_of_one_category_is_drawn_anew():
     """At most 75% of its labelled pixels, by class and not by segment; after ten failures any crop is taken."""
     segments = np.ones((64, 64), np.int32)
     segments[:, 32:], segments[:8, :8] = 2, 3
-    segments[40:, 40:] = 0
+    segments[52:, 52:] = 0
     example = {"image": np.zeros((64, 64, 3), np.uint8), "segments": segments}
     shares = {}
     for name, ids, limit in (("cut", [4, 5, 4], 0.75), ("any", [4, 5, 4], 1.0), ("same", [4, 4, 4], 0.75)):

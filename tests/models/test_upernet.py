@@ -35,20 +35,20 @@ def net(backbone=None, **fields):
     return UPerNet(build_backbone(VIT) if backbone is None else backbone, MEAN, STD, **fields)
 
 
-def original(kind="beit", **own):
+def original(kind="beit", pools=(1, 2, 3, 6)):
     transformers, torch = require("transformers"), require("torch")
     if kind == "beit":
         # The output of block 6, the last, is hidden state 6: hidden state 0 is the input of the first block.
         config = dict(hidden_size=32, num_hidden_layers=6, num_attention_heads=2, intermediate_size=48)
         config |= dict(image_size=64, patch_size=8, use_absolute_position_embeddings=True)
         config |= dict(layer_scale_init_value=0.0, drop_path_rate=0.0, add_fpn=True)
-        backbone = transformers.BeitConfig(**config, out_indices=[2, 3, 4, 6], **own)
+        backbone = transformers.BeitConfig(**config, out_indices=[2, 3, 4, 6])
     else:
         stages = ["stage1", "stage2", "stage3", "stage4"]
         sizes = dict(embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 4], window_size=4, image_size=64)
         backbone = transformers.SwinConfig(**sizes, drop_path_rate=0.0, out_features=stages)
     config = transformers.UperNetConfig(
-        backbone_config=backbone, hidden_size=24, auxiliary_channels=8, num_labels=CLASSES
+        backbone_config=backbone, hidden_size=24, auxiliary_channels=8, num_labels=CLASSES, pool_scales=pools
     )
     model = reference.randomise(transformers.UperNetForSemanticSegmentation(config))
     generator = torch.Generator().manual_seed(3)
@@ -101,8 +101,9 @@ def test_logits_equal_transformers(kind, tmp_path):
 def test_training_equals_transformers(tmp_path):
     """Loss, gradients and updated statistics, with the statistics of the batch."""
     torch = require("torch")
-    model = original().train()
-    module = net(dropout=0.0)
+    # Not a single cell: the norm of one number of each of two images has gradients that are rounding errors.
+    model = original(pools=(2, 3, 6)).train()
+    module = net(dropout=0.0, pools=(2, 3, 6))
     variables = loaded(module, model, tmp_path)
     labels = np.random.default_rng(2).integers(0, CLASSES, (2, *SIZE))
     labels[:, :5] = 255
@@ -134,7 +135,7 @@ def test_training_equals_transformers(tmp_path):
         ("backbone/up_c2_0/bias", "backbone.fpn.fpn1.conv_transpose1.bias"),
         ("backbone/norm_c2/scale", "backbone.fpn.fpn1.normalization.weight"),
         ("backbone/up_c3/bias", "backbone.fpn.fpn2.bias"),
-        ("head/pool_3/norm/scale", "decode_head.psp_modules.3.1.batch_norm.weight"),
+        ("head/pool_2/norm/scale", "decode_head.psp_modules.2.1.batch_norm.weight"),
         ("head/context/norm/bias", "decode_head.bottleneck.batch_norm.bias"),
         ("aux_head/norm/scale", "auxiliary_head.convs.0.batch_norm.weight"),
         ("aux_classifier/bias", "auxiliary_head.classifier.bias"),
@@ -196,7 +197,7 @@ def test_stochastic_depth_drops_whole_branches():
 
     x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 16, 16, 3)), jnp.float32)
     module = ViT(**fields, depth=3, taps=(0, 1, 2), drop_rate=0.8)
-    variables = reference.init(module, x)
+    variables = jax.tree.map(jnp.asarray, reference.init(module, x))
     dropped = module.apply(variables, x, True, rngs={"dropout": jax.random.key(0)}).taps
     kept = module.apply(variables, x, False).taps
     np.testing.assert_allclose(dropped[0], kept[0], atol=1e-5)  # the first block has the rate 0
