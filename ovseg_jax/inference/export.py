@@ -21,7 +21,7 @@ from ovseg_jax.pretrained.big_vision import write_big_vision
 from ovseg_jax.pretrained.files import write_safetensors
 from ovseg_jax.pretrained.hf_clip import is_clip, write_hf_clip
 from ovseg_jax.pretrained.to_torch import describe, to_torch
-from ovseg_jax.protocols import Vocabulary, only
+from ovseg_jax.protocols import PixelScores, Vocabulary, only
 from ovseg_jax.towers.frozen_text import TEXT_TOWER, FrozenText
 
 EXAMPLE = '''"""Runs model.stablehlo with JAX and safetensors alone: python example.py DIR"""
@@ -183,7 +183,7 @@ def to_stablehlo(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
             none = jnp.zeros(names.shape[0], bool)  # exported scores cannot depend on the classes of names
             vocabulary = Vocabulary(none.astype(jnp.int32), none, none)
             score = lambda one: method.score_pixels(one, {space: names}, vocabulary)
-            weights, maps = jax.vmap(score, out_axes=(None, 0))(prediction)
+            weights, maps = jax.vmap(score, out_axes=PixelScores(None, 0))(prediction)  # type: ignore[arg-type]
             return jnp.einsum("tc,bchw->bthw", weights, maps), features
         scores = jnp.einsum("td,bnd->btn", names, only(prediction.regions))
         return prediction.mask_logits, scores, features

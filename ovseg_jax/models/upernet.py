@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
+from ovseg_jax.errors import UserError
 from ovseg_jax.models.openseg import normalise
 from ovseg_jax.models.remat import rematerialise
 from ovseg_jax.models.resnet import kernel_init, make_norm
@@ -133,9 +134,16 @@ class UPerNet(nn.Module):
         """Classifies the pixels of images that fill `image_size` (height, width) of their canvas.
 
         With `train`, the rng `dropout` is needed and batch statistics are updated (collection `batch_stats`).
+
+        Raises:
+          UserError: the backbone lacks a level.
         """
         x = normalise(image, image_size, self.mean, self.std, jnp.dtype(self.dtype))
         features = self.backbone(x, train=train)
+        if missing := [name for name in LEVELS if name not in features]:
+            raise UserError(
+                f"UPerNet needs the levels {', '.join(LEVELS)}, but the backbone has no {missing[0]}"
+            )
 
         def classify(y: Array, name: str) -> Array:
             y = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(y)

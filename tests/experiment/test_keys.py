@@ -7,7 +7,7 @@ from runpy import run_path
 import pytest
 
 import ovseg_jax
-from ovseg_jax.configs import clip_dense, openseg, pomp, pomp_segments
+from ovseg_jax.configs import clip_dense, openseg, pomp, pomp_segments, upernet
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.keys import check_config, check_evaluation, known_keys
 from ovseg_jax.experiment.run import train
@@ -36,6 +36,14 @@ SHIPPED = [
     *(
         (clip_dense, arg)
         for arg in (None, "features=activation", "features=proposals", "data=sets,eval_sets=x")
+    ),
+    *(
+        (upernet, arg)
+        for arg in (
+            None,
+            "teacher=r,decision=groupvit",
+            f"{FOLDER},val_dir=y,teacher=r,background=b,target=coco",
+        )
     ),
 ]
 

@@ -131,6 +131,8 @@ def test_wrong_configs():
         method(ClassList((("a",),), (0,), (True,)))
     with pytest.raises(UserError, match=r"config\.model has no key 'wide'"):
         method(wide=3)
+    with pytest.raises(UserError, match="needs the levels c2, c3, c4, c5, but the backbone has no c5"):
+        method(backbone=dict(name="small", width=8, levels=3)).init(jax.random.key(0))
     with pytest.raises(UserError, match=r"model\.init and model\.backbone\.init are both given"):
         method(init="/a", backbone=VIT | dict(init="/b")).pretrained()
 
