@@ -39,7 +39,8 @@ class Prediction(NamedTuple):
       mask_logits: [B N h w] logits of the proposals' sigmoid masks, or None for a per-pixel method.
       regions: by space, [B N D] an embedding of each proposal; empty for a per-pixel method.
       pixels: by space, [B h w D] a feature of every pixel, not normalised.
-      void: [B N] logit of "no object" for each proposal, for methods that learn it.
+      void: [B N] score of "no object" for each proposal, for methods that learn it, on the scale of their regions'
+        scores.
     """
 
     mask_logits: Float[Array, "*b n h w"] | None
@@ -150,9 +151,11 @@ class Segmenting:
 
     Attributes:
       modes: the origins of masks that its scores are defined for, see `decisions.rules.decide`.
+      probabilities: whether the scores of regions are probabilities of the classes and of "no object".
     """
 
     modes: tuple[str, ...] = ("predicted", "none", "truth")
+    probabilities: bool = False
 
     def predict(
         self, variables: Variables, image: UInt8[Array, "b s s 3"], image_size: Int[Array, "b 2"]

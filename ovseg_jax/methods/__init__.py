@@ -13,6 +13,7 @@ from ovseg_jax.methods.cocoop import CoCoOp
 from ovseg_jax.methods.linear_probe import LinearProbe
 from ovseg_jax.methods.lseg import LSeg
 from ovseg_jax.methods.maple import MaPLe
+from ovseg_jax.methods.maskformer import MaskFormer
 from ovseg_jax.methods.openseg import OpenSeg
 from ovseg_jax.methods.prompt_tuning import PromptTuning
 from ovseg_jax.methods.upernet import UPerNetMethod
@@ -26,6 +27,7 @@ METHODS: dict[str, type[Trainable]] = {
     "openseg": OpenSeg,
     "lseg": LSeg,
     "upernet": UPerNetMethod,
+    "maskformer": MaskFormer,
     "clip": ClipTraining,
     "clip_dense": ClipDense,
     "pomp": PromptTuning,

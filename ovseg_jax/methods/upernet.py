@@ -10,6 +10,7 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
@@ -32,6 +33,7 @@ from ovseg_jax.protocols import (
     Variables,
     Vocabulary,
 )
+from ovseg_jax.towers.vocabulary import spoken_words
 from ovseg_jax.vocab.classes import ClassList, rows_of_names
 from ovseg_jax.vocab.words import WordList
 
@@ -48,12 +50,13 @@ class UPerNetMethod(Trainable, Segmenting):
     own; `mean` and `std` of pixels; `dtype`; and the fields of `models.upernet.UPerNet`. `config.loss.auxiliary_weight`
     is the weight of the auxiliary head's loss.
 
-    A pixel's score for a class is 1 + log p / log K, for its probability p among the K classes: 1 is certainty and 0 is
+    Pixels of the groups "unseen" and "held_out" are not used in training, so that these classes are hardly predicted. A
+    pixel's score for a class is 1 + log p / log K, for its probability p among the K classes: 1 is certainty and 0 is
     chance. Unlike p itself, it may be interpolated: the best class is that of the interpolated logits, as in
     mmsegmentation.
 
     Raises:
-      UserError: the config has an unknown key or value, or there are fewer than two classes.
+      UserError: the config has an unknown key or value, or fewer than two classes to train.
     """
 
     modes = ("predicted", "none")
@@ -73,20 +76,24 @@ class UPerNetMethod(Trainable, Segmenting):
 
     @classmethod
     def vocabulary(cls, config: ConfigDict, source: Source) -> Sequence[str]:
-        """Returns no words.
+        """Returns the words of class names, of which no text side needs any.
 
         Raises:
           UserError: the source has no label maps.
         """
-        del config
         check_provides(source, ("segments", "class_ids"), "the method upernet")
-        return ()
+        return spoken_words(config.data, source).words
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         del words
         self.config, self.names = config, classes.names
-        if len(classes) < 2:
-            raise UserError(f"the method upernet needs at least two classes, but the data has {len(classes)}")
+        withheld = classes.withheld()
+        if (count := len(classes) - len(withheld)) < 2:
+            raise UserError(
+                f"the method upernet needs at least two classes to train, but the data has {count}"
+            )
+        # The last entry is that of pixels without a class, -1.
+        self._target = np.array([-1 if k in withheld else k for k in range(len(classes))] + [-1], np.int32)
         model = config.model.to_dict()
         if unknown := sorted(model.keys() - {"init", "backbone", "mean", "std", "dtype", *NET_FIELDS}):
             raise UserError(f"config.model has no key {unknown[0]!r}")
@@ -159,7 +166,7 @@ class UPerNetMethod(Trainable, Segmenting):
             mutable=[name for name in variables if name != "params"],
             rngs={"dropout": rng},
         )
-        target = batch["pixel_classes"]
+        target = jnp.asarray(self._target)[batch["pixel_classes"]]
         valid = (target >= 0) & batch["example_mask"][:, None, None]
 
         def total(logits: Array) -> tuple[Array, Array]:

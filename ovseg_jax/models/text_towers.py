@@ -114,7 +114,7 @@ class CLIPText(TextTower):
     """CLIP's text tower (Radford et al. 2021), also that of open_clip and EVA-CLIP.
 
     Attributes:
-      embed_dim: width of the space that it shares with the images.
+      embed_dim: width of the space that it shares with the images; 0 for no projection.
       activation: "quick_gelu" for OpenAI's weights, and others trained with it; else "gelu".
     """
 
@@ -151,7 +151,9 @@ class CLIPText(TextTower):
         x = self._add_positions(x)
         x = self._encode(x, None, activation=self.activation, epsilon=1e-5, causal=True)
         pooled = jnp.take_along_axis(x, end[:, None, None], 1)[:, 0]
-        return TextOutput(nn.Dense(self.embed_dim, use_bias=False, dtype=self.dtype, name="head")(pooled), x)
+        if self.embed_dim:
+            pooled = nn.Dense(self.embed_dim, use_bias=False, dtype=self.dtype, name="head")(pooled)
+        return TextOutput(pooled, x)
 
 
 class SiglipText(TextTower):

@@ -13,6 +13,9 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.clip_resnet import ClipResNet
 from ovseg_jax.models.efficientnet import EfficientNet
 from ovseg_jax.models.eva import Eva
+from ovseg_jax.models.groupvit import GroupVitImage, GroupVitText
+from ovseg_jax.models.maskformer import MaskFormer
+from ovseg_jax.models.pseudo_masks import TowerTokens
 from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.swin import Swin
 from ovseg_jax.models.tap_pyramid import TapPyramid
@@ -20,7 +23,18 @@ from ovseg_jax.models.text_towers import Bert, CLIPText, SiglipText
 from ovseg_jax.models.tower_pyramid import TowerPyramid
 from ovseg_jax.models.upernet import UPerNet
 from ovseg_jax.models.vit import ViT
-from ovseg_jax.pretrained import clip_resnet, efficientnet, eva, resnet, swin, text, upernet, vit
+from ovseg_jax.pretrained import (
+    clip_resnet,
+    efficientnet,
+    eva,
+    groupvit,
+    maskformer,
+    resnet,
+    swin,
+    text,
+    upernet,
+    vit,
+)
 from ovseg_jax.pretrained.big_vision import read_big_vision
 from ovseg_jax.pretrained.files import read_arrays, weights_file
 from ovseg_jax.pretrained.hub import find
@@ -66,8 +80,8 @@ def load(
       UserError: the weights are missing, cannot be read, or belong to another architecture or shape; or a file beside
         them describes another model than the module.
     """
-    if isinstance(module, TowerPyramid | TapPyramid):
-        # Only the tower's weights are published; those of the pyramid are new.
+    if isinstance(module, TowerPyramid | TapPyramid | TowerTokens):
+        # Only the tower's weights are published; those of a pyramid are new.
         inner = {name: tree["tower"] for name, tree in shapes.items() if "tower" in tree}
         found = load(init, module.tower, inner, may_miss=may_miss, pixels=pixels)
         return {name: {"tower": tree} for name, tree in found.items()}
@@ -162,6 +176,10 @@ def formats(module: nn.Module) -> dict[str, list[Rename]]:
                 "transformers' CLIP": text.from_hf_clip_text(heads),
                 "OpenAI's or open_clip's CLIP": text.from_openai_clip_text(heads),
             }
+        case GroupVitImage(heads=heads):
+            return {"transformers' GroupViT": groupvit.from_hf_groupvit_image(heads)}
+        case GroupVitText(tower=tower):
+            return {"transformers' GroupViT": groupvit.from_hf_groupvit_text(tower.heads)}
         case SiglipText(heads=heads):
             return {
                 "transformers' SigLIP": text.from_hf_siglip_text(heads),
@@ -169,6 +187,8 @@ def formats(module: nn.Module) -> dict[str, list[Rename]]:
             }
         case Bert(heads=heads):
             return {"transformers' BERT": text.from_hf_bert(heads, module.pool == "pooler")}
+        case MaskFormer(net=net):
+            return {"transformers' MaskFormer": maskformer.from_hf_maskformer(net)}
     raise UserError(f"no format of published weights is known for a {type(module).__name__}")
 
 

@@ -19,6 +19,8 @@ import numpy as np
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.efficientnet import EfficientNet
 from ovseg_jax.models.eva import Eva
+from ovseg_jax.models.groupvit import GroupVitImage, GroupVitText
+from ovseg_jax.models.maskformer import MaskFormer
 from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.swin import Swin
 from ovseg_jax.models.tap_pyramid import TapPyramid
@@ -35,6 +37,7 @@ Facts = dict[str, Any]
 
 # transformers: format -> (the model types whose weights have these names, the defaults by our names of the facts).
 _BERT_SIZED: Facts = dict(activation="gelu", heads=12, epsilon=1e-12)
+_MASKFORMER = "transformers' MaskFormer"
 _SWIN = (("swin", "maskformer-swin"), dict(activation="gelu", epsilon=1e-5))
 _HF: dict[str, tuple[tuple[str, ...], Facts]] = {
     "transformers' ResNet": (("resnet",), dict(activation="relu", stride_in_first_convolution=False)),
@@ -47,6 +50,15 @@ _HF: dict[str, tuple[tuple[str, ...], Facts]] = {
         ("clip", "clip_vision_model", "clip_text_model"),
         dict(activation="quick_gelu", heads={"vision": 12, "text": 8}, epsilon=1e-5),
     ),
+    "transformers' GroupViT": (
+        ("groupvit",),
+        dict(
+            activation={"vision": "gelu", "text": "quick_gelu"},
+            heads={"vision": 6, "text": 4},
+            epsilon=1e-5,
+            assign_epsilon=1.0,
+        ),
+    ),
     "transformers' SigLIP": (
         ("siglip", "siglip_vision_model", "siglip_text_model"),
         dict(activation="gelu_pytorch_tanh", heads=12, epsilon=1e-6),
@@ -58,6 +70,7 @@ _HF_NAMES = (
     ("heads", "num_attention_heads"),
     ("epsilon", "layer_norm_eps"),
     ("epsilon", "batch_norm_eps"),
+    ("assign_epsilon", "assign_eps"),
     ("stride_in_first_convolution", "downsample_in_bottleneck"),
 )
 _OF_HF = {theirs: ours for ours, theirs in HF_ACTIVATIONS.items()} | {"silu": "swish"}
@@ -76,6 +89,7 @@ _WINDOW_RULES = {  # others: "axis"
     "the authors' Swin": "both",
     "transformers' Swin": "both",
     "transformers' SwinBackbone": "always",
+    _MASKFORMER: "always",
 }
 _TIMM_16_HEADS = ("huge", "giant", "giantopt", "gigantic", "so400m")  # others have 64 channels a head
 
@@ -108,6 +122,7 @@ def check(path: Path, module: nn.Module, format_: str, names: Collection[str]) -
         if fact in own and not _equal(fact, value, own[fact]):
             raise UserError(f"{source or path}: its {fact} is {value!r}, but this model's is {own[fact]!r}")
     rule = "always" if "norm0.weight" in names else _WINDOW_RULES.get(format_, "axis")
+    module = module.net.backbone if isinstance(module, MaskFormer) else module
     if isinstance(module, Swin) and rule != module.window_rule:
         _LOG.info(
             "%s: where one window covers a side of the map, %s uses window_rule=%r, but this model uses %r",
@@ -173,6 +188,11 @@ def facts(module: nn.Module) -> Facts:
             return dict(
                 activation=module.activation, heads=module.heads, epsilon=1e-5, causal=True, pool="argmax"
             )
+        case GroupVitImage():
+            names = ("activation", "heads", "epsilon", "assign_epsilon")
+            return {name: getattr(module, name) for name in names}
+        case GroupVitText():
+            return facts(module.tower)
         case SiglipText():
             return dict(activation="gelu_tanh", heads=module.heads, epsilon=1e-6, causal=False, pool="last")
         case Bert():
@@ -187,12 +207,14 @@ def facts(module: nn.Module) -> Facts:
             return dict(pools=list(module.pools), **facts(tower), taps=[i + 1 for i in tower.taps])
         case UPerNet():
             return dict(pools=list(module.pools))
+        case MaskFormer(net=net):
+            return dict(facts(net.backbone), decoder_heads=net.heads, decoder_activation="relu")
     return {}
 
 
 def _stated(config: Mapping[str, Any], module: nn.Module, format_: str) -> Facts:
     """Returns the properties in a file of the tower that is loaded, as in `facts`, or `refused` with the reason."""
-    side = "text" if isinstance(module, CLIPText | SiglipText | Bert) else "vision"
+    side = "text" if isinstance(module, CLIPText | SiglipText | Bert | GroupVitText) else "vision"
     if format_ == "ours":
         same_kind = config.get("kind") == type(module).__name__
         return {k: v for k, v in config.items() if k != "taps"} if same_kind else {}
@@ -200,6 +222,8 @@ def _stated(config: Mapping[str, Any], module: nn.Module, format_: str) -> Facts
         return _of_open_clip(config["model_cfg"], side, format_)
     if "architecture" in config or format_ in _OF_ONE_ARCHITECTURE:
         return _of_timm(config.get("architecture"), config, format_)
+    if format_ == _MASKFORMER and "model_type" in config:
+        return _of_maskformer(config, module)
     if "model_type" in config:
         return _of_transformers(config, side, format_)
     return {}
@@ -240,6 +264,21 @@ def _of_upernet(config: Mapping[str, Any]) -> Facts:
             taps=tower.get("out_indices") or [names.index(name) for name in tower.get("out_features", ())],
         )
     return stated
+
+
+def _of_maskformer(config: Mapping[str, Any], module: nn.Module) -> Facts:
+    """Returns the properties of the decoder and of the backbone."""
+    if config["model_type"] != "maskformer":
+        return {"refused": f"its model_type is {config['model_type']!r}, but {_MASKFORMER} has maskformer"}
+    decoder, backbone = config.get("decoder_config") or {}, config.get("backbone_config") or {}
+    resnet = isinstance(module, MaskFormer) and isinstance(module.net.backbone, ResNet)
+    kind = "ResNet" if resnet else "SwinBackbone"
+    stated = {
+        "decoder_heads": decoder.get("decoder_attention_heads", 8),
+        "decoder_activation": decoder.get("activation_function", "relu"),
+    }
+    default = {"model_type": "resnet" if resnet else "swin"}
+    return stated | _of_transformers({**default, **backbone}, "vision", f"transformers' {kind}")
 
 
 def _of_timm(architecture: Any, config: Mapping[str, Any], format_: str) -> Facts:

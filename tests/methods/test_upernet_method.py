@@ -1,5 +1,7 @@
 """The method on tiny networks: its loss, its scores, its names, and where its weights come from."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +82,14 @@ def test_the_loss_is_the_cross_entropy_of_both_heads(state):
     assert np.abs(moved - variables["batch_stats"]["head"]["fusion"]["norm"]["mean"]).max() > 0
 
 
+def test_withheld_classes_are_not_trained(state):
+    made, variables = state
+    withheld = method(dataclasses.replace(CLASSES, groups={"held_out": (1,)}))
+    void = batch() | {"pixel_classes": jnp.where(batch()["pixel_classes"] == 1, -1, batch()["pixel_classes"])}
+    losses = [m.loss(variables, b, jax.random.key(1))[0] for m, b in ((withheld, batch()), (made, void))]
+    assert losses[0] == losses[1]
+
+
 def test_every_parameter_learns_but_the_unused_norm(state):
     made, variables = state
     rest = {k: v for k, v in variables.items() if k != "params"}
@@ -127,8 +137,8 @@ def test_names_are_those_of_its_classes(state):
 
 
 def test_wrong_configs():
-    with pytest.raises(UserError, match="at least two classes, but the data has 1"):
-        method(ClassList((("a",),), (0,), (True,)))
+    with pytest.raises(UserError, match="at least two classes to train, but the data has 1"):
+        method(ClassList((("a",), ("b",)), (0, 1), (True, True), {"unseen": (1,)}))
     with pytest.raises(UserError, match=r"config\.model has no key 'wide'"):
         method(wide=3)
     with pytest.raises(UserError, match="needs the levels c2, c3, c4, c5, but the backbone has no c5"):
