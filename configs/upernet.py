@@ -1,8 +1,8 @@
 """UPerNet: pixels classified into a closed set of classes, by label maps or by the predictions of a teacher (P-Seg+).
 
   python -m ovseg_jax.main --config=configs/upernet.py
-      trains on 3,000 images of `scenes` and their label maps, on a laptop CPU in minutes: the supervised baseline, which
-      does not use the labels of held-out classes.
+      trains on 3,000 images of `scenes` and their label maps, on a laptop CPU in minutes: the supervised baseline,
+      which does not use the labels of held-out classes.
   python -m ovseg_jax.main --config=configs/upernet.py:teacher=WORKDIR
       P-Seg+ (papers/002, 3.3.4): the run in WORKDIR labels the same images, whose masks are not read; a new network
       learns from its labels.
