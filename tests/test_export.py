@@ -198,5 +198,7 @@ def test_a_closed_set_keeps_its_classes(tmp_path):
     image = np.zeros((1, 32, 32, 3), np.uint8) + IMAGE[:32, :32]
     size = np.full((1, 2), 32, np.int32)
     scores, _ = run(read(tmp_path / "model.safetensors"), image, size, np.eye(3, dtype=np.float32)[1:])
-    pixels = only(method.predict(variables, jax.numpy.asarray(image), jax.numpy.asarray(size)).pixels)
+    pixels = only(
+        method.predict(segmenter.variables, jax.numpy.asarray(image), jax.numpy.asarray(size)).pixels
+    )
     np.testing.assert_allclose(scores, np.moveaxis(np.asarray(pixels)[..., 1:], -1, 1), atol=1e-4)

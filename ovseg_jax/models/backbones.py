@@ -52,7 +52,8 @@ def build_backbone(cfg: ConfigDict | Mapping[str, Any], dtype: Any = jnp.float32
     Raises:
       UserError: the name or an attribute is unknown.
     """
-    options = dict(cfg.items())
+    # JSON turns tuples into lists.
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
     options.pop("init", None)
     name = options.pop("name", None)
     if name not in BACKBONES:
@@ -65,5 +66,5 @@ def build_backbone(cfg: ConfigDict | Mapping[str, Any], dtype: Any = jnp.float32
         raise UserError(f"backbone {name!r} has no {wrong}; known attributes: {', '.join(sorted(known))}.")
     built = module(**settled, **options, dtype=dtype)
     if isinstance(built, ViT) and built.taps:
-        return TapPyramid(built.clone(taps=tuple(built.taps)), dtype=dtype)
+        return TapPyramid(built, dtype=dtype)
     return TowerPyramid(built, dtype) if module in (ViT, Eva) else built

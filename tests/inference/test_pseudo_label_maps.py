@@ -159,7 +159,7 @@ def shrunk(arg):
     config = upernet.get_config(arg)
     config.update(dict(steps=2, batch_size=4, log_every=1))
     config.model.update(dict(width=8, aux_width=4))
-    config.model.backbone.width = 8
+    config.model.backbone.width = 16
     config.checkpoint.every = 1
     config.data.train[0]["num_examples"] = 6
     test = config.final_evals.test

@@ -106,7 +106,7 @@ def test_every_parameter_learns_but_the_unused_norm(state):
     others = {p for p in still if not p.endswith("key/bias") and not p.startswith(norm)}
     assert others <= {f"image/backbone/{name}/bias" for name in ("up_c2_0", "up_c2_1", "up_c3")}
     assert made.frozen == ("/tower/Transformer/encoder_norm/",)
-    assert method(backbone=dict(name="small", width=8, levels=4)).frozen == ()
+    assert method(backbone=dict(name="small", width=16, levels=4)).frozen == ()
 
 
 def test_the_best_class_is_that_of_the_interpolated_logits(state):
@@ -142,7 +142,7 @@ def test_wrong_configs():
     with pytest.raises(UserError, match=r"config\.model has no key 'wide'"):
         method(wide=3)
     with pytest.raises(UserError, match="needs the levels c2, c3, c4, c5, but the backbone has no c5"):
-        method(backbone=dict(name="small", width=8, levels=3)).init(jax.random.key(0))
+        method(backbone=dict(name="small", width=16, levels=3)).init(jax.random.key(0))
     with pytest.raises(UserError, match=r"model\.init and model\.backbone\.init are both given"):
         method(init="/a", backbone=VIT | dict(init="/b")).pretrained()
 

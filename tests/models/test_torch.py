@@ -140,7 +140,7 @@ def test_backbones_equal_flax(config):
 
 
 @pytest.mark.parametrize(
-    "backbone", [TINY_VIT | dict(patch=8, depth=4, taps=(0, 1, 2, 3)), dict(name="small", width=8, levels=4)]
+    "backbone", [TINY_VIT | dict(patch=8, depth=4, taps=(0, 1, 2, 3)), dict(name="small", width=16, levels=4)]
 )
 def test_upernet_equals_flax(backbone):
     torch = require("torch")
