@@ -106,7 +106,7 @@ def make_optimizer(config: ConfigDict, params: Any, steps: int, more: Sequence[s
         raise UserError(f'optimizer.name="{name}" is unknown; the optimisers are {", ".join(RULES)}.')
     paths = tree_paths(params)
     names = jax.tree.leaves(paths)
-    multipliers = tuple(config.get("multipliers", ()))
+    multipliers = tuple((pattern, factor) for pattern, factor in config.get("multipliers", ()))
     _check_found("multipliers", [pattern for pattern, _ in multipliers], names)
     no_decay = tuple(config.get("no_decay", ()))
     _check_found("no_decay", no_decay, names)

@@ -157,13 +157,13 @@ def test_wrong_requests(stage, tmp_path, monkeypatch):
 
 def shrunk(arg):
     config = upernet.get_config(arg)
-    config.update(dict(steps=2, batch_size=4, log_every=1))
+    config.update(dict(steps=2, batch_size=8, log_every=1))
     config.model.update(dict(width=8, aux_width=4))
     config.model.backbone.width = 16
     config.checkpoint.every = 1
     config.data.train[0]["num_examples"] = 6
     test = config.final_evals.test
-    test.source.num_examples, test.batch_size = 4, 4
+    test.source.num_examples, test.batch_size = 8, 8
     return config
 
 
