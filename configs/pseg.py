@@ -45,7 +45,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         backbone="swin_small",  # C.1
         tokenizer="hf:openai/clip-vit-base-patch16",  # where CLIP's tokeniser is; its vocabulary is that of C.1
         dino="hf:facebook/dino-vits8",  # where DINO's weights are
-        plus=("true", "false"),  # data=scenes: whether P-Seg+ follows; for other data see configs/upernet.py:teacher=
+        plus=(
+            "true",
+            "false",
+        ),  # data=scenes: whether P-Seg+ follows; for other data see configs/upernet.py:teacher=
         seed=0,
     )
     config = scenes(args) if args.data == "scenes" else paper(args)
