@@ -117,6 +117,10 @@ class Image(NamedTuple):
     statistics: Statistics
 
 
+Labeller = Callable[[Iterable[Any]], Iterator[Image]]
+"""A function that labels images, in order."""
+
+
 def label_images(segmenter: Segmenter, images: Iterable[Any], rules: Rules) -> Iterator[Image]:
     """Labels images, see `read_image` for their forms; devices and processor work at the same time.
 
@@ -230,10 +234,9 @@ def label_folder(load: Callable[[], Segmenter], root: epath.PathLike, rules: Rul
 
 
 def label_source(
-    load: Callable[[], Segmenter],
+    load: Callable[[], Labeller],
     source: Source,
     out: epath.PathLike,
-    rules: Rules,
     request: Mapping[str, Any],
     *,
     shard_size: int = SHARD_SIZE,
@@ -245,38 +248,36 @@ def label_source(
     with some of the images.
 
     Args:
-      load: loads the teacher onto this process's devices.
+      load: loads a labeller onto this process's devices.
       source: provides the images.
       out: the folder for the shards.
-      rules: the masks to keep.
-      request: what else the masks depend on, as plain values; kept in each shard.
+      request: what the masks depend on, as plain values; kept in each shard.
       shard_size: number of images of a shard.
 
     Returns:
       The counts over all processes.
 
     Raises:
-      UserError: a rule is invalid, an existing shard was made by another request, or another process failed.
+      UserError: an existing shard was made by another request, or another process failed.
     """
-    rules.check()
     out = epath.Path(out)
     out.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(source), shard_size)
     paths = [out / shard_name(k, len(starts)) for k in range(len(starts))]
-    request = json.loads(json.dumps({**request, **rules._asdict(), "shard_size": shard_size}))
+    request = json.loads(json.dumps({**request, "shard_size": shard_size}))
     problem, written = None, 0
     try:
         mine = range(jax.process_index(), len(paths), jax.process_count())
         indices = {k: range(starts[k], min(starts[k] + shard_size, len(source))) for k in mine}
         todo = [k for k in mine if not _is_finished(paths[k], source, indices[k], request)]
         # Several processes read a checkpoint together, even if one has nothing left to do.
-        segmenter = load() if todo or jax.process_count() > 1 else None
+        label = load() if todo or jax.process_count() > 1 else None
         size, left = (sum(len(indices[k]) for k in some) for some in (mine, todo))
         quiet = None if jax.process_index() == 0 else True
         with tqdm(total=size, initial=size - left, unit="image", disable=quiet, dynamic_ncols=True) as bar:
             for k in todo:
-                assert segmenter is not None
-                written += _write_shard(paths[k], segmenter, source, indices[k], rules, request, bar)
+                assert label is not None
+                written += _write_shard(paths[k], label, source, indices[k], request, bar)
     except UserError as error:
         problem = error
     failed, counts = np.array(problem is not None), np.array(written)
@@ -329,14 +330,35 @@ def label_stage(
     Raises:
       UserError: an image cannot be read; and see `label_source`.
     """
+    rules = Rules(threshold, min_area, min_confidence, max_overlap, min_visible)
+    rules.check()
+
+    def load() -> Labeller:
+        teach = Segmenter.from_checkpoint(teacher, batch_size=batch_size, devices=jax.local_devices())
+        return functools.partial(label_images, teach, rules=rules)
+
+    request = dict(teacher=str(teacher), **rules._asdict())
+    return run_stage("pseudo_label", load, source, folder, request, shard_size)
+
+
+def run_stage(
+    kind: str,
+    load: Callable[[], Labeller],
+    source: Mapping[str, Any],
+    folder: epath.Path,
+    request: Mapping[str, Any],
+    shard_size: int,
+) -> dict[str, Any]:
+    """Labels a source into the folder of a stage and prints what was done; see `label_source`.
+
+    Raises:
+      UserError: an image cannot be read; and see `label_source`.
+    """
     images = make_source(source)
-    check_provides(images, ("image",), "a stage of kind 'pseudo_label'")
+    check_provides(images, ("image",), f"a stage of kind {kind!r}")
     if shard_size < 1:
         raise UserError(f"shard_size={shard_size} is less than 1")
-    load = lambda: Segmenter.from_checkpoint(teacher, batch_size=batch_size, devices=jax.local_devices())
-    rules = Rules(threshold, min_area, min_confidence, max_overlap, min_visible)
-    request = dict(teacher=str(teacher), source=source)
-    done = label_source(load, images, folder, rules, request, shard_size=shard_size)
+    done = label_source(load, images, folder, dict(request, source=source), shard_size=shard_size)
     if jax.process_index() == 0:
         print(
             f"{done.written} images labelled in {folder}, {done.there} before. {done.statistics}", flush=True
@@ -374,10 +396,9 @@ def _image_ids(source: Source, indices: Sequence[int]) -> list[str]:
 
 def _write_shard(
     path: epath.Path,
-    segmenter: Segmenter,
+    label: Labeller,
     source: Source,
     indices: Sequence[int],
-    rules: Rules,
     request: Mapping[str, Any],
     bar: tqdm,
 ) -> int:
@@ -403,7 +424,7 @@ def _write_shard(
 
     order: deque[int] = deque()
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        for labelled in label_images(segmenter, readable(pool), rules):
+        for labelled in label(readable(pool)):
             index = order.popleft()
             masks[index] = _png(labelled.segments)
             found += labelled.statistics
