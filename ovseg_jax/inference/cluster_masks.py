@@ -106,7 +106,8 @@ def cluster_stage(
 
     Args:
       folder: the folder of the stage; the other arguments are the keys of its config.
-      generator: see `models.pseudo_masks.build_generator`; `backbone.init` names the weights of a tower.
+      generator: see `models.pseudo_masks.build_generator`, without `mask_stride`; `backbone.init` names the weights of
+        a tower.
       source: as in `data.train`.
       image_size: the side in pixels of the square that an image is scaled to fit.
       batch_size: the number of images at once in each process.
@@ -115,6 +116,10 @@ def cluster_stage(
     Raises:
       UserError: a tower has no weights, an image cannot be read; and see `inference.pseudo_masks.label_source`.
     """
+    if "mask_stride" in generator:
+        raise UserError(
+            "generator.mask_stride has no effect in a stage of kind 'cluster': it keeps every pixel"
+        )
     built = build_generator(generator)
     init = (generator.get("backbone") or {}).get("init", "")
     if isinstance(built.features, TowerTokens) and not init:

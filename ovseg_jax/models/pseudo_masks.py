@@ -170,6 +170,11 @@ class PseudoMaskGenerator(nn.Module):
           image: images that fill `image_size` (height, width) of their canvas.
           image_size: zeros for a padded example.
         """
+        if self.mask_stride < 1 or any(side % self.mask_stride for side in image.shape[1:3]):
+            raise UserError(
+                f"an image of {image.shape[1]} x {image.shape[2]} pixels is not a multiple of "
+                f"mask_stride={self.mask_stride} of pseudo-masks"
+            )
         labels = self._on_grid(image, image_size, self.mask_stride)
         masks = labels[:, None] == jnp.arange(self.clusters)[:, None, None]
         return (masks * 255).astype(jnp.uint8), masks.any((2, 3))
@@ -194,11 +199,6 @@ class PseudoMaskGenerator(nn.Module):
             raise UserError(f"start={self.start!r} of pseudo-masks is not one of {', '.join(STARTS)}")
         if not 1 <= self.clusters < 256:
             raise UserError(f"clusters={self.clusters} of pseudo-masks is not from 1 to 255")
-        if image.shape[1] % self.mask_stride or image.shape[2] % self.mask_stride:
-            raise UserError(
-                f"an image of {image.shape[1]} x {image.shape[2]} pixels is not a multiple of "
-                f"mask_stride={self.mask_stride} of pseudo-masks"
-            )
         x = jax.lax.stop_gradient(self.features(image, image_size))
         b, h, w, d = x.shape
         valid = inside(image_size, (h, w), (float(self.features.stride),) * 2)

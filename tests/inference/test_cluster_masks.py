@@ -8,6 +8,7 @@ from etils import epath
 from fake_method import CLASSES, blocks
 
 from ovseg_jax.config import STAGE_KINDS
+from ovseg_jax.configs import pseg
 from ovseg_jax.data.images import fit_canvas
 from ovseg_jax.data.rows import Rows
 from ovseg_jax.data.source_base import Example, Source
@@ -16,11 +17,14 @@ from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.data.transforms import flip
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment import stages
+from ovseg_jax.experiment.keys import check_config
 from ovseg_jax.inference import cluster_masks
 from ovseg_jax.inference.cluster_masks import cluster_stage
+from ovseg_jax.methods.pseg import PSeg
 from ovseg_jax.models.pseudo_masks import build_generator
+from ovseg_jax.vocab.words import WordList
 
-COLOUR = dict(features="colour", space="rgb", blur=0.0, position=0.0, stride=1, clusters=3, mask_stride=1)
+COLOUR = dict(features="colour", space="rgb", blur=0.0, position=0.0, stride=1, clusters=3)
 SHOWN = (["red"], ["red", "green"], ["blue", "white", "black"], ["green"], ["yellow", "red"])
 
 
@@ -111,6 +115,22 @@ def test_geometry_moves_the_masks_with_the_image(stage, tmp_path):
     assert 0 < mirrored < 6
 
 
+def test_pseg_takes_masks_that_were_made_ahead(tmp_path):
+    """`scenes` gives its images and captions alone; the masks of the rows are those of the stage."""
+    config = pseg.get_config("ahead=true,images=6")
+    check_config(config)
+    (stage,) = config.stages
+    assert "masks" in PSeg.fields(config) and config.get("pseudo_masks") is None
+    cluster_stage(tmp_path, **stage["config"])
+    (source,) = config.data.train
+    source = make_source(dict(source, masks=str(tmp_path)))
+    assert "segments" not in source.source.source.provides  # Cached, PseudoMasks, Restricted
+    words = WordList(PSeg.vocabulary(config, source))
+    row = Rows.from_config(config, PSeg.fields(config), words)(0, source[3])
+    assert row["masks"].shape == (6, 32, 32) and 2 < row["mask_valid"].sum() <= 6
+    assert (row["masks"].astype(int).sum(0) == 255).all()
+
+
 def test_devices_share_a_batch(stage, tmp_path, monkeypatch):
     assert jax.local_device_count() > 1
     stage(tmp_path / "many")
@@ -130,5 +150,7 @@ def test_the_stage_is_known_and_wrong_requests_are_named(stage, tmp_path):
         stage(tmp_path, batch_size=0)
     with pytest.raises(UserError, match="shard_size=0 is less than 1"):
         stage(tmp_path, shard_size=0)
+    with pytest.raises(UserError, match=r"generator\.mask_stride has no effect"):
+        stage(tmp_path, generator=dict(COLOUR, mask_stride=1))
     with pytest.raises(UserError, match="features='edges' of pseudo-masks is not one of"):
         stage(tmp_path, generator=dict(features="edges"))
