@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from etils import epath
 from fake_method import CLASSES, blocks
+from ml_collections import ConfigDict
 
 from ovseg_jax.config import STAGE_KINDS
 from ovseg_jax.configs import pseg
@@ -121,7 +122,7 @@ def test_pseg_takes_masks_that_were_made_ahead(tmp_path):
     check_config(config)
     (stage,) = config.stages
     assert "masks" in PSeg.fields(config) and config.get("pseudo_masks") is None
-    cluster_stage(tmp_path, **stage["config"])
+    cluster_stage(tmp_path, **ConfigDict(stage["config"]).to_dict())
     (source,) = config.data.train
     source = make_source(dict(source, masks=str(tmp_path)))
     assert "segments" not in source.source.source.provides  # Cached, PseudoMasks, Restricted
