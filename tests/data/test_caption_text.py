@@ -137,9 +137,9 @@ def test_captions_of_tars_are_not_collected(tmp_path, monkeypatch):
         config = pseg.get_config(f"data=tars,data_dir={write_tars(tmp_path / str(count), count)}")
         config.data.update(dict(image_size=16, workers=0, threads=0, caption_text="nouns_verbs"))
         config.batch_size = 4
-        WebDataset(config.data.train[0].data_dir)  # which lists the members of the tars
+        WebDataset(config.data.train[0]["data_dir"])  # which lists the members of the tars
         tracemalloc.start()
-        source = WebDataset(config.data.train[0].data_dir)
+        source = WebDataset(config.data.train[0]["data_dir"])
         assert PSeg.vocabulary(config, source) == () and not read
         rows = Rows.from_config(config, PSeg.fields(config), None, tokenize)
         batches = train_iterator(config, rows, source=source)

@@ -122,7 +122,7 @@ def test_pseg_takes_masks_that_were_made_ahead(tmp_path):
     check_config(config)
     (stage,) = config.stages
     assert "masks" in PSeg.fields(config) and config.get("pseudo_masks") is None
-    cluster_stage(tmp_path, **ConfigDict(stage["config"]).to_dict())
+    cluster_stage(epath.Path(tmp_path), **ConfigDict(stage["config"]).to_dict())
     (source,) = config.data.train
     source = make_source(dict(source, masks=str(tmp_path)))
     assert "segments" not in source.source.source.provides  # Cached, PseudoMasks, Restricted
