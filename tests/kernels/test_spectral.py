@@ -7,24 +7,21 @@ import pytest
 
 from ovseg_jax.kernels.spectral import spectral
 
-K, P, GAMMA = 4, 60, 0.7
+K, P, GAMMA = 4, 72, 0.7
 
 
-def groups(seed: int = 0) -> np.ndarray:
-    """Two blobs and two rings, which k-means on the tokens themselves does not find: [2 P 2]."""
-    rng = np.random.default_rng(seed)
-    out = []
-    for _ in range(2):
-        angle = rng.uniform(0, 2 * np.pi, 15)
-        ring = 4 * np.stack([np.cos(angle), np.sin(angle)], -1)
-        parts = [
-            rng.normal(0, 0.3, (15, 2)),
-            ring,
-            ring * 0.5 + [12, 0],
-            rng.normal((12, 0), 0.3, (15, 2)),
-        ]
-        out.append(np.concatenate(parts)[rng.permutation(P)])
-    return np.array(out, np.float32)
+def groups() -> np.ndarray:
+    """Two blobs, each in a ring, which k-means on the tokens themselves does not find: [2 P 2]."""
+    rng, angle = np.random.default_rng(0), np.arange(24) * np.pi / 12
+    ring = np.stack([np.cos(angle), np.sin(angle)], -1)
+    blob = lambda x: rng.normal((x, 0), 0.2, (12, 2))
+    return np.array(
+        [
+            np.concatenate([blob(0), 3 * ring, 2.7 * ring + [12, 0], blob(12)])[rng.permutation(P)]
+            for _ in range(2)
+        ],
+        np.float32,
+    )
 
 
 def run(tokens, valid=None):
