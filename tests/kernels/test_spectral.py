@@ -7,7 +7,7 @@ import pytest
 
 from ovseg_jax.kernels.spectral import spectral
 
-K, P, GAMMA = 4, 72, 0.7
+K, P, GAMMA = 4, 72, 1.5
 
 
 def groups() -> np.ndarray:
@@ -47,7 +47,7 @@ def test_the_clusters_have_the_objective_of_numpy():
         e = embedding(x)
         centres = np.array([e[got.labels[i] == k].mean(0) for k in range(K)])
         np.testing.assert_allclose(
-            np.square(e - centres[got.labels[i]]).sum(), got.inertia[i], rtol=1e-2, atol=1e-5
+            np.square(e - centres[got.labels[i]]).sum(), got.inertia[i], rtol=1e-2, atol=1e-6
         )
 
 
