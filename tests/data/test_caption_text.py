@@ -135,7 +135,8 @@ def test_captions_of_tars_are_not_collected(tmp_path, monkeypatch):
 
     def peak(count):
         config = pseg.get_config(f"data=tars,data_dir={write_tars(tmp_path / str(count), count)}")
-        config.data.update(dict(image_size=16, workers=0, threads=0, caption_text="nouns_verbs"))
+        # The tagger's cache, which is bounded, would hold more than a few captions of this length.
+        config.data.update(dict(image_size=16, workers=0, threads=0, caption_text="caption"))
         config.batch_size = 4
         WebDataset(config.data.train[0]["data_dir"])  # which lists the members of the tars
         tracemalloc.start()
