@@ -6,6 +6,7 @@ finished and holds its config.
 
     train         a run, see `experiment.run`
     pseudo_label  writes a teacher's masks for the images of a source, see `inference.pseudo_masks.label_stage`
+    pseudo_label_maps  writes label maps for them, see `inference.pseudo_label_maps.label_map_stage`
     cluster       writes masks of their clusters, without a teacher, see `inference.cluster_masks.cluster_stage`
 """
 
@@ -32,6 +33,7 @@ MARKER = "stage.json"
 # Kinds implemented in higher rooms, called as (folder, **resolved config); see `Runner` for what they return.
 _ELSEWHERE = {
     "pseudo_label": "ovseg_jax.inference.pseudo_masks:label_stage",
+    "pseudo_label_maps": "ovseg_jax.inference.pseudo_label_maps:label_map_stage",
     "cluster": "ovseg_jax.inference.cluster_masks:cluster_stage",
 }
 

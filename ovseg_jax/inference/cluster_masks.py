@@ -16,9 +16,11 @@ from etils import epath
 from jaxtyping import UInt8
 
 from ovseg_jax.data.images import fit_canvas, read_image
+from ovseg_jax.data.source_base import check_provides
+from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.data.sources.pseudo_masks import BINS, HIDDEN, Statistics
 from ovseg_jax.errors import UserError
-from ovseg_jax.inference.pseudo_masks import SHARD_SIZE, Image, Labeller, run_stage
+from ovseg_jax.inference.pseudo_masks import SHARD_SIZE, Image, label_source, report
 from ovseg_jax.models.pseudo_masks import PseudoMaskGenerator, TowerTokens, build_generator
 from ovseg_jax.parallel.sharding import batch_sharding, make_mesh, replicated
 from ovseg_jax.pretrained import load as weights
@@ -127,11 +129,14 @@ def cluster_stage(
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} is less than 1")
 
-    def load() -> Labeller:
-        variables = pretrained(built, init)
-        return functools.partial(
-            cluster_images, built, variables, image_size, batch_size=batch_size, devices=jax.local_devices()
-        )
+    images = make_source(source)
+    check_provides(images, ("image",), "a stage of kind 'cluster'")
 
-    request = dict(generator=generator, image_size=image_size)
-    return run_stage("cluster", load, source, folder, request, shard_size)
+    def label(variables: Variables, pictures: Iterable[Any]) -> Iterator[Image]:
+        devices = jax.local_devices()
+        return cluster_images(built, variables, image_size, pictures, batch_size=batch_size, devices=devices)
+
+    load = lambda: pretrained(built, init)
+    request = dict(generator=generator, image_size=image_size, source=source)
+    report(label_source(load, images, folder, label, request, shard_size=shard_size), images, folder)
+    return {}

@@ -6,12 +6,12 @@ process labels its part of them on all its devices, and a shard that exists is n
 
 import concurrent.futures
 import dataclasses
-import functools
 import io
 import json
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +47,7 @@ from ovseg_jax.inference.result import sigmoid
 from ovseg_jax.inference.segmenter import Batch, Segmenter
 from ovseg_jax.inference.tiles import upsampling_matrix
 from ovseg_jax.viz.segments import write_sheet
+from ovseg_jax.vocab.classes import ClassList
 
 SHARD_SIZE = 256  # images: some megabytes, some seconds to some minutes of a device
 SHEET = 16  # images
@@ -100,16 +101,16 @@ def choose(
     return outcome.at[order].set(judged), confidence
 
 
-@functools.partial(jax.jit, static_argnames="rules")
+@partial(jax.jit, static_argnames="rules")
 def _choose_all(logits: Array, cells: Array, rules: Rules) -> Any:
-    return jax.vmap(functools.partial(choose, rules=rules))(logits, cells)
+    return jax.vmap(partial(choose, rules=rules))(logits, cells)
 
 
 class Image(NamedTuple):
-    """The chosen proposals of one image.
+    """The labels of one image.
 
     Attributes:
-      segments: at the image's size, numbered from 1; 0 is void.
+      segments: at the image's size: the chosen proposals, or the classes of a label map, numbered from 1; 0 is void.
       statistics: of the image.
     """
 
@@ -117,8 +118,8 @@ class Image(NamedTuple):
     statistics: Statistics
 
 
-Labeller = Callable[[Iterable[Any]], Iterator[Image]]
-"""A function that labels images, in order."""
+Label = Callable[[Any, Iterable[Any]], Iterator[Image]]
+"""A function that labels images by a teacher, in their order."""
 
 
 def label_images(segmenter: Segmenter, images: Iterable[Any], rules: Rules) -> Iterator[Image]:
@@ -234,12 +235,14 @@ def label_folder(load: Callable[[], Segmenter], root: epath.PathLike, rules: Rul
 
 
 def label_source(
-    load: Callable[[], Labeller],
+    load: Callable[[], Any],
     source: Source,
     out: epath.PathLike,
+    label: Label,
     request: Mapping[str, Any],
     *,
     shard_size: int = SHARD_SIZE,
+    classes: ClassList | None = None,
 ) -> Labelled:
     """Labels the images of a source into shards, which `data.sources.pseudo_masks` reads.
 
@@ -248,18 +251,22 @@ def label_source(
     with some of the images.
 
     Args:
-      load: loads a labeller onto this process's devices.
+      load: loads the teacher, any first argument of `label`, onto this process's devices.
       source: provides the images.
       out: the folder for the shards.
-      request: what the masks depend on, as plain values; kept in each shard.
+      label: labels images by the teacher.
+      request: what the labels depend on, as plain values; kept in each shard.
       shard_size: number of images of a shard.
+      classes: of label maps; None for masks without classes.
 
     Returns:
       The counts over all processes.
 
     Raises:
-      UserError: an existing shard was made by another request, or another process failed.
+      UserError: `shard_size` is less than 1, an existing shard was made by another request, or another process failed.
     """
+    if shard_size < 1:
+        raise UserError(f"shard_size={shard_size} is less than 1")
     out = epath.Path(out)
     out.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(source), shard_size)
@@ -271,13 +278,15 @@ def label_source(
         indices = {k: range(starts[k], min(starts[k] + shard_size, len(source))) for k in mine}
         todo = [k for k in mine if not _is_finished(paths[k], source, indices[k], request)]
         # Several processes read a checkpoint together, even if one has nothing left to do.
-        label = load() if todo or jax.process_count() > 1 else None
+        teacher = load() if todo or jax.process_count() > 1 else None
         size, left = (sum(len(indices[k]) for k in some) for some in (mine, todo))
         quiet = None if jax.process_index() == 0 else True
         with tqdm(total=size, initial=size - left, unit="image", disable=quiet, dynamic_ncols=True) as bar:
             for k in todo:
-                assert label is not None
-                written += _write_shard(paths[k], label, source, indices[k], request, bar)
+                assert teacher is not None
+                written += _write_shard(
+                    paths[k], partial(label, teacher), source, indices[k], request, classes, bar
+                )
     except UserError as error:
         problem = error
     failed, counts = np.array(problem is not None), np.array(written)
@@ -330,35 +339,23 @@ def label_stage(
     Raises:
       UserError: an image cannot be read; and see `label_source`.
     """
+    images = make_source(source)
+    check_provides(images, ("image",), "a stage of kind 'pseudo_label'")
+    load = lambda: Segmenter.from_checkpoint(teacher, batch_size=batch_size, devices=jax.local_devices())
     rules = Rules(threshold, min_area, min_confidence, max_overlap, min_visible)
     rules.check()
-
-    def load() -> Labeller:
-        teach = Segmenter.from_checkpoint(teacher, batch_size=batch_size, devices=jax.local_devices())
-        return functools.partial(label_images, teach, rules=rules)
-
-    request = dict(teacher=str(teacher), **rules._asdict())
-    return run_stage("pseudo_label", load, source, folder, request, shard_size)
+    request = dict(teacher=str(teacher), source=source, **rules._asdict())
+    label = partial(label_images, rules=rules)
+    report(label_source(load, images, folder, label, request, shard_size=shard_size), images, folder)
+    return {}
 
 
-def run_stage(
-    kind: str,
-    load: Callable[[], Labeller],
-    source: Mapping[str, Any],
-    folder: epath.Path,
-    request: Mapping[str, Any],
-    shard_size: int,
-) -> dict[str, Any]:
-    """Labels a source into the folder of a stage and prints what was done; see `label_source`.
+def report(done: Labelled, images: Source, folder: epath.Path) -> None:
+    """Prints what `label_source` did.
 
     Raises:
-      UserError: an image cannot be read; and see `label_source`.
+      UserError: some images could not be read.
     """
-    images = make_source(source)
-    check_provides(images, ("image",), f"a stage of kind {kind!r}")
-    if shard_size < 1:
-        raise UserError(f"shard_size={shard_size} is less than 1")
-    done = label_source(load, images, folder, dict(request, source=source), shard_size=shard_size)
     if jax.process_index() == 0:
         print(
             f"{done.written} images labelled in {folder}, {done.there} before. {done.statistics}", flush=True
@@ -367,7 +364,6 @@ def run_stage(
         raise UserError(
             f"{done.skipped} images of {images.name} could not be read: repair or remove them, and run it again"
         )
-    return {}
 
 
 def _is_finished(
@@ -396,10 +392,11 @@ def _image_ids(source: Source, indices: Sequence[int]) -> list[str]:
 
 def _write_shard(
     path: epath.Path,
-    label: Labeller,
+    label: Callable[[Iterable[Any]], Iterator[Image]],
     source: Source,
     indices: Sequence[int],
     request: Mapping[str, Any],
+    classes: ClassList | None,
     bar: tqdm,
 ) -> int:
     """Labels some images of a source and writes them as one shard; returns how many could be read."""
@@ -429,7 +426,7 @@ def _write_shard(
             masks[index] = _png(labelled.segments)
             found += labelled.statistics
             bar.update()
-    write_shard(path, Shard(dict(request), _image_ids(source, indices), skipped, found), masks)
+    write_shard(path, Shard(dict(request), _image_ids(source, indices), skipped, found, classes), masks)
     return len(masks)
 
 
