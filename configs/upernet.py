@@ -43,18 +43,18 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = scenes() if args.data == "scenes" else paper(args)
     config.seed = args.seed
     if args.teacher:
-        label(config, args)
+        label(config, args.teacher, args.decision, args.background)
     args.check_read()
     return config
 
 
-def label(config: ConfigDict, args: Args) -> None:
+def label(config: ConfigDict, teacher: str, decision: str = "argmax", background: str = "") -> None:
     """Adds the stage in which the teacher labels the training images."""
     (source,) = config.data.train
     images = {key: value for key, value in source.items() if key != "cache"}
-    labels = dict(teacher=args.teacher, source=images, decision=args.decision, batch_size=64)
-    if args.background:
-        labels["background"] = args.background
+    labels = dict(teacher=teacher, source=images, decision=decision, batch_size=64)
+    if background:
+        labels["background"] = background
     config.stages = [dict(name="labels", kind="pseudo_label_maps", config=labels)]
     config.data.train = [dict(source, masks="stage:labels")]
 

@@ -29,7 +29,16 @@ SHIPPED = [
         for arg in (None, *(f"{FOLDER},method={method}" for method in pomp.METHODS), f"{FOLDER},sample=0")
     ),
     (maskformer, None),
-    *((pseg, arg) for arg in (None, "form=paper", "data=tars,data_dir=x;y,val_dir=z")),
+    *(
+        (pseg, arg)
+        for arg in (
+            None,
+            "form=paper",
+            "plus=true",
+            "ahead=false",
+            "data=tars,data_dir=x;y,val_dir=z,ahead=true",
+        )
+    ),
     *(
         (pomp_segments, arg)
         for arg in (None, "run=r", "data=masks,data_dir=x", "data=coco,data_dir=x,proposals=y")
