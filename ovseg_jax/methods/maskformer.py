@@ -21,7 +21,7 @@ from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.parallel.sharding import active_batch_axes
 from ovseg_jax.protocols import Aux, Batch, Prediction, Segmenting, Text, Trainable, Variables
 from ovseg_jax.towers.vocabulary import spoken_words
-from ovseg_jax.vocab.classes import ClassList
+from ovseg_jax.vocab.classes import ClassList, class_rows
 from ovseg_jax.vocab.words import WordList
 
 SPACE = "class"
@@ -205,11 +205,4 @@ class MaskFormer(Trainable, Segmenting):
           UserError: a name is none of the training data's.
         """
         del variables
-        index = self.classes.index
-        if unknown := [text for text in texts if text not in index]:
-            known = ", ".join(self.classes.display(k) for k in range(min(8, len(self.classes))))
-            raise UserError(
-                f"{unknown[0]!r} is not among the {len(self.classes)} classes of this MaskFormer ({known}, ...), "
-                "whose vocabulary is closed"
-            )
-        return {SPACE: jax.nn.one_hot(np.array([index[text] for text in texts]), len(self.classes))}
+        return {SPACE: jax.nn.one_hot(class_rows(texts, self.classes), len(self.classes))}

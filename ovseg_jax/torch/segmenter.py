@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovseg_jax.data.images import fit_canvas, read_image
@@ -16,10 +17,11 @@ from ovseg_jax.pretrained.files import read_arrays
 from ovseg_jax.reading import reading
 from ovseg_jax.torch.build import build
 from ovseg_jax.torch.layers import unit
-from ovseg_jax.torch.openseg import OpenSegNet
+from ovseg_jax.torch.maskformer import MaskFormer, MaskFormerOutput
+from ovseg_jax.torch.openseg import OpenSegFeatures, OpenSegNet
 from ovseg_jax.torch.text_towers import Bert, CLIPText, SiglipText
 from ovseg_jax.towers.prompt_file import FILE, load_prompt
-from ovseg_jax.vocab.classes import ClassList, Labels, as_classes
+from ovseg_jax.vocab.classes import ClassList, Labels, as_classes, class_rows
 from ovseg_jax.vocab.phrases import word_ids
 from ovseg_jax.vocab.tokenizers import load_tokenizer
 
@@ -49,14 +51,22 @@ class Segmenter:
 
     Attributes:
       net: the image network.
-      table: [V D] vectors of the words of `index`; None if there is a text tower instead.
+      table: [V D] vectors of the words of `index`; None if there is a text tower instead, or a MaskFormer's classes.
       text: a frozen text tower and its tokeniser, or None.
       canvas: side of the network's square input in pixels.
       classes: the categories of the training data.
     """
 
-    def __init__(self, net: OpenSegNet, table: Tensor | None, text: "Text | None", config: dict[str, Any]):
+    def __init__(
+        self,
+        net: OpenSegNet | MaskFormer,
+        table: Tensor | None,
+        text: "Text | None",
+        config: dict[str, Any],
+        device: str = "cpu",
+    ):
         self.net, self.table, self.text, self.canvas = net.eval(), table, text, int(config["image_size"])
+        self.device = device
         self.index = {word: i for i, word in enumerate(config["words"])}
         self.classes = ClassList.from_json(json.dumps(config["classes"]))
         self._texts: dict[tuple[tuple[str, ...], ...], Tensor] = {}
@@ -79,6 +89,8 @@ class Segmenter:
         classes = self.classes if labels is None else as_classes(labels)
         names, owner = classes.flat()
         if vectors is not None:
+            if isinstance(self.net, MaskFormer):
+                raise UserError("a MaskFormer has classes and no embeddings: vectors have no effect")
             text = unit(torch.from_numpy(np.array(vectors)))
         else:
             if classes.names not in self._texts:
@@ -87,15 +99,10 @@ class Segmenter:
             text = self._texts[classes.names]
         pixels = read_image(image)
         canvas, fitted = fit_canvas(pixels, self.canvas)
-        device = self.net.mean.device
+        device = self.device
         batch = torch.from_numpy(canvas).to(device).permute(2, 0, 1)[None]
         out = self.net(batch, torch.tensor([fitted], device=device))
-        if out.mask_logits is None or out.region_sum is None:
-            maps = unit(out.pixel_embed[0].permute(1, 2, 0)).permute(2, 0, 1)
-            weights, masks = text.to(device), False
-        else:
-            maps, masks = out.mask_logits[0], True
-            weights = text.to(device) @ unit(out.region_sum[0]).T
+        weights, maps, masks = _layers(out, text.to(device))
         height, width = pixels.shape[:2]
         down = upsampling(height, maps.shape[1], self.canvas, fitted[0], device)
         across = upsampling(width, maps.shape[2], self.canvas, fitted[1], device)
@@ -115,12 +122,28 @@ class Segmenter:
         return Segmentation(classes, label_map, confidence)
 
     def embed(self, names: Sequence[str]) -> Tensor:
-        """Embeds names as unit vectors [T D], by the text tower or from their words' unit vectors."""
+        """Embeds names as unit vectors [T D], by the text tower or from their words' unit vectors, or as classes.
+
+        Raises:
+          UserError: a name is not among a MaskFormer's classes, or a word has no vector.
+        """
+        if isinstance(self.net, MaskFormer):
+            own = torch.from_numpy(class_rows(names, self.classes))
+            return F.one_hot(own, len(self.classes)).float()
         if self.text is not None:
             return self.text(names)
         assert self.table is not None
         rows = [word_ids(name, self.index) for name in names]
         return torch.stack([unit(unit(self.table[row]).sum(0)) for row in rows])
+
+
+def _layers(out: OpenSegFeatures | MaskFormerOutput, text: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Returns the score of each name for each map [T C], the maps [C h w], and whether they are logits of masks."""
+    if isinstance(out, MaskFormerOutput):
+        return text @ out.regions[0].T, out.mask_logits[0], True
+    if out.mask_logits is None or out.region_sum is None:
+        return text, unit(out.pixel_embed[0].permute(1, 2, 0)).permute(2, 0, 1), False
+    return text @ unit(out.region_sum[0]).T, out.mask_logits[0], True
 
 
 class Text:
@@ -181,9 +204,14 @@ def load(folder: str | Path, device: str = "cpu") -> Segmenter:
             raise ValueError(f"the table of {len(words)} words has the shape {list(table.shape)}")
         image = torch.zeros((1, 3, side, side), dtype=torch.uint8, device="meta")
         size = torch.full((1, 2), side, device="meta")
-        net = build(lambda: OpenSegNet(described), described, arrays, str(folder), image, size)
-        text = Text(folder / TEXT_TOWER, device) if table is None else None
-        return Segmenter(net.to(device), table, text, config)
+        kind: type[OpenSegNet | MaskFormer] = OpenSegNet
+        if closed := config["model"].get("kind") == MaskFormer.__name__:
+            kind = MaskFormer
+            if len(config["classes"]["names"]) != described["classifier"]["classes"]:
+                raise ValueError("it has another number of classes than its classifier")
+        net = build(lambda: kind(described), described, arrays, str(folder), image, size)
+        text = Text(folder / TEXT_TOWER, device) if table is None and not closed else None
+        return Segmenter(net.to(device), table, text, config, device)
 
 
 def read_json(path: Path) -> dict[str, Any]:

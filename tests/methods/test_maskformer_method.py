@@ -13,13 +13,17 @@ from ovseg_jax.decisions.rules import decide
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.keys import check_config
 from ovseg_jax.experiment.run import train
+from ovseg_jax.inference import export
 from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.methods import build
 from ovseg_jax.methods.maskformer import SPACE
 from ovseg_jax.methods.zsseg import CROPS, Rules, TwoStage
+from ovseg_jax.pretrained.files import read_arrays
 from ovseg_jax.protocols import Classifier
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
+from tests import reference
+from tests.extras import require
 
 CLASSES = ClassList(
     (("cat", "kitten"), ("sky",), ("dog",)), (1, 2, 3), (True, False, True), {"held_out": (2,)}
@@ -110,9 +114,7 @@ def test_inference_is_the_sum_of_class_probability_times_mask(drawn):
 
 
 def test_the_vocabulary_is_closed(drawn):
-    with pytest.raises(
-        UserError, match=r"'horse' is not among the 3 classes of this MaskFormer \(cat, sky, dog"
-    ):
+    with pytest.raises(UserError, match=r"'horse' is not among the 3 classes of this model \(cat, sky, dog"):
         method().embed_text(drawn, ["cat", "horse"])
 
 
@@ -148,6 +150,53 @@ def test_errors():
     held = ClassList((("cat",),), (0,), (True,), {"unseen": (0,)})
     with pytest.raises(UserError, match="no class outside of the groups"):
         build(config(), WordList(["cat"]), held)
+
+
+def test_pytorch_gives_the_same_labels_and_outputs(drawn, tmp_path):
+    torch = require("torch")
+    import ovseg_jax.torch
+
+    segmenter = Segmenter(method(), jax.tree.map(np.asarray, drawn), config(), CLASSES)
+    export.to_folder(segmenter, tmp_path, np.dtype("float32"))
+    loaded = ovseg_jax.torch.load(tmp_path)
+    image = np.random.default_rng(3).integers(0, 256, (53, 71, 3), dtype=np.uint8)
+    for labels in ("kitten; sky", None):
+        ours, theirs = segmenter.segment(image, labels), loaded.segment(image, labels)
+        assert len(np.unique(ours.label_map)) > 1
+        assert (ours.label_map == theirs.label_map).mean() > 0.999
+        np.testing.assert_allclose(theirs.confidence, ours.confidence, atol=1e-4)
+    pixels, size = batch(2)["image"], np.array([[32, 32], [20, 27]], np.int32)
+    expected = jax.jit(method().predict)(drawn, jnp.asarray(pixels), jnp.asarray(size))
+    with torch.no_grad():
+        found = loaded.net(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(size))
+    assert reference.relative_error(found.mask_logits, expected.mask_logits) < 1e-4
+    np.testing.assert_allclose(found.regions, expected.regions[SPACE], atol=1e-4)
+    np.testing.assert_allclose(found.void, expected.void, atol=1e-4)
+    with pytest.raises(UserError, match="'zebra' is not among the 3 classes"):
+        loaded.segment(image, "zebra")
+    with pytest.raises(UserError, match="vectors have no effect"):
+        loaded.segment(image, "sky", vectors=np.ones((1, 3)))
+    both = torch.export.export(
+        loaded.net,
+        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.full((2, 2), 32)),
+        dynamic_shapes=({0: torch.export.Dim("batch")}, {0: torch.export.Dim("batch")}),
+    )
+    three = torch.from_numpy(batch(3)["image"]).permute(0, 3, 1, 2), torch.full((3, 2), 32)
+    with torch.no_grad():
+        torch.testing.assert_close(both.module()(*three).regions, loaded.net(*three).regions)
+
+
+def test_stablehlo_gives_the_same_outputs(drawn, tmp_path):
+    require("flatbuffers")
+    segmenter = Segmenter(method(), jax.tree.map(np.asarray, drawn), config(), CLASSES)
+    export.to_stablehlo(segmenter, tmp_path, np.dtype("float32"))
+    exported = jax.export.deserialize(bytearray((tmp_path / "model.stablehlo").read_bytes()))
+    image, size = batch(3)["image"], np.full((3, 2), 32, np.int32)
+    logits, scores, void = exported.call(read_arrays(tmp_path), image, size, np.eye(3, dtype=np.float32)[:2])
+    expected = jax.jit(method().predict)(drawn, jnp.asarray(image), jnp.asarray(size))
+    np.testing.assert_allclose(logits, expected.mask_logits, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(scores, jnp.swapaxes(expected.regions[SPACE], 1, 2)[:, :2], atol=1e-4)
+    np.testing.assert_allclose(void, expected.void, atol=1e-4)
 
 
 @pytest.mark.parametrize(
