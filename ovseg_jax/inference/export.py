@@ -15,6 +15,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.files import locked
 from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.methods.maskformer import MaskFormer
+from ovseg_jax.methods.maskformer_text import TextMaskFormer
 from ovseg_jax.models.text_towers import SiglipText
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.parallel.sharding import path_name
@@ -72,6 +73,8 @@ def export_model(
         extras = "torch,onnx" if to == "onnx" else "export"
         raise UserError(f"--to={to} needs {', '.join(missing)}: pip install -e '.[{extras}]'")
     segmenter = load()
+    if isinstance(segmenter.method, TextMaskFormer) and to != "big_vision":
+        raise UserError(f"--to={to} has no form of maskformer_text, only of maskformer; --to=big_vision has")
     kind = np.dtype(jnp.dtype(dtype))
     with locked(folder):
         WRITERS[to](segmenter, folder, kind)

@@ -63,6 +63,12 @@ def pretrained_backbone(net: MaskFormerNet, shapes: Mapping[str, Any], init: str
     return {name: {"backbone": tree} for name, tree in found.items()}
 
 
+def without_text(variables: Variables) -> dict[str, Any]:
+    """Returns the variables of network and classifier."""
+    params = {name: tree for name, tree in variables["params"].items() if name != "text"}
+    return {**variables, "params": params}
+
+
 class MaskFormer(Trainable, Segmenting):
     """The method MaskFormer; `config` is the whole config of a run.
 
@@ -107,10 +113,12 @@ class MaskFormer(Trainable, Segmenting):
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         del words
         self.config, self.classes = config, classes
-        self.net = build_net(config.model, ("init",))
+        self.net = build_net(
+            config.model, [key for key in self.keys(config)["model"] if key not in NET_FIELDS]
+        )
         if config.model.get("init") and config.model.backbone.get("init"):
             raise UserError("model.init and model.backbone.init are both set: the first has a backbone too")
-        self.model = Model(self.net, QueryClassifier(len(classes)))
+        self.model = Model(self.net, self._classifier())
         self.weights = Weights(*(float(config.loss[key]) for key in Weights._fields))
         self.no_object = float(config.loss.no_object)
         withheld = classes.withheld()
@@ -120,6 +128,14 @@ class MaskFormer(Trainable, Segmenting):
             )
         # The last entry is that of masks without a class, -1.
         self._trained = np.array([k not in withheld for k in range(len(classes))] + [False])
+
+    def _classifier(self) -> Any:
+        return QueryClassifier(len(self.classes))
+
+    def _logits(self, variables: Variables, classified: Any) -> Array:
+        """Returns logits of the training data's classes and "no object" from the classifier's output."""
+        del variables
+        return classified
 
     def init(self, rng: jax.Array) -> Variables:
         """Creates `params` {"net", "classifier"}, and `batch_stats` if the backbone has them."""
@@ -161,8 +177,8 @@ class MaskFormer(Trainable, Segmenting):
     ) -> tuple[None, dict[str, Array], dict]:
         """Computes for some images the sums of the losses and the updated collections."""
         mutable = [name for name in variables if name != "params"]
-        (out, logits), mutated = self.model.apply(
-            variables,
+        (out, classified), mutated = self.model.apply(
+            without_text(variables),
             batch["image"],
             batch["image_size"],
             train=True,
@@ -176,7 +192,7 @@ class MaskFormer(Trainable, Segmenting):
             batch["masks"],
             batch["mask_valid"] & jnp.asarray(self._trained)[classes],
             batch["example_mask"].astype(jnp.float32),
-            class_logits=logits,
+            class_logits=self._logits(variables, classified),
             classes=classes,
             inside=inside(batch["image_size"], (h, w), (side / h, side / w)),
             costs=self.weights,
@@ -195,8 +211,8 @@ class MaskFormer(Trainable, Segmenting):
         share = jax.nn.softmax(logits[:, -1])
         return Prediction(out.mask_logits[:, -1], {SPACE: share[..., :-1]}, {}, share[..., -1])
 
-    def _outputs(self, *inputs: Any) -> Any:
-        return self.model.apply(*inputs)
+    def _outputs(self, variables: Variables, *inputs: Any) -> Any:
+        return self.model.apply(without_text(variables), *inputs)
 
     def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
         """Returns for each name the class that it means, as one of K unit vectors.

@@ -205,6 +205,8 @@ def test_stablehlo_gives_the_same_outputs(drawn, tmp_path):
         "data=prepared,data_dir=x,val_dir=y,backbone=swin_small,evals=panoptic",
         "data=coco,data_dir=x,backbone=swin_base_384,published=hf:a/b",
         "data=folder,data_dir=x,kind=semantic,weights=scratch",
+        "classes=text,data=prepared,data_dir=x,prompt=y",
+        "classes=text,data=folder,data_dir=x,unseen=voc,backbone=resnet101",
     ],
 )
 def test_configs_have_no_unknown_key(arg):
@@ -227,3 +229,55 @@ def test_a_short_run(tmp_path):
     assert set(np.unique(result.label_map)) <= {-1, 0, 1}
     with pytest.raises(UserError, match="'zebra' is not among the"):
         segmenter.segment(image, "zebra")
+
+
+def text_config(**changes):
+    found = maskformer.get_config("classes=text")
+    own = config(**changes)
+    for key in own.model:
+        found.model[key] = own.model[key]
+    found.update(dict(batch_size=4, log_every=2))
+    found.data.image_size = 32
+    found.model.update(dict(embed_dim=6, embed_hidden=8))
+    return found
+
+
+def test_classes_as_texts_take_any_name_and_do_not_train_those_withheld():
+    """Scores against NumPy: a softmax of cosines over the classes by their best names, and "no object"."""
+    words = WordList("cat kitten sky dog cow".split())
+    found = build(text_config(), words, CLASSES)
+    variables = jax.tree.map(
+        lambda x: x + jax.random.normal(jax.random.key(1), x.shape) * 0.1, found.init(jax.random.key(0))
+    )
+    image, size = jnp.asarray(batch(1)["image"]), jnp.full((1, 2), 32)
+    prediction = jax.tree.map(lambda x: x[0], jax.jit(found.predict)(variables, image, size))
+    names = ["cat", "kitten", "cow"]
+    text = found.embed_text(variables, names)
+    vocabulary = vocabulary_of(ClassList((("cat", "kitten"), ("cow",)), (0, 1), (True, True)))
+    scores = found.score_regions(prediction, text, vocabulary)
+    logits = 20 * np.float64(text["text"]) @ np.float64(prediction.regions["text"]).T
+    void = 20 * np.float64(prediction.void)
+    total = np.exp(logits[:2].max(0)) + np.exp(logits[2]) + np.exp(void)
+    np.testing.assert_allclose(scores.names, np.exp(logits) / total, rtol=1e-3)
+    np.testing.assert_allclose(scores.void, np.exp(void) / total, rtol=1e-3)
+    np.testing.assert_allclose(np.linalg.norm(prediction.regions["text"], axis=-1), 1, rtol=1e-4)
+    # In two stages with w = 1, the same; the logarithm gives the logits back up to a constant.
+    both = TwoStage(found, Fixed(), Rules(crop_size=8, ensemble=1.0))
+    joined = prediction._replace(regions={**prediction.regions, CROPS: jnp.ones((4, 2))})
+    seen = vocabulary._replace(seen=jnp.ones(3, bool))
+    again = both.score_regions(joined, {**text, CROPS + "x": jnp.ones((3, 2))}, seen).names
+    np.testing.assert_allclose(again, scores.names, rtol=1e-3)
+
+    loss = lambda v: found.loss(v, jax.tree.map(jnp.asarray, batch()), jax.random.key(0))[0]
+    table = jax.jit(jax.grad(loss))(variables)["params"]["text"]["table"]
+    moved = np.abs(table).max(1) > 0
+    assert [moved[words.id(word)] for word in ("cat", "sky", "dog", "cow")] == [True, True, False, False]
+
+
+def test_text_errors():
+    with pytest.raises(UserError, match=r"model\.init has no effect with maskformer_text"):
+        build(text_config(init="x"), WordList(["cat"]), CLASSES)
+    split = text_config()
+    split.loss.unseen = "zebra"
+    with pytest.raises(UserError, match="the unseen class 'zebra' is not one of the 3"):
+        build(split, WordList(["cat"]), CLASSES)
