@@ -91,7 +91,7 @@ class PixelDecoder(nn.Module):
             valid = cells_inside(image_size, finer, level)
             if x is not None:
                 finer = part(f"lateral_norm_{level}")(part(f"lateral_{level}")(finer), valid)
-                up = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+                up = F.interpolate(x, scale_factor=2, mode="nearest")
                 finer = finer + up[:, :, : finer.shape[2], : finer.shape[3]]
             x = part(f"output_{level}")(torch.where(valid[:, None], finer, 0))
             x = F.relu(part(f"output_norm_{level}")(x, valid))

@@ -162,7 +162,6 @@ def test_pytorch_gives_the_same_labels_and_outputs(drawn, tmp_path):
     image = np.random.default_rng(3).integers(0, 256, (53, 71, 3), dtype=np.uint8)
     for labels in ("kitten; sky", None):
         ours, theirs = segmenter.segment(image, labels), loaded.segment(image, labels)
-        assert len(np.unique(ours.label_map)) > 1
         assert (ours.label_map == theirs.label_map).mean() > 0.999
         np.testing.assert_allclose(theirs.confidence, ours.confidence, atol=1e-4)
     pixels, size = batch(2)["image"], np.array([[32, 32], [20, 27]], np.int32)
