@@ -17,6 +17,7 @@ from ovseg_jax.methods.maskformer import MaskFormer
 from ovseg_jax.methods.maskformer_text import TextMaskFormer
 from ovseg_jax.methods.openseg import OpenSeg
 from ovseg_jax.methods.prompt_tuning import PromptTuning
+from ovseg_jax.methods.pseg import PSeg
 from ovseg_jax.methods.vpt import VPT
 from ovseg_jax.protocols import Trainable
 from ovseg_jax.towers.vocabulary import SPOKEN
@@ -26,6 +27,7 @@ from ovseg_jax.vocab.words import WordList
 METHODS: dict[str, type[Trainable]] = {
     "openseg": OpenSeg,
     "lseg": LSeg,
+    "pseg": PSeg,
     "maskformer": MaskFormer,
     "maskformer_text": TextMaskFormer,
     "clip": ClipTraining,
