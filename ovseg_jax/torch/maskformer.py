@@ -168,7 +168,7 @@ class MaskFormerNet(nn.Module):
         valid = cells_inside(image_size, features[top], top)
         values = self.input_projection(features[top].flatten(2).transpose(1, 2))
         keys = values + sine_positions(valid, values.shape[-1]).flatten(1, 2).to(values.dtype)
-        position = self.queries.to(values.dtype).expand(len(values), -1, -1)
+        position = self.queries.to(values.dtype).expand(values.shape[0], -1, -1)
         x = torch.zeros_like(position)
         for i in range(self.layers):
             x = self.get_submodule(f"layer_{i}")(x, position, keys, values, valid.flatten(1))
