@@ -21,7 +21,7 @@ from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.parallel.sharding import active_batch_axes
 from ovseg_jax.protocols import Aux, Batch, Prediction, Segmenting, Text, Trainable, Variables
 from ovseg_jax.towers.vocabulary import spoken_words
-from ovseg_jax.vocab.classes import ClassList, class_rows
+from ovseg_jax.vocab.classes import ClassList, rows_of_names
 from ovseg_jax.vocab.words import WordList
 
 SPACE = "class"
@@ -221,4 +221,5 @@ class MaskFormer(Trainable, Segmenting):
           UserError: a name is none of the training data's.
         """
         del variables
-        return {SPACE: jax.nn.one_hot(class_rows(texts, self.classes), len(self.classes))}
+        rows = rows_of_names(self.classes.names, texts, "this MaskFormer has no text side and")
+        return {SPACE: jax.nn.one_hot(rows, len(self.classes))}

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovseg_jax.data.images import fit_canvas, read_image
@@ -20,12 +19,14 @@ from ovseg_jax.torch.layers import unit
 from ovseg_jax.torch.maskformer import MaskFormer, MaskFormerOutput
 from ovseg_jax.torch.openseg import OpenSegFeatures, OpenSegNet
 from ovseg_jax.torch.text_towers import Bert, CLIPText, SiglipText
+from ovseg_jax.torch.upernet import UPerNet
 from ovseg_jax.towers.prompt_file import FILE, load_prompt
-from ovseg_jax.vocab.classes import ClassList, Labels, as_classes, class_rows
+from ovseg_jax.vocab.classes import ClassList, Labels, as_classes, rows_of_names
 from ovseg_jax.vocab.phrases import word_ids
 from ovseg_jax.vocab.tokenizers import load_tokenizer
 
 WEIGHTS, CONFIG, TEXT_TOWER = "model.safetensors", "config.json", "text_tower"
+NETS: dict[str, Any] = {kind.__name__: kind for kind in (OpenSegNet, UPerNet, MaskFormer)}
 TEXT_KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (CLIPText, SiglipText, Bert)}
 BATCH, LENGTH = 64, 77  # as in `FrozenText`
 MOST_PIXELS = 16384  # upper limit of the side of the network's input
@@ -51,15 +52,15 @@ class Segmenter:
 
     Attributes:
       net: the image network.
-      table: [V D] vectors of the words of `index`; None if there is a text tower instead, or a MaskFormer's classes.
-      text: a frozen text tower and its tokeniser, or None.
+      table: [V D] vectors of the words of `index`, or None.
+      text: a frozen text tower and its tokeniser, or None. Without both, the network knows the names of `classes` only.
       canvas: side of the network's square input in pixels.
       classes: the categories of the training data.
     """
 
     def __init__(
         self,
-        net: OpenSegNet | MaskFormer,
+        net: OpenSegNet | UPerNet | MaskFormer,
         table: Tensor | None,
         text: "Text | None",
         config: dict[str, Any],
@@ -102,7 +103,7 @@ class Segmenter:
         device = self.device
         batch = torch.from_numpy(canvas).to(device).permute(2, 0, 1)[None]
         out = self.net(batch, torch.tensor([fitted], device=device))
-        weights, maps, masks = _layers(out, text.to(device))
+        weights, maps, masks = _layers(out, text.to(device), isinstance(self.net, UPerNet))
         height, width = pixels.shape[:2]
         down = upsampling(height, maps.shape[1], self.canvas, fitted[0], device)
         across = upsampling(width, maps.shape[2], self.canvas, fitted[1], device)
@@ -122,25 +123,27 @@ class Segmenter:
         return Segmentation(classes, label_map, confidence)
 
     def embed(self, names: Sequence[str]) -> Tensor:
-        """Embeds names as unit vectors [T D], by the text tower or from their words' unit vectors, or as classes.
-
-        Raises:
-          UserError: a name is not among a MaskFormer's classes, or a word has no vector.
-        """
-        if isinstance(self.net, MaskFormer):
-            own = torch.from_numpy(class_rows(names, self.classes))
-            return F.one_hot(own, len(self.classes)).float()
+        """Embeds names as unit vectors [T D]: by the text tower, from their words' unit vectors, or by their class."""
         if self.text is not None:
             return self.text(names)
-        assert self.table is not None
-        rows = [word_ids(name, self.index) for name in names]
-        return torch.stack([unit(unit(self.table[row]).sum(0)) for row in rows])
+        if self.table is None:
+            rows = rows_of_names(self.classes.names, names, "this model has no text side and")
+            return torch.eye(len(self.classes))[torch.from_numpy(rows).long()]
+        words = [word_ids(name, self.index) for name in names]
+        return torch.stack([unit(unit(self.table[row]).sum(0)) for row in words])
 
 
-def _layers(out: OpenSegFeatures | MaskFormerOutput, text: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Returns the score of each name for each map [T C], the maps [C h w], and whether they are logits of masks."""
+def _layers(
+    out: OpenSegFeatures | MaskFormerOutput, text: Tensor, logits: bool
+) -> tuple[Tensor, Tensor, bool]:
+    """Returns the score of each name for each map [T C], the maps [C h w], and whether they are logits of masks.
+
+    With `logits` the features of pixels are logits of classes.
+    """
     if isinstance(out, MaskFormerOutput):
         return text @ out.regions[0].T, out.mask_logits[0], True
+    if logits:
+        return text, out.pixel_embed[0], False
     if out.mask_logits is None or out.region_sum is None:
         return text, unit(out.pixel_embed[0].permute(1, 2, 0)).permute(2, 0, 1), False
     return text @ unit(out.region_sum[0]).T, out.mask_logits[0], True
@@ -194,7 +197,8 @@ def load(folder: str | Path, device: str = "cpu") -> Segmenter:
     config, arrays = read_json(folder / CONFIG), read_tensors(folder)
     table = arrays.pop("text.table", None)
     with reading(folder, "the exported model"):
-        described = {key: value for key, value in config["model"].items() if key != "kind"}
+        described = dict(config["model"])
+        kind = NETS[described.pop("kind", OpenSegNet.__name__)]
         side, words = config["image_size"], config["words"]
         if type(side) is not int or not 0 < side <= MOST_PIXELS:
             raise ValueError(f"image_size is {side!r}, not a whole number from 1 to {MOST_PIXELS}")
@@ -204,13 +208,11 @@ def load(folder: str | Path, device: str = "cpu") -> Segmenter:
             raise ValueError(f"the table of {len(words)} words has the shape {list(table.shape)}")
         image = torch.zeros((1, 3, side, side), dtype=torch.uint8, device="meta")
         size = torch.full((1, 2), side, device="meta")
-        kind: type[OpenSegNet | MaskFormer] = OpenSegNet
-        if closed := config["model"].get("kind") == MaskFormer.__name__:
-            kind = MaskFormer
-            if len(config["classes"]["names"]) != described["classifier"]["classes"]:
-                raise ValueError("it has another number of classes than its classifier")
-        net = build(lambda: kind(described), described, arrays, str(folder), image, size)
-        text = Text(folder / TEXT_TOWER, device) if table is None and not closed else None
+        net: Any = build(lambda: kind(described), described, arrays, str(folder), image, size)
+        if kind is MaskFormer and len(config["classes"]["names"]) != described["classifier"]["classes"]:
+            raise ValueError("it has another number of classes than its classifier")
+        closed = table is not None or kind in (UPerNet, MaskFormer)
+        text = None if closed else Text(folder / TEXT_TOWER, device)
         return Segmenter(net.to(device), table, text, config, device)
 
 

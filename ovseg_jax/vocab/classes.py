@@ -183,22 +183,6 @@ class ClassList:
         )
 
 
-def class_rows(texts: Sequence[str], classes: ClassList) -> Int[np.ndarray, "t"]:
-    """Returns the category index of each text, for models with a closed vocabulary.
-
-    Raises:
-      UserError: a text is the name of no category.
-    """
-    index = classes.index
-    if unknown := [text for text in texts if text not in index]:
-        known = ", ".join(classes.display(k) for k in range(min(8, len(classes))))
-        raise UserError(
-            f"{unknown[0]!r} is not among the {len(classes)} classes of this model ({known}, ...), whose vocabulary is "
-            "closed"
-        )
-    return np.array([index[text] for text in texts], np.int64)
-
-
 def parse_labels(text: str) -> ClassList:
     """Parses categories from a text: `;` or a line break separates categories, `,` the names of one.
 
