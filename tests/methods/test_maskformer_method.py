@@ -171,7 +171,7 @@ def test_pytorch_gives_the_same_labels_and_outputs(drawn, tmp_path):
     assert reference.relative_error(found.mask_logits, expected.mask_logits) < 1e-4
     np.testing.assert_allclose(found.regions, expected.regions[SPACE], atol=1e-4)
     np.testing.assert_allclose(found.void, expected.void, atol=1e-4)
-    with pytest.raises(UserError, match="no text side and.*'zebra'"):
+    with pytest.raises(UserError, match=r"no text side and.*'zebra'"):
         loaded.segment(image, "zebra")
     with pytest.raises(UserError, match="vectors have no effect"):
         loaded.segment(image, "sky", vectors=np.ones((1, 3)))
@@ -226,7 +226,7 @@ def test_a_short_run(tmp_path):
     segmenter, image = Segmenter.from_checkpoint(tmp_path), batch(1)["image"][0]
     result = segmenter.segment(image, "grass; water")
     assert set(np.unique(result.label_map)) <= {-1, 0, 1}
-    with pytest.raises(UserError, match="no text side and.*'zebra'"):
+    with pytest.raises(UserError, match=r"no text side and.*'zebra'"):
         segmenter.segment(image, "zebra")
 
 
