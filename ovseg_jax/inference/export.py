@@ -25,6 +25,7 @@ from ovseg_jax.pretrained.hf_clip import is_clip, write_hf_clip
 from ovseg_jax.pretrained.to_torch import describe, to_torch
 from ovseg_jax.protocols import PixelScores, Vocabulary, only
 from ovseg_jax.towers.frozen_text import TEXT_TOWER, FrozenText
+from ovseg_jax.towers.text_transformer import TextTransformer
 
 EXAMPLE = '''"""Runs model.stablehlo with JAX and safetensors alone: python example.py DIR"""
 
@@ -75,6 +76,10 @@ def export_model(
     segmenter = load()
     if isinstance(segmenter.method, TextMaskFormer) and to != "big_vision":
         raise UserError(f"--to={to} has no form of maskformer_text, only of maskformer; --to=big_vision has")
+    if isinstance(getattr(segmenter.method, "text", None), TextTransformer) and to in ("torch", "onnx"):
+        raise UserError(
+            f"--to={to} has no form of a trained text transformer; --to=stablehlo and big_vision have"
+        )
     kind = np.dtype(jnp.dtype(dtype))
     with locked(folder):
         WRITERS[to](segmenter, folder, kind)

@@ -1,0 +1,70 @@
+"""P-Seg's configs run from captions alone: pseudo-masks, training, labels for P-Seg+, and its student."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ovseg_jax.configs import pseg
+from ovseg_jax.data.scenes.source import Scenes
+from ovseg_jax.data.source_base import Example
+from ovseg_jax.errors import UserError
+from ovseg_jax.experiment.run import train
+from ovseg_jax.inference.export import export_model
+from ovseg_jax.inference.segmenter import Segmenter
+
+
+class Maskless(Scenes):
+    """Scenes whose masks cannot be read."""
+
+    def __getitem__(self, index):
+        def refuse(_):
+            raise AssertionError("a mask was read")
+
+        own = super().__getitem__(index)
+        hidden = dict.fromkeys(("segments", "class_ids", "isthing", "iscrowd", "boxes"), refuse)
+        return Example(image=own["image"], captions=own["captions"], image_id=own["image_id"], **hidden)
+
+
+def shrunk(arg):
+    config = pseg.get_config(arg)
+    runs = [config] if config.method == "pseg" else [config.stages[0]["config"], config]
+    for run in runs:
+        run.update(dict(steps=2, batch_size=8, log_every=1))
+        run.model.backbone.width = 16
+        if run.model.get("network") == "maskformer":
+            run.model.layers = 1
+            run.text.layers = 1
+        if run.method == "pseg":
+            run.model.update(dict(width=32, embed_dim=16))
+            run.evals = {}
+            if "group" in run.loss:
+                run.loss.group = 8
+        (source,) = run.data.train
+        given = [
+            source,
+            *(stage["config"]["source"] for stage in run.get("stages", []) if stage["kind"] != "train"),
+        ]
+        for one in given:
+            one.update(dict(name="experiment.test_pseg_run:Maskless", num_examples=160, image_size=64))
+            one.pop("cache", None)
+        run.final_evals.test.source.num_examples = 4
+    return config
+
+
+def test_a_run_and_its_student_read_no_mask(tmp_path):
+    train(shrunk("plus=true"), str(tmp_path / "run"))
+    for place in ("run/pseg", "run"):
+        assert np.isfinite(json.loads((tmp_path / place / "summary.json").read_text())["test/miou"])
+    assert list((tmp_path / "run/pseg/masks").glob("masks-*.zip"))
+    assert list((tmp_path / "run/labels").glob("masks-*.zip"))
+
+
+def test_the_papers_form_segments_by_any_known_word_and_says_what_it_cannot_export(tmp_path):
+    config = shrunk("form=paper,ahead=false")
+    train(config, str(tmp_path / "run"))
+    segmenter = Segmenter.from_checkpoint(tmp_path / "run")
+    result = segmenter.segment(Scenes(split="test")[0]["image"], "red ball; grass", threshold=-1.0)
+    assert set(np.unique(result.label_map)) <= {0, 1}
+    with pytest.raises(UserError, match="no form of a trained text transformer"):
+        export_model(lambda: segmenter, "torch", str(tmp_path / "out"))
