@@ -5,6 +5,7 @@ NotImplementedError here; everything else has a default.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,12 +41,17 @@ class Prediction(NamedTuple):
       regions: by space, [B N D] an embedding of each proposal; empty for a per-pixel method.
       pixels: by space, [B h w D] a feature of every pixel, not normalised.
       void: [B N] logit of "no object" for each proposal, for methods that learn it.
+      image: by space, [B D] an embedding of the whole image, for decisions that first choose its classes; None for
+        methods without one.
+      scale: [B] 1/τ, the learned factor from cosines to logits; None for methods without one.
     """
 
     mask_logits: Float[Array, "*b n h w"] | None
     regions: dict[str, Float[Array, "*b n d"]]
     pixels: dict[str, Float[Array, "*b h w d"]]
     void: Float[Array, "*b n"] | None = None
+    image: dict[str, Float[Array, "*b d"]] | None = None
+    scale: Float[Array, "*b"] | None = None
 
 
 class Vocabulary(NamedTuple):
@@ -68,10 +74,14 @@ class RegionScores(NamedTuple):
     Attributes:
       names: [T N] the score of each name for each proposal.
       void: [N] the score of "no object" on the same scale, or None.
+      image: [T] the score of each name for the whole image on the same scale, or None.
+      scale: the factor from scores to logits, or None.
     """
 
     names: Float[Array, "t n"]
     void: Float[Array, "n"] | None = None
+    image: Float[Array, "t"] | None = None
+    scale: Float[Array, ""] | None = None
 
 
 class PixelScores(NamedTuple):
@@ -174,8 +184,9 @@ class Segmenting:
         """
         del vocabulary
         space = common_space(prediction.regions, text)
-        names = jnp.matmul(text[space], prediction.regions[space].T, precision=PRECISION)
-        return RegionScores(names, prediction.void)
+        product = partial(jnp.matmul, text[space], precision=PRECISION)
+        whole = None if prediction.image is None else product(prediction.image[space])
+        return RegionScores(product(prediction.regions[space].T), prediction.void, whole, prediction.scale)
 
     def score_pixels(self, prediction: Prediction, text: Text, vocabulary: Vocabulary) -> PixelScores:
         """Scores every name for every pixel of one image; by default the cosine in the only space. Jittable."""
