@@ -220,7 +220,8 @@ class GroupVit(Decision):
         within = jnp.full_like(logits, -jnp.inf).at[chosen].set(logits[chosen])
         affinity = jax.nn.softmax(logits, 0) * jax.nn.softmax(within, 0)
         affinity = jnp.where(jnp.isfinite(score), affinity, 0)
-        return affinity, jnp.minimum(self.threshold, affinity.max())
+        # Rounding must not make the best proposal background.
+        return affinity, jnp.minimum(self.threshold, affinity.max() * (1 - 1e-6))
 
 
 @dataclasses.dataclass(frozen=True)

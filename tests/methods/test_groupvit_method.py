@@ -3,6 +3,7 @@
 import importlib
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def config_of(folder, sets, **own):
 
 def method_of(folder, sets, **own):
     method = build(config_of(folder, sets, **own), WordList([]), CLASSES)
-    return method, {"params": {}, **method.pretrained()}
+    return method, jax.tree.map(jnp.asarray, {"params": {}, **method.pretrained()})
 
 
 def test_masks_and_scores_are_transformers(published, sets):
