@@ -19,8 +19,9 @@ EXTRAS = {
     "export": ["flatbuffers"],
     # With the extra "torch".
     "onnx": ["onnx", "onnxruntime", "onnxscript"],
-    # References that the towers are held to. torchvision belongs to exactly one version of torch.
+    # References that towers and kernels are held to. torchvision belongs to exactly one version of torch.
     "torch": [
+        "scikit-learn",
         "torch==2.13.0",
         "torchvision==0.28.0",
         "transformers>=4.50",

@@ -43,6 +43,25 @@ def scenes(split: str, count: int) -> dict[str, Any]:
     return dict(name="scenes", split=split, num_examples=count, image_size=64, size="small")
 
 
+def without_shortcuts() -> list[dict[str, Any]]:
+    """Returns augmentations of whole batches of scenes, for methods that learn words one by one.
+
+    Whole batches lose their colour and the words for it; others lose their texture and the words for things. Otherwise
+    colour tells which nouns never occur together, and the held-out pairs are never learned.
+    """
+    return [
+        dict(name="channels", probability=0.65, probability_end=0.4, drop=("lexicon:colour",)),
+        dict(
+            name="blur",
+            probability=0.25,
+            factor=8,
+            mask_weight=0.1,
+            drop=("pos:noun",),
+            spare=("lexicon:stuff",),
+        ),
+    ]
+
+
 def segmentation(source: dict[str, Any], batch_size: int, **own: Any) -> dict[str, Any]:
     """Returns an evaluation of segmentation with the predicted masks."""
     return dict(type="segmentation", masks=("predicted",), source=source, batch_size=batch_size, **own)

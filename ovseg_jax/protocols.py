@@ -40,7 +40,8 @@ class Prediction(NamedTuple):
       mask_logits: [B N h w] logits of the proposals' sigmoid masks, or None for a per-pixel method.
       regions: by space, [B N D] an embedding of each proposal; empty for a per-pixel method.
       pixels: by space, [B h w D] a feature of every pixel, not normalised.
-      void: [B N] logit of "no object" for each proposal, for methods that learn it.
+      void: [B N] score of "no object" for each proposal, for methods that learn it, on the scale of their regions'
+        scores.
       image: by space, [B D] an embedding of the whole image, for decisions that first choose its classes; None for
         methods without one.
       scale: [B] 1/τ, the learned factor from cosines to logits; None for methods without one.
@@ -160,9 +161,11 @@ class Segmenting:
 
     Attributes:
       modes: the origins of masks that its scores are defined for, see `decisions.rules.decide`.
+      probabilities: whether the scores of regions are probabilities of the classes and of "no object".
     """
 
     modes: tuple[str, ...] = ("predicted", "none", "truth")
+    probabilities: bool = False
 
     def predict(
         self, variables: Variables, image: UInt8[Array, "b s s 3"], image_size: Int[Array, "b 2"]

@@ -138,6 +138,9 @@ def _abstract(config: ConfigDict, mesh: Any, words: int, classes: int) -> tuple[
     if "towers" in config:
         config = ConfigDict(config.to_dict())
         config.towers.update(dict(init="", tokenizer="words"))
+    if config.get("text", {}).get("tokenizer"):
+        config = ConfigDict(config.to_dict())
+        config.text.tokenizer = "words"
     method = build(config, vocabulary, _invented_classes(words, classes if labelled else min(133, words)))
     variables = abstract_variables(method, config.seed)
     optimizer = make_optimizer(config.optimizer, variables["params"], int(config.steps), method.frozen)

@@ -288,7 +288,9 @@ class CocoObject(CocoStuff):
         if _TRAIN_IDS in entry.data["mask"]:
             ids_of = np.array([0, *self.classes.ids], np.int32)
             if labels.max(initial=0) >= len(ids_of):
-                raise UserError(f"{mask} holds the value {labels.max()}, but {_TRAIN_IDS[1:]} are 0 to 80")
+                raise UserError(
+                    f"{mask} holds the value {labels.max()}, but those of {_TRAIN_IDS[1:]} are 0 to 80"
+                )
             labels = ids_of[labels]
         else:
             labels = np.where(labels < _LAST_THING, labels + 1, 0)

@@ -282,8 +282,8 @@ class PixelFeatures:
             spaces = sorted(prediction.pixels.keys() & prediction.regions.keys())
             if other := sorted(prediction.regions.keys() - prediction.pixels.keys()):
                 raise UserError(
-                    f"regions have features ({', '.join(other)}) that pixels lack, since two stages have no common "
-                    "features: load the run that proposes the masks alone"
+                    f"regions have features ({', '.join(other)}) that pixels lack: two stages have no common "
+                    "features, so load the run that proposes the masks alone; a MaskFormer has none"
                 )
         if space is None and len(spaces) == 1:
             space = spaces[0]

@@ -14,8 +14,10 @@ from ovseg_jax.methods.groupvit import GroupViT
 from ovseg_jax.methods.linear_probe import LinearProbe
 from ovseg_jax.methods.lseg import LSeg
 from ovseg_jax.methods.maple import MaPLe
+from ovseg_jax.methods.maskformer import MaskFormer
 from ovseg_jax.methods.openseg import OpenSeg
 from ovseg_jax.methods.prompt_tuning import PromptTuning
+from ovseg_jax.methods.pseg import PSeg
 from ovseg_jax.methods.vpt import VPT
 from ovseg_jax.protocols import Trainable
 from ovseg_jax.towers.vocabulary import SPOKEN
@@ -25,6 +27,8 @@ from ovseg_jax.vocab.words import WordList
 METHODS: dict[str, type[Trainable]] = {
     "openseg": OpenSeg,
     "lseg": LSeg,
+    "pseg": PSeg,
+    "maskformer": MaskFormer,
     "clip": ClipTraining,
     "clip_dense": ClipDense,
     "groupvit": GroupViT,

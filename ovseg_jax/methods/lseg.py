@@ -12,7 +12,8 @@ from ovseg_jax.config import keys
 from ovseg_jax.data.source_base import Source
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.unit import unit
-from ovseg_jax.methods.openseg import OpenSeg, apply_net, bounded, build_net
+from ovseg_jax.losses.temperature import bounded
+from ovseg_jax.methods.openseg import OpenSeg, apply_net, build_net
 from ovseg_jax.models.fpn import resize
 from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.protocols import Aux, Batch, Variables

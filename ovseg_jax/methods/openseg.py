@@ -17,6 +17,7 @@ from ovseg_jax.kernels.all_pairs import FORMS
 from ovseg_jax.kernels.grounding import grounding_loss
 from ovseg_jax.kernels.unit import unit
 from ovseg_jax.losses.masks import best_match_dice_loss
+from ovseg_jax.losses.temperature import bounded, unbounded
 from ovseg_jax.models.backbones import build_backbone
 from ovseg_jax.models.openseg import OpenSegFeatures, OpenSegNet
 from ovseg_jax.parallel.accumulate import in_parts
@@ -52,21 +53,6 @@ def build_net(config: ConfigDict, **overrides) -> OpenSegNet:
     fields = {k: model[k] for k in NET_FIELDS if k in model} | overrides
     backbone = build_backbone(config.model.backbone, dtype)
     return OpenSegNet(backbone, tuple(model["mean"]), tuple(model["std"]), dtype=dtype, **fields)
-
-
-def bounded(raw: Float[Array, ""], low: float = 0.0, high: float = 0.0) -> Float[Array, ""]:
-    """Returns a positive scalar between two bounds, by a sigmoid on the log scale; without bounds, exp(raw)."""
-    return low * (high / low) ** jax.nn.sigmoid(raw) if high else jnp.exp(raw)
-
-
-def unbounded(value: float, low: float = 0.0, high: float = 0.0) -> Float[Array, ""]:
-    """Returns the inverse of `bounded`."""
-    if not low < value < (high or float("inf")):
-        raise UserError(f"loss.temperature={value} is outside its bounds ({low}, {high or 'inf'})")
-    if not high:
-        return jnp.log(jnp.float32(value))
-    share = jnp.log(value / low) / jnp.log(high / low)
-    return jnp.log(share / (1 - share))
 
 
 class OpenSeg(Trainable, Segmenting):

@@ -169,8 +169,10 @@ class TwoStage(Segmenting):
             return RegionScores(jnp.where(cut, jnp.exp(q), 0))
         rest = {space: x for space, x in text.items() if not space.startswith(CROPS)}
         own = self.proposals.score_regions(prediction, rest, vocabulary)
-        void = None if own.void is None else self.rules.scale * own.void
-        p = _log_probability(self.rules.scale * own.names, vocabulary, void)
+        # Probabilities need no temperature; over other classes than the method's own they are normalised again.
+        logit = jnp.log if self.proposals.probabilities else lambda x: self.rules.scale * x
+        void = None if own.void is None else logit(own.void)
+        p = _log_probability(logit(own.names), vocabulary, void)
         share = jnp.where(vocabulary.seen, 1 - w, w)[:, None]
         return RegionScores(jnp.exp((1 - share) * p + share * jnp.where(cut, q, 0)))
 

@@ -1,6 +1,6 @@
 """MaskFormer (Cheng et al. 2021): a backbone, an FPN pixel decoder, DETR's decoder, and a mask for each query.
 
-The network predicts masks alone; `Classifier` adds class logits. P-Seg uses the masks without classes (papers/002).
+The network predicts masks alone; `MaskFormer` adds class logits. P-Seg uses the masks without classes (papers/002).
 """
 
 from collections.abc import Mapping
@@ -250,7 +250,7 @@ class MaskFormerNet(nn.Module):
         return MaskFormerOutput(stacked, logits, pixels)
 
 
-class Classifier(nn.Module):
+class QueryClassifier(nn.Module):
     """A linear classifier of queries into K classes, and "no object" as the last one; logits are float32."""
 
     classes: int
@@ -259,3 +259,17 @@ class Classifier(nn.Module):
     def __call__(self, queries: Float[Array, "b l n d"]) -> Float[Array, "b l n k"]:
         """Returns logits of the K + 1 classes."""
         return nn.Dense(self.classes + 1, kernel_init=linear_init, name="dense")(queries.astype(jnp.float32))
+
+
+class MaskFormer(nn.Module):
+    """The whole MaskFormer, in the arrangement of published weights: the network and its classifier."""
+
+    net: MaskFormerNet
+    classifier: QueryClassifier
+
+    def __call__(
+        self, image: UInt8[Array, "b s t 3"], image_size: Int[Array, "b 2"], train: bool = False
+    ) -> tuple[MaskFormerOutput, Float[Array, "b l n k"]]:
+        """Returns the network's outputs and the logits of the classes."""
+        out = self.net(image, image_size, train)
+        return out, self.classifier(out.queries)

@@ -14,12 +14,14 @@ from ovseg_jax.models.clip_resnet import ClipResNet
 from ovseg_jax.models.efficientnet import EfficientNet
 from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.groupvit import GroupVitImage, GroupVitText
+from ovseg_jax.models.maskformer import MaskFormer
+from ovseg_jax.models.pseudo_masks import TowerTokens
 from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.swin import Swin
 from ovseg_jax.models.text_towers import Bert, CLIPText, SiglipText
 from ovseg_jax.models.tower_pyramid import TowerPyramid
 from ovseg_jax.models.vit import ViT
-from ovseg_jax.pretrained import clip_resnet, efficientnet, eva, groupvit, resnet, swin, text, vit
+from ovseg_jax.pretrained import clip_resnet, efficientnet, eva, groupvit, maskformer, resnet, swin, text, vit
 from ovseg_jax.pretrained.big_vision import read_big_vision
 from ovseg_jax.pretrained.files import read_arrays, weights_file
 from ovseg_jax.pretrained.hub import find
@@ -60,8 +62,8 @@ def load(
       UserError: the weights are missing, cannot be read, or belong to another architecture or shape; or a file beside
         them describes another model than the module.
     """
-    if isinstance(module, TowerPyramid):
-        # Only the tower's weights are published; those of the pyramid are new.
+    if isinstance(module, TowerPyramid | TowerTokens):
+        # Only the tower's weights are published; those of a pyramid are new.
         inner = {name: tree["tower"] for name, tree in shapes.items() if "tower" in tree}
         found = load(init, module.tower, inner, may_miss=may_miss, pixels=pixels)
         return {name: {"tower": tree} for name, tree in found.items()}
@@ -164,6 +166,8 @@ def formats(module: nn.Module) -> dict[str, list[Rename]]:
             }
         case Bert(heads=heads):
             return {"transformers' BERT": text.from_hf_bert(heads, module.pool == "pooler")}
+        case MaskFormer(net=net):
+            return {"transformers' MaskFormer": maskformer.from_hf_maskformer(net)}
     raise UserError(f"no format of published weights is known for a {type(module).__name__}")
 
 

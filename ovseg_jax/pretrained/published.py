@@ -24,6 +24,10 @@ BACKBONES = {
     "efficientnet_b7": "timm:tf_efficientnet_b7.ns_jft_in1k",  # noisy student
     "resnet101": "timm:resnet101.tv_in1k",
     "resnet50": "timm:resnet50.tv_in1k",
+    "swin_tiny": "timm:swin_tiny_patch4_window7_224.ms_in1k",
+    "swin_small": "timm:swin_small_patch4_window7_224.ms_in1k",
+    "swin_base_384": "timm:swin_base_patch4_window12_384.ms_in22k",
+    "swin_large_384": "timm:swin_large_patch4_window12_384.ms_in22k",
     "clip_rn50": "hf:timm/resnet50_clip.openai",
     "clip_vitb32": "hf:openai/clip-vit-base-patch32",
     "clip_vitb16": "hf:openai/clip-vit-base-patch16",

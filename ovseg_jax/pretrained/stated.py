@@ -20,6 +20,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.efficientnet import EfficientNet
 from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.groupvit import GroupVitImage, GroupVitText
+from ovseg_jax.models.maskformer import MaskFormer
 from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.swin import Swin
 from ovseg_jax.models.text_towers import Bert, CLIPText, SiglipText
@@ -34,6 +35,7 @@ Facts = dict[str, Any]
 
 # transformers: format -> (the model types whose weights have these names, the defaults by our names of the facts).
 _BERT_SIZED: Facts = dict(activation="gelu", heads=12, epsilon=1e-12)
+_MASKFORMER = "transformers' MaskFormer"
 _SWIN = (("swin", "maskformer-swin"), dict(activation="gelu", epsilon=1e-5))
 _HF: dict[str, tuple[tuple[str, ...], Facts]] = {
     "transformers' ResNet": (("resnet",), dict(activation="relu", stride_in_first_convolution=False)),
@@ -85,6 +87,7 @@ _WINDOW_RULES = {  # others: "axis"
     "the authors' Swin": "both",
     "transformers' Swin": "both",
     "transformers' SwinBackbone": "always",
+    _MASKFORMER: "always",
 }
 _TIMM_16_HEADS = ("huge", "giant", "giantopt", "gigantic", "so400m")  # others have 64 channels a head
 
@@ -117,6 +120,7 @@ def check(path: Path, module: nn.Module, format_: str, names: Collection[str]) -
         if fact in own and not _equal(fact, value, own[fact]):
             raise UserError(f"{source or path}: its {fact} is {value!r}, but this model's is {own[fact]!r}")
     rule = "always" if "norm0.weight" in names else _WINDOW_RULES.get(format_, "axis")
+    module = module.net.backbone if isinstance(module, MaskFormer) else module
     if isinstance(module, Swin) and rule != module.window_rule:
         _LOG.info(
             "%s: where one window covers a side of the map, %s uses window_rule=%r, but this model uses %r",
@@ -197,6 +201,8 @@ def facts(module: nn.Module) -> Facts:
             return dict(activation="relu", stride_in_first_convolution=False)
         case EfficientNet():
             return dict(activation="swish", epsilon=1e-3)
+        case MaskFormer(net=net):
+            return dict(facts(net.backbone), decoder_heads=net.heads, decoder_activation="relu")
     return {}
 
 
@@ -210,6 +216,8 @@ def _stated(config: Mapping[str, Any], module: nn.Module, format_: str) -> Facts
         return _of_open_clip(config["model_cfg"], side, format_)
     if "architecture" in config or format_ in _OF_ONE_ARCHITECTURE:
         return _of_timm(config.get("architecture"), config, format_)
+    if format_ == _MASKFORMER and "model_type" in config:
+        return _of_maskformer(config, module)
     if "model_type" in config:
         return _of_transformers(config, side, format_)
     return {}
@@ -231,6 +239,21 @@ def _of_transformers(config: Mapping[str, Any], side: str, format_: str) -> Fact
     if "activation" in stated:
         stated["activation"] = _OF_HF.get(stated["activation"], stated["activation"])
     return stated
+
+
+def _of_maskformer(config: Mapping[str, Any], module: nn.Module) -> Facts:
+    """Returns the properties of the decoder and of the backbone."""
+    if config["model_type"] != "maskformer":
+        return {"refused": f"its model_type is {config['model_type']!r}, but {_MASKFORMER} has maskformer"}
+    decoder, backbone = config.get("decoder_config") or {}, config.get("backbone_config") or {}
+    resnet = isinstance(module, MaskFormer) and isinstance(module.net.backbone, ResNet)
+    kind = "ResNet" if resnet else "SwinBackbone"
+    stated = {
+        "decoder_heads": decoder.get("decoder_attention_heads", 8),
+        "decoder_activation": decoder.get("activation_function", "relu"),
+    }
+    default = {"model_type": "resnet" if resnet else "swin"}
+    return stated | _of_transformers({**default, **backbone}, "vision", f"transformers' {kind}")
 
 
 def _of_timm(architecture: Any, config: Mapping[str, Any], format_: str) -> Facts:

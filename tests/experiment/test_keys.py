@@ -7,7 +7,7 @@ from runpy import run_path
 import pytest
 
 import ovseg_jax
-from ovseg_jax.configs import clip_dense, openseg, pomp, pomp_segments
+from ovseg_jax.configs import clip_dense, openseg, pomp, pomp_segments, pseg
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.keys import check_config, check_evaluation, known_keys
 from ovseg_jax.experiment.run import train
@@ -28,6 +28,7 @@ SHIPPED = [
         (pomp, arg)
         for arg in (None, *(f"{FOLDER},method={method}" for method in pomp.METHODS), f"{FOLDER},sample=0")
     ),
+    *((pseg, arg) for arg in (None, "form=paper", "data=tars,data_dir=x;y,val_dir=z")),
     *(
         (pomp_segments, arg)
         for arg in (None, "run=r", "data=masks,data_dir=x", "data=coco,data_dir=x,proposals=y")

@@ -10,7 +10,7 @@ import pytest
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.losses.matching import matched_losses
-from ovseg_jax.models.maskformer import Classifier, MaskFormerNet, sine_positions
+from ovseg_jax.models.maskformer import MaskFormer, MaskFormerNet, QueryClassifier, sine_positions
 from ovseg_jax.models.swin import Swin
 from ovseg_jax.pretrained.maskformer import from_hf_maskformer
 from ovseg_jax.pretrained.rename import fit, rename
@@ -21,17 +21,6 @@ CLASSES, QUERIES, LAYERS = 5, 9, 2
 NET: dict[str, Any] = dict(num_queries=QUERIES, width=64, mask_dim=32, layers=LAYERS, heads=4, ffn=48)
 # Pixels are normalised to themselves, in [0, 1].
 PIXELS = ((0.0,) * 3, (1.0,) * 3)
-
-
-class Whole(nn.Module):
-    """The network and its classifier, as the loader of published weights arranges them."""
-
-    net: MaskFormerNet
-    classifier: Classifier
-
-    def __call__(self, image, size, train=False):
-        out = self.net(image, size, train)
-        return out, self.classifier(out.queries)
 
 
 def config(transformers):
@@ -79,7 +68,7 @@ def our_model(deep):
         width=16, depths=(1, 2, 1, 1), heads=(1, 2, 2, 4), window=3, window_rule="always", drop_rate=0.0
     )
     net = MaskFormerNet(backbone, *PIXELS, **NET, dropout=0.0, deep_supervision=deep)
-    return Whole(net, Classifier(CLASSES))
+    return MaskFormer(net, QueryClassifier(CLASSES))
 
 
 def data(height=96, width=128, seed=0):
