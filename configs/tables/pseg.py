@@ -1,9 +1,9 @@
 """The tables of papers/002 (Pseudo-mask and Language: A Simple Recipe for Open-Vocabulary Semantic Segmentation).
 
 Data of the commands: data/sets/VOC, Context, COCO-Object, LVIS and ImageNet-S, as `python -m ovseg_jax.prepare` writes
-them (VOC with `--option=background=class`; configs/README.md); data/cc3m, data/cc12m and data/redcaps, tars of images and
-captions as img2dataset writes them. Published weights are taken from the hub, or from `weights=`. Tables 10 and 11 hold
-the recipes of configs/pseg.py and configs/upernet.py; Tables 5 and 6 compare properties, not scores.
+them (VOC with `--option=background=class`; configs/README.md); data/cc3m, data/cc12m and data/redcaps, tars of images
+and captions as img2dataset writes them. Published weights are taken from the hub, or from `weights=`. Tables 10 and 11
+are recipes, of configs/pseg.py and configs/upernet.py; Tables 5 and 6 compare properties, not scores.
 """
 
 from ml_collections import ConfigDict
@@ -22,12 +22,12 @@ EVAL = "eval_sets=data/sets"
 
 OTHERS = "the numbers are those of another paper, whose method is not built here"
 SUPERVISED = "a supervised model whose training the paper states only as its authors' or the usual schedule"
-RULES = "the threshold of background, the class names and what the paper leaves out of the recipe are ours (configs/pseg.py)"
-CLIP = "the paper names neither prompts nor background of its CLIP; here the cosine of the best class is below a threshold"
+RULES = "the threshold of background, class names and what the paper leaves out of the recipe are ours"
+CLIP = "the paper names neither prompts nor background of its CLIP; here a threshold on the best cosine"
 MASKCLIP = "the paper runs MaskCLIP's own code, with MaskCLIP's prompts; here CLIP's eighty, and the threshold is ours"
 PROTOCOL = "the paper does not say how it scores these sets: here GroupViT's rule without background"
 NAMES = "GroupViT's code has names of its own for some classes"
-MASKED = "needs a run that proposes the pseudo-masks alone, and scores of the joined run with background, which are not built"
+MASKED = "CLIP on cut-out pseudo-masks, scored with background, is not built"
 SEGMENT_VIT = "a CLIP-like model trained on features pooled by segment, which is not built"
 PLUS = "P-Seg+ is trained for each set apart, so that no single run has the row's scores: configs/upernet.py:teacher="
 BASELINES = {
@@ -81,8 +81,8 @@ PER_CLASS = {
     "38.4 50.8",
     "P-Seg": "81.0 47.2 40.1 38.6 30.0 63.5 74.6 67.6 75.7 18.6 65.3 34.4 72.2 56.3 68.0 50.7 45.7 60.2 33.6 53.1 41.0 "
     "53.2",
-    "P-Seg+": "86.5 53.8 42.0 48.1 49.3 76.0 84.7 74.5 87.2 17.1 81.8 35.0 83.4 65.2 74.3 65.3 46.6 78.2 40.2 58.5 53.6 "
-    "62.0",
+    "P-Seg+": "86.5 53.8 42.0 48.1 49.3 76.0 84.7 74.5 87.2 17.1 81.8 35.0 83.4 65.2 74.3 65.3 46.6 78.2 40.2 58.5 "
+    "53.6 62.0",
 }
 
 TABLES = (
