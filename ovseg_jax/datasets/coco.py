@@ -221,7 +221,7 @@ class CocoStuff(Packed):
             "maps",
         ),
     )
-    options = (
+    options: tuple[Option, ...] = (
         Option(
             "zero_shot",
             ("no", "yes"),

@@ -205,7 +205,7 @@ class SegmentationEvaluator(BatchEvaluator):
         """Counts one device's images, summed over all devices."""
         k, background = len(self._classes), self._background
         label = jnp.where(batch["example_mask"][:, None, None], batch["label"], -1)
-        if self._void:
+        if self._void and background is not None:
             inside = [jnp.arange(n) < batch["label_size"][:, i, None] for i, n in enumerate(label.shape[1:])]
             void = (
                 inside[0][:, :, None]
@@ -244,9 +244,9 @@ class SegmentationEvaluator(BatchEvaluator):
                 places = Windows.of(batch)
                 category = decide_windows(*given, places, batch["label_size"], views, **where).category
             else:
+                where |= dict(segments=batch["segments"], max_segments=valid.shape[1])
                 sizes = batch["image_size"], batch["label_size"]
-                own = dict(segments=batch["segments"], max_segments=valid.shape[1])
-                category = decide(*given, *sizes, views, **where, **own).category
+                category = decide(*given, sizes[0], sizes[1], views, **where).category
             if background is not None:
                 category = jnp.where(category < 0, background, category)
             sums[key].every_class[mode] = pixel_counts.count(label, category[:, 0], k)

@@ -304,9 +304,8 @@ class Segmenter:
             if self._mesh is not None:
                 count = -(-count // self._mesh.size) * self._mesh.size
             resize = lambda x, n=count: np.pad(x[:n], [(0, max(0, n - len(x)))] + [(0, 0)] * (x.ndim - 1))
-            places = Windows(
-                resize(cut.image_size), resize(cut.window_at), resize(cut.window_valid), cut.resized
-            )
+            resized = (resize(x) for x in (cut.image_size, cut.window_at, cut.window_valid))
+            places = Windows(*map(jnp.asarray, resized), jnp.asarray(cut.resized))
             inputs = jax.device_put((resize(cut.image), places.image_size), where)
             prediction = self._predict(self.variables, *inputs)
             if given:
@@ -315,7 +314,7 @@ class Segmenter:
                 *jax.tree.map(lambda x: x[None], (prediction,)),
                 text,
                 vocabulary,
-                jax.tree.map(lambda x: jnp.asarray(x)[None], places),
+                jax.tree.map(lambda x: x[None], places),
                 np.array([image.shape[:2]], np.int32),
                 np.ones((1, 1, len(owner)), bool),
                 canvas=size,

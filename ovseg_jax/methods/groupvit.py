@@ -73,7 +73,9 @@ class GroupViT(Trainable, Segmenting):
         if config.steps:
             raise UserError(f"steps={config.steps}: the method groupvit is not trained, so its steps are 0")
         self.config = config.groupvit
-        fields = {key: tuple(x) if isinstance(x, list) else x for key, x in self.config.image.items()}
+        fields: dict[str, Any] = {
+            key: tuple(x) if isinstance(x, list) else x for key, x in self.config.image.items()
+        }
         try:
             self.image = GroupVitImage(**fields)
             tower = CLIPText(**{**dict(width=256, heads=4, embed_dim=0), **self.config.text.to_dict()})
