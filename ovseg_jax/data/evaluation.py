@@ -144,7 +144,8 @@ def _image_row(image: np.ndarray | None, size: int, index: int, windows: Sliding
     """Returns the part of a row that every image has; `image` is None for padding."""
     row: Row = {"index": np.asarray(index, np.int32), "example_mask": np.asarray(index >= 0)}
     if windows is not None:
-        return {**windows.cut(image, size)._asdict(), **row}
+        cut: Row = windows.cut(image, size)._asdict()
+        return cut | row
     canvas, fitted = np.zeros((size, size, 3), np.uint8), (0, 0)
     if image is not None:
         canvas, fitted = fit_canvas(image, size)

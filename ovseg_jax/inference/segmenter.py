@@ -304,8 +304,10 @@ class Segmenter:
             if self._mesh is not None:
                 count = -(-count // self._mesh.size) * self._mesh.size
             resize = lambda x, n=count: np.pad(x[:n], [(0, max(0, n - len(x)))] + [(0, 0)] * (x.ndim - 1))
-            resized = (resize(x) for x in (cut.image_size, cut.window_at, cut.window_valid))
-            places = Windows(*map(jnp.asarray, resized), jnp.asarray(cut.resized))
+            sizes, at, valid = (
+                jnp.asarray(resize(x)) for x in (cut.image_size, cut.window_at, cut.window_valid)
+            )
+            places = Windows(sizes, at, valid, jnp.asarray(cut.resized))
             inputs = jax.device_put((resize(cut.image), places.image_size), where)
             prediction = self._predict(self.variables, *inputs)
             if given:
