@@ -149,4 +149,4 @@ def _image_row(image: np.ndarray | None, size: int, index: int, windows: Sliding
     canvas, fitted = np.zeros((size, size, 3), np.uint8), (0, 0)
     if image is not None:
         canvas, fitted = fit_canvas(image, size)
-    return {"image": canvas, "image_size": np.asarray(fitted, np.int32)} | row
+    return {"image": canvas, "image_size": np.asarray(fitted, np.int32), **row}
