@@ -154,8 +154,7 @@ def test_a_run_is_scored_and_segments(run, sets, tmp_path, monkeypatch):
             guess[c] += (got == c).sum()
     iou = 100 * hits / np.maximum(truth + guess - hits, 1)
     assert summary["VOC/miou"] == pytest.approx(iou[truth + guess > 0].mean(), abs=1e-3)
-    with pytest.raises(SystemExit):
-        predict([*arguments, "--protocol=nothing", f"--out={tmp_path}/c"])
+    assert predict([*arguments, "--protocol=nothing", f"--out={tmp_path}/c"]) != 0
     assert predict([*arguments, "--protocol=voc", "--tile=32", f"--out={tmp_path}/c"]) != 0
     with pytest.raises(UserError, match="crf works on label maps"):
         Segmenter.from_checkpoint(folder).segment(
