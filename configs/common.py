@@ -33,6 +33,21 @@ def sgd(learning_rate: float, **own: Any) -> dict[str, Any]:
     return dict(name="sgd", learning_rate=learning_rate, schedule="cosine", momentum=0.9, ema=0.0, **own)
 
 
+def layer_decay(rate: float, depth: int, tower: str) -> tuple[tuple[str, float], ...]:
+    """Returns `optimizer.multipliers` of layer-wise decay for a ViT, as BEiT and MAE are fine-tuned.
+
+    With n blocks, block i has the factor rate^(n - i), the embeddings have rate^(n + 1), all other parameters 1.
+
+    Args:
+      rate: the factor from one block to the one before it.
+      depth: n.
+      tower: the path of the ViT, such as "image/backbone/tower".
+    """
+    embeddings = (f"^{tower}/(embedding/|pos_embedding$|cls$)", rate ** (depth + 1))
+    blocks = ((f"^{tower}/Transformer/encoderblock_{i}/", rate ** (depth - i)) for i in range(depth))
+    return (embeddings, *blocks)
+
+
 def checkpoint(every: int, keep: int = 1) -> dict[str, Any]:
     """Returns how often to save, and how many checkpoints to keep."""
     return dict(every=every, keep=keep)

@@ -85,6 +85,32 @@ def test_pomp_builds_and_survives_json(name, arg):
     assert config.to_json(config.from_json(config.to_json(out))) == config.to_json(out)
 
 
+@pytest.mark.parametrize(("target", "steps"), [("voc", 20_000), ("context", 40_000), ("coco", 80_000)])
+def test_the_numbers_of_p_seg_plus(target, steps):
+    """papers/002, Table 11; every multiplier finds parameters of MAE's ViT-B."""
+    from ovseg_jax.methods import build
+    from ovseg_jax.train.optimizer import make_optimizer
+    from ovseg_jax.train.state import abstract_variables
+    from ovseg_jax.vocab.classes import parse_labels
+    from ovseg_jax.vocab.words import WordList
+
+    out = load(
+        "upernet", f"data=prepared,data_dir=x,val_dir=y,teacher=r,background=background,target={target}"
+    )
+    assert (out.steps, out.batch_size, out.optimizer.warmup_steps) == (steps, 16, 1500)
+    assert (out.optimizer.learning_rate, out.optimizer.weight_decay, out.optimizer.b2) == (1e-4, 0.05, 0.999)
+    again = config.from_json(config.to_json(out))
+    assert config.to_json(again) == config.to_json(out)
+    assert again.stages[0]["config"]["source"] == dict(name="prepared", data_dir="x")
+    assert again.data.train[0]["masks"] == "stage:labels"
+    again.data.image_size = 32  # the position table is resized
+    method = build(again, WordList([]), parse_labels("background; dog"))
+    optimizer = make_optimizer(again.optimizer, abstract_variables(method, 0)["params"], steps, method.frozen)
+    assert [round(float(optimizer.schedule(t)) * 1e4, 3) for t in (1499, 1500, steps)] == [1.0, 1.0, 0.0]
+    tower = optimizer.trainable["image"]["backbone"]["tower"]
+    assert not any(tower["Transformer"]["encoder_norm"].values()) and tower["cls"]
+
+
 def test_the_numbers_of_pomp():
     out = load("pomp", "data=folder,data_dir=x")
     assert (out.batch_size, out.data.views, out.data.train[0]["shots"]) == (32 * 8 * 4, 4, 16)

@@ -169,3 +169,36 @@ def test_a_folder_that_is_none_of_ours(tmp_path):
     )
     with pytest.raises(UserError, match=r"but by its description"):
         ovseg_jax.torch.load(tmp_path)
+
+
+def test_a_closed_set_keeps_its_classes(tmp_path):
+    """UPerNet has no text side: the exported model knows the names of its classes, and others are refused."""
+    require("torch")
+    import ovseg_jax.torch
+    from ovseg_jax.pretrained.files import read_arrays as read
+    from tests.methods import test_upernet_method as upernet
+
+    method = upernet.method()
+    variables = jax.tree.map(np.asarray, method.init(jax.random.key(0)))
+    variables = jax.tree.map(lambda x: (x + RNG.normal(0, 0.1, x.shape)).astype(x.dtype), variables)
+    segmenter = Segmenter(method, variables, method.config, upernet.CLASSES)
+    export.to_folder(segmenter, tmp_path, np.dtype("float32"))
+    loaded = ovseg_jax.torch.load(tmp_path)
+    for labels in (None, "kitten; sky"):
+        ours, theirs = segmenter.segment(IMAGE, labels), loaded.segment(IMAGE, labels)
+        assert len(np.unique(ours.label_map)) > 1
+        assert (ours.label_map == theirs.label_map).mean() > 0.999
+        np.testing.assert_allclose(theirs.confidence, ours.confidence, atol=1e-4)
+    with pytest.raises(UserError, match="has no text side and knows 3 classes, but none is called 'dog'"):
+        loaded.segment(IMAGE, "dog; sky")
+
+    require("flatbuffers")
+    export.to_stablehlo(segmenter, tmp_path, np.dtype("float32"))
+    run = jax.export.deserialize((tmp_path / "model.stablehlo").read_bytes()).call
+    image = np.zeros((1, 32, 32, 3), np.uint8) + IMAGE[:32, :32]
+    size = np.full((1, 2), 32, np.int32)
+    scores, _ = run(read(tmp_path / "model.safetensors"), image, size, np.eye(3, dtype=np.float32)[1:])
+    pixels = only(
+        method.predict(segmenter.variables, jax.numpy.asarray(image), jax.numpy.asarray(size)).pixels
+    )
+    np.testing.assert_allclose(scores, np.moveaxis(np.asarray(pixels)[..., 1:], -1, 1), atol=1e-4)

@@ -179,6 +179,22 @@ def shard(folder: Path) -> Path:
     return folder / shard_name(0, 1)
 
 
+def label_map_shard(folder: Path) -> Path:
+    """Label maps of three classes; the picture has values above them."""
+    labels = np.zeros((12, 16), np.uint8)
+    labels[:4], labels[4:9] = 1, 3
+    _segments(labels, folder / "m.png")
+    maps = {k: (folder / "m.png").read_bytes() for k in range(2)}
+    found = Statistics(2, [0, 2])
+    ids = [f"train-{k:06d}" for k in range(3)]
+    write_shard(
+        folder / shard_name(0, 1),
+        Shard({"decision": "argmax"}, ids, [2], found, parse_labels("a; b; c")),
+        maps,
+    )
+    return folder / shard_name(0, 1)
+
+
 def facts_of_shard(folder: Path) -> Path:
     with zipfile.ZipFile(shard(folder)) as archive:
         (folder / "shard.json").write_bytes(archive.read("shard.json"))
@@ -817,6 +833,7 @@ READERS: dict[str, Reader] = {
     "metrics.jsonl of curves": Reader(text("metrics.jsonl", RECORDS), curves._read),
     **{name: Reader(write, read, 0.3) for name, (write, read) in damaged.READERS.items()},
     "pseudo-masks": Reader(shard, masks_of_scenes),
+    "pseudo-label maps": Reader(label_map_shard, masks_of_scenes),
     "shard.json": Reader(facts_of_shard, with_facts),
     "metrics.jsonl": Reader(text("metrics.jsonl", RECORDS), lambda path: read_metrics(path.parent)),
     "metrics.jsonl of a restart": Reader(text("metrics.jsonl", RECORDS), lambda path: _readable(path.parent)),

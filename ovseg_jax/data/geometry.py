@@ -1,6 +1,7 @@
 """Geometric augmentation of a training row: one random flip, scale and crop of image, segments and boxes together.
 
-With `data.augment` it is `RandomCrop`, meant for images of one class; otherwise `ScaleJitter`, meant for scenes.
+With `data.augment` it is `RandomCrop`, meant for images of one class; with `data.short_side` `ShortSideCrop`,
+mmsegmentation's for scenes; otherwise `ScaleJitter`, meant for scenes, too.
 """
 
 import dataclasses
@@ -77,10 +78,7 @@ class RandomCrop:
         Raises:
           UserError: `augment` has an unknown key or an invalid value.
         """
-        given = dict((data.get("augment") or {}).items())
-        known = [field.name for field in dataclasses.fields(cls) if field.name != "size"]
-        if unknown := sorted(set(given) - set(known)):
-            raise UserError(f"data.augment has no key {unknown[0]!r}; known keys: {', '.join(known)}")
+        given = _known("augment", data.get("augment") or {}, cls)
         crop = tuple(float(share) for share in given.pop("crop", cls.crop))
         if len(crop) != 2 or not 0 < crop[0] <= crop[1] <= 1:
             raise UserError(
@@ -107,16 +105,86 @@ class RandomCrop:
         return out, flipped
 
 
-def geometry_of(data: Any, moves_regions: bool) -> ScaleJitter | RandomCrop:
+@dataclasses.dataclass(frozen=True)
+class ShortSideCrop:
+    """A random flip, then `transforms.short_side_crop`, then `transforms.distort_colours`.
+
+    Attributes:
+      size: side of the square in pixels.
+      ratio: lowest and highest short side, in units of `size`.
+      long_side: the highest long side, in pixels, at the ratio 1.
+      category_share: the share of a crop's labelled pixels that one category may not reach.
+      flip: whether half of the images are mirrored.
+      colours: whether colours change.
+    """
+
+    size: int
+    ratio: tuple[float, float] = (0.5, 2.0)
+    long_side: int = 2048
+    category_share: float = 0.75
+    flip: bool = True
+    colours: bool = True
+
+    @classmethod
+    def from_config(cls, data: Any) -> "ShortSideCrop":
+        """Creates it from `image_size` and `short_side` (the attributes above) of `config.data`.
+
+        Raises:
+          UserError: `short_side` has an unknown key or an invalid value.
+        """
+        given = _known("short_side", data["short_side"], cls)
+        ratio = tuple(float(share) for share in given.pop("ratio", cls.ratio))
+        if len(ratio) != 2 or not 0 < ratio[0] <= ratio[1]:
+            raise UserError(
+                f"data.short_side.ratio={ratio} is not (lowest, highest) with 0 < lowest <= highest"
+            )
+        share = float(given.pop("category_share", cls.category_share))
+        made = cls(int(data["image_size"]), ratio, category_share=share, **given)
+        for name, valid in (
+            ("long_side", made.long_side >= 1),
+            ("category_share", 0 < made.category_share <= 1),
+        ):
+            if not valid:
+                raise UserError(f"data.short_side.{name}={getattr(made, name)} is out of range")
+        return made
+
+    def __call__(
+        self, example: transforms.Example, rng: np.random.Generator, may_flip: bool = True
+    ) -> tuple[dict[str, Any], bool]:
+        """Returns the example with `image_size` added, and whether it was mirrored."""
+        # mmsegmentation mirrors after the crop: the distribution is the same.
+        flipped = self.flip and rng.random() < 0.5 and may_flip
+        out = transforms.short_side_crop(
+            transforms.flip(example) if flipped else example,
+            self.size,
+            self.ratio,
+            rng,
+            long_side=self.long_side,
+            category_share=self.category_share,
+        )
+        if self.colours:
+            out["image"] = transforms.distort_colours(out["image"], rng)
+        return out, flipped
+
+
+Geometry = ScaleJitter | RandomCrop | ShortSideCrop
+
+
+def geometry_of(data: Any, moves_regions: bool) -> Geometry:
     """Creates the geometric augmentation that `config.data` describes.
 
     Args:
-      data: `config.data`, with `augment` for `RandomCrop`, or else the keys of `ScaleJitter`.
+      data: `config.data`, with `augment` for `RandomCrop`, `short_side` for `ShortSideCrop`, or else the keys of
+        `ScaleJitter`.
       moves_regions: whether masks or boxes are transformed with the image.
 
     Raises:
-      UserError: the keys of both are given, or RandAugment, which transforms only the image, with masks or boxes.
+      UserError: the keys of several are given, or RandAugment, which transforms only the image, with masks or boxes.
     """
+    if data.get("short_side") is not None:
+        if other := [key for key in ("augment", "scale_jitter", "flip") if data.get(key) is not None]:
+            raise UserError(f"data.short_side has its own scale and flip: leave out data.{other[0]}")
+        return ShortSideCrop.from_config(data)
     if data.get("augment") is None:
         return ScaleJitter.from_config(data)
     if "scale_jitter" in data or "flip" in data:
@@ -130,6 +198,15 @@ def geometry_of(data: Any, moves_regions: bool) -> ScaleJitter | RandomCrop:
             f"data.augment.randaugment={crop.randaugment} transforms images without their masks and boxes: set it to 0"
         )
     return crop
+
+
+def _known(key: str, given: Any, kind: Any) -> dict[str, Any]:
+    """Returns the given attributes of a kind of augmentation; raises a UserError for an unknown one."""
+    values = dict(given.items())
+    known = [field.name for field in dataclasses.fields(kind) if field.name != "size"]
+    if unknown := sorted(set(values) - set(known)):
+        raise UserError(f"data.{key} has no key {unknown[0]!r}; known keys: {', '.join(known)}")
+    return values
 
 
 def random_crop(

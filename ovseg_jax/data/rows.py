@@ -8,7 +8,7 @@ import numpy as np
 
 from ovseg_jax.data.batch_augment import BatchAugment, choose, parse_batch_augments
 from ovseg_jax.data.fields import FIELDS, Seen, Settings, Tokenize
-from ovseg_jax.data.geometry import RandomCrop, ScaleJitter, geometry_of
+from ovseg_jax.data.geometry import Geometry, ScaleJitter, geometry_of
 from ovseg_jax.data.source_base import replaced
 from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.lexicon import LEXICON
@@ -17,6 +17,7 @@ from ovseg_jax.vocab.words import WordList, split_words
 # Separate the random draws of a row from those of the batch or the mixture with the same number.
 _STREAM, _REGION_STREAM = 0, 3
 _MOVED = ("image", "segments", "boxes")  # fields that geometry transforms
+_READ = ("class_ids",)  # fields that it reads
 _WHOLE = (
     "tokens",
     "box_tokens",
@@ -34,7 +35,7 @@ class Rows:
     """
 
     settings: Settings
-    geometry: ScaleJitter | RandomCrop
+    geometry: Geometry
     augments: tuple[BatchAugment, ...]
     steps: int
     batch_size: int
@@ -102,6 +103,8 @@ class Rows:
             batch = index // self.batch_size
             augment = choose(self.augments, seed, batch, batch / max(self.steps, 1))
             may_flip = not self._one_sided(example, caption, spoken)
+            if "segments" in moved:
+                moved |= {name: example[name] for name in _READ if name in needs}
             moved, flipped = self.geometry(moved, rng, may_flip)
         seen = Seen(self.settings, index, replaced(example, **moved), caption, spoken, flipped, augment, rng)
         row = {"example_mask": np.asarray(True)}

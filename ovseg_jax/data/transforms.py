@@ -57,22 +57,51 @@ def scale_jitter(
         return {**example, "image_size": np.array(scaled, np.int32)}
     top = int(at_y * (max(scaled[0] - size, 0) + 1))
     left = int(at_x * (max(scaled[1] - size, 0) + 1))
-    kept = min(scaled[0], size), min(scaled[1], size)
-    image = np.zeros((size, size, 3), np.uint8)
-    image[: kept[0], : kept[1]] = _resize_part(example["image"], scaled, top, left, kept)
-    out = {**example, "image": image, "image_size": np.array(kept, np.int32)}
-    if "segments" in example:
-        segments = np.zeros((size, size), np.int32)
-        rows = _nearest(height, scaled[0])[top : top + kept[0]]
-        columns = _nearest(width, scaled[1])[left : left + kept[1]]
-        # Gathering rows, then columns, is several times as fast as one gather by pairs of indices.
-        segments[: kept[0], : kept[1]] = example["segments"].take(rows, 0).take(columns, 1)
-        out["segments"] = segments
-    if "boxes" in example:
-        ratio = np.array([scaled[1] / width, scaled[0] / height] * 2, np.float32)
-        boxes = example["boxes"] * ratio - np.array([left, top] * 2, np.float32)
-        out["boxes"] = np.clip(boxes, 0, np.array([kept[1], kept[0]] * 2)).astype(np.float32)
-    return out
+    return _crop_scaled(example, scaled, top, left, size)
+
+
+def short_side_crop(
+    example: Example,
+    size: int,
+    ratio: tuple[float, float],
+    rng: np.random.Generator,
+    *,
+    long_side: int = 2048,
+    category_share: float = 1.0,
+    tries: int = 10,
+) -> dict[str, Any]:
+    """Scales an example by its short side and crops or pads it to a square, as mmsegmentation's recipes for scenes do.
+
+    These are RandomResize with keep_ratio and RandomCrop with cat_max_ratio: the image is scaled so that its short side
+    is f * size, f uniform in `ratio`, or its long side f * long_side if that is smaller. A crop in which one category
+    has `category_share` or more of the labelled pixels is drawn anew, up to `tries` times.
+
+    Args:
+      example: with `image`, and optionally `segments` (with `class_ids`, the category of each) and `boxes`.
+      size: side S of the square in pixels.
+      ratio: lowest and highest f.
+      rng: draws f and the places of the crops.
+      long_side: see above, in pixels.
+      category_share: see above; 1 takes the first crop.
+      tries: see above.
+
+    Returns:
+      As `scale_jitter`.
+    """
+    height, width = example["image"].shape[:2]
+    factor = rng.uniform(*ratio)
+    scale = factor * min(size / min(height, width), long_side / max(height, width))
+    scaled = max(1, round(height * scale)), max(1, round(width * scale))
+    for _ in range(tries + 1):
+        top, left = (int(rng.integers(max(side - size, 0) + 1)) for side in scaled)
+        if category_share >= 1 or "segments" not in example:
+            break
+        rows, columns = _crop_rows(height, scaled[0], top, size), _crop_rows(width, scaled[1], left, size)
+        seen = class_map(example["segments"].take(rows, 0).take(columns, 1), example["class_ids"])
+        count = np.bincount(seen[seen >= 0])
+        if (count > 0).sum() > 1 and count.max() / count.sum() < category_share:
+            break
+    return _crop_scaled(example, scaled, top, left, size)
 
 
 def crop_resize(example: Example, crop: tuple[int, int, int, int], size: int) -> dict[str, Any]:
@@ -128,6 +157,36 @@ def rotate_hue(
     turn = luma + np.cos(angle) * (np.eye(3) - luma) + np.sin(angle) * sine
     share = rng.random() * grey
     return mix_channels(image, share * luma + (1 - share) * turn)
+
+
+def distort_colours(
+    image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Changes brightness, contrast, saturation and hue, each with probability 1/2.
+
+    This is mmsegmentation's PhotoMetricDistortion. Brightness adds -32 to 32; contrast multiplies by 0.5 to 1.5, before
+    or after the other two with equal probability; saturation multiplies by 0.5 to 1.5; the hue turns by -36 to 34
+    degrees. Results are clipped to 0..255.
+    """
+    coin = lambda: rng.random() < 0.5
+    x = image
+    if coin():
+        x = _linear(x, 1.0, rng.uniform(-32, 32))
+    contrast_last = coin()
+    contrast = rng.uniform(0.5, 1.5) if coin() else None
+    if contrast is not None and not contrast_last:
+        x = _linear(x, contrast, 0.0)
+    saturation = rng.uniform(0.5, 1.5) if coin() else None
+    turn = int(rng.integers(-18, 18)) if coin() else 0  # in units of 2 degrees
+    if saturation is not None or turn:
+        hue, vivid, value = np.moveaxis(np.asarray(Image.fromarray(x).convert("HSV")), -1, 0)
+        if saturation is not None:
+            vivid = _linear(vivid, saturation, 0.0)
+        hue = hue + np.uint8(round(turn * 256 / 180) % 256)  # It wraps around.
+        x = np.asarray(Image.fromarray(np.stack([hue, vivid, value], -1), "HSV").convert("RGB"))
+    if contrast is not None and contrast_last:
+        x = _linear(x, contrast, 0.0)
+    return x
 
 
 def mix_channels(
@@ -212,6 +271,12 @@ def segment_boxes(segments: Int[np.ndarray, "h w"], count: int) -> Float[np.ndar
     ).astype(np.float32)
 
 
+def _linear(x: np.ndarray, factor: float, offset: float) -> np.ndarray:
+    """Computes factor x + offset of bytes, clipped to 0..255 and rounded down, by a table."""
+    table = np.clip(np.arange(256, dtype=np.float32) * factor + offset, 0, 255).astype(np.uint8)
+    return table[x]
+
+
 def _extent(segments: np.ndarray, count: int, axis: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the first, and one past the last, position along `axis` at which each segment has a pixel."""
     length = segments.shape[axis]
@@ -222,6 +287,31 @@ def _extent(segments: np.ndarray, count: int, axis: int) -> tuple[np.ndarray, np
     visible = seen.reshape(-1, length)[1 : count + 1] > 0
     some = visible.any(1)
     return np.where(some, visible.argmax(1), 0), np.where(some, length - visible[:, ::-1].argmax(1), 0)
+
+
+def _crop_scaled(example: Example, scaled: tuple[int, int], top: int, left: int, size: int) -> dict[str, Any]:
+    """Scales an example and crops it at (top, left), or pads it, to a square; see `scale_jitter`."""
+    height, width = example["image"].shape[:2]
+    kept = min(scaled[0], size), min(scaled[1], size)
+    image = np.zeros((size, size, 3), np.uint8)
+    image[: kept[0], : kept[1]] = _resize_part(example["image"], scaled, top, left, kept)
+    out = {**example, "image": image, "image_size": np.array(kept, np.int32)}
+    if "segments" in example:
+        segments = np.zeros((size, size), np.int32)
+        rows, columns = _crop_rows(height, scaled[0], top, size), _crop_rows(width, scaled[1], left, size)
+        # Gathering rows, then columns, is several times as fast as one gather by pairs of indices.
+        segments[: kept[0], : kept[1]] = example["segments"].take(rows, 0).take(columns, 1)
+        out["segments"] = segments
+    if "boxes" in example:
+        ratio = np.array([scaled[1] / width, scaled[0] / height] * 2, np.float32)
+        boxes = example["boxes"] * ratio - np.array([left, top] * 2, np.float32)
+        out["boxes"] = np.clip(boxes, 0, np.array([kept[1], kept[0]] * 2)).astype(np.float32)
+    return out
+
+
+def _crop_rows(length: int, scaled: int, start: int, size: int) -> np.ndarray:
+    """Returns the source position of each position of a crop along one axis."""
+    return _nearest(length, scaled)[start : start + size]
 
 
 def _nearest(length: int, scaled: int) -> np.ndarray:

@@ -5,7 +5,8 @@
 finished and holds its config.
 
     train         a run, see `experiment.run`
-    pseudo_label  writes masks for the images of a folder, see `inference.pseudo_masks.label_stage`
+    pseudo_label  writes masks for the images of a source, see `inference.pseudo_masks.label_stage`
+    pseudo_label_maps  writes label maps for them, see `inference.pseudo_label_maps.label_map_stage`
 """
 
 import hashlib
@@ -29,7 +30,10 @@ from ovseg_jax.reading import DAMAGE, reason
 
 MARKER = "stage.json"
 # Kinds implemented in higher rooms, called as (folder, **resolved config); see `Runner` for what they return.
-_ELSEWHERE = {"pseudo_label": "ovseg_jax.inference.pseudo_masks:label_stage"}
+_ELSEWHERE = {
+    "pseudo_label": "ovseg_jax.inference.pseudo_masks:label_stage",
+    "pseudo_label_maps": "ovseg_jax.inference.pseudo_label_maps:label_map_stage",
+}
 
 # (config, folder) -> a dict, with "stopped" if it was stopped by a signal.
 Runner = Callable[[ConfigDict, epath.Path], Mapping[str, Any]]

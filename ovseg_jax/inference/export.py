@@ -21,7 +21,7 @@ from ovseg_jax.pretrained.big_vision import write_big_vision
 from ovseg_jax.pretrained.files import write_safetensors
 from ovseg_jax.pretrained.hf_clip import is_clip, write_hf_clip
 from ovseg_jax.pretrained.to_torch import describe, to_torch
-from ovseg_jax.protocols import only
+from ovseg_jax.protocols import PixelScores, Vocabulary, only
 from ovseg_jax.towers.frozen_text import TEXT_TOWER, FrozenText
 
 EXAMPLE = '''"""Runs model.stablehlo with JAX and safetensors alone: python example.py DIR"""
@@ -82,17 +82,19 @@ def export_model(
 
 
 def by_path(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns the image network's variables by path, including batch statistics, and `text/table`."""
+    """Returns the image network's variables by path, including batch statistics, and `text/table` if there is one."""
     trees = [variables["params"]["image"], *(tree for name, tree in variables.items() if name != "params")]
     flat = {path_name(path): np.asarray(x) for tree in trees for path, x in jax.tree.leaves_with_path(tree)}
-    return flat | {"text/table": np.asarray(variables["params"]["text"]["table"])}
+    text = variables["params"].get("text")
+    return flat if text is None else flat | {"text/table": np.asarray(text["table"])}
 
 
 def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     """Writes a folder for `ovseg_jax.torch.load`, with a frozen text tower in a subfolder."""
     method: Any = segmenter.method
     arrays = to_torch(by_path(segmenter.variables))
-    if isinstance(method.text, FrozenText):
+    side = getattr(method, "text", None)
+    if isinstance(side, FrozenText):
         del arrays["text.table"]
         method.text.save(out / TEXT_TOWER, dtype)
         vision, text = getattr(method.net.backbone, "tower", None), method.text.tower
@@ -102,7 +104,7 @@ def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
         "method": segmenter.config.method,
         "model": describe(method.net),
         "image_size": int(segmenter.config.data.image_size),
-        "words": list(method.text.words.words),
+        "words": [] if side is None else list(side.words.words),
         "classes": json.loads((segmenter.classes).to_json()),  # type: ignore[union-attr]
     }
     (out / "config.json").write_text(json.dumps(described, indent=1, ensure_ascii=False) + "\n", "utf-8")
@@ -113,7 +115,7 @@ def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
 def towers(segmenter: Segmenter) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Returns the parameters by path of the pyramid's image tower and the frozen text tower; {} for a missing one."""
     image = segmenter.variables["params"]["image"]["backbone"].get("tower", {})
-    text: Any = segmenter.method.text  # type: ignore[attr-defined]
+    text: Any = getattr(segmenter.method, "text", None)
     seen = {path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(image)}
     return seen, text.weights() if isinstance(text, FrozenText) else {}
 
@@ -167,7 +169,7 @@ def to_stablehlo(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     method without proposals, scores of names for pixels [b t h w] and pixel features.
     """
     method: Any = segmenter.method
-    size, width = int(segmenter.config.data.image_size), int(method.net.embed_dim)
+    size = int(segmenter.config.data.image_size)
     flat = {path_name(path): x for path, x in jax.tree.leaves_with_path(segmenter.variables)}
     cast = {k: np.asarray(x, dtype) if x.dtype == jnp.float32 else np.asarray(x) for k, x in flat.items()}
     structure = jax.tree.structure(segmenter.variables)
@@ -177,11 +179,19 @@ def to_stablehlo(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
         prediction = method.predict(jax.tree.unflatten(structure, leaves), images, sizes)
         features = only(prediction.pixels)
         if prediction.mask_logits is None:
-            unit = features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-6)
-            return jnp.einsum("bhwd,td->bthw", unit, names), features
+            (space,) = prediction.pixels
+            none = jnp.zeros(names.shape[0], bool)  # exported scores cannot depend on the classes of names
+            vocabulary = Vocabulary(none.astype(jnp.int32), none, none)
+            score = lambda one: method.score_pixels(one, {space: names}, vocabulary)
+            weights, maps = jax.vmap(score, out_axes=PixelScores(None, 0))(prediction)  # type: ignore[arg-type]
+            return jnp.einsum("tc,bchw->bthw", weights, maps), features
         scores = jnp.einsum("td,bnd->btn", names, only(prediction.regions))
         return prediction.mask_logits, scores, features
 
+    image = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
+    sizes = jax.ShapeDtypeStruct((1, 2), np.int32)
+    seen = jax.eval_shape(method.predict, segmenter.variables, image, sizes)
+    width = only(seen.regions or seen.pixels).shape[-1]
     b, t = jax.export.symbolic_shape("b, t")
     shapes = (
         {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in cast.items()},

@@ -6,12 +6,12 @@ process labels its part of them on all its devices, and a shard that exists is n
 
 import concurrent.futures
 import dataclasses
-import functools
 import io
 import json
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +47,7 @@ from ovseg_jax.inference.result import sigmoid
 from ovseg_jax.inference.segmenter import Batch, Segmenter
 from ovseg_jax.inference.tiles import upsampling_matrix
 from ovseg_jax.viz.segments import write_sheet
+from ovseg_jax.vocab.classes import ClassList
 
 SHARD_SIZE = 256  # images: some megabytes, some seconds to some minutes of a device
 SHEET = 16  # images
@@ -100,21 +101,25 @@ def choose(
     return outcome.at[order].set(judged), confidence
 
 
-@functools.partial(jax.jit, static_argnames="rules")
+@partial(jax.jit, static_argnames="rules")
 def _choose_all(logits: Array, cells: Array, rules: Rules) -> Any:
-    return jax.vmap(functools.partial(choose, rules=rules))(logits, cells)
+    return jax.vmap(partial(choose, rules=rules))(logits, cells)
 
 
 class Image(NamedTuple):
-    """The chosen proposals of one image.
+    """The labels of one image.
 
     Attributes:
-      segments: at the image's size, numbered from 1; 0 is void.
+      segments: at the image's size: the chosen proposals, or the classes of a label map, numbered from 1; 0 is void.
       statistics: of the image.
     """
 
     segments: Int32[np.ndarray, "H W"]
     statistics: Statistics
+
+
+Label = Callable[[Segmenter, Iterable[Any]], Iterator[Image]]
+"""A function that labels images by a teacher, in their order."""
 
 
 def label_images(segmenter: Segmenter, images: Iterable[Any], rules: Rules) -> Iterator[Image]:
@@ -233,10 +238,11 @@ def label_source(
     load: Callable[[], Segmenter],
     source: Source,
     out: epath.PathLike,
-    rules: Rules,
+    label: Label,
     request: Mapping[str, Any],
     *,
     shard_size: int = SHARD_SIZE,
+    classes: ClassList | None = None,
 ) -> Labelled:
     """Labels the images of a source into shards, which `data.sources.pseudo_masks` reads.
 
@@ -248,22 +254,24 @@ def label_source(
       load: loads the teacher onto this process's devices.
       source: provides the images.
       out: the folder for the shards.
-      rules: the masks to keep.
-      request: what else the masks depend on, as plain values; kept in each shard.
+      label: labels images by the teacher.
+      request: what the labels depend on, as plain values; kept in each shard.
       shard_size: number of images of a shard.
+      classes: of label maps; None for masks without classes.
 
     Returns:
       The counts over all processes.
 
     Raises:
-      UserError: a rule is invalid, an existing shard was made by another request, or another process failed.
+      UserError: `shard_size` is less than 1, an existing shard was made by another request, or another process failed.
     """
-    rules.check()
+    if shard_size < 1:
+        raise UserError(f"shard_size={shard_size} is less than 1")
     out = epath.Path(out)
     out.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(source), shard_size)
     paths = [out / shard_name(k, len(starts)) for k in range(len(starts))]
-    request = json.loads(json.dumps({**request, **rules._asdict(), "shard_size": shard_size}))
+    request = json.loads(json.dumps({**request, "shard_size": shard_size}))
     problem, written = None, 0
     try:
         mine = range(jax.process_index(), len(paths), jax.process_count())
@@ -276,7 +284,9 @@ def label_source(
         with tqdm(total=size, initial=size - left, unit="image", disable=quiet, dynamic_ncols=True) as bar:
             for k in todo:
                 assert segmenter is not None
-                written += _write_shard(paths[k], segmenter, source, indices[k], rules, request, bar)
+                written += _write_shard(
+                    paths[k], partial(label, segmenter), source, indices[k], request, classes, bar
+                )
     except UserError as error:
         problem = error
     failed, counts = np.array(problem is not None), np.array(written)
@@ -331,12 +341,21 @@ def label_stage(
     """
     images = make_source(source)
     check_provides(images, ("image",), "a stage of kind 'pseudo_label'")
-    if shard_size < 1:
-        raise UserError(f"shard_size={shard_size} is less than 1")
     load = lambda: Segmenter.from_checkpoint(teacher, batch_size=batch_size, devices=jax.local_devices())
     rules = Rules(threshold, min_area, min_confidence, max_overlap, min_visible)
-    request = dict(teacher=str(teacher), source=source)
-    done = label_source(load, images, folder, rules, request, shard_size=shard_size)
+    rules.check()
+    request = dict(teacher=str(teacher), source=source, **rules._asdict())
+    label = partial(label_images, rules=rules)
+    report(label_source(load, images, folder, label, request, shard_size=shard_size), images, folder)
+    return {}
+
+
+def report(done: Labelled, images: Source, folder: epath.Path) -> None:
+    """Prints what `label_source` did.
+
+    Raises:
+      UserError: some images could not be read.
+    """
     if jax.process_index() == 0:
         print(
             f"{done.written} images labelled in {folder}, {done.there} before. {done.statistics}", flush=True
@@ -345,7 +364,6 @@ def label_stage(
         raise UserError(
             f"{done.skipped} images of {images.name} could not be read: repair or remove them, and run it again"
         )
-    return {}
 
 
 def _is_finished(
@@ -374,11 +392,11 @@ def _image_ids(source: Source, indices: Sequence[int]) -> list[str]:
 
 def _write_shard(
     path: epath.Path,
-    segmenter: Segmenter,
+    label: Callable[[Iterable[Any]], Iterator[Image]],
     source: Source,
     indices: Sequence[int],
-    rules: Rules,
     request: Mapping[str, Any],
+    classes: ClassList | None,
     bar: tqdm,
 ) -> int:
     """Labels some images of a source and writes them as one shard; returns how many could be read."""
@@ -403,12 +421,12 @@ def _write_shard(
 
     order: deque[int] = deque()
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        for labelled in label_images(segmenter, readable(pool), rules):
+        for labelled in label(readable(pool)):
             index = order.popleft()
             masks[index] = _png(labelled.segments)
             found += labelled.statistics
             bar.update()
-    write_shard(path, Shard(dict(request), _image_ids(source, indices), skipped, found), masks)
+    write_shard(path, Shard(dict(request), _image_ids(source, indices), skipped, found, classes), masks)
     return len(masks)
 
 

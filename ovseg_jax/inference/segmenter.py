@@ -15,21 +15,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import UInt8
+from jax.sharding import PartitionSpec
+from jaxtyping import Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from ovseg_jax.data.images import fit_canvas, read_image
 from ovseg_jax.data.windows import Sliding
-from ovseg_jax.decisions.maps import Layers, confidence_of, layers_of, vocabulary_of
+from ovseg_jax.decisions.maps import Layers, Mode, confidence_of, layers_of, vocabulary_of
 from ovseg_jax.decisions.published import protocol as published
-from ovseg_jax.decisions.rules import Argmax, BackgroundThreshold, Decided, Segments, decide, decision_of
+from ovseg_jax.decisions.rules import (
+    Argmax,
+    BackgroundThreshold,
+    Decided,
+    Decision,
+    Segments,
+    decide,
+    decision_of,
+)
 from ovseg_jax.decisions.windows import Windows, decide_windows
 from ovseg_jax.errors import UserError
 from ovseg_jax.inference.crf import refine
 from ovseg_jax.inference.result import PixelFeatures, Result
 from ovseg_jax.inference.tiles import Blender, Span, View, spans
 from ovseg_jax.kernels.cpu_convs import fast_on_cpu
-from ovseg_jax.parallel.sharding import batch_sharding, make_mesh, replicated
+from ovseg_jax.parallel.sharding import AXES, batch_sharding, make_mesh, replicated
 from ovseg_jax.protocols import Prediction, Segmenting, Text, Variables, Vocabulary
 from ovseg_jax.vocab.classes import ClassList, Labels, as_classes
 from ovseg_jax.vocab.vectors import ClassVectors
@@ -73,6 +82,7 @@ class Segmenter:
         self._decide_windows = jax.jit(
             partial(decide_windows, method), static_argnames=("canvas", "shape", "decision", "mode")
         )
+        self._decide_all = jax.jit(self._decide_batch, static_argnames=("shape", "decision"))
         self._texts: dict[tuple[tuple[str, ...], ...], Text] = {}
 
     @classmethod
@@ -342,6 +352,51 @@ class Segmenter:
         for jobs in _batched(_jobs(images, None), self.batch_size):
             yield Batch([job.image.shape[:2] for job in jobs], *self._forward(jobs))
 
+    def stream_maps(
+        self, images: Iterable[Any], labels: Labels | None = None, *, decision: Any = "argmax"
+    ) -> Iterator["LabelMap"]:
+        """Decides on any number of images, a batch on all devices at a time; for the arguments see `segment`."""
+        chosen, classes = decision_of(decision), self._categories(labels)
+        where = self._mesh and replicated(self._mesh)
+        vocabulary = vocabulary_of(classes, self.method.seen_names())
+        asked = jax.device_put((self.embed(classes), vocabulary), where)
+        waiting: list[tuple[Batch, Decided]] = []
+        for batch in self.stream_batches(images):
+            shape = tuple(
+                -(-max(size[i] for size in batch.sizes) // SHAPE_STEP) * SHAPE_STEP for i in range(2)
+            )
+            rows = len(jax.tree.leaves(batch.prediction)[0])
+            fitted, sizes = np.ones((2, rows, 2), np.int32)
+            fitted[: len(batch.sizes)], sizes[: len(batch.sizes)] = batch.fitted, batch.sizes
+            views = np.ones((rows, 1, len(vocabulary.owner)), bool)
+            own = jax.device_put((fitted, sizes, views), self._mesh and batch_sharding(self._mesh))
+            waiting.append(
+                (batch, self._decide_all(batch.prediction, *asked, *own, shape=shape, decision=chosen))
+            )
+            if len(waiting) > 1:  # The devices work on the next batch meanwhile.
+                yield from _label_maps(*waiting.pop(0))
+        for last in waiting:
+            yield from _label_maps(*last)
+
+    def _decide_batch(
+        self,
+        prediction: Prediction,
+        text: Text,
+        vocabulary: Vocabulary,
+        *own: Any,
+        shape: tuple[int, int],
+        decision: Decision,
+    ) -> Decided:
+        """Decides on a batch; each device on its own images."""
+        mode: Mode = "none" if prediction.mask_logits is None else "predicted"
+        run: Any = partial(decide, self.method, canvas=self.canvas, shape=shape, decision=decision, mode=mode)
+        if self._mesh is not None:
+            split, whole = PartitionSpec(AXES), PartitionSpec()
+            specs = (split, whole, whole, split, split, split)
+            # A scan's constant initial value is not marked as varying between devices, which the check requires.
+            run = jax.shard_map(run, mesh=self._mesh, in_specs=specs, out_specs=split, check_vma=False)
+        return run(prediction, text, vocabulary, *own)._replace(segments=None)
+
     def embed(self, labels: Labels | ClassVectors) -> Text:
         """Embeds all names, category by category, in each space of the method; computed once per set of labels.
 
@@ -412,6 +467,18 @@ class Batch(NamedTuple):
     prediction: Prediction
 
 
+class LabelMap(NamedTuple):
+    """The decision on an image.
+
+    Attributes:
+      category: [H W] index of the category of every pixel, -1 where there is none.
+      confidence: [H W] see `decisions.rules.Decided`.
+    """
+
+    category: Int[np.ndarray, "h w"]
+    confidence: Float[np.ndarray, "h w"]
+
+
 class _Job(NamedTuple):
     """One tile of one image."""
 
@@ -433,6 +500,12 @@ def _jobs(images: Iterable[Any], tile: tuple[int, int] | None) -> Iterator[_Job]
 def _batched(jobs: Iterator[_Job], count: int) -> Iterator[list[_Job]]:
     while some := list(itertools.islice(jobs, count)):
         yield some
+
+
+def _label_maps(batch: Batch, decided: Decided) -> Iterator[LabelMap]:
+    category, confidence = jax.device_get((decided.category[:, 0], decided.confidence[:, 0]))
+    for i, (height, width) in enumerate(batch.sizes):
+        yield LabelMap(category[i, :height, :width], confidence[i, :height, :width])
 
 
 def _layers(method: Segmenting, prediction: Prediction, text: Text, vocabulary: Vocabulary) -> Layers:

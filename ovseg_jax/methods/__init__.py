@@ -18,6 +18,7 @@ from ovseg_jax.methods.maskformer import MaskFormer
 from ovseg_jax.methods.openseg import OpenSeg
 from ovseg_jax.methods.prompt_tuning import PromptTuning
 from ovseg_jax.methods.pseg import PSeg
+from ovseg_jax.methods.upernet import UPerNetMethod
 from ovseg_jax.methods.vpt import VPT
 from ovseg_jax.protocols import Trainable
 from ovseg_jax.towers.vocabulary import SPOKEN
@@ -27,6 +28,7 @@ from ovseg_jax.vocab.words import WordList
 METHODS: dict[str, type[Trainable]] = {
     "openseg": OpenSeg,
     "lseg": LSeg,
+    "upernet": UPerNetMethod,
     "pseg": PSeg,
     "maskformer": MaskFormer,
     "clip": ClipTraining,

@@ -2,7 +2,8 @@
 
 `module(x: Float[Array, "b h w 3"], train) -> {"c2": ..., "c3": ..., "c4": ..., "c5": ...}`: maps at strides
 4, 8, 16, 32, of size ceil(h/stride) x ceil(w/stride). A module with fewer levels leaves out the coarse ones; further
-outputs, such as CLIP's pooled embedding, have other names. ViT and EVA are wrapped in a `TowerPyramid`.
+outputs, such as CLIP's pooled embedding, have other names. ViT and EVA are wrapped in a `TowerPyramid`, a ViT with
+`taps` in a `TapPyramid`.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from ovseg_jax.models.hooks import HOOKS
 from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.small import SmallBackbone
 from ovseg_jax.models.swin import Swin
+from ovseg_jax.models.tap_pyramid import TapPyramid
 from ovseg_jax.models.tower_pyramid import TowerPyramid
 from ovseg_jax.models.vit import ViT
 
@@ -50,7 +52,8 @@ def build_backbone(cfg: ConfigDict | Mapping[str, Any], dtype: Any = jnp.float32
     Raises:
       UserError: the name or an attribute is unknown.
     """
-    options = dict(cfg.items())
+    # JSON turns tuples into lists.
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
     options.pop("init", None)
     name = options.pop("name", None)
     if name not in BACKBONES:
@@ -62,4 +65,6 @@ def build_backbone(cfg: ConfigDict | Mapping[str, Any], dtype: Any = jnp.float32
         wrong = ", ".join(sorted(map(repr, unknown)))
         raise UserError(f"backbone {name!r} has no {wrong}; known attributes: {', '.join(sorted(known))}.")
     built = module(**settled, **options, dtype=dtype)
+    if isinstance(built, ViT) and built.taps:
+        return TapPyramid(built, dtype=dtype)
     return TowerPyramid(built, dtype) if module in (ViT, Eva) else built

@@ -234,6 +234,7 @@ class Block(nn.Module):
       adapter: creates a module beside each branch, `adapter_attention` and `adapter_mlp`, with the same input as the
         branch, which is normalised for the order "pre".
       adapter_scale: factor on the output of adapters.
+      drop_rate: probability that a branch of an example is dropped (stochastic depth), for training.
       dtype: compute type.
     """
 
@@ -249,6 +250,7 @@ class Block(nn.Module):
     mlp_norm: bool = False
     adapter: Adapter | None = None
     adapter_scale: float = 1.0
+    drop_rate: float = 0.0
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -282,6 +284,8 @@ class Block(nn.Module):
             out = norm(out) if self.order == "post" else out
             if self.adapter is not None:
                 out = out + self.adapter_scale * self.adapter(name=f"adapter_{name}")(y, places)
+            if self.drop_rate:
+                out = nn.Dropout(self.drop_rate, broadcast_dims=(1, 2), deterministic=False)(out)
             x = x + out
             x = norm(x) if self.order == "sum" else x
         return x

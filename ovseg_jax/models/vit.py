@@ -44,6 +44,7 @@ class Transformer(nn.Module):
     between: Between | None
     taps: tuple[int, ...]
     remat: str
+    drop_rate: float = 0.0
 
     @nn.compact
     def __call__(
@@ -61,7 +62,11 @@ class Transformer(nn.Module):
             return x
 
         x, places, tapped = through_blocks(
-            lambda i: block_type(**self.block, name=f"encoderblock_{i}"),
+            lambda i: block_type(
+                **self.block,
+                drop_rate=self.drop_rate * i / max(self.depth - 1, 1),
+                name=f"encoderblock_{i}",
+            ),
             self.depth,
             x,
             places,
@@ -115,6 +120,8 @@ class ViT(nn.Module):
       taps: numbers of the blocks, from 0, whose tokens are returned.
       adapter, adapter_scale: modules beside the branches of each block, see `transformer.Block`.
       between: a function on the patch tokens between two blocks, see `transformer.Between`.
+      drop_rate: stochastic depth in training: both branches of block i of n are dropped with probability
+        drop_rate * i / (n-1).
       remat: what the backward pass recomputes in each block, see `rematerialise`.
       dtype: compute type; parameters are float32.
     """
@@ -137,6 +144,7 @@ class ViT(nn.Module):
     adapter: Adapter | None = None
     adapter_scale: float = 1.0
     between: Between | None = None
+    drop_rate: float = 0.0
     remat: str = "none"
     dtype: Any = jnp.float32
 
@@ -151,7 +159,7 @@ class ViT(nn.Module):
 
         Args:
           image: normalised images; their sides are multiples of `patch`.
-          train: no effect, since none of these models is published with dropout.
+          train: whether stochastic depth is on (needs the rng `dropout`).
           prompts: learned tokens, which are not part of the outputs (VPT, Jia et al. 2022). prompts[0] is appended to
             the patches, before `pre_norm` as in muzairkhattak/multimodal-prompt-learning; prompts[i] replaces these
             tokens before block i. After the last of them the tokens pass through the remaining blocks.
@@ -199,7 +207,10 @@ class ViT(nn.Module):
             dtype=self.dtype,
         )
         front = int(self.cls != "none")
-        transformer = Transformer(self.depth, block, self.between, self.taps, self.remat, name="Transformer")
+        drop_rate = self.drop_rate if train else 0.0
+        transformer = Transformer(
+            self.depth, block, self.between, self.taps, self.remat, drop_rate, name="Transformer"
+        )
         x, places, tapped = transformer(x, Places((h, w), front), prompts)
         x = places.unfold(x)
 

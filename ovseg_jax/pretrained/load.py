@@ -18,10 +18,23 @@ from ovseg_jax.models.maskformer import MaskFormer
 from ovseg_jax.models.pseudo_masks import TowerTokens
 from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.swin import Swin
+from ovseg_jax.models.tap_pyramid import TapPyramid
 from ovseg_jax.models.text_towers import Bert, CLIPText, SiglipText
 from ovseg_jax.models.tower_pyramid import TowerPyramid
+from ovseg_jax.models.upernet import UPerNet
 from ovseg_jax.models.vit import ViT
-from ovseg_jax.pretrained import clip_resnet, efficientnet, eva, groupvit, maskformer, resnet, swin, text, vit
+from ovseg_jax.pretrained import (
+    clip_resnet,
+    efficientnet,
+    eva,
+    groupvit,
+    maskformer,
+    resnet,
+    swin,
+    text,
+    upernet,
+    vit,
+)
 from ovseg_jax.pretrained.big_vision import read_big_vision
 from ovseg_jax.pretrained.files import read_arrays, weights_file
 from ovseg_jax.pretrained.hub import find
@@ -32,8 +45,12 @@ from ovseg_jax.pretrained.to_torch import from_torch, torch_name
 # The tower of a two-tower file of big_vision that belongs to a module.
 TOWERS: dict[type[nn.Module], str] = {ViT: "img", SiglipText: "txt"}
 
-# Parameters that published classifiers lack: the norms of the finer maps.
-FRESH: dict[type[nn.Module], Sequence[str]] = {Swin: (r"out_norm[234]",)}
+# Parameters that published models lack: the norms of a Swin's finer maps; in UPerNets, BEiT's keys have no bias, which
+# has no effect under a softmax, and the final norm of its ViT is not used.
+FRESH: dict[type[nn.Module], Sequence[str]] = {
+    Swin: (r"out_norm[234]",),
+    UPerNet: (r"tower/.*/key/bias$", r"tower/Transformer/encoder_norm/"),
+}
 
 
 def load(
@@ -51,7 +68,8 @@ def load(
       module: the module to load the weights for.
       shapes: its variables, {"params": ..., "batch_stats": ...}, as arrays or shapes.
       may_miss: regexes of paths that the weights may lack; these are left out of the result. A Swin may always lack
-        the norms of its finer maps, which published classifiers do not have.
+        the norms of its finer maps, which published classifiers do not have, and a UPerNet the biases of keys and the
+        final norm of its ViT.
       pixels: mean and standard deviation by which the caller normalises pixels, to compare with the published values
         if a file beside the weights states them.
 
@@ -62,7 +80,7 @@ def load(
       UserError: the weights are missing, cannot be read, or belong to another architecture or shape; or a file beside
         them describes another model than the module.
     """
-    if isinstance(module, TowerPyramid | TowerTokens):
+    if isinstance(module, TowerPyramid | TapPyramid | TowerTokens):
         # Only the tower's weights are published; those of a pyramid are new.
         inner = {name: tree["tower"] for name, tree in shapes.items() if "tower" in tree}
         found = load(init, module.tower, inner, may_miss=may_miss, pixels=pixels)
@@ -77,7 +95,8 @@ def load(
         if (own := from_ours(arrays, shapes)) is not None:
             format_, arrays = "ours", own
         else:
-            arrays = without_wrapper(arrays)
+            if not isinstance(module, UPerNet):
+                arrays = without_wrapper(arrays)
             format_, renames = recognise(arrays, formats(module), path)
         check(path, module, format_, names)
         if pixels:
@@ -140,6 +159,8 @@ def formats(module: nn.Module) -> dict[str, list[Rename]]:
                 "transformers' Swin": swin.from_hf_swin(module.heads),
                 "transformers' SwinBackbone": swin.from_hf_swin(module.heads, backbone=True),
             }
+        case UPerNet():
+            return {"transformers' UPerNet": upernet.from_hf_upernet(module.backbone)}
         case ViT(heads=heads):
             return {
                 "transformers' CLIP": vit.from_hf_clip(heads),

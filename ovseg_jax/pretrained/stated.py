@@ -23,7 +23,9 @@ from ovseg_jax.models.groupvit import GroupVitImage, GroupVitText
 from ovseg_jax.models.maskformer import MaskFormer
 from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.swin import Swin
+from ovseg_jax.models.tap_pyramid import TapPyramid
 from ovseg_jax.models.text_towers import Bert, CLIPText, SiglipText
+from ovseg_jax.models.upernet import UPerNet
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.pretrained.hf_clip import HF_ACTIVATIONS
 from ovseg_jax.pretrained.to_torch import describe
@@ -201,6 +203,10 @@ def facts(module: nn.Module) -> Facts:
             return dict(activation="relu", stride_in_first_convolution=False)
         case EfficientNet():
             return dict(activation="swish", epsilon=1e-3)
+        case UPerNet(backbone=TapPyramid(tower=tower)):
+            return dict(pools=list(module.pools), **facts(tower), taps=[i + 1 for i in tower.taps])
+        case UPerNet():
+            return dict(pools=list(module.pools))
         case MaskFormer(net=net):
             return dict(facts(net.backbone), decoder_heads=net.heads, decoder_activation="relu")
     return {}
@@ -224,6 +230,8 @@ def _stated(config: Mapping[str, Any], module: nn.Module, format_: str) -> Facts
 
 
 def _of_transformers(config: Mapping[str, Any], side: str, format_: str) -> Facts:
+    if format_ == "transformers' UPerNet" and config["model_type"] == "upernet":
+        return _of_upernet(config)
     if format_ not in _HF:
         return {}
     types, stated = _HF[format_]
@@ -238,6 +246,23 @@ def _of_transformers(config: Mapping[str, Any], side: str, format_: str) -> Fact
             stated[fact] = section[theirs]
     if "activation" in stated:
         stated["activation"] = _OF_HF.get(stated["activation"], stated["activation"])
+    return stated
+
+
+def _of_upernet(config: Mapping[str, Any]) -> Facts:
+    tower = config.get("backbone_config") or {}
+    stated: Facts = dict(pools=list(config.get("pool_scales", (1, 2, 3, 6))))
+    if tower.get("model_type") == "beit":
+        biased = ("use_relative_position_bias", "use_shared_relative_position_bias")
+        if used := [key for key in biased if tower.get(key)]:
+            return {"refused": f"its BEiT has {used[0]}, which this ViT lacks"}
+        names = [f"stage{i}" for i in range(tower.get("num_hidden_layers", 12) + 1)]
+        stated |= dict(
+            heads=tower.get("num_attention_heads", 12),
+            epsilon=tower.get("layer_norm_eps", 1e-12),
+            activation=_OF_HF.get(tower.get("hidden_act", "gelu"), tower.get("hidden_act")),
+            taps=tower.get("out_indices") or [names.index(name) for name in tower.get("out_features", ())],
+        )
     return stated
 
 

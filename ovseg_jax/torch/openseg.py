@@ -15,12 +15,13 @@ from ovseg_jax.torch.layers import Conv, GroupNorm, LayerNorm, resize
 from ovseg_jax.torch.resnet import ResNet
 from ovseg_jax.torch.small import SmallBackbone
 from ovseg_jax.torch.swin import Swin
+from ovseg_jax.torch.tap_pyramid import TapPyramid
 from ovseg_jax.torch.tower_pyramid import TowerPyramid
 from ovseg_jax.torch.vit import ViT
 
 KINDS: dict[str, type[nn.Module]] = {
     kind.__name__: kind
-    for kind in (SmallBackbone, ResNet, EfficientNet, ClipResNet, Swin, TowerPyramid, ViT, Eva)
+    for kind in (SmallBackbone, ResNet, EfficientNet, ClipResNet, Swin, TowerPyramid, TapPyramid, ViT, Eva)
 }
 
 

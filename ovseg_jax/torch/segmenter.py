@@ -18,12 +18,14 @@ from ovseg_jax.torch.build import build
 from ovseg_jax.torch.layers import unit
 from ovseg_jax.torch.openseg import OpenSegNet
 from ovseg_jax.torch.text_towers import Bert, CLIPText, SiglipText
+from ovseg_jax.torch.upernet import UPerNet
 from ovseg_jax.towers.prompt_file import FILE, load_prompt
-from ovseg_jax.vocab.classes import ClassList, Labels, as_classes
+from ovseg_jax.vocab.classes import ClassList, Labels, as_classes, rows_of_names
 from ovseg_jax.vocab.phrases import word_ids
 from ovseg_jax.vocab.tokenizers import load_tokenizer
 
 WEIGHTS, CONFIG, TEXT_TOWER = "model.safetensors", "config.json", "text_tower"
+NETS: dict[str, Any] = {kind.__name__: kind for kind in (OpenSegNet, UPerNet)}
 TEXT_KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (CLIPText, SiglipText, Bert)}
 BATCH, LENGTH = 64, 77  # as in `FrozenText`
 MOST_PIXELS = 16384  # upper limit of the side of the network's input
@@ -49,13 +51,15 @@ class Segmenter:
 
     Attributes:
       net: the image network.
-      table: [V D] vectors of the words of `index`; None if there is a text tower instead.
-      text: a frozen text tower and its tokeniser, or None.
+      table: [V D] vectors of the words of `index`, or None.
+      text: a frozen text tower and its tokeniser, or None. Without both, the network knows the names of `classes` only.
       canvas: side of the network's square input in pixels.
       classes: the categories of the training data.
     """
 
-    def __init__(self, net: OpenSegNet, table: Tensor | None, text: "Text | None", config: dict[str, Any]):
+    def __init__(
+        self, net: OpenSegNet | UPerNet, table: Tensor | None, text: "Text | None", config: dict[str, Any]
+    ):
         self.net, self.table, self.text, self.canvas = net.eval(), table, text, int(config["image_size"])
         self.index = {word: i for i, word in enumerate(config["words"])}
         self.classes = ClassList.from_json(json.dumps(config["classes"]))
@@ -90,7 +94,9 @@ class Segmenter:
         device = self.net.mean.device
         batch = torch.from_numpy(canvas).to(device).permute(2, 0, 1)[None]
         out = self.net(batch, torch.tensor([fitted], device=device))
-        if out.mask_logits is None or out.region_sum is None:
+        if isinstance(self.net, UPerNet):
+            maps, weights, masks = out.pixel_embed[0], text.to(device), False
+        elif out.mask_logits is None or out.region_sum is None:
             maps = unit(out.pixel_embed[0].permute(1, 2, 0)).permute(2, 0, 1)
             weights, masks = text.to(device), False
         else:
@@ -115,12 +121,14 @@ class Segmenter:
         return Segmentation(classes, label_map, confidence)
 
     def embed(self, names: Sequence[str]) -> Tensor:
-        """Embeds names as unit vectors [T D], by the text tower or from their words' unit vectors."""
+        """Embeds names as unit vectors [T D]: by the text tower, from their words' unit vectors, or by their class."""
         if self.text is not None:
             return self.text(names)
-        assert self.table is not None
-        rows = [word_ids(name, self.index) for name in names]
-        return torch.stack([unit(unit(self.table[row]).sum(0)) for row in rows])
+        if self.table is None:
+            rows = rows_of_names(self.classes.names, names, "this model has no text side and")
+            return torch.eye(len(self.classes))[torch.from_numpy(rows).long()]
+        words = [word_ids(name, self.index) for name in names]
+        return torch.stack([unit(unit(self.table[row]).sum(0)) for row in words])
 
 
 class Text:
@@ -171,7 +179,8 @@ def load(folder: str | Path, device: str = "cpu") -> Segmenter:
     config, arrays = read_json(folder / CONFIG), read_tensors(folder)
     table = arrays.pop("text.table", None)
     with reading(folder, "the exported model"):
-        described = {key: value for key, value in config["model"].items() if key != "kind"}
+        described = dict(config["model"])
+        kind = NETS[described.pop("kind", OpenSegNet.__name__)]
         side, words = config["image_size"], config["words"]
         if type(side) is not int or not 0 < side <= MOST_PIXELS:
             raise ValueError(f"image_size is {side!r}, not a whole number from 1 to {MOST_PIXELS}")
@@ -181,8 +190,9 @@ def load(folder: str | Path, device: str = "cpu") -> Segmenter:
             raise ValueError(f"the table of {len(words)} words has the shape {list(table.shape)}")
         image = torch.zeros((1, 3, side, side), dtype=torch.uint8, device="meta")
         size = torch.full((1, 2), side, device="meta")
-        net = build(lambda: OpenSegNet(described), described, arrays, str(folder), image, size)
-        text = Text(folder / TEXT_TOWER, device) if table is None else None
+        net: Any = build(lambda: kind(described), described, arrays, str(folder), image, size)
+        closed = table is not None or kind is UPerNet
+        text = None if closed else Text(folder / TEXT_TOWER, device)
         return Segmenter(net.to(device), table, text, config)
 
 

@@ -13,7 +13,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.parallel.sharding import tree_paths
 
 RULES = ("adam", "adamw", "lamb", "lion", "sgd")
-SCHEDULES = ("constant", "cosine", "linear")
+SCHEDULES = ("constant", "cosine", "linear", "polynomial")
 # For these rules weight decay is the classic L2 term, added to the gradient before the rule; for others it is
 # decoupled.
 COUPLED = ("adam", "sgd")
@@ -40,7 +40,7 @@ def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
 
     It is a linear warm-up over `warmup_steps`, (t + 1) / warmup_steps, so that the rate of the first step is not 0;
     then, with p the share of the remaining steps that is done and f = `final_fraction`, constant: 1; linear: 1 - (1 -
-    f) p;
+    f) p; polynomial: f + (1 - f) (1 - p)^`power`;
     cosine: f + (1 - f) (1 + cos(pi p)) / 2; all times `learning_rate`. `warmup_rate` is a constant rate in place of the
     linear warm-up; `decay_steps` is the number of steps in which p goes from 0 to 1; `hold_steps` is the number of
     steps for which a rate is kept, such as an epoch.
@@ -52,14 +52,15 @@ def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     final = float(config.get("final_fraction", 0.0))
     hold, decay_steps = int(config.get("hold_steps", 1)), int(config.get("decay_steps", steps - warmup))
     first_rate = config.get("warmup_rate")
+    power = float(config.get("power", 1.0)) if name == "polynomial" else 1.0
 
     def schedule(step: Any) -> jax.Array:
         step = hold * (jnp.asarray(step, jnp.float32) // hold)
         done = jnp.clip((step - warmup) / max(decay_steps, 1), 0.0, 1.0)
         if name == "constant":
             decay = jnp.ones_like(done)
-        elif name == "linear":
-            decay = 1.0 - (1.0 - final) * done
+        elif name in ("linear", "polynomial"):
+            decay = final + (1.0 - final) * (1.0 - done) ** power
         else:
             decay = final + (1.0 - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
         rising = (step + 1.0) / max(warmup, 1) if first_rate is None else float(first_rate) / peak
@@ -86,8 +87,9 @@ def make_optimizer(config: ConfigDict, params: Any, steps: int, more: Sequence[s
 
     Args:
       config: `config.optimizer`. `name` (adamw, adam, sgd, lamb, lion), `learning_rate`, `schedule`,
-        `warmup_steps`, `final_fraction`, `warmup_rate`, `decay_steps`, `hold_steps` (see `make_schedule`),
-        `weight_decay` (on arrays of two or more dimensions, so never on biases, scales and temperatures), `clip_norm`
+        `warmup_steps`, `final_fraction`, `warmup_rate`, `decay_steps`, `hold_steps`, `power` (see `make_schedule`),
+        `weight_decay` (on arrays of two or more dimensions, but never on biases, scales, temperatures and parameters
+        whose path matches one of the regexes `no_decay`), `clip_norm`
         (0 = off), `b1`, `b2`, `momentum` (sgd), `nesterov`,
         `multipliers` ((regex, factor) pairs: the first regex that matches in a parameter's path scales its rate, or
         freezes it if the factor is None), `ema` (the decay of the parameters' moving average, min(ema, (1 + t) / (10
@@ -104,8 +106,10 @@ def make_optimizer(config: ConfigDict, params: Any, steps: int, more: Sequence[s
         raise UserError(f'optimizer.name="{name}" is unknown; the optimisers are {", ".join(RULES)}.')
     paths = tree_paths(params)
     names = jax.tree.leaves(paths)
-    multipliers = tuple(config.get("multipliers", ()))
+    multipliers = tuple((pattern, factor) for pattern, factor in config.get("multipliers", ()))
     _check_found("multipliers", [pattern for pattern, _ in multipliers], names)
+    no_decay = tuple(config.get("no_decay", ()))
+    _check_found("no_decay", no_decay, names)
 
     ema = float(config.get("ema", 0.0))
     if not 0 <= ema < 1:
@@ -125,7 +129,7 @@ def make_optimizer(config: ConfigDict, params: Any, steps: int, more: Sequence[s
         links.append(optax.clip_by_global_norm(clip))
     decay = []
     if weight_decay := float(config.get("weight_decay", 0.0)):
-        decay.append(optax.add_decayed_weights(weight_decay, mask=_has_matrix_shape))
+        decay.append(optax.add_decayed_weights(weight_decay, mask=_decaying(no_decay)))
     links += [*decay, rule] if name in COUPLED else [rule, *decay]
     if name == "lamb":
         links.append(optax.scale_by_trust_ratio())
@@ -151,8 +155,14 @@ def _check_found(key: str, patterns: Sequence[str], names: Sequence[str]) -> Non
             )
 
 
-def _has_matrix_shape(params: Any) -> Any:
-    return jax.tree.map(lambda p: p.ndim > 1, params)
+def _decaying(no_decay: Sequence[str]) -> Callable[[Any], Any]:
+    """Returns a function from parameters to a tree of whether each decays."""
+    # In attention, a bias has an axis of heads.
+    spared = (r"(^|/)bias$", *no_decay)
+    matches = lambda path: any(re.search(pattern, path) for pattern in spared)
+    return lambda params: jax.tree.map(
+        lambda p, path: p.ndim > 1 and not matches(path), params, tree_paths(params)
+    )
 
 
 def _scale_by_path(multipliers: Sequence[tuple[str, float | None]]) -> optax.GradientTransformation:

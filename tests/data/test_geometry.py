@@ -192,3 +192,39 @@ def test_evaluation_rows():
 def test_bad_settings(augment, message):
     with pytest.raises(UserError, match=message):
         labelled(make_config(**augment))
+
+
+def test_a_crop_by_the_short_side():
+    data = dict(image_size=16, short_side=dict(ratio=(2.0, 2.0), category_share=1.0, colours=False))
+    geometry = geometry_of(data, True)
+    image = np.zeros((20, 40, 3), np.uint8)
+    image[:, :20] = 200
+    segments = (image[..., 0] > 0).astype(np.int32) + 1
+    flips = set()
+    for seed in range(30):
+        out, flipped = geometry({"image": image, "segments": segments}, np.random.default_rng(seed))
+        assert out["image"].shape == (16, 16, 3) and out["image_size"].tolist() == [16, 16]
+        bright = out["image"][..., 0] > 100
+        assert (bright == (out["segments"] == 2)).mean() > 0.9
+        flips.add(flipped)
+        if bright.any() and not bright.all():
+            assert bright[:, 0].all() != flipped
+    assert flips == {True, False}
+    coloured = geometry_of(dict(image_size=16, short_side={}), True)
+    outs = [coloured({"image": image}, np.random.default_rng(s))[0]["image"] for s in range(8)]
+    assert len({tuple(x.reshape(-1, 3).max(0)) for x in outs}) > 3
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (dict(short_side=dict(ratios=(1, 2))), r"data\.short_side has no key 'ratios'"),
+        (dict(short_side=dict(ratio=(2, 1))), r"short_side.ratio=\(2.0, 1.0\)"),
+        (dict(short_side=dict(category_share=0)), r"category_share=0\.0 is out of range"),
+        (dict(short_side={}, flip=True), r"leave out data\.flip"),
+        (dict(short_side={}, augment={}), r"leave out data\.augment"),
+    ],
+)
+def test_wrong_keys_of_a_crop_by_the_short_side(data, message):
+    with pytest.raises(UserError, match=message):
+        geometry_of(dict(data, image_size=16), True)

@@ -151,3 +151,89 @@ def test_blur_removes_detail_and_not_the_mean_and_keeps_padding():
     out = transforms.blur(image, np.array([24, 32], np.int32), 4.0)
     assert out[:24].std() < 10 and abs(out[:24].mean() - 100) < 3
     assert not out[24:].any() and image[:24].std() > 90
+
+
+def test_a_short_side_crop_follows_mmsegmentations_rules():
+    """Sizes of RandomResize with keep_ratio; a crop's place is that of the labels; padding is void."""
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(60):
+        height, width = (int(n) for n in rng.integers(20, 90, 2))
+        y, x = np.mgrid[:height, :width]
+        image = np.stack([y, x, y * 0], -1).astype(np.uint8)
+        example = {"image": image, "segments": (y * 100 + x + 1).astype(np.int32)}
+        seed = int(rng.integers(1 << 30))
+        draws = np.random.default_rng(seed)
+        out = transforms.short_side_crop(example, 32, (0.5, 2.0), np.random.default_rng(seed), long_side=64)
+        f = draws.uniform(0.5, 2.0)
+        scale = min(f * 64 / max(height, width), f * 32 / min(height, width))
+        scaled = round(height * scale), round(width * scale)
+        kept = tuple(min(n, 32) for n in scaled)
+        assert tuple(out["image_size"]) == kept
+        top, left = (int(draws.integers(max(n - 32, 0) + 1)) for n in scaled)
+        rows = ((np.arange(top, top + kept[0]) + 0.5) * height / scaled[0]).astype(int)
+        columns = ((np.arange(left, left + kept[1]) + 0.5) * width / scaled[1]).astype(int)
+        np.testing.assert_array_equal(
+            out["segments"][: kept[0], : kept[1]], rows[:, None] * 100 + columns + 1
+        )
+        assert not out["segments"][kept[0] :].any() and not out["image"][:, kept[1] :].any()
+        assert np.abs(out["image"][: kept[0], : kept[1], 0] - rows[:, None].astype(float)).max() <= 2
+        seen |= {(scaled[0] > 32, scaled[1] > 32), f * 64 / max(height, width) < f * 32 / min(height, width)}
+    assert len(seen) >= 4
+
+
+def test_a_crop_of_one_category_is_drawn_anew():
+    """At most 75% of its labelled pixels, by class and not by segment; after ten failures any crop is taken."""
+    segments = np.ones((64, 64), np.int32)
+    segments[:, 32:], segments[:8, :8] = 2, 3
+    segments[52:, 52:] = 0
+    example = {"image": np.zeros((64, 64, 3), np.uint8), "segments": segments}
+    shares = {}
+    for name, ids, limit in (("cut", [4, 5, 4], 0.75), ("any", [4, 5, 4], 1.0), ("same", [4, 4, 4], 0.75)):
+        shares[name] = []
+        for seed in range(60):
+            rng = np.random.default_rng(seed)
+            out = transforms.short_side_crop(
+                example | {"class_ids": np.array(ids)}, 16, (4.0, 4.0), rng, category_share=limit
+            )
+            found = transforms.class_map(out["segments"], np.array(ids))
+            count = np.bincount(found[found >= 0], minlength=1)
+            shares[name].append(count.max() / max(count.sum(), 1))
+    below = {name: np.mean(np.array(found) < 0.75) for name, found in shares.items()}
+    # A crop of 16 of 64 columns crosses the border between 4 and 12 of its columns with a probability of 8/49.
+    assert below["any"] < 0.35 and below["cut"] > 0.75 and below["same"] == 0
+
+
+def test_colours_are_distorted_by_mmsegmentations_rules():
+    """Against the steps in float64 with the same draws, to the rounding of 8-bit HSV."""
+    import colorsys
+
+    image = np.random.default_rng(1).integers(0, 256, (6, 5, 3), np.uint8)
+    changed = set()
+    for seed in range(200):
+        draws = np.random.default_rng(seed)
+        coin = lambda draws=draws: draws.random() < 0.5
+        clip = lambda x: np.clip(x, 0, 255)
+        x, steps = image.astype(np.float64), set()
+        if coin():
+            x, steps = clip(x + draws.uniform(-32, 32)), steps | {"brightness"}
+        last = coin()
+        contrast = draws.uniform(0.5, 1.5) if coin() else None
+        if contrast and not last:
+            x, steps = clip(x * contrast), steps | {"contrast first"}
+        saturation = draws.uniform(0.5, 1.5) if coin() else None
+        turn = int(draws.integers(-18, 18)) if coin() else 0
+        hsv = np.array([[colorsys.rgb_to_hsv(*p) for p in row] for row in x / 255])
+        if saturation:
+            hsv[..., 1], steps = np.clip(hsv[..., 1] * saturation, 0, 1), steps | {"saturation"}
+        if turn:
+            hsv[..., 0], steps = (hsv[..., 0] + turn / 180) % 1, steps | {"hue"}
+        x = np.array([[colorsys.hsv_to_rgb(*p) for p in row] for row in hsv]) * 255
+        if contrast and last:
+            x, steps = clip(x * contrast), steps | {"contrast last"}
+        out = transforms.distort_colours(image, np.random.default_rng(seed))
+        assert out.dtype == np.uint8 and np.abs(out - x).max() < 10 and np.abs(out - x).mean() < 2.5
+        if not steps:
+            np.testing.assert_array_equal(out, image)
+        changed |= steps
+    assert len(changed) == 5

@@ -7,7 +7,7 @@ from runpy import run_path
 import pytest
 
 import ovseg_jax
-from ovseg_jax.configs import clip_dense, openseg, pomp, pomp_segments, pseg
+from ovseg_jax.configs import clip_dense, maskformer, openseg, pomp, pomp_segments, pseg, upernet
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.keys import check_config, check_evaluation, known_keys
 from ovseg_jax.experiment.run import train
@@ -28,6 +28,7 @@ SHIPPED = [
         (pomp, arg)
         for arg in (None, *(f"{FOLDER},method={method}" for method in pomp.METHODS), f"{FOLDER},sample=0")
     ),
+    (maskformer, None),
     *((pseg, arg) for arg in (None, "form=paper", "data=tars,data_dir=x;y,val_dir=z")),
     *(
         (pomp_segments, arg)
@@ -37,6 +38,14 @@ SHIPPED = [
     *(
         (clip_dense, arg)
         for arg in (None, "features=activation", "features=proposals", "data=sets,eval_sets=x")
+    ),
+    *(
+        (upernet, arg)
+        for arg in (
+            None,
+            "teacher=r,decision=groupvit",
+            f"{FOLDER},val_dir=y,teacher=r,background=b,target=coco",
+        )
     ),
 ]
 
@@ -56,7 +65,7 @@ def test_a_key_that_nothing_reads_is_refused_in_every_section(module, arg):
         wrong = module.get_config(arg)
         wrong[section]["colour_of_the_sky"] = 1
         with pytest.raises(
-            UserError, match=rf"unknown config key \'{section}.colour_of_the_sky\'.*known keys: \w+, "
+            UserError, match=rf"unknown config key \'{section}.colour_of_the_sky\'.*known keys: \w+"
         ):
             check_config(wrong)
     for key in ("stepss", "augment"):

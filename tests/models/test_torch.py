@@ -109,6 +109,7 @@ def test_the_package_does_not_import_jax():
         {"name": "efficientnet_b1", "drop_rate": 0.5},
         TINY_VIT | {"patch": 8},
         TINY_VIT | {"patch": 32, "cls": "none", "pool": "map"},
+        TINY_VIT | {"patch": 16, "depth": 4, "taps": (0, 1, 2, 3)},
     ],
     ids=str,
 )
@@ -136,3 +137,28 @@ def test_backbones_equal_flax(config):
     for name, value in expected.items():
         assert theirs.channels[name] == value.shape[-1]
         assert reference.relative_error(found[name].permute(0, 2, 3, 1).numpy(), value) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "backbone", [TINY_VIT | dict(patch=8, depth=4, taps=(0, 1, 2, 3)), dict(name="small", width=16, levels=4)]
+)
+def test_upernet_equals_flax(backbone):
+    torch = require("torch")
+    from ovseg_jax.methods.upernet import scores_of
+    from ovseg_jax.models.upernet import UPerNet
+    from ovseg_jax.pretrained.to_torch import describe
+    from ovseg_jax.torch.upernet import UPerNet as TorchNet
+    from tests.models.twin import draw, load
+
+    size = (64, 48)
+    net = UPerNet(build_backbone(backbone), (0.5, 0.4, 0.3), (0.2, 0.3, 0.3), classes=5, width=8, aux_width=4)
+    image = np.random.default_rng(0).integers(0, 256, (2, *size, 3), dtype=np.uint8)
+    image_size = np.array([size, (50, 41)], np.int32)
+    inputs = jnp.asarray(image), jnp.asarray(image_size)
+    variables = draw(net, *inputs)
+    expected = scores_of(jax.jit(net.apply)(variables, *inputs).logits)
+    twin = load(TorchNet(json.loads(json.dumps(describe(net)))), variables)
+    with torch.no_grad():
+        found = twin(torch.from_numpy(image).permute(0, 3, 1, 2), torch.from_numpy(image_size))
+    assert found.mask_logits is None
+    assert reference.relative_error(found.pixel_embed.permute(0, 2, 3, 1).numpy(), expected) < 1e-4

@@ -23,13 +23,13 @@ def updates(steps=1, grads=GRADS, **config):
     return jax.tree.map(lambda a, b: np.asarray(a - b, np.float64), params, PARAMS)
 
 
-@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "polynomial"])
 def test_schedules(name):
-    config = ConfigDict(dict(learning_rate=0.2, schedule=name, warmup_steps=4, final_fraction=0.1))
+    config = ConfigDict(dict(learning_rate=0.2, schedule=name, warmup_steps=4, final_fraction=0.1, power=2.0))
     rate = make_schedule(config, 14)
     np.testing.assert_allclose([rate(t) for t in range(5)], [0.05, 0.1, 0.15, 0.2, 0.2], rtol=1e-6)
-    middle = {"constant": 1.0, "linear": 0.55, "cosine": 0.55}[name]
-    end = {"constant": 1.0, "linear": 0.1, "cosine": 0.1}[name]
+    middle = {"constant": 1.0, "linear": 0.55, "cosine": 0.55, "polynomial": 0.325}[name]
+    end = {"constant": 1.0, "linear": 0.1, "cosine": 0.1, "polynomial": 0.1}[name]
     np.testing.assert_allclose([rate(9), rate(14), rate(99)], [0.2 * middle, 0.2 * end, 0.2 * end], rtol=1e-6)
 
 
@@ -57,6 +57,39 @@ def test_adamw_decay_is_decoupled():
     moved = updates(name="adamw", weight_decay=0.1)
     np.testing.assert_allclose(moved["head"]["bias"], -0.1, rtol=1e-5)
     np.testing.assert_allclose(moved["head"]["kernel"], -0.1 * (1 + 0.1 * 2.0), rtol=1e-5)
+
+
+def test_biases_with_an_axis_of_heads_and_what_is_named_do_not_decay():
+    params = {"query": {"bias": jnp.ones((2, 3)), "kernel": jnp.ones((2, 3))}, "cls": jnp.ones((1, 1, 3))}
+    config = ConfigDict(dict(learning_rate=0.1, schedule="constant", weight_decay=0.1, no_decay=("^cls$",)))
+    optimizer = make_optimizer(config, params, 10)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    update, _ = optimizer.transform.update(zeros, optimizer.transform.init(params), params)
+    assert not update["query"]["bias"].any() and not update["cls"].any()
+    np.testing.assert_allclose(update["query"]["kernel"], -0.01, rtol=1e-5)
+
+
+def test_layer_decay_of_a_vit():
+    """Groups = layers + 2: the embeddings are group 0, block i is group i + 1, the head is the last."""
+    from ovseg_jax.configs.common import layer_decay
+    from ovseg_jax.models.vit import ViT
+
+    vit = ViT(patch=4, width=8, depth=11, heads=2, mlp_dim=8, grid=(2, 2))
+    shapes = jax.eval_shape(vit.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    params = {"image": {"backbone": {"tower": shapes}, "head": {"kernel": jnp.zeros((2, 2))}}}
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape), params)
+    multipliers = layer_decay(0.7, 11, "image/backbone/tower")
+    config = ConfigDict(dict(name="sgd", learning_rate=1.0, schedule="constant", multipliers=multipliers))
+    optimizer = make_optimizer(config, params, 10)
+    ones = jax.tree.map(jnp.ones_like, params)
+    update, _ = optimizer.transform.update(ones, optimizer.transform.init(params), params)
+    tower = update["image"]["backbone"]["tower"]
+    groups = {0: [tower["cls"], tower["pos_embedding"], tower["embedding"]]}
+    groups |= {i + 1: [tower["Transformer"][f"encoderblock_{i}"]] for i in range(11)}
+    groups[12] = [tower["Transformer"]["encoder_norm"], update["image"]["head"]]
+    for group, trees in groups.items():
+        for leaf in jax.tree.leaves(trees):
+            np.testing.assert_allclose(leaf, -(0.7 ** (12 - group)), rtol=1e-5)
 
 
 def test_clipping_bounds_the_norm_over_everything():
@@ -92,6 +125,7 @@ def test_frozen_parameters_do_not_move_and_are_not_part_of_the_norm(name):
         (dict(schedule="stairs"), "stairs.*cosine"),
         (dict(multipliers=(("hed/", None),)), 'multipliers has "hed/"'),
         (dict(multipliers=(("hed/", 1.0),)), 'multipliers has "hed/"'),
+        (dict(no_decay=("hed/",)), 'no_decay has "hed/"'),
     ],
 )
 def test_mistakes(config, message):

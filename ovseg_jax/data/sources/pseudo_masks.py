@@ -1,7 +1,8 @@
 """Pseudo-masks in shards, as the segments of the images of a source.
 
 A shard is a zip archive of consecutive examples: shard.json, and for each image INDEX.png, whose values number its
-segments from 1, 0 = void. `inference.pseudo_masks` writes them.
+segments from 1, 0 = void. If shard.json lists classes, the images are label maps, whose values number the classes from
+1. `inference.pseudo_masks` and `inference.pseudo_label_maps` write them.
 """
 
 import dataclasses
@@ -21,7 +22,8 @@ from ovseg_jax.data.source_base import Extent, Source, Wrapped, replaced
 from ovseg_jax.data.transforms import segment_boxes
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import write_whole
-from ovseg_jax.reading import array, parse_json, reading, texts, whole
+from ovseg_jax.reading import array, parse_json, reading, text, texts, whole
+from ovseg_jax.vocab.classes import ClassList
 
 FACTS = "shard.json"
 BINS = 10  # of the histogram of confidences
@@ -87,10 +89,15 @@ class Statistics:
     def __str__(self) -> str:
         total = sum(self.confidence)
         images, (small, unsure, double, hidden) = max(self.images, 1), self.dropped
-        return (
+        found = (
             f"{self.images} images have {total} masks, {total / images:.1f} each, on {self.covered / images:.0%} of "
-            f"their pixels; {self.masks[0] if self.masks else 0} have none. Dropped: {small} small or empty proposals, "
-            f"{unsure} unsure ones, {double} duplicates, {hidden} hidden by others"
+            f"their pixels; {self.masks[0] if self.masks else 0} have none."
+        )
+        if not any(self.dropped):
+            return found
+        return (
+            f"{found} Dropped: {small} small or empty proposals, {unsure} unsure ones, {double} duplicates, {hidden} "
+            "hidden by others"
         )
 
 
@@ -102,12 +109,14 @@ class Shard(NamedTuple):
       image_ids: of its images, in order.
       skipped: the indices of the images without a mask, since they could not be read.
       statistics: of its images.
+      classes: of label maps; None for masks without classes.
     """
 
     request: dict[str, Any]
     image_ids: list[str]
     skipped: list[int]
     statistics: Statistics
+    classes: ClassList | None = None
 
 
 def shard_name(number: int, count: int) -> str:
@@ -120,6 +129,7 @@ def write_shard(path: epath.PathLike, shard: Shard, masks: Mapping[int, bytes]) 
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         facts = {**shard._asdict(), "statistics": dataclasses.asdict(shard.statistics)}
+        facts["classes"] = None if shard.classes is None else shard.classes.to_json()
         archive.writestr(FACTS, json.dumps(facts))
         for index, png in masks.items():
             archive.writestr(f"{index}.png", png)
@@ -147,13 +157,16 @@ def read_shard(path: epath.PathLike) -> Shard:
             covered=float(count["covered"]),
         )
         skipped = [whole(index, "skipped") for index in facts["skipped"]]
-    return Shard(facts["request"], ids, skipped, statistics)
+        named = facts.get("classes")
+        classes = None if named is None else ClassList.from_json(text(named, "classes"))
+    return Shard(facts["request"], ids, skipped, statistics, classes)
 
 
 class PseudoMasks(Wrapped):
     """A source with the segments of pseudo-masks, without classes, for the images that have none of their own.
 
-    An image that the teacher could not read has no segments.
+    With label maps, all its segments are theirs, one for each class in an image, and so are its classes; those of the
+    wrapped source are never read. An image that the teacher could not read has no segments.
 
     Args:
       source: a source of images, in the order in which they were labelled.
@@ -179,6 +192,12 @@ class PseudoMasks(Wrapped):
             )
         self._ids = [name for shard in shards for name in shard.image_ids]
         self._skipped = {index for shard in shards for index in shard.skipped}
+        self._labelled = shards[0].classes is not None
+        if shards[0].classes is not None:
+            if any(shard.classes != shards[0].classes for shard in shards):
+                raise UserError(f"the shards in {folder} have different classes: label them anew")
+            self.classes = shards[0].classes
+            self.provides -= {"region_captions", "region_tags"}  # of other segments
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         """Returns one example, whose mask is decoded when it is accessed.
@@ -193,6 +212,8 @@ class PseudoMasks(Wrapped):
                 f"the pseudo-masks in {self._shards[0].parent} were made of other images: image {index} was "
                 f"{self._ids[index]!r} and is now {example['image_id']!r}; label them anew"
             )
+        if self._labelled:
+            return self._with_label_map(example, index)
         # A function, so that captions alone never open a mask.
         has_own = functools.cache(lambda: len(example.get("class_ids", ())) > 0)
         made: dict[str, Callable[[Any], Any]] = {
@@ -204,6 +225,31 @@ class PseudoMasks(Wrapped):
         }
         either = lambda field: lambda e: example[field] if has_own() else made[field](e)
         return replaced(example, **{field: either(field) for field in made})
+
+    def _with_label_map(self, example: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+        """Returns the example with one segment for each class of its label map."""
+
+        @functools.cache
+        def split() -> tuple[np.ndarray, np.ndarray]:
+            label_map = self._read(index, example["image"].shape[:2])
+            if (top := int(label_map.max(initial=0))) > len(self.classes):
+                raise UserError(
+                    f"{self._shards[0].parent}: label map {index} has the class {top} of {len(self.classes)}"
+                )
+            found = np.unique(label_map[label_map > 0])
+            number = np.zeros(len(self.classes) + 1, np.int32)
+            number[found] = np.arange(1, len(found) + 1)
+            return number[label_map], (found - 1).astype(np.int32)
+
+        isthing = np.asarray(self.classes.isthing, bool)
+        return replaced(
+            example,
+            segments=lambda _: split()[0],
+            class_ids=lambda _: split()[1],
+            isthing=lambda _: isthing[split()[1]],
+            iscrowd=lambda _: np.zeros(len(split()[1]), bool),
+            boxes=lambda _: segment_boxes(split()[0], len(split()[1])),
+        )
 
     def extent(self) -> Extent:
         """Returns the extent, reading every mask."""
