@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.config import parse_arg
 from ovseg_jax.configs import common
-from ovseg_jax.errors import UserError
 from ovseg_jax.pretrained.published import IMAGENET
 
 
@@ -24,7 +23,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config; keys of `arg` stand below, an unknown one or one without effect is an error."""
     args = parse_arg(
         arg,
-        eval_sets="",  # a folder that holds the sets by name
+        eval_sets="data/sets",  # a folder that holds the sets by name
         sets="VOC;Context;COCO-Object",  # others: LVIS, ImageNet-S
         sets_are=("prepared", "folders"),
         background=True,
@@ -33,8 +32,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         normalise=False,  # each template's embedding, before the mean over them
         seed=0,
     )
-    if not args.eval_sets:
-        raise UserError("configs/groupvit.py needs eval_sets=DIR, the folder of the sets")
     config = common.run(
         "groupvit",
         seed=args.seed,

@@ -173,7 +173,6 @@ def test_wrong_configs_are_sentences(published, sets):
     with pytest.raises(UserError, match="steps=2: the method groupvit is not trained"):
         build(config, WordList([]), CLASSES)
     for arg, message in (
-        ("", "needs eval_sets=DIR"),
         ("eval_sets=s,sets=VOC;ADE", "sets=ADE is not one of VOC, Context"),
         ("eval_sets=s,sets=;", "sets is empty"),
     ):
