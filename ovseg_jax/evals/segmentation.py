@@ -118,6 +118,8 @@ class SegmentationEvaluator(BatchEvaluator):
             self._background = self._class("background", background)
         self._ignore = self._class("ignore", ignore)
         asked = with_names(self._classes, dict(names or {}))
+        if self._void:  # Its name is never asked for, and a method may not know it.
+            asked = dataclasses.replace(asked, names=(*asked.names[:-1], asked.names[0]))
         self._names, _ = asked.flat()
         self._vocabulary = vocabulary_of(asked, self._method.seen_names())
         self._step = jax.jit(self._counts)
