@@ -192,7 +192,6 @@ def test_void_may_be_background_and_a_class_may_be_ignored():
         label[:h, :w][label[:h, :w] < 0] = 5
         labelled.append(e | dict(label=label))
     with_class = ClassList((*CLASSES.names, ("background",)), tuple(range(6)), (*CLASSES.isthing, False))
-    method = PatchMethod
     got, table = run(data, background="void")
     assert table[-1].name == "background" and table[-1].pixels > 0 and table[-1].iou > 0
     own = dict(names={"background": ["sky"]})  # a name that the method knows
