@@ -12,7 +12,15 @@
       evaluates a published MaskFormer, in Hugging Face's format, without training it. The data must have its classes
       in its order.
 
-Sources: facebookresearch/MaskFormer, configs/ade20k-150 and configs/coco-panoptic, "code". Everything else is ours.
+  python -m ovseg_jax.main \\
+    --config=configs/maskformer.py:classes=text,data=prepared,data_dir=DIR,val_dir=DIR,prompt=FILE
+      ZSSeg's MaskFormer, whose class names are embedded by CLIP's text tower, in the prompt of FILE: the first stage of
+      papers/000, tables 4, 5 and 13. Classes that the prepared set withholds (COCO-Stuff 15 of 171, VOC 5 of 20) are
+      not trained. `configs/pomp_segments.py:...,proposals=WORKDIR` is the second stage.
+
+Sources: facebookresearch/MaskFormer, configs/ade20k-150 and configs/coco-panoptic, "code"; for classes=text
+amazon-science/prompt-pretraining, third_party/zsseg.baseline/configs/coco-stuff-164k-171, "zsseg". Everything else is
+ours.
 """
 
 from typing import Any
@@ -39,6 +47,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
         val_dir="",  # data=folder, prepared: the folder to evaluate on; none where it is not said
         kind="segments",  # data=folder: what the values of a mask are: segments | semantic
         labels="",  # a label file with more names for the classes, or one of the package, such as ade20k_150
+        # closed: a class for each of the data; text: the embeddings of their names, by a frozen text tower, on scenes
+        # by learned vectors of their words
+        classes=("closed", "text"),
+        prompt="",  # classes=text: the file of a learned prompt around every name
+        text_weights="hf:openai/clip-vit-base-patch16",  # classes=text: the text tower and tokeniser
+        unseen="",  # classes=text: classes not to train, of data that withholds none: coco_stuff | voc | "cow; ..."
         images=AtLeast(10_000, 1),  # data=scenes: number of training images
         backbone=(*RESNETS, *SWINS),
         weights="",  # of the backbone, if not on the hub: a folder or file; scratch: none
@@ -49,6 +63,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     config = on_scenes(args) if args.data == "scenes" else paper(args)
     config.seed = args.seed
+    if args.classes == "text":
+        with_text(config, args)
     if args.evals == "panoptic":
         own = config.final_evals.get("test") or config.final_evals.get("validation")
         if not own:
@@ -61,6 +77,21 @@ def get_config(arg: str | None = None) -> ConfigDict:
 def loss() -> dict[str, float]:
     """Returns the weights of costs and losses (code)."""
     return dict(focal=20.0, dice=1.0, label=1.0, no_object=0.1)
+
+
+def with_text(config: ConfigDict, args: Args) -> None:
+    """Lets class names be texts, as ZSSeg does."""
+    config.method = "maskformer_text"
+    config.loss.update(dict(scale=100.0, unseen=args.unseen))  # zsseg
+    if args.data == "scenes":
+        config.model.update(dict(embed_dim=64, embed_hidden=64))
+        config.text = dict(learned=True, vectors="")
+        config.loss.scale = 20.0  # ours: vectors of words are learned
+        return
+    config.model.update(dict(embed_dim=512, embed_hidden=1024))  # zsseg
+    config.text = dict(tower="clip_vitb16", init=args.text_weights, prompt=args.prompt)
+    if args.data != "coco":
+        config.steps, config.batch_size, config.data.image_size = 60_000, 32, 640  # zsseg
 
 
 def on_scenes(args: Args) -> ConfigDict:

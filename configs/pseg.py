@@ -49,12 +49,32 @@ def get_config(arg: str | None = None) -> ConfigDict:
         backbone="swin_small",  # C.1
         tokenizer="hf:openai/clip-vit-base-patch16",  # where CLIP's tokeniser is; its vocabulary is that of C.1
         dino="hf:facebook/dino-vits8",  # where DINO's weights are
+        # true: pseudo-masks are made once, of the whole images, before the training, in place of in each step, of the
+        # augmented images, as in Figure 17
+        ahead=False,
         seed=0,
     )
     config = scenes(args) if args.data == "scenes" else paper(args)
     config.seed = args.seed
+    if args.ahead:
+        make_masks_ahead(config)
     args.check_read()
     return config
+
+
+def make_masks_ahead(config: ConfigDict) -> None:
+    """Moves the pseudo-masks from the step to stages before the training."""
+    generator, stages = config.pseudo_masks.to_dict(), []
+    config.data.mask_stride, config.data.max_masks = generator.pop("mask_stride"), generator["clusters"]
+    del config.pseudo_masks
+    for k, source in enumerate(config.data.train):
+        name = f"masks{k or ''}"
+        source = dict(source, fields=["image", "captions"])  # no masks of its own
+        own = {key: value for key, value in source.items() if key != "cache"}
+        made = dict(generator=generator, source=own, image_size=config.data.image_size, batch_size=32)
+        stages.append(dict(name=name, kind="cluster", config=made))
+        config.data.train[k] = dict(source, masks=f"stage:{name}")
+    config.stages = stages
 
 
 def losses(small: bool) -> dict[str, Any]:
@@ -239,6 +259,8 @@ def paper(args: Args) -> ConfigDict:
             augment=dict(
                 crop=(0.08, 1.0), flip=True, randaugment=0
             ),  # C.1: random crops; bounds and flip ours
+            caption_text="nouns_verbs",  # C.1; caption: all of it; prompt: one of these words in a template of CLIP's
+            tagger="pattern",  # ours; nltk, as GroupViT, needs a download
             workers=16,
         ),
         evals=evals,

@@ -14,7 +14,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.reading import DAMAGE, read_bytes
 
 STAGE = "stage:"
-STAGE_KINDS = ("train", "pseudo_label", "pseudo_label_maps", "annotate")
+STAGE_KINDS = ("train", "pseudo_label", "pseudo_label_maps", "cluster", "annotate")
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 

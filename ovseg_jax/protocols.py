@@ -314,3 +314,18 @@ def common_space(seen: Mapping[str, Any], text: Mapping[str, Any]) -> str:
             f"{', '.join(sorted(text)) or 'none'}: such a method must define its own scores"
         )
     return common[0]
+
+
+def log_probability(
+    logits: Float[Array, "t n"], vocabulary: Vocabulary, void: Float[Array, "n"] | None = None
+) -> Float[Array, "t n"]:
+    """Computes the log probability of each name for each region, a softmax over classes, each by its best name.
+
+    Args:
+      logits: of each name for each region.
+      vocabulary: the classes of the names.
+      void: the logit of "no object", a further class, or None.
+    """
+    classes = jax.ops.segment_max(logits, vocabulary.owner, num_segments=len(vocabulary.isthing))
+    total = jax.nn.logsumexp(classes, axis=0)
+    return logits - (total if void is None else jnp.logaddexp(total, void))

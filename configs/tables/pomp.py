@@ -19,8 +19,10 @@ TOWERS = {"RN50": ",towers=clip_rn50", "B32": ",towers=clip_vitb32", "B16": ""} 
 
 OTHERS = "the numbers are those of another paper, whose method is not built here"
 FIRST_STAGE = (
-    "its first stage, MaskFormer, is not built yet; `python -m ovseg_jax.score transfer --proposals=FILE "
-    "--checkpoint=WORKDIR --ensemble=0` scores masks that it wrote elsewhere, named by the prompt alone"
+    "two runs, of which the second needs the folder of the first: `configs/maskformer.py:classes=text` trains the "
+    "first stage (with ResNet-101; the paper's is ResNet-101c, with DeepLab's stem and dilations), and "
+    "`configs/pomp_segments.py:...,proposals=WORKDIR` the second; `python -m ovseg_jax.score transfer "
+    "--proposals=FILE --checkpoint=WORKDIR` scores masks from elsewhere"
 )
 DETECTOR = (
     "the detector, CenterNet2 as Detic trains it, is not built here; `python -m ovseg_jax.prompts --checkpoint=WORKDIR "

@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Sequence
 
 from ovseg_jax.towers.prompt_file import Prompt, load_prompt
-from ovseg_jax.towers.templates import IMAGENET, read_templates
+from ovseg_jax.towers.templates import read_templates
+from ovseg_jax.vocab.templates import IMAGENET
 
 SYNONYMS = ("first", "average")
 

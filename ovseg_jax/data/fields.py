@@ -13,7 +13,9 @@
     box_tags         [R T L], box_tag_valid: the tags of each box
     tags             [T L], tag_valid: the tags of the image
     words            word_ids [W], word_valid: words of one caption, filtered and sampled (OpenSeg, 3.2)
-    tokens           [L], token_valid: one caption by the text side's tokeniser; all invalid without a caption
+    tokens           [L], token_valid: one caption by the text side's tokeniser, whole or in part, see `caption_text`;
+                     all invalid without a caption
+    prompts          [P L], prompt_valid: up to P nouns and verbs of the caption, each in a template; others the caption
     label, feature   as in the example; if a feature has several views, one of them
 
 Slot k of masks and of boxes is the same segment; the largest come first. The function of a field takes a `Seen`, an
@@ -31,11 +33,15 @@ from jaxtyping import Bool, Int
 from ovseg_jax.data import transforms
 from ovseg_jax.data.batch_augment import BatchAugment
 from ovseg_jax.errors import UserError
+from ovseg_jax.vocab.templates import IMAGENET, PLACE
 from ovseg_jax.vocab.words import FILTERS, WordList, extract_words, keep_of, split_words, without_spoiled
 
 Arrays = dict[str, np.ndarray]
 Tokenize = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 """A function from texts to token ids i32 [n L] and a mask, False at padding; it is copied to worker processes."""
+
+CAPTION_TEXTS = ("caption", "nouns_verbs", "prompt")
+"""What `tokens` holds of a caption: all of it; its nouns and verbs (papers/002, C.1); one of these in a template."""
 
 FLIP_DROP = ("lexicon:side",)  # a flip invalidates these words (left, right)
 
@@ -47,7 +53,9 @@ class Settings:
     Attributes:
       fields: names of `FIELDS`, in the order of `FIELDS`.
       known: the vocabulary that word ids index.
-      tokenize: the text side's tokeniser, for tokens and tags.
+      caption_text: one of `CAPTION_TEXTS`, for tokens.
+      max_prompts: P, the number of prompts of an image (3 in GroupViT for YFCC).
+      tokenize: the text side's tokeniser, for tokens, prompts and tags.
       views: the number of consecutive rows that show one example.
     """
 
@@ -61,6 +69,8 @@ class Settings:
     keep: tuple[str, ...]
     keep_prob: Mapping[str, float]
     tagger: str
+    caption_text: str
+    max_prompts: int
     views: int
     known: WordList
     tokenize: Tokenize | None
@@ -77,10 +87,15 @@ class Settings:
             raise UserError(
                 "the batch fields 'words' and 'box_words' need a vocabulary, which this method lacks"
             )
-        if named & {"tokens", "box_tokens"} and tokenize is None:
+        if named & {"tokens", "prompts", "box_tokens"} and tokenize is None:
             raise UserError(
-                "the batch fields 'tokens' and 'box_tokens' need a tokeniser, which this method lacks"
+                "the batch fields 'tokens', 'prompts' and 'box_tokens' need a tokeniser, which this method lacks"
             )
+        caption_text, prompts = data.get("caption_text", "caption"), int(data.get("max_prompts", 3))
+        if caption_text not in CAPTION_TEXTS:
+            raise UserError(f"data.caption_text={caption_text!r} is not one of {', '.join(CAPTION_TEXTS)}")
+        if prompts < 1:
+            raise UserError(f"data.max_prompts={prompts} is less than 1")
         size, stride = int(data["image_size"]), int(data.get("mask_stride", 4))
         if named & {"masks", "pixel_classes"} and size % stride:
             raise UserError(f"data.image_size={size} is not a multiple of data.mask_stride={stride}")
@@ -98,6 +113,8 @@ class Settings:
             keep=keep_of(data.get("caption_filter", "noun+adj")),
             keep_prob=_keep_prob(data.get("keep_prob", 0.5)),
             tagger=data.get("tagger", "pattern"),
+            caption_text=caption_text,
+            max_prompts=prompts,
             views=views,
             known=WordList([]) if words is None else words,
             tokenize=tokenize,
@@ -287,8 +304,31 @@ def _true_words(seen: Seen, text: str) -> list[tuple[str, str]]:
 
 
 def _tokens(seen: Seen) -> Arrays:
-    ids, valid = seen.settings.token_rows([seen.caption])
+    text = seen.caption
+    if seen.settings.caption_text == "nouns_verbs":
+        text = " ".join(_nouns_and_verbs(seen)) or text
+    elif seen.settings.caption_text == "prompt":
+        text = _drawn_prompts(seen, 1)[0]
+    ids, valid = seen.settings.token_rows([text])
     return {"tokens": ids[0], "token_valid": valid[0]}
+
+
+def _prompts(seen: Seen) -> Arrays:
+    ids, valid = seen.settings.token_rows(_drawn_prompts(seen, seen.settings.max_prompts))
+    return {"prompts": ids, "prompt_valid": valid}
+
+
+def _nouns_and_verbs(seen: Seen) -> list[str]:
+    return [word for word, _ in extract_words(seen.caption, ("noun", "verb"), seen.settings.tagger)]
+
+
+def _drawn_prompts(seen: Seen, count: int) -> list[str]:
+    """Draws words without repetition, and for each one of CLIP's templates, as GroupViT's builder does."""
+    words = _nouns_and_verbs(seen)
+    drawn = seen.rng.permutation(len(words))[:count]
+    templates = seen.rng.integers(len(IMAGENET), size=len(drawn))
+    texts = [IMAGENET[t].replace(PLACE, words[w]) for w, t in zip(drawn, templates, strict=True)]
+    return texts + [seen.caption] * (count - len(texts))
 
 
 def _label(seen: Seen) -> Arrays:
@@ -314,6 +354,7 @@ FIELDS: dict[str, Field] = {
     "image": _field("image", _image),
     "words": _field("captions", _words),
     "tokens": _field("captions", _tokens),
+    "prompts": _field("captions", _prompts),
     "masks": _field("image segments class_ids", _masks),
     "mask_classes": _field("image segments class_ids", _of_masks("mask_classes", "class_ids", -1)),
     "mask_isthing": _field("image segments class_ids", _of_masks("mask_isthing", "isthing", False)),

@@ -20,6 +20,7 @@ _MOVED = ("image", "segments", "boxes")  # fields that geometry transforms
 _READ = ("class_ids",)  # fields that it reads
 _WHOLE = (
     "tokens",
+    "prompts",
     "box_tokens",
     "tags",
     "box_tags",
@@ -52,8 +53,8 @@ class Rows:
 
         Args:
           config: in `data`: `image_size`, `mask_stride`, `max_masks`, `max_boxes` (by default equal to `max_masks`),
-            `max_tags`, `max_words`, `caption_filter`, `keep_prob`, `tagger`, `batch_augment`, `views`, and the keys
-            of `geometry.geometry_of`.
+            `max_tags`, `max_words`, `caption_text`, `max_prompts`, `caption_filter`, `keep_prob`, `tagger`,
+            `batch_augment`, `views`, and the keys of `geometry.geometry_of`.
           fields: names of `FIELDS` that a row holds.
           words: the vocabulary, for fields of words.
           tokenize: the text side's tokeniser, for fields of tokens.
@@ -123,7 +124,7 @@ class Rows:
     def _one_sided(self, example: Mapping[str, Any], caption: str, region_captions: Sequence[str]) -> bool:
         """Tells whether a text that is kept whole mentions left or right."""
         fields = self.settings.fields
-        texts = [caption] if "tokens" in fields else []
+        texts = [caption] if {"tokens", "prompts"} & set(fields) else []
         texts += region_captions if "box_tokens" in fields else []
         texts += example["tags"] if "tags" in fields else []
         texts += [tag for tags in example["region_tags"] for tag in tags] if "box_tags" in fields else []

@@ -84,7 +84,8 @@ def known_keys(config: ConfigDict) -> dict[str, Mapping[str, bool]]:
     sgd, constant = optimizer.get("name", "adamw") == "sgd", optimizer.get("schedule") == "constant"
     method = methods.method_type(config.get("method"))
     fields = set(batch_fields(method, config))
-    words, scene = bool(fields & {"words", "box_words"}), not fields & {"label", "tokens"}
+    words, scene = bool(fields & {"words", "box_words"}), not fields & {"label", "tokens", "prompts"}
+    parts = "prompts" in fields or ("tokens" in fields and data.get("caption_text", "caption") != "caption")
     return {
         "mesh": dict.fromkeys(AXES, True),
         "checkpoint": keys("every keep"),
@@ -106,7 +107,10 @@ def known_keys(config: ConfigDict) -> dict[str, Mapping[str, bool]]:
             **keys("max_masks max_boxes", any(field.startswith(("mask", "box")) for field in fields)),
             **keys("max_tags", bool(fields & {"tags", "box_tags"})),
             **keys("max_words keep_prob", words),
-            **keys("caption_filter tagger min_count", scene),
+            **keys("caption_filter min_count", scene),
+            **keys("tagger", scene or parts),
+            **keys("caption_text", "tokens" in fields),
+            **keys("max_prompts", "prompts" in fields),
             **keys("count_captions", scene or bool(fields & SPOKEN.keys())),
             **keys("scale_jitter flip", data.get("augment") is None and data.get("short_side") is None),
             **keys("cache_features", "label" in fields),

@@ -18,8 +18,8 @@ from ovseg_jax.files import write_whole
 from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.protocols import Classifier
 from ovseg_jax.reading import column, objects, read_json, reading, short, text, texts, whole
-from ovseg_jax.towers.templates import HARD
 from ovseg_jax.vocab.splits import PER_CLASS
+from ovseg_jax.vocab.templates import HARD
 
 CROSS_DATASET = (
     *("caltech101", "oxford_pets", "stanford_cars", "flowers102", "food101"),

@@ -14,6 +14,8 @@ from ovseg_jax.cli.outputs import check_not_foreign, check_out_folder
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import locked
 from ovseg_jax.inference.segmenter import Segmenter
+from ovseg_jax.methods.maskformer import MaskFormer
+from ovseg_jax.methods.maskformer_text import TextMaskFormer
 from ovseg_jax.models.text_towers import SiglipText
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.parallel.sharding import path_name
@@ -39,7 +41,7 @@ images = np.zeros((2, SIZE, SIZE, 3), np.uint8)  # each at the top left of its c
 sizes = np.full((2, 2), SIZE, np.int32)  # height and width of each image on the canvas
 names = np.ones((5, WIDTH), np.float32) / WIDTH**0.5  # unit vectors of the text tower
 # Mask logits, scores of names for proposals, pixel features; for a method without proposals, scores of names for
-# pixels, and pixel features.
+# pixels, and pixel features; of MaskFormer names are rows of the unit matrix, and the last result is "no object".
 for result in run(parameters, images, sizes, names):
     print(result.shape)
 '''
@@ -71,6 +73,8 @@ def export_model(
         extras = "torch,onnx" if to == "onnx" else "export"
         raise UserError(f"--to={to} needs {', '.join(missing)}: pip install -e '.[{extras}]'")
     segmenter = load()
+    if isinstance(segmenter.method, TextMaskFormer) and to != "big_vision":
+        raise UserError(f"--to={to} has no form of maskformer_text, only of maskformer; --to=big_vision has")
     kind = np.dtype(jnp.dtype(dtype))
     with locked(folder):
         WRITERS[to](segmenter, folder, kind)
@@ -83,17 +87,17 @@ def export_model(
 
 def by_path(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Returns the image network's variables by path, including batch statistics, and `text/table` if there is one."""
-    trees = [variables["params"]["image"], *(tree for name, tree in variables.items() if name != "params")]
+    params = variables["params"]
+    trees = [params.get("image", params), *(tree for name, tree in variables.items() if name != "params")]
     flat = {path_name(path): np.asarray(x) for tree in trees for path, x in jax.tree.leaves_with_path(tree)}
-    text = variables["params"].get("text")
-    return flat if text is None else flat | {"text/table": np.asarray(text["table"])}
+    return flat | ({"text/table": np.asarray(params["text"]["table"])} if "text" in params else {})
 
 
 def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     """Writes a folder for `ovseg_jax.torch.load`, with a frozen text tower in a subfolder."""
     method: Any = segmenter.method
     arrays = to_torch(by_path(segmenter.variables))
-    side = getattr(method, "text", None)
+    closed, side = isinstance(method, MaskFormer), getattr(method, "text", None)
     if isinstance(side, FrozenText):
         del arrays["text.table"]
         method.text.save(out / TEXT_TOWER, dtype)
@@ -102,7 +106,7 @@ def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
             write_hf_clip(out / "clip", vision, text, *towers(segmenter))  # type: ignore[arg-type]
     described = {
         "method": segmenter.config.method,
-        "model": describe(method.net),
+        "model": describe(method.model if closed else method.net),
         "image_size": int(segmenter.config.data.image_size),
         "words": [] if side is None else list(side.words.words),
         "classes": json.loads((segmenter.classes).to_json()),  # type: ignore[union-attr]
@@ -114,6 +118,8 @@ def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
 
 def towers(segmenter: Segmenter) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Returns the parameters by path of the pyramid's image tower and the frozen text tower; {} for a missing one."""
+    if isinstance(segmenter.method, MaskFormer):
+        return {}, {}
     image = segmenter.variables["params"]["image"]["backbone"].get("tower", {})
     text: Any = getattr(segmenter.method, "text", None)
     seen = {path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(image)}
@@ -138,7 +144,8 @@ def to_onnx(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     """Writes the files of `to_folder` and a program of (image u8 [b 3 S S], image_size i32 [b 2]).
 
     The program returns mask logits [b N h w], the sums of F_z under the masks [b N D] and F_z [b D h w]; for a method
-    without proposals only the last.
+    without proposals only the last; for MaskFormer mask logits, probabilities of the classes [b N K] and of "no object"
+    [b N].
     """
     import torch
 
@@ -149,7 +156,10 @@ def to_onnx(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     size = torch.full((2, 2), loaded.canvas, dtype=torch.int32)
     image = torch.zeros(2, 3, loaded.canvas, loaded.canvas, dtype=torch.uint8)
     any_number = {0: torch.export.Dim("batch")}
-    names = ["mask_logits", "region_sum", "pixel_embed"][0 if loaded.net.num_queries else 2 :]
+    if isinstance(segmenter.method, MaskFormer):
+        names = ["mask_logits", "regions", "void"]
+    else:
+        names = ["mask_logits", "region_sum", "pixel_embed"][0 if loaded.net.num_queries else 2 :]
     torch.onnx.export(
         loaded.net,
         (image, size),
@@ -166,9 +176,11 @@ def to_stablehlo(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     """Writes a program of (parameters, images u8 [b S S 3], sizes i32 [b 2], names f32 [t D]).
 
     The program returns mask logits [b N h w], scores of names for proposals [b t N] and pixel features [b h w D]; for a
-    method without proposals, scores of names for pixels [b t h w] and pixel features.
+    method without proposals, scores of names for pixels [b t h w] and pixel features. For MaskFormer names are rows of
+    the unit matrix, one for each class, and the last result is the probability of "no object" [b N].
     """
     method: Any = segmenter.method
+    closed = isinstance(method, MaskFormer)
     size = int(segmenter.config.data.image_size)
     flat = {path_name(path): x for path, x in jax.tree.leaves_with_path(segmenter.variables)}
     cast = {k: np.asarray(x, dtype) if x.dtype == jnp.float32 else np.asarray(x) for k, x in flat.items()}
@@ -177,7 +189,7 @@ def to_stablehlo(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     def run(parameters: Mapping[str, Any], images: Any, sizes: Any, names: Any) -> Any:
         leaves = [jnp.asarray(parameters[path]).astype(x.dtype) for path, x in flat.items()]
         prediction = method.predict(jax.tree.unflatten(structure, leaves), images, sizes)
-        features = only(prediction.pixels)
+        features = prediction.void if closed else only(prediction.pixels)
         if prediction.mask_logits is None:
             (space,) = prediction.pixels
             none = jnp.zeros(names.shape[0], bool)  # exported scores cannot depend on the classes of names

@@ -118,7 +118,7 @@ class Image(NamedTuple):
     statistics: Statistics
 
 
-Label = Callable[[Segmenter, Iterable[Any]], Iterator[Image]]
+Label = Callable[[Any, Iterable[Any]], Iterator[Image]]
 """A function that labels images by a teacher, in their order."""
 
 
@@ -235,7 +235,7 @@ def label_folder(load: Callable[[], Segmenter], root: epath.PathLike, rules: Rul
 
 
 def label_source(
-    load: Callable[[], Segmenter],
+    load: Callable[[], Any],
     source: Source,
     out: epath.PathLike,
     label: Label,
@@ -251,7 +251,7 @@ def label_source(
     with some of the images.
 
     Args:
-      load: loads the teacher onto this process's devices.
+      load: loads the teacher, any first argument of `label`, onto this process's devices.
       source: provides the images.
       out: the folder for the shards.
       label: labels images by the teacher.
@@ -278,14 +278,14 @@ def label_source(
         indices = {k: range(starts[k], min(starts[k] + shard_size, len(source))) for k in mine}
         todo = [k for k in mine if not _is_finished(paths[k], source, indices[k], request)]
         # Several processes read a checkpoint together, even if one has nothing left to do.
-        segmenter = load() if todo or jax.process_count() > 1 else None
+        teacher = load() if todo or jax.process_count() > 1 else None
         size, left = (sum(len(indices[k]) for k in some) for some in (mine, todo))
         quiet = None if jax.process_index() == 0 else True
         with tqdm(total=size, initial=size - left, unit="image", disable=quiet, dynamic_ncols=True) as bar:
             for k in todo:
-                assert segmenter is not None
+                assert teacher is not None
                 written += _write_shard(
-                    paths[k], partial(label, segmenter), source, indices[k], request, classes, bar
+                    paths[k], partial(label, teacher), source, indices[k], request, classes, bar
                 )
     except UserError as error:
         problem = error

@@ -15,6 +15,7 @@ from ovseg_jax.methods.linear_probe import LinearProbe
 from ovseg_jax.methods.lseg import LSeg
 from ovseg_jax.methods.maple import MaPLe
 from ovseg_jax.methods.maskformer import MaskFormer
+from ovseg_jax.methods.maskformer_text import TextMaskFormer
 from ovseg_jax.methods.openseg import OpenSeg
 from ovseg_jax.methods.prompt_tuning import PromptTuning
 from ovseg_jax.methods.pseg import PSeg
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Trainable]] = {
     "upernet": UPerNetMethod,
     "pseg": PSeg,
     "maskformer": MaskFormer,
+    "maskformer_text": TextMaskFormer,
     "clip": ClipTraining,
     "clip_dense": ClipDense,
     "groupvit": GroupViT,

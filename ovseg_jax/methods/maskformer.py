@@ -21,7 +21,7 @@ from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.parallel.sharding import active_batch_axes
 from ovseg_jax.protocols import Aux, Batch, Prediction, Segmenting, Text, Trainable, Variables
 from ovseg_jax.towers.vocabulary import spoken_words
-from ovseg_jax.vocab.classes import ClassList
+from ovseg_jax.vocab.classes import ClassList, rows_of_names
 from ovseg_jax.vocab.words import WordList
 
 SPACE = "class"
@@ -61,6 +61,12 @@ def pretrained_backbone(net: MaskFormerNet, shapes: Mapping[str, Any], init: str
     own = {name: tree["backbone"] for name, tree in shapes.items() if "backbone" in tree}
     found = load(init, net.backbone, own, pixels=(net.mean, net.std))
     return {name: {"backbone": tree} for name, tree in found.items()}
+
+
+def without_text(variables: Variables) -> dict[str, Any]:
+    """Returns the variables of network and classifier."""
+    params = {name: tree for name, tree in variables["params"].items() if name != "text"}
+    return {**variables, "params": params}
 
 
 class MaskFormer(Trainable, Segmenting):
@@ -107,10 +113,12 @@ class MaskFormer(Trainable, Segmenting):
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         del words
         self.config, self.classes = config, classes
-        self.net = build_net(config.model, ("init",))
+        self.net = build_net(
+            config.model, [key for key in self.keys(config)["model"] if key not in NET_FIELDS]
+        )
         if config.model.get("init") and config.model.backbone.get("init"):
             raise UserError("model.init and model.backbone.init are both set: the first has a backbone too")
-        self.model = Model(self.net, QueryClassifier(len(classes)))
+        self.model = Model(self.net, self._classifier())
         self.weights = Weights(*(float(config.loss[key]) for key in Weights._fields))
         self.no_object = float(config.loss.no_object)
         withheld = classes.withheld()
@@ -120,6 +128,14 @@ class MaskFormer(Trainable, Segmenting):
             )
         # The last entry is that of masks without a class, -1.
         self._trained = np.array([k not in withheld for k in range(len(classes))] + [False])
+
+    def _classifier(self) -> Any:
+        return QueryClassifier(len(self.classes))
+
+    def _logits(self, variables: Variables, classified: Any) -> Array:
+        """Returns logits of the training data's classes and "no object" from the classifier's output."""
+        del variables
+        return classified
 
     def init(self, rng: jax.Array) -> Variables:
         """Creates `params` {"net", "classifier"}, and `batch_stats` if the backbone has them."""
@@ -161,8 +177,8 @@ class MaskFormer(Trainable, Segmenting):
     ) -> tuple[None, dict[str, Array], dict]:
         """Computes for some images the sums of the losses and the updated collections."""
         mutable = [name for name in variables if name != "params"]
-        (out, logits), mutated = self.model.apply(
-            variables,
+        (out, classified), mutated = self.model.apply(
+            without_text(variables),
             batch["image"],
             batch["image_size"],
             train=True,
@@ -176,7 +192,7 @@ class MaskFormer(Trainable, Segmenting):
             batch["masks"],
             batch["mask_valid"] & jnp.asarray(self._trained)[classes],
             batch["example_mask"].astype(jnp.float32),
-            class_logits=logits,
+            class_logits=self._logits(variables, classified),
             classes=classes,
             inside=inside(batch["image_size"], (h, w), (side / h, side / w)),
             costs=self.weights,
@@ -195,8 +211,8 @@ class MaskFormer(Trainable, Segmenting):
         share = jax.nn.softmax(logits[:, -1])
         return Prediction(out.mask_logits[:, -1], {SPACE: share[..., :-1]}, {}, share[..., -1])
 
-    def _outputs(self, *inputs: Any) -> Any:
-        return self.model.apply(*inputs)
+    def _outputs(self, variables: Variables, *inputs: Any) -> Any:
+        return self.model.apply(without_text(variables), *inputs)
 
     def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
         """Returns for each name the class that it means, as one of K unit vectors.
@@ -205,11 +221,5 @@ class MaskFormer(Trainable, Segmenting):
           UserError: a name is none of the training data's.
         """
         del variables
-        index = self.classes.index
-        if unknown := [text for text in texts if text not in index]:
-            known = ", ".join(self.classes.display(k) for k in range(min(8, len(self.classes))))
-            raise UserError(
-                f"{unknown[0]!r} is not among the {len(self.classes)} classes of this MaskFormer ({known}, ...), "
-                "whose vocabulary is closed"
-            )
-        return {SPACE: jax.nn.one_hot(np.array([index[text] for text in texts]), len(self.classes))}
+        rows = rows_of_names(self.classes.names, texts, "this MaskFormer has no text side and")
+        return {SPACE: jax.nn.one_hot(rows, len(self.classes))}

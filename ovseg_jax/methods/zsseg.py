@@ -37,6 +37,7 @@ from ovseg_jax.protocols import (
     Text,
     Variables,
     Vocabulary,
+    log_probability,
 )
 from ovseg_jax.towers.features import class_features
 from ovseg_jax.towers.prompt_file import Prompt
@@ -164,7 +165,7 @@ class TwoStage(Segmenting):
         crops, w = prediction.regions[CROPS], self.rules.ensemble
         cut = jnp.any(crops != 0, -1)
         prompted = {space.removeprefix(CROPS): x for space, x in text.items() if space.startswith(CROPS)}
-        q = _log_probability(self.classifier.score_images(crops, prompted).T, vocabulary)
+        q = log_probability(self.classifier.score_images(crops, prompted).T, vocabulary)
         if not w:
             return RegionScores(jnp.where(cut, jnp.exp(q), 0))
         rest = {space: x for space, x in text.items() if not space.startswith(CROPS)}
@@ -172,15 +173,6 @@ class TwoStage(Segmenting):
         # Probabilities need no temperature; over other classes than the method's own they are normalised again.
         logit = jnp.log if self.proposals.probabilities else lambda x: self.rules.scale * x
         void = None if own.void is None else logit(own.void)
-        p = _log_probability(logit(own.names), vocabulary, void)
+        p = log_probability(logit(own.names), vocabulary, void)
         share = jnp.where(vocabulary.seen, 1 - w, w)[:, None]
         return RegionScores(jnp.exp((1 - share) * p + share * jnp.where(cut, q, 0)))
-
-
-def _log_probability(
-    logits: Float[Array, "t n"], vocabulary: Vocabulary, void: Float[Array, "n"] | None = None
-) -> Float[Array, "t n"]:
-    """Computes the log probability of each name for each region; each class counts by its best name."""
-    classes = jax.ops.segment_max(logits, vocabulary.owner, num_segments=len(vocabulary.isthing))
-    total = jax.nn.logsumexp(classes, axis=0)
-    return logits - (total if void is None else jnp.logaddexp(total, void))

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.kernels.unit import unit
 from ovseg_jax.models.norm import GroupNorm
 from ovseg_jax.models.openseg import LEVELS, inside, normalise
 from ovseg_jax.models.remat import rematerialise
@@ -261,15 +262,37 @@ class QueryClassifier(nn.Module):
         return nn.Dense(self.classes + 1, kernel_init=linear_init, name="dense")(queries.astype(jnp.float32))
 
 
+class QueryEmbedding(nn.Module):
+    """Unit embeddings of queries in a text space, by an MLP of two layers, and of "no object" (ZSSeg, Xu et al. 2021).
+
+    Attributes:
+      dim: D of the text space (512, CLIP's).
+      hidden: channels inside of the MLP (1024).
+    """
+
+    dim: int = 512
+    hidden: int = 1024
+
+    @nn.compact
+    def __call__(
+        self, queries: Float[Array, "b l n c"]
+    ) -> tuple[Float[Array, "b l n d"], Float[Array, " d"]]:
+        """Returns the embeddings, and the learned vector of "no object"."""
+        dense = partial(nn.Dense, kernel_init=linear_init)
+        x = nn.relu(dense(self.hidden, name="embed_0")(queries.astype(jnp.float32)))
+        void = self.param("void", nn.initializers.normal(self.dim**-0.5), (self.dim,))
+        return unit(dense(self.dim, name="embed_1")(x)), unit(void)
+
+
 class MaskFormer(nn.Module):
     """The whole MaskFormer, in the arrangement of published weights: the network and its classifier."""
 
     net: MaskFormerNet
-    classifier: QueryClassifier
+    classifier: QueryClassifier | QueryEmbedding
 
     def __call__(
         self, image: UInt8[Array, "b s t 3"], image_size: Int[Array, "b 2"], train: bool = False
-    ) -> tuple[MaskFormerOutput, Float[Array, "b l n k"]]:
-        """Returns the network's outputs and the logits of the classes."""
+    ) -> tuple[MaskFormerOutput, Any]:
+        """Returns the network's outputs and those of the classifier for its queries."""
         out = self.net(image, image_size, train)
         return out, self.classifier(out.queries)

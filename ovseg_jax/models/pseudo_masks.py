@@ -7,6 +7,7 @@ pixels (`Colours`), which needs no weights. Masks are a function of one image al
 import dataclasses
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.kmeans import STARTS, kmeans
+from ovseg_jax.kernels.spectral import spectral
 from ovseg_jax.kernels.unit import unit
 from ovseg_jax.models.backbones import build_backbone
 from ovseg_jax.models.openseg import inside, normalise
@@ -147,6 +149,7 @@ class PseudoMaskGenerator(nn.Module):
       mask_stride: pixels of a cell of the masks (4: MaskFormer's predictions).
       start: see `kernels.kmeans.kmeans`, as the next; the paper names neither.
       iterations: how often the centres move.
+      gamma: γ of spectral clustering, a baseline of Table 1, see `kernels.spectral`; 0 for k-means.
     """
 
     features: Colours | TowerTokens
@@ -154,6 +157,7 @@ class PseudoMaskGenerator(nn.Module):
     mask_stride: int = 4
     start: str = "farthest"
     iterations: int = 12
+    gamma: float = 0.0
 
     def __call__(
         self, image: UInt8[Array, "b s t 3"], image_size: Int[Array, "b 2"]
@@ -166,6 +170,11 @@ class PseudoMaskGenerator(nn.Module):
           image: images that fill `image_size` (height, width) of their canvas.
           image_size: zeros for a padded example.
         """
+        if self.mask_stride < 1 or any(side % self.mask_stride for side in image.shape[1:3]):
+            raise UserError(
+                f"an image of {image.shape[1]} x {image.shape[2]} pixels is not a multiple of "
+                f"mask_stride={self.mask_stride} of pseudo-masks"
+            )
         labels = self._on_grid(image, image_size, self.mask_stride)
         masks = labels[:, None] == jnp.arange(self.clusters)[:, None, None]
         return (masks * 255).astype(jnp.uint8), masks.any((2, 3))
@@ -190,15 +199,13 @@ class PseudoMaskGenerator(nn.Module):
             raise UserError(f"start={self.start!r} of pseudo-masks is not one of {', '.join(STARTS)}")
         if not 1 <= self.clusters < 256:
             raise UserError(f"clusters={self.clusters} of pseudo-masks is not from 1 to 255")
-        if image.shape[1] % self.mask_stride or image.shape[2] % self.mask_stride:
-            raise UserError(
-                f"an image of {image.shape[1]} x {image.shape[2]} pixels is not a multiple of "
-                f"mask_stride={self.mask_stride} of pseudo-masks"
-            )
         x = jax.lax.stop_gradient(self.features(image, image_size))
         b, h, w, d = x.shape
         valid = inside(image_size, (h, w), (float(self.features.stride),) * 2)
-        found = kmeans(
+        if self.gamma < 0:
+            raise UserError(f"gamma={self.gamma} of pseudo-masks is less than 0")
+        find = partial(spectral, gamma=self.gamma) if self.gamma else kmeans
+        found = find(
             x.reshape(b, h * w, d),
             valid.reshape(b, h * w),
             self.clusters,

@@ -4,8 +4,8 @@ import argparse
 
 from ovseg_jax.experiment.transfer import FILLS
 from ovseg_jax.experiment.transfer_table import HARD, LEARNED, SINGLE, compare_prompts
-from ovseg_jax.towers.templates import TEMPLATES
 from ovseg_jax.vocab.splits import UNSEEN
+from ovseg_jax.vocab.templates import TEMPLATES
 
 _DESCRIPTION = """\
 Segments with the masks of one run and the classifier of another (ZSSeg's two stages; POMP's tables 4, 5 and 13), and

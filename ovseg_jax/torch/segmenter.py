@@ -16,7 +16,8 @@ from ovseg_jax.pretrained.files import read_arrays
 from ovseg_jax.reading import reading
 from ovseg_jax.torch.build import build
 from ovseg_jax.torch.layers import unit
-from ovseg_jax.torch.openseg import OpenSegNet
+from ovseg_jax.torch.maskformer import MaskFormer, MaskFormerOutput
+from ovseg_jax.torch.openseg import OpenSegFeatures, OpenSegNet
 from ovseg_jax.torch.text_towers import Bert, CLIPText, SiglipText
 from ovseg_jax.torch.upernet import UPerNet
 from ovseg_jax.towers.prompt_file import FILE, load_prompt
@@ -25,7 +26,7 @@ from ovseg_jax.vocab.phrases import word_ids
 from ovseg_jax.vocab.tokenizers import load_tokenizer
 
 WEIGHTS, CONFIG, TEXT_TOWER = "model.safetensors", "config.json", "text_tower"
-NETS: dict[str, Any] = {kind.__name__: kind for kind in (OpenSegNet, UPerNet)}
+NETS: dict[str, Any] = {kind.__name__: kind for kind in (OpenSegNet, UPerNet, MaskFormer)}
 TEXT_KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (CLIPText, SiglipText, Bert)}
 BATCH, LENGTH = 64, 77  # as in `FrozenText`
 MOST_PIXELS = 16384  # upper limit of the side of the network's input
@@ -58,9 +59,15 @@ class Segmenter:
     """
 
     def __init__(
-        self, net: OpenSegNet | UPerNet, table: Tensor | None, text: "Text | None", config: dict[str, Any]
+        self,
+        net: OpenSegNet | UPerNet | MaskFormer,
+        table: Tensor | None,
+        text: "Text | None",
+        config: dict[str, Any],
+        device: str = "cpu",
     ):
         self.net, self.table, self.text, self.canvas = net.eval(), table, text, int(config["image_size"])
+        self.device = device
         self.index = {word: i for i, word in enumerate(config["words"])}
         self.classes = ClassList.from_json(json.dumps(config["classes"]))
         self._texts: dict[tuple[tuple[str, ...], ...], Tensor] = {}
@@ -83,6 +90,8 @@ class Segmenter:
         classes = self.classes if labels is None else as_classes(labels)
         names, owner = classes.flat()
         if vectors is not None:
+            if isinstance(self.net, MaskFormer):
+                raise UserError("a MaskFormer has classes and no embeddings: vectors have no effect")
             text = unit(torch.from_numpy(np.array(vectors)))
         else:
             if classes.names not in self._texts:
@@ -91,17 +100,10 @@ class Segmenter:
             text = self._texts[classes.names]
         pixels = read_image(image)
         canvas, fitted = fit_canvas(pixels, self.canvas)
-        device = self.net.mean.device
+        device = self.device
         batch = torch.from_numpy(canvas).to(device).permute(2, 0, 1)[None]
         out = self.net(batch, torch.tensor([fitted], device=device))
-        if isinstance(self.net, UPerNet):
-            maps, weights, masks = out.pixel_embed[0], text.to(device), False
-        elif out.mask_logits is None or out.region_sum is None:
-            maps = unit(out.pixel_embed[0].permute(1, 2, 0)).permute(2, 0, 1)
-            weights, masks = text.to(device), False
-        else:
-            maps, masks = out.mask_logits[0], True
-            weights = text.to(device) @ unit(out.region_sum[0]).T
+        weights, maps, masks = _layers(out, text.to(device), isinstance(self.net, UPerNet))
         height, width = pixels.shape[:2]
         down = upsampling(height, maps.shape[1], self.canvas, fitted[0], device)
         across = upsampling(width, maps.shape[2], self.canvas, fitted[1], device)
@@ -129,6 +131,22 @@ class Segmenter:
             return torch.eye(len(self.classes))[torch.from_numpy(rows).long()]
         words = [word_ids(name, self.index) for name in names]
         return torch.stack([unit(unit(self.table[row]).sum(0)) for row in words])
+
+
+def _layers(
+    out: OpenSegFeatures | MaskFormerOutput, text: Tensor, logits: bool
+) -> tuple[Tensor, Tensor, bool]:
+    """Returns the score of each name for each map [T C], the maps [C h w], and whether they are logits of masks.
+
+    With `logits` the features of pixels are logits of classes.
+    """
+    if isinstance(out, MaskFormerOutput):
+        return text @ out.regions[0].T, out.mask_logits[0], True
+    if logits:
+        return text, out.pixel_embed[0], False
+    if out.mask_logits is None or out.region_sum is None:
+        return text, unit(out.pixel_embed[0].permute(1, 2, 0)).permute(2, 0, 1), False
+    return text @ unit(out.region_sum[0]).T, out.mask_logits[0], True
 
 
 class Text:
@@ -191,9 +209,11 @@ def load(folder: str | Path, device: str = "cpu") -> Segmenter:
         image = torch.zeros((1, 3, side, side), dtype=torch.uint8, device="meta")
         size = torch.full((1, 2), side, device="meta")
         net: Any = build(lambda: kind(described), described, arrays, str(folder), image, size)
-        closed = table is not None or kind is UPerNet
+        if kind is MaskFormer and len(config["classes"]["names"]) != described["classifier"]["classes"]:
+            raise ValueError("it has another number of classes than its classifier")
+        closed = table is not None or kind in (UPerNet, MaskFormer)
         text = None if closed else Text(folder / TEXT_TOWER, device)
-        return Segmenter(net.to(device), table, text, config)
+        return Segmenter(net.to(device), table, text, config, device)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,7 +8,13 @@ from ovseg_jax.data.source_base import Source
 from ovseg_jax.vocab.lexicon import FUNCTION_WORDS
 from ovseg_jax.vocab.words import WordList, build_words, keep_of, split_words
 
-SPOKEN = {"tokens": "captions", "box_tokens": "region_captions", "tags": "tags", "box_tags": "region_tags"}
+SPOKEN = {
+    "tokens": "captions",
+    "prompts": "captions",
+    "box_tokens": "region_captions",
+    "tags": "tags",
+    "box_tags": "region_tags",
+}
 """The source's field for each batch field of whole texts."""
 
 

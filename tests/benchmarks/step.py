@@ -2,7 +2,9 @@
 
     python tests/benchmarks/step.py [--sides=jax,eager,compiled] [--steps=20] [--rounds=5]
     python tests/benchmarks/step.py --sides=jax:1,jax:2,jax:4,jax:8
+    python tests/benchmarks/step.py --config=tests/benchmarks/maskformer_config.py --sides=jax,eager --steps=2
 
+The last one is MaskFormer's, beside transformers' (maskformer_side.py).
 A side is ours (`jax`, with as many virtual devices as `main` makes, or `jax:N`), PyTorch as it is (`eager`) or behind
 `torch.compile` (`compiled`). Each is a process of its own. All start from the same parameters and make the same
 steps on the same batches, in turns of `steps`, so that whatever slows the machine slows all of them. Printed are the
@@ -49,8 +51,12 @@ def prepare(config, count: int, folder: Path) -> None:
     for i, batch in enumerate(itertools.islice(iterator, count)):
         np.savez(folder / f"batch{i}.npz", **batch)
     iterator.close()
-    (folder / "net.json").write_text(json.dumps(describe(method.net)))
-    params = method.init(jax.random.key(config.seed))["params"]
+    variables = method.init(jax.random.key(config.seed))
+    if config.method == "maskformer":
+        params = variables  # with batch statistics
+    else:
+        (folder / "net.json").write_text(json.dumps(describe(method.net)))
+        params = variables["params"]
     flat = {path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(params)}
     np.savez(folder / "params.npz", **flat)
 
@@ -114,6 +120,10 @@ def jax_side(config, folder: Path, batches, device: str, count: int):
 
 def torch_side(config, folder: Path, batches, device: str, compiled: bool):
     """The same, in PyTorch: OpenSeg's losses (papers/004, eq. 1-5) and AdamW behind a global clip."""
+    if config.method == "maskformer":
+        import maskformer_side
+
+        return maskformer_side.torch_side(config, folder, batches, device, compiled)
     import torch
 
     from ovseg_jax.pretrained.to_torch import to_torch

@@ -92,6 +92,16 @@ def test_masks_do_not_depend_on_the_place_in_the_batch():
     np.testing.assert_array_equal(whole, turned[::-1])
 
 
+def test_normalised_cuts_separate_stripes():
+    image = np.zeros((1, 32, 32, 3), np.uint8)
+    image[:, :, 10:20], image[:, :, 20:] = (200, 30, 30), (30, 30, 200)
+    plain = dict(features="colour", space="rgb", blur=0.0, position=0.0, clusters=3, gamma=20.0)
+    segments = run(plain, image, (32, 30), "segments")
+    parts = segments[0, 0, :30].reshape(3, 10)
+    assert (parts == parts[:, :1]).all() and set(parts[:, 0]) == {1, 2, 3}
+    assert (segments[0, :, :30] == segments[0, 0, :30]).all() and not segments[:, :, 30:].any()
+
+
 def test_an_image_of_one_colour_is_one_mask():
     cfg = {**COLOUR, "space": "rgb", "blur": 0.0, "position": 0.0}
     _, valid = run(cfg, np.full((2, 32, 32, 3), 90, np.uint8), (32, 20))
@@ -185,6 +195,7 @@ def test_padding_of_a_tower_belongs_to_no_mask():
         (dict(stride=5), "32 x 32 pixels cannot be cut into squares of stride=5"),
         (dict(mask_stride=5), "32 x 32 pixels is not a multiple of mask_stride=5"),
         (dict(start="middle"), "start='middle' of pseudo-masks is not one of farthest"),
+        (dict(gamma=-1.0), "gamma=-1.0 of pseudo-masks is less than 0"),
         (dict(clusters=256), "clusters=256 of pseudo-masks is not from 1 to 255"),
         (dict(features="tower"), "need a backbone, such as"),
         (dict(features="tower", backbone=dict(name="resnet50")), "'resnet50' of pseudo-masks is no Vision"),

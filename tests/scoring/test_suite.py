@@ -14,9 +14,9 @@ from ovseg_jax import methods
 from ovseg_jax import score as command
 from ovseg_jax.experiment import scores as score
 from ovseg_jax.experiment.run import CLASSES_FILE, WORDS_FILE
-from ovseg_jax.towers.templates import HARD
 from ovseg_jax.train.checkpoints import Checkpoints, write_config
 from ovseg_jax.train.state import TrainState
+from ovseg_jax.vocab.templates import HARD
 from ovseg_jax.vocab.words import WordList
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.towers.templates import CLIP_SIMPLE, HARD, IMAGENET, TEMPLATES, VILD, fill, read_templates
+from ovseg_jax.towers.templates import fill, read_templates
+from ovseg_jax.vocab.templates import CLIP_SIMPLE, HARD, IMAGENET, TEMPLATES, VILD
 
 CLIP = Path(__file__).parents[2] / "../shared/data/clip/clip_imagenet_templates.json"
 
