@@ -1,6 +1,6 @@
 """Generators of pseudo-masks beside each other, as papers/002, Table 1: oracle mIoU on `scenes`, and time an image.
 
-    python -m tests.benchmarks.pseudo_masks [--images=500] [--batch=128] [--tower=DIR]
+    python tests/benchmarks/pseudo_masks.py [--images=500] [--batch=128] [--tower=DIR]
 
 The oracle gives each cluster of an image the class of most of its pixels. Times are of one compiled call for a whole
 batch, the best of three: by the clock, and processor time over all cores, which other work on the machine changes
