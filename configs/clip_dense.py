@@ -8,6 +8,8 @@
       map. ALIGN's mIoU on PC-459 is 3.6 with it, 4.8 with proposals (4.3, by differences).
   python -m ovseg_jax.main --config=configs/clip_dense.py:data=sets,eval_sets=DIR,features=proposals,proposals=WORKDIR
       the proposals of a run of configs/openseg.py, each named by CLIP's image tower ("ALIGN w/ proposal").
+  python -m ovseg_jax.main --config=configs/clip_dense.py:data=sets,eval_sets=DIR,protocol=groupvit
+      as papers/002 score CLIP and MaskCLIP (Tables 3 and 4), on VOC, Context and COCO-Object.
 
 The run has no steps: its scores are in its summary. Everything that is not marked with a section is ours.
 """
@@ -30,7 +32,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
         features=("value", "activation", "proposals"),
         proposals="",  # features=proposals: a run that proposes masks; on scenes one is trained by default
         eval_sets="",  # a folder that holds the sets by name, see configs/README.md
-        sets=";".join(TABLE_2[:4]),  # figure 5
+        # groupvit: as papers/002 score it, on VOC, Context and COCO-Object by sliding windows (`common.BACKGROUND`)
+        protocol=("plain", "groupvit"),
+        background=True,  # protocol=groupvit: whether background pixels are scored
+        # of background: the cosine below which a pixel is background; papers/002 do not state theirs: ours
+        threshold=0.2,
+        sets="",  # by default those of figure 5, or of the protocol
         sets_are=("folders", "prepared"),
         towers="clip_vitb16",
         weights="",  # where they are, if not on the hub: a folder or file
@@ -97,6 +104,8 @@ def on_sets(args: Args) -> ConfigDict:
     if args.features == "proposals" and not proposals:
         raise UserError("features=proposals needs proposals=WORKDIR, a run of configs/openseg.py")
     towers = pomp.published_towers(args)
+    if args.protocol == "groupvit":
+        return by_windows(args, towers)
     size = towers["image_size"] if proposals else args.image_size
     config = without_steps(towers, size, args.prompt, args.features)
     form = (
@@ -104,8 +113,26 @@ def on_sets(args: Args) -> ConfigDict:
         if args.sets_are == "prepared"
         else dict(name="folder", kind="semantic")
     )
-    sources = {name: dict(form, data_dir=f"{args.eval_sets}/{name}") for name in args.sets.split(";")}
+    sources = {
+        name: dict(form, data_dir=f"{args.eval_sets}/{name}")
+        for name in (args.sets or ";".join(TABLE_2[:4])).split(";")
+    }
     config.data.train = [next(iter(sources.values()))]  # not read but for its classes
     for name, source in sources.items():
         tested(config, name, source, args.features, proposals)
+    return config
+
+
+def by_windows(args: Args, towers: dict[str, Any]) -> ConfigDict:
+    """Returns published towers on the sets of papers/002, by sliding windows."""
+    if args.features == "proposals":
+        raise UserError("protocol=groupvit is for features of pixels: leave out features=proposals")
+    config = without_steps(towers, 448, args.prompt, args.features)
+    decision: dict[str, Any] = dict(type="argmax")
+    if args.background:
+        decision = dict(type="background_threshold", threshold=args.threshold)
+    sets = args.sets or "VOC;Context;COCO-Object"
+    rules = dict(decision=decision)
+    config.final_evals = common.by_protocol(args.eval_sets, sets, args.sets_are, args.background, 8, **rules)
+    config.data.train = [next(iter(config.final_evals.values())).source]  # not read but for its classes
     return config

@@ -4,6 +4,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ovseg_jax.errors import UserError
+
 
 def run(method: str, **own: Any) -> ConfigDict:
     """Returns a whole config: the keys that every run has, and those of `own`."""
@@ -94,3 +96,46 @@ def classification(source: dict[str, Any], batch_size: int, **own: Any) -> dict[
 def train_stages(**stages: ConfigDict) -> list[dict]:
     """Returns `config.stages` of runs that come first, by their names."""
     return [dict(name=name, kind="train", config=config) for name, config in stages.items()]
+
+
+# The sets of papers/002, Tables 2 to 4 and 7, by the folder's name: the protocol, and what is background.
+BACKGROUND = {
+    "VOC": ("voc", "background"),  # prepare voc_2012 --option=background=class
+    "Context": ("context", "void"),  # prepare pascal_context_59
+    "COCO-Object": ("coco_object", "void"),  # prepare coco_object
+    "LVIS": ("lvis", "void"),  # prepare lvis_v1
+    "ImageNet-S": ("imagenet_s", "void"),  # prepare imagenet_s
+}
+
+
+def by_protocol(
+    folder: str, sets: str, sets_are: str, background: bool, batch_size: int, **own: Any
+) -> dict[str, dict[str, Any]]:
+    """Returns evaluations as GroupViT does them (`ovseg_jax.decisions.published`), with or without background.
+
+    Args:
+      folder: the folder of the sets.
+      sets: names of `BACKGROUND`, separated by `;`.
+      sets_are: "prepared", as `python -m ovseg_jax.prepare` writes them, or "folders" (kind=semantic).
+      background: whether background pixels are scored.
+      batch_size: images over all processes.
+      **own: keys that replace those of the protocols, such as `decision`.
+
+    Raises:
+      UserError: a set is unknown, or none is named.
+    """
+    form = (
+        dict(name="prepared", split="val") if sets_are == "prepared" else dict(name="folder", kind="semantic")
+    )
+    found = {}
+    for name in filter(None, sets.split(";")):
+        if name not in BACKGROUND:
+            raise UserError(f"sets={name} is not one of {', '.join(BACKGROUND)}")
+        protocol, void = BACKGROUND[name]
+        rules = dict(protocol=protocol, background=void)
+        if not background:
+            rules = dict(protocol=f"{protocol}_foreground") | (dict(ignore=void) if void != "void" else {})
+        found[name] = segmentation(dict(form, data_dir=f"{folder}/{name}"), batch_size, **{**rules, **own})
+    if not found:
+        raise UserError(f"sets is empty: name some of {', '.join(BACKGROUND)}")
+    return found

@@ -41,6 +41,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         images=AtLeast(10_000, 1),  # data=scenes: number of training images
         pairs=AtLeast(PAIRS, 1),  # not data=scenes: number of pairs in an epoch, for the number of steps
         val_dir="",  # not data=scenes: a folder to evaluate on, which needs classes; none where it is not said
+        # not data=scenes: a folder of VOC, Context and COCO-Object, scored at the end as GroupViT does (C.1), VOC by
+        # MaskFormer's inference; see `common.BACKGROUND`
+        eval_sets="",
+        sets_are=("prepared", "folders"),  # eval_sets
+        background=True,  # eval_sets: whether background pixels are scored
         backbone="swin_small",  # C.1
         tokenizer="hf:openai/clip-vit-base-patch16",  # where CLIP's tokeniser is; its vocabulary is that of C.1
         dino="hf:facebook/dino-vits8",  # where DINO's weights are
@@ -192,6 +197,11 @@ def paper(args: Args) -> ConfigDict:
     if args.val_dir:
         form = "folder" if args.data == "tars" else args.data
         evals["validation"] = common.segmentation(dict(name=form, data_dir=args.val_dir), 16, every=5000)
+    ends = dict(evals)
+    if args.eval_sets:
+        sets = "VOC;Context;COCO-Object"
+        ends |= common.by_protocol(args.eval_sets, sets, args.sets_are, args.background, 16)
+        ends["VOC"]["protocol"] = f"pseg_{ends['VOC']['protocol']}"
     batch, epoch = 4096, args.pairs / 4096  # Table 10
     return common.run(
         "pseg",
@@ -254,7 +264,7 @@ def paper(args: Args) -> ConfigDict:
             workers=16,
         ),
         evals=evals,
-        final_evals=evals,
+        final_evals=ends,
         checkpoint=common.checkpoint(every=1000, keep=3),
         log_every=50,
     )

@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> Parser:
     """Returns the command's parser."""
+    from ovseg_jax.decisions.published import DECISIONS as PROTOCOLS
     from ovseg_jax.decisions.rules import DECISIONS
     from ovseg_jax.inference.segmenter import UNKNOWN_BELOW
     from ovseg_jax.vocab.classes import LABEL_FILES
@@ -64,6 +65,14 @@ def parser() -> Parser:
         metavar="SIZE[,OVERLAP]",
         help="segment large images in overlapping tiles of SIZE pixels, for more detail (default overlap: a quarter)",
     )
+    add(
+        "--protocol",
+        choices=tuple(PROTOCOLS),
+        metavar="NAME",
+        help="resize, average sliding windows and decide as in a published evaluation, in place of --threshold, "
+        f"--decision and --tile: {', '.join(PROTOCOLS)}",
+    )
+    add("--crf", action="store_true", help="move the borders of the label map to those of the image")
     add(
         "--proposals",
         metavar="WORKDIR",
@@ -113,6 +122,12 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UserError("--decision replaces --threshold: give only one of them")
     if arguments.decision and arguments.tile and decision_of(arguments.decision).needs_masks:
         raise UserError(f"--decision={arguments.decision} works on whole images: leave out --tile")
+    if arguments.protocol and (arguments.decision or arguments.tile or arguments.threshold is not None):
+        raise UserError("--protocol replaces --threshold, --decision and --tile: give only one of them")
+    if arguments.protocol and arguments.features:
+        raise UserError("--features works on whole images: leave out --protocol")
+    if arguments.crf and arguments.decision and decision_of(arguments.decision).separates:
+        raise UserError(f"--crf works on label maps: leave out --decision={arguments.decision}")
     if arguments.features and arguments.tile:
         raise UserError("--features works on whole images: leave out --tile, or cut the images yourself")
     if arguments.features and arguments.proposals:
@@ -153,6 +168,8 @@ def _run(arguments: argparse.Namespace) -> int:
         decision=arguments.decision,
         tile=arguments.tile,
         features=arguments.features,
+        protocol=arguments.protocol,
+        crf=arguments.crf,
         overwrite=arguments.overwrite,
     )
     for record in done.records[:10]:

@@ -5,6 +5,7 @@ NotImplementedError here; everything else has a default.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,12 +42,17 @@ class Prediction(NamedTuple):
       pixels: by space, [B h w D] a feature of every pixel, not normalised.
       void: [B N] score of "no object" for each proposal, for methods that learn it, on the scale of their regions'
         scores.
+      image: by space, [B D] an embedding of the whole image, for decisions that first choose its classes; None for
+        methods without one.
+      scale: [B] 1/τ, the learned factor from cosines to logits; None for methods without one.
     """
 
     mask_logits: Float[Array, "*b n h w"] | None
     regions: dict[str, Float[Array, "*b n d"]]
     pixels: dict[str, Float[Array, "*b h w d"]]
     void: Float[Array, "*b n"] | None = None
+    image: dict[str, Float[Array, "*b d"]] | None = None
+    scale: Float[Array, "*b"] | None = None
 
 
 class Vocabulary(NamedTuple):
@@ -69,10 +75,14 @@ class RegionScores(NamedTuple):
     Attributes:
       names: [T N] the score of each name for each proposal.
       void: [N] the score of "no object" on the same scale, or None.
+      image: [T] the score of each name for the whole image on the same scale, or None.
+      scale: the factor from scores to logits, or None.
     """
 
     names: Float[Array, "t n"]
     void: Float[Array, "n"] | None = None
+    image: Float[Array, "t"] | None = None
+    scale: Float[Array, ""] | None = None
 
 
 class PixelScores(NamedTuple):
@@ -177,8 +187,9 @@ class Segmenting:
         """
         del vocabulary
         space = common_space(prediction.regions, text)
-        names = jnp.matmul(text[space], prediction.regions[space].T, precision=PRECISION)
-        return RegionScores(names, prediction.void)
+        product = partial(jnp.matmul, text[space], precision=PRECISION)
+        whole = None if prediction.image is None else product(prediction.image[space])
+        return RegionScores(product(prediction.regions[space].T), prediction.void, whole, prediction.scale)
 
     def score_pixels(self, prediction: Prediction, text: Text, vocabulary: Vocabulary) -> PixelScores:
         """Scores every name for every pixel of one image; by default the cosine in the only space. Jittable."""

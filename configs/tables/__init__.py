@@ -1,4 +1,4 @@
-"""Every row of every table of papers/004 (openseg.py) and papers/000 (pomp.py): what trains it, what it scored.
+"""Every row of every table of papers/004 (openseg.py), 000 (pomp.py) and 002 (pseg.py): what trains it, its scores.
 
 python -m ovseg_jax.report --list
     all rows with their scores and commands; a row that cannot be run says why
@@ -18,7 +18,7 @@ from ovseg_jax.config import parse_arg
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.paper_tables import PaperTable, Row, find_row
 
-PAPERS = ("openseg", "pomp")
+PAPERS = ("openseg", "pomp", "pseg")
 OWN = (
     "data_dir",
     "narratives",

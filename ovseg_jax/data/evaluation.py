@@ -9,6 +9,7 @@ import numpy as np
 from ovseg_jax.data.images import centre_square, fit_canvas
 from ovseg_jax.data.source_base import Source
 from ovseg_jax.data.transforms import class_map
+from ovseg_jax.data.windows import Sliding
 from ovseg_jax.errors import UserError
 
 Row = dict[str, np.ndarray]
@@ -55,24 +56,27 @@ class SegmentsEval:
 
     It adds labels and segments to the row of `ImageEval`. Labels are never resized, which would change scores: labels
     and segments keep their own size, in the top left of a canvas of `label_size`. `segment_valid` marks the visible
-    segments that are not crowds; `segment_classes`, `segment_isthing` and `segment_iscrowd` cover all.
+    segments that are not crowds; `segment_classes`, `segment_isthing` and `segment_iscrowd` cover all. With `windows`,
+    the row holds the fields of `data.windows.Cut` in place of a single image.
     """
 
     source: Source
     image_size: int
     label_size: tuple[int, int]
     max_segments: int
+    windows: Sliding | None = None
 
     @classmethod
     def from_config(cls, data: Any, source: Source) -> "SegmentsEval":
-        """Creates it from `image_size`, `label_size` and `max_segments` of `config.data`."""
+        """Creates it from `image_size`, `label_size`, `max_segments` and `windows` of `config.data`."""
         label_size, segments = data.get("label_size"), data.get("max_segments")
         if not label_size or not segments:
             extent = source.extent()
             label_size = label_size or extent[:2]
             segments = segments or extent.segments
         height, width = (label_size, label_size) if isinstance(label_size, int) else label_size
-        return cls(source, int(data["image_size"]), (int(height), int(width)), int(segments))
+        windows = Sliding.of(data["windows"]) if data.get("windows") else None
+        return cls(source, int(data["image_size"]), (int(height), int(width)), int(segments), windows)
 
     def __call__(self, index: int) -> Row:
         """Returns the row of example `index` of the source.
@@ -90,7 +94,7 @@ class SegmentsEval:
             "segment_iscrowd": np.zeros(self.max_segments, bool),
         }
         if index < 0:
-            return _image_row(None, self.image_size, index) | row
+            return _image_row(None, self.image_size, index, self.windows) | row
         example = self.source[index]
         segments, count = example["segments"], len(example["class_ids"])
         height, width = segments.shape
@@ -112,7 +116,7 @@ class SegmentsEval:
         row["segment_classes"][:count] = example["class_ids"]
         row["segment_isthing"][:count] = example["isthing"]
         row["segment_iscrowd"][:count] = example["iscrowd"]
-        return _image_row(example["image"], self.image_size, index) | row
+        return _image_row(example["image"], self.image_size, index, self.windows) | row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,14 +140,13 @@ class ClassifyEval(ImageEval):
         return {**row, "index": np.int32(index), "example_mask": np.bool_(index >= 0)}  # type: ignore[dict-item]
 
 
-def _image_row(image: np.ndarray | None, size: int, index: int) -> Row:
+def _image_row(image: np.ndarray | None, size: int, index: int, windows: Sliding | None = None) -> Row:
     """Returns the part of a row that every image has; `image` is None for padding."""
+    row: Row = {"index": np.asarray(index, np.int32), "example_mask": np.asarray(index >= 0)}
+    if windows is not None:
+        cut: Row = windows.cut(image, size)._asdict()
+        return cut | row
     canvas, fitted = np.zeros((size, size, 3), np.uint8), (0, 0)
     if image is not None:
         canvas, fitted = fit_canvas(image, size)
-    return {
-        "image": canvas,
-        "image_size": np.asarray(fitted, np.int32),
-        "index": np.asarray(index, np.int32),
-        "example_mask": np.asarray(index >= 0),
-    }
+    return {"image": canvas, "image_size": np.asarray(fitted, np.int32), **row}

@@ -10,6 +10,7 @@ from ovseg_jax.data.images import read_ids, read_mask
 from ovseg_jax.data.sources.coco import coco_classes, number_segments
 from ovseg_jax.datasets.base import Download, Entry, Option, segments_of_map
 from ovseg_jax.datasets.packed import Packed
+from ovseg_jax.errors import UserError
 from ovseg_jax.reading import column, flag, objects, reading, text, whole
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.splits import load_split
@@ -45,6 +46,8 @@ _STUFF = (
     "wall-wood; 178 water-other; 179 waterdrops; 180 window-blind; 181 window-other; 182 wood"
 )
 _LAST_THING, _UNLABELLED = 91, 255
+# Behind the stem of the maps that NVlabs/GroupViT's convert_coco_object.py writes.
+_TRAIN_IDS = "_instanceTrainIds"
 
 
 class _Segment(NamedTuple):
@@ -218,7 +221,7 @@ class CocoStuff(Packed):
             "maps",
         ),
     )
-    options = (
+    options: tuple[Option, ...] = (
         Option(
             "zero_shot",
             ("no", "yes"),
@@ -251,6 +254,47 @@ class CocoStuff(Packed):
         image, mask = self.encoded(entry.data["image"]), self.encoded(entry.data["mask"])
         labels = self.upright(read_mask(mask), mask, image).astype(np.int32) + 1
         segments, ids = segments_of_map(labels, self.classes, (_UNLABELLED + 1,), f"{mask} (less one)")
+        return {"image": image.data, "segments": segments, "class_ids": ids}
+
+
+class CocoObject(CocoStuff):
+    """COCO-Object (NVlabs/GroupViT): the 80 things of COCO-Stuff's maps; all other pixels, unlabelled too, are void.
+
+    Class ids are COCO's. An evaluation with background counts the void pixels (`background=void`). Maps that GroupViT's
+    conversion wrote, `*_instanceTrainIds.png`, are read in place of COCO-Stuff's where they are.
+    """
+
+    name = "coco_object"
+    about = "118,287 training and 5,000 validation images of COCO 2017 with semantic maps of 80 things"
+    options = ()
+
+    def __init__(self, source: epath.PathLike, **options: str):
+        Packed.__init__(self, source, **options)
+        every = stuff_classes()
+        things = [k for k, thing in enumerate(every.isthing) if thing]
+        pick = lambda values: tuple(values[k] for k in things)
+        self.classes = ClassList(pick(every.names), pick(every.ids), pick(every.isthing))
+
+    def files(self, folder: str, suffix: str) -> dict[str, str]:
+        """Returns the files of a folder by their base names, of maps the converted ones if there are some."""
+        found = super().files(folder, suffix)
+        converted = {key.removesuffix(_TRAIN_IDS): name for key, name in found.items() if _TRAIN_IDS in key}
+        return converted or found
+
+    def example(self, split: str, entry: Entry) -> dict[str, Any]:
+        """Returns `image`, `segments` and `class_ids` of an image."""
+        image, mask = self.encoded(entry.data["image"]), self.encoded(entry.data["mask"])
+        labels = self.upright(read_mask(mask), mask, image).astype(np.int32)
+        if _TRAIN_IDS in entry.data["mask"]:
+            ids_of = np.array([0, *self.classes.ids], np.int32)
+            if labels.max(initial=0) >= len(ids_of):
+                raise UserError(
+                    f"{mask} holds the value {labels.max()}, but those of {_TRAIN_IDS[1:]} are 0 to 80"
+                )
+            labels = ids_of[labels]
+        else:
+            labels = np.where(labels < _LAST_THING, labels + 1, 0)
+        segments, ids = segments_of_map(labels, self.classes, (0,), str(mask))
         return {"image": image.data, "segments": segments, "class_ids": ids}
 
 

@@ -6,6 +6,7 @@ from ovseg_jax.datasets.base import Dataset
 DATASETS: dict[str, str] = {
     "ade20k_150": "ovseg_jax.datasets.ade20k:Ade20k150",
     "ade20k_847": "ovseg_jax.datasets.ade20k:Ade20kFull",
+    "coco_object": "ovseg_jax.datasets.coco:CocoObject",
     "coco_panoptic": "ovseg_jax.datasets.coco:CocoPanoptic",
     "coco_stuff": "ovseg_jax.datasets.coco:CocoStuff",
     "coco_retrieval": "ovseg_jax.datasets.retrieval:CocoRetrieval",

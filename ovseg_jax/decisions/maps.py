@@ -29,7 +29,11 @@ MODES: tuple[Mode, ...] = ("predicted", "none", "truth")
 NAME_BLOCK = 128
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["weights", "maps", "void"], meta_fields=["masks"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["weights", "maps", "void", "image", "scale"],
+    meta_fields=["masks"],
+)
 @dataclasses.dataclass(frozen=True)
 class Layers:
     """The scores of one image in factors: the score of name t at a pixel is `weights[t] . up(maps)`.
@@ -39,12 +43,16 @@ class Layers:
       maps: [C h w] mask logits of proposals, or channels of pixel features.
       void: [C] the score of "no object" for each proposal, or None.
       masks: whether the maps are mask logits, which need a sigmoid after the upsampling.
+      image: [T] the score of each name for the whole image, or None.
+      scale: the factor from scores to logits, or None.
     """
 
     weights: Float[Array, "t c"]
     maps: Float[Array, "c h w"]
     void: Float[Array, "c"] | None
     masks: bool
+    image: Float[Array, "t"] | None = None
+    scale: Float[Array, ""] | None = None
 
 
 class Frame(NamedTuple):
@@ -87,7 +95,7 @@ def layers_of(
     """Scores one image's proposals, or its pixels if mode is "none" or there are no proposals. Jittable."""
     if mode == "predicted" and prediction.mask_logits is not None:
         scores = method.score_regions(prediction, text, vocabulary)
-        return Layers(scores.names, prediction.mask_logits, scores.void, True)
+        return Layers(scores.names, prediction.mask_logits, scores.void, True, scores.image, scores.scale)
     pixels = method.score_pixels(prediction, text, vocabulary)
     return Layers(pixels.weights, pixels.maps, None, False)
 

@@ -3,6 +3,7 @@
     argmax                 the best category of every pixel (papers/004, eq. 6)
     background_threshold   the same, but none where the confidence is below a threshold
     groupvit               the best category of each pixel's strongest proposal, or background (NVlabs/GroupViT)
+    semantic               probabilities of classes times masks, summed over the proposals (MaskFormer)
     panoptic               one proposal per pixel; things stay separate, stuff is merged (Mask2Former, FC-CLIP)
     instances              the best things, which may overlap (Mask2Former)
 
@@ -63,20 +64,59 @@ class Decided(NamedTuple):
     segments: Segments | None = None
 
 
+class Rows(NamedTuple):
+    """The scores of one window in factors: the score of row r at a pixel is `weights[r] . maps`.
+
+    Attributes:
+      weights: [R C] finite weights of each row for each map.
+      owner: [R] the category of each row, -1 for background.
+      allowed: [R] whether a row may be chosen.
+    """
+
+    weights: Float[Array, "r c"]
+    owner: Int[Array, "r"]
+    allowed: Bool[Array, "r"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Decision:
     """A rule with its settings: a jittable function of (layers, frame, vocabulary, views), static under jit.
 
     `views` [V T] marks the names that may be chosen in each view.
+
+    Attributes:
+      needs_masks: whether it needs proposals.
+      strongest: whether, in windows, a pixel counts for its strongest proposal alone, and not for all by their sigmoid.
+      separates: whether it separates objects of one category.
     """
 
     needs_masks: ClassVar[bool] = True
+    strongest: ClassVar[bool] = False
+    separates: ClassVar[bool] = False
 
     def __call__(
         self, layers: Layers, frame: Frame, vocabulary: Vocabulary, views: Bool[Array, "v t"]
     ) -> Decided:
         """Decides on one image."""
         raise NotImplementedError
+
+    def rows(self, layers: Layers, vocabulary: Vocabulary, allowed: Bool[Array, "t"]) -> Rows:
+        """Scores one window; the averages over the windows decide, see `decisions.windows`.
+
+        Raises:
+          UserError: the decision cannot be averaged over windows.
+        """
+        raise UserError(f"the decision {type(self).__name__} works on whole images, not on sliding windows")
+
+    def confidence(self, score: Array, cover: Array, masks: bool) -> Array:
+        """Returns the confidence of a pixel from the average score of its best row; `cover` is that of all maps."""
+        del cover, masks
+        return score
+
+    @property
+    def least(self) -> float:
+        """The confidence below which a pixel has no category after the windows are averaged."""
+        return -float("inf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +135,14 @@ class Argmax(Decision):
         confidence = jnp.asarray(confidence_of(score, cover)) if layers.masks else score
         return named(name, confidence, score, frame, vocabulary)
 
+    def rows(self, layers: Layers, vocabulary: Vocabulary, allowed: Bool[Array, "t"]) -> Rows:
+        """Returns the scores of a window's names."""
+        return Rows(layers.weights, vocabulary.owner, allowed)
+
+    def confidence(self, score: Array, cover: Array, masks: bool) -> Array:
+        """Returns the confidence of a pixel, see `maps.confidence_of`."""
+        return jnp.asarray(confidence_of(score, cover)) if masks else score
+
 
 @dataclasses.dataclass(frozen=True)
 class BackgroundThreshold(Argmax):
@@ -109,23 +157,30 @@ class BackgroundThreshold(Argmax):
         best = super().__call__(layers, frame, vocabulary, views)
         return best._replace(category=jnp.where(best.confidence >= self.threshold, best.category, -1))
 
+    @property
+    def least(self) -> float:
+        """The threshold."""
+        return self.threshold
+
 
 @dataclasses.dataclass(frozen=True)
 class GroupVit(Decision):
     """The best category of each pixel's strongest proposal, or none (the inference of NVlabs/GroupViT).
 
     A proposal's affinity to a class is the softmax of its logits over all classes times that over the `top` classes of
-    the image, those with the highest mean over the proposals. A pixel has no category if its best affinity is below
-    `threshold`, or below the best affinity of the whole image if that is lower.
+    the image, those with the highest score for its embedding, or with the highest mean over the proposals for a method
+    without one. A pixel has no category if its best affinity is below `threshold`, or below the best affinity of the
+    whole image if that is lower.
 
     Attributes:
       threshold: affinity below which a pixel is background; published: 0.95 for VOC and COCO, 0.35 for Context.
-      scale: 1/τ, the factor from scores to logits.
+      scale: 1/τ, the factor from scores to logits; 0 for the method's own, at most 100, or 100 if it has none.
       top: the number of classes that compete.
     """
 
+    strongest: ClassVar[bool] = True
     threshold: float = 0.95
-    scale: float = 100.0
+    scale: float = 0.0
     top: int = 5
 
     def __call__(
@@ -136,18 +191,83 @@ class GroupVit(Decision):
         winner = _joined(_strips(layers.maps, frame, strongest), frame)
 
         def view(allowed: Bool[Array, "t"]) -> tuple[Array, Array]:
-            score = class_scores(layers.weights, vocabulary, allowed)  # [K N]
-            logits = self.scale * score
-            mean = score.mean(1)
-            least = jax.lax.top_k(mean, min(self.top, len(mean)))[0][-1]
-            within = jnp.where((mean >= least)[:, None], logits, -jnp.inf)
-            affinity = jax.nn.softmax(logits, 0) * jax.nn.softmax(within, 0)
-            affinity = jnp.where(jnp.isfinite(score), affinity, 0)
+            affinity, least = self._affinity(layers, vocabulary, allowed)
             best, category = affinity.max(0), affinity.argmax(0).astype(jnp.int32)
-            found = frame.inside & (best >= jnp.minimum(self.threshold, best.max()))[winner] & allowed.any()
+            found = frame.inside & (best >= least)[winner] & allowed.any()
             return jnp.where(found, category[winner], -1), jnp.where(found, best[winner], 0)
 
         return Decided(*jax.lax.map(view, views))
+
+    def rows(self, layers: Layers, vocabulary: Vocabulary, allowed: Bool[Array, "t"]) -> Rows:
+        """Returns the affinities of a window's proposals, and 1 for the background where they are too low."""
+        affinity, least = self._affinity(layers, vocabulary, allowed)
+        k = len(affinity)
+        weights = jnp.concatenate([affinity, (affinity.max(0) < least).astype(affinity.dtype)[None]])
+        owner = jnp.append(jnp.arange(k, dtype=jnp.int32), -1)
+        # As published, the background comes first among equal scores; here no class has exactly 1.
+        return Rows(weights, owner, jnp.append(classes_of(vocabulary, allowed), True))
+
+    def _affinity(
+        self, layers: Layers, vocabulary: Vocabulary, allowed: Bool[Array, "t"]
+    ) -> tuple[Float[Array, "k n"], Float[Array, ""]]:
+        """Returns the affinity of each class to each proposal, and the least that is not background."""
+        score = class_scores(layers.weights, vocabulary, allowed)
+        logits = logit_scale(self.scale, layers) * score
+        of_image = score.mean(1)
+        if layers.image is not None:
+            of_image = class_scores(layers.image[:, None], vocabulary, allowed)[:, 0]
+        chosen = jax.lax.top_k(of_image, min(self.top, len(of_image)))[1]
+        within = jnp.full_like(logits, -jnp.inf).at[chosen].set(logits[chosen])
+        affinity = jax.nn.softmax(logits, 0) * jax.nn.softmax(within, 0)
+        affinity = jnp.where(jnp.isfinite(score), affinity, 0)
+        # Rounding must not make the best proposal background.
+        return affinity, jnp.minimum(self.threshold, affinity.max() * (1 - 1e-6))
+
+
+@dataclasses.dataclass(frozen=True)
+class Semantic(Decision):
+    """MaskFormer's semantic inference: the probability of a class in each proposal times its mask, summed.
+
+    A proposal's probabilities are the softmax of its logits over the classes, and "no object" if the method has it. For
+    scores that are probabilities already, that is `Argmax`.
+
+    Attributes:
+      threshold: sum below which a pixel has no category; papers/002 do not state theirs.
+      scale: see `GroupVit`.
+    """
+
+    threshold: float = 0.0
+    scale: float = 0.0
+
+    def __call__(
+        self, layers: Layers, frame: Frame, vocabulary: Vocabulary, views: Bool[Array, "v t"]
+    ) -> Decided:
+        """Decides on one image."""
+
+        def view(allowed: Bool[Array, "t"]) -> tuple[Array, Array]:
+            rows = self.rows(layers, vocabulary, allowed)
+            at = frame.rows, frame.columns, rows.allowed[None]
+            row, score, _ = best_names(rows.weights, layers.maps, *at, logits=True)
+            found = frame.inside & (score[0] > -jnp.inf) & (score[0] >= self.threshold)
+            return jnp.where(found, row[0], -1), jnp.where(found, score[0], 0)
+
+        return Decided(*jax.lax.map(view, views))
+
+    def rows(self, layers: Layers, vocabulary: Vocabulary, allowed: Bool[Array, "t"]) -> Rows:
+        """Returns the probabilities of a window's proposals."""
+        scale = logit_scale(self.scale, layers)
+        logits = scale * class_scores(layers.weights, vocabulary, allowed)
+        k = len(logits)
+        if layers.void is not None:
+            logits = jnp.concatenate([logits, scale * layers.void[None]])
+        can = classes_of(vocabulary, allowed)
+        share = jnp.where(can[:, None], jax.nn.softmax(logits, 0)[:k], 0)
+        return Rows(share, jnp.arange(k, dtype=jnp.int32), can)
+
+    @property
+    def least(self) -> float:
+        """The threshold."""
+        return self.threshold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +283,7 @@ class Panoptic(Decision):
       overlap_threshold: lowest share of its mask that a proposal keeps; published: 0.8.
     """
 
+    separates: ClassVar[bool] = True
     object_threshold: float = 0.0
     overlap_threshold: float = 0.8
 
@@ -222,6 +343,7 @@ class Instances(Decision):
       top: the number of pairs; published: 100.
     """
 
+    separates: ClassVar[bool] = True
     top: int = 100
 
     def __call__(
@@ -267,6 +389,7 @@ DECISIONS: dict[str, type[Decision]] = {
     "argmax": Argmax,
     "background_threshold": BackgroundThreshold,
     "groupvit": GroupVit,
+    "semantic": Semantic,
     "panoptic": Panoptic,
     "instances": Instances,
 }
@@ -382,6 +505,18 @@ def class_scores(
     """Returns the score of each class, which is that of its best allowed name; -inf for a class without one."""
     weights = jnp.where(allowed[:, None], weights, -jnp.inf)
     return jax.ops.segment_max(weights, vocabulary.owner, num_segments=len(vocabulary.isthing))
+
+
+def classes_of(vocabulary: Vocabulary, allowed: Bool[Array, "t"]) -> Bool[Array, "k"]:
+    """Tells for each class whether one of its names is allowed."""
+    return jnp.zeros(len(vocabulary.isthing), bool).at[vocabulary.owner].max(allowed)
+
+
+def logit_scale(scale: float, layers: Layers) -> Float[Array, ""] | float:
+    """Returns the factor from scores to logits: `scale`, or for 0 the method's own, at most 100, or 100."""
+    if scale:
+        return scale
+    return 100.0 if layers.scale is None else jnp.minimum(layers.scale, 100.0)
 
 
 def _strips(maps: Float[Array, "n h w"], at: Frame, function: Callable[..., Any]) -> Any:

@@ -5,6 +5,7 @@ label maps and counts, the counts are summed over all devices of all processes, 
 divides once. Every process returns the same numbers.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -15,17 +16,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int
+from ml_collections import ConfigDict
 
 from ovseg_jax.decisions.maps import Mode, vocabulary_of
+from ovseg_jax.decisions.published import protocol
 from ovseg_jax.decisions.rules import Decision, decide, decision_of
+from ovseg_jax.decisions.windows import Windows, decide_windows, predict_windows
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals import confusion, pixel_counts, proposals
 from ovseg_jax.evals.base import BatchEvaluator
 from ovseg_jax.evals.passes import each_batch
+from ovseg_jax.evals.registry import Setup
 from ovseg_jax.parallel.sharding import AXES, replicated
 from ovseg_jax.protocols import Prediction, Segmenting, Text, Variables, Vocabulary
 from ovseg_jax.towers.features import embed_in_chunks
 from ovseg_jax.vocab.classes import with_names
+
+VOID = "void"
 
 
 class Sums(NamedTuple):
@@ -51,12 +58,16 @@ class SegmentationEvaluator(BatchEvaluator):
     `recall@0.9` of the proposals over all visible segments that are not crowds. The first of several modes is reported
     under these names, the others with the suffix `@<mode>`. A per-pixel method has no masks: "predicted" then means
     "none", and there is no recall.
+
+    With `windows` (see `data.windows.Sliding`) images are resized and cut into windows of `image_size`, whose scores
+    are averaged, and there is no recall. `protocol` names a published combination of windows and decision, see
+    `decisions.published`; keys beside it replace its own.
     """
 
     needs = frozenset({"image", "segments", "class_ids"})
     takes = Segmenting
-    overrides = ("image_size", "label_size", "max_segments")
-    options = ("masks", "decision", "background", "names")
+    overrides = ("image_size", "label_size", "max_segments", "windows")
+    options = ("masks", "decision", "background", "ignore", "names", "protocol")
 
     def __init__(
         self,
@@ -64,6 +75,7 @@ class SegmentationEvaluator(BatchEvaluator):
         masks: str | Sequence[str] = "predicted",
         decision: Any = "argmax",
         background: str | None = None,
+        ignore: str | None = None,
         names: Any = None,
         every: int = 0,
     ):
@@ -73,11 +85,13 @@ class SegmentationEvaluator(BatchEvaluator):
           *common, every: see `BatchEvaluator`.
           masks: the origins of the masks, one or several, see `decisions.rules.decide`.
           decision: see `decisions.rules.decision_of`.
-          background: the name of a class that is not predicted by its name but given to pixels without a category.
+          background: the name of a class that is not predicted by its name but given to pixels without a category;
+            or "void" for a class of its own, which the pixels without a label are of.
+          ignore: the name of a class that is never predicted and whose pixels are not scored.
           names: a mapping of classes to other names to ask for, such as those of all things that are background.
 
         Raises:
-          UserError: the method does not support the masks, or there is no class `background`.
+          UserError: the method does not support the masks, or there is no class `background` or `ignore`.
         """
         super().__init__(*common, every=every)
         modes = (masks,) if isinstance(masks, str) else tuple(masks)
@@ -89,15 +103,41 @@ class SegmentationEvaluator(BatchEvaluator):
             )
         self._modes = tuple(dict.fromkeys(modes))
         self._decision: Decision = decision_of(decision)
-        self._background = None
-        if background is not None:
-            if background not in self._classes.index:
-                raise UserError(f"evals.{self.name}.background={background!r} is not one of the classes")
-            self._background = self._classes.index[background]
+        self._void = background == VOID
+        if self._void:
+            classes = self._classes
+            self._classes = dataclasses.replace(
+                classes,
+                names=(*classes.names, ("background",)),
+                ids=(*classes.ids, max(classes.ids, default=0) + 1),
+                isthing=(*classes.isthing, False),
+                examples=(),
+            )
+            self._background: int | None = len(classes)
+        else:
+            self._background = self._class("background", background)
+        self._ignore = self._class("ignore", ignore)
         asked = with_names(self._classes, dict(names or {}))
+        if self._void:  # Its name is never asked for, and a method may not know it.
+            asked = dataclasses.replace(asked, names=(*asked.names[:-1], asked.names[0]))
         self._names, _ = asked.flat()
         self._vocabulary = vocabulary_of(asked, self._method.seen_names())
         self._step = jax.jit(self._counts)
+
+    @classmethod
+    def from_config(cls, setup: Setup) -> "SegmentationEvaluator":
+        """Creates the evaluator with the options that its section of the config names, and those of a protocol."""
+        own = dict(setup.evaluation.items())
+        if name := own.pop("protocol", None):
+            setup = setup._replace(evaluation=ConfigDict({**protocol(name), **own}))
+        evaluator = super().from_config(setup)
+        assert isinstance(evaluator, cls)
+        return evaluator
+
+    def _class(self, key: str, name: str | None) -> int | None:
+        if name is not None and name not in self._classes.index:
+            raise UserError(f"evals.{self.name}.{key}={name!r} is not one of the classes")
+        return None if name is None else self._classes.index[name]
 
     def run(self, variables: Variables) -> dict[str, float]:
         """Computes the metrics and fills `tables`.
@@ -139,7 +179,7 @@ class SegmentationEvaluator(BatchEvaluator):
         prediction = self._predict(variables, batch)
         split, whole = PartitionSpec(AXES), PartitionSpec()
         count = jax.shard_map(
-            partial(self._count_shard, canvas=batch["image"].shape[1]),
+            partial(self._count_shard, canvas=batch["image"].shape[-2]),
             mesh=self._mesh,
             in_specs=(split, split, whole, whole),
             out_specs=whole,
@@ -150,6 +190,9 @@ class SegmentationEvaluator(BatchEvaluator):
         return count(prediction, rest, texts, self._vocabulary)
 
     def _predict(self, variables: Variables, batch: dict[str, Array]) -> Prediction:
+        if "window_at" in batch:
+            images = batch["image"], batch["image_size"], batch["window_valid"]
+            return predict_windows(self._method.predict, variables, *images)
         return self._method.predict(variables, batch["image"], batch["image_size"])
 
     def _count_shard(
@@ -164,14 +207,25 @@ class SegmentationEvaluator(BatchEvaluator):
         """Counts one device's images, summed over all devices."""
         k, background = len(self._classes), self._background
         label = jnp.where(batch["example_mask"][:, None, None], batch["label"], -1)
+        if self._void and background is not None:
+            inside = [jnp.arange(n) < batch["label_size"][:, i, None] for i, n in enumerate(label.shape[1:])]
+            void = (
+                inside[0][:, :, None]
+                & inside[1][:, None]
+                & batch["example_mask"][:, None, None]
+                & (label < 0)
+            )
+            label = jnp.where(void, background, label)
+        if self._ignore is not None:
+            label = jnp.where(label == self._ignore, -1, label)
         valid = batch["segment_valid"] & batch["example_mask"][:, None]
         asked = pixel_counts.present_classes(label, k)
         asked = jnp.stack([jnp.ones_like(asked), asked], 1)
-        if background is not None:
-            asked = asked.at[:, :, background].set(False)
+        for never in {background, self._ignore} - {None}:
+            asked = asked.at[:, :, never].set(False)
         views = asked[:, :, vocabulary.owner]
         recalled = None
-        if prediction.mask_logits is not None:
+        if prediction.mask_logits is not None and "window_at" not in batch:
             iou = proposals.best_iou(
                 prediction.mask_logits,
                 batch["image_size"],
@@ -184,21 +238,17 @@ class SegmentationEvaluator(BatchEvaluator):
         sums = {key: Sums({}, {}, recalled) for key in texts}
         for mode, key in itertools.product(self._modes, texts):
             masks: Mode = "none" if mode == "predicted" and prediction.mask_logits is None else mode  # type: ignore[assignment]
-            category = decide(
-                self._method,
-                prediction,
-                texts[key],
-                vocabulary,
-                batch["image_size"],
-                batch["label_size"],
-                views,
-                canvas=canvas,
-                shape=(label.shape[1], label.shape[2]),
-                decision=self._decision,
-                mode=masks,
-                segments=batch["segments"],
-                max_segments=valid.shape[1],
-            ).category
+            where: dict[str, Any] = dict(
+                canvas=canvas, shape=label.shape[1:], decision=self._decision, mode=masks
+            )
+            given = self._method, prediction, texts[key], vocabulary
+            if "window_at" in batch:
+                places = Windows.of(batch)
+                category = decide_windows(*given, places, batch["label_size"], views, **where).category
+            else:
+                where |= dict(segments=batch["segments"], max_segments=valid.shape[1])
+                sizes = batch["image_size"], batch["label_size"]
+                category = decide(*given, sizes[0], sizes[1], views, **where).category
             if background is not None:
                 category = jnp.where(category < 0, background, category)
             sums[key].every_class[mode] = pixel_counts.count(label, category[:, 0], k)

@@ -85,6 +85,8 @@ def segment_files(
     decision: str | None = None,
     tile: tuple[int, int] | None = None,
     features: bool = False,
+    protocol: str | None = None,
+    crf: bool = False,
     overwrite: bool = False,
 ) -> Done:
     """Segments files and writes the results that the help of the command `predict` lists.
@@ -102,6 +104,8 @@ def segment_files(
       decision: see `Segmenter.stream`.
       tile: see `Segmenter.stream`.
       features: whether to also write features.
+      protocol: see `Segmenter.stream`.
+      crf: see `Segmenter.stream`.
       overwrite: whether to replace files in `out` that no earlier call has written.
 
     Raises:
@@ -127,6 +131,8 @@ def segment_files(
             "decision": decision,
             "tile": tile,
             "features": features,
+            "protocol": protocol,
+            "crf": crf,
         }
         listed = journal.head.get("labels")
         journal.start(
@@ -149,7 +155,14 @@ def segment_files(
                     listed = [list(group) for group in segmenter.classes.names]
                     journal.start(request, names={**known, **names}, labels=listed)
                 results = segmenter.stream(
-                    reader, labels, threshold=threshold, decision=decision, tile=tile, features=features
+                    reader,
+                    labels,
+                    threshold=threshold,
+                    decision=decision,
+                    tile=tile,
+                    features=features,
+                    protocol=protocol,
+                    crf=crf,
                 )
                 for record in _save_all(results, reader, out, names, len(paths), count):
                     journal.append(record)

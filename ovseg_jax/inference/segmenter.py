@@ -20,7 +20,9 @@ from jaxtyping import Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from ovseg_jax.data.images import fit_canvas, read_image
+from ovseg_jax.data.windows import Sliding
 from ovseg_jax.decisions.maps import Layers, Mode, confidence_of, layers_of, vocabulary_of
+from ovseg_jax.decisions.published import protocol as published
 from ovseg_jax.decisions.rules import (
     Argmax,
     BackgroundThreshold,
@@ -30,7 +32,9 @@ from ovseg_jax.decisions.rules import (
     decide,
     decision_of,
 )
+from ovseg_jax.decisions.windows import Windows, decide_windows
 from ovseg_jax.errors import UserError
+from ovseg_jax.inference.crf import refine
 from ovseg_jax.inference.result import PixelFeatures, Result
 from ovseg_jax.inference.tiles import Blender, Span, View, spans
 from ovseg_jax.kernels.cpu_convs import fast_on_cpu
@@ -75,6 +79,9 @@ class Segmenter:
         self._predict = jax.jit(fast_on_cpu(method.predict))
         self._layers = jax.jit(partial(_layers, method))
         self._decide = jax.jit(partial(decide, method), static_argnames=("canvas", "shape", "decision"))
+        self._decide_windows = jax.jit(
+            partial(decide_windows, method), static_argnames=("canvas", "shape", "decision", "mode")
+        )
         self._decide_all = jax.jit(self._decide_batch, static_argnames=("shape", "decision"))
         self._texts: dict[tuple[tuple[str, ...], ...], Text] = {}
 
@@ -168,6 +175,8 @@ class Segmenter:
         decision: Any = None,
         tile: tuple[int, int] | None = None,
         features: bool = False,
+        protocol: str | None = None,
+        crf: bool = False,
     ) -> Any:
         """Gives every pixel the category that fits it best (eq. 6), or "unknown"; or applies `decision`.
 
@@ -184,13 +193,17 @@ class Segmenter:
           tile: (size, overlap) in pixels of the image. A larger image is segmented in overlapping tiles, in more
             detail, and the scores of the tiles are blended. By default the whole image is one input.
           features: whether to also fill `Result.features`, from the same forward pass. Not with `tile`.
+          protocol: a name of `decisions.published.DECISIONS`: resizes the image, averages sliding windows and decides
+            as in that published evaluation, in place of `threshold`, `decision` and `tile`.
+          crf: whether to move the borders of the label map to those of the image, see `inference.crf`.
 
         Returns:
           A Result, or for a list of images a list of Results.
 
         Raises:
           UserError: an image cannot be read; labels are empty; the text side cannot embed a word; vectors have another
-            width; features are requested with tiles; the decision is unknown, needs masks, or does not support tiles.
+            width; features are requested with tiles; the decision is unknown, needs masks, or does not support tiles;
+            the protocol is unknown or combined with what it replaces; or a CRF with a decision on instances.
         """
         many = isinstance(image, list | tuple)
         results = self.stream(
@@ -200,6 +213,8 @@ class Segmenter:
             decision=decision,
             tile=tile,
             features=features,
+            protocol=protocol,
+            crf=crf,
         )
         return list(results) if many else next(results)
 
@@ -212,8 +227,23 @@ class Segmenter:
         decision: Any = None,
         tile: tuple[int, int] | None = None,
         features: bool = False,
+        protocol: str | None = None,
+        crf: bool = False,
     ) -> Iterator[Result]:
         """Segments any number of images, see `segment`; yields one Result at a time, reading a batch ahead."""
+        if protocol is not None and (decision is not None or tile or features):
+            raise UserError("protocol works on sliding windows: leave out decision, tile and features")
+        if crf and decision is not None and decision_of(decision).separates:
+            raise UserError("crf works on label maps: leave out the decision, which separates objects")
+        if crf or protocol is not None:
+            # Their results are made of others.
+            own = dict(threshold=threshold, decision=decision, tile=tile, features=features)
+            found = (
+                self._in_windows(images, labels, protocol) if protocol else self.stream(images, labels, **own)
+            )  # type: ignore[arg-type]
+            for result in found:
+                yield _refined(result) if crf else result
+            return
         if features and tile:
             raise UserError("features works on whole images: leave out tile, or cut the image yourself")
         chosen = BackgroundThreshold(threshold) if decision is None else decision_of(decision)
@@ -261,6 +291,50 @@ class Segmenter:
                 label_map = np.where(confidence >= chosen.threshold, label_map, -1)
             yield Result.of(job.image, classes, label_map.astype(np.int32), confidence, features=dense)
             blender = None
+
+    def _in_windows(
+        self, images: Iterable[Any], labels: Labels | ClassVectors | None, protocol: str
+    ) -> Iterator[Result]:
+        """Yields the result of each image by a published protocol."""
+        rules = published(protocol)
+        sliding, size, decision = (
+            Sliding.of(rules["windows"]),
+            rules["image_size"],
+            decision_of(rules["decision"]),
+        )
+        given = ClassVectors.of(labels)
+        classes = self._categories(given or labels)
+        text, owner = self.embed(given or classes), classes.flat()[1]
+        vocabulary = vocabulary_of(classes, self.method.seen_names())
+        where = self._mesh and batch_sharding(self._mesh)
+        for image in map(read_image, images):
+            cut = sliding.cut(image, size)
+            # A power of two, to limit compilations.
+            count = 1 << (int(cut.window_valid.sum()) - 1).bit_length()
+            if self._mesh is not None:
+                count = -(-count // self._mesh.size) * self._mesh.size
+            resize = lambda x, n=count: np.pad(x[:n], [(0, max(0, n - len(x)))] + [(0, 0)] * (x.ndim - 1))
+            sizes, at, valid = (
+                jnp.asarray(resize(x)) for x in (cut.image_size, cut.window_at, cut.window_valid)
+            )
+            places = Windows(sizes, at, valid, jnp.asarray(cut.resized))
+            inputs = jax.device_put((resize(cut.image), places.image_size), where)
+            prediction = self._predict(self.variables, *inputs)
+            if given:
+                text = _text_of(given, prediction)
+            decided = self._decide_windows(
+                *jax.tree.map(lambda x: x[None], (prediction,)),
+                text,
+                vocabulary,
+                jax.tree.map(lambda x: x[None], places),
+                np.array([image.shape[:2]], np.int32),
+                np.ones((1, 1, len(owner)), bool),
+                canvas=size,
+                shape=tuple(-(-pixels // SHAPE_STEP) * SHAPE_STEP for pixels in image.shape[:2]),
+                decision=decision,
+                mode="none" if prediction.mask_logits is None else "predicted",
+            )
+            yield _result(image, classes, jax.device_get(decided), None)
 
     def features(self, image: Any) -> Any:
         """Computes text-aligned features of an image's pixels and regions: `PixelFeatures`, or a list for a list."""
@@ -450,6 +524,12 @@ def _text_of(given: ClassVectors, prediction: Prediction) -> Text:
             f"labels: their vectors have {vectors.shape[1]} numbers, but this model's have {width}"
         )
     return {space: jnp.asarray(vectors)}
+
+
+def _refined(result: Result) -> Result:
+    """Returns a result whose label map follows the borders of its image."""
+    labels = refine(result.image, result.label_map)
+    return Result.of(result.image, result.classes, labels, result.confidence, features=result.features)
 
 
 def _result(image: np.ndarray, classes: ClassList, decided: Decided, dense: PixelFeatures | None) -> Result:

@@ -321,7 +321,11 @@ class PSeg(Trainable, Segmenting):
         """Predicts the masks with their embeddings, and embeddings of pixels."""
         own = {name: tree["image"] for name, tree in variables.items() if "image" in tree}
         out = features_of(self.net.apply(own, image, image_size))
-        return Prediction(out.mask_logits[:, -1], {SPACE: unit(out.regions)}, {SPACE: out.pixels})
+        # GroupViT's decision, which C.1 follows, needs the whole image's embedding and the temperature.
+        scale = jnp.broadcast_to(1 / self._last_temperature(variables["params"]), len(image))
+        whole = {SPACE: unit(out.image)}
+        regions, pixels = {SPACE: unit(out.regions)}, {SPACE: out.pixels}
+        return Prediction(out.mask_logits[:, -1], regions, pixels, None, whole, scale)
 
     def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
         """Embeds names as unit vectors."""
@@ -332,5 +336,7 @@ class PSeg(Trainable, Segmenting):
 
     def region_scale(self, variables: Variables) -> float:
         """Returns 1/σ of the last softmax over masks or texts."""
-        params = variables["params"]
-        return 1 / float(self._temperature(params, "region" if "region" in params["temperature"] else "pair"))
+        return 1 / float(self._last_temperature(variables["params"]))
+
+    def _last_temperature(self, params: Mapping[str, Any]) -> Array:
+        return self._temperature(params, "region" if "region" in params["temperature"] else "pair")

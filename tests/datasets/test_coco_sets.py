@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ovseg_jax.data.sources.coco import Coco
-from ovseg_jax.datasets.coco import CocoPanoptic, CocoStuff, stuff_classes
+from ovseg_jax.datasets.coco import CocoObject, CocoPanoptic, CocoStuff, stuff_classes
 from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.splits import load_split
 from tests.datasets.packing import as_json, both_forms, jpeg, names_of, png, read_all, unpacked
@@ -274,3 +274,26 @@ def test_faults_of_stuff(tmp_path):
     half = STUFF | {"val2017/000000000001.jpg": jpeg(2, 4)}
     with pytest.raises(UserError, match=r"1 of 2 images of val have no mask, such as val2017/000000000001"):
         read_all(CocoStuff(unpacked(tmp_path / "half", half)), "val")
+
+
+def test_objects_are_the_things_of_stuff(tmp_path):
+    for folder in both_forms(tmp_path, STUFF, {"train2017.zip": "train2017/"}):
+        data = CocoObject(folder)
+        found = read_all(data, "train")["000000000009"]
+        assert names_of(data, found) == ["person"]
+        assert found["segments"].tolist() == [[1, 1, 0, 0], [1, 0, 0, 0]]
+        assert len(data.classes) == 80 and all(data.classes.isthing) and data.classes.ids[-1] == 90
+    # As NVlabs/GroupViT's conversion writes them, beside the others.
+    converted = {
+        "stuffthingmaps/train2017/000000000009_instanceTrainIds.png": png([[0, 1, 80, 0], [12, 0, 0, 0]])
+    }
+    data = CocoObject(unpacked(tmp_path / "converted", STUFF | converted))
+    found = read_all(data, "train")["000000000009"]
+    assert names_of(data, found) == ["person", "stop sign", "toothbrush"]
+    assert found["segments"].tolist() == [[0, 1, 3, 0], [2, 0, 0, 0]]
+    for content, message in (
+        ([[81, 0, 0, 0]] * 2, "holds the value 81, but those of instanceTrainIds are 0 to 80"),
+    ):
+        files = STUFF | {next(iter(converted)): png(content)}
+        with pytest.raises(UserError, match=message):
+            read_all(CocoObject(unpacked(tmp_path / "wrong", files)), "train")

@@ -32,6 +32,7 @@ from tests.extras import require
 FIXTURES: dict[str, tuple[Files, dict[str, str]]] = {
     "ade20k_150": (test_ade20k.BENCH, {}),
     "ade20k_847": (test_ade20k.FULL, {}),
+    "coco_object": (test_coco_sets.STUFF, {}),
     "coco_panoptic": (test_coco_sets.PANOPTIC, {}),
     "coco_stuff": (test_coco_sets.STUFF, {}),
     "coco_retrieval": (test_captions.RETRIEVAL, {}),

@@ -173,6 +173,37 @@ def test_other_names_may_mean_a_class():
             run(CLASSES, names=names)
 
 
+def test_void_may_be_background_and_a_class_may_be_ignored():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    data = examples(5)
+
+    def run(examples, classes=CLASSES, **own):
+        rule = dict(type="background_threshold", threshold=0.2)
+        evaluator = SegmentationEvaluator(
+            "test", PatchMethod(), classes, batches(examples, 4), mesh, decision=rule, **own
+        )
+        return evaluator.run(VARIABLES), evaluator.tables["iou"]
+
+    # The same as a class of the source's own.
+    labelled = []
+    for e in data:
+        label = e["label"].copy()
+        h, w = e["label_size"]
+        label[:h, :w][label[:h, :w] < 0] = 5
+        labelled.append(e | dict(label=label))
+    with_class = ClassList((*CLASSES.names, ("background",)), tuple(range(6)), (*CLASSES.isthing, False))
+    got, table = run(data, background="void")
+    assert table[-1].name == "background" and table[-1].pixels > 0 and table[-1].iou > 0
+    own = dict(names={"background": ["sky"]})  # a name that the method knows
+    want, want_table = run(labelled, with_class, background="background", **own)
+    assert table == want_table and got["miou"] == want["miou"]
+    # Without its class, an ignored pixel is as one of no class.
+    ignored, _ = run(labelled, with_class, ignore="background", **own)
+    assert ignored["miou_gt"] == run(data)[0]["miou_gt"]
+    with pytest.raises(UserError, match=r"evals\.test\.ignore='gnu' is not one of the classes"):
+        run(data, ignore="gnu")
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 def test_recall_alone_needs_no_class_and_no_text(devices):
     method, mesh = PatchMethod(), make_mesh(devices=jax.devices()[:devices])

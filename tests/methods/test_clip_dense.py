@@ -146,3 +146,21 @@ def test_the_sets_of_figure_5():
     ):
         with pytest.raises(UserError, match=message):
             clip_dense.get_config(arg)
+
+
+def test_the_sets_of_pseg_by_windows():
+    out = clip_dense.get_config("data=sets,eval_sets=s,protocol=groupvit")
+    check_config(out)
+    assert list(out.final_evals) == ["VOC", "Context", "COCO-Object"] and out.data.image_size == 448
+    voc = out.final_evals.VOC
+    assert (voc.protocol, voc.background, voc.decision.threshold) == ("voc", "background", 0.2)
+    without = clip_dense.get_config("data=sets,eval_sets=s,protocol=groupvit,background=False,sets=VOC")
+    voc = without.final_evals.VOC
+    assert (voc.protocol, voc.ignore, voc.decision.type) == ("voc_foreground", "background", "argmax")
+    for arg, message in (
+        ("protocol=groupvit,features=proposals,proposals=x", "leave out features=proposals"),
+        ("protocol=groupvit,image_size=64", "image_size=64 has no effect"),
+        ("background=False", "background=False has no effect"),
+    ):
+        with pytest.raises(UserError, match=message):
+            clip_dense.get_config(f"data=sets,eval_sets=s,{arg}")

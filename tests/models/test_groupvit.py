@@ -36,17 +36,18 @@ TEXT = GroupVitText(
 )
 
 
-def groupvit(transformers, torch):
+def groupvit(transformers, torch, vocab=60):
     """A GroupViTModel of the sizes above, whose every parameter and statistic matters."""
     config = transformers.GroupViTConfig(
         text_config=dict(
-            vocab_size=60,
+            vocab_size=vocab,
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=2,
             max_position_embeddings=LENGTH,
-            eos_token_id=59,
+            bos_token_id=vocab - 2,
+            eos_token_id=vocab - 1,
         ),
         vision_config=dict(
             hidden_size=24,

@@ -1,0 +1,108 @@
+"""Sliding windows over a resized image, as mmsegmentation cuts them (`test_cfg` mode "slide")."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt8
+from PIL import Image
+
+from ovseg_jax.errors import UserError
+
+
+class Cut(NamedTuple):
+    """The windows of an image, padded to a fixed number W.
+
+    Attributes:
+      image: u8 [W S S 3], each window at the top left of its square.
+      image_size: i32 [W 2], height and width of each window, at most S; 0 for padding.
+      window_at: i32 [W 2], row and column of each window's first pixel in the resized image.
+      window_valid: [W] False for padding, which comes last.
+      resized: i32 [2], height and width of the resized image.
+    """
+
+    image: UInt8[np.ndarray, "w s s 3"]
+    image_size: Int[np.ndarray, "w 2"]
+    window_at: Int[np.ndarray, "w 2"]
+    window_valid: Bool[np.ndarray, "w"]
+    resized: Int[np.ndarray, "2"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sliding:
+    """How images are resized and cut.
+
+    Attributes:
+      stride: pixels between windows.
+      short: the shorter side of a resized image.
+      longest: the most that its longer side may have; the shorter one is then smaller than `short`.
+    """
+
+    stride: int
+    short: int
+    longest: int
+
+    @classmethod
+    def of(cls, value: Any) -> "Sliding":
+        """Creates it from a mapping of its fields.
+
+        Raises:
+          UserError: a field is missing or unknown, or not a positive number, or the sides are in the wrong order.
+        """
+        if isinstance(value, cls):
+            return value
+        given, names = dict(value.items()), [field.name for field in dataclasses.fields(cls)]
+        if set(given) != set(names):
+            raise UserError(
+                f"windows has the keys {', '.join(given) or 'none'}, but needs {', '.join(names)}"
+            )
+        for name, number in given.items():
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                raise UserError(f"windows.{name}={number!r} is not a positive whole number")
+        if given["longest"] < given["short"]:
+            raise UserError(f"windows.longest={given['longest']} is less than short={given['short']}")
+        return cls(**given)
+
+    def count(self, size: int) -> int:
+        """Returns the most windows of `size` pixels that an image may have."""
+        return len(_starts(self.short, size, self.stride)) * len(_starts(self.longest, size, self.stride))
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Returns the size of an image after its aspect-keeping resize."""
+        scale = min(self.longest / max(height, width), self.short / min(height, width))
+        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+    def cut(self, image: UInt8[np.ndarray, "h w 3"] | None, size: int) -> Cut:
+        """Resizes an image bilinearly, without antialiasing as OpenCV, and cuts windows of `size`; None for padding."""
+        count = self.count(size)
+        out = Cut(
+            np.zeros((count, size, size, 3), np.uint8),
+            np.zeros((count, 2), np.int32),
+            np.zeros((count, 2), np.int32),
+            np.zeros(count, bool),
+            np.zeros(2, np.int32),
+        )
+        if image is None:
+            return out
+        height, width = self.resized(*image.shape[:2])
+        if (height, width) != image.shape[:2]:
+            whole = (0, 0, image.shape[1], image.shape[0])
+            picture = Image.fromarray(image).transform(
+                (width, height), Image.Transform.EXTENT, whole, Image.Resampling.BILINEAR
+            )
+            image = np.asarray(picture)
+        out.resized[:] = height, width
+        starts = [
+            (y, x) for y in _starts(height, size, self.stride) for x in _starts(width, size, self.stride)
+        ]
+        for i, (y, x) in enumerate(starts):
+            window = image[y : y + size, x : x + size]
+            out.image[i, : window.shape[0], : window.shape[1]] = window
+            out.image_size[i], out.window_at[i], out.window_valid[i] = window.shape[:2], (y, x), True
+        return out
+
+
+def _starts(length: int, size: int, stride: int) -> list[int]:
+    """Returns the first pixels of the windows over an axis; the last one is moved back into the image."""
+    count = max(length - size + stride - 1, 0) // stride + 1
+    return [max(0, min(i * stride, length - size)) for i in range(count)]

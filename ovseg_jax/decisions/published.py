@@ -1,0 +1,45 @@
+"""Published protocols of evaluation by name: how images are cut, and the decision with its settings.
+
+All are those of NVlabs/GroupViT (segmentation/configs): shorter side 448, at most 2048, windows of 448 by steps of 224.
+Background is what falls below a threshold, never a text. The class names of our data sets are our own, where
+GroupViT's code changes some.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ovseg_jax.errors import UserError
+
+SIZE, WINDOWS = 448, {"stride": 224, "short": 448, "longest": 2048}
+
+_GROUPVIT: dict[str, float] = {
+    "voc": 0.95,
+    "context": 0.35,
+    "coco_object": 0.95,
+    # Papers/002 evaluate on these without a word about thresholds: COCO's (ours).
+    "lvis": 0.95,
+    "imagenet_s": 0.95,
+}
+
+DECISIONS: dict[str, Mapping[str, Any]] = {
+    **{name: {"type": "groupvit", "threshold": least} for name, least in _GROUPVIT.items()},
+    # Without background: the classes of every pixel.
+    **{f"{name}_foreground": {"type": "groupvit", "threshold": 0.0} for name in _GROUPVIT},
+    # Papers/002, C.1: VOC with MaskFormer's semantic inference. The threshold is not stated: ours.
+    "pseg_voc": {"type": "semantic", "threshold": 0.5},
+    "pseg_voc_foreground": {"type": "semantic", "threshold": 0.0},
+    # The best name of every pixel, for methods without masks (CLIP, MaskCLIP).
+    "pixels": {"type": "argmax"},
+}
+"""The decision of each protocol; those that end in "_foreground" have no background."""
+
+
+def protocol(name: Any) -> dict[str, Any]:
+    """Returns `image_size`, `windows` and `decision` of a protocol.
+
+    Raises:
+      UserError: there is no such protocol.
+    """
+    if name not in DECISIONS:
+        raise UserError(f"the protocol {name!r} is not one of {', '.join(DECISIONS)}")
+    return {"image_size": SIZE, "windows": dict(WINDOWS), "decision": dict(DECISIONS[name])}
