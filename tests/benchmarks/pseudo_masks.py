@@ -33,10 +33,10 @@ GENERATORS: dict[str, dict[str, Any]] = {
     "pixels, normalised cuts, H/4, K=8": dict(PIXELS, stride=4, clusters=8, gamma=20.0),
     "blurred colours and places, K=4": dict(OURS, clusters=4),
     "blurred colours and places, K=6 (configs/pseg.py)": dict(OURS, clusters=6),
-    "the same, k-means++": dict(OURS, clusters=6, start="kmeans++"),
+    "blurred colours and places, K=6, k-means++": dict(OURS, clusters=6, start="kmeans++"),
     "blurred colours and places, K=8": dict(OURS, clusters=8),
-    "the same, k-means++, ": dict(OURS, clusters=8, start="kmeans++"),
-    "the same, normalised cuts, H/4, K=8": dict(OURS, stride=4, clusters=8, gamma=20.0),
+    "blurred colours and places, K=8, k-means++": dict(OURS, clusters=8, start="kmeans++"),
+    "blurred colours and places, normalised cuts, H/4, K=8": dict(OURS, stride=4, clusters=8, gamma=20.0),
 }
 TOWERS = {
     "DINO ViT-S/16 at 224, K=8": dict(features="tower", backbone=dict(name="dino_vits16"), clusters=8),
