@@ -7,7 +7,7 @@
       then P-Seg+: images of all classes, labelled by it, train a UPerNet. P-Seg's own scores are in `pseg/summary.json`
       of the run.
   python -m ovseg_jax.main --config=configs/pseg.py:form=paper
-      the same data with the paper's form, which does not learn names at this scale, see below.
+      the same data with the paper's form, see below.
   python -m ovseg_jax.main --config="configs/pseg.py:data=tars,data_dir=CC3M;CC12M;REDCAPS,tokenizer=DIR,dino=DIR"
       the paper's recipe (Tables 10 and C.1) on tars of images and captions, as img2dataset writes them; DIR are folders
       of CLIP's tokeniser and of DINO's weights, by default taken from the hub. The paper's mIoU with background
@@ -16,9 +16,9 @@
 Numbers with a section, table or equation are the paper's. What the paper leaves out is marked "ours".
 
 The paper's form (MaskFormer, whose mask features are queries; their mean is contrasted with the whole caption;
-Hungarian matching) needs millions of pairs. `scenes` has 10,000, where it learns masks but not names. form=small, the
-default of `scenes`, is ours: OpenSeg's network, which sums pixel embeddings under the predicted masks; each word
-attends to the masks; each pseudo-mask trains its best query.
+Hungarian matching) needs millions of pairs. In a trial on the 10,000 of `scenes` it learned masks but not names.
+form=small, the default there, is ours: OpenSeg's network, which sums pixel embeddings under the predicted masks; each
+word attends to the masks; each pseudo-mask trains its best query.
 """
 
 from typing import Any
