@@ -145,7 +145,7 @@ def paper(args: Args) -> ConfigDict:
             final_fraction=0.0,
             warmup_steps=1500,  # Table 11; linear from 1/1500 of the rate (mmsegmentation: from a millionth)
             multipliers=common.layer_decay(0.7, DEPTH, "image/backbone/tower"),  # Table 11
-            no_decay=("/cls$", "/pos_embedding$"),  # BEiT's and MAE's code
+            no_decay=("/bias$", "/cls$", "/pos_embedding$"),  # BEiT's and MAE's code
             clip_norm=0.0,
             ema=0.0,
         ),

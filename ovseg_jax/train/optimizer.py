@@ -88,8 +88,9 @@ def make_optimizer(config: ConfigDict, params: Any, steps: int, more: Sequence[s
     Args:
       config: `config.optimizer`. `name` (adamw, adam, sgd, lamb, lion), `learning_rate`, `schedule`,
         `warmup_steps`, `final_fraction`, `warmup_rate`, `decay_steps`, `hold_steps`, `power` (see `make_schedule`),
-        `weight_decay` (on arrays of two or more dimensions, but never on biases, scales, temperatures and parameters
-        whose path matches one of the regexes `no_decay`), `clip_norm`
+        `weight_decay` (on arrays of two or more dimensions, so never on scales and temperatures, but on biases of
+        attention, which have an axis of heads; parameters whose path matches one of the regexes `no_decay` are spared),
+        `clip_norm`
         (0 = off), `b1`, `b2`, `momentum` (sgd), `nesterov`,
         `multipliers` ((regex, factor) pairs: the first regex that matches in a parameter's path scales its rate, or
         freezes it if the factor is None), `ema` (the decay of the parameters' moving average, min(ema, (1 + t) / (10
@@ -157,9 +158,7 @@ def _check_found(key: str, patterns: Sequence[str], names: Sequence[str]) -> Non
 
 def _decaying(no_decay: Sequence[str]) -> Callable[[Any], Any]:
     """Returns a function from parameters to a tree of whether each decays."""
-    # In attention, a bias has an axis of heads.
-    spared = (r"(^|/)bias$", *no_decay)
-    matches = lambda path: any(re.search(pattern, path) for pattern in spared)
+    matches = lambda path: any(re.search(pattern, path) for pattern in no_decay)
     return lambda params: jax.tree.map(
         lambda p, path: p.ndim > 1 and not matches(path), params, tree_paths(params)
     )

@@ -59,9 +59,11 @@ def test_adamw_decay_is_decoupled():
     np.testing.assert_allclose(moved["head"]["kernel"], -0.1 * (1 + 0.1 * 2.0), rtol=1e-5)
 
 
-def test_biases_with_an_axis_of_heads_and_what_is_named_do_not_decay():
+def test_what_no_decay_names_does_not_decay():
     params = {"query": {"bias": jnp.ones((2, 3)), "kernel": jnp.ones((2, 3))}, "cls": jnp.ones((1, 1, 3))}
-    config = ConfigDict(dict(learning_rate=0.1, schedule="constant", weight_decay=0.1, no_decay=("^cls$",)))
+    config = ConfigDict(
+        dict(learning_rate=0.1, schedule="constant", weight_decay=0.1, no_decay=("^cls$", "/bias$"))
+    )
     optimizer = make_optimizer(config, params, 10)
     zeros = jax.tree.map(jnp.zeros_like, params)
     update, _ = optimizer.transform.update(zeros, optimizer.transform.init(params), params)
