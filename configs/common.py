@@ -28,6 +28,12 @@ def adamw(learning_rate: float, **own: Any) -> dict[str, Any]:
     return dict(dict(name="adamw", learning_rate=learning_rate, schedule="cosine", ema=0.0), **own)
 
 
+def adamw_of_scenes(**own: Any) -> dict[str, Any]:
+    """Returns AdamW for a few thousand steps on `scenes`. All numbers are ours."""
+    numbers = dict(warmup_steps=100, final_fraction=0.02, weight_decay=1e-3, clip_norm=1.0, b1=0.9, b2=0.98)
+    return adamw(2e-3, **numbers, **own)
+
+
 def sgd(learning_rate: float, **own: Any) -> dict[str, Any]:
     """Returns SGD with momentum 0.9 under a cosine."""
     return dict(name="sgd", learning_rate=learning_rate, schedule="cosine", momentum=0.9, ema=0.0, **own)

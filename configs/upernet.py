@@ -82,9 +82,7 @@ def scenes() -> ConfigDict:
             dtype="float32",
         ),
         loss=dict(auxiliary_weight=0.4),
-        optimizer=common.adamw(
-            2e-3, warmup_steps=100, final_fraction=0.02, weight_decay=1e-3, clip_norm=1.0, b1=0.9, b2=0.98
-        ),
+        optimizer=common.adamw_of_scenes(),
         data=dict(
             train=[target],
             image_size=64,

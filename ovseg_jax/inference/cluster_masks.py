@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
@@ -21,21 +20,10 @@ from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.data.sources.pseudo_masks import BINS, HIDDEN, Statistics
 from ovseg_jax.errors import UserError
 from ovseg_jax.inference.pseudo_masks import SHARD_SIZE, Image, label_source, report
-from ovseg_jax.models.pseudo_masks import PseudoMaskGenerator, TowerTokens, build_generator
+from ovseg_jax.models.pseudo_masks import PseudoMaskGenerator, build_generator
 from ovseg_jax.parallel.sharding import batch_sharding, make_mesh, replicated
-from ovseg_jax.pretrained import load as weights
+from ovseg_jax.pretrained.generator import generator_weights
 from ovseg_jax.protocols import Variables
-
-
-def pretrained(generator: PseudoMaskGenerator, init: str) -> Variables:
-    """Returns a generator's variables from the published weights `init`, see `pretrained.load`; {} for colours."""
-    if not isinstance(generator.features, TowerTokens):
-        return {}
-    side = generator.features.stride
-    image = jnp.zeros((1, side, side, 3), jnp.uint8)
-    shapes = jax.eval_shape(generator.features.init, jax.random.key(0), image, jnp.full((1, 2), side))
-    pixels = generator.features.mean, generator.features.std
-    return {"params": {"features": weights.load(init, generator.features, shapes, pixels=pixels)["params"]}}
 
 
 def cluster_images(
@@ -124,8 +112,6 @@ def cluster_stage(
         )
     built = build_generator(generator)
     init = (generator.get("backbone") or {}).get("init", "")
-    if isinstance(built.features, TowerTokens) and not init:
-        raise UserError("a stage of kind 'cluster' with features='tower' needs generator.backbone.init=")
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} is less than 1")
 
@@ -136,7 +122,7 @@ def cluster_stage(
         devices = jax.local_devices()
         return cluster_images(built, variables, image_size, pictures, batch_size=batch_size, devices=devices)
 
-    load = lambda: pretrained(built, init)
+    load = lambda: generator_weights(built, init)
     request = dict(generator=generator, image_size=image_size, source=source)
     report(label_source(load, images, folder, label, request, shard_size=shard_size), images, folder)
     return {}

@@ -48,11 +48,11 @@ def build_net(model: ConfigDict, more: Sequence[str] = ()) -> MaskFormerNet:
     return MaskFormerNet(backbone, tuple(model.mean), tuple(model.std), dtype=dtype, **fields)
 
 
-def pretrained_backbone(net: MaskFormerNet, shapes: Mapping[str, Any], init: str) -> dict[str, Any]:
+def pretrained_backbone(net: Any, shapes: Mapping[str, Any], init: str) -> dict[str, Any]:
     """Returns published weights of the backbone as variables of the network.
 
     Args:
-      net: the network.
+      net: a network with `backbone`, `mean` and `std`.
       shapes: its variables by collection, as arrays or shapes.
       init: see `pretrained.load.load`.
     """

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from typing import Any
 
 import jax
@@ -20,9 +19,7 @@ from ovseg_jax.kernels.unit import unit
 from ovseg_jax.losses.masks import best_match_dice_loss
 from ovseg_jax.losses.matching import Weights, matched_losses
 from ovseg_jax.losses.temperature import bounded, unbounded
-from ovseg_jax.methods import openseg
-from ovseg_jax.models.backbones import build_backbone
-from ovseg_jax.models.maskformer import MaskFormerNet
+from ovseg_jax.methods import maskformer, openseg
 from ovseg_jax.models.openseg import OpenSegNet, inside
 from ovseg_jax.models.pseg import PSegFeatures, PSegNet
 from ovseg_jax.models.pseudo_masks import Colours, PseudoMaskGenerator, TowerTokens, build_generator
@@ -39,8 +36,7 @@ from ovseg_jax.vocab.words import WordList
 SPACE = "text"
 """The name of the only space, which images and texts share."""
 
-MASKFORMER_FIELDS = "num_queries width mask_dim layers heads ffn dropout deep_supervision remat"
-OWN_FIELDS = "embed_dim projection_hidden projection_norm"
+OWN_FIELDS = ("embed_dim", "projection_hidden", "projection_norm")
 LOSS_KEYS = "mask_weight contrastive_weight average matching focal dice aggregation temperature temperature_bounds form"
 GENERATOR_KEYS = [
     "backbone",
@@ -66,18 +62,8 @@ def build_net(config: ConfigDict) -> PSegNet | OpenSegNet:
         if not net.num_queries:
             raise UserError("model.num_queries=0: P-Seg needs masks")
         return net
-    known = f"backbone mean std dtype {MASKFORMER_FIELDS} {OWN_FIELDS}".split()
-    if unknown := set(model) - set(known):
-        raise UserError(
-            f"unknown keys of config.model: {', '.join(sorted(unknown))}; known keys: {', '.join(known)}"
-        )
-    dtype = jnp.dtype(model.get("dtype", "float32"))
-    pick = lambda names: {key: model[key] for key in names.split() if key in model}
-    mean, std = tuple(model["mean"]), tuple(model["std"])
-    backbone = build_backbone(config.model.backbone, dtype)
-    return PSegNet(
-        MaskFormerNet(backbone, mean, std, dtype=dtype, **pick(MASKFORMER_FIELDS)), **pick(OWN_FIELDS)
-    )
+    fields = {key: model[key] for key in OWN_FIELDS if key in model}
+    return PSegNet(maskformer.build_net(config.model, ["network", *OWN_FIELDS]), **fields)
 
 
 def features_of(out: Any) -> PSegFeatures:
@@ -136,9 +122,9 @@ class PSeg(Trainable, Segmenting):
         """Returns the method's own keys in each section, and whether each has an effect, see `experiment.keys`."""
         transformer, words = bool(config.text.get("layers")), config.loss.get("aggregation") == "words"
         queries = config.model.get("network") == "maskformer"
-        own = f"{MASKFORMER_FIELDS} {OWN_FIELDS}" if queries else " ".join(openseg.NET_FIELDS)
+        own = [*maskformer.NET_FIELDS, *OWN_FIELDS] if queries else openseg.NET_FIELDS
         return {
-            "model": keys(f"network backbone mean std dtype {own}"),
+            "model": dict.fromkeys(["network", *openseg.OTHER_FIELDS, *own], True),
             "text": keys(TEXT_KEYS, transformer) | keys("learned vectors", not transformer),
             "loss": keys(LOSS_KEYS) | keys("group", words),
             "pseudo_masks": keys(" ".join(GENERATOR_KEYS)),
@@ -148,7 +134,6 @@ class PSeg(Trainable, Segmenting):
         del classes
         self.config, self.loss_config = config, config.loss
         self.net = build_net(config)
-        self.backbone = self.net.net.backbone if isinstance(self.net, PSegNet) else self.net.backbone
         dim = self.net.embed_dim
         loss = self.loss_config
         for key, known in (("matching", MATCHING), ("aggregation", AGGREGATION), ("form", ("auto", *FORMS))):
@@ -201,29 +186,24 @@ class PSeg(Trainable, Segmenting):
 
         P-Seg's own network starts without any (ours: the paper does not say).
         """
-        place = ["image", "net", "backbone"] if isinstance(self.net, PSegNet) else ["image", "backbone"]
-        found = self._loaded(self.config.model.backbone, self.backbone, place)
+        found: dict[str, Any] = {}
+        if init := self.config.model.backbone.get("init", ""):
+            variables = jax.eval_shape(self.init, jax.random.key(0))
+            shapes = {name: tree["image"] for name, tree in variables.items() if "image" in tree}
+            inner: Any = self.net
+            around = lambda tree: tree
+            if isinstance(self.net, PSegNet):
+                inner = self.net.net
+                around = lambda tree: {"net": tree}
+                shapes = {name: tree["net"] for name, tree in shapes.items() if "net" in tree}
+            loaded = maskformer.pretrained_backbone(inner, shapes, init)
+            found = {name: {"image": around(tree)} for name, tree in loaded.items()}
         if self.generator is not None and "backbone" in self.config.pseudo_masks:
-            tower = self.generator.features.tower
-            frozen = self._loaded(
-                self.config.pseudo_masks.backbone, tower, ["generator", "features", "tower"]
-            )
-            found.setdefault("params", {}).update(frozen.get("params", {}))
+            from ovseg_jax.pretrained.generator import generator_weights
+
+            weights = generator_weights(self.generator, self.config.pseudo_masks.backbone.get("init", ""))
+            found.setdefault("params", {})["generator"] = weights["params"]
         return found
-
-    def _loaded(self, config: ConfigDict, module: Any, place: Sequence[str]) -> dict[str, Any]:
-        init = config.get("init", "")
-        if not init:
-            return {}
-        from ovseg_jax.pretrained.load import load
-
-        shapes = jax.eval_shape(self.init, jax.random.key(0))
-        own = {
-            name: reduce(lambda tree, key: tree.get(key, {}), place, tree) for name, tree in shapes.items()
-        }
-        found = load(init, module, {name: tree for name, tree in own.items() if tree})
-        wrap = lambda tree: reduce(lambda inner, key: {key: inner}, reversed(place), tree)
-        return {name: wrap(tree) for name, tree in found.items()}
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
         """Computes eq. 4."""

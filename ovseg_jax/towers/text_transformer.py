@@ -21,7 +21,6 @@ from ovseg_jax.vocab.word_tokenizer import WordTokenizer
 from ovseg_jax.vocab.words import WordList
 
 TEXT_KEYS = "tokenizer vocab_size length width layers heads projection_hidden projection_norm prompt remat"
-TOKENIZER = "tokenizer"  # the folder for the tokeniser's files inside of a run
 
 
 class TextNet(nn.Module):

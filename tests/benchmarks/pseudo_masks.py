@@ -20,8 +20,8 @@ import numpy as np
 from ovseg_jax.configs import common
 from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.evals.confusion import Counts, scores
-from ovseg_jax.inference.cluster_masks import pretrained
 from ovseg_jax.models.pseudo_masks import PseudoMaskGenerator, build_generator
+from ovseg_jax.pretrained.generator import generator_weights
 
 PIXELS = dict(features="colour", space="rgb", blur=0.0, position=0.0)
 OURS = dict(features="colour")
@@ -99,7 +99,7 @@ def main() -> None:
     for name, config in TOWERS.items():
         generator = build_generator(config)
         if args.tower:
-            variables = pretrained(generator, args.tower)
+            variables = generator_weights(generator, args.tower)
         else:
             shapes = jax.eval_shape(generator.init, jax.random.key(0), noise[:1], jnp.full((1, 2), 224))
             rng = np.random.default_rng(0)

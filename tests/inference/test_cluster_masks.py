@@ -145,7 +145,7 @@ def test_devices_share_a_batch(stage, tmp_path, monkeypatch):
 def test_the_stage_is_known_and_wrong_requests_are_named(stage, tmp_path):
     assert "cluster" in STAGE_KINDS and stages._function("cluster") is cluster_stage
     tower = dict(features="tower", backbone=dict(name="dino_vits8"))
-    with pytest.raises(UserError, match=r"features='tower' needs generator\.backbone\.init="):
+    with pytest.raises(UserError, match=r"features='tower' need backbone\.init"):
         stage(tmp_path, generator=tower)
     with pytest.raises(UserError, match="batch_size=0 is less than 1"):
         stage(tmp_path, batch_size=0)

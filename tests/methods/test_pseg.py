@@ -204,6 +204,8 @@ def test_the_generators_tower_is_frozen():
     assert variables["params"]["generator"] and "^generator/" in method.frozen
     grad = jax.grad(lambda p: method.loss({"params": p}, data, jax.random.key(1))[0])(variables["params"])
     assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(grad["generator"]))
+    with pytest.raises(UserError, match=r"need backbone\.init"):  # random tokens would be no pseudo-masks
+        method.pretrained()
 
 
 def test_a_detached_mask_learns_from_masks_alone():
