@@ -51,6 +51,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         sets_are=("prepared", "folders"),  # eval_sets
         background=True,  # eval_sets: whether background pixels are scored
         backbone="swin_small",  # C.1
+        # form=paper: nouns and verbs of a caption in templates that an image is contrasted with beside the caption, by
+        # GroupViT's multi-label loss, which has 3; the paper has no such term
+        prompts=AtLeast(0, 0),
         tokenizer="hf:openai/clip-vit-base-patch16",  # where CLIP's tokeniser is; its vocabulary is that of C.1
         dino="hf:facebook/dino-vits8",  # where DINO's weights are
         # true: pseudo-masks are made once, of the whole images, before the training; false: in each step, of the
@@ -91,6 +94,13 @@ def with_student(teacher: ConfigDict) -> ConfigDict:
     upernet.label(student, "stage:pseg")
     student.stages = [*common.train_stages(pseg=teacher), *student.stages]
     return student
+
+
+def contrast_prompts(config: ConfigDict, count: int) -> None:
+    """Adds GroupViT's multi-label loss of `count` prompts an image, if there are any."""
+    if count:
+        config.data.max_prompts = count
+        config.loss.multi_label_weight = 1.0  # GroupViT's code
 
 
 def losses(small: bool) -> dict[str, Any]:
@@ -148,6 +158,7 @@ def scenes(args: Args) -> ConfigDict:
     else:
         config.text = transformer("words", width=64, layers=2, heads=4, hidden=64, length=32)
         config.data.update(dict(scale_jitter=(1.0, 1.0), flip=True))
+        contrast_prompts(config, args.prompts)
     return config
 
 
@@ -211,7 +222,7 @@ def paper(args: Args) -> ConfigDict:
         ends |= common.by_protocol(args.eval_sets, sets, args.sets_are, args.background, 16)
         ends["VOC"]["protocol"] = f"pseg_{ends['VOC']['protocol']}"
     batch, epoch = 4096, args.pairs / 4096  # Table 10
-    return common.run(
+    config = common.run(
         "pseg",
         steps=round(EPOCHS * epoch),
         batch_size=batch,
@@ -276,3 +287,5 @@ def paper(args: Args) -> ConfigDict:
         checkpoint=common.checkpoint(every=1000, keep=3),
         log_every=50,
     )
+    contrast_prompts(config, args.prompts)
+    return config

@@ -50,11 +50,17 @@ def make(small=False, text=None, loss=None, pseudo_masks=None, **model):
     return build(config, WORDS, CLASSES)
 
 
-def batch(small=False, seed=0):
+def texts(rng, length):
+    """Token rows of some lengths [n 1]."""
+    tokens = np.where(np.arange(L) < length - 1, rng.integers(1, 5, (len(length), L)), 0)
+    np.put_along_axis(tokens, length - 1, 6, 1)  # the end, which has the highest id
+    return tokens.astype(np.int32)
+
+
+def batch(small=False, seed=0, prompts=0):
     rng = np.random.default_rng(seed)
     length = np.arange(B)[:, None] % 4 + 2
-    tokens = np.where(np.arange(L) < length - 1, rng.integers(1, 5, (B, L)), 0)
-    np.put_along_axis(tokens, length - 1, 6, 1)  # the end, which has the highest id
+    tokens = texts(rng, length)
     row = {
         "image": rng.integers(0, 256, (B, S, S, 3), np.uint8),
         "image_size": np.full((B, 2), S, np.int32),
@@ -63,10 +69,13 @@ def batch(small=False, seed=0):
         "mask_weight": np.ones(B, np.float32),
         "example_mask": np.ones(B, bool),
     }
+    if prompts:
+        made = [texts(rng, (length + k) % 4 + 2) for k in range(prompts)]
+        row |= {"prompts": np.stack(made, 1), "prompt_valid": np.ones((B, prompts, L), bool)}
     if small:
         row |= {"word_ids": rng.integers(1, 5, (B, L)).astype(np.int32), "word_valid": np.arange(L) < length}
     else:
-        row |= {"tokens": tokens.astype(np.int32), "token_valid": np.arange(L) < length}
+        row |= {"tokens": tokens, "token_valid": np.arange(L) < length}
     return jax.tree.map(jnp.asarray, row)
 
 
@@ -114,6 +123,54 @@ def test_the_papers_loss_is_eq_1_to_4_in_float64():
         total += sum(part(fine[i], t[j]) for i, j in zip(rows, columns, strict=True))
         count += len(t)
     np.testing.assert_allclose(float(loss), contrast + total / count, rtol=1e-4)  # eq. 4
+
+
+def test_prompts_add_groupvits_multi_label_loss():
+    """In float64: an image's soft target is 1/M for each of its prompts, a prompt's its image; halved."""
+    weight, m = 0.7, 2
+    method, data = make(loss=dict(multi_label_weight=weight)), batch(prompts=m)
+    assert method.fields(method.config) == ("image", "masks", "tokens", "prompts")
+    variables = method.init(jax.random.key(0))
+    variables["params"]["temperature"]["prompts"] += 0.5  # another temperature than that of captions
+    sigma = float(method._temperature(variables["params"], "prompts"))
+    loss, aux = method.loss(variables, data, jax.random.key(1))
+    own = lambda part: {"params": variables["params"][part]}
+    image = method.net.apply(own("image"), data["image"], data["image_size"]).image
+    flat = method.text.net.apply(own("text"), data["prompts"].reshape(B * m, L))
+    x, y = (np.float64(v) / np.linalg.norm(np.float64(v), axis=1, keepdims=True) for v in (image, flat))
+    g = x @ y.T / sigma
+    own_text = np.arange(B * m) // m == np.arange(B)[:, None]
+    log_softmax = lambda axis: g - np.log(np.exp(g).sum(axis, keepdims=True))
+    of_images = -(own_text / m * log_softmax(1)).sum() / B
+    of_prompts = -(own_text * log_softmax(0)).sum() / (B * m)
+    want = (of_images + of_prompts) / 2
+    total, count = aux.metrics["multi_label_loss"]
+    np.testing.assert_allclose(total / count, want, rtol=1e-4)
+    plain, _ = make().loss(variables, data, jax.random.key(1))
+    np.testing.assert_allclose(loss, plain + weight * want, rtol=1e-5)
+
+
+def test_prompts_in_parts_with_padding_and_on_four_devices_give_one_loss():
+    changes = dict(loss=dict(multi_label_weight=1.0))
+    data = batch(prompts=3)
+    data["prompt_valid"] = data["prompt_valid"].at[2].set(False)  # an image without a caption
+    data["example_mask"] = jnp.arange(B) != 1
+    (loss, aux), grad = grads(data, **changes)
+    assert aux.metrics["multi_label_loss"][1] == 2
+    noisy = dict(data) | {"prompts": data["prompts"].at[1:3].set(5)}
+    for (same, _), same_grad in (grads(data, accumulate=2, **changes), grads(noisy, **changes)):
+        np.testing.assert_allclose(loss, same, rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grad, same_grad)
+    mesh = make_mesh({"data": -1}, jax.devices()[:4])
+    method = make(**changes)
+    variables = method.init(jax.random.key(0))
+    for form in ("gather", "ring"):
+        method.form = form
+        with jax.set_mesh(mesh):
+            step = jax.jit(jax.grad(lambda p, d: method.loss({"params": p}, d, jax.random.key(1)), has_aux=True))
+            parts, shared = step(variables["params"], put_batch(jax.device_get(data), mesh))
+        np.testing.assert_allclose(*(x.metrics["multi_label_loss"][0] for x in (aux, shared)), rtol=1e-4)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4), grad, parts)
 
 
 def focal_and_dice(x, t, focal, dice):
@@ -274,6 +331,7 @@ def test_texts_of_word_pieces_need_no_pass_over_captions():
     [
         (dict(loss=dict(matching="greedy")), "loss.matching='greedy' is not one of hungarian, best"),
         (dict(loss=dict(aggregation="words")), "text.layers=0"),
+        (dict(small=True, loss=dict(multi_label_weight=1)), "multi_label_weight=1.0 needs a text transformer"),
         (dict(network="detr"), "model.network='detr' is not one of maskformer, openseg"),
         (dict(small=True, num_queries=0), "P-Seg needs masks"),
         (dict(depth=2), "unknown keys of config.model: depth"),
