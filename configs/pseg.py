@@ -128,8 +128,7 @@ def scenes(args: Args) -> ConfigDict:
         batch_size=16,
         model=dict(openseg.scenes_net(), network="openseg") if small else small_maskformer(),
         loss=losses(small),
-        # An oracle mIoU of 84, 84 and 92 on seen pairs, held out and on stuff, see tests/benchmarks/README.md.
-        pseudo_masks=dict(features="colour", clusters=6, stride=2, mask_stride=2, blur=2.0, position=0.15),
+        pseudo_masks=common.colour_masks(),
         optimizer=common.adamw_of_scenes(ema=0.998),
         data=dict(
             train=[dict(common.scenes("train", args.images), fields=["image", "captions"], cache=True)],
@@ -252,17 +251,7 @@ def paper(args: Args) -> ConfigDict:
         # C.1; heads as GroupViT
         text=transformer(args.tokenizer, width=256, layers=12, heads=4, hidden=256, length=77),
         loss=losses(small=False),
-        pseudo_masks=dict(
-            features="tower",
-            backbone=dict(name="dino_vits8", init=args.dino),  # C.1
-            # 3.3.1 does not say which tokens: those after the final norm, as they are. keys: of the last attention.
-            layer="tokens",
-            normalise=False,
-            clusters=8,  # K, C.1
-            mask_stride=4,  # the network's own: ours
-            start="farthest",  # ours, or kmeans++
-            iterations=12,  # ours
-        ),
+        pseudo_masks=common.dino_masks(args.dino),
         optimizer=common.adamw(
             5e-4,  # Table 10
             warmup_steps=round(WARMUP * epoch),  # Table 10

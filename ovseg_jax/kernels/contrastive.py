@@ -1,4 +1,4 @@
-"""Image-text contrastive losses over the global batch: papers/002, eq. 2-3; SigLIP's sigmoid; GroupViT's multi-label."""
+"""Image-text contrastive losses over the global batch: papers/002, eq. 2-3; SigLIP's; GroupViT's multi-label loss."""
 
 from typing import NamedTuple
 

@@ -1,6 +1,5 @@
 """P-Seg (papers/002): a MaskFormer that learns its masks from pseudo-masks, and their meaning from captions."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from ovseg_jax.losses.temperature import bounded, unbounded
 from ovseg_jax.methods import maskformer, openseg
 from ovseg_jax.models.openseg import OpenSegNet, inside
 from ovseg_jax.models.pseg import PSegFeatures, PSegNet
-from ovseg_jax.models.pseudo_masks import Colours, PseudoMaskGenerator, TowerTokens, build_generator
+from ovseg_jax.models.pseudo_masks import GENERATOR_KEYS, build_generator
 from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.parallel.sharding import active_batch_axes
 from ovseg_jax.protocols import Aux, Batch, Prediction, Segmenting, Text, Trainable, Variables
@@ -39,10 +38,6 @@ SPACE = "text"
 
 OWN_FIELDS = ("embed_dim", "projection_hidden", "projection_norm")
 LOSS_KEYS = "mask_weight contrastive_weight average matching focal dice aggregation temperature temperature_bounds form"
-GENERATOR_KEYS = [
-    "backbone",
-    *(f.name for kind in (PseudoMaskGenerator, Colours, TowerTokens) for f in dataclasses.fields(kind)),
-]
 NETWORKS = ("maskformer", "openseg")
 MATCHING = ("hungarian", "best")
 AGGREGATION = ("mean", "words")
@@ -104,7 +99,12 @@ class PSeg(Trainable, Segmenting):
         masks = ("masks",) if given else ()
         if not config.text.get("layers"):
             return ("image", *masks, "words")
-        return ("image", *masks, "tokens", *(("prompts",) if config.loss.get("multi_label_weight", 0) else ()))
+        return (
+            "image",
+            *masks,
+            "tokens",
+            *(("prompts",) if config.loss.get("multi_label_weight", 0) else ()),
+        )
 
     @classmethod
     def vocabulary(cls, config: ConfigDict, source: Source) -> Sequence[str]:
@@ -134,7 +134,7 @@ class PSeg(Trainable, Segmenting):
             "model": dict.fromkeys(["network", *openseg.OTHER_FIELDS, *own], True),
             "text": keys(TEXT_KEYS, transformer) | keys("learned vectors", not transformer),
             "loss": keys(LOSS_KEYS) | keys("group", words) | keys("multi_label_weight", transformer),
-            "pseudo_masks": keys(" ".join(GENERATOR_KEYS)),
+            "pseudo_masks": dict.fromkeys(GENERATOR_KEYS, True),
         }
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):

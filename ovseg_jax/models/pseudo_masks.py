@@ -218,6 +218,11 @@ class PseudoMaskGenerator(nn.Module):
 
 
 FEATURES = {"colour": Colours, "tower": TowerTokens}
+GENERATOR_KEYS = (
+    "backbone",
+    *(f.name for kind in (PseudoMaskGenerator, Colours, TowerTokens) for f in dataclasses.fields(kind)),
+)
+"""The keys of a config's section that describes a generator."""
 
 
 def build_generator(cfg: Mapping[str, Any], dtype: Any = jnp.float32) -> PseudoMaskGenerator:

@@ -47,7 +47,7 @@ def spoken_words(data: Any, source: Source, fields: Iterable[str] = ()) -> WordL
     """Lists all words of class names and of the whole texts in a batch, templates included, alphabetically.
 
     Args:
-      data: `config.data`; `words`, `extra_words` and `count_captions` (for each kind of text) are those of `counted_words`.
+      data: `config.data`; `words`, `extra_words` and `count_captions` (of each kind of text) as in `counted_words`.
       source: the source of the texts and the class names.
       fields: the batch fields; the texts of those in `SPOKEN` are read.
     """

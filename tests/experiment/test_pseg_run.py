@@ -61,7 +61,7 @@ def test_a_run_and_its_student_read_no_mask(tmp_path):
 
 
 def test_the_papers_form_segments_by_any_known_word_and_says_what_it_cannot_export(tmp_path):
-    config = shrunk("form=paper,ahead=false")
+    config = shrunk("form=paper,ahead=false,prompts=2")
     train(config, str(tmp_path / "run"))
     segmenter = Segmenter.from_checkpoint(tmp_path / "run")
     result = segmenter.segment(Scenes(split="test")[0]["image"], "red ball; grass", threshold=-1.0)

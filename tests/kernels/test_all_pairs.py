@@ -97,7 +97,9 @@ def multi_label_reference(image, texts, valid):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("form", "block"), [("dense", None), ("gather", None), ("ring", None), ("ring", (4, 2))])
+@pytest.mark.parametrize(
+    ("form", "block"), [("dense", None), ("gather", None), ("ring", None), ("ring", (4, 2))]
+)
 def test_the_multi_label_loss_is_groupvits(form, block, shape):
     if form == "dense" and shape:
         pytest.skip("dense is the form of one device")
