@@ -21,6 +21,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.mask_crops import mask_crops
 from ovseg_jax.methods.on_clip import OnClip
 from ovseg_jax.methods.zsseg import FILLS
+from ovseg_jax.models.pseg import CERTAIN
 from ovseg_jax.models.pseudo_masks import GENERATOR_KEYS, PseudoMaskGenerator, build_generator
 from ovseg_jax.protocols import Aux, Batch, Prediction, Segmenting, Text, Variables
 from ovseg_jax.towers.clip import MEAN, SPACE, TOWER_KEYS, Clip
@@ -30,8 +31,6 @@ from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 
 FEATURES = ("value", "activation", "pseudo_masks")
-# A mask has this logit inside, and its negative outside.
-CERTAIN = 10.0
 
 
 class ClipDense(OnClip, Segmenting):

@@ -20,8 +20,9 @@ from ovseg_jax.losses.masks import best_match_dice_loss
 from ovseg_jax.losses.matching import Weights, matched_losses
 from ovseg_jax.losses.temperature import bounded, unbounded
 from ovseg_jax.methods import maskformer, openseg
+from ovseg_jax.models.backbones import build_vit
 from ovseg_jax.models.openseg import OpenSegNet, inside
-from ovseg_jax.models.pseg import PSegFeatures, PSegNet
+from ovseg_jax.models.pseg import PSegFeatures, PSegNet, SegmentViT
 from ovseg_jax.models.pseudo_masks import GENERATOR_KEYS, build_generator
 from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.parallel.sharding import active_batch_axes
@@ -38,12 +39,12 @@ SPACE = "text"
 
 OWN_FIELDS = ("embed_dim", "projection_hidden", "projection_norm")
 LOSS_KEYS = "mask_weight contrastive_weight average matching focal dice aggregation temperature temperature_bounds form"
-NETWORKS = ("maskformer", "openseg")
+NETWORKS = ("maskformer", "openseg", "segment_vit")
 MATCHING = ("hungarian", "best")
 AGGREGATION = ("mean", "words")
 
 
-def build_net(config: ConfigDict) -> PSegNet | OpenSegNet:
+def build_net(config: ConfigDict) -> PSegNet | OpenSegNet | SegmentViT:
     """Creates the image network of a config's `model` section.
 
     Raises:
@@ -59,7 +60,25 @@ def build_net(config: ConfigDict) -> PSegNet | OpenSegNet:
             raise UserError("model.num_queries=0: P-Seg needs masks")
         return net
     fields = {key: model[key] for key in OWN_FIELDS if key in model}
+    if network == "segment_vit":
+        return _segment_vit(config, fields)
     return PSegNet(maskformer.build_net(config.model, ["network", *OWN_FIELDS]), **fields)
+
+
+def _segment_vit(config: ConfigDict, fields: Mapping[str, Any]) -> SegmentViT:
+    model, need = config.model, {*openseg.OTHER_FIELDS, *OWN_FIELDS, "network"}
+    if unknown := sorted(set(model.keys()) - need):
+        raise UserError(f"config.model of the network segment_vit has no key {unknown[0]!r}")
+    if not config.get("pseudo_masks") or config.loss.mask_weight:
+        raise UserError(
+            "the network segment_vit has the masks of the section pseudo_masks, and learns none: loss.mask_weight=0"
+        )
+    if model.backbone.get("init", ""):
+        raise UserError("model.backbone.init: the network segment_vit starts from random weights")
+    dtype = jnp.dtype(model.get("dtype", "float32"))
+    tower = build_vit(model.backbone, dtype, "the network segment_vit")
+    generator = build_generator(config.pseudo_masks.to_dict(), dtype)
+    return SegmentViT(tower, generator, tuple(model.mean), tuple(model.std), dtype=dtype, **fields)
 
 
 def features_of(out: Any) -> PSegFeatures:
@@ -78,7 +97,8 @@ class PSeg(Trainable, Segmenting):
     without that section, the masks of the source are used, which may be pseudo-masks made ahead of time.
 
     `config.model.network` is "maskformer" (3.2), see `models.pseg`, or "openseg" (ours), whose mask features are pixel
-    embeddings, summed under the predicted mask.
+    embeddings, summed under the predicted mask; or "segment_vit", baseline 2 of 4.1, whose masks are the pseudo-masks,
+    see `models.pseg.SegmentViT`.
 
     Keys of `config.loss`: `mask_weight` and `contrastive_weight` are λ of eq. 4; `average` halves their sum, as Figure
     17 does and eq. 4 does not. `matching` is "hungarian" (3.3.1), with `focal` and `dice` of eq. 1, or "best" (ours):
@@ -128,8 +148,11 @@ class PSeg(Trainable, Segmenting):
     def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
         """Returns the method's own keys in each section, and whether each has an effect, see `experiment.keys`."""
         transformer, words = bool(config.text.get("layers")), config.loss.get("aggregation") == "words"
-        queries = config.model.get("network") == "maskformer"
-        own = [*maskformer.NET_FIELDS, *OWN_FIELDS] if queries else openseg.NET_FIELDS
+        own = {
+            "maskformer": [*maskformer.NET_FIELDS, *OWN_FIELDS],
+            "openseg": openseg.NET_FIELDS,
+            "segment_vit": OWN_FIELDS,
+        }.get(config.model.get("network"), ())
         return {
             "model": dict.fromkeys(["network", *openseg.OTHER_FIELDS, *own], True),
             "text": keys(TEXT_KEYS, transformer) | keys("learned vectors", not transformer),
@@ -168,6 +191,8 @@ class PSeg(Trainable, Segmenting):
                 config.pseudo_masks.to_dict(), jnp.dtype(config.model.get("dtype", "float32"))
             )
             self.frozen += ("^generator/",)
+        if isinstance(self.net, SegmentViT):
+            self.frozen += ("^image/generator/",)
         self.form = None if loss.form == "auto" else loss.form
         self.group = (loss.get("group", 0) if loss.aggregation == "words" else 0) or None
         if self.group and config.batch_size % self.group:
@@ -211,11 +236,14 @@ class PSeg(Trainable, Segmenting):
                 shapes = {name: tree["net"] for name, tree in shapes.items() if "net" in tree}
             loaded = maskformer.pretrained_backbone(inner, shapes, init)
             found = {name: {"image": around(tree)} for name, tree in loaded.items()}
-        if self.generator is not None and "backbone" in self.config.pseudo_masks:
+        own = isinstance(self.net, SegmentViT)
+        generator = self.net.generator if isinstance(self.net, SegmentViT) else self.generator
+        if generator is not None and "backbone" in self.config.pseudo_masks:
             from ovseg_jax.pretrained.generator import generator_weights
 
-            weights = generator_weights(self.generator, self.config.pseudo_masks.backbone.get("init", ""))
-            found.setdefault("params", {})["generator"] = weights["params"]
+            weights = generator_weights(generator, self.config.pseudo_masks.backbone.get("init", ""))
+            place = {"generator": weights["params"]}
+            found.setdefault("params", {}).update({"image": place} if own else place)
         return found
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:

@@ -173,6 +173,94 @@ def test_prompts_in_parts_with_padding_and_on_four_devices_give_one_loss():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4), grad, parts)
 
 
+def make_vit(small, **pseudo_masks):
+    """Baseline 2: its masks are the pseudo-masks."""
+    config = make(small).config.to_dict()
+    vit = dict(
+        name="vit", patch=8, width=16, depth=1, heads=2, mlp_dim=16, grid=(4, 4), cls="none", pool="mean"
+    )
+    config["model"] = dict(network="segment_vit", backbone=vit, mean=(0.4,) * 3, std=(0.2,) * 3, embed_dim=24)
+    config["model"] |= dict(projection_hidden=20, projection_norm=False)
+    config["loss"]["mask_weight"] = 0.0
+    made = dict(features="colour", clusters=M, stride=4, mask_stride=4) | pseudo_masks
+    return build(ConfigDict(config | {"pseudo_masks": made}), WORDS, CLASSES)
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_baseline_2_pools_the_tokens_of_each_pseudo_mask(small):
+    method = make_vit(small)
+    data = {key: x for key, x in batch(small).items() if not key.startswith("mask")}
+    assert method.fields(method.config) == ("image", "words" if small else "tokens")
+    data["image"] = data["image"].at[1].set(7)  # one colour: clusters by place alone
+    data["image"] = data["image"].at[2, :, 16:].set(200)
+    size = data["image_size"].at[3].set(jnp.array([20, 28]))
+    variables = method.init(jax.random.key(0))
+    params = variables["params"]["image"]
+    out = method.net.apply({"params": params}, data["image"], size)
+    masks, valid = (np.asarray(x) for x in method.net.generator.apply({}, data["image"], size))
+    pixels = (np.asarray(data["image"]) / 255 - 0.4) / 0.2
+    pixels[3, 20:], pixels[3, :, 28:] = 0, 0
+    tower = method.net.tower.apply({"params": params["tower"]}, jnp.asarray(pixels, jnp.float32))
+    tokens, dense = np.float64(tower.tokens), params["projection"]
+
+    def project(x):
+        linear = lambda x, p: x @ np.float64(p["kernel"]) + np.float64(p["bias"])
+        return linear(np.maximum(linear(x, dense["Dense_0"]), 0), dense["Dense_1"])
+
+    for b in range(B):
+        pooled = []
+        for k in np.flatnonzero(valid[b]):
+            cell = np.float64(masks[b, k] > 0).reshape(4, 2, 4, 2).mean((1, 3))  # of each patch
+            pooled.append((cell[..., None] * tokens[b]).sum((0, 1)) / cell.sum())
+            np.testing.assert_allclose(out.regions[b, k], project(pooled[-1]), atol=1e-4)
+        assert not np.any(out.regions[b][~valid[b]])
+        np.testing.assert_allclose(out.image[b], project(np.mean(pooled, 0)), atol=1e-4)
+    np.testing.assert_array_equal(np.asarray(out.mask_logits[:, 0]) > 0, masks > 0)
+    loss, aux = method.loss(variables, data, jax.random.key(1))
+    total, count = aux.metrics["contrastive_loss"]
+    assert "mask_loss" not in aux.metrics and np.isclose(loss, total / count)
+    learn = jax.grad(lambda p: method.loss({"params": p}, data, jax.random.key(1))[0])
+    grad = jax.jit(learn)(variables["params"])
+    assert all(np.any(np.asarray(x)) for x in jax.tree.leaves(grad["image"]["projection"]))
+
+
+def test_the_tower_of_baseline_2s_masks_is_frozen_and_starts_from_weights():
+    tower = dict(name="vit", patch=8, width=16, depth=1, heads=2, mlp_dim=16, grid=(4, 4), cls="plain")
+    config = make_vit(True).config
+    config.pseudo_masks = dict(features="tower", backbone=tower, clusters=M, mask_stride=4)
+    method = build(config, WORDS, CLASSES)
+    variables = method.init(jax.random.key(0))
+    assert variables["params"]["image"]["generator"] and "^image/generator/" in method.frozen
+    grad = jax.grad(lambda p: method.loss({"params": p}, batch(True), jax.random.key(1))[0])(
+        variables["params"]
+    )
+    assert not any(np.any(np.asarray(x)) for x in jax.tree.leaves(grad["image"]["generator"]))
+    with pytest.raises(UserError, match=r"need backbone\.init"):
+        method.pretrained()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model.num_queries", 3, "segment_vit has no key 'num_queries'"),
+        ("model.backbone.init", "x", "starts from random weights"),
+        ("loss.mask_weight", 1.0, "learns none: loss.mask_weight=0"),
+        ("pseudo_masks", {}, "has the masks of the section pseudo_masks"),
+        ("model.backbone", dict(name="small"), "'small' of the network segment_vit is no Vision Transformer"),
+    ],
+)
+def test_a_bad_value_of_baseline_2_is_named(key, value, message):
+    config = make_vit(False).config
+    with config.unlocked():
+        section, _, name = key.rpartition(".")
+        target = config
+        for part in filter(None, section.split(".")):
+            target = target[part]
+        target[name] = value
+    with pytest.raises(UserError, match=message):
+        build(config, WORDS, CLASSES)
+
+
 def focal_and_dice(x, t, focal, dice):
     p = 1 / (1 + np.exp(-x))
     entropy = -(0.25 * t * (1 - p) ** 2 * np.log(p) + 0.75 * (1 - t) * p**2 * np.log(1 - p)).mean()
