@@ -16,6 +16,7 @@ from ovseg_jax.files import locked
 from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.methods.maskformer import MaskFormer
 from ovseg_jax.methods.maskformer_text import TextMaskFormer
+from ovseg_jax.models.pseg import SegmentViT
 from ovseg_jax.models.text_towers import SiglipText
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.parallel.sharding import path_name
@@ -80,6 +81,10 @@ def export_model(
         raise UserError(
             f"--to={to} has no form of a trained text transformer; --to=stablehlo and big_vision have"
         )
+    net = getattr(segmenter.method, "net", None)
+    if to in ("torch", "onnx") and (net is None or isinstance(net, SegmentViT)):
+        lacking = "pseudo-masks" if net else f"the method {segmenter.config.method}"
+        raise UserError(f"--to={to} has no form of {lacking}")
     kind = np.dtype(jnp.dtype(dtype))
     with locked(folder):
         WRITERS[to](segmenter, folder, kind)
@@ -125,7 +130,7 @@ def towers(segmenter: Segmenter) -> tuple[dict[str, np.ndarray], dict[str, np.nd
     """Returns the parameters by path of the pyramid's image tower and the frozen text tower; {} for a missing one."""
     if isinstance(segmenter.method, MaskFormer):
         return {}, {}
-    image = segmenter.variables["params"]["image"]["backbone"].get("tower", {})
+    image = segmenter.variables["params"].get("image", {}).get("backbone", {}).get("tower", {})
     text: Any = getattr(segmenter.method, "text", None)
     seen = {path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(image)}
     return seen, text.weights() if isinstance(text, FrozenText) else {}

@@ -1,5 +1,7 @@
 """Dense CLIP against the last block in NumPy's float64; its configs on `scenes`, on sets, and with proposals."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from ovseg_jax.decisions.rules import decide
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.keys import check_config
 from ovseg_jax.experiment.run import train
+from ovseg_jax.inference.export import export_model
 from ovseg_jax.methods import build
 from ovseg_jax.pretrained.published import pixels_of
 from ovseg_jax.towers.clip import SPACE
@@ -179,6 +182,13 @@ def test_pseudo_masks_are_shown_to_clip_one_by_one(crop):
 
     np.testing.assert_array_equal(category(jnp.asarray(image), jnp.asarray(size)), want)
     assert len(np.unique(want)) > 4
+
+
+def test_an_export_that_there_is_not_is_refused(tmp_path):
+    found = config("value")
+    segmenter = SimpleNamespace(method=build(found, WORDS, CLASSES), config=found)
+    with pytest.raises(UserError, match="--to=torch has no form of the method clip_dense"):
+        export_model(lambda: segmenter, "torch", str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("features", ["activation", "proposals", "pseudo_masks"])
