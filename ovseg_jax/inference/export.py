@@ -83,7 +83,7 @@ def export_model(
         )
     net = getattr(segmenter.method, "net", None)
     if to in ("torch", "onnx") and (net is None or isinstance(net, SegmentViT)):
-        lacking = "pseudo-masks" if net else f"the method {segmenter.config.method}"
+        lacking = "pseudo-masks" if net is not None else f"the method {segmenter.config.method}"
         raise UserError(f"--to={to} has no form of {lacking}")
     kind = np.dtype(jnp.dtype(dtype))
     with locked(folder):
