@@ -132,12 +132,12 @@ def scenes(args: Args) -> ConfigDict:
     small = args.form != "paper"
     config = common.run(
         "pseg",
-        steps=5000,
+        steps=5500,
         batch_size=16,
         model=scenes_model(small, args.baseline),
         loss=losses(small),
         pseudo_masks=common.colour_masks(),
-        optimizer=common.adamw_of_scenes(ema=0.998),
+        optimizer=common.adamw_of_scenes(),
         data=dict(
             train=[dict(common.scenes("train", args.images), fields=["image", "captions"], cache=True)],
             image_size=64,

@@ -70,7 +70,7 @@ def scenes() -> ConfigDict:
         batch_size=16,
         model=dict(
             init="",
-            backbone=dict(name="small", width=48, levels=4),
+            backbone=dict(name="small", width=48, levels=4, stem="light"),
             mean=(0.5, 0.5, 0.5),
             std=(0.25, 0.25, 0.25),
             width=64,
