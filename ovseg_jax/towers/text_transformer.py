@@ -16,8 +16,8 @@ from ovseg_jax.models.projection import Projection
 from ovseg_jax.models.text_towers import CLIPText
 from ovseg_jax.towers.features import embed_in_chunks
 from ovseg_jax.towers.templates import fill, read_templates
-from ovseg_jax.vocab.tokenizers import PieceTokenizer, load_tokenizer
-from ovseg_jax.vocab.word_tokenizer import WordTokenizer
+from ovseg_jax.vocab.tokenizers import PieceTokenizer
+from ovseg_jax.vocab.word_tokenizer import WordTokenizer, read_tokenizer
 from ovseg_jax.vocab.words import WordList
 
 TEXT_KEYS = "tokenizer vocab_size length width layers heads projection_hidden projection_norm prompt remat"
@@ -92,7 +92,7 @@ class TextTransformer:
         from ovseg_jax.pretrained.hub import find
 
         path = find(self.source)
-        return load_tokenizer(path if path.is_dir() else path.parent, "clip", length)
+        return read_tokenizer(path if path.is_dir() else path.parent, length, "clip")
 
     def init(self, rng: jax.Array) -> Mapping[str, Any]:
         """Creates `params`, and `batch_stats` if the projection is normalised."""

@@ -1,6 +1,7 @@
 """P-Seg's configs run from captions alone: pseudo-masks, training, labels for P-Seg+, and its student."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.run import train
 from ovseg_jax.inference.export import export_model
 from ovseg_jax.inference.segmenter import Segmenter
+from tests.methods.test_groupvit_method import pieces
 
 
 class Maskless(Scenes):
@@ -68,3 +70,20 @@ def test_the_papers_form_segments_by_any_known_word_and_says_what_it_cannot_expo
     assert set(np.unique(result.label_map)) <= {0, 1}
     with pytest.raises(UserError, match="no form of a trained text transformer"):
         export_model(lambda: segmenter, "torch", str(tmp_path / "out"))
+
+
+def test_a_run_keeps_the_tokeniser_that_its_config_names(tmp_path):
+    config = shrunk("form=paper,ahead=false")
+    (tmp_path / "clip").mkdir()
+    pieces(tmp_path / "clip")
+    config.text.tokenizer = str(tmp_path / "clip")
+    train(config, tmp_path / "run")
+    names, image = ["red ball", "Grass!"], Scenes(split="test")[0]["image"]
+    first = Segmenter.from_checkpoint(tmp_path / "run")
+    vectors = np.asarray(first.embed(names)["text"])
+    shutil.rmtree(tmp_path / "clip")
+    again = Segmenter.from_checkpoint(tmp_path / "run")
+    np.testing.assert_array_equal(again.embed(names)["text"], vectors)
+    assert np.abs(vectors[0] - vectors[1]).max() > 1e-4
+    assert again.segment(image, names, threshold=-1.0).label_map.shape == image.shape[:2]
+    assert train(config, tmp_path / "run")["steps"] == 2  # the same command, without the folder
