@@ -278,7 +278,7 @@ def load_variables(
 
 
 def with_own_text(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
-    """Returns the config with the paths of the run's own copies of a tokeniser, or a frozen text tower and its prompt."""
+    """Returns the config with the paths of the run's own copies of tokeniser, frozen text tower and prompt."""
     tower, tokenizer = epath.Path(workdir) / TEXT_TOWER, epath.Path(workdir) / TOKENIZER
     config = ConfigDict(config.to_dict())
     if (tower / CONFIG_FILE).exists():
