@@ -27,7 +27,7 @@ LABELS = "red ball,ball; grass; blue"
 
 def make_segmenter(kind="openseg", text=None, **model):
     if kind == "pseg":  # statistics and several templates included
-        own = dict(projection_norm=True, prompt=["a {} ball", "{}"]) | (text or {})
+        own = dict(projection_norm=True, prompt=["{} ball", "{}"]) | (text or {})
         method = pseg.make(text=own, projection_norm=True, **model)
     elif kind == "maskformer":
         method = maskformer.method()
@@ -35,7 +35,9 @@ def make_segmenter(kind="openseg", text=None, **model):
         method = make(kind, mask_bias=0.2, mask_scale=8.0, **model)
     variables = jax.tree.map(np.asarray, method.init(jax.random.key(0)))
     # Everything that an initialiser leaves at 0 or 1 must matter.
-    variables = jax.tree.map(lambda x: (x + RNG.normal(0, 0.05, x.shape)).astype(x.dtype), variables)
+    noise = 0.3 if kind == "pseg" else 0.05
+    rng = np.random.default_rng(0) if kind == "pseg" else RNG
+    variables = jax.tree.map(lambda x: (x + rng.normal(0, noise, x.shape)).astype(x.dtype), variables)
     return Segmenter(
         method, variables, method.config, maskformer.CLASSES if kind == "maskformer" else CLASSES
     )
