@@ -1,4 +1,5 @@
-"""CLIP without training as a segmenter: the ALIGN baselines of papers/004, 4.3 and figure 5, whose weights are private.
+"""CLIP without training as a segmenter: the ALIGN baselines of papers/004, 4.3 and figure 5, whose weights are private;
+and CLIP, MaskCLIP and pseudo-masks + CLIP (B1) of papers/002, Tables 2 to 4.
 
   python -m ovseg_jax.main --config=configs/clip_dense.py
       on `scenes`, which is generated on the fly, on a laptop CPU in minutes: first a small CLIP is trained on single
@@ -10,6 +11,11 @@
       the proposals of a run of configs/openseg.py, each named by CLIP's image tower ("ALIGN w/ proposal").
   python -m ovseg_jax.main --config=configs/clip_dense.py:data=sets,eval_sets=DIR,protocol=groupvit
       as papers/002 score CLIP and MaskCLIP (Tables 3 and 4), on VOC, Context and COCO-Object.
+  python -m ovseg_jax.main --config=configs/clip_dense.py:features=pseudo_masks
+      B1 of papers/002, 4.1, on `scenes`: each mask of the pseudo-mask generator is shown to CLIP on its own, the rest
+      black.
+  python -m ovseg_jax.main --config=configs/tables/pseg.py:table=2,row=B1-pseudo-mask-CLIP,eval_sets=DIR
+      B1 with DINO's tokens and CLIP ViT-L/14 on the sets. The paper's mIoU: 12.9, 3.9 and 2.9.
 
 The run has no steps: its scores are in its summary. Everything that is not marked with a section is ours.
 """
@@ -29,7 +35,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     args = parse_arg(
         arg,
         data=("scenes", "sets"),
-        features=("value", "activation", "proposals"),
+        # pseudo_masks: B1 of papers/002, 4.1, each pseudo-mask shown to CLIP on its own
+        features=("value", "activation", "proposals", "pseudo_masks"),
+        # features=pseudo_masks: whether CLIP sees the box around a mask. False: the whole image, black outside of the
+        # mask ("apply the current mask to the original image")
+        crop=False,
+        dino="hf:facebook/dino-vits8",  # features=pseudo_masks: where DINO's weights are (papers/002, C.1)
         proposals="",  # features=proposals: a run that proposes masks; on scenes one is trained by default
         eval_sets="",  # a folder that holds the sets by name, see configs/README.md
         # groupvit: as papers/002 score it, on VOC, Context and COCO-Object by sliding windows (`common.BACKGROUND`)
@@ -51,15 +62,22 @@ def get_config(arg: str | None = None) -> ConfigDict:
     return config
 
 
-def without_steps(towers: dict[str, Any], image_size: int, prompt: Any, features: str) -> ConfigDict:
+def without_steps(args: Args, towers: dict[str, Any], image_size: int, prompt: Any) -> ConfigDict:
     """Returns the run of a CLIP that is not trained."""
+    # With proposals, dense features have no part in the scores.
+    dense = dict(features="value" if args.features == "proposals" else args.features, prompt=prompt)
+    more = {}
+    if args.features == "pseudo_masks":
+        dense |= dict(crop=args.crop, fill="zero")  # fill: ours, or mean, CLIP's mean pixel
+        masks = common.colour_masks() if args.data == "scenes" else common.dino_masks(args.dino)
+        more = dict(pseudo_masks=masks)
     return common.run(
         "clip_dense",
         steps=0,
         batch_size=8,
         towers=towers,
-        # With proposals, dense features have no part in the scores.
-        dense=dict(features="value" if features == "proposals" else features, prompt=prompt),
+        dense=dense,
+        **more,
         optimizer=common.adamw(1e-3, warmup_steps=0, weight_decay=0.0),
         data=dict(image_size=image_size, workers=0),
         checkpoint=common.checkpoint(every=0),
@@ -84,7 +102,7 @@ def on_scenes(args: Args) -> ConfigDict:
     clip.towers.image = dict(name="vit", pre_norm=True, **vit)
     clip.steps, clip.batch_size = 400, 128
     towers = dict(clip.towers.to_dict(), init="stage:clip", tokenizer="stage:clip")
-    config = without_steps(towers, 64, "a photo of a {}", args.features)
+    config = without_steps(args, towers, 64, "a photo of a {}")
     stages, proposals = dict(clip=clip), ""
     if args.features == "proposals":
         proposals = args.proposals or "stage:proposals"
@@ -107,7 +125,7 @@ def on_sets(args: Args) -> ConfigDict:
     if args.protocol == "groupvit":
         return by_windows(args, towers)
     size = towers["image_size"] if proposals else args.image_size
-    config = without_steps(towers, size, args.prompt, args.features)
+    config = without_steps(args, towers, size, args.prompt)
     form = (
         dict(name="prepared", split="val")
         if args.sets_are == "prepared"
@@ -126,8 +144,8 @@ def on_sets(args: Args) -> ConfigDict:
 def by_windows(args: Args, towers: dict[str, Any]) -> ConfigDict:
     """Returns published towers on the sets of papers/002, by sliding windows."""
     if args.features == "proposals":
-        raise UserError("protocol=groupvit is for features of pixels: leave out features=proposals")
-    config = without_steps(towers, 448, args.prompt, args.features)
+        raise UserError("protocol=groupvit has no proposals of a run: leave out features=proposals")
+    config = without_steps(args, towers, 448, args.prompt)
     decision: dict[str, Any] = dict(type="argmax")
     if args.background:
         decision = dict(type="background_threshold", threshold=args.threshold)

@@ -8,6 +8,8 @@
       of the run.
   python -m ovseg_jax.main --config=configs/pseg.py:form=paper
       the same data with the paper's form, see below.
+  python -m ovseg_jax.main --config=configs/pseg.py:baseline=true
+      baseline 2 (4.1) on the same data.
   python -m ovseg_jax.main --config="configs/pseg.py:data=tars,data_dir=CC3M;CC12M;REDCAPS,tokenizer=DIR,dino=DIR"
       the paper's recipe (Tables 10 and C.1) on tars of images and captions, as img2dataset writes them; DIR are folders
       of CLIP's tokeniser and of DINO's weights, by default taken from the hub. The paper's mIoU with background
@@ -45,23 +47,32 @@ def get_config(arg: str | None = None) -> ConfigDict:
         images=AtLeast(10_000, 1),  # data=scenes: number of training images
         pairs=AtLeast(PAIRS, 1),  # not data=scenes: number of pairs in an epoch, for the number of steps
         val_dir="",  # not data=scenes: a folder to evaluate on, which needs classes; none where it is not said
-        # not data=scenes: a folder of VOC, Context and COCO-Object, scored at the end as GroupViT does (C.1), VOC by
-        # MaskFormer's inference; see `common.BACKGROUND`
+        # not data=scenes: a folder of the sets, which are scored at the end as GroupViT does (C.1), VOC by MaskFormer's
+        # inference; see `common.BACKGROUND`
         eval_sets="",
+        sets="VOC;Context;COCO-Object",  # eval_sets; others: LVIS, ImageNet-S (Table 7)
         sets_are=("prepared", "folders"),  # eval_sets
         background=True,  # eval_sets: whether background pixels are scored
         backbone="swin_small",  # C.1
+        # form=paper: nouns and verbs of a caption in templates that an image is contrasted with beside the caption, by
+        # GroupViT's multi-label loss, which has 3; the paper has no such term
+        prompts=AtLeast(0, 0),
         tokenizer="hf:openai/clip-vit-base-patch16",  # where CLIP's tokeniser is; its vocabulary is that of C.1
         dino="hf:facebook/dino-vits8",  # where DINO's weights are
         # true: pseudo-masks are made once, of the whole images, before the training; false: in each step, of the
         # augmented images, as in Figure 17. By default true on `scenes`
         ahead=("", "true", "false"),
+        # whether baseline 2 of 4.1 is trained instead: a ViT whose tokens are pooled in each pseudo-mask; it learns
+        # names from captions, and no masks
+        baseline=False,
         plus=False,  # data=scenes: whether P-Seg+ follows; on other data it is configs/upernet.py:teacher=WORKDIR
         seed=0,
     )
     config = scenes(args) if args.data == "scenes" else paper(args)
     config.seed = args.seed
-    if args.ahead == "true" or (args.data == "scenes" and args.ahead != "false"):
+    if args.baseline:
+        config.loss.mask_weight = 0.0
+    elif args.ahead == "true" or (args.data == "scenes" and args.ahead != "false"):
         make_masks_ahead(config)
     if args.data == "scenes" and args.plus:
         config = with_student(config)
@@ -93,6 +104,13 @@ def with_student(teacher: ConfigDict) -> ConfigDict:
     return student
 
 
+def contrast_prompts(config: ConfigDict, count: int) -> None:
+    """Adds GroupViT's multi-label loss of `count` prompts an image, if there are any."""
+    if count:
+        config.data.max_prompts = count
+        config.loss.multi_label_weight = 1.0  # GroupViT's code
+
+
 def losses(small: bool) -> dict[str, Any]:
     """Returns the loss section of a form."""
     return dict(
@@ -116,10 +134,9 @@ def scenes(args: Args) -> ConfigDict:
         "pseg",
         steps=5000,
         batch_size=16,
-        model=dict(openseg.scenes_net(), network="openseg") if small else small_maskformer(),
+        model=scenes_model(small, args.baseline),
         loss=losses(small),
-        # An oracle mIoU of 84, 84 and 92 on seen pairs, held out and on stuff, see tests/benchmarks/README.md.
-        pseudo_masks=dict(features="colour", clusters=6, stride=2, mask_stride=2, blur=2.0, position=0.15),
+        pseudo_masks=common.colour_masks(),
         optimizer=common.adamw_of_scenes(ema=0.998),
         data=dict(
             train=[dict(common.scenes("train", args.images), fields=["image", "captions"], cache=True)],
@@ -148,7 +165,23 @@ def scenes(args: Args) -> ConfigDict:
     else:
         config.text = transformer("words", width=64, layers=2, heads=4, hidden=64, length=32)
         config.data.update(dict(scale_jitter=(1.0, 1.0), flip=True))
+        contrast_prompts(config, args.prompts)
     return config
+
+
+def scenes_model(small: bool, baseline: bool) -> dict[str, Any]:
+    """Returns the network of a form, or of the baseline, for images of 64 pixels. All numbers are ours."""
+    if baseline:
+        size = dict(patch=4, grid=(16, 16), width=64, depth=4, heads=4, mlp_dim=128)
+        pixels = dict(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), dtype="float32")
+        return segment_vit(size, embed_dim=64, projection_hidden=64, **pixels)
+    return dict(openseg.scenes_net(), network="openseg") if small else small_maskformer()
+
+
+def segment_vit(size: dict[str, Any], **own: Any) -> dict[str, Any]:
+    """Returns the network of baseline 2 (4.1); the paper does not say which ViT it is, nor what follows the pooling."""
+    tower = dict(name="vit", cls="none", pool="mean", remat="none", **size)
+    return dict(network="segment_vit", backbone=tower, projection_norm=False, **own)
 
 
 def small_maskformer() -> dict[str, Any]:
@@ -192,6 +225,35 @@ def transformer(
     )
 
 
+def paper_model(args: Args) -> dict[str, Any]:
+    """Returns the network of C.1, or of baseline 2, from random weights."""
+    if args.baseline:  # ours: ViT-S/16; the rest as below
+        size = dict(patch=16, grid=(14, 14), width=384, depth=12, heads=6, mlp_dim=1536)
+        pixels = dict(mean=IMAGENET.mean, std=IMAGENET.std, dtype="bfloat16")
+        return segment_vit(size, embed_dim=256, projection_hidden=256, **pixels)
+    return dict(
+        network="maskformer",  # 3.2
+        backbone=dict(name=args.backbone, init="", remat="none"),  # no weights: 3.3 needs no labels (ours)
+        mean=IMAGENET.mean,  # ours, as GroupViT and MaskFormer
+        std=IMAGENET.std,
+        num_queries=64,  # C.1
+        width=256,  # C.1
+        mask_dim=256,  # C.1
+        layers=6,  # C.1
+        heads=8,  # ours, as MaskFormer
+        ffn=2048,  # ours, as MaskFormer
+        dropout=0.1,  # ours, as MaskFormer
+        # Figure 17 has one mask loss. True: each layer of the decoder is matched, as in the authors' MaskFormer.
+        deep_supervision=False,
+        remat="none",
+        dtype="bfloat16",  # ours
+        embed_dim=256,  # C.1
+        projection_hidden=256,  # ours: 2 layers (C.1); GroupViT's have 4096
+        # Ours: GroupViT's are normalised, but here statistics would be of means over masks, and tests of masks.
+        projection_norm=False,
+    )
+
+
 def paper(args: Args) -> ConfigDict:
     """Returns the recipe of Table 10 and C.1."""
     if not args.data_dir:
@@ -207,51 +269,20 @@ def paper(args: Args) -> ConfigDict:
         evals["validation"] = common.segmentation(dict(name=form, data_dir=args.val_dir), 16, every=5000)
     ends = dict(evals)
     if args.eval_sets:
-        sets = "VOC;Context;COCO-Object"
-        ends |= common.by_protocol(args.eval_sets, sets, args.sets_are, args.background, 16)
-        ends["VOC"]["protocol"] = f"pseg_{ends['VOC']['protocol']}"
+        scored = common.by_protocol(args.eval_sets, args.sets, args.sets_are, args.background, 16)
+        if "VOC" in scored:
+            scored["VOC"]["protocol"] = f"pseg_{scored['VOC']['protocol']}"
+        ends |= scored
     batch, epoch = 4096, args.pairs / 4096  # Table 10
-    return common.run(
+    config = common.run(
         "pseg",
         steps=round(EPOCHS * epoch),
         batch_size=batch,
-        model=dict(
-            network="maskformer",  # 3.2
-            backbone=dict(
-                name=args.backbone, init="", remat="none"
-            ),  # no weights: 3.3 needs no labels (ours)
-            mean=IMAGENET.mean,  # ours, as GroupViT and MaskFormer
-            std=IMAGENET.std,
-            num_queries=64,  # C.1
-            width=256,  # C.1
-            mask_dim=256,  # C.1
-            layers=6,  # C.1
-            heads=8,  # ours, as MaskFormer
-            ffn=2048,  # ours, as MaskFormer
-            dropout=0.1,  # ours, as MaskFormer
-            # Figure 17 has one mask loss. True: each layer of the decoder is matched, as in the authors' MaskFormer.
-            deep_supervision=False,
-            remat="none",
-            dtype="bfloat16",  # ours
-            embed_dim=256,  # C.1
-            projection_hidden=256,  # ours: 2 layers (C.1); GroupViT's have 4096
-            # Ours: GroupViT's are normalised, but here statistics would be of means over masks, and tests of masks.
-            projection_norm=False,
-        ),
+        model=paper_model(args),
         # C.1; heads as GroupViT
         text=transformer(args.tokenizer, width=256, layers=12, heads=4, hidden=256, length=77),
         loss=losses(small=False),
-        pseudo_masks=dict(
-            features="tower",
-            backbone=dict(name="dino_vits8", init=args.dino),  # C.1
-            # 3.3.1 does not say which tokens: those after the final norm, as they are. keys: of the last attention.
-            layer="tokens",
-            normalise=False,
-            clusters=8,  # K, C.1
-            mask_stride=4,  # the network's own: ours
-            start="farthest",  # ours, or kmeans++
-            iterations=12,  # ours
-        ),
+        pseudo_masks=common.dino_masks(args.dino),
         optimizer=common.adamw(
             5e-4,  # Table 10
             warmup_steps=round(WARMUP * epoch),  # Table 10
@@ -279,3 +310,5 @@ def paper(args: Args) -> ConfigDict:
         checkpoint=common.checkpoint(every=1000, keep=3),
         log_every=50,
     )
+    contrast_prompts(config, args.prompts)
+    return config

@@ -131,10 +131,13 @@ def _abstract(config: ConfigDict, mesh: Any, words: int, classes: int) -> tuple[
     """Returns the method, its optimiser, the shapes of state and batch, and the shardings of the state."""
     from ovseg_jax.data.fields import batch_fields
     from ovseg_jax.methods import build, method_type, training_rows
+    from ovseg_jax.towers.vocabulary import template_words
     from ovseg_jax.vocab.words import WordList
 
-    vocabulary = WordList([f"word{i}" for i in range(words)])
-    labelled = "label" in batch_fields(method_type(config.method), config)
+    fields = batch_fields(method_type(config.method), config)
+    invented = [f"word{i}" for i in range(words)]
+    vocabulary = WordList([*invented, *sorted(template_words(config.data, fields))])
+    labelled = "label" in fields
     if "towers" in config:
         config = ConfigDict(config.to_dict())
         config.towers.update(dict(init="", tokenizer="words"))

@@ -17,16 +17,13 @@ from ovseg_jax.evals.registry import Setup
 from ovseg_jax.evals.segmentation import SegmentationEvaluator
 from ovseg_jax.experiment.load import Run, load_run
 from ovseg_jax.experiment.mask_files import MaskFiles, is_mask_file, stage_of
-from ovseg_jax.methods.zsseg import Rules, TwoStage
+from ovseg_jax.methods.zsseg import FILLS, Rules, TwoStage
 from ovseg_jax.protocols import Classifier, Evaluator, Prediction, Segmenting, Variables
 from ovseg_jax.towers.clip import MEAN
 from ovseg_jax.towers.features import embed_in_chunks
 from ovseg_jax.towers.prompt_file import Prompt
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.splits import load_split
-
-FILLS = {"mean": 255.0, "zero": 0.0}
-"""Colours of pixels outside of a crop's mask, in units of the mean pixel."""
 
 
 class TransferEvaluator(Evaluator):

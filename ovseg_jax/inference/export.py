@@ -16,6 +16,7 @@ from ovseg_jax.files import locked
 from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.methods.maskformer import MaskFormer
 from ovseg_jax.methods.maskformer_text import TextMaskFormer
+from ovseg_jax.models.pseg import SegmentViT
 from ovseg_jax.models.text_towers import SiglipText
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.parallel.sharding import path_name
@@ -76,6 +77,10 @@ def export_model(
     segmenter = load()
     if isinstance(segmenter.method, TextMaskFormer) and to != "big_vision":
         raise UserError(f"--to={to} has no form of maskformer_text, only of maskformer; --to=big_vision has")
+    net = getattr(segmenter.method, "net", None)
+    if to in ("torch", "onnx") and (net is None or isinstance(net, SegmentViT)):
+        lacking = "pseudo-masks" if net is not None else f"the method {segmenter.config.method}"
+        raise UserError(f"--to={to} has no form of {lacking}")
     kind = np.dtype(jnp.dtype(dtype))
     with locked(folder):
         WRITERS[to](segmenter, folder, kind)
@@ -125,8 +130,8 @@ def towers(segmenter: Segmenter) -> tuple[dict[str, np.ndarray], dict[str, np.nd
     """Returns the parameters by path of the pyramid's image tower and the frozen text tower; {} for a missing one."""
     if isinstance(segmenter.method, MaskFormer):
         return {}, {}
-    params = segmenter.variables["params"]["image"]
-    image = params.get("net", params)["backbone"].get("tower", {})
+    params = segmenter.variables["params"].get("image", {})
+    image = params.get("net", params).get("backbone", {}).get("tower", {})
     text: Any = getattr(segmenter.method, "text", None)
     seen = {path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(image)}
     return seen, text.weights() if isinstance(text, FrozenText) else {}
@@ -139,7 +144,8 @@ def to_big_vision(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     cast = lambda arrays: {k: x.astype(dtype) if x.dtype == np.float32 else x for k, x in arrays.items()}
     write_big_vision(out / "model.npz", cast(flat))
     seen, read = towers(segmenter)
-    net = getattr(method.net, "net", method.net)  # P-Seg's is around MaskFormer's
+    net = getattr(method, "net", None)
+    net = getattr(net, "net", net)  # P-Seg's is around MaskFormer's
     both = {f"params/img/{path}": x for path, x in seen.items() if isinstance(net.backbone.tower, ViT)}
     if read and isinstance(method.text.tower, SiglipText):
         both |= {f"params/txt/{path}": x for path, x in read.items()}

@@ -1,4 +1,4 @@
-"""Image-text contrastive losses over the global batch (papers/002, eq. 2-3, and SigLIP's sigmoid)."""
+"""Image-text contrastive losses over the global batch: papers/002, eq. 2-3; SigLIP's; GroupViT's multi-label loss."""
 
 from typing import NamedTuple
 
@@ -71,6 +71,47 @@ def contrastive_loss(
         return jax.lax.psum(out, batch_axes) if batch_axes else out
 
     return over_batch(local, batch_axes, (image, text, valid), shared)
+
+
+def multi_label_loss(
+    image: Float[Array, "b d"],
+    texts: Float[Array, "b m d"],
+    valid: Bool[Array, " b"],
+    temperature: Float[Array, ""],
+    *,
+    form: Form | None = None,
+    batch_axes: tuple[str, ...] = (),
+    block: Block | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Contrasts every image with the M texts of every image; returns the sum over the valid images, and their number.
+
+    It is the loss that GroupViT's code adds for prompts (NVlabs/GroupViT, models/multi_label_contrastive.py). With
+    `G_im,j = <x_j, y_im> / σ`, an image has the target 1/M for each of its own texts among all texts of the batch, a
+    text its own image among all images, and both directions are halved: for image i
+    `1/2 [log Σ_jm exp G_jm,i - 1/M Σ_m G_im,i] + 1/2M Σ_m [log Σ_j exp G_im,j - G_im,i]`.
+
+    Args:
+      image: unit-norm embeddings of images.
+      texts: unit-norm embeddings of the texts of each.
+      valid: False for padding, and for images whose texts are; neither is a negative.
+      temperature: σ.
+      form, batch_axes, block: see `contrastive_loss`; all texts count as one column.
+    """
+    b, m, _ = texts.shape
+    picked = pick(b, batch_axes, bytes_per_pair=4 * m, row_to_column=1 / m)
+    form, block = resolve_form("multi-label loss", form, block, picked)
+    shared = jnp.asarray(temperature, jnp.float32), jnp.zeros(())
+
+    def local(image, texts, valid, shared) -> tuple[Array, Array]:
+        one = lambda text: all_pairs(
+            _scores, image, text, shared, valid, valid, form=form, axes=batch_axes, block=block
+        )
+        sums = jax.vmap(one, 1)(texts)  # [m b]
+        each = (jax.nn.logsumexp(sums.row, 0) + sums.column.mean(0)) / 2 - sums.positive.mean(0)
+        out = jnp.sum(jnp.where(valid, each, 0)), valid.sum().astype(jnp.float32)
+        return jax.lax.psum(out, batch_axes) if batch_axes else out
+
+    return over_batch(local, batch_axes, (image, texts, valid), shared)
 
 
 def _scores(image: Array, text: Array, shared: tuple[Array, Array]) -> Array:

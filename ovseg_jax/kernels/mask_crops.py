@@ -12,7 +12,11 @@ from ovseg_jax.kernels.keys import keys
 
 
 def mask_crops(
-    image: UInt8[Array, "b s t 3"], inside: Bool[Array, "b n s t"], fill: Float[Array, "3"], size: int
+    image: UInt8[Array, "b s t 3"],
+    inside: Bool[Array, "b n s t"],
+    fill: Float[Array, "3"],
+    size: int,
+    extent: Bool[Array, "b n s t"] | None = None,
 ) -> UInt8[Array, "b n z z 3"]:
     """Crops the box around each mask, resized to `size` x `size`, with `fill` outside of the mask.
 
@@ -23,9 +27,11 @@ def mask_crops(
       inside: the masks of each image.
       fill: a colour, 0..255.
       size: the side z of a crop in pixels.
+      extent: the areas whose boxes are cropped, by default the masks themselves.
     """
-    rows = _of_axis(inside.any(3), size)
-    columns = _of_axis(inside.any(2), size)
+    extent = inside if extent is None else extent
+    rows = _of_axis(extent.any(3), size)
+    columns = _of_axis(extent.any(2), size)
     # Outside of the mask the difference to `fill` is 0.
     difference = jnp.where(inside[..., None], image[:, None] - fill, 0)
     # At their default precision accelerators would be off by whole levels of 255.

@@ -1,6 +1,5 @@
 """P-Seg (papers/002): a MaskFormer that learns its masks from pseudo-masks, and their meaning from captions."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,19 +10,21 @@ from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from ovseg_jax.config import keys
+from ovseg_jax.data.fields import batch_fields
 from ovseg_jax.data.source_base import Source, check_provides
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.all_pairs import FORMS
-from ovseg_jax.kernels.contrastive import Contrast, contrastive_loss
+from ovseg_jax.kernels.contrastive import Contrast, contrastive_loss, multi_label_loss
 from ovseg_jax.kernels.grounding import grounding_loss
 from ovseg_jax.kernels.unit import unit
 from ovseg_jax.losses.masks import best_match_dice_loss
 from ovseg_jax.losses.matching import Weights, matched_losses
 from ovseg_jax.losses.temperature import bounded, unbounded
 from ovseg_jax.methods import maskformer, openseg
+from ovseg_jax.models.backbones import build_vit
 from ovseg_jax.models.openseg import OpenSegNet, inside
-from ovseg_jax.models.pseg import PSegFeatures, PSegNet
-from ovseg_jax.models.pseudo_masks import Colours, PseudoMaskGenerator, TowerTokens, build_generator
+from ovseg_jax.models.pseg import PSegFeatures, PSegNet, SegmentViT
+from ovseg_jax.models.pseudo_masks import GENERATOR_KEYS, build_generator
 from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.parallel.sharding import active_batch_axes
 from ovseg_jax.protocols import Aux, Batch, Prediction, Segmenting, Text, Trainable, Variables
@@ -40,16 +41,12 @@ SPACE = "text"
 
 OWN_FIELDS = ("embed_dim", "projection_hidden", "projection_norm")
 LOSS_KEYS = "mask_weight contrastive_weight average matching focal dice aggregation temperature temperature_bounds form"
-GENERATOR_KEYS = [
-    "backbone",
-    *(f.name for kind in (PseudoMaskGenerator, Colours, TowerTokens) for f in dataclasses.fields(kind)),
-]
-NETWORKS = ("maskformer", "openseg")
+NETWORKS = ("maskformer", "openseg", "segment_vit")
 MATCHING = ("hungarian", "best")
 AGGREGATION = ("mean", "words")
 
 
-def build_net(config: ConfigDict) -> PSegNet | OpenSegNet:
+def build_net(config: ConfigDict) -> PSegNet | OpenSegNet | SegmentViT:
     """Creates the image network of a config's `model` section.
 
     Raises:
@@ -65,7 +62,25 @@ def build_net(config: ConfigDict) -> PSegNet | OpenSegNet:
             raise UserError("model.num_queries=0: P-Seg needs masks")
         return net
     fields = {key: model[key] for key in OWN_FIELDS if key in model}
+    if network == "segment_vit":
+        return _segment_vit(config, fields)
     return PSegNet(maskformer.build_net(config.model, ["network", *OWN_FIELDS]), **fields)
+
+
+def _segment_vit(config: ConfigDict, fields: Mapping[str, Any]) -> SegmentViT:
+    model, need = config.model, {*openseg.OTHER_FIELDS, *OWN_FIELDS, "network"}
+    if unknown := sorted(set(model.keys()) - need):
+        raise UserError(f"config.model of the network segment_vit has no key {unknown[0]!r}")
+    if not config.get("pseudo_masks") or config.loss.mask_weight:
+        raise UserError(
+            "the network segment_vit has the masks of the section pseudo_masks, and learns none: loss.mask_weight=0"
+        )
+    if model.backbone.get("init", ""):
+        raise UserError("model.backbone.init: the network segment_vit starts from random weights")
+    dtype = jnp.dtype(model.get("dtype", "float32"))
+    tower = build_vit(model.backbone, dtype, "the network segment_vit")
+    generator = build_generator(config.pseudo_masks.to_dict(), dtype)
+    return SegmentViT(tower, generator, tuple(model.mean), tuple(model.std), dtype=dtype, **fields)
 
 
 def features_of(out: Any) -> PSegFeatures:
@@ -84,14 +99,17 @@ class PSeg(Trainable, Segmenting):
     without that section, the masks of the source are used, which may be pseudo-masks made ahead of time.
 
     `config.model.network` is "maskformer" (3.2), see `models.pseg`, or "openseg" (ours), whose mask features are pixel
-    embeddings, summed under the predicted mask.
+    embeddings, summed under the predicted mask; or "segment_vit", baseline 2 of 4.1, whose masks are the pseudo-masks,
+    see `models.pseg.SegmentViT`.
 
     Keys of `config.loss`: `mask_weight` and `contrastive_weight` are λ of eq. 4; `average` halves their sum, as Figure
     17 does and eq. 4 does not. `matching` is "hungarian" (3.3.1), with `focal` and `dice` of eq. 1, or "best" (ours):
     `losses.masks.best_match_dice_loss`. `aggregation` is "mean" (3.3.2: the mean of the mask features is contrasted
     with the whole text), or "words" (ours): each word attends to the masks, see `kernels.grounding`, over groups of
     `group` examples, or the whole batch with 0. `temperature` is the initial σ of eq. 2, learned within
-    `temperature_bounds` (ours; () for none); with "words", the softmax over masks has one of its own.
+    `temperature_bounds` (ours; () for none); with "words", the softmax over masks has one of its own. With a
+    `multi_label_weight` above 0 (0 without the key, as 3.3.3 has no such term; 1 in GroupViT), the image is also
+    contrasted with the batch field `prompts`, see `kernels.contrastive.multi_label_loss`, at a temperature of its own.
     """
 
     modes = ("predicted",)
@@ -101,7 +119,14 @@ class PSeg(Trainable, Segmenting):
         """Returns the batch fields that the loss reads."""
         given = config.loss.get("mask_weight", 1) and not config.get("pseudo_masks")
         masks = ("masks",) if given else ()
-        return ("image", *masks, "tokens" if config.text.get("layers") else "words")
+        if not config.text.get("layers"):
+            return ("image", *masks, "words")
+        return (
+            "image",
+            *masks,
+            "tokens",
+            *(("prompts",) if config.loss.get("multi_label_weight", 0) else ()),
+        )
 
     @classmethod
     def vocabulary(cls, config: ConfigDict, source: Source) -> Sequence[str]:
@@ -116,20 +141,25 @@ class PSeg(Trainable, Segmenting):
         if not config.text.get("layers"):
             return counted_words(config.data, source).words
         return (
-            spoken_words(config.data, source, ("tokens",)).words if config.text.tokenizer == "words" else ()
+            spoken_words(config.data, source, batch_fields(cls, config)).words
+            if config.text.tokenizer == "words"
+            else ()
         )
 
     @classmethod
     def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
         """Returns the method's own keys in each section, and whether each has an effect, see `experiment.keys`."""
         transformer, words = bool(config.text.get("layers")), config.loss.get("aggregation") == "words"
-        queries = config.model.get("network") == "maskformer"
-        own = [*maskformer.NET_FIELDS, *OWN_FIELDS] if queries else openseg.NET_FIELDS
+        own = {
+            "maskformer": [*maskformer.NET_FIELDS, *OWN_FIELDS],
+            "openseg": openseg.NET_FIELDS,
+            "segment_vit": OWN_FIELDS,
+        }.get(config.model.get("network"), ())
         return {
             "model": dict.fromkeys(["network", *openseg.OTHER_FIELDS, *own], True),
             "text": keys(TEXT_KEYS, transformer) | keys("learned vectors", not transformer),
-            "loss": keys(LOSS_KEYS) | keys("group", words),
-            "pseudo_masks": keys(" ".join(GENERATOR_KEYS)),
+            "loss": keys(LOSS_KEYS) | keys("group", words) | keys("multi_label_weight", transformer),
+            "pseudo_masks": dict.fromkeys(GENERATOR_KEYS, True),
         }
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
@@ -141,6 +171,11 @@ class PSeg(Trainable, Segmenting):
         for key, known in (("matching", MATCHING), ("aggregation", AGGREGATION), ("form", ("auto", *FORMS))):
             if loss[key] not in known:
                 raise UserError(f"loss.{key}={loss[key]!r} is not one of {', '.join(known)}")
+        self.multi_label = float(loss.get("multi_label_weight", 0))
+        if self.multi_label and not config.text.get("layers"):
+            raise UserError(
+                f"loss.multi_label_weight={self.multi_label} needs a text transformer: text.layers above 0"
+            )
         self.text: TextTable | TextTransformer
         if config.text.get("layers"):
             if loss.aggregation == "words":
@@ -158,6 +193,8 @@ class PSeg(Trainable, Segmenting):
                 config.pseudo_masks.to_dict(), jnp.dtype(config.model.get("dtype", "float32"))
             )
             self.frozen += ("^generator/",)
+        if isinstance(self.net, SegmentViT):
+            self.frozen += ("^image/generator/",)
         self.form = None if loss.form == "auto" else loss.form
         self.group = (loss.get("group", 0) if loss.aggregation == "words" else 0) or None
         if self.group and config.batch_size % self.group:
@@ -171,11 +208,12 @@ class PSeg(Trainable, Segmenting):
         made = self.text.init(text_rng)
         text = made if isinstance(self.text, TextTransformer) else {"params": made}
         raw = unbounded(self.loss_config.temperature, *self.loss_config.temperature_bounds)
-        of_words = {"region": raw} if self.loss_config.aggregation == "words" else {}
+        others = {"region": raw} if self.loss_config.aggregation == "words" else {}
+        others |= {"prompts": raw} if self.multi_label else {}
         joined = {name: {"image": tree} for name, tree in image.items()}
         for name, tree in text.items():
             joined.setdefault(name, {})["text"] = tree
-        joined["params"]["temperature"] = {"pair": raw, **of_words}
+        joined["params"]["temperature"] = {"pair": raw, **others}
         if self.generator is not None:
             made = self.generator.init(
                 jax.random.key(0), jnp.zeros((1, size, size, 3), jnp.uint8), jnp.full((1, 2), size)
@@ -200,17 +238,20 @@ class PSeg(Trainable, Segmenting):
                 shapes = {name: tree["net"] for name, tree in shapes.items() if "net" in tree}
             loaded = maskformer.pretrained_backbone(inner, shapes, init)
             found = {name: {"image": around(tree)} for name, tree in loaded.items()}
-        if self.generator is not None and "backbone" in self.config.pseudo_masks:
+        own = isinstance(self.net, SegmentViT)
+        generator = self.net.generator if isinstance(self.net, SegmentViT) else self.generator
+        if generator is not None and "backbone" in self.config.pseudo_masks:
             from ovseg_jax.pretrained.generator import generator_weights
 
-            weights = generator_weights(self.generator, self.config.pseudo_masks.backbone.get("init", ""))
-            found.setdefault("params", {})["generator"] = weights["params"]
+            weights = generator_weights(generator, self.config.pseudo_masks.backbone.get("init", ""))
+            place = {"generator": weights["params"]}
+            found.setdefault("params", {}).update({"image": place} if own else place)
         return found
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
         """Computes eq. 4."""
         network = in_parts(self._forward, self.config.get("accumulate", 1))
-        (image, text), masks, mutated = network(variables, batch, rng)
+        (image, text, prompts), masks, mutated = network(variables, batch, rng)
         weights, one = self.loss_config, jnp.ones(())
         out = self._contrast(variables["params"], image, text, batch)
         contrast = out.loss / jnp.maximum(out.pairs, 1)
@@ -219,6 +260,10 @@ class PSeg(Trainable, Segmenting):
         if masks is not None:
             loss = loss + weights.mask_weight * masks[0] / jnp.maximum(masks[1], 1)
             parts["mask_loss"] = masks
+        if prompts is not None:
+            parts["multi_label_loss"] = self._contrast_prompts(variables["params"], image, prompts, batch)
+            total, count = parts["multi_label_loss"]
+            loss = loss + self.multi_label * total / jnp.maximum(count, 1)
         loss = loss / 2 if weights.average else loss
         sigma = self._temperature(variables["params"], "pair")
         return loss, Aux({"loss": (loss, one), **parts, "temperature": (sigma, one)}, mutated)
@@ -241,10 +286,17 @@ class PSeg(Trainable, Segmenting):
         valid = batch["example_mask"].astype(bool) & spoken
         return contrastive_loss(image, text, valid, sigma, form=self.form, batch_axes=axes)
 
+    def _contrast_prompts(
+        self, params: Mapping, image: Array, prompts: Array, batch: Batch
+    ) -> tuple[Array, Array]:
+        valid = batch["example_mask"].astype(bool) & batch["prompt_valid"].any(2).all(1)
+        sigma, axes = self._temperature(params, "prompts"), active_batch_axes()
+        return multi_label_loss(image, prompts, valid, sigma, form=self.form, batch_axes=axes)
+
     def _forward(
         self, variables: Variables, batch: Batch, rng: jax.Array
-    ) -> tuple[tuple[Array, Array], tuple[Array, Array] | None, dict]:
-        """Embeds some images and their texts; returns these, sum and count of the mask loss, updated collections."""
+    ) -> tuple[tuple[Array, Array, Array | None], tuple[Array, Array] | None, dict]:
+        """Embeds some images, texts and prompts; returns these, sum and count of the mask loss, updated collections."""
         mutable = [name for name in variables if name != "params"]
         own = lambda part: {name: tree[part] for name, tree in variables.items() if part in tree}
         made, changed = self.net.apply(
@@ -258,11 +310,18 @@ class PSeg(Trainable, Segmenting):
         out = features_of(made)
         mutated = {name: {"image": tree} for name, tree in changed.items()}
         text: Any
+        prompts = None
         if isinstance(self.text, TextTransformer):
-            text, changed = self.text.net.apply(own("text"), batch["tokens"], train=True, mutable=mutable)
+            # Caption and prompts go through the transformer at once: as in GroupViT, a batch norm is of all of them.
+            ids = [batch["tokens"][:, None], *([batch["prompts"]] if self.multi_label else [])]
+            tokens = jnp.concatenate(ids, 1)
+            text, changed = self.text.net.apply(
+                own("text"), tokens.reshape(-1, tokens.shape[2]), train=True, mutable=mutable
+            )
             for name, tree in changed.items():
                 mutated.setdefault(name, {})["text"] = tree
-            text = unit(text)
+            text = unit(text).reshape(*tokens.shape[:2], -1)
+            text, prompts = text[:, 0], text[:, 1:] if self.multi_label else None
         elif self.loss_config.aggregation == "words":
             text = embed_words(variables["params"]["text"]["table"], batch["word_ids"])
         else:
@@ -274,7 +333,7 @@ class PSeg(Trainable, Segmenting):
             masks, valid = generator.apply(weights, batch["image"], batch["image_size"])
             each = jnp.ones(len(masks), jnp.float32)
             batch = {**batch, "masks": masks, "mask_valid": valid, "mask_weight": each}
-        return (image, text), self._mask_loss(out.mask_logits, batch), mutated
+        return (image, text, prompts), self._mask_loss(out.mask_logits, batch), mutated
 
     def _mask_loss(self, logits: Array, batch: Batch) -> tuple[Array, Array] | None:
         if "masks" not in batch:

@@ -45,6 +45,9 @@ from ovseg_jax.towers.prompt_file import Prompt
 CROPS = "crops/"
 """The space of the crops' embeddings, and for texts the prefix of the names of the classifier's spaces."""
 
+FILLS = {"mean": 255.0, "zero": 0.0}
+"""Colours of pixels outside of a crop's mask, in units of the mean pixel."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Rules:

@@ -68,3 +68,20 @@ def build_backbone(cfg: ConfigDict | Mapping[str, Any], dtype: Any = jnp.float32
     if isinstance(built, ViT) and built.taps:
         return TapPyramid(built, dtype=dtype)
     return TowerPyramid(built, dtype) if module in (ViT, Eva) else built
+
+
+def build_vit(cfg: ConfigDict | Mapping[str, Any], dtype: Any, what: str) -> ViT:
+    """Creates a backbone that is a Vision Transformer, without a pyramid.
+
+    Args:
+      cfg: see `build_backbone`.
+      dtype: compute type.
+      what: what the backbone is of, for the error.
+
+    Raises:
+      UserError: see `build_backbone`; or the backbone is another, or has taps.
+    """
+    built = build_backbone(cfg, dtype)
+    if not (isinstance(built, TowerPyramid) and isinstance(built.tower, ViT)):
+        raise UserError(f"backbone {cfg['name']!r} of {what} is no Vision Transformer")
+    return built.tower

@@ -1,4 +1,4 @@
-"""P-Seg's image network: MaskFormer without its classifier, and mask features in the space of the texts."""
+"""P-Seg's image network: MaskFormer without its classifier, and mask features in the space of the texts; a baseline."""
 
 from typing import NamedTuple
 
@@ -7,9 +7,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
+from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.unit import unit
 from ovseg_jax.models.maskformer import MaskFormerNet, cells_inside
+from ovseg_jax.models.openseg import normalise
 from ovseg_jax.models.projection import Projection
+from ovseg_jax.models.pseudo_masks import PseudoMaskGenerator
+from ovseg_jax.models.vit import ViT
+
+# A pseudo-mask has this logit inside, and its negative outside.
+CERTAIN = 10.0
 
 
 class PSegFeatures(NamedTuple):
@@ -63,3 +70,57 @@ class PSegNet(nn.Module):
         regions = project(queries, False).astype(jnp.float32)
         pixels = jnp.einsum("bnhw,bnd->bhwd", masks, unit(regions))
         return PSegFeatures(out.mask_logits, regions, mean, pixels)
+
+
+class SegmentViT(nn.Module):
+    """A ViT whose tokens are pooled in each pseudo-mask: baseline 2 of papers/002, 4.1. It learns no masks.
+
+    The embedding of a mask is the mean of the final tokens in it, where a token counts by the share of its patch that
+    the mask covers; that of the image is the mean over its masks. Both go through the projection that P-Seg has (ours).
+
+    Attributes:
+      tower: the ViT.
+      generator: the pseudo-masks; a tower in it is never trained.
+      mean, std: normalisation of pixels.
+      embed_dim, projection_hidden, projection_norm: see `PSegNet`.
+      dtype: compute type.
+    """
+
+    tower: ViT
+    generator: PseudoMaskGenerator
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    embed_dim: int = 256
+    projection_hidden: int = 256
+    projection_norm: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, image: UInt8[Array, "b s t 3"], image_size: Int[Array, "b 2"], train: bool = False
+    ) -> PSegFeatures:
+        """Encodes images that fill `image_size` (height, width) of their canvas; an empty mask has zeros.
+
+        Raises:
+          UserError: patches of the tower are not a multiple of the masks' cells.
+        """
+        cells, rest = divmod(self.tower.patch, self.generator.mask_stride)
+        if rest:
+            raise UserError(
+                f"patches of {self.tower.patch} pixels are not a multiple of mask_stride={self.generator.mask_stride}"
+            )
+        masks, valid = self.generator(image, image_size)
+        x = normalise(image, image_size, self.mean, self.std, self.dtype)
+        tokens = self.tower(x, train).tokens.astype(jnp.float32)
+        b, h, w, _ = tokens.shape
+        share = (masks > 0).reshape(b, -1, h, cells, w, cells).mean((3, 5))
+        pooled = jnp.einsum("bkhw,bhwd->bkd", share, tokens)
+        pooled = pooled / jnp.maximum(share.sum((2, 3)), 1e-6)[..., None]
+        project = Projection(
+            self.embed_dim, self.projection_hidden, self.projection_norm, self.dtype, name="projection"
+        )
+        mean = project(pooled.sum(1) / jnp.maximum(valid.sum(1), 1)[:, None], train).astype(jnp.float32)
+        regions = jnp.where(valid[..., None], project(pooled, False).astype(jnp.float32), 0)
+        logits = jnp.where(masks > 0, CERTAIN, -CERTAIN)
+        pixels = jnp.einsum("bnhw,bnd->bhwd", masks / 255, unit(regions))
+        return PSegFeatures(logits[:, None], regions, mean, pixels)

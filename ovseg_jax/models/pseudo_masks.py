@@ -20,9 +20,8 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.kmeans import STARTS, kmeans
 from ovseg_jax.kernels.spectral import spectral
 from ovseg_jax.kernels.unit import unit
-from ovseg_jax.models.backbones import build_backbone
+from ovseg_jax.models.backbones import build_vit
 from ovseg_jax.models.openseg import inside, normalise
-from ovseg_jax.models.tower_pyramid import TowerPyramid
 from ovseg_jax.models.transformer import VIT
 from ovseg_jax.models.vit import ViT
 
@@ -218,6 +217,11 @@ class PseudoMaskGenerator(nn.Module):
 
 
 FEATURES = {"colour": Colours, "tower": TowerTokens}
+GENERATOR_KEYS = (
+    "backbone",
+    *(f.name for kind in (PseudoMaskGenerator, Colours, TowerTokens) for f in dataclasses.fields(kind)),
+)
+"""The keys of a config's section that describes a generator."""
 
 
 def build_generator(cfg: Mapping[str, Any], dtype: Any = jnp.float32) -> PseudoMaskGenerator:
@@ -249,11 +253,7 @@ def build_generator(cfg: Mapping[str, Any], dtype: Any = jnp.float32) -> PseudoM
             raise UserError(
                 "pseudo-masks with features='tower' need a backbone, such as {name: 'dino_vits8'}"
             )
-        backbone = chosen.pop("backbone")
-        built = build_backbone(backbone, dtype)
-        if not (isinstance(built, TowerPyramid) and isinstance(built.tower, ViT)):
-            raise UserError(f"backbone {backbone['name']!r} of pseudo-masks is no Vision Transformer")
-        chosen["tower"] = built.tower
+        chosen["tower"] = build_vit(chosen.pop("backbone"), dtype, "pseudo-masks")
     return PseudoMaskGenerator(FEATURES[name](**chosen), **options)
 
 

@@ -2,8 +2,8 @@
 
 import argparse
 
-from ovseg_jax.experiment.transfer import FILLS
 from ovseg_jax.experiment.transfer_table import HARD, LEARNED, SINGLE, compare_prompts
+from ovseg_jax.methods.zsseg import FILLS
 from ovseg_jax.vocab.splits import UNSEEN
 from ovseg_jax.vocab.templates import TEMPLATES
 

@@ -1,11 +1,12 @@
 """The vocabulary of a text side: words counted in captions, or all words of the texts."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from ovseg_jax.data.source_base import Source
 from ovseg_jax.vocab.lexicon import FUNCTION_WORDS
+from ovseg_jax.vocab.templates import IMAGENET, PLACE
 from ovseg_jax.vocab.words import WordList, build_words, keep_of, split_words
 
 SPOKEN = {
@@ -43,20 +44,28 @@ def counted_words(data: Any, source: Source, captions: bool = True) -> WordList:
 
 
 def spoken_words(data: Any, source: Source, fields: Iterable[str] = ()) -> WordList:
-    """Lists all words of class names and of the whole texts in a batch, alphabetically.
+    """Lists all words of class names and of the whole texts in a batch, templates included, alphabetically.
 
     Args:
-      data: `config.data`; `words`, `extra_words` and `count_captions` (for each field) are those of `counted_words`.
+      data: `config.data`; `words`, `extra_words` and `count_captions` (of each kind of text) as in `counted_words`.
       source: the source of the texts and the class names.
       fields: the batch fields; the texts of those in `SPOKEN` are read.
     """
     if data.get("words"):
         return WordList.load(data["words"])
-    words = set(_names(source))
-    for field in SPOKEN.keys() & set(fields):
-        for text in itertools.islice(source.texts(SPOKEN[field]), data.get("count_captions")):
+    fields = set(fields)
+    words = set(_names(source)) | template_words(data, fields)
+    for kind in {SPOKEN[field] for field in SPOKEN.keys() & fields}:
+        for text in itertools.islice(source.texts(kind), data.get("count_captions")):
             words.update(split_words(text))
     return WordList([*sorted(words), *(data.get("extra_words") or ())])
+
+
+def template_words(data: Any, fields: Collection[str]) -> set[str]:
+    """Returns the words of CLIP's templates, if a batch field puts words of the captions into them; else none."""
+    if "prompts" in fields or ("tokens" in fields and data.get("caption_text") == "prompt"):
+        return {word for template in IMAGENET for word in split_words(template.replace(PLACE, " "))}
+    return set()
 
 
 def _names(source: Source) -> list[str]:

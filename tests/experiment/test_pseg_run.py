@@ -62,7 +62,7 @@ def test_a_run_and_its_student_read_no_mask(tmp_path):
 
 
 def test_the_papers_form_segments_by_any_known_word_and_is_exported(tmp_path):
-    config = shrunk("form=paper,ahead=false")
+    config = shrunk("form=paper,ahead=false,prompts=2")
     train(config, str(tmp_path / "run"))
     segmenter = Segmenter.from_checkpoint(tmp_path / "run")
     image = Scenes(split="test")[0]["image"]

@@ -7,7 +7,7 @@ import pytest
 
 from ovseg_jax.kernels import all_pairs as module
 from ovseg_jax.kernels.all_pairs import pick
-from ovseg_jax.kernels.contrastive import contrastive_loss
+from ovseg_jax.kernels.contrastive import contrastive_loss, multi_label_loss
 from ovseg_jax.parallel.sharding import AXES, make_mesh, put_batch
 
 B, D = 32, 12
@@ -76,6 +76,56 @@ def test_values_and_gradients_equal_float64(kind, form, block, shape):
     for got, want in zip(grads, want_grads, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * max(np.abs(want).max(), 1))
     assert (out.correct, out.pairs) == (correct, valid.sum())
+
+
+def multi_label_reference(image, texts, valid):
+    """GroupViT's code: cross-entropy with soft targets over the flat texts, and over the images; with gradients."""
+    x, y = np.float64(image[valid]), np.float64(texts[valid])
+    n, m, d = y.shape
+    flat = y.reshape(n * m, d)
+    own = np.repeat(np.arange(n), m)[None] == np.arange(n)[:, None]  # [image, text]
+    value, slopes = 0.0, []
+    for logits, target in ((x @ flat.T / TAU, own / m), (flat @ x.T / TAU, own.T * 1.0)):
+        assert np.allclose(target.sum(1), 1)
+        log_softmax = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        value += 0.5 * -(target * log_softmax).sum(1).mean()
+        slopes.append(0.5 * (np.exp(log_softmax) - target) / len(logits))
+    slope = slopes[0] + slopes[1].T
+    full = [np.zeros((B, d)), np.zeros((B, m, d))]
+    full[0][valid], full[1][valid] = slope @ flat / TAU, (slope.T @ x / TAU).reshape(n, m, d)
+    return value, [*full, -(slope * (x @ flat.T)).sum() / TAU**2]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("form", "block"), [("dense", None), ("gather", None), ("ring", None), ("ring", (4, 2))]
+)
+def test_the_multi_label_loss_is_groupvits(form, block, shape):
+    if form == "dense" and shape:
+        pytest.skip("dense is the form of one device")
+    rng = np.random.default_rng(1)
+    image, _, valid = make()
+    texts = rng.normal(size=(B, 3, D))
+    texts[:, 2] = texts[:, 1]  # a caption may stand in several slots
+    texts = (texts / np.linalg.norm(texts, axis=-1, keepdims=True)).astype(np.float32)
+
+    def loss(image, texts, tau, valid):
+        axes = AXES if shape else ()
+        total, count = multi_label_loss(image, texts, valid, tau, form=form, batch_axes=axes, block=block)
+        return total / count
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+    if shape is None:
+        value, grads = step(image, texts, jnp.float32(TAU), valid)
+    else:
+        mesh = make_mesh(shape)
+        batch = put_batch({"image": image, "text": texts, "valid": valid}, mesh)
+        with jax.set_mesh(mesh):
+            value, grads = step(batch["image"], batch["text"], jnp.float32(TAU), batch["valid"])
+    want, want_grads = multi_label_reference(image, texts, valid)
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    for got, want in zip(grads, want_grads, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
 
 
 @pytest.mark.parametrize("form", ["gather", "ring"])

@@ -1,5 +1,7 @@
 """Dense CLIP against the last block in NumPy's float64; its configs on `scenes`, on sets, and with proposals."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from ovseg_jax.configs import clip_dense
+from ovseg_jax.decisions.maps import vocabulary_of
+from ovseg_jax.decisions.rules import decide
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.keys import check_config
 from ovseg_jax.experiment.run import train
+from ovseg_jax.inference.export import export_model
 from ovseg_jax.methods import build
+from ovseg_jax.pretrained.published import pixels_of
 from ovseg_jax.towers.clip import SPACE
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
@@ -34,6 +40,12 @@ def config(features, image=None):
         embed_dim=torch_clip.D,
         pre_norm=True,
     )
+    return found
+
+
+def filled(colour):
+    found = config("pseudo_masks")
+    found.dense.update(dict(crop=False, fill=colour))
     return found
 
 
@@ -94,7 +106,8 @@ def test_features_of_patches_are_those_of_the_last_block():
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (config("values"), "dense.features='values' is not one of value, activation"),
+        (config("values"), "dense.features='values' is not one of value, activation, pseudo_masks"),
+        (filled("grey"), "dense.fill='grey' is not one of mean, zero"),
         (
             config("value", dict(name="small", width=16, levels=2, embed_dim=torch_clip.D)),
             "name='small' has no features",
@@ -108,6 +121,74 @@ def test_features_of_patches_are_those_of_the_last_block():
 def test_a_wrong_config_is_a_sentence(found, message):
     with pytest.raises(UserError, match=message):
         build(found, WORDS, CLASSES)
+
+
+def keys_bicubic(image, size):
+    """Bicubic interpolation without antialiasing to `size` x `size`, as in PyTorch: Keys' cubic with a = -0.75."""
+
+    def matrix(pixels):
+        out = np.zeros((size, pixels))
+        for z in range(size):
+            at = (z + 0.5) * pixels / size - 0.5
+            for tap in range(int(np.floor(at)) - 1, int(np.floor(at)) + 3):
+                x = abs(at - tap)
+                near = 1.25 * x**3 - 2.25 * x**2 + 1
+                far = -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+                out[z, min(max(tap, 0), pixels - 1)] += near if x <= 1 else far if x < 2 else 0
+        return out
+
+    made = np.einsum("yh,hwc,xw->yxc", matrix(image.shape[0]), image, matrix(image.shape[1]))
+    return np.clip(np.round(made), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_pseudo_masks_are_shown_to_clip_one_by_one(crop):
+    """Baseline 1 of papers/002: each cluster of the image alone, the best class of CLIP for all of its pixels."""
+    found = config("pseudo_masks")
+    found.dense.update(dict(crop=crop, fill="mean" if crop else "zero"))
+    found.pseudo_masks = dict(features="colour", clusters=4, stride=2, mask_stride=1)
+    method = build(found, WORDS, CLASSES)
+    variables = drawn(method)
+    rng, size = np.random.default_rng(2), np.array([[16, 16], [12, 10]])
+    image = rng.integers(0, 40, (2, 16, 16, 3)).astype(np.uint8)
+    image[:, :7] += np.uint8(200)
+    image[:, :, 9:] += np.array([90, 0, 10], np.uint8)
+    segment = jax.jit(lambda *x: method.generator.apply({}, *x, method="segments"))
+    segments = np.asarray(segment(jnp.asarray(image), jnp.asarray(size)))
+    alone, of = [], []
+    for b, (h, w) in enumerate(size):
+        for k in range(1, 5):
+            mask = segments[b, :h, :w] == k
+            fill = 255 * np.array(pixels_of("clip_vitb16").mean) if crop else np.zeros(3)
+            shown = np.where(mask[..., None], image[b, :h, :w], fill)
+            if crop:
+                rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
+                shown = shown[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            alone.append(keys_bicubic(shown, torch_clip.SIZE))
+            of.append((b, mask))
+    features = np.float64(jax.jit(method.embed_image)(variables, jnp.asarray(np.stack(alone))))
+    text = features - features.mean(0)  # texts that tell the segments apart
+    want = np.full((2, 16, 16), -1)
+    for (b, mask), scores in zip(of, features @ text.T, strict=True):
+        want[b, : mask.shape[0], : mask.shape[1]][mask] = scores.argmax()
+    names = tuple((f"text {k}",) for k in range(8))
+    vocabulary = vocabulary_of(ClassList(names, tuple(range(8)), (True,) * 8), frozenset())
+
+    @jax.jit
+    def category(image, size):
+        seen = method.predict(variables, image, size)
+        given = method, seen, {SPACE: jnp.asarray(text, jnp.float32)}, vocabulary, size, size
+        return decide(*given, jnp.ones((2, 1, 8), bool), canvas=16, shape=(16, 16)).category[:, 0]
+
+    np.testing.assert_array_equal(category(jnp.asarray(image), jnp.asarray(size)), want)
+    assert len(np.unique(want)) > 4
+
+
+def test_an_export_that_there_is_not_is_refused(tmp_path):
+    found = config("value")
+    segmenter = SimpleNamespace(method=build(found, WORDS, CLASSES), config=found)
+    with pytest.raises(UserError, match="--to=torch has no form of the method clip_dense"):
+        export_model(lambda: segmenter, "torch", str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("features", ["activation", "proposals"])
@@ -149,11 +230,16 @@ def test_the_sets_of_figure_5():
 
 
 def test_the_sets_of_pseg_by_windows():
+    check_config(clip_dense.get_config("features=pseudo_masks,crop=True"))
     out = clip_dense.get_config("data=sets,eval_sets=s,protocol=groupvit")
     check_config(out)
     assert set(out.final_evals) == {"VOC", "Context", "COCO-Object"} and out.data.image_size == 448
     voc = out.final_evals.VOC
     assert (voc.protocol, voc.background, voc.decision.threshold) == ("voc", "background", 0.2)
+    masks = clip_dense.get_config("data=sets,eval_sets=s,protocol=groupvit,features=pseudo_masks,dino=d")
+    check_config(masks)
+    assert masks.final_evals == out.final_evals and masks.pseudo_masks.backbone.init == "d"
+    assert masks.dense.to_dict() == dict(features="pseudo_masks", prompt="imagenet", crop=False, fill="zero")
     without = clip_dense.get_config("data=sets,eval_sets=s,protocol=groupvit,background=False,sets=VOC")
     voc = without.final_evals.VOC
     assert (voc.protocol, voc.ignore, voc.decision.type) == ("voc_foreground", "background", "argmax")
@@ -161,6 +247,7 @@ def test_the_sets_of_pseg_by_windows():
         ("protocol=groupvit,features=proposals,proposals=x", "leave out features=proposals"),
         ("protocol=groupvit,image_size=64", "image_size=64 has no effect"),
         ("background=False", "background=False has no effect"),
+        ("crop=True", "crop=True has no effect"),
     ):
         with pytest.raises(UserError, match=message):
             clip_dense.get_config(f"data=sets,eval_sets=s,{arg}")

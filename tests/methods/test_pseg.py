@@ -47,11 +47,17 @@ def make(small=False, text=None, loss=None, pseudo_masks=None, **model):
     return build(config, WORDS, CLASSES)
 
 
-def batch(small=False, seed=0):
+def texts(rng, length):
+    """Token rows of some lengths [n 1]."""
+    tokens = np.where(np.arange(L) < length - 1, rng.integers(1, 5, (len(length), L)), 0)
+    np.put_along_axis(tokens, length - 1, 6, 1)  # the end, which has the highest id
+    return tokens.astype(np.int32)
+
+
+def batch(small=False, seed=0, prompts=0):
     rng = np.random.default_rng(seed)
     length = np.arange(B)[:, None] % 4 + 2
-    tokens = np.where(np.arange(L) < length - 1, rng.integers(1, 5, (B, L)), 0)
-    np.put_along_axis(tokens, length - 1, 6, 1)  # the end, which has the highest id
+    tokens = texts(rng, length)
     row = {
         "image": rng.integers(0, 256, (B, S, S, 3), np.uint8),
         "image_size": np.full((B, 2), S, np.int32),
@@ -60,10 +66,13 @@ def batch(small=False, seed=0):
         "mask_weight": np.ones(B, np.float32),
         "example_mask": np.ones(B, bool),
     }
+    if prompts:
+        made = [texts(rng, (length + k) % 4 + 2) for k in range(prompts)]
+        row |= {"prompts": np.stack(made, 1), "prompt_valid": np.ones((B, prompts, L), bool)}
     if small:
         row |= {"word_ids": rng.integers(1, 5, (B, L)).astype(np.int32), "word_valid": np.arange(L) < length}
     else:
-        row |= {"tokens": tokens.astype(np.int32), "token_valid": np.arange(L) < length}
+        row |= {"tokens": tokens, "token_valid": np.arange(L) < length}
     return jax.tree.map(jnp.asarray, row)
 
 
@@ -111,6 +120,142 @@ def test_the_papers_loss_is_eq_1_to_4_in_float64():
         total += sum(part(fine[i], t[j]) for i, j in zip(rows, columns, strict=True))
         count += len(t)
     np.testing.assert_allclose(float(loss), contrast + total / count, rtol=1e-4)  # eq. 4
+
+
+def test_prompts_add_groupvits_multi_label_loss():
+    """In float64: an image's soft target is 1/M for each of its prompts, a prompt's its image; halved."""
+    weight, m = 0.7, 2
+    method, data = make(loss=dict(multi_label_weight=weight)), batch(prompts=m)
+    assert method.fields(method.config) == ("image", "masks", "tokens", "prompts")
+    variables = method.init(jax.random.key(0))
+    variables["params"]["temperature"]["prompts"] += 0.5  # another temperature than that of captions
+    sigma = float(method._temperature(variables["params"], "prompts"))
+    loss, aux = method.loss(variables, data, jax.random.key(1))
+    own = lambda part: {"params": variables["params"][part]}
+    image = method.net.apply(own("image"), data["image"], data["image_size"]).image
+    flat = method.text.net.apply(own("text"), data["prompts"].reshape(B * m, L))
+    x, y = (np.float64(v) / np.linalg.norm(np.float64(v), axis=1, keepdims=True) for v in (image, flat))
+    g = x @ y.T / sigma
+    own_text = np.arange(B * m) // m == np.arange(B)[:, None]
+    log_softmax = lambda axis: g - np.log(np.exp(g).sum(axis, keepdims=True))
+    of_images = -(own_text / m * log_softmax(1)).sum() / B
+    of_prompts = -(own_text * log_softmax(0)).sum() / (B * m)
+    want = (of_images + of_prompts) / 2
+    total, count = aux.metrics["multi_label_loss"]
+    np.testing.assert_allclose(total / count, want, rtol=1e-4)
+    plain, _ = make().loss(variables, data, jax.random.key(1))
+    np.testing.assert_allclose(loss, plain + weight * want, rtol=1e-5)
+
+
+def test_prompts_in_parts_with_padding_and_on_four_devices_give_one_loss():
+    changes = dict(loss=dict(multi_label_weight=1.0))
+    data = batch(prompts=3)
+    data["prompt_valid"] = data["prompt_valid"].at[2].set(False)  # an image without a caption
+    data["example_mask"] = jnp.arange(B) != 1
+    (loss, aux), grad = grads(data, **changes)
+    assert aux.metrics["multi_label_loss"][1] == 2
+    noisy = dict(data) | {"prompts": data["prompts"].at[1:3].set(5)}
+    for (same, _), same_grad in (grads(data, accumulate=2, **changes), grads(noisy, **changes)):
+        np.testing.assert_allclose(loss, same, rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grad, same_grad)
+    mesh = make_mesh({"data": -1}, jax.devices()[:4])
+    for form in ("gather", "ring"):
+        method = make(loss=dict(multi_label_weight=1.0, form=form))
+        variables = method.init(jax.random.key(0))
+        with jax.set_mesh(mesh):
+            loss = lambda p, d, method=method: method.loss({"params": p}, d, jax.random.key(1))
+            step = jax.jit(jax.grad(loss, has_aux=True))
+            parts, shared = step(variables["params"], put_batch(jax.device_get(data), mesh))
+        np.testing.assert_allclose(*(x.metrics["multi_label_loss"][0] for x in (aux, shared)), rtol=1e-4)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4), grad, parts)
+
+
+def make_vit(small, **pseudo_masks):
+    """Baseline 2: its masks are the pseudo-masks."""
+    config = make(small).config.to_dict()
+    vit = dict(
+        name="vit", patch=8, width=16, depth=1, heads=2, mlp_dim=16, grid=(4, 4), cls="none", pool="mean"
+    )
+    config["model"] = dict(network="segment_vit", backbone=vit, mean=(0.4,) * 3, std=(0.2,) * 3, embed_dim=24)
+    config["model"] |= dict(projection_hidden=20, projection_norm=False)
+    config["loss"]["mask_weight"] = 0.0
+    made = dict(features="colour", clusters=M, stride=4, mask_stride=4) | pseudo_masks
+    return build(ConfigDict(config | {"pseudo_masks": made}), WORDS, CLASSES)
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_baseline_2_pools_the_tokens_of_each_pseudo_mask(small):
+    method = make_vit(small)
+    data = {key: x for key, x in batch(small).items() if not key.startswith("mask")}
+    assert method.fields(method.config) == ("image", "words" if small else "tokens")
+    data["image"] = data["image"].at[1].set(7)  # one colour: clusters by place alone
+    data["image"] = data["image"].at[2, :, 16:].set(200)
+    size = data["image_size"].at[3].set(jnp.array([20, 28]))
+    variables = method.init(jax.random.key(0))
+    params = variables["params"]["image"]
+    out = method.net.apply({"params": params}, data["image"], size)
+    masks, valid = (np.asarray(x) for x in method.net.generator.apply({}, data["image"], size))
+    pixels = (np.asarray(data["image"]) / 255 - 0.4) / 0.2
+    pixels[3, 20:], pixels[3, :, 28:] = 0, 0
+    tower = method.net.tower.apply({"params": params["tower"]}, jnp.asarray(pixels, jnp.float32))
+    tokens, dense = np.float64(tower.tokens), params["projection"]
+
+    def project(x):
+        linear = lambda x, p: x @ np.float64(p["kernel"]) + np.float64(p["bias"])
+        return linear(np.maximum(linear(x, dense["Dense_0"]), 0), dense["Dense_1"])
+
+    for b in range(B):
+        pooled = []
+        for k in np.flatnonzero(valid[b]):
+            cell = np.float64(masks[b, k] > 0).reshape(4, 2, 4, 2).mean((1, 3))  # of each patch
+            pooled.append((cell[..., None] * tokens[b]).sum((0, 1)) / cell.sum())
+            np.testing.assert_allclose(out.regions[b, k], project(pooled[-1]), atol=1e-4)
+        assert not np.any(out.regions[b][~valid[b]])
+        np.testing.assert_allclose(out.image[b], project(np.mean(pooled, 0)), atol=1e-4)
+    np.testing.assert_array_equal(np.asarray(out.mask_logits[:, 0]) > 0, masks > 0)
+    loss, aux = method.loss(variables, data, jax.random.key(1))
+    total, count = aux.metrics["contrastive_loss"]
+    assert "mask_loss" not in aux.metrics and np.isclose(loss, total / count)
+    learn = jax.grad(lambda p: method.loss({"params": p}, data, jax.random.key(1))[0])
+    grad = jax.jit(learn)(variables["params"])
+    assert all(np.any(np.asarray(x)) for x in jax.tree.leaves(grad["image"]["projection"]))
+
+
+def test_the_tower_of_baseline_2s_masks_is_frozen_and_starts_from_weights():
+    tower = dict(name="vit", patch=8, width=16, depth=1, heads=2, mlp_dim=16, grid=(4, 4), cls="plain")
+    config = make_vit(True).config
+    config.pseudo_masks = dict(features="tower", backbone=tower, clusters=M, mask_stride=4)
+    method = build(config, WORDS, CLASSES)
+    variables = method.init(jax.random.key(0))
+    assert variables["params"]["image"]["generator"] and "^image/generator/" in method.frozen
+    grad = jax.grad(lambda p: method.loss({"params": p}, batch(True), jax.random.key(1))[0])(
+        variables["params"]
+    )
+    assert not any(np.any(np.asarray(x)) for x in jax.tree.leaves(grad["image"]["generator"]))
+    with pytest.raises(UserError, match=r"need backbone\.init"):
+        method.pretrained()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model.num_queries", 3, "segment_vit has no key 'num_queries'"),
+        ("model.backbone.init", "x", "starts from random weights"),
+        ("loss.mask_weight", 1.0, "learns none: loss.mask_weight=0"),
+        ("pseudo_masks", {}, "has the masks of the section pseudo_masks"),
+        ("model.backbone", dict(name="small"), "'small' of the network segment_vit is no Vision Transformer"),
+    ],
+)
+def test_a_bad_value_of_baseline_2_is_named(key, value, message):
+    config = make_vit(False).config
+    with config.unlocked():
+        section, _, name = key.rpartition(".")
+        target = config
+        for part in filter(None, section.split(".")):
+            target = target[part]
+        target[name] = value
+    with pytest.raises(UserError, match=message):
+        build(config, WORDS, CLASSES)
 
 
 def focal_and_dice(x, t, focal, dice):
@@ -255,6 +400,10 @@ def test_texts_of_word_pieces_need_no_pass_over_captions():
     [
         (dict(loss=dict(matching="greedy")), "loss.matching='greedy' is not one of hungarian, best"),
         (dict(loss=dict(aggregation="words")), "text.layers=0"),
+        (
+            dict(small=True, loss=dict(multi_label_weight=1)),
+            "multi_label_weight=1.0 needs a text transformer",
+        ),
         (dict(network="detr"), "model.network='detr' is not one of maskformer, openseg"),
         (dict(small=True, num_queries=0), "P-Seg needs masks"),
         (dict(depth=2), "unknown keys of config.model: depth"),
