@@ -144,8 +144,8 @@ def to_big_vision(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     cast = lambda arrays: {k: x.astype(dtype) if x.dtype == np.float32 else x for k, x in arrays.items()}
     write_big_vision(out / "model.npz", cast(flat))
     seen, read = towers(segmenter)
-    net = getattr(method, "net", None)
-    net = getattr(net, "net", net)  # P-Seg's is around MaskFormer's
+    outer: Any = getattr(method, "net", None)
+    net: Any = getattr(outer, "net", outer)  # P-Seg's is around MaskFormer's
     both = {f"params/img/{path}": x for path, x in seen.items() if isinstance(net.backbone.tower, ViT)}
     if read and isinstance(method.text.tower, SiglipText):
         both |= {f"params/txt/{path}": x for path, x in read.items()}
