@@ -96,11 +96,14 @@ def tested(config: ConfigDict, name: str, source: dict[str, Any], features: str,
 
 
 def on_scenes(args: Args) -> ConfigDict:
-    """Returns a small CLIP with a ViT, learned from single things as that of configs/pomp.py, on whole scenes."""
+    """Returns the small CLIP of configs/pomp.py, for features of patches with a smaller ViT, on whole scenes."""
     clip = pomp.small_clip(args.seed)
-    vit = dict(patch=8, width=64, depth=2, heads=2, mlp_dim=128, grid=(4, 4), embed_dim=64, head_bias=False)
-    clip.towers.image = dict(name="vit", pre_norm=True, **vit)
-    clip.steps, clip.batch_size = 400, 128
+    if args.features != "pseudo_masks":
+        vit = dict(
+            patch=8, width=64, depth=2, heads=2, mlp_dim=128, grid=(4, 4), embed_dim=64, head_bias=False
+        )
+        clip.towers.image = dict(name="vit", pre_norm=True, **vit)
+        clip.steps, clip.batch_size = 400, 128
     towers = dict(clip.towers.to_dict(), init="stage:clip", tokenizer="stage:clip")
     config = without_steps(args, towers, 64, "a photo of a {}")
     stages, proposals = dict(clip=clip), ""
