@@ -12,8 +12,8 @@ Exports a trained model for programs without JAX or without this library.
 
   python -m ovseg_jax.export --checkpoint=runs/openseg --to=torch --out=exported
 
-  torch       model.safetensors and config.json, which `ovseg_jax.torch.load(DIR)` runs without JAX; a frozen text
-              tower goes into text_tower/; a CLIP's two towers also into clip/, for transformers.CLIPModel
+  torch       model.safetensors and config.json, which `ovseg_jax.torch.load(DIR)` runs without JAX; a text tower,
+              frozen or trained, goes into text_tower/; a CLIP's two towers also into clip/, for transformers.CLIPModel
   onnx        the same, and the network as model.onnx, for any batch size
   stablehlo   model.stablehlo, for any number of images and names on CPU, CUDA and TPU, and its parameters in
               model.safetensors; example.py shows how to run it with JAX alone

@@ -2,11 +2,15 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from ovseg_jax import config, methods
@@ -16,7 +20,7 @@ from ovseg_jax.experiment.keys import check_config
 from ovseg_jax.methods import build
 from ovseg_jax.pretrained import published
 from ovseg_jax.towers.templates import read_templates
-from ovseg_jax.train.optimizer import make_schedule
+from ovseg_jax.train.optimizer import make_optimizer, make_schedule
 from ovseg_jax.vocab.classes import LABEL_FILES, parse_labels, read_label_file
 from ovseg_jax.vocab.words import WordList
 
@@ -88,11 +92,7 @@ def test_pomp_builds_and_survives_json(name, arg):
 @pytest.mark.parametrize(("target", "steps"), [("voc", 20_000), ("context", 40_000), ("coco", 80_000)])
 def test_the_numbers_of_p_seg_plus(target, steps):
     """papers/002, Table 11; every multiplier finds parameters of MAE's ViT-B."""
-    from ovseg_jax.methods import build
-    from ovseg_jax.train.optimizer import make_optimizer
     from ovseg_jax.train.state import abstract_variables
-    from ovseg_jax.vocab.classes import parse_labels
-    from ovseg_jax.vocab.words import WordList
 
     out = load(
         "upernet", f"data=prepared,data_dir=x,val_dir=y,teacher=r,background=background,target={target}"
@@ -109,6 +109,35 @@ def test_the_numbers_of_p_seg_plus(target, steps):
     assert [round(float(optimizer.schedule(t)) * 1e4, 3) for t in (1499, 1500, steps)] == [1.0, 1.0, 0.0]
     tower = optimizer.trainable["image"]["backbone"]["tower"]
     assert not any(tower["Transformer"]["encoder_norm"].values()) and tower["cls"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arg", "spared"),
+    [
+        ("pseg", "data=tars,data_dir=x,tokenizer=words", r"/bias$"),
+        ("maskformer", "data=prepared,data_dir=x,backbone=swin_small", r"/(queries|relative_position_bias)$"),
+        ("maskformer", "data=coco,data_dir=x", r"/queries$"),
+    ],
+)
+def test_what_does_not_decay(name, arg, spared):
+    out = load(name, arg)
+    if name == "pseg":
+        del out["pseudo_masks"]
+    out.data.image_size = 32
+    method = build(out, WordList(["dog"]), parse_labels("dog; sky"))
+    params = jax.eval_shape(method.init, jax.random.key(0))["params"]
+    make_optimizer(out.optimizer, params, out.steps, method.frozen)  # every pattern finds parameters
+    axes = {f"/{path}": x.ndim for path, x in flatten_dict(params, sep="/").items()}
+    found = lambda patterns: {p for p, n in axes.items() if n > 1 and any(re.search(x, p) for x in patterns)}
+    assert found(out.optimizer.no_decay) == found([spared]) and found([spared])
+
+
+def test_the_schedules_of_maskformer():
+    for arg, peak in (("", 1e-4), (",backbone=swin_tiny", 6e-5)):
+        out = load("maskformer", f"data=prepared,data_dir=x{arg}")
+        rate, first = make_schedule(out.optimizer, out.steps), out.optimizer.warmup_steps
+        rates = [float(rate(t)) for t in (first, (out.steps + first) / 2, out.steps)]
+        np.testing.assert_allclose(rates, [peak, peak * 0.5**0.9, 0], rtol=1e-4)
 
 
 def test_the_numbers_of_pomp():

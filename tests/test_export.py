@@ -15,6 +15,9 @@ from ovseg_jax.pretrained.files import read_arrays
 from ovseg_jax.pretrained.to_torch import from_torch, to_torch
 from ovseg_jax.protocols import only
 from tests.extras import require
+from tests.methods import test_maskformer_method as maskformer
+from tests.methods import test_pseg as pseg
+from tests.methods.test_groupvit_method import VOCAB, pieces
 from tests.methods.test_openseg import CLASSES, make
 
 RNG = np.random.default_rng(0)
@@ -22,15 +25,25 @@ IMAGE = RNG.integers(0, 256, (53, 71, 3), np.uint8)
 LABELS = "red ball,ball; grass; blue"
 
 
-def make_segmenter(method="openseg", **model):
-    method = make(method, mask_bias=0.2, mask_scale=8.0, **model)
+def make_segmenter(kind="openseg", text=None, **model):
+    if kind == "pseg":  # statistics and several templates included
+        own = dict(projection_norm=True, prompt=["{} ball", "{}"]) | (text or {})
+        method = pseg.make(text=own, projection_norm=True, **model)
+    elif kind == "maskformer":
+        method = maskformer.method()
+    else:
+        method = make(kind, mask_bias=0.2, mask_scale=8.0, **model)
     variables = jax.tree.map(np.asarray, method.init(jax.random.key(0)))
     # Everything that an initialiser leaves at 0 or 1 must matter.
-    variables = jax.tree.map(lambda x: (x + RNG.normal(0, 0.05, x.shape)).astype(x.dtype), variables)
-    return Segmenter(method, variables, method.config, CLASSES)
+    noise = 0.3 if kind == "pseg" else 0.05
+    rng = np.random.default_rng(0) if kind == "pseg" else RNG
+    variables = jax.tree.map(lambda x: (x + rng.normal(0, noise, x.shape)).astype(x.dtype), variables)
+    return Segmenter(
+        method, variables, method.config, maskformer.CLASSES if kind == "maskformer" else CLASSES
+    )
 
 
-@pytest.mark.parametrize("method", ["openseg", "lseg"])
+@pytest.mark.parametrize("method", ["openseg", "lseg", "pseg"])
 def test_pytorch_gives_the_same_labels(tmp_path, method):
     require("torch")
     import ovseg_jax.torch
@@ -44,11 +57,31 @@ def test_pytorch_gives_the_same_labels(tmp_path, method):
         assert (ours.label_map == theirs.label_map).mean() > 0.999
         np.testing.assert_allclose(theirs.confidence, ours.confidence, atol=1e-4)
         assert theirs.classes.names == ours.classes.names
-    with pytest.raises(UserError, match="has never seen 'zebra'"):
+    with pytest.raises(UserError, match=r"has never seen 'zebra'|holds 'zebra', which is not one of the 4"):
         loaded.segment(IMAGE, "zebra")
     vectors = np.asarray(only(segmenter.embed(LABELS)))
     given = loaded.segment(IMAGE, LABELS, vectors=vectors)
     assert (given.label_map == segmenter.segment(IMAGE, LABELS).label_map).mean() > 0.999
+
+
+def test_pytorch_has_the_word_pieces_of_a_trained_text_side(tmp_path):
+    require("torch")
+    import ovseg_jax.torch
+
+    pieces(tmp_path)
+    segmenter = make_segmenter("pseg", dict(tokenizer=str(tmp_path), vocab_size=VOCAB + 2, length=77))
+    text = export.export_model(lambda: segmenter, "torch", str(tmp_path / "out"), "float16")
+    assert "text_tower" in text
+    (tmp_path / "vocab.json").unlink()
+    loaded = ovseg_jax.torch.load(tmp_path / "out")
+    names = ["Zebra crossing", "a very " + "long " * 30 + "name"]
+    ours, theirs = only(segmenter.embed(names)), loaded.embed(names).numpy()
+    np.testing.assert_allclose(theirs, ours, atol=5e-3)
+    assert np.abs(ours[0] - ours[1]).max() > 0.05
+    config = tmp_path / "out/text_tower/config.json"
+    config.write_text(config.read_text().replace('"templates": [', '"templates": [3, '))
+    with pytest.raises(UserError, match="templates is not a list of texts"):
+        ovseg_jax.torch.load(tmp_path / "out")
 
 
 def test_pytorch_embeds_names_once_for_all_images(tmp_path, monkeypatch):
@@ -118,7 +151,7 @@ def test_stablehlo_takes_any_number_of_images_and_names(tmp_path):
     assert example.stdout.splitlines() == ["(2, 6, 8, 8)", "(2, 5, 6)", "(2, 8, 8, 24)"], example.stderr
 
 
-@pytest.mark.parametrize("method", ["openseg", "lseg"])
+@pytest.mark.parametrize("method", ["openseg", "lseg", "pseg", "maskformer"])
 def test_onnx_takes_any_number_of_images(tmp_path, method):
     torch, runtime = require("torch"), require("onnxruntime")
     require("onnxscript")

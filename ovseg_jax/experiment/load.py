@@ -15,9 +15,10 @@ from ovseg_jax.protocols import Variables
 from ovseg_jax.reading import reading
 from ovseg_jax.train.checkpoints import CONFIG_FILE, load_variables, read_run
 from ovseg_jax.vocab.classes import ClassList
+from ovseg_jax.vocab.word_tokenizer import WORDS_FILE
 from ovseg_jax.vocab.words import WordList
 
-WORDS_FILE, CLASSES_FILE = "words.json", "classes.json"
+CLASSES_FILE = "classes.json"
 
 
 class Run(NamedTuple):

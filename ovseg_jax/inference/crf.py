@@ -32,12 +32,15 @@ def refine(image: UInt8[np.ndarray, "h w 3"], labels: Int[np.ndarray, "h w"]) ->
     own, index = np.unique(labels, return_inverse=True)
     if len(own) == 1:
         return labels
-    index = index.reshape(labels.shape)
-    return own[np.asarray(_mean_field(jnp.asarray(image), jnp.asarray(index), len(own)))].astype(labels.dtype)
+    share = _mean_field(jnp.asarray(image), jnp.asarray(index.reshape(labels.shape)), len(own))
+    return own[np.asarray(share.argmax(-1))].astype(labels.dtype)
 
 
 @partial(jax.jit, static_argnames="count")
-def _mean_field(image: UInt8[Array, "h w 3"], index: Int[Array, "h w"], count: int) -> Int[Array, "h w"]:
+def _mean_field(
+    image: UInt8[Array, "h w 3"], index: Int[Array, "h w"], count: int
+) -> Float[Array, "h w count"]:
+    """Returns the share of each of `count` labels in each pixel, whose label before is `index`."""
     height, width = index.shape
     hot = jax.nn.one_hot(index, count)
     unary = jnp.log(jnp.where(hot > 0, CONFIDENCE, (1 - CONFIDENCE) / (count - 1)))
@@ -71,7 +74,7 @@ def _mean_field(image: UInt8[Array, "h w 3"], index: Int[Array, "h w"], count: i
     for _ in range(STEPS):
         messages = [s * kernel(s * q) for s, kernel in zip(scales, (near, far), strict=True)]
         q = jax.nn.softmax(unary + NEAR_WEIGHT * messages[0] + FAR_WEIGHT * messages[1], -1)
-    return q.argmax(-1)
+    return q
 
 
 def _smoothing(size: int) -> Float[Array, "n n"]:

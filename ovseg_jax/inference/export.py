@@ -77,10 +77,6 @@ def export_model(
     segmenter = load()
     if isinstance(segmenter.method, TextMaskFormer) and to != "big_vision":
         raise UserError(f"--to={to} has no form of maskformer_text, only of maskformer; --to=big_vision has")
-    if isinstance(getattr(segmenter.method, "text", None), TextTransformer) and to in ("torch", "onnx"):
-        raise UserError(
-            f"--to={to} has no form of a trained text transformer; --to=stablehlo and big_vision have"
-        )
     net = getattr(segmenter.method, "net", None)
     if to in ("torch", "onnx") and (net is None or isinstance(net, SegmentViT)):
         lacking = "pseudo-masks" if net is not None else f"the method {segmenter.config.method}"
@@ -97,14 +93,15 @@ def export_model(
 
 def by_path(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Returns the image network's variables by path, including batch statistics, and `text/table` if there is one."""
-    params = variables["params"]
-    trees = [params.get("image", params), *(tree for name, tree in variables.items() if name != "params")]
+    of_image = lambda tree: tree.get("image", {name: x for name, x in tree.items() if name != "text"})
+    trees = [of_image(tree) for tree in variables.values()]
     flat = {path_name(path): np.asarray(x) for tree in trees for path, x in jax.tree.leaves_with_path(tree)}
-    return flat | ({"text/table": np.asarray(params["text"]["table"])} if "text" in params else {})
+    text = variables["params"].get("text", {})
+    return flat | ({"text/table": np.asarray(text["table"])} if "table" in text else {})
 
 
 def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
-    """Writes a folder for `ovseg_jax.torch.load`, with a frozen text tower in a subfolder."""
+    """Writes a folder for `ovseg_jax.torch.load`, with a text tower, frozen or trained, in a subfolder."""
     method: Any = segmenter.method
     arrays = to_torch(by_path(segmenter.variables))
     closed, side = isinstance(method, MaskFormer), getattr(method, "text", None)
@@ -114,6 +111,9 @@ def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
         vision, text = getattr(method.net.backbone, "tower", None), method.text.tower
         if is_clip(vision, text):
             write_hf_clip(out / "clip", vision, text, *towers(segmenter))  # type: ignore[arg-type]
+    if isinstance(side, TextTransformer):
+        own = {name: tree["text"] for name, tree in segmenter.variables.items() if "text" in tree}
+        side.save(out / TEXT_TOWER, own, dtype)
     described = {
         "method": segmenter.config.method,
         "model": describe(method.model if closed else method.net),
@@ -130,7 +130,8 @@ def towers(segmenter: Segmenter) -> tuple[dict[str, np.ndarray], dict[str, np.nd
     """Returns the parameters by path of the pyramid's image tower and the frozen text tower; {} for a missing one."""
     if isinstance(segmenter.method, MaskFormer):
         return {}, {}
-    image = segmenter.variables["params"].get("image", {}).get("backbone", {}).get("tower", {})
+    params = segmenter.variables["params"].get("image", {})
+    image = params.get("net", params).get("backbone", {}).get("tower", {})
     text: Any = getattr(segmenter.method, "text", None)
     seen = {path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(image)}
     return seen, text.weights() if isinstance(text, FrozenText) else {}
@@ -143,7 +144,9 @@ def to_big_vision(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     cast = lambda arrays: {k: x.astype(dtype) if x.dtype == np.float32 else x for k, x in arrays.items()}
     write_big_vision(out / "model.npz", cast(flat))
     seen, read = towers(segmenter)
-    both = {f"params/img/{path}": x for path, x in seen.items() if isinstance(method.net.backbone.tower, ViT)}
+    outer: Any = getattr(method, "net", None)
+    net: Any = getattr(outer, "net", outer)  # P-Seg's is around MaskFormer's
+    both = {f"params/img/{path}": x for path, x in seen.items() if isinstance(net.backbone.tower, ViT)}
     if read and isinstance(method.text.tower, SiglipText):
         both |= {f"params/txt/{path}": x for path, x in read.items()}
     if both:
@@ -153,9 +156,9 @@ def to_big_vision(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
 def to_onnx(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     """Writes the files of `to_folder` and a program of (image u8 [b 3 S S], image_size i32 [b 2]).
 
-    The program returns mask logits [b N h w], the sums of F_z under the masks [b N D] and F_z [b D h w]; for a method
-    without proposals only the last; for MaskFormer mask logits, probabilities of the classes [b N K] and of "no object"
-    [b N].
+    The program returns mask logits [b N h w], the sums of F_z under the masks [b N D] and F_z [b D h w], of P-Seg's
+    MaskFormer the embeddings of masks and of pixels; for a method without proposals only the last; for MaskFormer mask
+    logits, probabilities of the classes [b N K] and of "no object" [b N].
     """
     import torch
 

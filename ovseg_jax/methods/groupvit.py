@@ -8,6 +8,7 @@ over the templates (published: no).
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ from ovseg_jax.towers.prompt_file import Prompt
 from ovseg_jax.towers.templates import fill, read_templates
 from ovseg_jax.towers.vocabulary import spoken_words
 from ovseg_jax.vocab.classes import ClassList
-from ovseg_jax.vocab.tokenizers import PieceTokenizer, load_tokenizer
+from ovseg_jax.vocab.tokenizers import PieceTokenizer, keep_tokenizer, load_tokenizer
 from ovseg_jax.vocab.words import WordList
 
 SPACE = "groupvit"
@@ -127,6 +128,10 @@ class GroupViT(Trainable, Segmenting):
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
         """Raises an error, since there are no steps."""
         raise UserError("the method groupvit is not trained")
+
+    def save_assets(self, workdir: Path) -> None:
+        """Saves the tokeniser."""
+        keep_tokenizer(self.tokenizer, workdir)
 
     def predict(
         self, variables: Variables, image: UInt8[Array, "b s s 3"], image_size: Int[Array, "b 2"]

@@ -7,6 +7,7 @@ classes.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -80,6 +81,10 @@ class LinearProbe(OnClip):
     def _forward(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[Array, tuple, dict]:
         del rng
         return self.embed_image(variables, batch["image"]), (), {}
+
+    def save_assets(self, workdir: Path) -> None:
+        """Saves nothing: a class is a row of the probe, and only `embed_phrases` needs the tokeniser."""
+        del workdir
 
     def embed_image(self, variables: Variables, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b d"]:
         """Embeds images as unit vectors."""

@@ -1,6 +1,7 @@
 """The data side of methods on CLIP's towers: images of one class, or texts by the towers' tokeniser."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -9,7 +10,7 @@ from ovseg_jax.data.source_base import Source
 from ovseg_jax.protocols import Classifier, Trainable
 from ovseg_jax.towers.clip import Clip
 from ovseg_jax.towers.vocabulary import spoken_words
-from ovseg_jax.vocab.tokenizers import PieceTokenizer
+from ovseg_jax.vocab.tokenizers import PieceTokenizer, keep_tokenizer
 
 
 class OnClip(Trainable, Classifier):
@@ -32,3 +33,8 @@ class OnClip(Trainable, Classifier):
     def tokenizer(self) -> PieceTokenizer:
         """The tokeniser of the text tower, read at the first access."""
         return self.clip.tokenizer
+
+    def save_assets(self, workdir: Path) -> None:
+        """Saves the tokeniser, unless it is one of the run's own words."""
+        if self.clip.config.get("tokenizer", "") != "words":
+            keep_tokenizer(self.tokenizer, workdir)

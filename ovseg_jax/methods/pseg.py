@@ -1,6 +1,7 @@
 """P-Seg (papers/002): a MaskFormer that learns its masks from pseudo-masks, and their meaning from captions."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ from ovseg_jax.towers.text_table import TextTable
 from ovseg_jax.towers.text_transformer import TEXT_KEYS, TextTransformer
 from ovseg_jax.towers.vocabulary import counted_words, spoken_words
 from ovseg_jax.vocab.classes import ClassList
+from ovseg_jax.vocab.tokenizers import keep_tokenizer
 from ovseg_jax.vocab.words import WordList
 
 SPACE = "text"
@@ -353,6 +355,11 @@ class PSeg(Trainable, Segmenting):
 
     def _temperature(self, params: Mapping, name: str) -> Float[Array, ""]:
         return bounded(params["temperature"][name], *self.loss_config.temperature_bounds)
+
+    def save_assets(self, workdir: Path) -> None:
+        """Saves the tokeniser of word pieces."""
+        if isinstance(self.text, TextTransformer) and self.text.source != "words":
+            keep_tokenizer(self.text.tokenizer, workdir)
 
     def predict(
         self, variables: Variables, image: UInt8[Array, "b s t 3"], image_size: Int[Array, "b 2"]

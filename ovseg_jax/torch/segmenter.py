@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ovseg_jax.data.images import fit_canvas, read_image
 from ovseg_jax.errors import UserError
@@ -18,16 +18,18 @@ from ovseg_jax.torch.build import build
 from ovseg_jax.torch.layers import unit
 from ovseg_jax.torch.maskformer import MaskFormer, MaskFormerOutput
 from ovseg_jax.torch.openseg import OpenSegFeatures, OpenSegNet
+from ovseg_jax.torch.pseg import PSegNet, TextNet
 from ovseg_jax.torch.text_towers import Bert, CLIPText, SiglipText
 from ovseg_jax.torch.upernet import UPerNet
 from ovseg_jax.towers.prompt_file import FILE, load_prompt
+from ovseg_jax.towers.templates import fill
 from ovseg_jax.vocab.classes import ClassList, Labels, as_classes, rows_of_names
 from ovseg_jax.vocab.phrases import word_ids
-from ovseg_jax.vocab.tokenizers import load_tokenizer
+from ovseg_jax.vocab.word_tokenizer import read_tokenizer
 
 WEIGHTS, CONFIG, TEXT_TOWER = "model.safetensors", "config.json", "text_tower"
-NETS: dict[str, Any] = {kind.__name__: kind for kind in (OpenSegNet, UPerNet, MaskFormer)}
-TEXT_KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (CLIPText, SiglipText, Bert)}
+NETS: dict[str, Any] = {kind.__name__: kind for kind in (OpenSegNet, UPerNet, MaskFormer, PSegNet)}
+TEXT_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (CLIPText, SiglipText, Bert, TextNet)}
 BATCH, LENGTH = 64, 77  # as in `FrozenText`
 MOST_PIXELS = 16384  # upper limit of the side of the network's input
 STRIP, NAMES = 64, 256  # rows of an image, and names, that are scored at once
@@ -53,14 +55,14 @@ class Segmenter:
     Attributes:
       net: the image network.
       table: [V D] vectors of the words of `index`, or None.
-      text: a frozen text tower and its tokeniser, or None. Without both, the network knows the names of `classes` only.
+      text: a text tower and its tokeniser, or None. Without both, the network knows the names of `classes` only.
       canvas: side of the network's square input in pixels.
       classes: the categories of the training data.
     """
 
     def __init__(
         self,
-        net: OpenSegNet | UPerNet | MaskFormer,
+        net: OpenSegNet | PSegNet | UPerNet | MaskFormer,
         table: Tensor | None,
         text: "Text | None",
         config: dict[str, Any],
@@ -150,19 +152,20 @@ def _layers(
 
 
 class Text:
-    """A frozen text tower with its tokeniser and optional prompt, from a folder that `FrozenText.save` writes."""
+    """A text tower with its tokeniser, in a folder that `FrozenText.save` or `TextTransformer.save` writes."""
 
     def __init__(self, folder: Path, device: str):
         described = read_json(folder / CONFIG)
         kind = TEXT_KINDS.get(str(described.pop("kind", None)))
         if kind is None:
             raise UserError(f"{folder / CONFIG} does not describe one of {', '.join(TEXT_KINDS)}")
+        self.templates = _templates(described.pop("templates", None), folder)
         ids = torch.zeros((1, 2), dtype=torch.long, device="meta")
         inputs = (ids, torch.ones((1, 2), dtype=torch.bool, device="meta"))
         tower = build(lambda: kind(**described), described, read_tensors(folder), str(folder), *inputs)
         self.tower, self.device = tower.to(device).eval(), device
-        length = len(tower.get_parameter("pos_embedding")[0])
-        self.tokenizer: Any = load_tokenizer(folder, length=min(length, LENGTH))
+        length = tower.length if kind is TextNet else min(tower.length, LENGTH)
+        self.tokenizer: Any = read_tokenizer(folder, length)
         self.context: tuple[Tensor, ...] = ()
         if (folder / FILE).exists():
             prompt = load_prompt(folder / FILE)
@@ -171,12 +174,26 @@ class Text:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Embeds texts as unit vectors [T D]."""
+        """Embeds texts as unit vectors [T D]; with templates, the normalised sum over them."""
+        if self.templates is None:
+            return self._embed(texts)
+        parts = [self._embed([fill(template, text) for text in texts]) for template in self.templates]
+        return parts[0] if len(parts) == 1 else unit(torch.stack(parts).sum(0))
+
+    def _embed(self, texts: Sequence[str]) -> Tensor:
         rows = []
         for at in range(0, len(texts), BATCH):
             ids, valid = (torch.from_numpy(x).to(self.device) for x in self.tokenizer(texts[at : at + BATCH]))
             rows.append(unit(self.tower(ids, valid, *self.context)))
         return torch.cat(rows)
+
+
+def _templates(given: Any, folder: Path) -> list[str] | None:
+    """Returns the templates of a described text side; None for texts as they are."""
+    with reading(folder / CONFIG, "the templates of"):
+        if given is not None and not (isinstance(given, list) and all(isinstance(x, str) for x in given)):
+            raise ValueError("templates is not a list of texts")
+    return given or None
 
 
 def upsampling(pixels: int, cells: int, canvas: int, fitted: int, device: Any) -> Tensor:

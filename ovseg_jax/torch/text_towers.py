@@ -15,11 +15,17 @@ class TextTower(nn.Module):
         self.Embed_0 = nn.Embedding(vocab_size, width)
         self.pos_embedding = nn.Parameter(torch.zeros(1, length, width))
 
+    @property
+    def length(self) -> int:
+        """The maximum number of tokens of a text."""
+        return self.pos_embedding.shape[1]
+
     def embed(self, ids: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns tokens with their positions, [b l d]; id -1 - i is vector i of a learned `context` [m d]."""
-        length = self.pos_embedding.shape[1]
-        if ids.shape[1] > length:
-            raise UserError(f"texts have {ids.shape[1]} tokens, but this text tower takes at most {length}")
+        if ids.shape[1] > self.length:
+            raise UserError(
+                f"texts have {ids.shape[1]} tokens, but this text tower takes at most {self.length}"
+            )
         x = self.Embed_0(ids.clamp(min=0))
         if context is not None:
             x = torch.where(ids[..., None] < 0, context[(-1 - ids).clamp(min=0)].to(x.dtype), x)
@@ -42,7 +48,7 @@ class CLIPText(TextTower):
     ):
         super().__init__(vocab_size, length, width)
         self.Encoder_0 = Encoder(layers, width, heads, mlp_dim or 4 * width, activation, 1e-5, causal=True)
-        self.head = nn.Linear(width, embed_dim, bias=False)
+        self.head = nn.Linear(width, embed_dim, bias=False) if embed_dim else nn.Identity()
 
     def forward(self, ids: Tensor, valid: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """Embeds texts [b l], each by its end, the first token with the highest id; `valid` is not used.

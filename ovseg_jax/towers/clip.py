@@ -35,10 +35,9 @@ from ovseg_jax.towers.prompt import encode_names, even_order, phrase_tokens, win
 from ovseg_jax.towers.prompt_file import ANCHOR, Prompt
 from ovseg_jax.towers.prompt_layout import Layout, NameTokens
 from ovseg_jax.vocab.tokenizers import PieceTokenizer, load_tokenizer
-from ovseg_jax.vocab.word_tokenizer import WordTokenizer
+from ovseg_jax.vocab.word_tokenizer import WORDS_FILE, WordTokenizer
 from ovseg_jax.vocab.words import WordList
 
-WORDS_FILE = "words.json"  # in the folder of a run
 TOWERS = "towers"  # in the folder of a run of method "clip"
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 TOWER_KEYS = "image text init tokenizer image_size mean std logit_scale dtype"  # of a config's `towers`

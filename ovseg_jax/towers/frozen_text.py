@@ -1,7 +1,6 @@
 """A published text tower that is never trained, as in OpenSeg (papers/004, 3.2 and 4.1)."""
 
 import json
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -129,12 +128,9 @@ class FrozenText:
         from ovseg_jax.pretrained.files import write_safetensors
         from ovseg_jax.pretrained.hub import find
         from ovseg_jax.pretrained.to_torch import describe, to_torch
-        from ovseg_jax.vocab.tokenizers import tokenizer_files
+        from ovseg_jax.vocab.tokenizers import load_tokenizer
 
-        files = tokenizer_files(_folder(find(self.source)))
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in files:
-            shutil.copyfile(file, folder / file.name)
+        load_tokenizer(_folder(find(self.source))).save(folder)
         cast = {name: x.astype(dtype) for name, x in to_torch(self.weights()).items()}
         write_safetensors(folder / "model.safetensors", cast, {"format": "pt"})
         (folder / FILE).unlink(missing_ok=True)

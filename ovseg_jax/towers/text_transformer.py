@@ -1,12 +1,15 @@
 """A transformer as a text side, trained together with the images, as in P-Seg (papers/002, 3.3.2 and C.1)."""
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
@@ -16,8 +19,8 @@ from ovseg_jax.models.projection import Projection
 from ovseg_jax.models.text_towers import CLIPText
 from ovseg_jax.towers.features import embed_in_chunks
 from ovseg_jax.towers.templates import fill, read_templates
-from ovseg_jax.vocab.tokenizers import PieceTokenizer, load_tokenizer
-from ovseg_jax.vocab.word_tokenizer import WordTokenizer
+from ovseg_jax.vocab.tokenizers import PieceTokenizer
+from ovseg_jax.vocab.word_tokenizer import WordTokenizer, read_tokenizer
 from ovseg_jax.vocab.words import WordList
 
 TEXT_KEYS = "tokenizer vocab_size length width layers heads projection_hidden projection_norm prompt remat"
@@ -92,7 +95,7 @@ class TextTransformer:
         from ovseg_jax.pretrained.hub import find
 
         path = find(self.source)
-        return load_tokenizer(path if path.is_dir() else path.parent, "clip", length)
+        return read_tokenizer(path if path.is_dir() else path.parent, length, "clip")
 
     def init(self, rng: jax.Array) -> Mapping[str, Any]:
         """Creates `params`, and `batch_stats` if the projection is normalised."""
@@ -112,3 +115,27 @@ class TextTransformer:
             embed_in_chunks(one, [fill(template, name) for name in texts]) for template in self.templates
         ]
         return parts[0] if len(parts) == 1 else unit(jnp.asarray(sum(parts)))
+
+    def save(self, folder: Path, variables: Mapping[str, Any], dtype: Any = np.float32) -> None:
+        """Saves the trained transformer for `ovseg_jax.torch`.
+
+        It writes `model.safetensors` with the names of `pretrained.to_torch`, `config.json` and the tokeniser's files.
+
+        Args:
+          folder: created if missing.
+          variables: `params`, and `batch_stats` if the projection is normalised.
+          dtype: of the weights in the file.
+        """
+        from ovseg_jax.pretrained.files import write_safetensors
+        from ovseg_jax.pretrained.to_torch import describe, to_torch
+
+        self.tokenizer.save(folder)
+        flat: dict[str, Any] = {}
+        for tree in variables.values():
+            flat |= flatten_dict(jax.device_get(tree), sep="/")
+        cast = {name: x.astype(dtype) for name, x in to_torch(flat).items()}
+        write_safetensors(folder / "model.safetensors", cast, {"format": "pt"})
+        described = describe(self.net) | {"templates": list(self.templates)}
+        (folder / "config.json").write_text(
+            json.dumps(described, indent=1, ensure_ascii=False) + "\n", "utf-8"
+        )

@@ -45,6 +45,7 @@ from ovseg_jax.towers.frozen_text import TEXT_TOWER
 from ovseg_jax.towers.prompt_file import FILE as PROMPT_FILE
 from ovseg_jax.train.metrics import Sums
 from ovseg_jax.train.state import TrainState
+from ovseg_jax.vocab.tokenizers import TOKENIZER
 
 CONFIG_FILE = "config.json"
 # Upper limit of a checkpoint's bytes beside its arrays.
@@ -217,7 +218,7 @@ class Checkpoints:
 
 
 def read_run(workdir: epath.PathLike) -> ConfigDict:
-    """Reads the config of a run, with the paths of its stages and of its own copy of a text tower.
+    """Reads the config of a run, with the paths of its stages and of its own copies of text tower and tokeniser.
 
     Raises:
       UserError: the folder holds no run.
@@ -277,14 +278,18 @@ def load_variables(
 
 
 def with_own_text(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
-    """Returns the config with the paths of the run's own copies of a frozen text tower and its prompt."""
-    folder = epath.Path(workdir) / TEXT_TOWER
-    if not (folder / CONFIG_FILE).exists():
-        return config
+    """Returns the config with the paths of the run's own copies of tokeniser, frozen text tower and prompt."""
+    tower, tokenizer = epath.Path(workdir) / TEXT_TOWER, epath.Path(workdir) / TOKENIZER
     config = ConfigDict(config.to_dict())
-    config.text.init = str(folder)
-    if config.text.get("prompt", ""):
-        config.text.prompt = str(folder / PROMPT_FILE)
+    if (tower / CONFIG_FILE).exists():
+        config.text.init = str(tower)
+        if config.text.get("prompt", ""):
+            config.text.prompt = str(tower / PROMPT_FILE)
+    if tokenizer.exists():
+        # Without the key, the first two read the tokeniser beside their weights.
+        for section in ("towers", "groupvit", "text"):
+            if section in config and (section != "text" or "tokenizer" in config.text):
+                config[section].tokenizer = str(tokenizer)
     return config
 
 

@@ -11,6 +11,7 @@ Special tokens inside a text have no meaning: "<|endoftext|>" or "[SEP]" in a ca
 import gzip
 import html
 import importlib
+import shutil
 import string
 import unicodedata
 from collections import Counter
@@ -31,6 +32,9 @@ _LARGEST = 1 << 26
 # BERT takes up to 512 tokens; 64 suffice for names and captions.
 LENGTHS = {"clip": 77, "wordpiece": 64, "siglip": 64, "siglip2": 64}
 BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
+TOKENIZER = (
+    "tokenizer"  # the folder for a copy of a published tokeniser, or of another run's words, inside of a run
+)
 
 _CLIP_SPECIALS = ("<|startoftext|>", "<|endoftext|>")
 _CLIP_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -67,6 +71,7 @@ class PieceTokenizer:
       pad: id that fills a row.
       length: tokens in each row.
       vocab_size: the number of ids; all ids are smaller.
+      files: the files that it was read from.
     """
 
     clean: Callable[[str], str]
@@ -76,6 +81,13 @@ class PieceTokenizer:
     pad: int
     length: int
     vocab_size: int
+    files: tuple[Path, ...] = ()
+
+    def save(self, folder: Path) -> None:
+        """Copies its files into a folder, which is created if missing."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in self.files:
+            shutil.copyfile(file, folder / file.name)
 
     def __call__(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "n l"], Bool[np.ndarray, "n l"]]:
         """Returns the token ids i32 [n L] and a mask, False at padding.
@@ -118,6 +130,8 @@ def load_tokenizer(source: str | Path, kind: str | None = None, length: int | No
     with reading(file, "the tokenizer"):
         if (found := _load(file, kind, length)) is not None:
             _made(found, ["a red ball \U0001f388"])  # Some faults of a file only show when a text is split.
+            both = ("vocab.json", "merges.txt")
+            found.files = tuple(map(file.with_name, both)) if file.name in both else (file,)
             return found
     raise UserError(
         f"{file} is not a tokenizer file: those are *.model, {BPE_FILE}, vocab.json, vocab.txt, tokenizer.json"
@@ -138,14 +152,14 @@ def _load(file: Path, kind: str | None, length: int | None) -> PieceTokenizer | 
     return _tokenizer_json(file, kind, length) if file.suffix == ".json" else None
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
-    """Lists the files of a folder that `load_tokenizer` reads.
-
-    Raises:
-      UserError: the folder holds none.
-    """
-    file = _find(folder, None)
-    return [file, folder / "merges.txt"] if file.name == "vocab.json" else [file]
+def keep_tokenizer(tokenizer: PieceTokenizer, workdir: Path) -> None:
+    """Saves a tokeniser as `TOKENIZER` in a run's folder, whole or not at all, unless it is there."""
+    folder, part = workdir / TOKENIZER, workdir / f"{TOKENIZER}.part"
+    if folder.exists():
+        return
+    shutil.rmtree(part, ignore_errors=True)
+    tokenizer.save(part)
+    part.rename(folder)
 
 
 def clean_clip(text: str) -> str:

@@ -181,7 +181,7 @@ class WordList:
         """
         with reading(path, "the word list"):
             words = texts(array(read_json(path, "the word list"), "the list"), "the list")
-            if not set(words) - {PAD}:
+            if not words:  # A tokeniser of word pieces needs no word but the padding.
                 raise ValueError("it lists no word")
             if blank := [word for word in words if not word.strip()]:
                 raise ValueError(f"it lists {blank[0]!r}, which is not a word")

@@ -1,17 +1,18 @@
 """P-Seg's configs run from captions alone: pseudo-masks, training, labels for P-Seg+, and its student."""
 
 import json
+import shutil
 
 import numpy as np
-import pytest
 
 from ovseg_jax.configs import pseg
 from ovseg_jax.data.scenes.source import Scenes
 from ovseg_jax.data.source_base import Example
-from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.run import train
 from ovseg_jax.inference.export import export_model
 from ovseg_jax.inference.segmenter import Segmenter
+from tests.extras import require
+from tests.methods.test_groupvit_method import pieces
 
 
 class Maskless(Scenes):
@@ -60,11 +61,36 @@ def test_a_run_and_its_student_read_no_mask(tmp_path):
     assert list((tmp_path / "run/labels").glob("masks-*.zip"))
 
 
-def test_the_papers_form_segments_by_any_known_word_and_says_what_it_cannot_export(tmp_path):
+def test_the_papers_form_segments_by_any_known_word_and_is_exported(tmp_path):
     config = shrunk("form=paper,ahead=false,prompts=2")
     train(config, str(tmp_path / "run"))
     segmenter = Segmenter.from_checkpoint(tmp_path / "run")
-    result = segmenter.segment(Scenes(split="test")[0]["image"], "red ball; grass", threshold=-1.0)
+    image = Scenes(split="test")[0]["image"]
+    result = segmenter.segment(image, "red ball; grass", threshold=-1.0)
     assert set(np.unique(result.label_map)) <= {0, 1}
-    with pytest.raises(UserError, match="no form of a trained text transformer"):
-        export_model(lambda: segmenter, "torch", str(tmp_path / "out"))
+    export_model(lambda: segmenter, "big_vision", str(tmp_path / "big_vision"))
+    flat = np.load(tmp_path / "big_vision/model.npz")
+    assert {"params/image/net/queries", "params/text/tower/Embed_0/embedding"} <= set(flat)
+    require("torch")
+    import ovseg_jax.torch
+
+    export_model(lambda: segmenter, "torch", str(tmp_path / "out"))
+    found = ovseg_jax.torch.load(tmp_path / "out").segment(image, "red ball; grass", threshold=-1.0)
+    assert (found.label_map == result.label_map).mean() > 0.999
+
+
+def test_a_run_keeps_the_tokeniser_that_its_config_names(tmp_path):
+    config = shrunk("form=paper,ahead=false")
+    (tmp_path / "clip").mkdir()
+    pieces(tmp_path / "clip")
+    config.text.tokenizer = str(tmp_path / "clip")
+    train(config, tmp_path / "run")
+    names, image = ["red ball", "Grass!"], Scenes(split="test")[0]["image"]
+    first = Segmenter.from_checkpoint(tmp_path / "run")
+    vectors = np.asarray(first.embed(names)["text"])
+    shutil.rmtree(tmp_path / "clip")
+    again = Segmenter.from_checkpoint(tmp_path / "run")
+    np.testing.assert_array_equal(again.embed(names)["text"], vectors)
+    assert np.abs(vectors[0] - vectors[1]).max() > 1e-4
+    assert again.segment(image, names, threshold=-1.0).label_map.shape == image.shape[:2]
+    assert train(config, tmp_path / "run")["steps"] == 2  # the same command, without the folder

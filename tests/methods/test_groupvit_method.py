@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -124,13 +125,17 @@ def test_templates_are_averaged_before_they_are_normalised(published, sets):
 
 @pytest.fixture(scope="module")
 def run(published, sets, tmp_path_factory):
-    config = config_of(published[1], sets)
+    weights = tmp_path_factory.mktemp("gone") / "weights"
+    shutil.copytree(published[1], weights)
+    config = config_of(weights, sets)
     rules = dict(image_size=32, windows=dict(stride=16, short=32, longest=64))
     config.final_evals.VOC.update(rules)
     config.data.image_size = 32
     check_config(config)
     folder = tmp_path_factory.mktemp("run")
-    return folder, train(config, folder)
+    summary = train(config, folder)
+    shutil.rmtree(weights)  # the run's folder has all that predictions need
+    return folder, summary
 
 
 def test_a_run_is_scored_and_segments(run, sets, tmp_path, monkeypatch):

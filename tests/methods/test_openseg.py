@@ -8,13 +8,10 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.methods import build, openseg
-from ovseg_jax.parallel.sharding import DEFAULT_RULES, make_mesh, put_batch
 from ovseg_jax.protocols import only
-from ovseg_jax.train.optimizer import make_optimizer
-from ovseg_jax.train.state import abstract_variables, create_state, state_shardings
-from ovseg_jax.train.step import make_step
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
+from tests.methods.steps import check_devices, take_steps
 
 S, B, M, K = 32, 4, 3, 5
 WORDS = WordList(["red", "blue", "ball", "grass"])
@@ -222,19 +219,10 @@ def test_given_vectors_stay_while_the_image_side_learns(tmp_path):
     vectors = np.random.default_rng(0).normal(size=(len(WORDS), 8)).astype(np.float32)
     np.savez(tmp_path / "vectors.npz", words=np.array(WORDS.words), vectors=vectors)
     text = dict(learned=False, vectors=str(tmp_path / "vectors.npz"))
-    method = make(text=text, embed_dim=8)
-    settings = dict(name="sgd", learning_rate=1e-2, schedule="constant")
-    mesh = make_mesh({"data": 1}, jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        variables = abstract_variables(method, 0)
-        optimizer = make_optimizer(ConfigDict(settings), variables["params"], 2, method.frozen)
-        shardings = state_shardings(optimizer, variables, mesh, DEFAULT_RULES)
-        state = create_state(method, optimizer, 0, shardings)
-        before = jax.device_get(state.params)
-        state, metrics = make_step(method, optimizer, 0, shardings)(state, put_batch(batch(), mesh))
-    after = jax.device_get(state.params)
+    sgd = dict(name="sgd", learning_rate=1e-2, schedule="constant")
+    before, after, losses = take_steps(make(text=text, embed_dim=8), batch(), 1, 1, sgd)
     np.testing.assert_array_equal(after["text"]["table"], before["text"]["table"])
-    assert np.abs(before["text"]["table"]).sum() > 0 and np.isfinite(metrics["loss"][0])
+    assert np.abs(before["text"]["table"]).sum() > 0 and np.isfinite(losses).all()
     assert np.any(after["image"]["decoder"]["queries"] != before["image"]["decoder"]["queries"])
 
 
@@ -261,25 +249,7 @@ def test_a_batch_in_parts_is_the_whole_batch(changes):
 @pytest.mark.parametrize(("contrast", "form"), [("unsync", "auto"), ("sync", "gather"), ("sync", "ring")])
 def test_loss_curves_on_one_and_eight_devices_agree(contrast, form):
     data = jax.tree.map(lambda x: np.concatenate([x, x[::-1]]), jax.device_get(batch()))
-    method = make(loss=dict(contrast=contrast, form=form, group=4))
-    settings = dict(name="adamw", learning_rate=1e-2, schedule="constant", warmup_steps=0, clip_norm=1.0)
-    curves = []
-    for devices in (jax.devices()[:1], jax.devices()[:8]):
-        mesh = make_mesh({"data": -1}, devices)
-        with jax.set_mesh(mesh):
-            variables = abstract_variables(method, 0)
-            optimizer = make_optimizer(ConfigDict(settings), variables["params"], 4)
-            shardings = state_shardings(optimizer, variables, mesh, DEFAULT_RULES)
-            step = make_step(method, optimizer, 0, shardings)
-            state = create_state(method, optimizer, 0, shardings)
-            curve = []
-            for _ in range(4):
-                state, metrics = step(state, put_batch(data, mesh))
-                curve.append(float(metrics["loss"][0]))
-            assert step._cache_size() == 1
-            curves.append(curve)
-    np.testing.assert_allclose(*curves, rtol=2e-4)
-    assert curves[0][-1] < curves[0][0]
+    check_devices(make(loss=dict(contrast=contrast, form=form, group=4)), data, 8)
 
 
 def test_the_mask_head_is_a_dot_product_unless_a_config_departs_from_it():

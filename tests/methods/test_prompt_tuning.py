@@ -1,5 +1,7 @@
 """Prompt tuning against the tower applied to every class in full, with float64 sums, on one and eight devices."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +15,10 @@ from ovseg_jax.protocols import only
 from ovseg_jax.towers import prompt
 from ovseg_jax.towers.packed_text import unstacked
 from ovseg_jax.towers.prompt import encode_names
+from ovseg_jax.train.checkpoints import read_run, write_config
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
+from tests.methods.test_groupvit_method import pieces
 
 WORDS = WordList(
     "a photo of red blue green spotty plain striped old small kite ball house moon very big".split()
@@ -280,3 +284,22 @@ def test_names_that_cannot_be():
         method.embed_text(variables, ["red ball", " "])
     with pytest.raises(UserError, match="no class names"):
         method.embed_text(variables, [])
+
+
+@pytest.mark.parametrize("given", ["", "tokenizer", "init"])
+def test_a_run_keeps_the_tokeniser_that_is_elsewhere(given, tmp_path):
+    away, run = tmp_path / "away", tmp_path / "run"
+    away.mkdir(), run.mkdir()
+    key = f"towers.{given or 'tokenizer'}"
+    pieces(away) if given else WORDS.save(away / "words.json")  # those of another run
+    own = config(**{key: str(away)} | ({"towers.tokenizer": ""} if given == "init" else {}))
+    method = build(own, WordList([]), CLASSES)
+    ids, _ = method.tokenizer(["a red ball", "very big kite"])
+    write_config(run, own)
+    assert read_run(run).towers.to_dict() == own.towers.to_dict()
+    method.save_assets(run)
+    shutil.rmtree(away)
+    for _ in range(2):
+        again = build(read_run(run), WordList([]), CLASSES)
+        np.testing.assert_array_equal(again.tokenizer(["a red ball", "very big kite"])[0], ids)
+        again.save_assets(run)  # as at the start of a run that goes on

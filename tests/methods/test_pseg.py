@@ -11,12 +11,9 @@ from ovseg_jax.data.source_base import Source
 from ovseg_jax.errors import UserError
 from ovseg_jax.methods import build
 from ovseg_jax.methods.pseg import PSeg
-from ovseg_jax.parallel.sharding import DEFAULT_RULES, make_mesh, put_batch
-from ovseg_jax.train.optimizer import make_optimizer
-from ovseg_jax.train.state import abstract_variables, create_state, state_shardings
-from ovseg_jax.train.step import make_step
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
+from tests.methods.steps import check_devices
 
 S, B, M, L = 32, 4, 3, 6
 WORDS = WordList(["red", "blue", "ball", "grass"])
@@ -384,23 +381,7 @@ def test_batch_statistics_are_of_the_means_and_serve_single_masks():
 
 @pytest.mark.parametrize("small", [False, True])
 def test_four_devices_compute_the_steps_of_one(small):
-    method, data, curves = make(small), jax.device_get(batch(small)), []
-    settings = dict(name="adamw", learning_rate=1e-2, schedule="constant", warmup_steps=0, clip_norm=1.0)
-    for devices in (jax.devices()[:1], jax.devices()[:4]):
-        mesh = make_mesh({"data": -1}, devices)
-        with jax.set_mesh(mesh):
-            variables = abstract_variables(method, 0)
-            optimizer = make_optimizer(ConfigDict(settings), variables["params"], 4)
-            shardings = state_shardings(optimizer, variables, mesh, DEFAULT_RULES)
-            step = make_step(method, optimizer, 0, shardings)
-            state = create_state(method, optimizer, 0, shardings)
-            curve = []
-            for _ in range(4):
-                state, metrics = step(state, put_batch(data, mesh))
-                curve.append(float(metrics["loss"][0]))
-            curves.append(curve)
-    np.testing.assert_allclose(*curves, rtol=2e-4)
-    assert curves[0][-1] < curves[0][0]
+    check_devices(make(small), jax.device_get(batch(small)), 4)
 
 
 def test_texts_of_word_pieces_need_no_pass_over_captions():

@@ -291,6 +291,16 @@ def test_kind_decides_where_a_folder_holds_several(siglip, wordpiece, tmp_path):
     )
 
 
+@pytest.mark.parametrize("source", ["wordpiece", "siglip", "clip"])
+def test_a_saved_one_is_the_same(source, request, tmp_path):
+    folder = request.getfixturevalue(source) if source != "clip" else bpe_path().parent
+    (tmp_path / "notes.txt").write_text("stays")
+    load_tokenizer(folder).save(tmp_path)
+    ours, again = load_tokenizer(folder), load_tokenizer(tmp_path)
+    np.testing.assert_array_equal(again(captions(20))[0], ours(captions(20))[0])
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_mistakes(siglip, wordpiece, tmp_path):
     with pytest.raises(UserError, match="list of texts"):
         load_tokenizer(siglip)("dog")
