@@ -28,10 +28,10 @@ def adamw(learning_rate: float, **own: Any) -> dict[str, Any]:
     return dict(dict(name="adamw", learning_rate=learning_rate, schedule="cosine", ema=0.0), **own)
 
 
-def adamw_of_scenes() -> dict[str, Any]:
+def adamw_of_scenes(**own: Any) -> dict[str, Any]:
     """Returns AdamW for a few thousand steps on `scenes`. All numbers are ours."""
     numbers = dict(warmup_steps=100, final_fraction=0.02, weight_decay=1e-3, clip_norm=1.0, b1=0.9, b2=0.98)
-    return adamw(2e-3, **numbers, ema=0.998)
+    return adamw(2e-3, **numbers, **own)
 
 
 def sgd(learning_rate: float, **own: Any) -> dict[str, Any]:
@@ -89,18 +89,22 @@ def dino_masks(weights: str) -> dict[str, Any]:
     )
 
 
-def without_shortcuts() -> list[dict[str, Any]]:
+def without_shortcuts(channels: float = 0.65, blur: float = 0.25) -> list[dict[str, Any]]:
     """Returns augmentations of whole batches of scenes, for methods that learn words one by one.
 
     Whole batches lose their colour and the words for it; others lose their texture and the words for things. Otherwise
-    colour tells which nouns never occur together, and the held-out pairs are never learned. Where fewer batches lose
-    their texture, colours of held-out pairs are taken for similar ones of seen pairs; where more do, nouns are.
+    colour tells which nouns never occur together, and the held-out pairs are never learned.
+
+    Args:
+      channels: the share of the batches that lose their colour, which becomes 0.4 in the end. With more, the colours of
+        held-out pairs are taken for similar ones of seen pairs.
+      blur: the share of the others that lose their texture. With more, nouns are confused.
     """
     return [
-        dict(name="channels", probability=0.6, probability_end=0.4, drop=("lexicon:colour",)),
+        dict(name="channels", probability=channels, probability_end=0.4, drop=("lexicon:colour",)),
         dict(
             name="blur",
-            probability=0.4,
+            probability=blur,
             factor=8,
             mask_weight=0.1,
             drop=("pos:noun",),

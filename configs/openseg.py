@@ -180,7 +180,7 @@ def pseudo_labelled(config: ConfigDict, args: Args) -> None:
 def scenes_net() -> dict[str, Any]:
     """Returns a network that learns `scenes` in minutes. All numbers are ours."""
     return dict(
-        backbone=dict(name="small", width=48, levels=3, stem="light"),
+        backbone=dict(name="small", width=48, levels=3),
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
         width=64,
@@ -209,7 +209,7 @@ def scenes(args: Args) -> ConfigDict:
         train.append(dict(others, cache=True))
     return common.run(
         "openseg",
-        steps=4800,
+        steps=5500,
         batch_size=16,
         model=scenes_net(),
         # There is no pretrained text tower for a made-up world: each word's vector is learned, a phrase is the

@@ -137,7 +137,7 @@ def scenes(args: Args) -> ConfigDict:
         model=scenes_model(small, args.baseline),
         loss=losses(small),
         pseudo_masks=common.colour_masks(),
-        optimizer=common.adamw_of_scenes(),
+        optimizer=common.adamw_of_scenes(ema=0.998),
         data=dict(
             train=[dict(common.scenes("train", args.images), fields=["image", "captions"], cache=True)],
             image_size=64,
@@ -159,7 +159,7 @@ def scenes(args: Args) -> ConfigDict:
                 tagger="pattern",
                 min_count=1,
                 keep_prob=dict(noun=1.0, adj=0.9),
-                batch_augment=common.without_shortcuts(),
+                batch_augment=common.without_shortcuts(channels=0.6, blur=0.4),
             )
         )
     else:
@@ -175,7 +175,10 @@ def scenes_model(small: bool, baseline: bool) -> dict[str, Any]:
         size = dict(patch=8, grid=(8, 8), width=64, depth=4, heads=4, mlp_dim=128)
         pixels = dict(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), dtype="float32")
         return segment_vit(size, embed_dim=64, projection_hidden=64, **pixels)
-    return dict(openseg.scenes_net(), network="openseg") if small else small_maskformer()
+    if not small:
+        return small_maskformer()
+    backbone = dict(name="small", width=48, levels=3, stem="light")
+    return dict(openseg.scenes_net(), network="openseg", backbone=backbone)
 
 
 def segment_vit(size: dict[str, Any], **own: Any) -> dict[str, Any]:

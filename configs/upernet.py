@@ -82,7 +82,7 @@ def scenes() -> ConfigDict:
             dtype="float32",
         ),
         loss=dict(auxiliary_weight=0.4),
-        optimizer=common.adamw_of_scenes(),
+        optimizer=common.adamw_of_scenes(ema=0.998),
         data=dict(
             train=[target],
             image_size=64,
