@@ -127,9 +127,8 @@ def _draw_segmentation(
         segmenter = Segmenter.from_two_stages(proposals, run, classes, **rules)
     path = workdir / "pictures" / f"{name}.png"
     decision = evaluation.get("decision", "argmax")
-    picture = _picture(
-        segmenter, source, classes, name, images, decision=decision, proposals=proposals is None
-    )
+    features = proposals is None and segmenter.has_features()
+    picture = _picture(segmenter, source, classes, name, images, decision=decision, proposals=features)
     _save(picture, path)
     return [path]
 

@@ -342,6 +342,13 @@ class Segmenter:
             return next(self.stream_features([image]))
         return list(self.stream_features(image))
 
+    def has_features(self) -> bool:
+        """Tells whether pixels have the features of regions, so that `features` does not raise."""
+        image = jax.ShapeDtypeStruct((1, self.canvas, self.canvas, 3), np.uint8)
+        size = jax.ShapeDtypeStruct((1, 2), np.int32)
+        seen = jax.eval_shape(self.method.predict, self.variables, image, size)
+        return bool(seen.pixels) and seen.regions.keys() <= seen.pixels.keys()
+
     def stream_features(self, images: Iterable[Any]) -> Iterator[PixelFeatures]:
         """Computes `features` of any number of images; yields one at a time, reading a batch ahead."""
         for job, fitted, prediction in self._predictions(images, None):

@@ -18,6 +18,21 @@ class AnyWords(ColourMethod):
         return {"colour": jax.numpy.eye(len(COLOURS))[np.arange(len(texts)) % len(COLOURS)]}
 
 
+class WithoutPixels(AnyWords):
+    """A method whose masks alone have features, as GroupViT."""
+
+    def predict(self, variables, image, image_size):
+        return super().predict(variables, image, image_size)._replace(pixels={})
+
+
+def test_a_method_without_features_of_pixels_is_drawn_without_proposals(tmp_path):
+    source = {"name": "scenes", "split": "test", "num_examples": 2, "image_size": 32}
+    config = ConfigDict({"data": {"image_size": 32}, "final_evals": {"test": {"source": source}}})
+    method = WithoutPixels(stride=2)
+    (path,) = draw_run(config, tmp_path, method, method.init(None))
+    assert Image.open(path).width == 3 * 256 + 2 * 10 + 48
+
+
 @pytest.mark.parametrize("masks", [True, False])
 def test_a_run_leaves_a_grid_for_each_evaluation_and_curves(tmp_path, masks):
     source = {"name": "scenes", "split": "test", "num_examples": 5, "image_size": 32}

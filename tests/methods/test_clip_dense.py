@@ -184,6 +184,25 @@ def test_pseudo_masks_are_shown_to_clip_one_by_one(crop):
     assert len(np.unique(want)) > 4
 
 
+def test_a_generators_tower_is_frozen_and_loaded(monkeypatch):
+    found = config("pseudo_masks")
+    found.dense.update(dict(crop=False, fill="zero"))
+    tower = dict(
+        name="vit", patch=8, width=16, depth=1, heads=2, mlp_dim=16, grid=(2, 2), cls="plain", init="here"
+    )
+    found.pseudo_masks = dict(features="tower", backbone=tower, clusters=2, mask_stride=4)
+    method = build(found, WORDS, CLASSES)
+    variables = method.init(jax.random.key(0))
+    assert "^generator/" in method.frozen and not variables["params"]
+    monkeypatch.setattr(
+        "ovseg_jax.pretrained.generator.load",
+        lambda init, module, shapes, pixels: jax.tree.map(lambda x: np.full(x.shape, 0.25), dict(shapes)),
+    )
+    loaded = method.pretrained()["generator"]
+    assert jax.tree.map(np.shape, loaded) == jax.tree.map(np.shape, variables["generator"])
+    assert all(np.all(x == 0.25) for x in jax.tree.leaves(loaded))
+
+
 def test_an_export_that_there_is_not_is_refused(tmp_path):
     found = config("value")
     segmenter = SimpleNamespace(method=build(found, WORDS, CLASSES), config=found)

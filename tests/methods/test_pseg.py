@@ -221,7 +221,7 @@ def test_baseline_2_pools_the_tokens_of_each_pseudo_mask(small):
     assert all(np.any(np.asarray(x)) for x in jax.tree.leaves(grad["image"]["projection"]))
 
 
-def test_the_tower_of_baseline_2s_masks_is_frozen_and_starts_from_weights():
+def test_the_tower_of_baseline_2s_masks_is_frozen_and_starts_from_weights(monkeypatch):
     tower = dict(name="vit", patch=8, width=16, depth=1, heads=2, mlp_dim=16, grid=(4, 4), cls="plain")
     config = make_vit(True).config
     config.pseudo_masks = dict(features="tower", backbone=tower, clusters=M, mask_stride=4)
@@ -234,6 +234,13 @@ def test_the_tower_of_baseline_2s_masks_is_frozen_and_starts_from_weights():
     assert not any(np.any(np.asarray(x)) for x in jax.tree.leaves(grad["image"]["generator"]))
     with pytest.raises(UserError, match=r"need backbone\.init"):
         method.pretrained()
+    config.pseudo_masks.backbone.init = "here"
+    monkeypatch.setattr(
+        "ovseg_jax.pretrained.generator.load",
+        lambda init, module, shapes, pixels: jax.tree.map(lambda x: np.full(x.shape, 0.25), dict(shapes)),
+    )
+    loaded = method.pretrained()["params"]["image"]["generator"]
+    assert jax.tree.map(np.shape, loaded) == jax.tree.map(np.shape, variables["params"]["image"]["generator"])
 
 
 @pytest.mark.parametrize(
