@@ -45,3 +45,15 @@ def test_openseg(tmp_path):
             config.final_evals.test.source.num_examples = 8
 
     assert len(execute("openseg.ipynb", tmp_path / "run", SMALL, shrink)) == 5
+
+
+def test_pseg(tmp_path):
+    def shrink(space):
+        if "config" in space and "summary" not in space:
+            config = space["config"]
+            for source in (config.data.train[0], config.stages[0]["config"]["source"]):
+                source["num_examples"] = 200  # all words occur
+            config.evals.validation.source.num_examples = 8
+            config.final_evals.test.source.num_examples = 8
+
+    assert len(execute("pseg.ipynb", tmp_path / "run", SMALL, shrink)) == 7

@@ -27,7 +27,9 @@ def refine(image: UInt8[np.ndarray, "h w 3"], labels: Int[np.ndarray, "h w"]) ->
     """Returns a label map whose borders follow those of the image; labels may be any integers, -1 included.
 
     The smoothing kernel is exact. In the kernel of position and colour every pixel receives from `SENDERS` pixels on a
-    regular grid, where pydensecrf interpolates on a lattice.
+    regular grid, where pydensecrf interpolates on a permutohedral lattice. On six drawn pictures of disks, up to 240 by
+    320 pixels, both gave the same label to at least 99.99 % of the pixels; on six that noise makes hard to tell apart,
+    to 95.4 to 99.0 %, and with all pixels as senders, on the three smallest, to 98.3 to 99.8 % (pydensecrf2 1.1).
     """
     own, index = np.unique(labels, return_inverse=True)
     if len(own) == 1:

@@ -1,21 +1,27 @@
-"""Two processes train a teacher, label images in shards, and train a student on human and pseudo-masks."""
+"""Two processes make masks in shards, a teacher's or clusters, train on them, and go on after a kill."""
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jax
 import numpy as np
+import pytest
 from etils import epath
 
 from ovseg_jax.data.sources.build import make_source
+from ovseg_jax.inference.cluster_masks import cluster_stage
 from ovseg_jax.inference.pseudo_masks import label_stage
+from ovseg_jax.train.checkpoints import load_variables
 from tests.fast import xla_flags
 
 ROOT = Path(__file__).parents[2]
-CONFIG = """
+OPENSEG = """
 from configs import openseg
 
 def get_config(arg=None):
@@ -28,6 +34,25 @@ def get_config(arg=None):
         one.data.image_size, one.data.batch_augment = 32, []
         one.loss.group = 4
     config.stages[1]["config"].update(dict(shard_size=3, min_confidence=0.0, batch_size=2))
+    return config
+"""
+PSEG = """
+from configs import pseg
+
+def get_config(arg=None):
+    config = pseg.get_config("images=80,{}")
+    config.update(dict(steps=12, batch_size=4, log_every=1))
+    config.checkpoint.every = 2
+    config.evals = {{}}
+    config.final_evals = {{}}
+    config.model.update(dict(width=32, embed_dim=16))
+    config.model.backbone.width = 16
+    if "group" in config.loss:
+        config.loss.group = 4
+    if config.model.network == "maskformer":
+        config.model.layers = config.text.layers = 1
+    for stage in config.get("stages", []):
+        stage["config"].update(dict(shard_size=2, batch_size=4))
     return config
 """
 
@@ -46,18 +71,37 @@ def start(folder, process, port):
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_two_processes_share_the_shards(tmp_path):
-    (tmp_path / "config.py").write_text(CONFIG)
+def run_two(folder, config, until=None):
+    """Runs two processes to their end, or kills them once `until()` is true; gives [(stdout, stderr), ...]."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.py").write_text(config)
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    running = [start(tmp_path, process, port) for process in range(2)]
+    running = [start(folder, process, port) for process in range(2)]
     try:
-        ends = [process.communicate(timeout=300) for process in running]
+        while until is not None and not until() and all(process.poll() is None for process in running):
+            time.sleep(0.005)
+        if until is not None:
+            for process in running:
+                process.kill()
+        ends = [process.communicate(timeout=600) for process in running]
     finally:
         for process in running:
             process.kill()
-    assert [process.returncode for process in running] == [0, 0], ends[0][1][-2000:] + ends[1][1][-2000:]
+    code = 0 if until is None else -signal.SIGKILL
+    assert [process.returncode for process in running] == [code] * 2, ends[0][1][-2000:] + ends[1][1][-2000:]
+    return ends
+
+
+def same_masks(folders, source, count):
+    sources = [make_source(dict(source, masks=str(folder))) for folder in folders]
+    for index in range(count):
+        np.testing.assert_array_equal(*(source[index]["segments"] for source in sources))
+
+
+def test_two_processes_share_the_shards(tmp_path):
+    ends = run_two(tmp_path, OPENSEG)
     assert "10 images labelled" in ends[0][0] and "labelled" not in ends[1][0]
     masks = tmp_path / "run" / "masks"
     assert len([*masks.glob("*.zip")]) == 4
@@ -65,8 +109,23 @@ def test_two_processes_share_the_shards(tmp_path):
     labels = json.loads((masks / "stage.json").read_text())["config"]
     teacher = str(tmp_path / "run" / "teacher")
     label_stage(epath.Path(tmp_path / "alone"), **labels | {"teacher": teacher})
-    sources = [
-        make_source(dict(labels["source"], masks=str(folder))) for folder in (masks, tmp_path / "alone")
-    ]
-    for index in range(10):
-        np.testing.assert_array_equal(*(source[index]["segments"] for source in sources))
+    same_masks((masks, tmp_path / "alone"), labels["source"], 10)
+
+
+@pytest.mark.parametrize(("form", "ahead"), [("small", True), ("paper", False)])
+def test_pseg_on_two_processes_is_killed_and_ends_bitwise_equal(form, ahead, tmp_path):
+    config = PSEG.format(f"form={form},ahead={str(ahead).lower()}")
+    run_two(tmp_path / "whole", config)
+    own = tmp_path / "killed" / "run"
+    if ahead:  # also killed while the images are clustered
+        run_two(tmp_path / "killed", config, lambda: any(own.glob("masks/*.zip")))
+        assert not (own / "masks" / "stage.json").exists()
+    run_two(tmp_path / "killed", config, (own / "checkpoints" / "2").exists)
+    (_, said), _ = run_two(tmp_path / "killed", config)
+    assert "continuing from the checkpoint at step" in said
+    if ahead:
+        made = json.loads((own / "masks" / "stage.json").read_text())["config"]
+        cluster_stage(epath.Path(tmp_path / "alone"), **made)
+        same_masks((own / "masks", tmp_path / "alone"), made["source"], 80)
+    whole, again = (load_variables(folder)[0] for folder in (tmp_path / "whole" / "run", own))
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
