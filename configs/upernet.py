@@ -5,8 +5,8 @@
       which does not use the labels of held-out classes.
   python -m ovseg_jax.main --config=configs/upernet.py:teacher=WORKDIR
       P-Seg+ (papers/002, 3.3.4): the run in WORKDIR labels the same images, whose masks are not read; a new network
-      learns from its labels. Two seeds, from configs/pseg.py: mIoU of 78.2 and 77.7 on seen pairs, 74.9 and 75.1 held
-      out, 91.3 and 91.7 on stuff, where the teachers had 77.2 and 76.2, 68.8 and 71.7, 90.2 and 90.9.
+      learns from its labels. Mean of 3 seeds, from configs/pseg.py: mIoU of 77.6 on seen pairs, 73.6 held out, 91.7 on
+      stuff, where the teachers had 76.0, 68.7 and 90.6.
   python -m ovseg_jax.main --config=configs/upernet.py:data=prepared,data_dir=DIR,val_dir=DIR,target=voc,teacher=WORKDIR
       the paper's recipe: MAE's ViT-B and UPerNet, on the training images of a data set that `python -m
       ovseg_jax.prepare` wrote to DIR. The paper's mIoU with background (Table 4): VOC 62.0, Context 30.2, COCO 35.7.
