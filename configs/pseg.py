@@ -4,8 +4,8 @@
       P-Seg on `scenes` with captions alone, on a laptop CPU in minutes: no labelled mask is read. Mean of 3 seeds: mIoU
       of 76.0 on seen pairs, 68.7 held out, 90.6 on stuff.
   python -m ovseg_jax.main --config=configs/pseg.py:plus=true
-      then P-Seg+: images of all classes, labelled by it, train a UPerNet: 77.6, 73.6 and 91.7. P-Seg's own scores are in
-      `pseg/summary.json` of the run.
+      then P-Seg+: images of all classes, labelled by it, train a UPerNet: 77.6, 73.6 and 91.7. P-Seg's own scores
+      are in `pseg/summary.json` of the run.
   python -m ovseg_jax.main --config=configs/pseg.py:form=paper
       the same data with the paper's form, see below.
   python -m ovseg_jax.main --config=configs/pseg.py:baseline=true
