@@ -155,7 +155,7 @@ def prediction_grid(
     names: Sequence[str],
     *,
     marked: Collection[int] = (),
-    note: str = "held out: no training image shows this combination",
+    note: str = "held out: no captioned or labelled training image shows this combination",
     title: str = "",
     colours: UInt8[np.ndarray, "k 3"] | None = None,
     cell: int = 256,
