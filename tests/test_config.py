@@ -551,7 +551,7 @@ def test_a_wrong_choice_is_a_sentence(arg):
 @pytest.mark.parametrize(
     ("arg", "human", "captioned", "steps"),
     [
-        ("images=50,captioned=70", ("scenes", 50), ("scenes", 70), 4800),
+        ("images=50,captioned=70", ("scenes", 50), ("scenes", 70), 5500),
         ("data=coco,data_dir=x,narratives=y,text=learned", ("coco", None), ("folder", None), 30_000),
     ],
 )

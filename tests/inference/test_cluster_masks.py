@@ -128,7 +128,7 @@ def test_pseg_takes_masks_that_were_made_ahead(tmp_path):
     assert "segments" not in source.source.source.provides  # Cached, PseudoMasks, Restricted
     words = WordList(PSeg.vocabulary(config, source))
     row = Rows.from_config(config, PSeg.fields(config), words)(0, source[3])
-    assert row["masks"].shape == (6, 32, 32) and 2 < row["mask_valid"].sum() <= 6
+    assert row["masks"].shape == (6, 64, 64) and 2 < row["mask_valid"].sum() <= 6
     assert (row["masks"].astype(int).sum(0) == 255).all()
 
 

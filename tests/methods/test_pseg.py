@@ -11,6 +11,7 @@ from ovseg_jax.data.source_base import Source
 from ovseg_jax.errors import UserError
 from ovseg_jax.methods import build
 from ovseg_jax.methods.pseg import PSeg
+from ovseg_jax.parallel.sharding import make_mesh, put_batch
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 from tests.methods.steps import check_devices
