@@ -294,9 +294,8 @@ def paper(args: Args) -> ConfigDict:
             clip_norm=5.0,  # ours, as GroupViT
             b1=0.9,  # Table 10
             b2=0.999,  # Table 10
-            no_decay=(
-                "/bias$",
-            ),  # GroupViT's code: no bias decays, and as everywhere here nothing of one axis
+            # GroupViT's code: no bias decays, and as everywhere here nothing of one axis.
+            no_decay=("/bias$",),
         ),
         data=dict(
             train=train,

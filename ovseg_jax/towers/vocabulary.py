@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from ovseg_jax.data.source_base import Source
+from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.lexicon import FUNCTION_WORDS
 from ovseg_jax.vocab.templates import IMAGENET, PLACE
 from ovseg_jax.vocab.words import WordList, build_words, keep_of, split_words
@@ -32,7 +33,7 @@ def counted_words(data: Any, source: Source, captions: bool = True) -> WordList:
       captions: whether to read the captions.
     """
     if data.get("words"):
-        return WordList.load(data["words"])
+        return _given(data["words"])
     return build_words(
         source.captions() if captions else (),
         keep_of(data.get("caption_filter", "noun+adj")),
@@ -52,7 +53,7 @@ def spoken_words(data: Any, source: Source, fields: Iterable[str] = ()) -> WordL
       fields: the batch fields; the texts of those in `SPOKEN` are read.
     """
     if data.get("words"):
-        return WordList.load(data["words"])
+        return _given(data["words"])
     fields = set(fields)
     words = set(_names(source)) | template_words(data, fields)
     for kind in {SPOKEN[field] for field in SPOKEN.keys() & fields}:
@@ -66,6 +67,14 @@ def template_words(data: Any, fields: Collection[str]) -> set[str]:
     if "prompts" in fields or ("tokens" in fields and data.get("caption_text") == "prompt"):
         return {word for template in IMAGENET for word in split_words(template.replace(PLACE, " "))}
     return set()
+
+
+def _given(path: Any) -> WordList:
+    """Reads `data.words`, which a text side of words needs to hold some."""
+    words = WordList.load(path)
+    if len(words) < 2:
+        raise UserError(f"data.words: {path} lists no word")
+    return words
 
 
 def _names(source: Source) -> list[str]:

@@ -32,9 +32,8 @@ _LARGEST = 1 << 26
 # BERT takes up to 512 tokens; 64 suffice for names and captions.
 LENGTHS = {"clip": 77, "wordpiece": 64, "siglip": 64, "siglip2": 64}
 BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
-TOKENIZER = (
-    "tokenizer"  # the folder for a copy of a published tokeniser, or of another run's words, inside of a run
-)
+# The folder in a run for a copy of a published tokeniser, or of another run's words.
+TOKENIZER = "tokenizer"
 
 _CLIP_SPECIALS = ("<|startoftext|>", "<|endoftext|>")
 _CLIP_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"

@@ -48,6 +48,10 @@ def test_spoken_words_are_those_of_the_texts_in_a_batch(tmp_path):
     WordList(["x"]).save(tmp_path / "words.json")
     for count in (counted_words, spoken_words):
         assert count({"words": tmp_path / "words.json"}, Stream()).words == ("<pad>", "x")
+    (tmp_path / "words.json").write_text('["<pad>"]')
+    for count in (counted_words, spoken_words):
+        with pytest.raises(UserError, match=r"data\.words: .*words\.json lists no word"):
+            count({"words": tmp_path / "words.json"}, Stream())
 
 
 def test_methods_say_which_words_they_need():
