@@ -13,7 +13,7 @@ and CLIP, MaskCLIP and pseudo-masks + CLIP (B1) of papers/002, Tables 2 to 4.
       as papers/002 score CLIP and MaskCLIP (Tables 3 and 4), on VOC, Context and COCO-Object.
   python -m ovseg_jax.main --config=configs/clip_dense.py:features=pseudo_masks
       B1 of papers/002, 4.1, on `scenes`: each mask of the pseudo-mask generator is shown to CLIP on its own, the rest
-      black. mIoU of one seed: 0.6 on seen pairs, 1.3 held out, 34.8 on stuff; with crop=True 4.6, 2.1 and 38.3. The
+      black. mIoU of one seed: 0.6 on seen pairs, 1.0 held out, 32.8 on stuff; with crop=True 5.9, 2.2 and 37.5. The
       value features of the same CLIP: 1.0, 0.1 and 26.2.
   python -m ovseg_jax.main --config=configs/tables/pseg.py:table=2,row=B1-pseudo-mask-CLIP,eval_sets=DIR
       B1 with DINO's tokens and CLIP ViT-L/14 on the sets. The paper's mIoU: 12.9, 3.9 and 2.9.
