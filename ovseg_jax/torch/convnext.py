@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def last_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+def last_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """Normalises the channels of [b c h w]."""
     return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
