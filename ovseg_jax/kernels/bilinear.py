@@ -6,7 +6,7 @@ map, have values; all others count as zero, so that padding has no influence.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 
 def corners(
@@ -36,7 +36,7 @@ def corners(
     return jnp.stack(number, -1), jnp.stack(weight, -1)
 
 
-def take(x: Float[Array, "*b p d"], number: Int[Array, "*b n"]) -> Float[Array, "*b n d"]:
+def take(x: Num[Array, "*b p d"], number: Int[Array, "*b n"]) -> Num[Array, "*b n d"]:
     """Returns rows of x, for each entry of the leading axes on its own."""
     rows = lambda x, number: x.at[number].get(mode="promise_in_bounds")
     for _ in x.shape[:-2]:
@@ -45,9 +45,9 @@ def take(x: Float[Array, "*b p d"], number: Int[Array, "*b n"]) -> Float[Array, 
 
 
 def sample(
-    maps: Float[Array, "*b h w d"], places: Float[Array, "*b n 2"], count: Int[Array, "*b 2"]
+    maps: Num[Array, "*b h w d"], places: Float[Array, "*b n 2"], count: Int[Array, "*b 2"]
 ) -> Float[Array, "*b n d"]:
-    """Samples each map at its own places; see `corners` for `count`."""
+    """Samples each map at its own places, in float32 for maps of integers; see `corners` for `count`."""
     *b, h, w, d = maps.shape
     number, weight = corners(places, count[..., None, :], w)
     flat = maps.reshape(*b, h * w, d)

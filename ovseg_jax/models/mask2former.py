@@ -139,7 +139,7 @@ class Mask2FormerHead(nn.Module):
       ffn: channels inside the decoder's MLPs.
       encoder_layers: layers of the pixel decoder.
       encoder_ffn: channels inside its MLPs.
-      points: its points of each head and level.
+      encoder_points: its points of each head and level.
       remat: what the backward pass recomputes in each layer, see `rematerialise`.
       dtype: compute type of the decoder; the pixel decoder is float32, as in the authors' code.
     """
@@ -152,7 +152,7 @@ class Mask2FormerHead(nn.Module):
     ffn: int = 2048
     encoder_layers: int = 6
     encoder_ffn: int = 1024
-    points: int = 4
+    encoder_points: int = 4
     remat: str = "none"
     dtype: Any = jnp.float32
 
@@ -170,7 +170,7 @@ class Mask2FormerHead(nn.Module):
             self.mask_dim,
             self.encoder_layers,
             self.heads,
-            self.points,
+            self.encoder_points,
             self.encoder_ffn,
             remat=self.remat,
             name="pixel_decoder",
