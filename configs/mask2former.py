@@ -6,7 +6,7 @@
       the authors' recipe for COCO panoptic segmentation. Their PQ: ResNet-50 51.9, ResNet-101 52.6, Swin-T 53.2, Swin-S
       54.6, Swin-B 55.1 (56.4 from ImageNet-21K), Swin-L 57.8 with 200 queries. None of these has been reproduced yet.
   python -m ovseg_jax.main --config=configs/mask2former.py:data=prepared,data_dir=DIR,val_dir=DIR,backbone=swin_small
-      the authors' recipe for semantic segmentation of ADE20K-150, on a data set that `python -m ovseg_jax.prepare` wrote.
+      the authors' recipe for semantic segmentation of ADE20K-150, on a set that `python -m ovseg_jax.prepare` wrote.
   python -m ovseg_jax.main \\
     --config=configs/mask2former.py:data=prepared,data_dir=DIR,val_dir=DIR,backbone=swin_small,published=hf:OWNER/NAME
       evaluates a published Mask2Former, in Hugging Face's format, without training it. The data must have its classes
@@ -23,7 +23,6 @@ from ml_collections import ConfigDict
 from ovseg_jax.config import Args, AtLeast, parse_arg
 from ovseg_jax.configs import common
 from ovseg_jax.configs.maskformer import RESNETS, SWINS, sources
-from ovseg_jax.errors import UserError
 from ovseg_jax.pretrained.published import IMAGENET, weights_of
 
 

@@ -92,10 +92,9 @@ def make_optimizer(config: ConfigDict, params: Any, steps: int, more: Sequence[s
     Args:
       config: `config.optimizer`. `name` (adamw, adam, sgd, lamb, lion), `learning_rate`, `schedule`,
         `warmup_steps`, `final_fraction`, `warmup_rate`, `decay_steps`, `hold_steps`, `power`, `drops` (see
-        `make_schedule`), `weight_decay` (on arrays of two or more dimensions, so never on scales and temperatures, but on biases of
-        attention, which have an axis of heads; parameters whose path matches one of the regexes `no_decay` are spared),
-        `clip_norm`
-        (0 = off), `b1`, `b2`, `momentum` (sgd), `nesterov`,
+        `make_schedule`), `weight_decay` (on arrays of two or more dimensions, so never on scales and temperatures, but
+        on biases of attention, which have an axis of heads; parameters whose path matches one of the regexes `no_decay`
+        are spared), `clip_norm` (0 = off), `b1`, `b2`, `momentum` (sgd), `nesterov`,
         `multipliers` ((regex, factor) pairs: the first regex that matches in a parameter's path scales its rate, or
         freezes it if the factor is None), `ema` (the decay of the parameters' moving average, min(ema, (1 + t) / (10
         + t)) at step t, which is then used for evaluation and export; 0 = none).

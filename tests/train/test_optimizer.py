@@ -35,7 +35,9 @@ def test_schedules(name):
 
 def test_a_rate_that_falls_in_steps():
     rate = make_schedule(ConfigDict(dict(learning_rate=0.2, schedule="steps", drops=(5, 8))), 10)
-    np.testing.assert_allclose([rate(t) for t in (0, 4, 5, 7, 8, 99)], np.repeat([0.2, 0.02, 0.002], 2), rtol=1e-5)
+    np.testing.assert_allclose(
+        [rate(t) for t in (0, 4, 5, 7, 8, 99)], np.repeat([0.2, 0.02, 0.002], 2), rtol=1e-5
+    )
 
 
 def test_a_rate_set_once_an_epoch():
