@@ -7,7 +7,17 @@ from runpy import run_path
 import pytest
 
 import ovseg_jax
-from ovseg_jax.configs import clip_dense, groupvit, maskformer, openseg, pomp, pomp_segments, pseg, upernet
+from ovseg_jax.configs import (
+    clip_dense,
+    groupvit,
+    mask2former,
+    maskformer,
+    openseg,
+    pomp,
+    pomp_segments,
+    pseg,
+    upernet,
+)
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.keys import check_config, check_evaluation, known_keys
 from ovseg_jax.experiment.run import train
@@ -29,6 +39,7 @@ SHIPPED = [
         for arg in (None, *(f"{FOLDER},method={method}" for method in pomp.METHODS), f"{FOLDER},sample=0")
     ),
     (maskformer, None),
+    *((mask2former, arg) for arg in (None, "data=coco,data_dir=x", f"{FOLDER},val_dir=y,backbone=swin_tiny")),
     (groupvit, None),
     *(
         (pseg, arg)
