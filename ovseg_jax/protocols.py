@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from etils import epath
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from ovseg_jax.data.windows import Whole
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.unit import unit
 
@@ -162,10 +163,12 @@ class Segmenting:
     Attributes:
       modes: the origins of masks that its scores are defined for, see `decisions.rules.decide`.
       probabilities: whether the scores of regions are probabilities of the classes and of "no object".
+      whole: how `Segmenter` resizes images, each on a canvas of its own; None for the square of `data.image_size`.
     """
 
     modes: tuple[str, ...] = ("predicted", "none", "truth")
     probabilities: bool = False
+    whole: Whole | None = None
 
     def predict(
         self, variables: Variables, image: UInt8[Array, "b s s 3"], image_size: Int[Array, "b 2"]

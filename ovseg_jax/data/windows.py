@@ -1,4 +1,4 @@
-"""Sliding windows over a resized image, as mmsegmentation cuts them (`test_cfg` mode "slide")."""
+"""Resized images: whole, or in sliding windows as mmsegmentation cuts them (`test_cfg` mode "slide")."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -26,6 +26,42 @@ class Cut(NamedTuple):
     window_at: Int[np.ndarray, "w 2"]
     window_valid: Bool[np.ndarray, "w"]
     resized: Int[np.ndarray, "2"]
+
+
+def resized(height: int, width: int, short: int, longest: int) -> tuple[int, int]:
+    """Returns the size of an image whose shorter side becomes `short`, or less so that the longer is at most `longest`."""
+    scale = min(longest / max(height, width), short / min(height, width))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """How whole images are resized and padded to canvases of their own, as detectron2 does in its tests.
+
+    Attributes:
+      short: the shorter side of a resized image.
+      longest: the most that its longer side may have; the shorter one is then smaller than `short`.
+      multiple: the sides of a canvas are multiples of this.
+    """
+
+    short: int
+    longest: int
+    multiple: int
+
+    def fit(self, image: UInt8[np.ndarray, "h w 3"]) -> tuple[UInt8[np.ndarray, "s t 3"], tuple[int, int]]:
+        """Resizes an image bilinearly; returns it at the top left of its canvas, and its (height, width) there."""
+        height, width = image.shape[:2]
+        size = resized(height, width, self.short, self.longest)
+        if size != (height, width):
+            image = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+        canvas = np.zeros((*self.canvas(size), 3), np.uint8)
+        canvas[: size[0], : size[1]] = image
+        return canvas, size
+
+    def canvas(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Returns height and width of the canvas of a resized image."""
+        height, width = (-(-side // self.multiple) * self.multiple for side in size)
+        return height, width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +105,7 @@ class Sliding:
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Returns the size of an image after its aspect-keeping resize."""
-        scale = min(self.longest / max(height, width), self.short / min(height, width))
-        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+        return resized(height, width, self.short, self.longest)
 
     def cut(self, image: UInt8[np.ndarray, "h w 3"] | None, size: int) -> Cut:
         """Resizes an image bilinearly, without antialiasing as OpenCV, and cuts windows of `size`; None for padding."""

@@ -72,12 +72,13 @@ class Frame(NamedTuple):
 def frame(
     shape: tuple[int, int],
     grid: tuple[int, int],
-    canvas: int,
+    canvas: int | tuple[int, int],
     image_size: Int[Array, "2"],
     label_size: Int[Array, "2"],
 ) -> Frame:
     """Returns the frame of a label of `label_size` in maps of `shape`; see `kernels.resize.upsampling`."""
-    rows, columns = (upsampling(shape[i], grid[i], canvas, image_size[i], label_size[i]) for i in range(2))
+    sides = (canvas, canvas) if isinstance(canvas, int) else canvas
+    rows, columns = (upsampling(shape[i], grid[i], sides[i], image_size[i], label_size[i]) for i in range(2))
     inside = (jnp.arange(shape[0]) < label_size[0])[:, None] & (jnp.arange(shape[1]) < label_size[1])
     return Frame(rows, columns, inside)
 

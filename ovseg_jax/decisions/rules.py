@@ -429,7 +429,7 @@ def decide(
     label_size: Int[Array, "b 2"],
     views: Bool[Array, "b v t"],
     *,
-    canvas: int,
+    canvas: int | tuple[int, int],
     shape: tuple[int, int],
     decision: Decision = Argmax(),
     mode: Mode = "predicted",
@@ -448,7 +448,7 @@ def decide(
       image_size: height and width of each image on the canvas, in pixels.
       label_size: height and width of each label; both at most `shape`.
       views: the names that may be chosen in each image and view.
-      canvas: size of the model's square input in pixels.
+      canvas: side of the model's square input in pixels, or height and width of another.
       shape: height and width of the maps to return.
       decision: the decision to apply.
       mode: the origin of the masks (Table 4): "predicted" by the model, "none" (each pixel's own feature is scored), or
@@ -459,8 +459,8 @@ def decide(
     Raises:
       UserError: the decision needs masks, and the method or the mode has none.
     """
-    if mode == "truth" and (segments is None or max_segments < 1):
-        raise ValueError("mode 'truth' needs segments and max_segments")
+    if mode == "truth" and (segments is None or max_segments < 1 or not isinstance(canvas, int)):
+        raise ValueError("mode 'truth' needs segments, max_segments and a square canvas")
     masks = mode == "predicted" and prediction.mask_logits is not None
     if decision.needs_masks and not masks:
         raise UserError(
@@ -478,6 +478,7 @@ def decide(
         seen, image, label, allowed, true = inputs
         at = frame(shape, (grid[0], grid[1]), canvas, image, label)
         if mode == "truth":
+            assert isinstance(canvas, int)
             weights = true_scores(method, seen, text, vocabulary, true, max_segments, canvas, image, label)
             name, score = paint(weights, true, allowed, shape)
             return named(name, score, score, at, vocabulary)

@@ -55,9 +55,13 @@ class Segmenter:
       variables: the method's variables.
       config: the config of the run; `config.data.image_size` is the size of the model's square input.
       classes: the labels to use if none are given.
-      batch_size: number of images, or tiles of large ones, in a batch.
+      batch_size: number of images, or tiles of large ones, in a batch; a model whose canvases differ in size
+        (`method.whole`) takes images one by one.
       devices: this process's devices that share each batch; by default its first one. The batch size is rounded up to
         a multiple of their number.
+
+    Raises:
+      UserError: the batch size is less than 1, or there are several devices and images that are taken one by one.
     """
 
     def __init__(
@@ -73,6 +77,12 @@ class Segmenter:
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} is less than 1")
         self.method, self.config, self.classes = method, config, classes
+        if method.whole:
+            if len(devices) > 1:
+                raise UserError(
+                    "this model takes images one by one, each in its own size: give a single device"
+                )
+            batch_size = 1
         self._mesh = make_mesh(devices=devices) if len(devices) > 1 else None
         self.batch_size = -(-batch_size // max(len(devices), 1)) * max(len(devices), 1)
         self.variables = jax.device_put(variables, self._mesh and replicated(self._mesh))
@@ -82,7 +92,7 @@ class Segmenter:
         self._decide_windows = jax.jit(
             partial(decide_windows, method), static_argnames=("canvas", "shape", "decision", "mode")
         )
-        self._decide_all = jax.jit(self._decide_batch, static_argnames=("shape", "decision"))
+        self._decide_all = jax.jit(self._decide_batch, static_argnames=("canvas", "shape", "decision"))
         self._texts: dict[tuple[tuple[str, ...], ...], Text] = {}
 
     @classmethod
@@ -114,6 +124,33 @@ class Segmenter:
             "(in Python, Segmenter.from_two_stages)",
         )
         return cls(run.method, run.variables, run.config, run.classes, batch_size=batch_size, devices=devices)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        weights: str,
+        classes: ClassList | None = None,
+        *,
+        tokenizer: str = "",
+        trust: float = 0.0,
+    ) -> "Segmenter":
+        """Loads a published model from its own file.
+
+        Args:
+          name: a key of `methods.fcclip.PUBLISHED`, such as "fcclip_convnext_l".
+          weights: its file, such as fcclip_cocopan.pth, which has CLIP in it.
+          classes: the labels to use if none are given, by default COCO's panoptic classes.
+          tokenizer: the folder of CLIP's tokeniser, or its name on the hub; by default that of the CLIP on the hub.
+          trust: see `methods.fcclip`; 0.5 for OVRCOAT's rule.
+
+        Raises:
+          UserError: the name is unknown, or the file is missing, damaged or of another model.
+        """
+        from ovseg_jax.methods.fcclip import published_fcclip
+
+        method = published_fcclip(name, weights, tokenizer, trust)
+        return cls(method, method.pretrained(), method.config, method.classes if classes is None else classes)
 
     @classmethod
     def from_two_stages(
@@ -248,7 +285,9 @@ class Segmenter:
             raise UserError("features works on whole images: leave out tile, or cut the image yourself")
         chosen = BackgroundThreshold(threshold) if decision is None else decision_of(decision)
         # For these two decisions, one compiled program processes the blocks and tiles of images of any size.
-        blocks = isinstance(chosen, Argmax)
+        blocks = isinstance(chosen, Argmax) and not self.method.whole
+        if tile and self.method.whole:
+            raise UserError("tile: this model resizes whole images: leave out tile")
         if tile and not blocks:
             raise UserError(
                 f"tile: the decision {type(chosen).__name__} works on whole images: leave out tile"
@@ -273,7 +312,7 @@ class Segmenter:
                     np.array([fitted], np.int32),
                     np.array([size], np.int32),
                     np.ones((1, 1, len(owner)), bool),
-                    canvas=self.canvas,
+                    canvas=self._canvas_of(fitted),
                     shape=shape,
                     decision=chosen,
                 )
@@ -377,9 +416,11 @@ class Segmenter:
             fitted[: len(batch.sizes)], sizes[: len(batch.sizes)] = batch.fitted, batch.sizes
             views = np.ones((rows, 1, len(vocabulary.owner)), bool)
             own = jax.device_put((fitted, sizes, views), self._mesh and batch_sharding(self._mesh))
-            waiting.append(
-                (batch, self._decide_all(batch.prediction, *asked, *own, shape=shape, decision=chosen))
+            canvas = self._canvas_of(batch.fitted[0])
+            decided = self._decide_all(
+                batch.prediction, *asked, *own, canvas=canvas, shape=shape, decision=chosen
             )
+            waiting.append((batch, decided))
             if len(waiting) > 1:  # The devices work on the next batch meanwhile.
                 yield from _label_maps(*waiting.pop(0))
         for last in waiting:
@@ -391,12 +432,13 @@ class Segmenter:
         text: Text,
         vocabulary: Vocabulary,
         *own: Any,
+        canvas: int | tuple[int, int],
         shape: tuple[int, int],
         decision: Decision,
     ) -> Decided:
         """Decides on a batch; each device on its own images."""
         mode: Mode = "none" if prediction.mask_logits is None else "predicted"
-        run: Any = partial(decide, self.method, canvas=self.canvas, shape=shape, decision=decision, mode=mode)
+        run: Any = partial(decide, self.method, canvas=canvas, shape=shape, decision=decision, mode=mode)
         if self._mesh is not None:
             split, whole = PartitionSpec(AXES), PartitionSpec()
             specs = (split, whole, whole, split, split, split)
@@ -422,6 +464,10 @@ class Segmenter:
         """The side of the model's square input in pixels."""
         return int(self.config.data.image_size)
 
+    def _canvas_of(self, fitted: tuple[int, int]) -> int | tuple[int, int]:
+        """Returns the side of the canvas of an image that has this size on it, or height and width of a canvas."""
+        return self.method.whole.canvas(fitted) if self.method.whole else self.canvas
+
     def _categories(self, labels: Labels | ClassVectors | None) -> ClassList:
         if isinstance(labels, ClassVectors):
             return labels.classes
@@ -446,13 +492,14 @@ class Segmenter:
 
     def _forward(self, jobs: Sequence["_Job"]) -> tuple[list[tuple[int, int]], Prediction]:
         """Returns the sizes of some tiles in the model's input, and their prediction, padded to more rows."""
-        fitted = [fit_canvas(job.image[slice(*job.row), slice(*job.column)], self.canvas) for job in jobs]
+        fit = self.method.whole.fit if self.method.whole else partial(fit_canvas, size=self.canvas)
+        fitted = [fit(job.image[slice(*job.row), slice(*job.column)]) for job in jobs]
         # Batches of 1, 2, 4, ... images: few compilations, and a single image is not padded to a full batch.
         count = min(self.batch_size, 1 << (len(jobs) - 1).bit_length())
         if self._mesh is not None:
             count = -(-count // self._mesh.size) * self._mesh.size
-        canvases = np.zeros((count, self.canvas, self.canvas, 3), np.uint8)
-        sizes = np.full((count, 2), self.canvas, np.int32)
+        canvases = np.zeros((count, *fitted[0][0].shape), np.uint8)
+        sizes = np.broadcast_to(np.int32(canvases.shape[1:3]), (count, 2)).copy()
         for i, (canvas, size) in enumerate(fitted):
             canvases[i], sizes[i] = canvas, size
         where = self._mesh and batch_sharding(self._mesh)

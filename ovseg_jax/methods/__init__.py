@@ -10,6 +10,7 @@ from ovseg_jax.data.rows import Rows
 from ovseg_jax.methods.clip import ClipTraining
 from ovseg_jax.methods.clip_dense import ClipDense
 from ovseg_jax.methods.cocoop import CoCoOp
+from ovseg_jax.methods.fcclip import FCClip
 from ovseg_jax.methods.groupvit import GroupViT
 from ovseg_jax.methods.linear_probe import LinearProbe
 from ovseg_jax.methods.lseg import LSeg
@@ -37,6 +38,7 @@ METHODS: dict[str, type[Trainable]] = {
     "maskformer_text": TextMaskFormer,
     "clip": ClipTraining,
     "clip_dense": ClipDense,
+    "fcclip": FCClip,
     "groupvit": GroupViT,
     "pomp": PromptTuning,
     "linear_probe": LinearProbe,

@@ -9,6 +9,7 @@ import pytest
 import ovseg_jax
 from ovseg_jax.configs import (
     clip_dense,
+    fcclip,
     groupvit,
     mask2former,
     maskformer,
@@ -41,6 +42,7 @@ SHIPPED = [
     (maskformer, None),
     *((mask2former, arg) for arg in (None, "data=coco,data_dir=x", f"{FOLDER},val_dir=y,backbone=swin_tiny")),
     (groupvit, None),
+    *((fcclip, arg) for arg in (None, "data=coco,data_dir=x", "data=coco,data_dir=x,published=y")),
     *(
         (pseg, arg)
         for arg in (
