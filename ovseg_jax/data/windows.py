@@ -29,7 +29,7 @@ class Cut(NamedTuple):
 
 
 def resized(height: int, width: int, short: int, longest: int) -> tuple[int, int]:
-    """Returns the size of an image whose shorter side becomes `short`, or less so that the longer is at most `longest`."""
+    """Returns the size of an image whose shorter side becomes `short`, or less so that no side exceeds `longest`."""
     scale = min(longest / max(height, width), short / min(height, width))
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
