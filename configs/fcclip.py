@@ -97,8 +97,8 @@ def on_scenes(args: Args) -> ConfigDict:
 def paper(args: Args) -> ConfigDict:
     """Returns the authors' recipe for COCO's panoptic masks.
 
-    It differs from theirs in that images are evaluated on squares: with a longer side of 1,344 pixels, where theirs have
-    a shorter side of 800 and a longer one of at most 1,333, as `Segmenter` has them.
+    It differs from theirs in that images are evaluated on squares: with a longer side of 1,344 pixels, where theirs
+    have a shorter side of 800 and a longer one of at most 1,333, as `Segmenter` has them.
     """
     train, validation = sources(args)
     own = published_config(
