@@ -134,7 +134,7 @@ class Published:
         }
         self.head = {name: torch.randn(*shape, generator=generator) * 0.2 for name, shape in shapes.items()}
         self.head["_mask_pooling_proj.0.weight"] += 1
-        self.head["logit_scale"] = torch.tensor(np.log(20.0), dtype=torch.float32)
+        self.head["logit_scale"] = torch.tensor(np.log(3.0), dtype=torch.float32)
         self.void = torch.randn(1, EMBED, generator=generator)
 
     def state(self):
@@ -328,7 +328,7 @@ def test_scores_and_label_maps_are_those_of_the_published_rules(published, ours,
     probability, scores = whole.sigmoid().numpy(), scores.numpy()
     number, classes = expected_panoptic(probability, scores, ASKED)
     assert len(classes) > 1 and (number > 0).mean() > 0
-    sizes = np.array([SIZE], np.int32)
+    sizes = jnp.array([SIZE], jnp.int32)
     run = lambda decision: decide(
         method,
         prediction,
@@ -336,7 +336,7 @@ def test_scores_and_label_maps_are_those_of_the_published_rules(published, ours,
         vocabulary,
         sizes,
         sizes,
-        np.ones((1, 1, len(names)), bool),
+        jnp.ones((1, 1, len(names)), bool),
         canvas=SIZE,
         shape=SIZE,
         decision=decision,
@@ -372,6 +372,7 @@ def test_classes_are_learned_by_their_names_on_a_frozen_trunk(published, ours, m
         mask_classes=np.array([[0, 1, 2], [1, -1, -1]]),
         example_mask=np.ones(2, bool),
     )
+    batch = {name: jnp.asarray(x) for name, x in batch.items()}
     seen, original = {}, fcclip.point_losses
     keep = lambda *args, **options: seen.update(options, mask_valid=args[3]) or original(*args, **options)
     monkeypatch.setattr(fcclip, "point_losses", keep)
@@ -411,7 +412,7 @@ def test_segmenter_of_a_published_file(published, ours, monkeypatch):
     first, second = segmenter.segment([exact, other], decision="panoptic")
     assert second.label_map.shape == (70, 50) and segmenter.method.whole.fit(other)[0].shape == (96, 64, 3)
     prediction = jax.jit(method.predict)(variables, exact[None], jnp.array([SIZE]))
-    names, sizes = TRAINED.flat()[0], np.array([SIZE], np.int32)
+    names, sizes = TRAINED.flat()[0], jnp.array([SIZE], jnp.int32)
     vocabulary = vocabulary_of(TRAINED, method.seen_names())
     method.config.fcclip.trust = 0.0
     expected = decide(
@@ -421,7 +422,7 @@ def test_segmenter_of_a_published_file(published, ours, monkeypatch):
         vocabulary,
         sizes,
         sizes,
-        np.ones((1, 1, len(names)), bool),
+        jnp.ones((1, 1, len(names)), bool),
         canvas=SIZE,
         shape=SIZE,
         decision=Panoptic(),
