@@ -11,7 +11,9 @@ from ovseg_jax.configs import mask2former, maskformer
 
 def get_config(arg=None):
     methods = {"maskformer": maskformer, "mask2former": mask2former}
-    args = parse_arg(arg, method=tuple(methods), backbone=("swin_tiny", "resnet50"), batch_size=4, queries=100)
+    args = parse_arg(
+        arg, method=tuple(methods), backbone=("swin_tiny", "resnet50"), batch_size=4, queries=100
+    )
     config = methods[args.method].get_config("data=folder,data_dir=none,weights=scratch")
     scenes = maskformer.get_config()
     swin = args.backbone == "swin_tiny"
