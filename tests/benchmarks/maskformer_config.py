@@ -1,8 +1,8 @@
 """MaskFormer or Mask2Former as published but for its images: for `step.py`, which compares it with transformers'.
 
-Images are `scenes` of 224 pixels, four in a batch; BACKBONE is swin_tiny or resnet50. Without dropout and stochastic depth,
-so that both sides compute the same loss; of MaskFormer without deep supervision, where transformers' differs from the
-authors' (see the test).
+Images are `scenes` of 224 pixels, four in a batch; BACKBONE is swin_tiny or resnet50. Without dropout and stochastic
+depth, so that both sides compute the same loss; MaskFormer also without deep supervision, where transformers' differs
+from the authors' (see the test).
 """
 
 from ovseg_jax.config import parse_arg
