@@ -12,17 +12,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 
 from ovseg_jax.kernels.bilinear import sample
-from ovseg_jax.losses.matching import Matched, class_costs, class_losses, match
+from ovseg_jax.losses.matching import Matched, PointWeights, class_costs, class_losses, match
 
 _EXACT = jax.lax.Precision.HIGHEST
-
-
-class PointWeights(NamedTuple):
-    """Weights of the parts, in costs and losses alike (the authors' configs)."""
-
-    mask: float = 5.0
-    dice: float = 5.0
-    label: float = 2.0
 
 
 class Points(NamedTuple):
