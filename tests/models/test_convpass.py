@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.convpass import FREEZE_TOWER, Convpass, with_convpass
+from ovseg_jax.models.convpass import Convpass, all_but_adapters, with_convpass
 from ovseg_jax.models.eva import PRESETS, Eva
 from ovseg_jax.models.transformer import Places
 from ovseg_jax.models.vit import ViT
@@ -141,7 +141,7 @@ TOWERS = {
 def test_only_adapters_are_trained(kind):
     tower, x = with_convpass(TOWERS[kind], train=True), images(2, 32, 32)
     params = reference.init(tower, x)["params"]
-    config = ConfigDict(dict(name="adamw", lr=0.1, multipliers=[(FREEZE_TOWER, None)]))
+    config = ConfigDict(dict(learning_rate=0.1, multipliers=[(all_but_adapters(), None)]))
     optimizer = make_optimizer(config, params, 2)
     frozen = freezer(config, ())
 
@@ -168,7 +168,10 @@ def test_the_share_of_trained_parameters():
     tower = with_convpass(Eva(**PRESETS["eva02_clip_l14"]))
     shapes = jax.eval_shape(tower.init, jax.random.key(0), jnp.zeros((1, 28, 28, 3)))["params"]
     sizes = {path: leaf.size for path, leaf in flax.traverse_util.flatten_dict(shapes, sep="/").items()}
-    trained = sum(size for path, size in sizes.items() if not re.search(FREEZE_TOWER, path))
+    trained = sum(size for path, size in sizes.items() if not re.search(all_but_adapters(), path))
+    assert not re.search(all_but_adapters("image/"), "decoder/kernel")
+    assert not re.search(all_but_adapters("image/"), "image/blocks_0/adapter_mlp/up/kernel")
+    assert re.search(all_but_adapters("image/"), "image/blocks_0/mlp/fc1/kernel")
     assert trained == 24 * 2 * (1024 * 8 + 8 + 9 * 8 * 8 + 8 + 8 * 1024 + 1024)
     assert 0.0028 < trained / sum(sizes.values()) < 0.0029
 
