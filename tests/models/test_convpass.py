@@ -17,6 +17,8 @@ from ovseg_jax.models.eva import PRESETS, Eva
 from ovseg_jax.models.transformer import Places
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.pretrained.eva import from_timm_eva
+from ovseg_jax.pretrained.files import write_safetensors
+from ovseg_jax.pretrained.load import load
 from ovseg_jax.pretrained.rename import rename
 from ovseg_jax.train.optimizer import freezer, make_optimizer
 from tests import reference
@@ -24,6 +26,7 @@ from tests.extras import require
 from tests.models.test_eva import HEADS, KINDS, TINY, images, original, state
 
 ROWS, COLUMNS, D = 3, 4, 10
+WITHOUT_GRID = {key: value for key, value in KINDS["eva02"][0].items() if key != "rope_grid"}
 
 
 def drawn(shapes, seed=0):
@@ -197,3 +200,14 @@ def test_dropout_is_on_in_training_alone():
 def test_mistakes(change, words):
     with pytest.raises(UserError, match=words):
         with_convpass(TOWERS["vit"], **change)
+
+
+def test_published_weights_lack_adapters(tmp_path):
+    weights = state(original("eva02"))
+    write_safetensors(tmp_path / "model.safetensors", weights)
+    (tmp_path / "config.json").write_text('{"architecture": "eva02_base_patch16_clip_224"}')
+    tower = with_convpass(Eva(**{**TINY, "rope_grid": 16}, **WITHOUT_GRID))
+    shapes = jax.eval_shape(tower.init, jax.random.key(0), images(1, 32, 32))
+    found = flax.traverse_util.flatten_dict(load(str(tmp_path), tower, shapes)["params"], sep="/")
+    own = flax.traverse_util.flatten_dict(shapes["params"], sep="/")
+    assert own.keys() - found.keys() == {path for path in own if "/adapter_" in path}
