@@ -71,7 +71,9 @@ def test_values_and_gradients_are_torchvisions(size, sampling, aligned):
     given = boxes([row for row in [*INSIDE, *OUTSIDE] if row[2] >= row[0]])
     maps = torch.from_numpy(FEATURES.transpose(0, 3, 1, 2).copy()).requires_grad_()
     rois = [torch.from_numpy(4 * rows).requires_grad_() for rows in given]
-    want = ops.roi_align(maps, rois, size, 0.25, sampling, aligned)
+    # Without its own operators torchvision would compile its Python form, which takes far longer than to run it.
+    with torch.compiler.set_stance("force_eager"):
+        want = ops.roi_align(maps, rois, size, 0.25, sampling, aligned)
     weights = np.random.default_rng(1).normal(size=(*given.shape[:2], size, size, C)).astype(np.float32)
     (want * torch.from_numpy(weights).flatten(0, 1).permute(0, 3, 1, 2)).sum().backward()
     options = dict(scale=0.25, sampling=sampling, aligned=aligned)
