@@ -87,7 +87,7 @@ def _bins(
         step = bin_ / jnp.maximum(count, 1)
         reaching = jnp.ceil((cell - 1 - first) / jnp.where(step > 0, step, 1) - 0.5) - 1
         sample = jnp.maximum(reaching, 0) + jnp.arange(_NEAR)
-    position = first + (sample + 0.5) * (bin_ / jnp.maximum(count, 1))
+    position = first + (sample + 0.5) * bin_ / jnp.maximum(count, 1)
     weight = jnp.maximum(0, 1 - jnp.abs(jnp.clip(position, 0, cells - 1) - cell))
     counted = (sample < count) & (position >= -1) & (position <= cells)
     return (jnp.where(counted, weight, 0) / jnp.maximum(count, 1)).sum(-1)

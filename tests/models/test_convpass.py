@@ -184,6 +184,7 @@ def test_dropout_is_on_in_training_alone():
     tower = with_convpass(TOWERS["vit"], dropout=0.5)
     variables = drawn(jax.eval_shape(tower.init, jax.random.key(0), x))
     train = with_convpass(TOWERS["vit"], dropout=0.5, train=True)
+    variables = jax.tree.map(jnp.asarray, variables)
     apply = lambda tower, key: tower.apply(variables, x, rngs={"dropout": jax.random.key(key)}).pooled
     assert np.abs(apply(train, 0) - apply(train, 1)).max() > 1e-4
     np.testing.assert_array_equal(apply(tower, 0), apply(tower, 1))
