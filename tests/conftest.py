@@ -13,7 +13,9 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 from jaxtyping import install_import_hook
 
 # Without `vocab`: its arrays are few, and its functions of words are called a million times.
-rooms = [path.stem for path in (Path(__file__).parents[1] / "ovseg_jax").glob("[a-z]*") if path.stem != "vocab"]
+rooms = [
+    path.stem for path in (Path(__file__).parents[1] / "ovseg_jax").glob("[a-z]*") if path.stem != "vocab"
+]
 install_import_hook([f"ovseg_jax.{room}" for room in rooms], "beartype.beartype")
 
 # Traced programs are kept to the end, and a full collection walks them all: let there be few.
