@@ -71,8 +71,10 @@ def randomised(transformers):
             parameter.data.normal_(0, 2, generator=generator)
         elif name.endswith("in_proj_bias"):
             parameter.data.normal_(0, 0.3, generator=generator)
-        elif name.endswith(("sampling_offsets.bias", "mask_projection.bias")):
+        elif name.endswith("sampling_offsets.bias"):
             parameter.data.normal_(0, 3, generator=generator)
+        elif name.endswith("mask_projection.bias"):
+            parameter.data.normal_(0, 8, generator=generator)
     for module in model.modules():
         if isinstance(module, torch.nn.GroupNorm):
             module.weight.data.uniform_(0.5, 1.5, generator=generator)
