@@ -96,6 +96,7 @@ def test_semantic_and_instances_are_those_of_transformers(drawn):
 
     drawn = jax.tree.map(jnp.asarray, drawn)  # a copy, whose queries have different classes
     drawn["params"]["classifier"]["dense"]["kernel"] *= 5
+    drawn["params"]["net"]["head"]["pixel_decoder"]["mask_features"]["kernel"] *= 20
     # transformers takes all classes for things.
     things = ClassList(CLASSES.names, CLASSES.ids, (True,) * 3)
     ours, masks, classes = decided(drawn, Instances(top=4), things)
@@ -118,7 +119,6 @@ def test_semantic_and_instances_are_those_of_transformers(drawn):
     (semantic,) = process.post_process_semantic_segmentation(logits, target_sizes=[(384, 384)])
     ours, *_ = decided(drawn, Argmax(), things)
     assert (semantic.numpy() == ours.category[0, 0]).mean() > 0.9999
-    assert len(np.unique(ours.category)) > 1
 
 
 def test_panoptic_is_the_authors(drawn):
