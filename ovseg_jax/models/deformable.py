@@ -35,7 +35,7 @@ class PixelFeatures(NamedTuple):
     maps: dict[str, Float[Array, "b _h _w d"]]
 
 
-def cell_counts(image_size: Int[Array, "b 2"], shape: Shape, level: str) -> Int[Array, "b 2"]:
+def cell_counts(image_size: Int[Array, "b 2"], shape: tuple[int, ...], level: str) -> Int[Array, "b 2"]:
     """Returns the rows and columns of a backbone's map that begin within each image, see `cells_inside`."""
     stride = 2 ** int(level[1:])
     return jnp.minimum(-(-image_size // stride), jnp.array(shape))
@@ -250,7 +250,7 @@ class DeformablePixelDecoder(nn.Module):
         y = features[finest].astype(self.dtype)
         shape, valid = y.shape[1:3], cells_inside(image_size, y.shape[1:3], finest)
         y = norm(f"lateral_norm_{finest}")(conv(self.width, 1, f"lateral_{finest}", bias=False)(y), valid)
-        count = cell_counts(image_size, shape, finest)  # type: ignore[arg-type]
+        count = cell_counts(image_size, shape, finest)
         y = y + resize_within(maps[levels[-1]], shape, counts[-1], count)  # type: ignore[arg-type]
         y = conv(self.width, 3, f"output_{finest}", bias=False)(jnp.where(valid[..., None], y, 0))
         y = nn.relu(norm(f"output_norm_{finest}")(y, valid))
