@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Num
 
 
 def corners(
-    places: Float[Array, "*n 2"], count: Int[Array, "*#n 2"], width: int
+    places: Float[Array, "*n 2"], count: Int[Array, "... 2"], width: int
 ) -> tuple[Int[Array, "*n 4"], Float[Array, "*n 4"]]:
     """Returns the four cells around each place, by their number in reading order, and their bilinear weights.
 
@@ -18,7 +18,7 @@ def corners(
 
     Args:
       places: places in cells.
-      count: columns and rows of the image's cells.
+      count: columns and rows of the image's cells; broadcasts with the places.
       width: columns of the whole map.
     """
     low = jnp.floor(places)

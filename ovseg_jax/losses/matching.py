@@ -15,11 +15,19 @@ _EXACT = jax.lax.Precision.HIGHEST
 
 
 class Weights(NamedTuple):
-    """Weights of the parts, in costs and losses alike (the authors' configs)."""
+    """MaskFormer's weights of the parts, in costs and losses alike (the authors' configs)."""
 
     focal: float = 20.0
     dice: float = 1.0
     label: float = 1.0
+
+
+class PointWeights(NamedTuple):
+    """Mask2Former's weights of the parts, in costs and losses alike (the authors' configs)."""
+
+    mask: float = 5.0
+    dice: float = 5.0
+    label: float = 2.0
 
 
 PAPER = Weights()
@@ -44,11 +52,8 @@ class Matched(NamedTuple):
     label_weight: Float[Array, " l"] | None
     query: Int[Array, "b l m"]
 
-    def total(self, weights: tuple[float, float, float] = PAPER) -> Float[Array, ""]:
-        """Returns the loss: weighted means over masks (at least 1) and queries, summed over the layers.
-
-        `weights` are those of the parts, in the order of `Weights`.
-        """
+    def total(self, weights: Weights | PointWeights = PAPER) -> Float[Array, ""]:
+        """Returns the loss: weighted means over masks (at least 1) and queries, summed over the layers."""
         mask, dice, label = weights
         loss = (mask * self.mask + dice * self.dice).sum() / jnp.maximum(self.masks, 1)
         if self.label is None or self.label_weight is None:

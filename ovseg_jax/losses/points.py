@@ -12,29 +12,21 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 
 from ovseg_jax.kernels.bilinear import sample
-from ovseg_jax.losses.matching import Matched, class_costs, class_losses, match
+from ovseg_jax.losses.matching import Matched, PointWeights, class_costs, class_losses, match
 
 _EXACT = jax.lax.Precision.HIGHEST
-
-
-class PointWeights(NamedTuple):
-    """Weights of the parts, in costs and losses alike (the authors' configs)."""
-
-    mask: float = 5.0
-    dice: float = 5.0
-    label: float = 2.0
 
 
 class Points(NamedTuple):
     """How points are drawn; the defaults are the authors'.
 
     Attributes:
-      count: points of a mask: 112 x 112.
+      number: points of a mask: 112 x 112.
       oversample: candidates for each point of the losses.
       importance: the share of the points that are the candidates with the logits nearest to zero.
     """
 
-    count: int = 12544
+    number: int = 12544
     oversample: float = 3.0
     importance: float = 0.75
 
@@ -68,7 +60,7 @@ def draw(rng: PRNGKeyArray, layer: Int[Array, ""], shape: tuple[int, int], point
       points: how many.
     """
     images, masks = shape
-    sure = int(points.importance * points.count)
+    sure = int(points.importance * points.number)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(rng, layer), jnp.arange(images))
 
     def uniform(key: Array, number: int) -> Array:
@@ -76,9 +68,9 @@ def draw(rng: PRNGKeyArray, layer: Int[Array, ""], shape: tuple[int, int], point
 
     def of_mask(key: Array, mask: Array) -> tuple[Array, Array]:
         one, other = jax.random.split(jax.random.fold_in(key, mask + 1))
-        return uniform(one, int(points.count * points.oversample)), uniform(other, points.count - sure)
+        return uniform(one, int(points.number * points.oversample)), uniform(other, points.number - sure)
 
-    matching = jax.vmap(lambda key: uniform(jax.random.fold_in(key, 0), points.count))(keys)
+    matching = jax.vmap(lambda key: uniform(jax.random.fold_in(key, 0), points.number))(keys)
     candidates, others = jax.vmap(jax.vmap(of_mask, (None, 0)), (0, None))(keys, jnp.arange(masks))
     return Draws(matching, candidates, others)
 
@@ -153,7 +145,7 @@ def point_losses(
         logits = jnp.einsum("bmc,bhwc->bmhw", embedding, pixels, precision=_EXACT)
         drawn = draw(rng, layer, (b, m), points)
         uncertain = -jnp.abs(at_points(jax.lax.stop_gradient(logits), drawn.candidates, filled))
-        best = jax.lax.top_k(uncertain, int(points.importance * points.count))[1]
+        best = jax.lax.top_k(uncertain, int(points.importance * points.number))[1]
         places = jnp.take_along_axis(drawn.candidates, best[..., None], 2)
         places = jnp.concatenate([places, drawn.others], 2)
         return mask_losses(at_points(logits, places, filled), target_at(places))

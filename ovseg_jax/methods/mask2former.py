@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.config import keys
 from ovseg_jax.errors import UserError
-from ovseg_jax.losses.matching import Matched
-from ovseg_jax.losses.points import Points, PointWeights, point_losses
+from ovseg_jax.losses.matching import Matched, PointWeights
+from ovseg_jax.losses.points import Points, point_losses
 from ovseg_jax.methods.maskformer import OTHER_FIELDS, MaskFormer
 from ovseg_jax.models.backbones import build_backbone
 from ovseg_jax.models.mask2former import Mask2FormerHead, Mask2FormerNet

@@ -12,8 +12,7 @@ from ml_collections import ConfigDict
 from ovseg_jax.config import keys
 from ovseg_jax.data.source_base import Source, check_provides
 from ovseg_jax.errors import UserError
-from ovseg_jax.losses.matching import Matched, Weights, matched_losses
-from ovseg_jax.losses.points import PointWeights
+from ovseg_jax.losses.matching import Matched, PointWeights, Weights, matched_losses
 from ovseg_jax.models.backbones import build_backbone
 from ovseg_jax.models.maskformer import MaskFormer as Model
 from ovseg_jax.models.maskformer import MaskFormerNet, QueryClassifier

@@ -35,7 +35,7 @@ class PixelFeatures(NamedTuple):
     maps: dict[str, Float[Array, "b _h _w d"]]
 
 
-def cell_counts(image_size: Int[Array, "b 2"], shape: Shape, level: str) -> Int[Array, "b 2"]:
+def cell_counts(image_size: Int[Array, "b 2"], shape: tuple[int, ...], level: str) -> Int[Array, "b 2"]:
     """Returns the rows and columns of a backbone's map that begin within each image, see `cells_inside`."""
     stride = 2 ** int(level[1:])
     return jnp.minimum(-(-image_size // stride), jnp.array(shape))
@@ -237,7 +237,7 @@ class DeformablePixelDecoder(nn.Module):
             positions.append(sine_positions(valid, self.width) + embedding[i])
             grid = jnp.stack(jnp.meshgrid(*map(jnp.arange, shapes[i][::-1])), -1)  # [h w 2], (x, y)
             places.append((grid + 0.5) / jnp.maximum(counts[i][:, None, None, ::-1], 1))
-        flat = lambda maps: jnp.concatenate([m.reshape(len(m), -1, m.shape[-1]) for m in maps], 1)
+        flat = lambda maps: jnp.concatenate([m.reshape(m.shape[0], -1, m.shape[-1]) for m in maps], 1)
         x, position = flat(tokens), flat(positions).astype(self.dtype)
         layer_type = rematerialise(DeformableLayer, self.remat, static_argnums=(4,))
         for i in range(self.layers):
@@ -245,12 +245,12 @@ class DeformablePixelDecoder(nn.Module):
             x = layer(x, position, flat(places), tuple(shapes), jnp.stack(counts, 1))
         maps, start = {}, 0
         for level, (h, w) in zip(levels, shapes, strict=True):
-            maps[level] = x[:, start : start + h * w].reshape(-1, h, w, self.width)
+            maps[level] = x[:, start : start + h * w].reshape(x.shape[0], h, w, self.width)
             start += h * w
         y = features[finest].astype(self.dtype)
         shape, valid = y.shape[1:3], cells_inside(image_size, y.shape[1:3], finest)
         y = norm(f"lateral_norm_{finest}")(conv(self.width, 1, f"lateral_{finest}", bias=False)(y), valid)
-        count = cell_counts(image_size, shape, finest)  # type: ignore[arg-type]
+        count = cell_counts(image_size, shape, finest)
         y = y + resize_within(maps[levels[-1]], shape, counts[-1], count)  # type: ignore[arg-type]
         y = conv(self.width, 3, f"output_{finest}", bias=False)(jnp.where(valid[..., None], y, 0))
         y = nn.relu(norm(f"output_norm_{finest}")(y, valid))

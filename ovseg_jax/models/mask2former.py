@@ -83,7 +83,7 @@ class MaskedDecoder(nn.Module):
           deep: whether to return the predictions of the learned queries and of all layers, not only the last.
         """
         levels, pixels = sorted(features.maps, reverse=True), features.pixels.astype(self.dtype)
-        b, finest = len(pixels), f"c{int(min(features.maps)[1:]) - 1}"
+        b, finest = pixels.shape[0], f"c{int(min(features.maps)[1:]) - 1}"
         whole = cell_counts(image_size, pixels.shape[1:3], finest)
         embedding = self.param("level_embedding", nn.initializers.normal(1.0), (len(levels), self.width))
         keys, values, valid, small = [], [], [], []

@@ -62,7 +62,7 @@ def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
         if name == "constant":
             decay = jnp.ones_like(done)
         elif name == "steps":
-            decay = 0.1 ** sum(jnp.asarray(step >= drop, jnp.float32) for drop in drops)
+            decay = jnp.prod(jnp.where(step >= jnp.array(drops), 0.1, 1.0))
         elif name in ("linear", "polynomial"):
             decay = final + (1.0 - final) * (1.0 - done) ** power
         else:

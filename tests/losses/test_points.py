@@ -9,7 +9,7 @@ from ovseg_jax.losses.points import PAPER, Points, draw, point_losses
 from tests import reference
 from tests.extras import require
 
-POINTS = Points(count=40)
+POINTS = Points(number=40)
 KEY = jax.random.key(7)
 B, L, N, M, C, K = 2, 3, 6, 4, 5, 4
 
@@ -67,7 +67,7 @@ def test_equals_hugging_face(monkeypatch):
         return found.total(PAPER), found
 
     gradient, ours = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(embeddings, pixels, names)
-    config = transformers.Mask2FormerConfig(num_labels=K, train_num_points=POINTS.count)
+    config = transformers.Mask2FormerConfig(num_labels=K, train_num_points=POINTS.number)
     weights = dict(loss_cross_entropy=2.0, loss_mask=5.0, loss_dice=5.0)
     loss = modeling_mask2former.Mask2FormerLoss(config, weights)
     e, p, n = (torch.tensor(x, requires_grad=True) for x in (embeddings, pixels, names))
@@ -135,7 +135,7 @@ def test_padding_changes_nothing():
 
 def test_points_are_those_of_an_image_and_its_masks():
     """Whatever else is in the batch; uniform; other ones in each layer."""
-    few, many = (draw(KEY, jnp.asarray(1), shape, Points(count=2000)) for shape in ((1, 2), (3, 4)))
+    few, many = (draw(KEY, jnp.asarray(1), shape, Points(number=2000)) for shape in ((1, 2), (3, 4)))
     for a, b in ((few.matching, many.matching[:1]), (few.others, many.others[:1, :2])):
         np.testing.assert_array_equal(a, b)
     assert few.candidates.shape == (1, 2, 6000, 2) and few.others.shape == (1, 2, 500, 2)

@@ -83,10 +83,20 @@ def decided(drawn, decision, classes=CLASSES, side=384):
     return ours, np.array(out.mask_logits[0, -1]), np.array(logits[0, -1])
 
 
+def same_instance(ours, info, mask):
+    category, score, own = ours
+    return (
+        info["label_id"] == category and abs(info["score"] - score) < 2e-4 and (own == mask).mean() > 0.9999
+    )
+
+
 def test_semantic_and_instances_are_those_of_transformers(drawn):
     torch, _ = require("torch"), require("transformers")
     from transformers.models.mask2former.image_processing_mask2former import Mask2FormerImageProcessor
 
+    drawn = jax.tree.map(jnp.asarray, drawn)  # a copy, whose queries have different classes
+    drawn["params"]["classifier"]["dense"]["kernel"] *= 5
+    drawn["params"]["net"]["head"]["pixel_decoder"]["mask_features"]["kernel"] *= 20
     # transformers takes all classes for things.
     things = ClassList(CLASSES.names, CLASSES.ids, (True,) * 3)
     ours, masks, classes = decided(drawn, Instances(top=4), things)
@@ -98,27 +108,24 @@ def test_semantic_and_instances_are_those_of_transformers(drawn):
     (found,) = process.post_process_instance_segmentation(
         logits, threshold=0.0, target_sizes=[(384, 384)], return_binary_maps=True
     )
-    expected = {
-        (info["label_id"], round(info["score"], 4)): mask.numpy() > 0
-        for info, mask in zip(found["segments_info"], found["segmentation"], strict=True)
-    }
     segments = jax.tree.map(lambda x: np.asarray(x[0, 0]), ours.segments)
     real = segments.category >= 0
-    assert real.sum() == len(expected) >= 3
-    for category, score, mask in zip(
-        segments.category[real], segments.score[real], segments.masks[real], strict=True
-    ):
-        (same,) = [m for (k, s), m in expected.items() if k == category and abs(s - score) < 2e-4]
-        assert (same == mask).mean() > 0.9999
+    assert real.sum() == len(found["segments_info"]) >= 3
+    expected = list(zip(found["segments_info"], found["segmentation"].numpy() > 0, strict=True))
+    for ours_ in zip(segments.category[real], segments.score[real], segments.masks[real], strict=True):
+        at = [i for i, theirs in enumerate(expected) if same_instance(ours_, *theirs)]
+        assert at
+        del expected[at[0]]
     (semantic,) = process.post_process_semantic_segmentation(logits, target_sizes=[(384, 384)])
     ours, *_ = decided(drawn, Argmax(), things)
     assert (semantic.numpy() == ours.category[0, 0]).mean() > 0.9999
-    assert len(np.unique(ours.category)) > 1
 
 
 def test_panoptic_is_the_authors(drawn):
     """Their `panoptic_inference`, in NumPy; transformers compares weighted masks with 0.5, which theirs does not."""
-    ours, masks, classes = decided(drawn, Panoptic(object_threshold=0.3, overlap_threshold=0.5))
+    drawn = jax.tree.map(jnp.asarray, drawn)  # a copy, in which few queries are "no object"
+    drawn["params"]["classifier"]["dense"]["bias"] = jnp.array([1.0, 1.0, 1.0, -2.0])
+    ours, masks, classes = decided(drawn, Panoptic(object_threshold=0.3, overlap_threshold=0.3))
     share = np.exp(np.float64(classes))
     share /= share.sum(-1, keepdims=True)
     place = np.clip((np.arange(384) + 0.5) * 8 / 384 - 0.5, 0, 7)
@@ -132,7 +139,7 @@ def test_panoptic_is_the_authors(drawn):
     for k in kept:
         mask = (owner == k) & (probability[k] >= 0.5)
         original = (probability[k] >= 0.5).sum()
-        if not mask.any() or (owner == k).sum() / original < 0.5:
+        if not mask.any() or (owner == k).sum() / original < 0.3:
             continue
         if not CLASSES.isthing[label[k]] and label[k] in stuff:
             expected[mask] = stuff[label[k]]

@@ -22,6 +22,7 @@ from tests.pretrained.test_published_maskformer import SIZE, hub_name, read, wri
 DECODER = r"transformer_module\.decoder\.layers\.(\d+)\."
 AUTHORS = (
     (r"model\.pixel_level_module\.encoder\.", "backbone."),
+    (r"backbone\.swin\.", "backbone."),
     (r"embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
     (r"embeddings\.norm", "patch_embed.norm"),
     (r"backbone\.encoder\.", "backbone."),
@@ -60,7 +61,7 @@ AUTHORS = (
 def by_the_authors(state):
     found = {}
     for name, x in state.items():
-        if re.search(r"\.[kv]_proj\.", name):
+        if re.search(r"\.[kv]_proj\.|swin\.layernorm", name):
             continue
         if ".q_proj." in name:
             x = np.concatenate([state[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
