@@ -129,6 +129,7 @@ class ConvNeXt(nn.Module):
         outputs["pooled"], outputs["dense"] = head(x.mean((1, 2))), head(x)
         return outputs
 
+    @nn.nowrap
     def head(self, **options: Any) -> ConvNeXtHead:
         """Creates the head, whose parameters are this module's `head`, such as for features pooled under masks."""
         return ConvNeXtHead(self.embed_dim, self.head_hidden, self.epsilon, self.dtype, **options)
