@@ -10,7 +10,6 @@ from jaxtyping import Array, Float
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.transformer import ACTIVATIONS, Places
 
-
 # The paths of adapters' parameters.
 ADAPTERS = r"(^|/)adapter_(attention|mlp)/"
 
