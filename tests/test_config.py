@@ -80,6 +80,8 @@ def test_configs_build_and_survive_json(arg):
         ("pomp_segments", None),
         ("pomp_segments", "data=coco,data_dir=x,unseen=cow; giraffe,proposals=y"),
         ("pomp_segments", "data=prepared,data_dir=x,unseen=coco_stuff,val_dir=y"),
+        ("zsseg", None),
+        ("zsseg", "data=prepared,data_dir=x,unseen=voc,init=p.safetensors"),
         *(("pomp", f"data=folder,data_dir=x,method={m}") for m in ("pomp", "vpt")),
         ("pomp", "data=prepared,data_dir=x,classes=19"),
     ],
@@ -103,6 +105,11 @@ def test_the_numbers_of_p_seg_plus(target, steps):
     assert config.to_json(again) == config.to_json(out)
     assert again.stages[0]["config"]["source"] == dict(name="prepared", data_dir="x")
     assert again.data.train[0]["masks"] == "stage:labels"
+    assert out.final_evals.validation.windows.to_dict() == dict(stride=341, short=512, longest=2048)
+    assert (
+        "windows"
+        not in load("upernet", "data=prepared,data_dir=x,val_dir=y,windows=False").final_evals.validation
+    )
     again.data.image_size = 32  # the position table is resized
     method = build(again, WordList([]), parse_labels("background; dog"))
     optimizer = make_optimizer(again.optimizer, abstract_variables(method, 0)["params"], steps, method.frozen)

@@ -8,12 +8,12 @@ over the templates (published: no).
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jaxtyping import Array, Int, UInt8
 from ml_collections import ConfigDict
 
@@ -129,7 +129,7 @@ class GroupViT(Trainable, Segmenting):
         """Raises an error, since there are no steps."""
         raise UserError("the method groupvit is not trained")
 
-    def save_assets(self, workdir: Path) -> None:
+    def save_assets(self, workdir: epath.Path) -> None:
         """Saves the tokeniser."""
         keep_tokenizer(self.tokenizer, workdir)
 

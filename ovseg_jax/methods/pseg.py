@@ -1,11 +1,11 @@
 """P-Seg (papers/002): a MaskFormer that learns its masks from pseudo-masks, and their meaning from captions."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
@@ -356,7 +356,7 @@ class PSeg(Trainable, Segmenting):
     def _temperature(self, params: Mapping, name: str) -> Float[Array, ""]:
         return bounded(params["temperature"][name], *self.loss_config.temperature_bounds)
 
-    def save_assets(self, workdir: Path) -> None:
+    def save_assets(self, workdir: epath.Path) -> None:
         """Saves the tokeniser of word pieces."""
         if isinstance(self.text, TextTransformer) and self.text.source != "words":
             keep_tokenizer(self.text.tokenizer, workdir)

@@ -11,6 +11,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
@@ -131,7 +132,7 @@ class FrozenText:
         out: Any = self.tower.apply(variables, ids, valid)
         return variables, out
 
-    def save(self, folder: Path, dtype: Any = np.float32) -> None:
+    def save(self, folder: epath.PathLike, dtype: Any = np.float32) -> None:
         """Saves the tower, so that it can be loaded without its original files.
 
         It writes `model.safetensors` with the names of `pretrained.to_torch`, `config.json` with the templates, the
@@ -142,6 +143,7 @@ class FrozenText:
         from ovseg_jax.pretrained.to_torch import describe, to_torch
         from ovseg_jax.vocab.tokenizers import load_tokenizer
 
+        folder = epath.Path(folder)
         load_tokenizer(_folder(find(self.source))).save(folder)
         cast = {name: x.astype(dtype) for name, x in to_torch(self.weights()).items()}
         write_safetensors(folder / "model.safetensors", cast, {"format": "pt"})

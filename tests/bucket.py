@@ -1,0 +1,34 @@
+"""A bucket gs://bucket in memory, for tests of what is read from and written to one."""
+
+import importlib.util
+import os
+
+import pytest
+from etils import epath
+from etils.epath import backend
+
+from tests.extras import require
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An empty folder in a bucket."""
+    fsspec = require("fsspec")
+    if importlib.util.find_spec("tensorflow"):
+        pytest.skip("with TensorFlow, etils reads buckets by TensorFlow")
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Bucket(MemoryFileSystem):
+        store, pseudo_dirs, cachable = {}, [""], False
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(os.fspath(path).removeprefix("gs://"))
+
+    own = Bucket()
+    monkeypatch.setattr(fsspec, "filesystem", lambda name, **options: own)
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    folder = epath.Path("gs://bucket/run")
+    folder.mkdir(parents=True)
+    yield folder
+    backend.fsspec_backend._get_filesystem.cache_clear()
