@@ -21,7 +21,7 @@ from ovseg_jax.config import keys
 from ovseg_jax.data.source_base import Source
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.unit import unit
-from ovseg_jax.models.groupvit import GroupVitImage, GroupVitText
+from ovseg_jax.models.groupvit import SHARPNESS, GroupVitImage, GroupVitText
 from ovseg_jax.models.text_towers import CLIPText
 from ovseg_jax.protocols import Aux, Batch, Prediction, Segmenting, Text, Trainable, Variables
 from ovseg_jax.towers.features import embed_in_chunks
@@ -33,9 +33,6 @@ from ovseg_jax.vocab.tokenizers import PieceTokenizer, keep_tokenizer, load_toke
 from ovseg_jax.vocab.words import WordList
 
 SPACE = "groupvit"
-# A share p of a pixel in a group is the mask logit SHARPNESS (p - 1/2): since this is linear, upsampled logits have
-# their maximum where upsampled shares have it.
-SHARPNESS = 20.0
 
 
 class GroupViT(Trainable, Segmenting):

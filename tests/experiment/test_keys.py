@@ -39,7 +39,7 @@ SHIPPED = [
         for arg in (None, *(f"{FOLDER},method={method}" for method in pomp.METHODS), f"{FOLDER},sample=0")
     ),
     (maskformer, None),
-    (groupvit, None),
+    *((groupvit, arg) for arg in (None, "data=sets,eval_sets=x")),
     *(
         (pseg, arg)
         for arg in (
