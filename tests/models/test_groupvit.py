@@ -150,7 +150,7 @@ def test_larger_images_have_resized_positions(published):
 
 def test_training_draws_and_has_the_gradients_of_transformers(published, monkeypatch):
     """With the same Gumbel noise: groups, and straight-through gradients of parameters of both assignments."""
-    torch, transformers = require("torch"), require("transformers")
+    torch = require("torch")
     model, folder = published
     rng = np.random.default_rng(2)
     noise = {n: rng.gumbel(size=(2, n, m)).astype(np.float32) for n, m in ((6, 16), (3, 6))}
