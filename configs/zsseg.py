@@ -20,7 +20,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ovseg_jax.config import Args, parse_arg
+from ovseg_jax.config import Args, AtLeast, parse_arg
 from ovseg_jax.configs import common, maskformer, pomp_segments
 from ovseg_jax.errors import UserError
 from ovseg_jax.towers.prompt_file import FILE, is_prompt_file
@@ -48,6 +48,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         eval_sets="",  # data=prepared: a folder of ADE20K and PC-59, other sets to segment
         prompt="learned",  # data=prepared: or single, imagenet, vild, or a prompt's file, which are taken as they are
         init="",  # prompt=learned: the prompt's file that learning starts from; noise by default
+        length=AtLeast(16, 1),  # prompt=learned or a file: its vectors
         backbone=("resnet101", "resnet50"),  # data=prepared
         weights="",  # data=prepared: CLIP's, if not on the hub: a folder
         seed=0,
@@ -83,10 +84,10 @@ def on_prepared(args: Args) -> ConfigDict:
     data = f"data=prepared,data_dir={args.data_dir}"
     clip = lambda key: f",{key}={args.weights}" if args.weights else ""
 
-    def segments(init: str, length: int = 16) -> ConfigDict:
+    def segments(init: str, length: int = 0) -> ConfigDict:
         start = f",init={init}" if init else ""
         found = pomp_segments.get_config(
-            f"{data},unseen={args.unseen},length={length}{start}{clip('weights')},{seed}"
+            f"{data},unseen={args.unseen},length={length or args.length}{start}{clip('weights')},{seed}"
         )
         found.data.train[0]["of"]["split"] = SPLITS[args.unseen]
         return found
