@@ -1,6 +1,7 @@
 """A bucket gs://bucket in memory, for tests of what is read from and written to one."""
 
 import importlib.util
+import io
 import os
 
 import pytest
@@ -24,6 +25,12 @@ def bucket(monkeypatch):
         @classmethod
         def _strip_protocol(cls, path):
             return super()._strip_protocol(os.fspath(path).removeprefix("gs://"))
+
+        def open(self, path, mode="rb", **options):
+            if "r" not in mode:
+                return super().open(path, mode, **options)
+            content = io.BytesIO(super().open(path, "rb").read())  # MemoryFile is not an `IO` to beartype
+            return content if "b" in mode else io.TextIOWrapper(content, "utf-8")
 
     own = Bucket()
     monkeypatch.setattr(fsspec, "filesystem", lambda name, **options: own)

@@ -140,7 +140,7 @@ class GroupViT(Trainable, Segmenting):
         x = jnp.where(inside, (image.astype(jnp.float32) / 255 - mean) / std, 0)
         out: Any = self.image.apply(variables["groupvit"]["image"], x)
         logits = SHARPNESS * (out.assignment - 0.5)
-        scale = jnp.broadcast_to(out.scale, len(image))
+        scale = jnp.broadcast_to(out.scale, image.shape[:1])
         return Prediction(logits, {SPACE: unit(out.groups)}, {}, None, {SPACE: unit(out.pooled)}, scale)
 
     def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:

@@ -393,7 +393,7 @@ class PSeg(Trainable, Segmenting):
         own = {name: tree["image"] for name, tree in variables.items() if "image" in tree}
         out = features_of(self.net.apply(own, image, image_size))
         # GroupViT's decision, which C.1 follows, needs the whole image's embedding and the temperature.
-        scale = jnp.broadcast_to(1 / self._last_temperature(variables["params"]), len(image))
+        scale = jnp.broadcast_to(1 / self._last_temperature(variables["params"]), image.shape[:1])
         whole = {SPACE: unit(out.image)}
         regions, pixels = {SPACE: unit(out.regions)}, {SPACE: out.pixels}
         return Prediction(out.mask_logits[:, -1], regions, pixels, None, whole, scale)

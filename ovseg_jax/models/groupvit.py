@@ -133,7 +133,7 @@ class Stage(nn.Module):
         dtype = self.assign["dtype"]
         if self.tokens:
             table = self.param("group_token", nn.initializers.normal(0.02), (1, self.tokens, width))
-            own = jnp.broadcast_to(table.astype(dtype), (len(x), self.tokens, width))
+            own = jnp.broadcast_to(table.astype(dtype), (x.shape[0], self.tokens, width))
             if self.project:
                 y = nn.LayerNorm(self.assign["epsilon"], dtype=dtype, name="token_norm")(before)
                 mixer = Mixer(width // 2, self.tokens, self.assign["activation"], dtype, name="token_mixer")
@@ -218,7 +218,8 @@ class GroupVitImage(nn.Module):
         scale = self.param("logit_scale", nn.initializers.constant(2.6592), ())
         assert shares is not None
         shares = shares.reshape(b, -1, h, w)
-        return GroupedImage(projection(x.mean(1), train), projection(x), shares, jnp.exp(scale))
+        groups = projection(x)  # first, by the statistics of before
+        return GroupedImage(projection(x.mean(1), train), groups, shares, jnp.exp(scale))
 
     def _check(self, size: Sequence[int]) -> None:
         if not len(self.depths) == len(self.tokens) == len(self.groups) or not any(self.tokens):
