@@ -2,7 +2,7 @@
 
   python -m ovseg_jax.main --config=configs/groupvit.py
       on `scenes`, from captions alone: a small GroupViT whose groups take the place of P-Seg's masks; the text side,
-      the loss and the augmentation are those of configs/pseg.py. Scores: tests/benchmarks/README.md.
+      the loss and the augmentation are those of configs/pseg.py. No run of its whole length has been scored yet.
   python -m ovseg_jax.main --config=configs/groupvit.py:data=sets,eval_sets=DIR
       the published model, without training: mIoU with background on DIR/VOC, DIR/Context and DIR/COCO-Object, as
       `python -m ovseg_jax.prepare` writes them. Published: 50.8, 23.7 and 27.5 (Table 4); with
@@ -51,11 +51,11 @@ def scenes() -> ConfigDict:
     config.loss.mask_weight = 0.0
     config.model = dict(
         network="groupvit",
-        patch=4,
+        patch=8,
         width=64,
         heads=4,
         mlp_dim=128,
-        grid=(16, 16),
+        grid=(8, 8),
         depths=(3, 2, 1),
         tokens=(16, 8, 0),
         groups=(16, 8, 8),

@@ -105,7 +105,8 @@ def row_of(number, name, clip, **changes):
             stage.loss.unseen = ""
             stage.data.update(train=[dict(SCENES, split="train", num_examples=8)], image_size=64, max_masks=6)
     evaluation = config.final_evals["COCO-Stuff"]
-    evaluation.update(source=dict(SCENES, split="test", num_examples=4), batch_size=4, split="")
+    evaluation.update(batch_size=4, split="")
+    evaluation.source = dict(SCENES, split="test", num_examples=4)
     config.final_evals = {"COCO-Stuff": evaluation}  # the others only differ in numbers, and compile again
     return row, with_stages(config, own)
 
