@@ -1,7 +1,6 @@
 """A bucket gs://bucket in memory, for tests of what is read from and written to one."""
 
 import importlib.util
-import io
 import os
 
 import pytest
@@ -12,7 +11,7 @@ from tests.extras import require
 
 
 @pytest.fixture
-def bucket(monkeypatch):
+def bucket(monkeypatch, tmp_path_factory):
     """An empty folder in a bucket."""
     fsspec = require("fsspec")
     if importlib.util.find_spec("tensorflow"):
@@ -29,8 +28,10 @@ def bucket(monkeypatch):
         def open(self, path, mode="rb", **options):
             if "r" not in mode:
                 return super().open(path, mode, **options)
-            content = io.BytesIO(super().open(path, "rb").read())  # MemoryFile is not an `IO` to beartype
-            return content if "b" in mode else io.TextIOWrapper(content, "utf-8")
+            # Beartype takes neither MemoryFile nor BytesIO for an `IO`, which has a name and a mode.
+            copy = tmp_path_factory.mktemp("bucket") / "file"
+            copy.write_bytes(super().open(path, "rb").read())
+            return copy.open(mode)
 
     own = Bucket()
     monkeypatch.setattr(fsspec, "filesystem", lambda name, **options: own)
