@@ -1,5 +1,6 @@
 """Loading of published weights into our modules: found, recognised by their names, and checked against the module."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,10 +12,12 @@ import numpy as np
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.clip_resnet import ClipResNet
+from ovseg_jax.models.convnext import ConvNeXt
 from ovseg_jax.models.efficientnet import EfficientNet
 from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.groupvit import GroupVitImage, GroupVitText
 from ovseg_jax.models.maskformer import MaskFormer
+from ovseg_jax.models.position_weights import axis_weights
 from ovseg_jax.models.pseudo_masks import TowerTokens
 from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.swin import Swin
@@ -25,6 +28,7 @@ from ovseg_jax.models.upernet import UPerNet
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.pretrained import (
     clip_resnet,
+    convnext,
     efficientnet,
     eva,
     groupvit,
@@ -42,12 +46,17 @@ from ovseg_jax.pretrained.rename import Rename, fit, rename
 from ovseg_jax.pretrained.stated import check, check_pixels
 from ovseg_jax.pretrained.to_torch import from_torch, torch_name
 
+_LOG = logging.getLogger(__name__)
+
 # The tower of a two-tower file of big_vision that belongs to a module.
 TOWERS: dict[type[nn.Module], str] = {ViT: "img", SiglipText: "txt"}
 
-# Parameters that published models lack: the norms of a Swin's finer maps; in UPerNets, BEiT's keys have no bias, which
-# has no effect under a softmax, and the final norm of its ViT is not used.
+# Parameters that published models lack: adapters beside the branches of blocks; the norms of a Swin's finer maps; in
+# UPerNets, BEiT's keys have no bias, which has no effect under a softmax, and the final norm of its ViT is not used.
+_ADAPTERS = (r"/adapter_(attention|mlp)/",)
 FRESH: dict[type[nn.Module], Sequence[str]] = {
+    ViT: _ADAPTERS,
+    Eva: _ADAPTERS,
     Swin: (r"out_norm[234]",),
     UPerNet: (r"tower/.*/key/bias$", r"tower/Transformer/encoder_norm/"),
 }
@@ -61,15 +70,15 @@ def load(
     may_miss: Sequence[str] = (),
     pixels: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> dict[str, Any]:
-    """Reads a module's variables from published weights.
+    """Reads a module's variables from published weights; a ViT's or EVA's may have patches of another size.
 
     Args:
       init: see `hub.find`.
       module: the module to load the weights for.
       shapes: its variables, {"params": ..., "batch_stats": ...}, as arrays or shapes.
-      may_miss: regexes of paths that the weights may lack; these are left out of the result. A Swin may always lack
-        the norms of its finer maps, which published classifiers do not have, and a UPerNet the biases of keys and the
-        final norm of its ViT.
+      may_miss: regexes of paths that the weights may lack; these are left out of the result. A ViT or EVA may always
+        lack adapters, a Swin the norms of its finer maps, which published classifiers do not have, and a UPerNet the
+        biases of keys and the final norm of its ViT.
       pixels: mean and standard deviation by which the caller normalises pixels, to compare with the published values
         if a file beside the weights states them.
 
@@ -104,6 +113,8 @@ def load(
     try:
         if format_ not in ("big_vision's", "ours"):
             arrays = rename(arrays, renames)
+        if isinstance(module, ViT | Eva):
+            arrays = resize_patches(arrays, module.patch)
         return fit(arrays, shapes, may_miss=(*may_miss, *FRESH.get(type(module), ())))
     except UserError as error:
         raise UserError(f"init={init}, read as {format_}: {error}") from error
@@ -119,6 +130,26 @@ def without_wrapper(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         arrays = {name.removeprefix("module."): x for name, x in arrays.items()}
     own = {name.removeprefix("backbone."): x for name, x in arrays.items() if name.startswith("backbone.")}
     return own or arrays
+
+
+def resize_patches(arrays: dict[str, np.ndarray], patch: int) -> dict[str, np.ndarray]:
+    """Resizes the kernel of a tower's patch embedding to `patch` x `patch` pixels, bicubically, and says so in the log.
+
+    As EVA-CLIP's interpolate_patch_14to16.py, with PyTorch's `interpolate` without antialiasing. The table of positions
+    keeps its grid, and the tower resizes it for each image.
+
+    Args:
+      arrays: arrays by our paths; those without a patch embedding are returned unchanged.
+      patch: side of a patch in pixels.
+    """
+    path = "params/embedding/kernel"
+    kernel = arrays.get(path)
+    if kernel is None or kernel.ndim != 4 or kernel.shape[:2] == (patch, patch):
+        return arrays
+    rows, columns = kernel.shape[:2]
+    _LOG.warning("resizing the patch embedding from %d x %d to %d x %d pixels", rows, columns, patch, patch)
+    resized = np.einsum("pr,qc,rcio->pqio", axis_weights(rows, patch), axis_weights(columns, patch), kernel)
+    return {**arrays, path: resized.astype(kernel.dtype)}
 
 
 def from_ours(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
@@ -151,6 +182,11 @@ def formats(module: nn.Module) -> dict[str, list[Rename]]:
             return {
                 "OpenAI's or open_clip's CLIP": clip_resnet.from_openai_clip_resnet(),
                 "timm's CLIP ResNet": clip_resnet.from_timm_clip_resnet(),
+            }
+        case ConvNeXt(head_hidden=hidden):
+            return {
+                "open_clip's ConvNeXt": convnext.from_open_clip_convnext(),
+                "timm's CLIP ConvNeXt": convnext.from_timm_clip_convnext(hidden),
             }
         case Swin():
             return {
