@@ -2,10 +2,10 @@
 
     python tests/benchmarks/token_clusters.py [--topology=v4:2x2x1] [--batch=1] [--after=2] [--remat=none]
 
-EVA-02-CLIP L/14 at 336 pixels: gradients of a mean over the embedding and the token map, with value features. Without a
-topology the program is compiled for the CPU and timed in CPU seconds, the fastest of two runs after a first. With one it
-is compiled for one chip in bfloat16 by the TPU's own compiler, and the time is a roofline: the longest of compute and
-memory at the chip's peaks.
+EVA-02-CLIP L/14 at 336 pixels: gradients of a mean over the embedding and the token map, with value features. Without
+a topology the program is compiled for the CPU and timed in CPU seconds, the fastest of two runs after a first. With one
+it is compiled for one chip in bfloat16 by the TPU's own compiler, and the time is a roofline: the longest of compute
+and memory at the chip's peaks.
 """
 
 import argparse
