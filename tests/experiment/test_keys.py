@@ -7,7 +7,17 @@ from runpy import run_path
 import pytest
 
 import ovseg_jax
-from ovseg_jax.configs import clip_dense, groupvit, maskformer, openseg, pomp, pomp_segments, pseg, upernet
+from ovseg_jax.configs import (
+    clip_dense,
+    groupvit,
+    maskformer,
+    openseg,
+    pomp,
+    pomp_segments,
+    pseg,
+    upernet,
+    zsseg,
+)
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.keys import check_config, check_evaluation, known_keys
 from ovseg_jax.experiment.run import train
@@ -29,7 +39,7 @@ SHIPPED = [
         for arg in (None, *(f"{FOLDER},method={method}" for method in pomp.METHODS), f"{FOLDER},sample=0")
     ),
     (maskformer, None),
-    (groupvit, None),
+    *((groupvit, arg) for arg in (None, "data=sets,eval_sets=x")),
     *(
         (pseg, arg)
         for arg in (
@@ -57,6 +67,7 @@ SHIPPED = [
             f"{FOLDER},val_dir=y,teacher=r,background=b,target=coco",
         )
     ),
+    *((zsseg, arg) for arg in (None, "data=prepared,data_dir=x,trained=all,eval_sets=y,prompt=vild")),
 ]
 
 
