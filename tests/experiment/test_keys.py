@@ -18,6 +18,7 @@ from ovseg_jax.configs import (
     pomp_segments,
     pseg,
     upernet,
+    zsseg,
 )
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.keys import check_config, check_evaluation, known_keys
@@ -41,8 +42,8 @@ SHIPPED = [
     ),
     (maskformer, None),
     *((mask2former, arg) for arg in (None, "data=coco,data_dir=x", f"{FOLDER},val_dir=y,backbone=swin_tiny")),
-    (groupvit, None),
     *((fcclip, arg) for arg in (None, "data=coco,data_dir=x", "data=coco,data_dir=x,published=y")),
+    *((groupvit, arg) for arg in (None, "data=sets,eval_sets=x")),
     *(
         (pseg, arg)
         for arg in (
@@ -70,6 +71,7 @@ SHIPPED = [
             f"{FOLDER},val_dir=y,teacher=r,background=b,target=coco",
         )
     ),
+    *((zsseg, arg) for arg in (None, "data=prepared,data_dir=x,trained=all,eval_sets=y,prompt=vild")),
 ]
 
 
