@@ -135,7 +135,8 @@ class Published:
         self.head = {name: torch.randn(*shape, generator=generator) * 0.2 for name, shape in shapes.items()}
         self.head["_mask_pooling_proj.0.weight"] += 1
         self.head["logit_scale"] = torch.tensor(np.log(3.0), dtype=torch.float32)
-        self.void = torch.randn(1, EMBED, generator=generator)
+        # Away from the queries, so that some are no void.
+        self.void = -torch.randn(1, EMBED, generator=generator)
 
     def state(self):
         """The arrays by the names of `fcclip_cocopan.pth`."""
@@ -361,7 +362,7 @@ def test_classes_are_learned_by_their_names_on_a_frozen_trunk(published, ours, m
     found.loss = dict(mask=5.0, dice=5.0, label=2.0, no_object=0.1, points=64)
     method = FCClip(found, WordList([]), classes)
     assert method.seen_names() == {"dog", "puppy", "sky"}
-    variables = dict(ours[1])
+    variables = jax.tree.map(jnp.asarray, dict(ours[1]))
     variables["towers"] = method._with_names(variables["towers"])
     rng = np.random.default_rng(1)
     batch = dict(
@@ -469,13 +470,13 @@ def test_its_config_runs_on_scenes(tmp_path):
     stage = found.stages[0]["config"]
     stage.update(dict(steps=1, batch_size=8))
     stage.data.train[0].update(dict(cache=False, shots=2, size="tiny"))
-    found.update(dict(steps=2, batch_size=4))
+    found.update(dict(steps=2, batch_size=8))
     found.model.update(dict(width=32, mask_dim=32, layers=1, num_queries=4))
     found.data.train[0].update(dict(cache=False, size="tiny"))
     found.evals = {}
     for evaluation in found.final_evals.values():
-        evaluation.update(dict(batch_size=4))
-        evaluation.source.update(dict(num_examples=4, size="tiny"))
+        evaluation.update(dict(batch_size=8))
+        evaluation.source.update(dict(num_examples=8, size="tiny"))
     summary = train(found, tmp_path)
     assert 0 <= summary["test/miou"] <= 100 and 0 <= summary["panoptic/pq"] <= 100
     segmenter = Segmenter.from_checkpoint(tmp_path)
