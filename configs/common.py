@@ -28,10 +28,10 @@ def adamw(learning_rate: float, **own: Any) -> dict[str, Any]:
     return dict(dict(name="adamw", learning_rate=learning_rate, schedule="cosine", ema=0.0), **own)
 
 
-def adamw_of_scenes(**own: Any) -> dict[str, Any]:
+def adamw_of_scenes(learning_rate: float = 2e-3, **own: Any) -> dict[str, Any]:
     """Returns AdamW for a few thousand steps on `scenes`. All numbers are ours."""
     numbers = dict(warmup_steps=100, final_fraction=0.02, weight_decay=1e-3, clip_norm=1.0, b1=0.9, b2=0.98)
-    return adamw(2e-3, **numbers, **own)
+    return adamw(learning_rate, **numbers, **own)
 
 
 def sgd(learning_rate: float, **own: Any) -> dict[str, Any]:
