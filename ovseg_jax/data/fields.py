@@ -18,9 +18,10 @@
     prompts          [P L], prompt_valid: up to P nouns and verbs of the caption, each in a template; others the caption
     label, feature   as in the example; if a feature has several views, one of them
 
-Slot k of masks and of boxes is the same segment; the largest come first. With `box_draw` "random", boxes are drawn where
-an image has more than R. Texts of boxes and tags have L tokens, or `max_tokens` if it is set. The function of a field
-takes a `Seen`, an example after the geometry and the random draws that several fields share, and returns arrays.
+Slot k of masks and of boxes is the same segment; the largest come first. With `box_draw` "random", an image that has
+more than R boxes shows R of them, drawn anew in each row. Captions of boxes have L tokens, or `max_box_tokens` if it is
+set, and tags `max_tag_tokens`. The function of a field takes a `Seen`, an example after the geometry and the random
+draws that several fields share, and returns arrays.
 """
 
 import dataclasses
@@ -60,8 +61,8 @@ class Settings:
       known: the vocabulary that word ids index.
       max_box_tags: the number of tags of a box.
       box_draw: one of `BOX_DRAWS`.
-      max_tokens: the number of tokens of a text of `box_tokens`, `tags` and `box_tags`; 0 keeps the tokeniser's, which
-        is that of `tokens` too.
+      max_box_tokens: the number of tokens of a box's caption; 0 keeps the tokeniser's.
+      max_tag_tokens: the same of a tag.
       caption_text: one of `CAPTION_TEXTS`, for tokens.
       max_prompts: P, the number of prompts of an image (3 in GroupViT for YFCC).
       tokenize: the text side's tokeniser, for tokens, prompts and tags.
@@ -76,7 +77,8 @@ class Settings:
     max_tags: int
     max_box_tags: int
     box_draw: str
-    max_tokens: int
+    max_box_tokens: int
+    max_tag_tokens: int
     max_words: int
     keep: tuple[str, ...]
     keep_prob: Mapping[str, float]
@@ -114,15 +116,17 @@ class Settings:
         views, masks = int(data.get("views", 1)), int(data.get("max_masks", 64))
         if views < 1:
             raise UserError(f"data.views={views} is less than 1")
-        draw, short = data.get("box_draw", "largest"), int(data.get("max_tokens", 0))
+        draw = data.get("box_draw", "largest")
         if draw not in BOX_DRAWS:
             raise UserError(f"data.box_draw={draw!r} is not one of {', '.join(BOX_DRAWS)}")
         if draw == "random" and (both := sorted(n for n in named if n.startswith("mask"))):
             raise UserError(
                 f"data.box_draw=random does not fit the batch field {both[0]!r}, whose slots are those of the boxes"
             )
-        if short < 0 or short in (1, 2):
-            raise UserError(f"data.max_tokens={short} is neither 0 nor at least 3: start, one piece and end")
+        lengths = {key: int(data.get(key, 0)) for key in ("max_box_tokens", "max_tag_tokens")}
+        for key, length in lengths.items():
+            if length < 0 or length in (1, 2):
+                raise UserError(f"data.{key}={length} is neither 0 nor at least 3: start, one piece and end")
         max_tags = int(data.get("max_tags", 16))
         return cls(
             fields=tuple(name for name in FIELDS if name in named),
@@ -133,7 +137,7 @@ class Settings:
             max_tags=max_tags,
             max_box_tags=int(data.get("max_box_tags", max_tags)),
             box_draw=draw,
-            max_tokens=short,
+            **lengths,
             max_words=int(data.get("max_words", 24)),
             keep=keep_of(data.get("caption_filter", "noun+adj")),
             keep_prob=_keep_prob(data.get("keep_prob", 0.5)),
@@ -156,15 +160,16 @@ class Settings:
         ids, valid = self.tokenize(list(texts))
         return ids, valid & np.array([bool(text) for text in texts], bool)[:, None]
 
-    def short_rows(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "n l"], Bool[np.ndarray, "n l"]]:
-        """Tokenises texts of boxes or tags to at most `max_tokens` tokens; a longer text keeps its end token."""
+    def short_rows(
+        self, texts: Sequence[str], length: int
+    ) -> tuple[Int[np.ndarray, "n l"], Bool[np.ndarray, "n l"]]:
+        """Tokenises texts to at most `length` tokens, 0 for any; a longer text keeps its end token."""
         ids, valid = self.token_rows(texts)
-        if not 0 < self.max_tokens < ids.shape[1]:
+        if not 0 < length < ids.shape[1]:
             return ids, valid
-        kept, last = ids[:, : self.max_tokens].copy(), self.max_tokens - 1
-        longer = valid[:, self.max_tokens]
-        kept[longer, last] = ids[longer, valid[longer].sum(1) - 1]
-        return kept, valid[:, : self.max_tokens]
+        kept, longer = ids[:, :length].copy(), valid[:, length]
+        kept[longer, length - 1] = ids[longer, valid[longer].sum(1) - 1]
+        return kept, valid[:, :length]
 
     def word_row(self, words: Sequence[str]) -> tuple[Int[np.ndarray, "w"], Bool[np.ndarray, "w"]]:
         """Returns the ids i32 [W] of the first `max_words` words, padded, and a mask, False at padding."""
@@ -282,7 +287,9 @@ def _boxes(seen: Seen) -> Arrays:
 
 
 def _box_tokens(seen: Seen) -> Arrays:
-    ids, valid = seen.settings.short_rows(seen.of_boxes(seen.region_captions, ""))
+    ids, valid = seen.settings.short_rows(
+        seen.of_boxes(seen.region_captions, ""), seen.settings.max_box_tokens
+    )
     return {"box_tokens": ids, "box_token_valid": valid}
 
 
@@ -313,7 +320,7 @@ def _tag_rows(
     settings = seen.settings
     texts = [*tags[:count], *[""] * (count - len(tags))]
     if settings.tokenize is not None:
-        return settings.short_rows(texts)
+        return settings.short_rows(texts, settings.max_tag_tokens)
     made = [
         settings.word_row([word for word in split_words(text) if word in settings.known]) for text in texts
     ]

@@ -32,7 +32,11 @@ class RetrievalEvaluator(BatchEvaluator):
     options = ("max_captions",)
 
     def __init__(
-        self, *common: Any, captions: Callable[[], Sequence[Sequence[str]]], every: int = 0, max_captions: int = 0
+        self,
+        *common: Any,
+        captions: Callable[[], Sequence[Sequence[str]]],
+        every: int = 0,
+        max_captions: int = 0,
     ):
         """Creates an evaluator.
 

@@ -3,7 +3,7 @@
 `config.loss`: `terms`, the losses of eq. 3, some of `TERMS`; `image_weight` and `region_weight`, α and β;
 `tag_reduction`, see `losses.tags`. Caption losses contrast all images, or all boxes, of the global batch, with CLIP's
 one temperature; the linear maps of eq. 3 are the projections of the two towers.
-`config.dense`: `normalise`, "pooled" (a box's mean token is projected and normalised: eq. 1, whose pooling is before the
+`config.dense`: `normalise`, "pooled" (a box's mean token is projected and normalised: eq. 1, which pools before the
 linear map) or "pixels" (each patch is projected and normalised before RoIAlign as well, as in CLIPSelf); `sampling` of
 RoIAlign, see `kernels.roi_align`; `prompt`, the templates of class names, see `towers.templates.read_templates`.
 """
@@ -169,7 +169,9 @@ class UMGClip(ClipTraining, Segmenting):
         """Embeds the texts of a term; the mask is False for unused ones."""
         field = TERMS[term]
         ids, valid = batch[field], batch[field.removesuffix("s") + "_valid"]
-        out: Any = self.clip.text.apply({"params": variables["params"]["text"]}, ids.reshape(-1, ids.shape[-1]))
+        out: Any = self.clip.text.apply(
+            {"params": variables["params"]["text"]}, ids.reshape(-1, ids.shape[-1])
+        )
         return out.pooled.reshape(*ids.shape[:-1], -1), valid.any(-1)
 
     @staticmethod

@@ -203,10 +203,12 @@ class Clip:
           UserError: it does not.
         """
         tower = self.image
-        if not isinstance(tower, Eva) and not (isinstance(tower, ViT) and tower.pool == "cls" and tower.embed_dim):
+        if not isinstance(tower, Eva) and not (
+            isinstance(tower, ViT) and tower.pool == "cls" and tower.embed_dim
+        ):
             raise UserError(
-                f"towers.image.name={self.config.image.name!r} has no patch tokens in the space of its class token: take "
-                "an EVA, or a ViT with a class token"
+                f"towers.image.name={self.config.image.name!r} has no patch tokens in the space of its class token: "
+                "take an EVA, or a ViT with a class token"
             )
 
     def see(self, weights: Mapping[str, Any], image: UInt8[Array, "b s t 3"]) -> TowerOutput:

@@ -7,7 +7,17 @@ from runpy import run_path
 import pytest
 
 import ovseg_jax
-from ovseg_jax.configs import clip_dense, groupvit, maskformer, openseg, pomp, pomp_segments, pseg, upernet
+from ovseg_jax.configs import (
+    clip_dense,
+    groupvit,
+    maskformer,
+    openseg,
+    pomp,
+    pomp_segments,
+    pseg,
+    umg_clip,
+    upernet,
+)
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.keys import check_config, check_evaluation, known_keys
 from ovseg_jax.experiment.run import train
@@ -49,6 +59,7 @@ SHIPPED = [
         (clip_dense, arg)
         for arg in (None, "features=activation", "features=proposals", "data=sets,eval_sets=x")
     ),
+    *((umg_clip, arg) for arg in (None, "losses=image_captions")),
     *(
         (upernet, arg)
         for arg in (
