@@ -25,7 +25,6 @@ from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.hooks import HOOKS
 from ovseg_jax.models.small import SmallBackbone
 from ovseg_jax.models.text_towers import PRESETS, CLIPText, text_tower
-from ovseg_jax.models.tower import TowerOutput
 from ovseg_jax.models.transformer import VIT, Block
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.parallel.sharding import on_host
@@ -195,32 +194,6 @@ class Clip:
         x = self._normalised(image)
         more: dict[str, Any] = {} if prompts is None else {"prompts": prompts}
         return unit(_pooled(self.image.apply(weights["image"], x, **more)))
-
-    def check_tokens(self) -> None:
-        """Checks that the image tower returns patch tokens, which `project` maps to the space of the texts.
-
-        Raises:
-          UserError: it does not.
-        """
-        tower = self.image
-        if not isinstance(tower, Eva) and not (
-            isinstance(tower, ViT) and tower.pool == "cls" and tower.embed_dim
-        ):
-            raise UserError(
-                f"towers.image.name={self.config.image.name!r} has no patch tokens in the space of its class token: "
-                "take an EVA, or a ViT with a class token"
-            )
-
-    def see(self, weights: Mapping[str, Any], image: UInt8[Array, "b s t 3"]) -> TowerOutput:
-        """Returns the embeddings of images, not normalised, and their patch tokens; see `check_tokens`."""
-        out: Any = self.image.apply(weights["image"], self._normalised(image))
-        return out
-
-    def project(self, weights: Mapping[str, Any], tokens: Float[Array, "*n c"]) -> Float[Array, "*n d"]:
-        """Maps patch tokens to the space of the texts by the projection of the class token, see `check_tokens`."""
-        bias = isinstance(self.image, Eva) or bool(getattr(self.image, "head_bias", False))
-        head = nn.Dense(self.dim, use_bias=bias, dtype=self.dtype)
-        return head.apply({"params": weights["image"]["params"]["head"]}, tokens)  # type: ignore[return-value]
 
     def _normalised(self, image: Array) -> Array:
         mean, std = (jnp.asarray(values, jnp.float32) for values in self._pixels())

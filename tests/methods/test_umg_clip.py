@@ -18,6 +18,7 @@ from ovseg_jax.vocab.words import WordList
 from tests.methods.steps import check_devices, take_steps
 
 B, SIZE, PATCH, D = 8, 32, 8, 16
+KEY, CLASSES = jax.random.key(0), ClassList((), (), ())
 EVA = dict(name="eva", patch=PATCH, grid=4, width=16, depth=1, heads=2, hidden=24, embed_dim=D, rope_grid=4)
 VIT = dict(name="vit", patch=PATCH, grid=(4, 4), width=16, depth=1, heads=2, mlp_dim=24, embed_dim=D)
 
@@ -47,7 +48,7 @@ def made(config):
 def whole():
     config = config_of()
     method, batch = made(config)
-    return config, method, batch, jax.jit(method.init)(jax.random.key(0))
+    return config, method, batch, jax.jit(method.init)(KEY)
 
 
 def unit(x):
@@ -69,7 +70,7 @@ def both_ways(x, y, scale):
 def test_the_loss_is_equation_3(whole):
     """Values and gradients of the caption losses over all images and all boxes, given the embeddings; then the sum."""
     _, method, batch, variables = whole
-    rows, sums, _ = jax.jit(method._forward)(variables, batch, jax.random.key(0))
+    rows, sums, _ = jax.jit(method._forward)(variables, batch, KEY)
     scale = float(method.logit_scale(variables))
     here = batch["example_mask"]
     want = 0.0
@@ -95,9 +96,11 @@ def test_the_loss_is_equation_3(whole):
         summed, count = (float(x) for x in sums[f"{kind}_tags"])
         assert count == valid.sum()
         want += {"image": 0.7, "region": 1.3}[kind] * (value + summed / count)
-    weighted = build(config_of(**{"loss.image_weight": 0.7, "loss.region_weight": 1.3}), WordList([]), None)
+    weighted = build(
+        config_of(**{"loss.image_weight": 0.7, "loss.region_weight": 1.3}), WordList([]), CLASSES
+    )
     weighted.clip = method.clip
-    loss, aux = jax.jit(weighted.loss)(variables, batch, jax.random.key(0))
+    loss, aux = jax.jit(weighted.loss)(variables, batch, KEY)
     np.testing.assert_allclose(loss, want, rtol=1e-5)
     assert aux.metrics["region_accuracy"][1] == (here[:, None] & batch["box_valid"]).sum()
 
@@ -135,7 +138,7 @@ def test_boxes_are_pooled_then_mapped(image, normalise):
 
 def test_padding_has_no_influence(whole):
     _, method, batch, variables = whole
-    loss = jax.jit(jax.value_and_grad(lambda params, batch: method.loss({"params": params}, batch, None)[0]))
+    loss = jax.jit(jax.value_and_grad(lambda params, batch: method.loss({"params": params}, batch, KEY)[0]))
     value, grads = loss(variables["params"], batch)
     rng, other = np.random.default_rng(0), {k: np.array(v) for k, v in batch.items()}
     off = ~other["box_valid"] | ~other["example_mask"][:, None]
@@ -162,7 +165,7 @@ def test_padding_has_no_influence(whole):
 def test_devices_and_parts_make_no_difference(whole):
     config, method, batch, _ = whole
     check_devices(method, batch, 8)
-    parts = build(ConfigDict(config.to_dict() | {"accumulate": 2}), method.clip._words, None)
+    parts = build(ConfigDict(config.to_dict() | {"accumulate": 2}), method.clip._words, CLASSES)
     for a, b in zip(*(take_steps(m, batch, 4, 2)[1:] for m in (method, parts)), strict=True):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), a, b)
 
@@ -192,12 +195,12 @@ def test_a_row_of_table_7_reads_its_own_texts(arg, fields):
 )
 def test_a_wrong_config_is_a_sentence(changes, message):
     config = config_of()
-    with config.unlocked(), config.ignore_type():
-        config.update_from_flattened_dict(changes)
-        if "towers.image" in changes:
-            config.towers.image = changes["towers.image"]
+    for key, value in changes.items():
+        section, name = key.split(".")
+        with config[section].ignore_type():
+            config[section][name] = value
     with pytest.raises(UserError, match=message):
-        build(config, WordList(["a"]), ClassList((), (), ()))
+        build(config, WordList(["a"]), CLASSES)
 
 
 def test_a_source_without_regions_is_a_sentence():
@@ -212,6 +215,7 @@ def test_a_run_scores_all_granularities(tmp_path):
     for evaluation in config.final_evals.values():
         evaluation.batch_size, evaluation.limit = 4, 8
         evaluation.source.update(dict(image_size=SIZE, size="tiny"))
+    config.final_evals.retrieval.source.split = "train"  # no other words than those of the training
     summary = train(config, tmp_path / "run")
     assert {"classification/accuracy", "retrieval/R@1", "test/miou"} <= summary.keys()
     segmenter = Segmenter.from_checkpoint(tmp_path / "run")

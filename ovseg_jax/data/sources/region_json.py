@@ -18,7 +18,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from etils import epath
@@ -155,9 +155,8 @@ class RegionJson(Source):
 
     def _read(self, index: int, keys: Collection[str]) -> dict[str, Any]:
         """Reads some fields of an example: lists of texts, for regions one for each, and boxes [n 4]."""
-        told = self._told.read(self._told_at[index])
-        with reading(told.name, "the annotations"):
-            content = parse_json(told.data.decode("utf-8-sig"))
+        content, name = self._content(index)
+        with reading(name, "the annotations"):
             found: dict[str, Any] = {}
             for key in ("captions", "tags"):
                 if key in keys and key in self._keys:
@@ -172,6 +171,12 @@ class RegionJson(Source):
                 found["box"] = [_box(region, self._keys["box"]) for region in regions]
             return found
 
+    def _content(self, index: int) -> tuple[Any, str]:
+        """Returns the parsed JSON file of an example, and its name."""
+        told = self._told.read(self._told_at[index])
+        with reading(told.name, "the annotations"):
+            return parse_json(told.data.decode("utf-8-sig")), told.name
+
     def _check_fields(self) -> None:
         """Checks that each field occurs in one of the first files, since their keys are not described anywhere."""
         absent = set(self._keys) - {"regions"}
@@ -180,9 +185,7 @@ class RegionJson(Source):
             absent -= {key for key, own in found.items() if any(own)}
             if not absent:
                 return
-        first = self._told.read(self._told_at[0])
-        with reading(first.name, "the annotations"):
-            content = parse_json(first.data.decode("utf-8-sig"))
+        content, name = self._content(0)
         key = min(absent)
         where = (
             f"{self._keys['regions']}.{self._keys[key]}"
@@ -196,7 +199,7 @@ class RegionJson(Source):
         )
         raise UserError(
             f"region_json: none of the first {min(_TRIED, len(self))} files of {self._told.root} has {key!r} at "
-            f"{where!r} ({first.name} {has}): set keys.{key} to its path, or to '' if there is none"
+            f"{where!r} ({name} {has}): set keys.{key} to its path, or to '' if there is none"
         )
 
 
@@ -213,7 +216,7 @@ class _Files:
         if not str(root) or not self.root.is_dir():
             raise UserError(f"region_json: {str(root)!r} is not a folder")
         self._zips: list[str] = []
-        rows: list[tuple[bytes, bytes, int, int, int, int]] = []
+        rows: list[tuple[bytes, bytes, int, int, int, int, int]] = []
         take = lambda path: os.path.splitext(path)[1].lower() in suffixes
         for folder, folders, files in os.walk(root, followlinks=True):
             folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
@@ -222,23 +225,23 @@ class _Files:
                 if name.lower().endswith(".zip"):
                     rows += self._members(os.path.join(folder, name), take)
                 elif take(name) and not name.startswith("."):
-                    rows.append((*_split(path), -1, 0, 0, 0))
-        columns = list(zip(*rows, strict=True)) or [()] * 6
+                    rows.append((*_split(path), -1, 0, 0, 0, 0))
+        columns = list(zip(*rows, strict=True)) or [()] * 7
         stems = np.array(columns[0], np.bytes_)
         order = np.argsort(stems, kind="stable")
         self.stems, self._suffixes = stems[order], np.array(columns[1], np.bytes_)[order]
-        self._zip, self._offset, self._size, self._method = (
+        self._zip, self._offset, self._packed, self._size, self._sum = (
             np.array(column, np.int64)[order] for column in columns[2:]
         )
 
     def __len__(self) -> int:
         return len(self.stems)
 
-    def name(self, place: int) -> str:
+    def name(self, place: SupportsIndex) -> str:
         """Returns the path of a file below the folder, or in its zip."""
         return os.fsdecode(bytes(self.stems[place])) + os.fsdecode(bytes(self._suffixes[place]))
 
-    def read(self, place: int) -> Encoded:
+    def read(self, place: SupportsIndex) -> Encoded:
         """Reads a file.
 
         Raises:
@@ -258,11 +261,14 @@ class _Files:
             file.seek(
                 int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), os.SEEK_CUR
             )
-            packed = file.read(int(self._size[place]))
-            data = zlib.decompress(packed, -zlib.MAX_WBITS) if self._method[place] else packed
+            data = file.read(int(self._packed[place]))
+            if self._size[place] >= 0:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, int(self._size[place]) + 1)
+            if zlib.crc32(data) != self._sum[place]:
+                raise ValueError(f"{name} is damaged")
             return Encoded(f"{name} in {archive}", data)
 
-    def _members(self, path: str, take: Any) -> list[tuple[bytes, bytes, int, int, int, int]]:
+    def _members(self, path: str, take: Any) -> list[tuple[bytes, bytes, int, int, int, int, int]]:
         number, rows = len(self._zips), []
         self._zips.append(path)
         with reading(path), zipfile.ZipFile(path) as archive:
@@ -275,7 +281,9 @@ class _Files:
                     zipfile.ZIP_DEFLATED,
                 ):
                     raise ValueError(f"{entry.filename} is encrypted, or packed in another way than deflate")
-                place = entry.header_offset, entry.compress_size, entry.compress_type
+                # The unpacked size of a member that is packed, else -1.
+                size = entry.file_size if entry.compress_type == zipfile.ZIP_DEFLATED else -1
+                place = entry.header_offset, entry.compress_size, size, entry.CRC
                 rows.append((*_split(entry.filename), number, *place))
         return rows
 
