@@ -83,6 +83,8 @@ class Eva(nn.Module):
       taps: numbers of the blocks, from 0, whose patch tokens are returned.
       adapter, adapter_scale: modules beside the branches of each block, see `transformer.Block`.
       between: a function on the patch tokens between two blocks, see `transformer.Between`.
+      values: whether patch tokens only attend to themselves in the last block, see `transformer.Block`. `pooled` is the
+        same with and without.
       remat: what the backward pass recomputes in each block, see `rematerialise`.
       dtype: compute type; parameters are float32.
     """
@@ -103,6 +105,7 @@ class Eva(nn.Module):
     adapter: Adapter | None = None
     adapter_scale: float = 1.0
     between: Between | None = None
+    values: bool = False
     remat: str = "none"
     dtype: Any = jnp.float32
 
@@ -160,6 +163,7 @@ class Eva(nn.Module):
                 key_bias=False,
                 attention_norm=self.attn_norm,
                 mlp_norm=self.mlp_norm,
+                values=self.values and i == self.depth - 1,
                 adapter=self.adapter,
                 adapter_scale=self.adapter_scale,
                 dtype=self.dtype,

@@ -1,3 +1,3 @@
-"""Fields of towers that hold functions or modules, which config files cannot set."""
+"""Fields of towers that methods set, and config files cannot."""
 
-HOOKS = ("adapter", "adapter_scale", "between")
+HOOKS = ("adapter", "adapter_scale", "between", "values")

@@ -100,6 +100,7 @@ def attend(
     causal: bool = False,
     rotary: Rotary | None = None,
     inner_norm: Callable[[Array], Array] | None = None,
+    alone: int | None = None,
 ) -> Float[Array, "b q e"]:
     """Computes multi-head attention (Vaswani et al. 2017); the softmax is always float32.
 
@@ -115,6 +116,8 @@ def attend(
       causal: whether tokens do not attend to later ones.
       rotary: rotary embedding of queries and keys.
       inner_norm: normalises the concatenated heads before the projection (sub-LN).
+      alone: the first of the tokens that only attend to themselves, so that each keeps its own value; None for no such
+        tokens. Queries and values are then the same tokens.
     """
     width = queries.shape[-1]
     split = (heads, width // heads)
@@ -123,7 +126,9 @@ def attend(
     value = layer("value", split)(values)
     if rotary is not None:
         query, key = rotate(query, rotary), rotate(key, rotary)
-    mixed = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
+    mixed = jax.nn.dot_product_attention(query[:, :alone], key, value, mask=mask, is_causal=causal)
+    if alone is not None:
+        mixed = jnp.concatenate([mixed, value[:, alone:]], axis=1)
     if inner_norm is not None:
         mixed = inner_norm(mixed.reshape(*mixed.shape[:2], width)).reshape(mixed.shape)
     return layer("out", features or width, axis=(-2, -1))(mixed)
@@ -158,8 +163,9 @@ class Attention(nn.Module):
         valid: Bool[Array, "b n"] | None = None,
         rotary: Rotary | None = None,
         keys: Float[Array, "b n d"] | None = None,
+        alone: int | None = None,
     ) -> Float[Array, "b q d"]:
-        """Attends from each query to all values, or to those that are `valid`; for `keys` see `attend`."""
+        """Attends from each query to all values, or to those that are `valid`; for the others see `attend`."""
 
         def layer(name: str, shape: Any, **options: Any) -> nn.DenseGeneral:
             init = self.style.kernel_init
@@ -178,6 +184,7 @@ class Attention(nn.Module):
             inner_norm=nn.LayerNorm(self.epsilon, dtype=self.dtype, name="inner_norm")
             if self.inner_norm
             else None,
+            alone=alone,
         )
 
 
@@ -231,6 +238,8 @@ class Block(nn.Module):
       order: what is normalised in each branch: "pre", its input; "post", its output, before it is added (EVA-02-CLIP
         E/14); "sum", the sum (BERT).
       causal, key_bias, attention_norm, mlp_norm: see `attend` and `Mlp`.
+      values: whether tokens behind the class tokens only attend to themselves, so that each keeps its value (MaskCLIP,
+        Zhou et al. 2022; CLIPSelf, Wu et al. 2024); for the last block of a tower.
       adapter: creates a module beside each branch, `adapter_attention` and `adapter_mlp`, with the same input as the
         branch, which is normalised for the order "pre".
       adapter_scale: factor on the output of adapters.
@@ -248,6 +257,7 @@ class Block(nn.Module):
     key_bias: bool = True
     attention_norm: bool = False
     mlp_norm: bool = False
+    values: bool = False
     adapter: Adapter | None = None
     adapter_scale: float = 1.0
     drop_rate: float = 0.0
@@ -261,7 +271,8 @@ class Block(nn.Module):
         rotary: Rotary | None = None,
         places: Places | None = None,
     ) -> Float[Array, "b n d"]:
-        """Maps tokens to tokens; `places` are for the adapters."""
+        """Maps tokens to tokens; `places` are for the adapters and for `values`."""
+        alone = places.first if self.values and places is not None else None
         style, common = self.style, dict(epsilon=self.epsilon, dtype=self.dtype)
         attention = Attention(
             self.heads,
@@ -274,7 +285,7 @@ class Block(nn.Module):
         )
         mlp = Mlp(self.hidden, self.activation, style, self.mlp_norm, **common, name=style.mlp)  # type: ignore[arg-type]
         branches: list[tuple[str, Any]] = [
-            ("attention", lambda y: attention(y, y, valid, rotary)),
+            ("attention", lambda y: attention(y, y, valid, rotary, alone=alone)),
             ("mlp", mlp),
         ]
         for norm_name, (name, branch) in zip(style.norms, branches, strict=True):

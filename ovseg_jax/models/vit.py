@@ -45,6 +45,7 @@ class Transformer(nn.Module):
     taps: tuple[int, ...]
     remat: str
     drop_rate: float = 0.0
+    values: bool = False
 
     @nn.compact
     def __call__(
@@ -65,6 +66,7 @@ class Transformer(nn.Module):
             lambda i: block_type(
                 **self.block,
                 drop_rate=self.drop_rate * i / max(self.depth - 1, 1),
+                values=self.values and i == self.depth - 1,
                 name=f"encoderblock_{i}",
             ),
             self.depth,
@@ -120,6 +122,8 @@ class ViT(nn.Module):
       taps: numbers of the blocks, from 0, whose tokens are returned.
       adapter, adapter_scale: modules beside the branches of each block, see `transformer.Block`.
       between: a function on the patch tokens between two blocks, see `transformer.Between`.
+      values: whether patch tokens only attend to themselves in the last block, see `transformer.Block`. Only for
+        pool="cls"; `pooled` is the same with and without.
       drop_rate: stochastic depth in training: both branches of block i of n are dropped with probability
         drop_rate * i / (n-1).
       remat: what the backward pass recomputes in each block, see `rematerialise`.
@@ -144,6 +148,7 @@ class ViT(nn.Module):
     adapter: Adapter | None = None
     adapter_scale: float = 1.0
     between: Between | None = None
+    values: bool = False
     drop_rate: float = 0.0
     remat: str = "none"
     dtype: Any = jnp.float32
@@ -209,7 +214,14 @@ class ViT(nn.Module):
         front = int(self.cls != "none")
         drop_rate = self.drop_rate if train else 0.0
         transformer = Transformer(
-            self.depth, block, self.between, self.taps, self.remat, drop_rate, name="Transformer"
+            self.depth,
+            block,
+            self.between,
+            self.taps,
+            self.remat,
+            drop_rate,
+            self.values,
+            name="Transformer",
         )
         x, places, tapped = transformer(x, Places((h, w), front), prompts)
         x = places.unfold(x)
@@ -236,6 +248,8 @@ class ViT(nn.Module):
         _check("activation", self.activation, tuple(ACTIVATIONS))
         if self.pool != "mean" and (self.pool == "cls") != (self.cls != "none"):
             raise UserError(f"pool={self.pool!r} of the ViT cannot be combined with cls={self.cls!r}")
+        if self.values and self.pool != "cls":
+            raise UserError(f"a ViT with pool={self.pool!r} has no value features: its pool must be 'cls'")
         if self.width % self.heads:
             raise UserError(f"the ViT's width {self.width} is not a multiple of its {self.heads} heads")
         if missing := [i for i in self.taps if i not in range(self.depth)]:

@@ -1,5 +1,6 @@
 """Loading of published weights into our modules: found, recognised by their names, and checked against the module."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from ovseg_jax.models.efficientnet import EfficientNet
 from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.groupvit import GroupVitImage, GroupVitText
 from ovseg_jax.models.maskformer import MaskFormer
+from ovseg_jax.models.position_weights import axis_weights
 from ovseg_jax.models.pseudo_masks import TowerTokens
 from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.swin import Swin
@@ -42,6 +44,8 @@ from ovseg_jax.pretrained.rename import Rename, fit, rename
 from ovseg_jax.pretrained.stated import check, check_pixels
 from ovseg_jax.pretrained.to_torch import from_torch, torch_name
 
+_LOG = logging.getLogger(__name__)
+
 # The tower of a two-tower file of big_vision that belongs to a module.
 TOWERS: dict[type[nn.Module], str] = {ViT: "img", SiglipText: "txt"}
 
@@ -61,7 +65,7 @@ def load(
     may_miss: Sequence[str] = (),
     pixels: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> dict[str, Any]:
-    """Reads a module's variables from published weights.
+    """Reads a module's variables from published weights; a ViT's or EVA's may have patches of another size.
 
     Args:
       init: see `hub.find`.
@@ -104,6 +108,8 @@ def load(
     try:
         if format_ not in ("big_vision's", "ours"):
             arrays = rename(arrays, renames)
+        if isinstance(module, ViT | Eva):
+            arrays = resize_patches(arrays, module.patch)
         return fit(arrays, shapes, may_miss=(*may_miss, *FRESH.get(type(module), ())))
     except UserError as error:
         raise UserError(f"init={init}, read as {format_}: {error}") from error
@@ -119,6 +125,26 @@ def without_wrapper(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         arrays = {name.removeprefix("module."): x for name, x in arrays.items()}
     own = {name.removeprefix("backbone."): x for name, x in arrays.items() if name.startswith("backbone.")}
     return own or arrays
+
+
+def resize_patches(arrays: dict[str, np.ndarray], patch: int) -> dict[str, np.ndarray]:
+    """Resizes the kernel of a tower's patch embedding to `patch` x `patch` pixels, bicubically, and says so in the log.
+
+    As EVA-CLIP's interpolate_patch_14to16.py, with PyTorch's `interpolate` without antialiasing. The table of positions
+    keeps its grid, and the tower resizes it for each image.
+
+    Args:
+      arrays: arrays by our paths; those without a patch embedding are returned unchanged.
+      patch: side of a patch in pixels.
+    """
+    path = "params/embedding/kernel"
+    kernel = arrays.get(path)
+    if kernel is None or kernel.ndim != 4 or kernel.shape[:2] == (patch, patch):
+        return arrays
+    rows, columns = kernel.shape[:2]
+    _LOG.warning("resizing the patch embedding from %d x %d to %d x %d pixels", rows, columns, patch, patch)
+    resized = np.einsum("pr,qc,rcio->pqio", axis_weights(rows, patch), axis_weights(columns, patch), kernel)
+    return {**arrays, path: resized.astype(kernel.dtype)}
 
 
 def from_ours(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> dict[str, np.ndarray] | None:

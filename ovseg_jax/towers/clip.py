@@ -25,7 +25,7 @@ from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.hooks import HOOKS
 from ovseg_jax.models.small import SmallBackbone
 from ovseg_jax.models.text_towers import PRESETS, CLIPText, text_tower
-from ovseg_jax.models.transformer import VIT, Block
+from ovseg_jax.models.tower import project
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.parallel.sharding import on_host
 from ovseg_jax.pretrained.files import read_arrays, write_safetensors
@@ -208,42 +208,39 @@ class Clip:
         if isinstance(self.image, ClipResNet):
             if not values:
                 raise UserError("a ResNet of CLIP pools by attention, so that it has value features only")
-        elif not isinstance(self.image, ViT) or self.image.pool != "cls" or self.image.depth < 2:
+        elif not isinstance(self.image, Eva) and not (
+            isinstance(self.image, ViT) and self.image.pool == "cls"
+        ):
             raise UserError(
                 f"towers.image.name={self.config.image.name!r} has no features of patches in the space of the texts: "
-                "take a ViT of at least two blocks with a class token, or a ResNet of CLIP"
+                "take a ViT with a class token, an EVA, or a ResNet of CLIP"
             )
 
     def embed_patches(
         self, weights: Mapping[str, Any], image: UInt8[Array, "b s t 3"], values: bool
     ) -> Float[Array, "b h w d"]:
-        """Embeds the patches of images in the space of the texts, without normalising them; see `check_patches`.
+        """Embeds the patches of images in the space of the texts, see `embed_both`."""
+        return self.embed_both(weights, image, values)[1]
+
+    def embed_both(
+        self, weights: Mapping[str, Any], image: UInt8[Array, "b s t 3"], values: bool
+    ) -> tuple[Float[Array, "b d"], Float[Array, "b h w d"]]:
+        """Embeds images as unit vectors, and their patches without normalisation, by one forward pass.
 
         Args:
           weights: see `Clip`.
-          image: images whose sides are multiples of a ViT's patch.
-          values: whether tokens do not attend to each other in the last block, so that each keeps its value projection
-            (MaskCLIP, Zhou et al. 2022); otherwise the map before the pooling, in the projection of the class token.
+          image: images whose sides are multiples of a tower's patch.
+          values: whether patch tokens do not attend to each other in the last block, so that each keeps its value
+            projection (MaskCLIP, Zhou et al. 2022; CLIPSelf, Wu et al. 2024); otherwise the map before the pooling, in
+            the projection of the class token. For the towers that have them see `check_patches`.
         """
         x = self._normalised(image)
-        tower, out = self.image, lambda module: module.apply(weights["image"], x)
-        if isinstance(tower, ClipResNet):
-            return out(tower)["dense"]
-        assert isinstance(tower, ViT)
-        params = weights["image"]["params"]
-        of = lambda module, own, y: module.apply({"params": own}, y)
-        if values:
-            last, blocks = tower.depth - 1, params["Transformer"]
-            tokens = out(tower.clone(taps=(last - 1,))).taps[last - 1]
-            block = Block(tower.heads, tower.mlp_dim, tower.activation, tower.epsilon, VIT, dtype=self.dtype)
-            norm = nn.LayerNorm(tower.epsilon, dtype=self.dtype)
-            # Attention among a single token returns its value.
-            y = of(block, blocks[f"encoderblock_{last}"], tokens.reshape(-1, 1, tower.width))
-            tokens = of(norm, blocks["encoder_norm"], y).reshape(tokens.shape)
-        else:
-            tokens = out(tower).tokens
-        head = nn.Dense(tower.embed_dim, use_bias=tower.head_bias, dtype=self.dtype)
-        return of(head, params["head"], tokens) if tower.embed_dim else tokens
+        if isinstance(self.image, ClipResNet):
+            out = self.image.apply(weights["image"], x)
+            return unit(out["pooled"]), out["dense"]
+        assert isinstance(self.image, ViT | Eva)
+        out = self.image.clone(values=values).apply(weights["image"], x)
+        return unit(out.pooled), project(weights["image"]["params"], out.tokens)
 
     def embed_names(
         self,

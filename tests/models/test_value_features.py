@@ -1,0 +1,79 @@
+"""The value path of the last block against timm's own EVA under a mask, and `pooled` beside it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.models.eva import Eva
+from ovseg_jax.models.tower import project
+from ovseg_jax.models.vit import ViT
+from ovseg_jax.pretrained.eva import from_timm_eva
+from ovseg_jax.pretrained.rename import fit, rename
+from ovseg_jax.pretrained.to_torch import describe
+from tests import reference
+from tests.extras import require
+from tests.models.test_eva import HEADS, KINDS, TINY, images, original, shapes, state
+
+
+def of_timm(kind, x):
+    """timm's embedding and patches through its head, where patches attend to themselves alone in the last block."""
+    torch = require("torch")
+    model, last = original(kind), original(kind).blocks[-1]
+    own = torch.eye(17, dtype=torch.bool)
+    own[0] = True
+    whole = type(last).forward
+    last.forward = lambda y, rope=None, attn_mask=None, **_: whole(last, y, rope=rope, attn_mask=own)
+    try:
+        with torch.no_grad():
+            tokens = model.forward_features(reference.torch_images(x))
+            return model.forward_head(tokens).numpy(), model.head(tokens)[:, 1:].numpy()
+    finally:
+        del last.forward
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_and_embedding_equal_timms(kind):
+    x = images(2, 32, 32)
+    pooled, patches = of_timm(kind, x)
+    plain = Eva(**TINY, **KINDS[kind][0])
+    variables = fit(rename(state(original(kind)), from_timm_eva(HEADS)), shapes(plain))
+    out = jax.jit(plain.clone(values=True).apply)(variables, x)
+    ours = project(variables["params"], out.tokens).reshape(2, 16, -1)
+    assert reference.relative_error(ours, patches) < 1e-4
+    assert reference.relative_error(out.pooled, pooled) < 1e-4
+    expected = jax.jit(plain.apply)(variables, x)
+    assert reference.relative_error(out.pooled, expected.pooled) < 1e-5
+    assert reference.relative_error(out.tokens, expected.tokens) > 1e-2
+
+
+VIT = ViT(patch=8, width=16, depth=2, heads=2, mlp_dim=24, grid=(4, 4), embed_dim=6)
+
+
+def test_a_vits_embedding_stays_and_its_patches_see_nothing_of_each_other_in_the_last_block():
+    x, variables = images(1, 32, 32), reference.init(VIT, images(1, 32, 32))
+    values = VIT.clone(values=True, depth=1)
+    out, plain = (jax.jit(tower.apply)(variables, x) for tower in (values, VIT.clone(depth=1)))
+    np.testing.assert_allclose(out.pooled, plain.pooled, atol=1e-5)
+    moved = jax.jit(values.apply)(variables, x.at[0, 0, 0].add(3.0))
+    changed = np.abs(moved.tokens - out.tokens).max(-1)[0] > 1e-6
+    assert changed[0, 0] and changed.sum() == 1
+    without = {"params": {name: tree for name, tree in variables["params"].items() if name != "head"}}
+    np.testing.assert_array_equal(project(without["params"], out.tokens), out.tokens)
+
+
+def test_prompts_and_half_precision_with_values():
+    x, variables = images(1, 32, 32), reference.init(VIT, images(1, 32, 32))
+    prompts = jnp.ones((1, 3, 16))
+    out = jax.jit(VIT.clone(values=True, dtype=jnp.bfloat16).apply)(variables, x, prompts=prompts)
+    assert out.tokens.shape == (1, 4, 4, 16) and out.tokens.dtype == jnp.bfloat16
+    assert project(variables["params"], out.tokens).dtype == jnp.bfloat16
+
+
+def test_mistakes():
+    with pytest.raises(UserError, match="a ViT with pool='mean' has no value features"):
+        jax.eval_shape(VIT.clone(values=True, pool="mean").init, jax.random.key(0), images(1, 32, 32))
+    with pytest.raises(UserError, match="a ViT with 'values' cannot be exported to PyTorch"):
+        describe(VIT.clone(values=True))
+    assert "values" not in describe(VIT)
