@@ -105,7 +105,8 @@ def losses(args: Args) -> dict[str, Any]:
 def dense(prompt: Any) -> dict[str, Any]:
     """Returns the section of boxes and patches."""
     return dict(
-        normalise="pooled",  # eq. 1: pooled, then mapped; pixels: as CLIPSelf
+        features="plain",  # eq. 1; value: as CLIPSelf
+        normalise="pooled",  # eq. 1; pixels: as CLIPSelf
         sampling=0,  # of RoIAlign, by the size of the box, as CLIPSelf and detectron2; the paper does not say: ours
         prompt=prompt,
     )
@@ -132,6 +133,7 @@ def scenes(args: Args) -> ConfigDict:
         ),
         loss=losses(args),
         dense=dense(["{}", "a {}", "the {}"]),
+        clusters=dict(ratio=1.0),
         optimizer=common.adamw(
             2e-3,
             warmup_steps=100,
@@ -193,6 +195,8 @@ def paper(args: Args) -> ConfigDict:
         ),
         loss=losses(args),
         dense=dense("imagenet"),
+        # 4.1: a quarter of the tokens remains; after 2 blocks and by 5 neighbours: ours, see models/token_clusters.py
+        clusters=dict(ratio=0.25, after=2, neighbours=5),
         optimizer=dict(
             name="lamb",  # 5.1
             learning_rate=OTHER_RATE,

@@ -3,11 +3,15 @@
 `config.loss`: `terms`, the losses of eq. 3, some of `TERMS`; `image_weight` and `region_weight`, α and β;
 `tag_reduction`, see `losses.tags`. Caption losses contrast all images, or all boxes, of the global batch, with CLIP's
 one temperature; the linear maps of eq. 3 are the projections of the two towers.
-`config.dense`: `normalise`, "pooled" (a box's mean token is projected and normalised: eq. 1, which pools before the
-linear map) or "pixels" (each patch is projected and normalised before RoIAlign as well, as in CLIPSelf); `sampling` of
-RoIAlign, see `kernels.roi_align`; `prompt`, the templates of class names, see `towers.templates.read_templates`.
+`config.dense`: `features` of patches, "plain" (eq. 1) or "value", see `Clip.embed_both`; `normalise`, what is a unit
+vector: "pooled", a box's mean patch (eq. 1; the projection and the mean commute), or "pixels", each patch before
+RoIAlign as well, as in CLIPSelf; `sampling` of RoIAlign, see `kernels.roi_align`; `prompt`, the templates of class
+names, see `towers.templates.read_templates`.
+`config.clusters`: the clusters of patch tokens in training, keys of `models.token_clusters.TokenClusters`; `ratio` 1.0
+for none. Images are embedded without clusters.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +28,9 @@ from ovseg_jax.kernels.roi_align import roi_align
 from ovseg_jax.kernels.unit import unit
 from ovseg_jax.losses.tags import REDUCTIONS, tag_loss
 from ovseg_jax.methods.clip import ClipTraining
+from ovseg_jax.models.eva import Eva
+from ovseg_jax.models.token_clusters import with_clusters
+from ovseg_jax.models.vit import ViT
 from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.parallel.sharding import active_batch_axes
 from ovseg_jax.protocols import Aux, Batch, Prediction, Segmenting, Text, Variables
@@ -41,6 +48,7 @@ TERMS = {
     "region_tags": "box_tags",
 }
 """The terms of eq. 3, and the batch field of the texts of each."""
+FEATURES = ("plain", "value")
 NORMALISE = ("pooled", "pixels")
 
 
@@ -74,7 +82,8 @@ class UMGClip(ClipTraining, Segmenting):
             | keys("image_weight", has("image"))
             | keys("region_weight", has("region"))
             | keys("tag_reduction", has("tags")),
-            "dense": keys("prompt") | keys("normalise sampling", has("region")),
+            "dense": keys("features prompt") | keys("normalise sampling", has("region")),
+            "clusters": keys("ratio") | keys("after neighbours", config.clusters.get("ratio", 1) < 1),
         }
 
     @classmethod
@@ -94,12 +103,19 @@ class UMGClip(ClipTraining, Segmenting):
         self.config, self.terms = config, _terms(config)
         dense, loss = config.dense, config.loss
         for key, value, known in (
+            ("dense.features", dense.features, FEATURES),
             ("dense.normalise", dense.normalise, NORMALISE),
             ("loss.tag_reduction", loss.tag_reduction, REDUCTIONS),
         ):
             if value not in known:
                 raise UserError(f"{key}={value!r} is not one of {', '.join(known)}")
-        self.clip.check_tokens()
+        self._values = dense.features == "value"
+        self.clip.check_patches(self._values)
+        if not isinstance(self.clip.image, ViT | Eva):
+            raise UserError(f"towers.image.name={config.towers.image.name!r} is neither a ViT nor an EVA")
+        self._cell, self._trained_clip = self.clip.image.patch, copy.copy(self.clip)
+        if config.clusters.ratio != 1:
+            self._trained_clip.image = with_clusters(self.clip.image, **config.clusters.to_dict())
         prompt = dense.prompt
         self._templates = read_templates(prompt if isinstance(prompt, str) else list(prompt))
 
@@ -132,12 +148,12 @@ class UMGClip(ClipTraining, Segmenting):
     def _forward(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[dict, dict, dict]:
         """Returns the unit embeddings of images, boxes and captions by name, and the sums of the tag losses."""
         del rng
-        here, weights = batch["example_mask"], self._weights(variables)
-        seen = self.clip.see(weights, batch["image"])
-        rows, sums, exists = {"image": unit(seen.pooled)}, {}, {"image": here}
+        here = batch["example_mask"]
+        image, patches = self._trained_clip.embed_both(self._weights(variables), batch["image"], self._values)
+        rows, sums, exists = {"image": image}, {}, {"image": here}
         if "boxes" in batch:
             exists["region"] = here[:, None] & batch["box_valid"]
-            rows["region"] = self._embed_boxes(weights, seen.tokens, batch["boxes"], exists["region"])
+            rows["region"] = self._embed_boxes(patches, batch["boxes"], exists["region"])
         for term in self.terms:
             kind, what = term.split("_")
             texts, spoken = self._embed_texts(variables, batch, term)
@@ -149,19 +165,14 @@ class UMGClip(ClipTraining, Segmenting):
         return rows, sums, {}
 
     def _embed_boxes(
-        self,
-        weights: Variables,
-        tokens: Float[Array, "b h w c"],
-        boxes: Float[Array, "b r 4"],
-        valid: Bool[Array, "b r"],
+        self, patches: Float[Array, "b h w d"], boxes: Float[Array, "b r 4"], valid: Bool[Array, "b r"]
     ) -> Float[Array, "b r d"]:
-        """Embeds boxes in pixels as unit vectors, by RoIAlign of the patch tokens (eq. 1)."""
+        """Embeds boxes in pixels as unit vectors, by RoIAlign of the projected patches."""
         dense = self.config.dense
-        first = dense.normalise == "pixels"
-        maps = unit(self.clip.project(weights, tokens)) if first else tokens
-        cells = 1 / self.clip.image.patch  # type: ignore[attr-defined]
-        pooled = roi_align(maps, boxes, 1, scale=cells, sampling=int(dense.sampling), valid=valid)[:, :, 0, 0]
-        return unit(pooled if first else self.clip.project(weights, pooled))
+        maps = unit(patches) if dense.normalise == "pixels" else patches
+        sampling = int(dense.sampling)
+        pooled = roi_align(maps, boxes, 1, scale=1 / self._cell, sampling=sampling, valid=valid)
+        return unit(pooled[:, :, 0, 0])
 
     def _embed_texts(
         self, variables: Variables, batch: Batch, term: str
@@ -183,8 +194,8 @@ class UMGClip(ClipTraining, Segmenting):
     ) -> Prediction:
         """Computes the features of the patches, without masks."""
         del image_size
-        weights = self._weights(variables)
-        return Prediction(None, {}, {SPACE: self.clip.project(weights, self.clip.see(weights, image).tokens)})
+        patches = self.clip.embed_patches(self._weights(variables), image, self._values)
+        return Prediction(None, {}, {SPACE: patches})
 
     def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
         """Embeds class names by the templates of `dense.prompt` as unit vectors."""

@@ -107,20 +107,18 @@ def test_the_loss_is_equation_3(whole):
 
 @pytest.mark.parametrize("normalise", ["pooled", "pixels"])
 @pytest.mark.parametrize("image", [EVA, VIT])
-def test_boxes_are_pooled_then_mapped(image, normalise):
+def test_boxes_are_embedded_by_their_patches(image, normalise):
     """Two samples on each axis of a box, each between four patches, in NumPy."""
     method, batch = made(config_of(image=image, **{"dense.normalise": normalise, "dense.sampling": 2}))
     variables = jax.jit(method.init)(jax.random.key(1))
     box = np.array([[8, 0, 24, 16], [3, 9, 8, 16], [0, 0, 0, 0], [5, 7, 5, 9]], np.float32)
     boxes, valid = np.broadcast_to(box, (B, 4, 4)), np.array([[True, True, False, True]] * B)
     weights = method._weights(variables)
-    seen = method.clip.see(weights, jnp.asarray(batch["image"]))
-    got = method._embed_boxes(weights, seen.tokens, jnp.asarray(boxes), jnp.asarray(valid))
-    head = {key: np.float64(x) for key, x in variables["params"]["image"]["head"].items()}
-    project = lambda x: x @ head["kernel"] + head.get("bias", 0)
-    patches = np.float64(seen.tokens)
+    patches = method.clip.embed_patches(weights, jnp.asarray(batch["image"]), False)
+    got = method._embed_boxes(patches, jnp.asarray(boxes), jnp.asarray(valid))
+    patches = np.float64(patches)
     if normalise == "pixels":
-        patches = unit(project(patches))
+        patches = unit(patches)
 
     def between(at):
         """The weight of each of four patches at a place in pixels; the border's beyond its centre."""
@@ -131,8 +129,7 @@ def test_boxes_are_pooled_then_mapped(image, normalise):
         rows = sum(between(y0 + share * (y1 - y0)) for share in (0.25, 0.75)) / 2
         columns = sum(between(x0 + share * (x1 - x0)) for share in (0.25, 0.75)) / 2
         mean = np.einsum("h,w,bhwc->bc", rows, columns, patches)
-        want = unit(mean if normalise == "pixels" else project(mean))
-        np.testing.assert_allclose(got[:, k], want, atol=1e-5)
+        np.testing.assert_allclose(got[:, k], unit(mean), atol=1e-5)
     assert np.isfinite(got).all()
 
 
@@ -170,6 +167,29 @@ def test_devices_and_parts_make_no_difference(whole):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), a, b)
 
 
+def test_clusters_and_value_features_are_used_in_training():
+    """Clusters only in training; value features there and in the features of pixels."""
+    changes = {"clusters.ratio": 0.25, "towers.image.depth": 2}
+    config = config_of(**changes)
+    config.clusters.update(dict(after=1, neighbours=3))
+    plain, batch = made(config_of(**{"towers.image.depth": 2}))
+    words = plain.clip._words
+    others = [build(config, words, CLASSES)]
+    config = config_of(**{"towers.image.depth": 2, "dense.features": "value"})
+    others.append(build(config, words, CLASSES))
+    variables = jax.jit(plain.init)(KEY)
+    loss = lambda method, batch: float(jax.jit(method.loss)(variables, batch, KEY)[0])
+    clustered, valued = others
+    assert (
+        abs(loss(clustered, batch) - loss(plain, batch))
+        > 1e-4
+        < abs(loss(valued, batch) - loss(plain, batch))
+    )
+    see = lambda method: method.predict(variables, jnp.asarray(batch["image"]), jnp.full((B, 2), SIZE)).pixels
+    np.testing.assert_array_equal(see(clustered)["clip"], see(plain)["clip"])
+    assert np.abs(see(valued)["clip"] - see(plain)["clip"]).max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("arg", "fields"),
     [
@@ -190,7 +210,12 @@ def test_a_row_of_table_7_reads_its_own_texts(arg, fields):
         ({"loss.tag_reduction": "max"}, "loss.tag_reduction='max' is not one of sum, mean"),
         ({"loss.terms": ("image_words",)}, "loss.terms: 'image_words' is not one of image_captions"),
         ({"loss.terms": ()}, "loss.terms: empty is not one of"),
-        ({"towers.image": dict(name="small", width=16, embed_dim=D)}, "name='small' has no patch tokens"),
+        ({"dense.features": "values"}, "dense.features='values' is not one of plain, value"),
+        ({"clusters.ratio": 1.5}, "clusters.ratio=1.5 is not a share"),
+        (
+            {"towers.image": dict(name="small", width=16, embed_dim=D)},
+            "name='small' has no features of patches",
+        ),
     ],
 )
 def test_a_wrong_config_is_a_sentence(changes, message):
