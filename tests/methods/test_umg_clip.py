@@ -1,5 +1,7 @@
 """UMG-CLIP's pre-training: eq. 3 against float64 NumPy, on devices, in parts, with padding; and its config."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from ovseg_jax.experiment.run import train
 from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.methods import build, training_rows
 from ovseg_jax.methods.umg_clip import UMGClip
+from ovseg_jax.train.checkpoints import load_variables
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 from tests.methods.steps import check_devices, take_steps
@@ -235,14 +238,19 @@ def test_a_source_without_regions_is_a_sentence():
         UMGClip.vocabulary(config, make_source(config.data.train))
 
 
-def test_a_run_scores_all_granularities(tmp_path):
-    config = config_of()
+def test_a_run_scores_all_granularities_and_goes_on_where_it_was(tmp_path):
+    config = config_of(**{"checkpoint.every": 2, "checkpoint.keep": 2})
     for evaluation in config.final_evals.values():
         evaluation.batch_size, evaluation.limit = 4, 8
         evaluation.source.update(dict(image_size=SIZE, size="tiny"))
     config.final_evals.retrieval.source.split = "train"  # no other words than those of the training
-    summary = train(config, tmp_path / "run")
+    run = tmp_path / "run"
+    summary = train(config, run)
     assert {"classification/accuracy", "retrieval/R@1", "test/miou"} <= summary.keys()
-    segmenter = Segmenter.from_checkpoint(tmp_path / "run")
-    result = segmenter(np.full((20, 30, 3), 90, np.uint8), ["red ball", "grass"])
+    whole, _ = load_variables(run)
+    shutil.rmtree(run / "checkpoints/4")
+    (run / "summary.json").unlink()
+    train(config, run)
+    jax.tree.map(np.testing.assert_array_equal, load_variables(run)[0], whole)
+    result = Segmenter.from_checkpoint(run).segment(np.full((20, 30, 3), 90, np.uint8), "red ball; grass")
     assert result.label_map.shape == (20, 30)
