@@ -76,7 +76,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         weights="",  # data=umg41m: where EVA-CLIP's weights are, if not on the hub: a folder or file
         batch=AtLeast(
             8192, 1
-        ),  # data=umg41m: images in a step; the paper does not say: ours, about 77,000 boxes
+        ),  # data=umg41m: images in a step, with about 77,000 boxes; the paper does not say: ours
         pairs=AtLeast(PAIRS, 1),  # data=umg41m: images in an epoch, for the number of steps
         fsdp=AtLeast(1, 1),  # data=umg41m: chips over which parameters are split; E/14 needs it
         # data=umg41m: folders of prepared sets to score at the end, A;B: with captions, with classes, with masks
@@ -99,7 +99,7 @@ def losses(args: Args) -> dict[str, Any]:
         region_weight=1.0,  # β, 4.1
         # sum: over D, 1 - cos of unit vectors, whatever D is; mean: D times less. 4.1 does not say: ours
         tag_reduction="sum",
-    )
+    )  # Tags are read without a template; the paper does not say how.
 
 
 def dense(prompt: Any) -> dict[str, Any]:
