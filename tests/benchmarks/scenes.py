@@ -8,8 +8,8 @@ OpenSeg stands beside its ceiling and chance: LSeg+ is the same network, steps a
 every pixel. POMP's prompt stands beside others of the same towers, and beside what it becomes, and a prompt from noise
 does, where they are tuned on segments of the segmentation's own training data (papers/000, table 4). Each run is the
 command that a user types; one that is finished is read, not repeated. The rows of --method=captions are those of
-papers/004, table 8: 200 images with masks, and 9,800 more with captions alone. Those of --method=umg_clip are the four of
-papers/003, table 7.
+papers/004, table 8: 200 images with masks, and 9,800 more with captions alone. Those of --method=umg_clip are the four
+of papers/003, table 7.
 """
 
 import argparse
