@@ -87,7 +87,7 @@ def test_the_loss_is_equation_3(whole):
             np.testing.assert_allclose(np.linalg.norm(one[valid], axis=-1), 1, atol=1e-5)
         value, *slopes = both_ways(x[valid], y[valid], scale)
 
-        def loss(x, y, valid=valid):
+        def loss(x, y, valid=jnp.asarray(valid)):
             out = method._contrast(x, y, valid, jnp.float32(scale))
             return out.loss / 2 / out.pairs
 
