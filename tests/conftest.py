@@ -2,6 +2,7 @@
 
 import gc
 import os
+from pathlib import Path
 
 from tests.fast import xla_flags
 
@@ -11,7 +12,11 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 from jaxtyping import install_import_hook
 
-install_import_hook("ovseg_jax", "beartype.beartype")
+# Without `vocab`: its arrays are few, and its functions of words are called a million times.
+rooms = [
+    path.stem for path in (Path(__file__).parents[1] / "ovseg_jax").glob("[a-z]*") if path.stem != "vocab"
+]
+install_import_hook([f"ovseg_jax.{room}" for room in rooms], "beartype.beartype")
 
 # Traced programs are kept to the end, and a full collection walks them all: let there be few.
 gc.set_threshold(100_000, 50, 100)

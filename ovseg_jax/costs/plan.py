@@ -236,14 +236,20 @@ def largest_batch(
         changed.batch_size = units * unit
         return plan(changed, topology, words=words, classes=classes)
 
-    low, best = 0, None
-    high = max(1, int(config.batch_size) // unit)
-    while (found := attempt(high)).fits:
-        low, best, high = high, found, 2 * high
-    while high - low > max(1, low // 8):  # Each attempt compiles the step.
-        middle = (low + high) // 2
-        found = attempt(middle)
-        low, high, best = (middle, high, found) if found.fits else (low, middle, best)
+    low, high, best = 0, None, None
+    units = max(1, int(config.batch_size) // unit)
+    while high is None or high - low > max(1, low // 8):  # Each attempt compiles the step.
+        found = attempt(units)
+        if found.fits:
+            low, best = units, found
+        else:
+            high = units
+        # Memory is nearly linear in the batch. The next attempt closes the interval if that is exact.
+        fixed = found.parameters + found.optimizer
+        guess = int(units * (found.capacity - fixed) / max(1, found.total - fixed))
+        units = max(guess, low + max(1, low // 8))
+        if high is not None:
+            units = min(units, max(low + 1, high - max(1, high // 9)))
     return best
 
 

@@ -69,7 +69,9 @@ def _plot(axes: Any, title: str, lines: Series) -> None:
     if "second" in title:
         axes.set_ylim(bottom=0)
     if len(lines) > 1:
-        axes.legend(fontsize=7, frameon=False, ncols=1 + (len(lines) > 6))
+        # Below the axes: inside, a legend covers lines where there are many.
+        place: dict[str, Any] = dict(loc="upper center", bbox_to_anchor=(0.5, -0.19))
+        axes.legend(fontsize=7, frameon=False, ncols=min(3, len(lines)), columnspacing=1.2, **place)
 
 
 def _read(metrics: epath.PathLike) -> Series:

@@ -139,6 +139,30 @@ def test_the_largest_batch_fits_and_an_eighth_more_does_not():
     assert found.batch_size > 64 and found.fits and found.total * 1.15 > found.capacity
 
 
+@pytest.mark.parametrize(
+    ("most", "start"), [(1, 1), (1, 200), (2, 1), (9, 100), (101, 1), (101, 200), (3000, 1)]
+)
+def test_the_largest_batch_of_a_law_that_is_not_linear(start, most, monkeypatch):
+    tried, config = [], tiny(batch_size=start, **{"loss.group": 1})
+    some_plan = plan(config, "h100:1")._replace(parameters=500, optimizer=500, capacity=1000 + 10**6)
+
+    def law(config, topology, **_):
+        n = config.batch_size
+        tried.append(n)
+        total = 1000 + int((n / most) ** 1.5 * 10**6)
+        return some_plan._replace(batch_size=n, total=total, fits=total <= 1000 + 10**6)
+
+    monkeypatch.setattr(planner, "plan", law)
+    found = largest_batch(config, "h100:1")
+    assert found.batch_size <= most < found.batch_size + max(1, found.batch_size // 8) + 1
+    assert len(tried) == len({*tried}) <= 10
+
+
+def test_no_batch_fits(monkeypatch):
+    monkeypatch.setitem(CHIPS, "h100", CHIPS["h100"]._replace(memory=1))
+    assert largest_batch(tiny(batch_size=8, **{"loss.group": 2}), "h100:1") is None
+
+
 def test_a_search_for_what_fits_in_prompt_tuning(monkeypatch):
     """Its towers can be computed again too; there is no `model`."""
     config = exact(batch_size=64)
@@ -174,8 +198,9 @@ def test_what_cannot_be_planned():
 
 def test_the_command():
     """What is asked for is printed, and what is wrong is one sentence."""
-    first, found = plans(TINY, "--topology=h100:1", "--largest_batch", "--config.data.image_size=256")
-    assert first["batch_size"] == 4 < found["batch_size"]
+    given = ("--config.data.image_size=256", "--config.batch_size=4096")
+    first, found = plans(TINY, "--topology=h100:1", "--largest_batch", *given)
+    assert first["batch_size"] == 4096 < found["batch_size"]
     assert found["change"] == f"--config.batch_size={found['batch_size']}"
     done = command("--topology=h100:1")
     assert done.returncode == 1 and "--config=FILE.py is missing" in done.stderr
@@ -205,7 +230,7 @@ def test_a_step_compiled_for_a_tpu():
 def test_what_does_not_fit_says_by_how_much_and_what_would():
     require("libtpu")
     # 1.3e9 parameters, four times with Adam. Without rematerialisation, two compilations more come first.
-    wide = (TINY, "--topology=v5e:2x2", "--config.model.width=8192", "--config.model.remat=all")
+    wide = (TINY, "--topology=v5e:2x2", "--config.model.position_grid=9216", "--config.model.remat=all")
     refused, fits = plans(*wide, "--search")
     assert not refused["fits"] and refused["over"] > 2**30
     assert fits["fits"] and fits["change"] == "--config.mesh.data=1 --config.mesh.fsdp=-1"

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 
 from ovseg_jax.configs import pseg
@@ -11,6 +12,7 @@ from ovseg_jax.data.source_base import Example
 from ovseg_jax.experiment.run import train
 from ovseg_jax.inference.export import export_model
 from ovseg_jax.inference.segmenter import Segmenter
+from ovseg_jax.pretrained.files import read_arrays
 from tests.extras import require
 from tests.methods.test_groupvit_method import pieces
 
@@ -71,6 +73,18 @@ def test_the_papers_form_segments_by_any_known_word_and_is_exported(tmp_path):
     export_model(lambda: segmenter, "big_vision", str(tmp_path / "big_vision"))
     flat = np.load(tmp_path / "big_vision/model.npz")
     assert {"params/image/net/queries", "params/text/tower/Embed_0/embedding"} <= set(flat)
+    require("flatbuffers")
+    export_model(lambda: segmenter, "stablehlo", str(tmp_path / "stablehlo"))
+    exported = jax.export.deserialize(bytearray((tmp_path / "stablehlo/model.stablehlo").read_bytes()))
+    pixels, size = np.stack([image, image[::-1]]), np.array([[64, 64], [40, 64]], np.int32)
+    names = np.asarray(segmenter.embed(["red ball", "grass", "water"])["text"])
+    weights = read_arrays(tmp_path / "stablehlo/model.safetensors")
+    logits, scores, features = exported.call(weights, pixels, size, names)
+    expected = jax.jit(segmenter.method.predict)(segmenter.variables, pixels, size)
+    np.testing.assert_allclose(logits, expected.mask_logits, rtol=1e-3, atol=1e-3)
+    regions = np.float64(expected.regions["text"])
+    np.testing.assert_allclose(scores, np.einsum("td,bnd->btn", names, regions), atol=1e-4)
+    np.testing.assert_allclose(features, expected.pixels["text"], rtol=1e-3, atol=1e-3)
     require("torch")
     import ovseg_jax.torch
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -40,8 +41,8 @@ PSEG = """
 from configs import pseg
 
 def get_config(arg=None):
-    config = pseg.get_config("images=80,{}")
-    config.update(dict(steps=12, batch_size=4, log_every=1))
+    config = pseg.get_config("images=24,{}")
+    config.update(dict(steps=6, batch_size=4, log_every=1))
     config.checkpoint.every = 2
     config.evals = {{}}
     config.final_evals = {{}}
@@ -71,8 +72,11 @@ def start(folder, process, port):
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def run_two(folder, config, until=None):
-    """Runs two processes to their end, or kills them once `until()` is true; gives [(stdout, stderr), ...]."""
+def run_two(folder, config, until=None, then=None):
+    """Runs two processes to their end, or kills them once `until()` is true; gives [(stdout, stderr), ...].
+
+    With `then`, they are not killed, but stopped while it is called, and go on.
+    """
     folder.mkdir(exist_ok=True)
     (folder / "config.py").write_text(config)
     with socket.socket() as s:
@@ -82,14 +86,20 @@ def run_two(folder, config, until=None):
     try:
         while until is not None and not until() and all(process.poll() is None for process in running):
             time.sleep(0.005)
-        if until is not None:
+        if then is not None:
+            for process in running:
+                process.send_signal(signal.SIGSTOP)
+            then()
+            for process in running:
+                process.send_signal(signal.SIGCONT)
+        elif until is not None:
             for process in running:
                 process.kill()
         ends = [process.communicate(timeout=600) for process in running]
     finally:
         for process in running:
             process.kill()
-    code = 0 if until is None else -signal.SIGKILL
+    code = 0 if until is None or then is not None else -signal.SIGKILL
     assert [process.returncode for process in running] == [code] * 2, ends[0][1][-2000:] + ends[1][1][-2000:]
     return ends
 
@@ -115,17 +125,19 @@ def test_two_processes_share_the_shards(tmp_path):
 @pytest.mark.parametrize(("form", "ahead"), [("small", True), ("paper", False)])
 def test_pseg_on_two_processes_is_killed_and_ends_bitwise_equal(form, ahead, tmp_path):
     config = PSEG.format(f"form={form},ahead={str(ahead).lower()}")
-    run_two(tmp_path / "whole", config)
-    own = tmp_path / "killed" / "run"
-    if ahead:  # also killed while the images are clustered
-        run_two(tmp_path / "killed", config, lambda: any(own.glob("masks/*.zip")))
+    own, killed = tmp_path / "whole" / "run", tmp_path / "killed"
+    if ahead:  # killed while the images are clustered
+        run_two(tmp_path / "whole", config, lambda: any(own.glob("masks/*.zip")))
         assert not (own / "masks" / "stage.json").exists()
-    run_two(tmp_path / "killed", config, (own / "checkpoints" / "2").exists)
-    (_, said), _ = run_two(tmp_path / "killed", config)
+    # What a kill at this moment leaves: a copy that is made while both processes stand still.
+    copy = lambda: shutil.copytree(tmp_path / "whole", killed)
+    run_two(tmp_path / "whole", config, (own / "checkpoints" / "2").exists, copy)
+    assert not (killed / "run" / "summary.json").exists()
+    (_, said), _ = run_two(killed, config)
     assert "continuing from the checkpoint at step" in said
     if ahead:
         made = json.loads((own / "masks" / "stage.json").read_text())["config"]
         cluster_stage(epath.Path(tmp_path / "alone"), **made)
-        same_masks((own / "masks", tmp_path / "alone"), made["source"], 80)
-    whole, again = (load_variables(folder)[0] for folder in (tmp_path / "whole" / "run", own))
+        same_masks((own / "masks", tmp_path / "alone"), made["source"], 24)
+    whole, again = (load_variables(folder)[0] for folder in (own, killed / "run"))
     jax.tree.map(np.testing.assert_array_equal, again, whole)
