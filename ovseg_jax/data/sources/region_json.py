@@ -22,7 +22,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from ovseg_jax.data.images import Encoded, image_suffixes, read_header, read_oriented
 from ovseg_jax.data.source_base import Example, Extent, Source
@@ -142,6 +142,8 @@ class RegionJson(Source):
         found = self._read(index, self._keys.keys())
         fields = {FIELDS[key]: value for key, value in found.items() if key in FIELDS}
         if "boxes" in fields:
+            if [] in fields["boxes"]:
+                raise UserError(f"{self._content(index)[1]}: a region has no {self._keys['box']!r}")
             boxes = np.array(fields["boxes"], np.float32).reshape(-1, 4)
             if self._shares:
                 height, width = example["image"].shape[:2]
@@ -154,7 +156,7 @@ class RegionJson(Source):
         return fields
 
     def _read(self, index: int, keys: Collection[str]) -> dict[str, Any]:
-        """Reads some fields of an example: lists of texts, for regions one for each, and boxes [n 4]."""
+        """Reads some fields of an example: lists of texts, for regions one for each, and boxes."""
         content, name = self._content(index)
         with reading(name, "the annotations"):
             found: dict[str, Any] = {}
@@ -341,8 +343,9 @@ def _said(content: Any, path: str) -> list[str]:
     return [text for text in found if text]
 
 
-def _box(region: Any, path: str) -> Float[np.ndarray, "4"]:
+def _box(region: Any, path: str) -> list[float]:
+    """Returns the four numbers at a path, or an empty list if there is nothing."""
     found = list(_at(region, path))
-    if len(found) != 4:
+    if len(found) not in (0, 4):
         raise ValueError(f"{path!r}: expected four numbers, got {short(found)}")
-    return np.array([number(value, repr(path)) for value in found])
+    return [number(value, repr(path)) for value in found]

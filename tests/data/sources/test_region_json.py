@@ -137,6 +137,11 @@ def test_nothing_fits(tmp_path):
     (tmp_path / "x.json").write_bytes(as_json(told(0)))
     with pytest.raises(UserError, match=r"x\.jpg"):
         RegionJson(tmp_path)[0]["image"]
+    one = told(0)
+    del one["regions"][0]["bbox"]
+    (tmp_path / "x.json").write_bytes(as_json(one))
+    with pytest.raises(UserError, match=r"x\.json: a region has no 'bbox'"):
+        RegionJson(tmp_path)[0]["boxes"]
     (tmp_path / "x.json").write_text('{"captions": [3]}')
     with pytest.raises(UserError, match=r"x\.json.*'captions': expected a text"):
         RegionJson(tmp_path)
