@@ -87,8 +87,10 @@ def test_the_loss_is_equation_3(whole):
             np.testing.assert_allclose(np.linalg.norm(one[valid], axis=-1), 1, atol=1e-5)
         value, *slopes = both_ways(x[valid], y[valid], scale)
 
-        def loss(x, y, valid=jnp.asarray(valid)):
-            out = method._contrast(x, y, valid, jnp.float32(scale))
+        given = jnp.asarray(valid)
+
+        def loss(x, y, given=given):
+            out = method._contrast(x, y, given, jnp.float32(scale))
             return out.loss / 2 / out.pairs
 
         got, grads = jax.value_and_grad(loss, (0, 1))(rows[kind], rows[f"{kind}_text"])
