@@ -16,6 +16,7 @@ from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.methods import build, training_rows
 from ovseg_jax.methods.umg_clip import UMGClip
 from ovseg_jax.train.checkpoints import load_variables
+from ovseg_jax.train.optimizer import make_optimizer
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 from tests.methods.steps import take_steps
@@ -194,6 +195,30 @@ def test_clusters_and_value_features_are_used_in_training():
     np.testing.assert_allclose(
         seen, valued.clip.embed_patches(valued._weights(variables), image, True), atol=1e-5
     )
+
+
+def test_the_papers_rates_reach_all_parameters():
+    """5.1 and EVA-CLIP's layer decay: block i of n at rate * decay^(n - i), the embeddings one further down."""
+    config = umg_clip.get_config("data=umg41m,data_dir=x,keys=captions:c.text;tags:")
+    assert config.data.train[0].to_dict()["keys"] == {"captions": "c.text", "tags": ""}
+    config.towers.update(dict(init="", tokenizer="words"))
+    method = build(config, WordList(["a"]), CLASSES)
+    params = jax.eval_shape(method.init, KEY)["params"]
+    sgd = dict(name="sgd", learning_rate=5e-4, schedule="constant", momentum=0.0)
+    sgd["multipliers"] = config.optimizer.multipliers
+    optimizer = make_optimizer(ConfigDict(sgd), params, 10)
+    ones = jax.tree.map(lambda x: jnp.ones(x.shape[:1]), params)  # rates are told apart by path alone
+    update, _ = optimizer.transform.update(ones, optimizer.transform.init(ones), ones)
+    rate = lambda tree: {float(f"{-x.ravel()[0]:.4g}") for x in jax.tree.leaves(tree)}
+    image, text = update["image"], update["text"]
+    shown = lambda rate: float(f"{rate:.4g}")
+    assert rate([image["head"], image["norm"]]) == {4e-4} and rate(text["head"]) == {4e-5}
+    assert rate([image["blocks_11"]]) == {shown(4e-4 * 0.75)}
+    assert rate([image["blocks_0"]]) == {shown(4e-4 * 0.75**12)}
+    assert rate([image[key] for key in ("cls", "pos_embedding", "embedding")]) == {shown(4e-4 * 0.75**13)}
+    assert rate(text["Encoder_0"]["encoderblock_3"]) == {shown(4e-5 * 0.75**9)}
+    assert rate([text["Embed_0"], text["pos_embedding"]]) == {shown(4e-5 * 0.75**13)}
+    assert rate(text["Encoder_0"]["encoder_norm"]) == {4e-5} and rate(update["scale"]) == {5e-4}
 
 
 @pytest.mark.parametrize(
