@@ -1,15 +1,18 @@
 """RoIAlign (He et al., Mask R-CNN, 2017): features of boxes by bilinear samples, averaged in bins.
 
-A bin's mean of samples is a product of one small matrix per axis, since the samples of a bin are a grid. Boxes may thus
-differ in size and in the number of their samples inside one compiled function.
+The samples of a bin are a grid, so a bin's weights are an outer product of one small matrix per axis. Boxes may thus
+differ in size and in the number of their samples inside one compiled function. All bins of an image are one matrix
+product with its map, [boxes * size**2, h * w] by [h * w, c]. On one core, for 40 boxes on maps of 24 x 24 x 768, this
+takes 2.8 ms for size=1 and 29 ms for size=7, forwards and backwards; products with one axis after the other take 8 and
+64 ms, gathers of two samples per axis 1.3 and 138 ms.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-# Samples that may lie within one cell of a cell's centre if their number follows the box, see `_adaptive`; with two
-# more for rounding.
+# Up to 4 samples lie within one cell of a cell's centre if their number follows the box, see `_bins`; two more for
+# rounding.
 _NEAR = 6
 
 
@@ -48,9 +51,15 @@ def roi_align(
     )
     if valid is not None:
         rows = jnp.where(valid[..., None, None], rows, 0)
-    highest, maps = jax.lax.Precision.HIGHEST, features.astype(jnp.float32)
-    strips = jnp.einsum("brph,bhwc->brpwc", rows, maps, precision=highest)
-    return jnp.einsum("brqw,brpwc->brpqc", columns, strips, precision=highest).astype(features.dtype)
+    weights = rows[:, :, :, None, :, None] * columns[:, :, None, :, None, :]
+    b, r, h, w, c = *boxes.shape[:2], *features.shape[1:]
+    out = jnp.einsum(
+        "bkn,bnc->bkc",
+        weights.reshape(b, r * size**2, h * w),
+        features.reshape(b, h * w, c).astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return out.reshape(b, r, size, size, c).astype(features.dtype)
 
 
 def _bins(
@@ -78,7 +87,7 @@ def _bins(
         step = bin_ / jnp.maximum(count, 1)
         reaching = jnp.ceil((cell - 1 - first) / jnp.where(step > 0, step, 1) - 0.5) - 1
         sample = jnp.maximum(reaching, 0) + jnp.arange(_NEAR)
-    position = first + (sample + 0.5) * (bin_ / jnp.maximum(count, 1))
+    position = first + (sample + 0.5) * bin_ / jnp.maximum(count, 1)
     weight = jnp.maximum(0, 1 - jnp.abs(jnp.clip(position, 0, cells - 1) - cell))
     counted = (sample < count) & (position >= -1) & (position <= cells)
     return (jnp.where(counted, weight, 0) / jnp.maximum(count, 1)).sum(-1)

@@ -10,9 +10,6 @@ from jaxtyping import Array, Float
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.transformer import ACTIVATIONS, Places
 
-# A rule that freezes all parameters but those of adapters: (regex, None).
-FREEZE_TOWER = r"^(?!.*(^|/)adapter_(attention|mlp)/)"
-
 
 def _centre(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Float[Array, "3 3 c c"]:
     """Returns the kernel of a convolution that changes nothing."""
@@ -64,6 +61,15 @@ class Convpass(nn.Module):
         if self.dropout:
             y = nn.Dropout(self.dropout, deterministic=False)(y)
         return up(y)
+
+
+def all_but_adapters(prefix: str = "") -> str:
+    """Returns a regex of the parameters of a tower that are no adapter's, for rules such as (regex, None).
+
+    Args:
+      prefix: the path of the tower among the parameters, such as "image/".
+    """
+    return rf"^{prefix}(?!(.*/)?adapter_(attention|mlp)/)"
 
 
 def with_convpass(

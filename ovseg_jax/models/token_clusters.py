@@ -56,7 +56,7 @@ class TokenClusters:
         member = (owner[:, None] == jnp.arange(kept.shape[1])[:, None]).astype(x.dtype)
         total = jnp.einsum("bkn,bnd->bkd", member, x, preferred_element_type=jnp.float32)
         size = member.sum(-1, dtype=jnp.float32)[..., None]
-        return (total / size).astype(x.dtype), places.replace(kept=kept, owner=owner)
+        return (total / size).astype(x.dtype), dataclasses.replace(places, kept=kept, owner=owner)
 
 
 def with_clusters(tower: Any, *, after: int = 2, ratio: float = 0.25, neighbours: int = 5) -> Any:

@@ -49,9 +49,12 @@ _LOG = logging.getLogger(__name__)
 # The tower of a two-tower file of big_vision that belongs to a module.
 TOWERS: dict[type[nn.Module], str] = {ViT: "img", SiglipText: "txt"}
 
-# Parameters that published models lack: the norms of a Swin's finer maps; in UPerNets, BEiT's keys have no bias, which
-# has no effect under a softmax, and the final norm of its ViT is not used.
+# Parameters that published models lack: adapters beside the branches of blocks; the norms of a Swin's finer maps; in
+# UPerNets, BEiT's keys have no bias, which has no effect under a softmax, and the final norm of its ViT is not used.
+_ADAPTERS = (r"/adapter_(attention|mlp)/",)
 FRESH: dict[type[nn.Module], Sequence[str]] = {
+    ViT: _ADAPTERS,
+    Eva: _ADAPTERS,
     Swin: (r"out_norm[234]",),
     UPerNet: (r"tower/.*/key/bias$", r"tower/Transformer/encoder_norm/"),
 }
@@ -71,9 +74,9 @@ def load(
       init: see `hub.find`.
       module: the module to load the weights for.
       shapes: its variables, {"params": ..., "batch_stats": ...}, as arrays or shapes.
-      may_miss: regexes of paths that the weights may lack; these are left out of the result. A Swin may always lack
-        the norms of its finer maps, which published classifiers do not have, and a UPerNet the biases of keys and the
-        final norm of its ViT.
+      may_miss: regexes of paths that the weights may lack; these are left out of the result. A ViT or EVA may always
+        lack adapters, a Swin the norms of its finer maps, which published classifiers do not have, and a UPerNet the
+        biases of keys and the final norm of its ViT.
       pixels: mean and standard deviation by which the caller normalises pixels, to compare with the published values
         if a file beside the weights states them.
 

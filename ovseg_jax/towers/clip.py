@@ -235,6 +235,7 @@ class Clip:
             the projection of the class token. For the towers that have them see `check_patches`.
         """
         x = self._normalised(image)
+        out: Any
         if isinstance(self.image, ClipResNet):
             out = self.image.apply(weights["image"], x)
             return unit(out["pooled"]), out["dense"]

@@ -12,11 +12,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.convpass import FREEZE_TOWER, Convpass, with_convpass
+from ovseg_jax.models.convpass import Convpass, all_but_adapters, with_convpass
 from ovseg_jax.models.eva import PRESETS, Eva
 from ovseg_jax.models.transformer import Places
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.pretrained.eva import from_timm_eva
+from ovseg_jax.pretrained.files import write_safetensors
+from ovseg_jax.pretrained.load import load
 from ovseg_jax.pretrained.rename import rename
 from ovseg_jax.train.optimizer import freezer, make_optimizer
 from tests import reference
@@ -24,6 +26,7 @@ from tests.extras import require
 from tests.models.test_eva import HEADS, KINDS, TINY, images, original, state
 
 ROWS, COLUMNS, D = 3, 4, 10
+WITHOUT_GRID = {key: value for key, value in KINDS["eva02"][0].items() if key != "rope_grid"}
 
 
 def drawn(shapes, seed=0):
@@ -141,7 +144,7 @@ TOWERS = {
 def test_only_adapters_are_trained(kind):
     tower, x = with_convpass(TOWERS[kind], train=True), images(2, 32, 32)
     params = reference.init(tower, x)["params"]
-    config = ConfigDict(dict(name="adamw", lr=0.1, multipliers=[(FREEZE_TOWER, None)]))
+    config = ConfigDict(dict(learning_rate=0.1, multipliers=[(all_but_adapters(), None)]))
     optimizer = make_optimizer(config, params, 2)
     frozen = freezer(config, ())
 
@@ -168,7 +171,10 @@ def test_the_share_of_trained_parameters():
     tower = with_convpass(Eva(**PRESETS["eva02_clip_l14"]))
     shapes = jax.eval_shape(tower.init, jax.random.key(0), jnp.zeros((1, 28, 28, 3)))["params"]
     sizes = {path: leaf.size for path, leaf in flax.traverse_util.flatten_dict(shapes, sep="/").items()}
-    trained = sum(size for path, size in sizes.items() if not re.search(FREEZE_TOWER, path))
+    trained = sum(size for path, size in sizes.items() if not re.search(all_but_adapters(), path))
+    assert not re.search(all_but_adapters("image/"), "decoder/kernel")
+    assert not re.search(all_but_adapters("image/"), "image/blocks_0/adapter_mlp/up/kernel")
+    assert re.search(all_but_adapters("image/"), "image/blocks_0/mlp/fc1/kernel")
     assert trained == 24 * 2 * (1024 * 8 + 8 + 9 * 8 * 8 + 8 + 8 * 1024 + 1024)
     assert 0.0028 < trained / sum(sizes.values()) < 0.0029
 
@@ -178,6 +184,7 @@ def test_dropout_is_on_in_training_alone():
     tower = with_convpass(TOWERS["vit"], dropout=0.5)
     variables = drawn(jax.eval_shape(tower.init, jax.random.key(0), x))
     train = with_convpass(TOWERS["vit"], dropout=0.5, train=True)
+    variables = jax.tree.map(jnp.asarray, variables)
     apply = lambda tower, key: tower.apply(variables, x, rngs={"dropout": jax.random.key(key)}).pooled
     assert np.abs(apply(train, 0) - apply(train, 1)).max() > 1e-4
     np.testing.assert_array_equal(apply(tower, 0), apply(tower, 1))
@@ -194,3 +201,14 @@ def test_dropout_is_on_in_training_alone():
 def test_mistakes(change, words):
     with pytest.raises(UserError, match=words):
         with_convpass(TOWERS["vit"], **change)
+
+
+def test_published_weights_lack_adapters(tmp_path):
+    weights = state(original("eva02"))
+    write_safetensors(tmp_path / "model.safetensors", weights)
+    (tmp_path / "config.json").write_text('{"architecture": "eva02_base_patch16_clip_224"}')
+    tower = with_convpass(Eva(**{**TINY, "rope_grid": 16}, **WITHOUT_GRID))
+    shapes = jax.eval_shape(tower.init, jax.random.key(0), images(1, 32, 32))
+    found = flax.traverse_util.flatten_dict(load(str(tmp_path), tower, shapes)["params"], sep="/")
+    own = flax.traverse_util.flatten_dict(shapes["params"], sep="/")
+    assert own.keys() - found.keys() == {path for path in own if "/adapter_" in path}

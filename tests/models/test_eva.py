@@ -10,6 +10,7 @@ import pytest
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.eva import PRESETS, Eva, rotary_table
+from ovseg_jax.models.text_towers import text_tower
 from ovseg_jax.models.transformer import rotate
 from ovseg_jax.pretrained.eva import from_eva_clip, from_timm_eva
 from ovseg_jax.pretrained.rename import fit, rename
@@ -214,6 +215,26 @@ def test_published_shapes(name):
     assert preset.get("swiglu", False) == hasattr(block.mlp, "fc1_g")
     assert ours["params/blocks_0/mlp/fc2/kernel"].shape == block.mlp.fc2.weight.shape[::-1]
     assert ours["params/head/kernel"].shape == (preset["width"], config["embed_dim"])
+
+
+@pytest.mark.parametrize(
+    "name, image, text",
+    [
+        ("eva02_clip_b16", "86M", "63M"),
+        ("eva02_clip_l14", "304M", "124M"),
+        ("eva02_clip_l14_336", "304M", "124M"),
+        ("eva01_clip_g14", "1.0B", "124M"),
+        ("eva02_clip_e14", "4.4B", "354M"),
+    ],
+)
+def test_parameters_of_umg_clip(name, image, text):
+    """papers/003, Table 6."""
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    rounded = lambda n: f"{n / 1e6:.0f}M" if n < 5e8 else f"{n / 1e9:.1f}B"
+    tower = Eva(**PRESETS[name])
+    assert rounded(count(shapes(tower, tower.patch * tower.grid))) == image
+    texts = jax.eval_shape(text_tower(name).init, jax.random.key(0), jnp.zeros((1, 77), jnp.int32))
+    assert rounded(count(texts)) == text
 
 
 def test_rotary_positions_are_relative_and_keep_their_range():

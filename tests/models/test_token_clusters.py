@@ -14,7 +14,7 @@ from tests.models.test_transformer import IMAGE, TOWERS, draw
 
 
 def test_tokens_become_the_means_of_their_clusters():
-    x = np.random.default_rng(0).normal(size=(2, 21, 8)).astype(np.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 21, 8)), jnp.float32)
     places = Places((3, 7), 1)
     hook = TokenClusters(after=2, ratio=0.25)
     same, unchanged = hook(0, x, places)

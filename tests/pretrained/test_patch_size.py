@@ -15,6 +15,8 @@ from tests import reference
 from tests.extras import require
 from tests.models.test_eva import KINDS, TINY, original, state
 
+WITHOUT_GRID = {key: value for key, value in KINDS["eva02"][0].items() if key != "rope_grid"}
+
 
 @pytest.mark.parametrize("old, new", [(14, 16), (16, 14), (8, 10)])
 def test_a_kernel_is_resized_as_pytorch_does(old, new):
@@ -35,7 +37,7 @@ def test_a_tower_reads_weights_of_smaller_patches(tmp_path, caplog):
     weights = state(original("eva02"))
     write_safetensors(tmp_path / "model.safetensors", weights)
     (tmp_path / "config.json").write_text('{"architecture": "eva02_base_patch16_clip_224"}')
-    tower = Eva(**{**TINY, "patch": 10, "rope_grid": 16, "taps": ()}, **_other(KINDS["eva02"][0]))
+    tower = Eva(**{**TINY, "patch": 10, "rope_grid": 16, "taps": ()}, **WITHOUT_GRID)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 40, 40, 3)), jnp.float32)
     with caplog.at_level(logging.WARNING):
         variables = load(str(tmp_path), tower, jax.eval_shape(tower.init, jax.random.key(0), x))
@@ -55,10 +57,6 @@ def test_a_tower_reads_weights_of_smaller_patches(tmp_path, caplog):
     with torch.no_grad():
         want = model(reference.torch_images(x)).numpy()
     assert reference.relative_error(jax.jit(tower.apply)(variables, x).pooled, want) < 1e-4
-
-
-def _other(fields):
-    return {key: value for key, value in fields.items() if key != "rope_grid"}
 
 
 def test_a_published_backbone_takes_other_patches():
