@@ -191,10 +191,8 @@ def test_clusters_and_value_features_are_used_in_training():
     assert abs(loss(clustered) - want) > 1e-4 < abs(loss(valued) - want)
     assert clustered.clip.image == plain.clip.image != clustered._trained_clip.image
     image, size = jnp.asarray(batch["image"]), jnp.full((B, 2), SIZE)
-    seen = jax.jit(valued.predict)(variables, image, size).pixels["clip"]
-    np.testing.assert_allclose(
-        seen, valued.clip.embed_patches(valued._weights(variables), image, True), atol=1e-5
-    )
+    seen = [jax.jit(method.predict)(variables, image, size).pixels["clip"] for method in (plain, valued)]
+    assert np.abs(seen[0] - seen[1]).max() > 1e-3
 
 
 def test_the_papers_rates_reach_all_parameters():
