@@ -11,8 +11,8 @@
       tower=eva02_clip_l14 and the like choose the model of Table 6. The paper's R@1 on COCO after adaptation, which
       this config does not do: 64.7 image to text, 51.6 text to image (B/16, Table 3). Not reproduced yet.
 
-UMG-41M is published without images and without a description of its keys: keys="captions:PATH;box:PATH" says where they
-are, see `ovseg_jax/data/sources/region_json.py`. Numbers with a section or table are the paper's; "EVA" those of
+UMG-41M is published without images and without a description of its keys: paths="captions:PATH;box:PATH" says where
+they are, see `ovseg_jax/data/sources/region_json.py`. Numbers with a section or table are the paper's; "EVA" those of
 EVA-CLIP's repository, whose training the paper keeps where it states nothing; the rest is marked "ours".
 """
 
@@ -71,7 +71,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         losses=tuple(TERMS),  # rows of Table 7
         data_dir="",  # data=umg41m: the folder of the JSON files, or of zips with them
         images="",  # data=umg41m: that of the images, or of zips; by default data_dir
-        keys="",  # data=umg41m: where the fields are in a file, KEY:PATH;KEY:PATH
+        paths="",  # data=umg41m: where the fields are in a file, KEY:PATH;KEY:PATH
         tower=tuple(MODELS),  # data=umg41m: Table 6
         weights="",  # data=umg41m: where EVA-CLIP's weights are, if not on the hub: a folder or file
         batch=AtLeast(
@@ -175,8 +175,8 @@ def paper(args: Args) -> ConfigDict:
     source: dict[str, Any] = dict(name="region_json", data_dir=args.data_dir)
     if args.images:
         source["images"] = args.images
-    if args.keys:
-        source["keys"] = dict(_pair(item) for item in args.keys.split(";"))
+    if args.paths:
+        source["paths"] = dict(_pair(item) for item in args.paths.split(";"))
     rates = lambda rate: rate / OTHER_RATE
     config = common.run(
         "umg_clip",
@@ -250,5 +250,5 @@ def _pair(item: str) -> tuple[str, str]:
     """Splits KEY:PATH."""
     key, colon, path = item.partition(":")
     if not colon:
-        raise UserError(f"keys: {item!r} is not KEY:PATH, such as captions:image.captions")
+        raise UserError(f"paths: {item!r} is not KEY:PATH, such as captions:image.captions")
     return key.strip(), path.strip()

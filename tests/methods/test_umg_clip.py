@@ -197,8 +197,8 @@ def test_clusters_and_value_features_are_used_in_training():
 
 def test_the_papers_rates_reach_all_parameters():
     """5.1 and EVA-CLIP's layer decay: block i of n at rate * decay^(n - i), the embeddings one further down."""
-    config = umg_clip.get_config("data=umg41m,data_dir=x,keys=captions:c.text;tags:")
-    assert config.data.train[0].to_dict()["keys"] == {"captions": "c.text", "tags": ""}
+    config = umg_clip.get_config("data=umg41m,data_dir=x,paths=captions:c.text;tags:")
+    assert dict(config.data.train[0]["paths"]) == {"captions": "c.text", "tags": ""}
     config.towers.update(dict(init="", tokenizer="words"))
     method = build(config, WordList(["a"]), CLASSES)
     params = jax.eval_shape(method.init, KEY)["params"]

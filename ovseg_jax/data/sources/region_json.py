@@ -4,8 +4,8 @@
     IMAGES/00012/000123456.jpg      or the same in zips, IMAGES/*.zip
 
 An image belongs to the JSON file of the same path up to the suffix, below the folder or in any of its zips. UMG-41M is
-published without its images and without a description of its keys: `keys` says where each field is in a file, a path of
-keys with points between them; a list on the way stands for all of its items. With the defaults:
+published without its images and without a description of its keys: `paths` says where each field is in a file, keys
+with points between them; a list on the way stands for all of its items. With the defaults:
 
     {"captions": ["a dog on grass", ...], "tags": ["dog", "grass"],
      "regions": [{"bbox": [x0, y0, x1, y1], "captions": ["a brown dog", ...], "tags": ["dog"]}, ...]}
@@ -30,7 +30,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.reading import number, parse_json, reading, short, texts
 from ovseg_jax.vocab.classes import ClassList
 
-KEYS = {
+PATHS = {
     "captions": "captions",
     "tags": "tags",
     "regions": "regions",
@@ -46,7 +46,7 @@ FIELDS = {
     "region_captions": "region_captions",
     "region_tags": "region_tags",
 }
-"""The field of an example for each of `KEYS` but `regions`."""
+"""The field of an example for each of `PATHS` but `regions`."""
 BOXES = ("xyxy", "xywh")
 UNITS = ("pixels", "shares")
 _TRIED = 100  # files in which each field must occur once
@@ -69,7 +69,7 @@ class RegionJson(Source):
         self,
         data_dir: epath.PathLike,
         images: epath.PathLike = "",
-        keys: Mapping[str, str] | None = None,
+        paths: Mapping[str, str] | None = None,
         boxes: str = "xyxy",
         unit: str = "pixels",
     ):
@@ -78,7 +78,7 @@ class RegionJson(Source):
         Args:
           data_dir: DIR.
           images: IMAGES; by default DIR.
-          keys: paths that replace those of `KEYS`; "" for a field that the files lack.
+          paths: paths that replace those of `PATHS`; "" for a field that the files lack.
           boxes: "xyxy" for corners, "xywh" for corner and size.
           unit: of the boxes: "pixels", or "shares" of width and height.
 
@@ -86,13 +86,13 @@ class RegionJson(Source):
           UserError: an argument is invalid, a folder or zip cannot be read, no JSON file has an image, or one of the
             fields occurs in none of the first files.
         """
-        paths = {**KEYS, **(keys or {})}
-        if unknown := sorted(paths.keys() - KEYS.keys()):
-            raise UserError(f"region_json: keys={unknown[0]!r} is not one of {', '.join(KEYS)}")
+        chosen = {**PATHS, **(paths or {})}
+        if unknown := sorted(chosen.keys() - PATHS.keys()):
+            raise UserError(f"region_json: paths has no key {unknown[0]!r}; known keys: {', '.join(PATHS)}")
         for key, value, known in (("boxes", boxes, BOXES), ("unit", unit, UNITS)):
             if value not in known:
                 raise UserError(f"region_json: {key}={value!r} is not one of {', '.join(known)}")
-        self._keys = {key: path for key, path in paths.items() if path}
+        self._keys = {key: path for key, path in chosen.items() if path}
         if "regions" not in self._keys:
             self._keys = {key: p for key, p in self._keys.items() if key in ("captions", "tags")}
         self._sized, self._shares = boxes == "xywh", unit == "shares"
@@ -106,7 +106,7 @@ class RegionJson(Source):
         return len(self._told_at)
 
     def __getitem__(self, index: int) -> Example:
-        """Returns one example: `image` u8 [H W 3], the fields of `keys`, `image_id` (its path up to the suffix).
+        """Returns one example: `image` u8 [H W 3], the fields of `paths`, `image_id` (its path up to the suffix).
 
         Raises:
           UserError: a file is damaged, or a field has another form, when the field is accessed.
@@ -201,7 +201,7 @@ class RegionJson(Source):
         )
         raise UserError(
             f"region_json: none of the first {min(_TRIED, len(self))} files of {self._told.root} has {key!r} at "
-            f"{where!r} ({name} {has}): set keys.{key} to its path, or to '' if there is none"
+            f"{where!r} ({name} {has}): set paths.{key} to its path, or to '' if there is none"
         )
 
 

@@ -86,7 +86,7 @@ def test_other_keys_and_forms(tmp_path):
     }
     (tmp_path / "x.json").write_text(json.dumps(content))
     (tmp_path / "x.jpg").write_bytes(jpeg(8, 16, 0))
-    keys = dict(
+    paths = dict(
         captions="image.texts.t",
         tags="",
         regions="objects.o",
@@ -94,12 +94,12 @@ def test_other_keys_and_forms(tmp_path):
         region_captions="",
         region_tags="label",
     )
-    source = RegionJson(tmp_path, keys=keys, boxes="xywh", unit="shares")
+    source = RegionJson(tmp_path, paths=paths, boxes="xywh", unit="shares")
     assert source.provides == {"image", "captions", "boxes", "region_tags"}
     example = source[0]
     assert example["captions"] == ["one", "two"] and example["region_tags"] == [["dog"], ["cat"]]
     np.testing.assert_array_equal(example["boxes"], [[4, 4, 12, 6], [16, 8, 16, 8]])
-    none = RegionJson(tmp_path, keys=dict(captions="image.texts.t", tags="", regions=""))
+    none = RegionJson(tmp_path, paths=dict(captions="image.texts.t", tags="", regions=""))
     assert none.provides == {"image", "captions"} and none[0]["captions"] == ["one", "two"]
 
 
@@ -108,13 +108,13 @@ def test_other_keys_and_forms(tmp_path):
     [
         (dict(data_dir="none"), "'none' is not a folder"),
         (
-            dict(keys=dict(box="b")),
+            dict(paths=dict(box="b")),
             "has 'box' at 'regions.b' .*x.json has the keys 'captions', 'tags', 'regions'",
         ),
-        (dict(keys=dict(boxes="b")), "keys='boxes' is not one of captions, tags, regions, box"),
+        (dict(paths=dict(boxes="b")), "paths has no key 'boxes'; known keys: captions, tags, regions, box"),
         (dict(boxes="yxyx"), "boxes='yxyx' is not one of xyxy, xywh"),
         (dict(unit="cm"), "unit='cm' is not one of pixels, shares"),
-        (dict(keys=dict(captions="tags.x")), "'tags.x': expected an object with the key 'x', got 'dog'"),
+        (dict(paths=dict(captions="tags.x")), "'tags.x': expected an object with the key 'x', got 'dog'"),
     ],
 )
 def test_mistakes(tmp_path, arguments, message):
