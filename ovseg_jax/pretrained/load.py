@@ -12,6 +12,7 @@ import numpy as np
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.clip_resnet import ClipResNet
+from ovseg_jax.models.convnext import ConvNeXt
 from ovseg_jax.models.efficientnet import EfficientNet
 from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.groupvit import GroupVitImage, GroupVitText
@@ -27,6 +28,7 @@ from ovseg_jax.models.upernet import UPerNet
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.pretrained import (
     clip_resnet,
+    convnext,
     efficientnet,
     eva,
     groupvit,
@@ -180,6 +182,11 @@ def formats(module: nn.Module) -> dict[str, list[Rename]]:
             return {
                 "OpenAI's or open_clip's CLIP": clip_resnet.from_openai_clip_resnet(),
                 "timm's CLIP ResNet": clip_resnet.from_timm_clip_resnet(),
+            }
+        case ConvNeXt(head_hidden=hidden):
+            return {
+                "open_clip's ConvNeXt": convnext.from_open_clip_convnext(),
+                "timm's CLIP ConvNeXt": convnext.from_timm_clip_convnext(hidden),
             }
         case Swin():
             return {
