@@ -72,8 +72,9 @@ def test_folders_and_zips(folder, caplog):
     row = Rows.from_config(
         dict(seed=0, steps=1, batch_size=1, data=data), fields, words, WordTokenizer(words, 6)
     )(0, source[2])
-    # 10 x 8 pixels on a canvas of 16; the largest box first.
-    np.testing.assert_allclose(row["boxes"][:2], 1.6 * np.float32([[0, 2, 6, 6], [1, 0, 4.5, 3]]), atol=0.05)
+    # 10 x 8 pixels are 16 x 13 on a canvas of 16; the largest box first.
+    boxes = np.float32([[0, 2, 6, 6], [1, 0, 4.5, 3]]) * np.float32([13 / 8, 16 / 10] * 2)
+    np.testing.assert_allclose(row["boxes"][:2], boxes, atol=1e-5)
     assert row["box_valid"].tolist() == [True, True, False]
 
 
