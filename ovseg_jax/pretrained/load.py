@@ -13,6 +13,7 @@ import numpy as np
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.clip_resnet import ClipResNet
 from ovseg_jax.models.convnext import ConvNeXt
+from ovseg_jax.models.convpass import ADAPTERS
 from ovseg_jax.models.efficientnet import EfficientNet
 from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.groupvit import GroupVitImage, GroupVitText
@@ -53,10 +54,9 @@ TOWERS: dict[type[nn.Module], str] = {ViT: "img", SiglipText: "txt"}
 
 # Parameters that published models lack: adapters beside the branches of blocks; the norms of a Swin's finer maps; in
 # UPerNets, BEiT's keys have no bias, which has no effect under a softmax, and the final norm of its ViT is not used.
-_ADAPTERS = (r"/adapter_(attention|mlp)/",)
 FRESH: dict[type[nn.Module], Sequence[str]] = {
-    ViT: _ADAPTERS,
-    Eva: _ADAPTERS,
+    ViT: (ADAPTERS,),
+    Eva: (ADAPTERS,),
     Swin: (r"out_norm[234]",),
     UPerNet: (r"tower/.*/key/bias$", r"tower/Transformer/encoder_norm/"),
 }

@@ -1,6 +1,7 @@
 """CLIP (Radford et al. 2021): an image tower, a text tower and the temperature between them."""
 
 import dataclasses
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from ovseg_jax.kernels.unit import unit
 from ovseg_jax.models import clip_resnet, convnext, eva, vit
 from ovseg_jax.models.clip_resnet import ClipResNet
 from ovseg_jax.models.convnext import ConvNeXt
+from ovseg_jax.models.convpass import ADAPTERS
 from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.hooks import HOOKS
 from ovseg_jax.models.small import SmallBackbone
@@ -178,6 +180,8 @@ class Clip:
         found = read_towers(folder)
         flat = lambda tree: {path: np.shape(x) for path, x in flatten_dict(tree, sep="/").items()}
         given, own = flat(found), flat(jax.eval_shape(self.init, jax.random.key(0)))
+        # Adapters may be new, and are then left out, as in `pretrained.load`.
+        own = {path: shape for path, shape in own.items() if path in given or not re.search(ADAPTERS, path)}
         if wrong := sorted(path for path in given | own if given.get(path) != own.get(path)):
             raise UserError(
                 f"towers.init={init} has other towers than this config: {wrong[0]} has the shape {given.get(wrong[0])} "

@@ -17,6 +17,7 @@ from ovseg_jax.configs import (
     pseg,
     umg_clip,
     upernet,
+    zsseg,
 )
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.keys import check_config, check_evaluation, known_keys
@@ -39,7 +40,7 @@ SHIPPED = [
         for arg in (None, *(f"{FOLDER},method={method}" for method in pomp.METHODS), f"{FOLDER},sample=0")
     ),
     (maskformer, None),
-    (groupvit, None),
+    *((groupvit, arg) for arg in (None, "data=sets,eval_sets=x")),
     *(
         (pseg, arg)
         for arg in (
@@ -68,6 +69,7 @@ SHIPPED = [
             f"{FOLDER},val_dir=y,teacher=r,background=b,target=coco",
         )
     ),
+    *((zsseg, arg) for arg in (None, "data=prepared,data_dir=x,trained=all,eval_sets=y,prompt=vild")),
 ]
 
 
