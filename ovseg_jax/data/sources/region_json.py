@@ -126,8 +126,8 @@ class RegionJson(Source):
 
     def texts(self, field: str) -> Iterator[str]:
         """Yields all texts of a field, in the order of the examples, without decoding images."""
-        key = next((key for key, own in FIELDS.items() if own == field and field in self.provides), None)
-        for index in range(len(self)) if key and key != "box" else ():
+        key = next((key for key, own in FIELDS.items() if own == field and field in self.provides), "box")
+        for index in range(len(self)) if key != "box" else ():
             for own in self._read(index, {key} | ({"regions"} if key.startswith("region") else set()))[key]:
                 yield from [own] if isinstance(own, str) else own
 
