@@ -38,6 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         teacher="",  # a run that labels the training images; without it, their own label maps are used
         decision="argmax",  # teacher: how its scores become labels, see ovseg_jax/decisions/rules.py
         background="",  # teacher: the class of pixels to which the decision gives none
+        windows=True,  # data=prepared, folder: evaluates by sliding windows, as mmsegmentation; False: on whole images
         weights="",  # data=prepared, folder: MAE's, if not on the hub: a folder or file
         seed=0,
     )
@@ -107,8 +108,10 @@ def paper(args: Args) -> ConfigDict:
     evals = {}
     if args.val_dir:
         split = dict(split="val") if args.data == "prepared" else {}
-        # mmsegmentation slides a window of 512 by 341; here an image is fitted into one input: ours.
-        evals["validation"] = common.segmentation(dict(form, data_dir=args.val_dir, **split), 16)
+        own = (
+            dict(windows=dict(stride=341, short=512, longest=2048)) if args.windows else {}
+        )  # mmsegmentation
+        evals["validation"] = common.segmentation(dict(form, data_dir=args.val_dir, **split), 16, **own)
     return common.run(
         "upernet",
         steps=STEPS[args.target],

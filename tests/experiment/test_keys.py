@@ -7,7 +7,18 @@ from runpy import run_path
 import pytest
 
 import ovseg_jax
-from ovseg_jax.configs import clip_dense, groupvit, maskformer, openseg, pomp, pomp_segments, pseg, upernet
+from ovseg_jax.configs import (
+    clip_dense,
+    groupvit,
+    maskformer,
+    openseg,
+    pomp,
+    pomp_segments,
+    pseg,
+    umg_clip,
+    upernet,
+    zsseg,
+)
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.keys import check_config, check_evaluation, known_keys
 from ovseg_jax.experiment.run import train
@@ -29,7 +40,7 @@ SHIPPED = [
         for arg in (None, *(f"{FOLDER},method={method}" for method in pomp.METHODS), f"{FOLDER},sample=0")
     ),
     (maskformer, None),
-    (groupvit, None),
+    *((groupvit, arg) for arg in (None, "data=sets,eval_sets=x")),
     *(
         (pseg, arg)
         for arg in (
@@ -49,6 +60,7 @@ SHIPPED = [
         (clip_dense, arg)
         for arg in (None, "features=activation", "features=proposals", "data=sets,eval_sets=x")
     ),
+    *((umg_clip, arg) for arg in (None, "losses=image_captions", "data=umg41m,data_dir=x,retrieval=y")),
     *(
         (upernet, arg)
         for arg in (
@@ -57,6 +69,7 @@ SHIPPED = [
             f"{FOLDER},val_dir=y,teacher=r,background=b,target=coco",
         )
     ),
+    *((zsseg, arg) for arg in (None, "data=prepared,data_dir=x,trained=all,eval_sets=y,prompt=vild")),
 ]
 
 
