@@ -16,7 +16,7 @@
     --config=configs/maskformer.py:classes=text,data=prepared,data_dir=DIR,val_dir=DIR,prompt=FILE
       ZSSeg's MaskFormer, whose class names are embedded by CLIP's text tower, in the prompt of FILE: the first stage of
       papers/000, tables 4, 5 and 13. Classes that the prepared set withholds (COCO-Stuff 15 of 171, VOC 5 of 20) are
-      not trained. `configs/pomp_segments.py:...,proposals=WORKDIR` is the second stage.
+      not trained. `configs/pomp_segments.py:...,proposals=WORKDIR` is the second stage; configs/zsseg.py trains both.
 
 Sources: facebookresearch/MaskFormer, configs/ade20k-150 and configs/coco-panoptic, "code"; for classes=text
 amazon-science/prompt-pretraining, third_party/zsseg.baseline/configs/coco-stuff-164k-171, "zsseg". Everything else is
@@ -50,7 +50,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         # closed: a class for each of the data; text: the embeddings of their names, by a frozen text tower, on scenes
         # by learned vectors of their words
         classes=("closed", "text"),
-        prompt="",  # classes=text: the file of a learned prompt around every name
+        prompt="",  # classes=text: around every name: the file of a learned prompt, a template, imagenet or vild
         text_weights="hf:openai/clip-vit-base-patch16",  # classes=text: the text tower and tokeniser
         unseen="",  # classes=text: classes not to train, of data that withholds none: coco_stuff | voc | "cow; ..."
         images=AtLeast(10_000, 1),  # data=scenes: number of training images
@@ -90,7 +90,9 @@ def with_text(config: ConfigDict, args: Args) -> None:
         return
     config.model.update(dict(embed_dim=512, embed_hidden=1024))  # zsseg
     config.text = dict(tower="clip_vitb16", init=args.text_weights, prompt=args.prompt)
-    if args.data != "coco":
+    if args.unseen == "voc":
+        config.steps, config.batch_size, config.data.image_size = 20_000, 16, 512  # zsseg, voc-11k-15
+    elif args.data != "coco":
         config.steps, config.batch_size, config.data.image_size = 60_000, 32, 640  # zsseg
 
 

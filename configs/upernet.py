@@ -5,8 +5,8 @@
       which does not use the labels of held-out classes.
   python -m ovseg_jax.main --config=configs/upernet.py:teacher=WORKDIR
       P-Seg+ (papers/002, 3.3.4): the run in WORKDIR labels the same images, whose masks are not read; a new network
-      learns from its labels. Mean of 3 seeds, from configs/pseg.py: mIoU of 77.6 on seen pairs, 73.6 held out, 91.7 on
-      stuff, where the teachers had 76.0, 68.7 and 90.6.
+      learns from its labels. Mean of 3 seeds, from configs/pseg.py: mIoU of 76.2 on seen pairs, 68.5 held out, 90.9 on
+      stuff, where the teachers had 74.0, 66.3 and 90.0.
   python -m ovseg_jax.main --config=configs/upernet.py:data=prepared,data_dir=DIR,val_dir=DIR,target=voc,teacher=WORKDIR
       the paper's recipe: MAE's ViT-B and UPerNet, on the training images of a data set that `python -m
       ovseg_jax.prepare` wrote to DIR. The paper's mIoU with background (Table 4): VOC 62.0, Context 30.2, COCO 35.7.
@@ -38,6 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         teacher="",  # a run that labels the training images; without it, their own label maps are used
         decision="argmax",  # teacher: how its scores become labels, see ovseg_jax/decisions/rules.py
         background="",  # teacher: the class of pixels to which the decision gives none
+        windows=True,  # data=prepared, folder: evaluates by sliding windows, as mmsegmentation; False: on whole images
         weights="",  # data=prepared, folder: MAE's, if not on the hub: a folder or file
         seed=0,
     )
@@ -66,7 +67,7 @@ def scenes() -> ConfigDict:
     target = dict(common.scenes("validation", 3000), seed=1, cache=True)
     return common.run(
         "upernet",
-        steps=3000,
+        steps=2000,
         batch_size=16,
         model=dict(
             init="",
@@ -76,13 +77,14 @@ def scenes() -> ConfigDict:
             width=64,
             pools=(1, 2),
             aux_width=32,
-            dropout=0.1,
+            dropout=0.0,
             norm="batch",
             remat="none",
             dtype="float32",
         ),
         loss=dict(auxiliary_weight=0.4),
-        optimizer=common.adamw_of_scenes(ema=0.998),
+        # At 2e-3, as elsewhere on `scenes`, the student is below its teacher after as many steps.
+        optimizer=common.adamw_of_scenes(ema=0.998, learning_rate=5e-3),
         data=dict(
             train=[target],
             image_size=64,
@@ -106,8 +108,10 @@ def paper(args: Args) -> ConfigDict:
     evals = {}
     if args.val_dir:
         split = dict(split="val") if args.data == "prepared" else {}
-        # mmsegmentation slides a window of 512 by 341; here an image is fitted into one input: ours.
-        evals["validation"] = common.segmentation(dict(form, data_dir=args.val_dir, **split), 16)
+        own = (
+            dict(windows=dict(stride=341, short=512, longest=2048)) if args.windows else {}
+        )  # mmsegmentation
+        evals["validation"] = common.segmentation(dict(form, data_dir=args.val_dir, **split), 16, **own)
     return common.run(
         "upernet",
         steps=STEPS[args.target],

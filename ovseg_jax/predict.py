@@ -16,9 +16,12 @@ For each image NAME it writes into --out
   NAME.overlay.png   the image under its segments, with names and a legend
   NAME.labels.png    the label map: 0 = unknown, k = the k-th category (16 bits above 255 categories)
   NAME.json          category, instance, score, area, box and COCO RLE mask of each segment
+  NAME.panoptic.png  with --task=panoptic: COCO's panoptic PNG, whose colours R + 256 G + 65536 B are ids of segments
   NAME.features.npz  with --features: pixels, embedding [h w D], masks [N h w], regions [N D] in float16
-and predictions.json, the segments of all images. NAME is the image's name without its suffix, or with it if two images
-share the stem. If the command was stopped, run it again to continue: predictions.jsonl lists the finished images.
+and predictions.json, the segments of all images; with --task also panoptic.json or instances.json, which `python -m
+ovseg_jax.score` reads, with --pred_masks for the folder of the PNGs. NAME is the image's name without its suffix, or
+with it if two images share the stem. If the command was stopped, run it again to continue: predictions.jsonl lists the
+finished images.
 """
 
 
@@ -31,6 +34,7 @@ def parser() -> Parser:
     """Returns the command's parser."""
     from ovseg_jax.decisions.published import DECISIONS as PROTOCOLS
     from ovseg_jax.decisions.rules import DECISIONS
+    from ovseg_jax.inference.folder import TASKS
     from ovseg_jax.inference.segmenter import UNKNOWN_BELOW
     from ovseg_jax.vocab.classes import LABEL_FILES
 
@@ -58,6 +62,12 @@ def parser() -> Parser:
         choices=tuple(DECISIONS),
         help="how scores become segments, in place of --threshold; panoptic and instances separate objects of one "
         "category",
+    )
+    add(
+        "--task",
+        choices=tuple(TASKS),
+        help="panoptic: one segment for every pixel, things apart; instance: the best things, which may overlap; "
+        "semantic: the best category of every pixel; in place of --threshold and --decision, with COCO's files",
     )
     add(
         "--tile",
@@ -106,7 +116,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from ovseg_jax.cli.outputs import run_stamp
     from ovseg_jax.data.images import read_image
     from ovseg_jax.decisions.rules import decision_of
-    from ovseg_jax.inference.folder import image_files, segment_files
+    from ovseg_jax.inference.folder import TASKS, image_files, segment_files
     from ovseg_jax.inference.segmenter import UNKNOWN_BELOW, Segmenter
     from ovseg_jax.inference.tiles import spans
     from ovseg_jax.vocab.classes import load_labels
@@ -120,14 +130,19 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UserError("--step cannot be used with --proposals, which takes the latest checkpoints")
     if arguments.decision and arguments.threshold is not None:
         raise UserError("--decision replaces --threshold: give only one of them")
-    if arguments.decision and arguments.tile and decision_of(arguments.decision).needs_masks:
-        raise UserError(f"--decision={arguments.decision} works on whole images: leave out --tile")
-    if arguments.protocol and (arguments.decision or arguments.tile or arguments.threshold is not None):
-        raise UserError("--protocol replaces --threshold, --decision and --tile: give only one of them")
+    if arguments.task and (arguments.decision or arguments.threshold is not None):
+        raise UserError("--task replaces --decision and --threshold: give only one of them")
+    decision = TASKS[arguments.task] if arguments.task else arguments.decision
+    if decision and arguments.tile and decision_of(decision).needs_masks:
+        raise UserError(f"the decision {decision!r} works on whole images: leave out --tile")
+    if arguments.protocol and (decision or arguments.tile or arguments.threshold is not None):
+        raise UserError(
+            "--protocol replaces --threshold, --decision, --task and --tile: give only one of them"
+        )
     if arguments.protocol and arguments.features:
         raise UserError("--features works on whole images: leave out --protocol")
-    if arguments.crf and arguments.decision and decision_of(arguments.decision).separates:
-        raise UserError(f"--crf works on label maps: leave out --decision={arguments.decision}")
+    if arguments.crf and decision and decision_of(decision).separates:
+        raise UserError(f"--crf works on label maps: leave out the decision {decision!r}")
     if arguments.features and arguments.tile:
         raise UserError("--features works on whole images: leave out --tile, or cut the images yourself")
     if arguments.features and arguments.proposals:
@@ -166,6 +181,7 @@ def _run(arguments: argparse.Namespace) -> int:
         request,
         threshold=threshold,
         decision=arguments.decision,
+        task=arguments.task,
         tile=arguments.tile,
         features=arguments.features,
         protocol=arguments.protocol,

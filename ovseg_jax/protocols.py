@@ -6,7 +6,6 @@ NotImplementedError here; everything else has a default.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -140,7 +139,7 @@ class Trainable:
         """Computes the training loss of one global batch: a scalar, and `Aux`."""
         raise NotImplementedError
 
-    def save_assets(self, workdir: Path) -> None:
+    def save_assets(self, workdir: epath.Path) -> None:
         """Copies external files that the method needs again into a run's folder; none by default.
 
         The first process calls it at every start.

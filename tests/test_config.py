@@ -80,6 +80,8 @@ def test_configs_build_and_survive_json(arg):
         ("pomp_segments", None),
         ("pomp_segments", "data=coco,data_dir=x,unseen=cow; giraffe,proposals=y"),
         ("pomp_segments", "data=prepared,data_dir=x,unseen=coco_stuff,val_dir=y"),
+        ("zsseg", None),
+        ("zsseg", "data=prepared,data_dir=x,unseen=voc,init=p.safetensors"),
         *(("pomp", f"data=folder,data_dir=x,method={m}") for m in ("pomp", "vpt")),
         ("pomp", "data=prepared,data_dir=x,classes=19"),
     ],
@@ -87,6 +89,30 @@ def test_configs_build_and_survive_json(arg):
 def test_pomp_builds_and_survives_json(name, arg):
     out = load(name, arg)
     assert config.to_json(config.from_json(config.to_json(out))) == config.to_json(out)
+
+
+@pytest.mark.parametrize(
+    ("unseen", "steps", "first", "split", "ensemble"),
+    [
+        ("coco_stuff", 16_000, (60_000, 32, 640), "train", 0.8),
+        ("voc", 3200, (20_000, 16, 512), "trainaug", 0.7),
+    ],
+)
+def test_the_numbers_of_zsseg(unseen, steps, first, split, ensemble):
+    """zsseg.baseline/configs: the prompt, MaskFormer with it, and both together."""
+    out = load("zsseg", f"data=prepared,data_dir=x,unseen={unseen},init=p.safetensors")
+    prompt, proposals = (stage["config"] for stage in out.stages)
+    assert out.steps == 0 and (prompt.steps, prompt.prompt.init) == (steps, "p.safetensors")
+    assert (proposals.steps, proposals.batch_size, proposals.data.image_size) == first
+    assert proposals.model.backbone.name == "resnet101" and proposals.loss.unseen == unseen
+    assert proposals.text.prompt == out.prompt.init == "stage:prompt/prompt.safetensors"
+    assert prompt.data.train[0]["of"]["split"] == proposals.data.train[0]["split"] == split
+    (only,) = out.final_evals.values()
+    assert (only.ensemble, only.split, only.source.split) == (ensemble, unseen, "val")
+    more = load("zsseg", f"data=prepared,data_dir=x,unseen={unseen},trained=all,eval_sets=y,prompt=vild")
+    assert more.stages[0]["config"].loss.unseen == "" and more.stages[0]["config"].text.prompt == "vild"
+    others = {name: (e.get("threshold"), e.ensemble, e.get("split")) for name, e in more.final_evals.items()}
+    assert others["ADE20K"] == (0.4, 0.5, None) and others["PC-59"] == (0.5, 0.4, None)
 
 
 @pytest.mark.parametrize(("target", "steps"), [("voc", 20_000), ("context", 40_000), ("coco", 80_000)])
@@ -103,6 +129,11 @@ def test_the_numbers_of_p_seg_plus(target, steps):
     assert config.to_json(again) == config.to_json(out)
     assert again.stages[0]["config"]["source"] == dict(name="prepared", data_dir="x")
     assert again.data.train[0]["masks"] == "stage:labels"
+    assert out.final_evals.validation.windows.to_dict() == dict(stride=341, short=512, longest=2048)
+    assert (
+        "windows"
+        not in load("upernet", "data=prepared,data_dir=x,val_dir=y,windows=False").final_evals.validation
+    )
     again.data.image_size = 32  # the position table is resized
     method = build(again, WordList([]), parse_labels("background; dog"))
     optimizer = make_optimizer(again.optimizer, abstract_variables(method, 0)["params"], steps, method.frozen)

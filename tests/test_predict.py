@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from fake_method import CLASSES, COLOURS, ColourMethod, blocks, config
 from PIL import Image
+from pycocotools import mask as coco
 
-from ovseg_jax import predict
+from ovseg_jax import predict, score
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.class_vectors import write_class_vectors
 from ovseg_jax.files import locked
@@ -90,6 +91,48 @@ def test_a_label_file_gives_its_ids(run, tmp_path):
     assert {(s["category"], s["category_id"], s["id"]) for s in segments} == {("green", 1, 7), ("red", 2, 12)}
 
 
+def test_tasks_write_what_the_scores_read(run, tmp_path, capsys):
+    """Things in two images, one of which has a number as its name; scored against themselves."""
+    save(tmp_path / "in" / "000012.png", ["red", "green"])
+    save(tmp_path / "in" / "b.png", ["blue", "red"], ["blue", "blue"])
+    (tmp_path / "labels.txt").write_text("# things: 7 12\n7:green\n12:red\n30:blue\n")
+    assert run(labels=tmp_path / "labels.txt", task="panoptic") == 0
+    out, own = tmp_path / "out", "panoptic.png"
+    found = json.loads((out / "panoptic.json").read_text())["annotations"]
+    assert [(row["image_id"], row["file_name"]) for row in found] == [
+        (12, f"000012.{own}"),
+        ("b", f"b.{own}"),
+    ]
+    assert [{s["category_id"] for s in row["segments_info"]} for row in found] == [{7, 12}, {12, 30}]
+    for row in found:
+        ids = np.asarray(Image.open(out / row["file_name"])) @ np.array([1, 256, 65536])
+        areas = {s["id"]: s["area"] for s in row["segments_info"]}
+        assert {k: int((ids == k).sum()) for k in areas} == areas and set(np.unique(ids)) <= {0, *areas}
+    categories = [
+        {"id": k, "name": name, "isthing": int(k < 30)}
+        for k, name in ((7, "green"), (12, "red"), (30, "blue"))
+    ]
+    images = [{"id": row["image_id"], "height": 24, "width": 40} for row in found]
+    truth = {"images": images, "categories": categories}
+    truth["annotations"] = [
+        {**row, "segments_info": [{**s, "iscrowd": 0} for s in row["segments_info"]]} for row in found
+    ]
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    files = [f"--pred={out / 'panoptic.json'}", f"--gt={tmp_path / 'truth.json'}"]
+    capsys.readouterr()
+    assert score.main(["panoptic", *files, f"--pred_masks={out}", f"--gt_masks={out}"]) == 0
+    assert "100.0" in capsys.readouterr().out
+    assert run(labels=tmp_path / "labels.txt", task="instance") == 0
+    rows = json.loads((out / "instances.json").read_text())
+    assert {(row["image_id"], row["category_id"]) for row in rows} >= {(12, 7), (12, 12), ("b", 12)}
+    assert all(row["category_id"] < 30 for row in rows)  # things alone
+    best = max((row for row in rows if row["image_id"] == 12), key=lambda row: row["score"])
+    assert coco.decode(best["segmentation"]).shape == (24, 40)
+    assert run(labels=tmp_path / "labels.txt", task="semantic") == 0
+    assert json.loads((out / "predictions.json").read_text())["decision"] == "argmax"
+    assert (np.asarray(Image.open(out / "000012.labels.png")) > 0).all()
+
+
 def test_labels_with_vectors(run, tmp_path):
     save(tmp_path / "photo.png", ["red", "green"])
     np.savez(tmp_path / "v.npz", words=["grass, wet", "brick"], vectors=np.eye(6)[[1, 0]])
@@ -116,6 +159,9 @@ def test_labels_with_vectors(run, tmp_path):
         ({"images": "photo.png", "labels": "gone.txt"}, "gone.txt"),
         ({"images": "photo.png", "labels": "gone.npz"}, "gone.npz cannot be read: there is no such file"),
         ({"images": "photo.png", "tile": "8,9"}, "overlap"),
+        ({"images": "photo.png", "task": "panoptic", "decision": "argmax"}, "--task replaces --decision"),
+        ({"images": "photo.png", "task": "panoptic", "tile": "40"}, "leave out --tile"),
+        ({"images": "photo.png", "task": "instance", "crf": True}, "leave out the decision 'instances'"),
         ({"images": "photo.png", "batch": 0}, "--batch=0"),
         ({"images": "photo.png", "features": True, "tile": "40"}, "leave out --tile"),
         ({"images": "photo.png", "out": "photo.png/x"}, "cannot be created"),

@@ -1,7 +1,9 @@
 """The tables of papers/000 (Ren et al., Prompt Pre-Training with Twenty-Thousand Classes).
 
 Data of the commands: data/imagenet21k, train/ and val/ with a folder for each class, and names.txt with their names;
-data/imagenet, the same of ImageNet-1K; data/sets, the sets of `score suite --suite=pomp`, imagenet21k included.
+data/imagenet, the same of ImageNet-1K; data/sets, the sets of `score suite --suite=pomp`, imagenet21k included, and for
+segmentation COCO-Stuff, VOC, ADE20K and PC-59, as `python -m ovseg_jax.prepare` writes coco_stuff, voc_2012 (train, val
+and trainaug), ade20k_150 and pascal_context_59; data/pomp/prompt.safetensors, the prompt of Table 1's POMP-B16.
 """
 
 from ml_collections import ConfigDict
@@ -15,15 +17,17 @@ IMAGENET = "data=folder,data_dir=data/imagenet,names=data/imagenet/names.txt,cla
 BEST = f"{FULL},length=4"
 AFTER = "python -m ovseg_jax.score suite --checkpoint=WORKDIR --suite=pomp --data_dir=data/sets"
 AFTER += " --out=WORKDIR/scores.csv"
+ON_STUFF = "data=prepared,data_dir=data/sets/COCO-Stuff,trained=all,eval_sets=data/sets"
+PROMPT = "data/pomp/prompt.safetensors"
 TOWERS = {"RN50": ",towers=clip_rn50", "B32": ",towers=clip_vitb32", "B16": ""}  # B16: 4.1's, the default
 
 OTHERS = "the numbers are those of another paper, whose method is not built here"
-FIRST_STAGE = (
-    "two runs, of which the second needs the folder of the first: `configs/maskformer.py:classes=text` trains the "
-    "first stage (with ResNet-101; the paper's is ResNet-101c, with DeepLab's stem and dilations), and "
-    "`configs/pomp_segments.py:...,proposals=WORKDIR` the second; `python -m ovseg_jax.score transfer "
-    "--proposals=FILE --checkpoint=WORKDIR` scores masks from elsewhere"
+SEGMENTS = (
+    "the first stage has ResNet-101, the paper's ResNet-101c (DeepLab's stem and dilations); an image is fitted into a "
+    "square of 640 pixels (VOC 512), where the authors resize its shorter side to it"
 )
+ONE_SET = f"a run for each data set, as in the paper; {SEGMENTS}"
+TUNED = f"the prompt learns from the seen classes of COCO-Stuff, as in the authors' configs; {SEGMENTS}"
 DETECTOR = (
     "the detector, CenterNet2 as Detic trains it, is not built here; `python -m ovseg_jax.prompts --checkpoint=WORKDIR "
     "--classes=FILE --out=vectors.npy` writes the class vectors that Detic reads"
@@ -62,6 +66,31 @@ def ablation(name: str, values: tuple[float, float, float], args: str, differs: 
     """Returns a row of Table 8 or 12."""
     keys = ("validation/accuracy", f"{SUITE}cross-dataset/accuracy", f"{SUITE}cross-domain/accuracy")
     return Row(name, values, keys, "pomp", args, after=AFTER, differs=differs)
+
+
+def open_vocabulary(name: str, stuff: tuple[float, ...], voc: tuple[float, ...], args: str = "") -> list[Row]:
+    """Returns the two rows of a method in Table 4, one for each data set."""
+    sets = {
+        "COCO-Stuff": ("coco_stuff", (*stuff, None, None, None)),
+        "VOC": ("voc", (None, None, None, *voc)),
+    }
+    rows = []
+    for folder, (unseen, values) in sets.items():
+        metrics = [f"{folder}/{metric}" for metric in ("hiou", "miou/seen", "miou/unseen")]
+        own = f"data=prepared,data_dir=data/sets/{folder},unseen={unseen}{args}"
+        keys = tuple("" if value is None else metrics[k % 3] for k, value in enumerate(values))
+        rows.append(Row(f"{name}-{folder}", values, keys, "zsseg", own, differs=ONE_SET))
+    return rows
+
+
+def segments(
+    name: str, values: tuple[float, ...], metrics: tuple[str, ...], args: str, prompt: str = "", **own: str
+) -> Row:
+    """Returns a row of Table 5 or 13."""
+    keys = tuple(
+        f"{folder}/{metric}{prompt}" for folder in ("COCO-Stuff", "ADE20K", "PC-59") for metric in metrics
+    )
+    return Row(name, values, keys, "zsseg", f"{ON_STUFF}{args}", **({"differs": SEGMENTS} | own))
 
 
 def margin(value: str, sample: int, score: float, correction: str) -> Row:
@@ -232,13 +261,8 @@ TABLES = (
                 },
                 OTHERS,
             ),
-            *others(
-                {
-                    "ZSSeg": (37.8, 39.3, 36.3, 77.5, 83.5, 72.5),
-                    "POMP": (39.1, 39.9, 38.2, 84.4, 93.6, 76.8),
-                },
-                FIRST_STAGE,
-            ),
+            *open_vocabulary("ZSSeg", (37.8, 39.3, 36.3), (77.5, 83.5, 72.5)),
+            *open_vocabulary("POMP", (39.1, 39.9, 38.2), (84.4, 93.6, 76.8), f",init={PROMPT}"),
         ],
     ),
     PaperTable(
@@ -250,13 +274,22 @@ TABLES = (
             for data in ("COCO-Stuff", "ADE20K", "PC-59")
             for metric in ("mIoU", "fwIoU", "pACC")
         ],
-        others(
-            {
-                "ZSSeg": (40.8, 49.0, 62.7, 19.5, 48.7, 60.0, 50.8, 64.1, 75.7),
-                "POMP": (41.1, 49.2, 62.9, 20.7, 51.5, 63.7, 51.1, 65.4, 76.1),
-            },
-            FIRST_STAGE,
-        ),
+        [
+            segments(
+                "ZSSeg",
+                (40.8, 49.0, 62.7, 19.5, 48.7, 60.0, 50.8, 64.1, 75.7),
+                ("miou", "fwiou", "pacc"),
+                "",
+                differs=TUNED,
+            ),
+            segments(
+                "POMP",
+                (41.1, 49.2, 62.9, 20.7, 51.5, 63.7, 51.1, 65.4, 76.1),
+                ("miou", "fwiou", "pacc"),
+                f",init={PROMPT}",
+                differs=TUNED,
+            ),
+        ],
     ),
     PaperTable(
         "pomp",
@@ -427,15 +460,35 @@ TABLES = (
             for data in ("COCO-Stuff", "ADE20K", "PC-59")
             for metric in ("mIoU", "fwIoU", "mACC", "pACC")
         ],
-        others(
-            {
-                "single": (40.5, 47.8, 53.5, 61.7, 17.8, 44.0, 31.0, 52.9, 51.8, 64.6, 69.9, 74.3),
-                "ImageNet": (40.9, 48.4, 54.7, 62.3, 17.7, 46.5, 31.8, 57.1, 52.0, 64.7, 70.3, 75.4),
-                "ViLD": (40.9, 48.6, 54.2, 62.3, 20.2, 49.1, 33.4, 60.7, 51.8, 63.8, 69.6, 73.8),
-                "POMP": (41.2, 49.0, 54.7, 62.6, 20.6, 49.3, 35.0, 61.7, 52.4, 65.3, 70.6, 76.4),
-            },
-            FIRST_STAGE,
-        ),
+        [
+            segments(name, values, ("miou", "fwiou", "macc", "pacc"), f",prompt={prompt}", key)
+            for name, prompt, key, values in (
+                (
+                    "single",
+                    "single",
+                    "[single]",
+                    (40.5, 47.8, 53.5, 61.7, 17.8, 44.0, 31.0, 52.9, 51.8, 64.6, 69.9, 74.3),
+                ),
+                (
+                    "ImageNet",
+                    "imagenet",
+                    "[imagenet]",
+                    (40.9, 48.4, 54.7, 62.3, 17.7, 46.5, 31.8, 57.1, 52.0, 64.7, 70.3, 75.4),
+                ),
+                (
+                    "ViLD",
+                    "vild",
+                    "[vild]",
+                    (40.9, 48.6, 54.2, 62.3, 20.2, 49.1, 33.4, 60.7, 51.8, 63.8, 69.6, 73.8),
+                ),
+                (
+                    "POMP",
+                    PROMPT,
+                    "",
+                    (41.2, 49.0, 54.7, 62.6, 20.6, 49.3, 35.0, 61.7, 52.4, 65.3, 70.6, 76.4),
+                ),
+            )
+        ],
     ),
 )
 

@@ -75,7 +75,7 @@ def groupvit(
     name: str, values: tuple[float, ...], weights: str, sets: tuple[str, ...] = SETS, more: str = ""
 ) -> Row:
     """Returns a row of the published GroupViT."""
-    args = f"{EVAL}{chosen(sets)},weights=hf:nvidia/groupvit-gcc-{weights}{more}"
+    args = f"data=sets,{EVAL}{chosen(sets)},weights=hf:nvidia/groupvit-gcc-{weights}{more}"
     return Row(name, values, miou(*sets), "groupvit", args, differs=NAMES if sets == SETS else PROTOCOL)
 
 

@@ -15,7 +15,6 @@ import io
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -228,8 +227,8 @@ def make_parts(config: ConfigDict, workdir: epath.Path, source: Any) -> Parts:
     config = with_own_text(config, workdir)
     _on_first_process(lambda: _write_vocabulary(config, workdir, source))
     parts = Parts(*read_method(config, workdir), make_mesh(config.get("mesh")))
-    if "://" not in str(workdir) and jax.process_index() == 0:  # Tokenisers only read local files.
-        parts.method.save_assets(Path(workdir))
+    if jax.process_index() == 0:
+        parts.method.save_assets(workdir)
     return parts
 
 

@@ -17,7 +17,7 @@ from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.methods.mask2former import Mask2Former
 from ovseg_jax.methods.maskformer import MaskFormer
 from ovseg_jax.methods.maskformer_text import TextMaskFormer
-from ovseg_jax.models.pseg import SegmentViT
+from ovseg_jax.models.pseg import GroupingNet, SegmentViT
 from ovseg_jax.models.text_towers import SiglipText
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.parallel.sharding import path_name
@@ -81,8 +81,9 @@ def export_model(
     if isinstance(segmenter.method, Mask2Former) and to in ("torch", "onnx"):
         raise UserError(f"--to={to} has no form of mask2former; --to=stablehlo and --to=big_vision have")
     net = getattr(segmenter.method, "net", None)
-    if to in ("torch", "onnx") and (net is None or isinstance(net, SegmentViT)):
-        lacking = "pseudo-masks" if net is not None else f"the method {segmenter.config.method}"
+    if to in ("torch", "onnx") and (net is None or isinstance(net, SegmentViT | GroupingNet)):
+        named = {SegmentViT: "pseudo-masks", GroupingNet: "GroupViT's grouping"}
+        lacking = named.get(type(net), f"the method {segmenter.config.method}")
         raise UserError(f"--to={to} has no form of {lacking}")
     kind = np.dtype(jnp.dtype(dtype))
     with locked(folder):

@@ -23,6 +23,11 @@ from ovseg_jax.vocab.vectors import ClassVectors
 
 JOURNAL, SUMMARY = "predictions.jsonl", "predictions.json"
 FEATURES = "features.npz"
+TASKS = {"panoptic": "panoptic", "instance": "instances", "semantic": "argmax"}
+"""The decision of each task."""
+PANOPTIC = "panoptic.png"
+# The file of all images that a task writes in the format of COCO's evaluations.
+COCO_FILES = {"panoptic": "panoptic.json", "instance": "instances.json"}
 ENDS = ("labels.png", "json", "overlay.png")
 
 
@@ -71,7 +76,11 @@ def written_files(head: Mapping[str, Any]) -> set[str]:
     names = head.get("names")
     if not isinstance(names, dict):
         return set()
-    return {f"{name}.{end}" for name in names.values() for end in (*ENDS, FEATURES)} | {JOURNAL, SUMMARY}
+    return {f"{name}.{end}" for name in names.values() for end in (*ENDS, FEATURES, PANOPTIC)} | {
+        JOURNAL,
+        SUMMARY,
+        *COCO_FILES.values(),
+    }
 
 
 def segment_files(
@@ -83,6 +92,7 @@ def segment_files(
     *,
     threshold: float,
     decision: str | None = None,
+    task: str | None = None,
     tile: tuple[int, int] | None = None,
     features: bool = False,
     protocol: str | None = None,
@@ -102,6 +112,7 @@ def segment_files(
       request: everything else that the results depend on, as plain values.
       threshold: see `Segmenter.stream`.
       decision: see `Segmenter.stream`.
+      task: a key of TASKS, in place of `decision`: its files in COCO's formats are written, too.
       tile: see `Segmenter.stream`.
       features: whether to also write features.
       protocol: see `Segmenter.stream`.
@@ -112,15 +123,19 @@ def segment_files(
       UserError: there is such a file and `overwrite` is False, or the folder cannot be written.
     """
     out = check_out_folder(out)
+    if task is not None:
+        decision = TASKS[task]
+    together = COCO_FILES.get(task or "")
     with locked(out):
         journal = Journal(out / JOURNAL)
         known = journal.head.get("names", {})
         names = output_names(paths, known if isinstance(known, dict) else {}, reserved=(_stem(SUMMARY),))
-        ends = (*ENDS, FEATURES) if features else ENDS
+        ends = (*ENDS, *((FEATURES,) if features else ()), *((PANOPTIC,) if task == "panoptic" else ()))
         files = {str(path): [f"{names[str(path)]}.{end}" for end in ends] for path in paths}
         if not overwrite:
             planned = [name for group in files.values() for name in group]
-            check_not_foreign(out, [*planned, JOURNAL, SUMMARY], written_files(journal.head))
+            summaries = [SUMMARY, *([together] if together else [])]
+            check_not_foreign(out, [*planned, JOURNAL, *summaries], written_files(journal.head))
         classes = labels.classes if isinstance(labels, ClassVectors) else labels
         request = {
             **request,
@@ -129,6 +144,7 @@ def segment_files(
             "vectors": _digest(labels.vectors) if isinstance(labels, ClassVectors) else None,
             "threshold": threshold,
             "decision": decision,
+            "task": task,
             "tile": tile,
             "features": features,
             "protocol": protocol,
@@ -164,7 +180,7 @@ def segment_files(
                     protocol=protocol,
                     crf=crf,
                 )
-                for record in _save_all(results, reader, out, names, len(paths), count):
+                for record in _save_all(results, reader, out, names, len(paths), count, task):
                     journal.append(record)
                     done[record["image"]] = record
         finally:
@@ -179,7 +195,37 @@ def segment_files(
             "images": shown,
         }
         write_whole(out / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        if together:
+            write_whole(out / together, json.dumps(coco_results(shown, task or "")) + "\n")
         return Done(shown, reader.skipped, count)
+
+
+def coco_results(records: Sequence[Mapping[str, Any]], task: str) -> Any:
+    """Returns the records of all images in the format of COCO's evaluations.
+
+    An image's id is its name without its suffix, as a number where it is one, as in COCO's files.
+
+    Args:
+      records: see `Done`, with "segments_info" for task "panoptic".
+      task: "panoptic" for {"annotations": [...]}, "instance" for a list of results, of things alone.
+    """
+    number = lambda stem: int(stem) if stem.isdecimal() else stem
+    if task == "panoptic":
+        rows = [
+            {
+                "image_id": number(record["stem"]),
+                "file_name": f"{record['stem']}.{PANOPTIC}",
+                "segments_info": record["segments_info"],
+            }
+            for record in records
+        ]
+        return {"annotations": rows}
+    names = {"id": "category_id", "segmentation": "segmentation", "score": "score", "bbox": "bbox"}
+    return [
+        {"image_id": number(record["stem"]), **{ours: segment[key] for key, ours in names.items()}}
+        for record in records
+        for segment in record["segments"]
+    ]
 
 
 def _save_all(
@@ -189,6 +235,7 @@ def _save_all(
     names: Mapping[str, str],
     total: int,
     done: int,
+    task: str | None,
 ) -> Iterator[dict[str, Any]]:
     """Writes the files of each result and yields its record."""
     with tqdm(total=total, initial=done, unit="image", disable=None, dynamic_ncols=True) as bar:
@@ -200,13 +247,14 @@ def _save_all(
             try:
                 if result.features is not None:
                     result.features.save(out / f"{name}.{FEATURES}")
+                coco = result.save_panoptic(out, name) if task == "panoptic" else {}
                 result.save(out, name)
             except (OSError, UserError) as error:
                 text = error.strerror if isinstance(error, OSError) and error.strerror else error
                 raise UserError(
                     f"{out / name}: {text}; {done} of {total} images are done; the same command continues from there"
                 ) from error
-            yield {"image": str(path), "stem": name, "stamp": stamp, **result.record()}
+            yield {"image": str(path), "stem": name, "stamp": stamp, **result.record(), **coco}
             done += 1
             bar.update()
 

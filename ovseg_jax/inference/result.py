@@ -198,6 +198,12 @@ class Result:
         colours = np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)
         return Image.fromarray(colours), rows
 
+    def save_panoptic(self, folder: epath.PathLike, stem: str) -> dict[str, Any]:
+        """Writes `stem.panoptic.png` into a folder, see `panoptic`, and returns {"segments_info": ...}."""
+        picture, rows = self.panoptic()
+        write_whole(epath.Path(folder) / f"{stem}.panoptic.png", _png(picture))
+        return {"segments_info": rows}
+
     def to_json(self) -> str:
         """Returns `record` as JSON."""
         return json.dumps(self.record(), indent=1)

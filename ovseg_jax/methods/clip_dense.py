@@ -139,7 +139,7 @@ class ClipDense(OnClip, Segmenting):
             return self.embed_image(variables, crops[:, 0])
 
         features = jnp.moveaxis(jax.lax.map(embed, jnp.moveaxis(masks, 1, 0)), 0, 1)
-        scale = jnp.broadcast_to(self.logit_scale(variables), len(image))
+        scale = jnp.broadcast_to(self.logit_scale(variables), image.shape[:1])
         regions = {SPACE: jnp.where(valid[..., None], features, 0)}
         return Prediction(jnp.where(masks > 0, CERTAIN, -CERTAIN), regions, {}, scale=scale)
 

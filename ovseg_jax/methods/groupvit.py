@@ -8,12 +8,12 @@ over the templates (published: no).
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jaxtyping import Array, Int, UInt8
 from ml_collections import ConfigDict
 
@@ -21,7 +21,7 @@ from ovseg_jax.config import keys
 from ovseg_jax.data.source_base import Source
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.unit import unit
-from ovseg_jax.models.groupvit import GroupVitImage, GroupVitText
+from ovseg_jax.models.groupvit import SHARPNESS, GroupVitImage, GroupVitText
 from ovseg_jax.models.text_towers import CLIPText
 from ovseg_jax.protocols import Aux, Batch, Prediction, Segmenting, Text, Trainable, Variables
 from ovseg_jax.towers.features import embed_in_chunks
@@ -33,9 +33,6 @@ from ovseg_jax.vocab.tokenizers import PieceTokenizer, keep_tokenizer, load_toke
 from ovseg_jax.vocab.words import WordList
 
 SPACE = "groupvit"
-# A share p of a pixel in a group is the mask logit SHARPNESS (p - 1/2): since this is linear, upsampled logits have
-# their maximum where upsampled shares have it.
-SHARPNESS = 20.0
 
 
 class GroupViT(Trainable, Segmenting):
@@ -129,7 +126,7 @@ class GroupViT(Trainable, Segmenting):
         """Raises an error, since there are no steps."""
         raise UserError("the method groupvit is not trained")
 
-    def save_assets(self, workdir: Path) -> None:
+    def save_assets(self, workdir: epath.Path) -> None:
         """Saves the tokeniser."""
         keep_tokenizer(self.tokenizer, workdir)
 
@@ -143,7 +140,7 @@ class GroupViT(Trainable, Segmenting):
         x = jnp.where(inside, (image.astype(jnp.float32) / 255 - mean) / std, 0)
         out: Any = self.image.apply(variables["groupvit"]["image"], x)
         logits = SHARPNESS * (out.assignment - 0.5)
-        scale = jnp.broadcast_to(out.scale, len(image))
+        scale = jnp.broadcast_to(out.scale, image.shape[:1])
         return Prediction(logits, {SPACE: unit(out.groups)}, {}, None, {SPACE: unit(out.pooled)}, scale)
 
     def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:

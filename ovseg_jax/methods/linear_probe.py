@@ -7,12 +7,12 @@ classes.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 
@@ -82,7 +82,7 @@ class LinearProbe(OnClip):
         del rng
         return self.embed_image(variables, batch["image"]), (), {}
 
-    def save_assets(self, workdir: Path) -> None:
+    def save_assets(self, workdir: epath.Path) -> None:
         """Saves nothing: a class is a row of the probe, and only `embed_phrases` needs the tokeniser."""
         del workdir
 

@@ -6,11 +6,11 @@ zero_shot_transformer_predictor.py and clip_adapter/adapter.py.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jaxtyping import Array, Int, UInt8
 from ml_collections import ConfigDict
 
@@ -106,7 +106,7 @@ class TextMaskFormer(MaskFormer):
         text = self.text.pretrained()
         return {**found, "params": {**found.get("params", {}), "text": text}} if text else found
 
-    def save_assets(self, workdir: Path) -> None:
+    def save_assets(self, workdir: epath.Path) -> None:
         """Saves a frozen text tower, which checkpoints do not hold."""
         if isinstance(self.text, FrozenText) and not (workdir / TEXT_TOWER / "config.json").exists():
             self.text.save(workdir / TEXT_TOWER)

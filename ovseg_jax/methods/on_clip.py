@@ -1,8 +1,8 @@
 """The data side of methods on CLIP's towers: images of one class, or texts by the towers' tokeniser."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from ovseg_jax.data.fields import batch_fields
@@ -34,7 +34,7 @@ class OnClip(Trainable, Classifier):
         """The tokeniser of the text tower, read at the first access."""
         return self.clip.tokenizer
 
-    def save_assets(self, workdir: Path) -> None:
+    def save_assets(self, workdir: epath.Path) -> None:
         """Saves the tokeniser, unless it is one of the run's own words."""
         if self.clip.config.get("tokenizer", "") != "words":
             keep_tokenizer(self.tokenizer, workdir)

@@ -1,12 +1,12 @@
 """OpenSeg (papers/004): class-agnostic proposals learned from masks, words grounded to proposals by captions."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
@@ -197,7 +197,7 @@ class OpenSeg(Trainable, Segmenting):
         raw, bounds = params["temperature"], self.loss_config.temperature_bounds
         return bounded(raw["region"], *bounds), bounded(raw.get("pair", raw["region"]), *bounds)
 
-    def save_assets(self, workdir: Path) -> None:
+    def save_assets(self, workdir: epath.Path) -> None:
         """Saves a frozen text tower, which checkpoints do not hold."""
         if isinstance(self.text, FrozenText) and not (workdir / TEXT_TOWER / "config.json").exists():
             self.text.save(workdir / TEXT_TOWER)

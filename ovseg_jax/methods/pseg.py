@@ -1,11 +1,12 @@
 """P-Seg (papers/002): a MaskFormer that learns its masks from pseudo-masks, and their meaning from captions."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
@@ -22,8 +23,9 @@ from ovseg_jax.losses.matching import Weights, matched_losses
 from ovseg_jax.losses.temperature import bounded, unbounded
 from ovseg_jax.methods import maskformer, openseg
 from ovseg_jax.models.backbones import build_vit
+from ovseg_jax.models.groupvit import GroupVitImage
 from ovseg_jax.models.openseg import OpenSegNet, inside
-from ovseg_jax.models.pseg import PSegFeatures, PSegNet, SegmentViT
+from ovseg_jax.models.pseg import GroupingNet, PSegFeatures, PSegNet, SegmentViT
 from ovseg_jax.models.pseudo_masks import GENERATOR_KEYS, build_generator
 from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.parallel.sharding import active_batch_axes
@@ -41,12 +43,15 @@ SPACE = "text"
 
 OWN_FIELDS = ("embed_dim", "projection_hidden", "projection_norm")
 LOSS_KEYS = "mask_weight contrastive_weight average matching focal dice aggregation temperature temperature_bounds form"
-NETWORKS = ("maskformer", "openseg", "segment_vit")
+NETWORKS = ("maskformer", "openseg", "segment_vit", "groupvit")
+GROUPING_FIELDS = tuple(
+    field.name for field in dataclasses.fields(GroupVitImage) if field.name not in ("parent", "name", "dtype")
+)
 MATCHING = ("hungarian", "best")
 AGGREGATION = ("mean", "words")
 
 
-def build_net(config: ConfigDict) -> PSegNet | OpenSegNet | SegmentViT:
+def build_net(config: ConfigDict) -> PSegNet | OpenSegNet | SegmentViT | GroupingNet:
     """Creates the image network of a config's `model` section.
 
     Raises:
@@ -61,6 +66,8 @@ def build_net(config: ConfigDict) -> PSegNet | OpenSegNet | SegmentViT:
         if not net.num_queries:
             raise UserError("model.num_queries=0: P-Seg needs masks")
         return net
+    if network == "groupvit":
+        return _grouping(config)
     fields = {key: model[key] for key in OWN_FIELDS if key in model}
     if network == "segment_vit":
         return _segment_vit(config, fields)
@@ -83,6 +90,19 @@ def _segment_vit(config: ConfigDict, fields: Mapping[str, Any]) -> SegmentViT:
     return SegmentViT(tower, generator, tuple(model.mean), tuple(model.std), dtype=dtype, **fields)
 
 
+def _grouping(config: ConfigDict) -> GroupingNet:
+    model = {key: tuple(x) if isinstance(x, list) else x for key, x in config.model.to_dict().items()}
+    if unknown := sorted(model.keys() - {"network", "mean", "std", "dtype", *GROUPING_FIELDS}):
+        raise UserError(f"config.model of the network groupvit has no key {unknown[0]!r}")
+    if config.get("pseudo_masks") or config.loss.mask_weight:
+        raise UserError(
+            "the network groupvit learns no masks: loss.mask_weight=0, without the section pseudo_masks"
+        )
+    fields: dict[str, Any] = {key: x for key, x in model.items() if key in GROUPING_FIELDS}
+    image = GroupVitImage(**fields, dtype=jnp.dtype(model.get("dtype", "float32")))
+    return GroupingNet(image, tuple(model["mean"]), tuple(model["std"]))
+
+
 def features_of(out: Any) -> PSegFeatures:
     """Returns the features of P-Seg from the output of either network."""
     if isinstance(out, PSegFeatures):
@@ -100,7 +120,8 @@ class PSeg(Trainable, Segmenting):
 
     `config.model.network` is "maskformer" (3.2), see `models.pseg`, or "openseg" (ours), whose mask features are pixel
     embeddings, summed under the predicted mask; or "segment_vit", baseline 2 of 4.1, whose masks are the pseudo-masks,
-    see `models.pseg.SegmentViT`.
+    see `models.pseg.SegmentViT`; or "groupvit", whose masks are the groups of `models.groupvit.GroupVitImage`, with the
+    fields of that class in `config.model`.
 
     Keys of `config.loss`: `mask_weight` and `contrastive_weight` are λ of eq. 4; `average` halves their sum, as Figure
     17 does and eq. 4 does not. `matching` is "hungarian" (3.3.1), with `focal` and `dice` of eq. 1, or "best" (ours):
@@ -154,9 +175,13 @@ class PSeg(Trainable, Segmenting):
             "maskformer": [*maskformer.NET_FIELDS, *OWN_FIELDS],
             "openseg": openseg.NET_FIELDS,
             "segment_vit": OWN_FIELDS,
+            "groupvit": GROUPING_FIELDS,
         }.get(config.model.get("network"), ())
+        others = (
+            openseg.OTHER_FIELDS if config.model.get("network") != "groupvit" else ("mean", "std", "dtype")
+        )
         return {
-            "model": dict.fromkeys(["network", *openseg.OTHER_FIELDS, *own], True),
+            "model": dict.fromkeys(["network", *others, *own], True),
             "text": keys(TEXT_KEYS, transformer) | keys("learned vectors", not transformer),
             "loss": keys(LOSS_KEYS) | keys("group", words) | keys("multi_label_weight", transformer),
             "pseudo_masks": dict.fromkeys(GENERATOR_KEYS, True),
@@ -227,7 +252,7 @@ class PSeg(Trainable, Segmenting):
         P-Seg's own network starts without any (ours: the paper does not say).
         """
         found: dict[str, Any] = {}
-        if init := self.config.model.backbone.get("init", ""):
+        if init := self.config.model.get("backbone", {}).get("init", ""):
             variables = jax.eval_shape(self.init, jax.random.key(0))
             shapes = {name: tree["image"] for name, tree in variables.items() if "image" in tree}
             inner: Any = self.net
@@ -356,7 +381,7 @@ class PSeg(Trainable, Segmenting):
     def _temperature(self, params: Mapping, name: str) -> Float[Array, ""]:
         return bounded(params["temperature"][name], *self.loss_config.temperature_bounds)
 
-    def save_assets(self, workdir: Path) -> None:
+    def save_assets(self, workdir: epath.Path) -> None:
         """Saves the tokeniser of word pieces."""
         if isinstance(self.text, TextTransformer) and self.text.source != "words":
             keep_tokenizer(self.text.tokenizer, workdir)
@@ -368,7 +393,7 @@ class PSeg(Trainable, Segmenting):
         own = {name: tree["image"] for name, tree in variables.items() if "image" in tree}
         out = features_of(self.net.apply(own, image, image_size))
         # GroupViT's decision, which C.1 follows, needs the whole image's embedding and the temperature.
-        scale = jnp.broadcast_to(1 / self._last_temperature(variables["params"]), len(image))
+        scale = jnp.broadcast_to(1 / self._last_temperature(variables["params"]), image.shape[:1])
         whole = {SPACE: unit(out.image)}
         regions, pixels = {SPACE: unit(out.regions)}, {SPACE: out.pixels}
         return Prediction(out.mask_logits[:, -1], regions, pixels, None, whole, scale)

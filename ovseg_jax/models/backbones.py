@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.models import clip_resnet, eva, resnet, swin, vit
+from ovseg_jax.models import clip_resnet, convnext, eva, resnet, swin, vit
 from ovseg_jax.models.clip_resnet import ClipResNet
+from ovseg_jax.models.convnext import ConvNeXt
 from ovseg_jax.models.efficientnet import EfficientNet
 from ovseg_jax.models.efficientnet_scaling import SCALING
 from ovseg_jax.models.eva import Eva
@@ -34,6 +35,7 @@ BACKBONES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     **{name: (ResNet, {"stage_sizes": sizes}) for name, sizes in resnet.STAGES.items()},
     **{name: (EfficientNet, {"width": w, "depth": d}) for name, (w, d) in SCALING.items()},
     **{name: (ClipResNet, fields) for name, fields in clip_resnet.PRESETS.items()},
+    **{name: (ConvNeXt, fields) for name, fields in convnext.PRESETS.items()},
     **{name: (Swin, fields) for name, fields in swin.PRESETS.items()},
     "vit": (ViT, {}),
     **{name: (ViT, fields) for name, fields in vit.PRESETS.items()},

@@ -10,6 +10,9 @@ from jaxtyping import Array, Float
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.transformer import ACTIVATIONS, Places
 
+# The paths of adapters' parameters.
+ADAPTERS = r"(^|/)adapter_(attention|mlp)/"
+
 
 def _centre(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Float[Array, "3 3 c c"]:
     """Returns the kernel of a convolution that changes nothing."""

@@ -1,7 +1,8 @@
-"""GroupViT (Xu et al. 2022, GroupViT: Semantic Segmentation Emerges from Text Supervision), for inference.
+"""GroupViT (Xu et al. 2022, GroupViT: Semantic Segmentation Emerges from Text Supervision).
 
 Stages of transformer blocks on patches and learned group tokens; at the end of a stage, the group tokens take the place
-of the tokens that are assigned to them. Blocks have the names of `models.transformer.VIT`.
+of the tokens that are assigned to them. In training, the assignment is drawn (Gumbel-softmax), and the hard one has the
+gradient of the soft one. Blocks have the names of `models.transformer.VIT`.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,10 @@ from ovseg_jax.models.positions import resize_positions
 from ovseg_jax.models.projection import Projection
 from ovseg_jax.models.text_towers import CLIPText
 from ovseg_jax.models.transformer import ACTIVATIONS, VIT, Attention, Block, Mlp
+
+# A share p of a pixel in a group is the mask logit SHARPNESS (p - 1/2): since this is linear, upsampled logits have
+# their maximum where upsampled shares have it.
+SHARPNESS = 20.0
 
 
 class GroupedImage(NamedTuple):
@@ -73,7 +78,7 @@ class Assign(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n d"], tokens: Float[Array, "b m d"]
+        self, x: Float[Array, "b n d"], tokens: Float[Array, "b m d"], train: bool = False
     ) -> tuple[Float[Array, "b g d"], Float[Array, "b g n"]]:
         """Returns the groups, and the soft assignment of the tokens `x`, which sums to 1 over the groups."""
         width = x.shape[-1]
@@ -88,7 +93,11 @@ class Assign(nn.Module):
         groups = norm("norm_cross")(groups + mlp(self.hidden, "mlp_cross")(norm("norm_mlp_cross")(groups)))
         logits = jnp.einsum("bgd,bnd->bgn", dense("query")(groups), dense("key")(x)) * width**-0.5
         logits = logits.astype(jnp.float32)
-        hard = jax.nn.one_hot(logits.argmax(1), self.groups, axis=1, dtype=self.dtype)
+        drawn = logits + jax.random.gumbel(self.make_rng("dropout"), logits.shape) if train else logits
+        hard = jax.nn.one_hot(drawn.argmax(1), self.groups, axis=1, dtype=self.dtype)
+        if train:
+            soft = jax.nn.softmax(drawn, 1).astype(self.dtype)
+            hard = hard + soft - jax.lax.stop_gradient(soft)
         hard = hard / (hard.sum(-1, keepdims=True) + self.assign_epsilon)
         groups = groups + dense("out")(jnp.einsum("bgn,bnd->bgd", hard, dense("value")(x)))
         hidden = int(self.ratio[1] * width)
@@ -117,14 +126,14 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n d"], before: Float[Array, "b m d"] | None
+        self, x: Float[Array, "b n d"], before: Float[Array, "b m d"] | None, train: bool = False
     ) -> tuple[Float[Array, "b g d"], Float[Array, "b t d"] | None, Float[Array, "b g n"] | None]:
         """Returns the groups, the group tokens and the soft assignment; without group tokens (tokens, None, None)."""
         width, count = x.shape[-1], x.shape[1]
         dtype = self.assign["dtype"]
         if self.tokens:
             table = self.param("group_token", nn.initializers.normal(0.02), (1, self.tokens, width))
-            own = jnp.broadcast_to(table.astype(dtype), (len(x), self.tokens, width))
+            own = jnp.broadcast_to(table.astype(dtype), (x.shape[0], self.tokens, width))
             if self.project:
                 y = nn.LayerNorm(self.assign["epsilon"], dtype=dtype, name="token_norm")(before)
                 mixer = Mixer(width // 2, self.tokens, self.assign["activation"], dtype, name="token_mixer")
@@ -135,7 +144,7 @@ class Stage(nn.Module):
         if not self.tokens:
             return x, None, None
         x, own = x[:, :count], x[:, count:]
-        groups, assignment = Assign(self.groups, **self.assign, name="assign")(x, own)
+        groups, assignment = Assign(self.groups, **self.assign, name="assign")(x, own, train)
         return groups, own, assignment
 
 
@@ -152,6 +161,7 @@ class GroupVitImage(nn.Module):
       activation: a key of `ACTIVATIONS`.
       epsilon: epsilon of all layer norms.
       embed_dim, projection: channels of the projection, and inside of it.
+      projection_norm: whether it has batch normalisation.
       dtype: compute type; parameters are float32.
     """
 
@@ -169,11 +179,14 @@ class GroupVitImage(nn.Module):
     epsilon: float = 1e-5
     embed_dim: int = 256
     projection: int = 4096
+    projection_norm: bool = True
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, image: Float[Array, "b h w 3"]) -> GroupedImage:
+    def __call__(self, image: Float[Array, "b h w 3"], train: bool = False) -> GroupedImage:
         """Groups the patches of normalised images, whose sides are multiples of `patch`.
+
+        In training it draws from the random stream "dropout".
 
         Raises:
           UserError: the fields do not describe stages, or a side is not a multiple of the patch.
@@ -194,16 +207,19 @@ class GroupVitImage(nn.Module):
         for i, depth in enumerate(self.depths):
             project = i > 0 and self.tokens[i] > 0
             stage = Stage(depth, self.tokens[i], self.groups[i], block, assign, project, name=f"stage_{i}")
-            x, own, soft = stage(x, own)
+            x, own, soft = stage(x, own, train)
             if soft is not None:
                 shares = soft if shares is None else jnp.einsum("bgm,bmn->bgn", soft, shares)
         x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="norm")(x)
-        projection = Projection(self.embed_dim, self.projection, dtype=self.dtype, name="projection")
+        projection = Projection(
+            self.embed_dim, self.projection, self.projection_norm, self.dtype, name="projection"
+        )
         # The published start, 1/0.07.
         scale = self.param("logit_scale", nn.initializers.constant(2.6592), ())
         assert shares is not None
         shares = shares.reshape(b, -1, h, w)
-        return GroupedImage(projection(x.mean(1)), projection(x), shares, jnp.exp(scale))
+        groups = projection(x)  # first, by the statistics of before
+        return GroupedImage(projection(x.mean(1), train), groups, shares, jnp.exp(scale))
 
     def _check(self, size: Sequence[int]) -> None:
         if not len(self.depths) == len(self.tokens) == len(self.groups) or not any(self.tokens):

@@ -1,4 +1,4 @@
-"""P-Seg's image network: MaskFormer without its classifier, and mask features in the space of the texts; a baseline."""
+"""P-Seg's image network: MaskFormer without its classifier, and mask features in the space of the texts; baselines."""
 
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.unit import unit
+from ovseg_jax.models.groupvit import SHARPNESS, GroupVitImage
 from ovseg_jax.models.maskformer import MaskFormerNet, cells_inside
 from ovseg_jax.models.openseg import normalise
 from ovseg_jax.models.projection import Projection
@@ -124,3 +125,33 @@ class SegmentViT(nn.Module):
         logits = jnp.where(masks > 0, CERTAIN, -CERTAIN)
         pixels = jnp.einsum("bnhw,bnd->bhwd", masks / 255, unit(regions))
         return PSegFeatures(logits[:, None], regions, mean, pixels)
+
+
+class GroupingNet(nn.Module):
+    """GroupViT's image side (papers/002's main baseline), whose masks are its groups. It learns no masks from masks.
+
+    Attributes:
+      groups: the image side.
+      mean, std: normalisation of pixels.
+    """
+
+    groups: GroupVitImage
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def embed_dim(self) -> int:
+        """D of the text space."""
+        return self.groups.embed_dim
+
+    @nn.compact
+    def __call__(
+        self, image: UInt8[Array, "b s t 3"], image_size: Int[Array, "b 2"], train: bool = False
+    ) -> PSegFeatures:
+        """Encodes images that fill `image_size` (height, width) of their canvas; draws, see `GroupVitImage`."""
+        x = normalise(image, image_size, self.mean, self.std, self.groups.dtype)
+        out = self.groups(x, train)
+        regions = out.groups.astype(jnp.float32)
+        pixels = jnp.einsum("bnhw,bnd->bhwd", out.assignment, unit(regions))
+        logits = SHARPNESS * (out.assignment - 0.5)
+        return PSegFeatures(logits[:, None], regions, out.pooled.astype(jnp.float32), pixels)

@@ -233,6 +233,15 @@ PRESETS: dict[str, tuple[type[TextTower], dict[str, Any]]] = {
     "clip_rn50": (CLIPText, dict(embed_dim=1024)),
     "clip_rn50x4": (CLIPText, dict(width=640, heads=10, embed_dim=640)),
     "clip_rn50x64": (CLIPText, _large | dict(layers=12, embed_dim=1024)),
+    "clip_convnext_base": (CLIPText, _gelu),
+    **dict.fromkeys(
+        ("clip_convnext_base_w", "clip_convnext_base_w_320"),
+        (CLIPText, _gelu | dict(width=640, heads=10, embed_dim=640)),
+    ),
+    **dict.fromkeys(
+        ("clip_convnext_large_d", "clip_convnext_large_d_320"), (CLIPText, _medium | _gelu | dict(layers=16))
+    ),
+    "clip_convnext_xxlarge": (CLIPText, _large | _gelu | dict(embed_dim=1024)),
     "eva01_clip_g14": (CLIPText, _medium | _gelu | dict(embed_dim=1024)),
     "eva02_clip_b16": (CLIPText, _gelu),
     **dict.fromkeys(("eva02_clip_l14", "eva02_clip_l14_336"), (CLIPText, _medium | _gelu)),

@@ -342,6 +342,6 @@ def through_blocks(
         x = jnp.concatenate([x[:, :front], patches, x[:, end:]], axis=1)
         if rotary is not None and places.kept is not None:
             chosen = rotary[:, front:][:, places.kept]
-            still = jnp.broadcast_to(rotary[:, None, :front], (2, len(x), front, rotary.shape[-1]))
+            still = jnp.broadcast_to(rotary[:, None, :front], (2, x.shape[0], front, rotary.shape[-1]))
             turned = jnp.concatenate([still, chosen], axis=2)
     return x, places, tapped

@@ -258,7 +258,7 @@ class ViT(nn.Module):
 
 def _append(x: Float[Array, "b n d"], tokens: Float[Array, "m d"]) -> Float[Array, "b n+m d"]:
     """Appends the same tokens to those of every image."""
-    tokens = jnp.broadcast_to(tokens.astype(x.dtype), (len(x), *tokens.shape))
+    tokens = jnp.broadcast_to(tokens.astype(x.dtype), (x.shape[0], *tokens.shape))
     return jnp.concatenate([x, tokens], axis=1)
 
 

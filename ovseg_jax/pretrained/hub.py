@@ -6,11 +6,18 @@
     openai:/path/ViT-B-16.pt  a file, as OpenAI published CLIP
     open_clip:/path, open_clip:owner/name
     big_vision:/path.npz      see `big_vision`
+    gs://bucket/folder        a folder or a file in a bucket, such as those that a run there keeps; it is copied
 
 A prefix only gives the location; the format of the arrays is recognised from their names (`load`).
 """
 
+import atexit
+import functools
+import shutil
+import tempfile
 from pathlib import Path
+
+from etils import epath
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.pretrained.files import NAMES
@@ -36,6 +43,11 @@ def find(init: str) -> Path:
       UserError: there is no such file or repository, the prefix is unknown, huggingface_hub is not installed, or the
         download fails.
     """
+    if "://" in init:
+        path = on_disk(init)
+        if not path.exists():
+            raise UserError(f"init={init}: no such file or folder")
+        return path
     kind, colon, name = init.partition(":")
     if not colon:
         kind, name = "", init
@@ -53,6 +65,26 @@ def find(init: str) -> Path:
     ):
         raise UserError(f"init={init}: no such file or folder: {path}")
     return _download(init, f"timm/{name}" if kind == "timm" else name)
+
+
+def on_disk(path: epath.PathLike) -> Path:
+    """Returns a path that libraries can read: the path itself, or for one in a bucket that of a copy, if it exists.
+
+    The copy of a folder has its files, not its folders. It is removed when the process ends.
+    """
+    place = str(epath.Path(path))
+    return Path(_copied(place)) if "://" in place and epath.Path(place).exists() else Path(place)
+
+
+@functools.cache
+def _copied(place: str) -> str:
+    source, folder = epath.Path(place), Path(tempfile.mkdtemp(prefix="ovseg_jax-"))
+    atexit.register(shutil.rmtree, folder, True)
+    inside = source.is_dir()
+    for file in source.iterdir() if inside else (source,):
+        if not file.is_dir():
+            (folder / file.name).write_bytes(file.read_bytes())
+    return str(folder if inside else folder / source.name)
 
 
 def _download(init: str, repository: str) -> Path:

@@ -12,6 +12,8 @@ import numpy as np
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.clip_resnet import ClipResNet
+from ovseg_jax.models.convnext import ConvNeXt
+from ovseg_jax.models.convpass import ADAPTERS
 from ovseg_jax.models.efficientnet import EfficientNet
 from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.groupvit import GroupVitImage, GroupVitText
@@ -28,6 +30,7 @@ from ovseg_jax.models.upernet import UPerNet
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.pretrained import (
     clip_resnet,
+    convnext,
     efficientnet,
     eva,
     groupvit,
@@ -53,10 +56,9 @@ TOWERS: dict[type[nn.Module], str] = {ViT: "img", SiglipText: "txt"}
 
 # Parameters that published models lack: adapters beside the branches of blocks; the norms of a Swin's finer maps; in
 # UPerNets, BEiT's keys have no bias, which has no effect under a softmax, and the final norm of its ViT is not used.
-_ADAPTERS = (r"/adapter_(attention|mlp)/",)
 FRESH: dict[type[nn.Module], Sequence[str]] = {
-    ViT: _ADAPTERS,
-    Eva: _ADAPTERS,
+    ViT: (ADAPTERS,),
+    Eva: (ADAPTERS,),
     Swin: (r"out_norm[234]",),
     UPerNet: (r"tower/.*/key/bias$", r"tower/Transformer/encoder_norm/"),
 }
@@ -182,6 +184,11 @@ def formats(module: nn.Module) -> dict[str, list[Rename]]:
             return {
                 "OpenAI's or open_clip's CLIP": clip_resnet.from_openai_clip_resnet(),
                 "timm's CLIP ResNet": clip_resnet.from_timm_clip_resnet(),
+            }
+        case ConvNeXt(head_hidden=hidden):
+            return {
+                "open_clip's ConvNeXt": convnext.from_open_clip_convnext(),
+                "timm's CLIP ConvNeXt": convnext.from_timm_clip_convnext(hidden),
             }
         case Swin():
             return {

@@ -17,6 +17,7 @@ import flax.linen as nn
 import numpy as np
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.models.convnext import ConvNeXt
 from ovseg_jax.models.efficientnet import EfficientNet
 from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.groupvit import GroupVitImage, GroupVitText
@@ -81,6 +82,8 @@ _TIMM = {
     "timm's EfficientNet": r"tf_efficientnet_b[0-7]",
     "torchvision's or timm's ResNet": r"(tv_|gluon_|ssl_|swsl_)?resnet(50|101|152)(_v1b)?",
     "timm's CLIP ResNet": r"resnet(50|101|50x4|50x16|50x64)_clip",
+    "timm's CLIP ConvNeXt": r"convnext_(base|large_mlp|xxlarge)",
+    "open_clip's ConvNeXt": r"convnext_(base|large|xxlarge)",
     "timm's Swin": r"swin_(tiny|small|base|large)_patch4_window\d+_\d+",
     "timm's ViT": r"(vit|deit)_(?!.*(?:rope|relpos)).*_patch\d+.*",
     "timm's EVA": r"eva(02)?_.*_patch\d+_(clip_)?\d+",
@@ -200,6 +203,8 @@ def facts(module: nn.Module) -> Facts:
             return dict(activation="gelu_tanh", heads=module.heads, epsilon=1e-6, causal=False, pool="last")
         case Bert():
             return dict(activation="gelu", heads=module.heads, epsilon=1e-12)
+        case ConvNeXt():
+            return dict(epsilon=module.epsilon)
         case Swin():
             return dict(activation="gelu", epsilon=1e-5)
         case ResNet():
@@ -302,6 +307,8 @@ def _of_timm(architecture: Any, config: Mapping[str, Any], format_: str) -> Fact
     name = re.sub(r"(_ns|_ap|_in22k|_in22ft1k|_in21k)$", "", architecture.partition(".")[0])
     if not re.fullmatch(_TIMM[format_], name):
         return {"refused": f"its architecture {architecture!r} is not supported ({_TIMM[format_]} are)"}
+    if "ConvNeXt" in format_:
+        return dict(epsilon=1e-5 if "xxlarge" in name else 1e-6)
     if format_ == "timm's EVA":
         rotary = re.match(r"eva02_(tiny|small|base|large)", name)
         return dict(post_norm="enormous" in name, rope_grid=16 if rotary else None)

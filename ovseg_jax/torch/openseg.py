@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.torch.clip_resnet import ClipResNet
+from ovseg_jax.torch.convnext import ConvNeXt
 from ovseg_jax.torch.efficientnet import EfficientNet
 from ovseg_jax.torch.eva import Eva
 from ovseg_jax.torch.layers import Conv, GroupNorm, LayerNorm, resize
@@ -21,7 +22,10 @@ from ovseg_jax.torch.vit import ViT
 
 KINDS: dict[str, type[nn.Module]] = {
     kind.__name__: kind
-    for kind in (SmallBackbone, ResNet, EfficientNet, ClipResNet, Swin, TowerPyramid, TapPyramid, ViT, Eva)
+    for kind in (
+        *(SmallBackbone, ResNet, EfficientNet, ClipResNet, ConvNeXt, Swin),
+        *(TowerPyramid, TapPyramid, ViT, Eva),
+    )
 }
 
 

@@ -1,6 +1,7 @@
 """CLIP (Radford et al. 2021): an image tower, a text tower and the temperature between them."""
 
 import dataclasses
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,8 +20,10 @@ from ovseg_jax.config import to_json
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import forget, record, write_recorded
 from ovseg_jax.kernels.unit import unit
-from ovseg_jax.models import clip_resnet, eva, vit
+from ovseg_jax.models import clip_resnet, convnext, eva, vit
 from ovseg_jax.models.clip_resnet import ClipResNet
+from ovseg_jax.models.convnext import ConvNeXt
+from ovseg_jax.models.convpass import ADAPTERS
 from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.hooks import HOOKS
 from ovseg_jax.models.small import SmallBackbone
@@ -80,12 +83,12 @@ class Clip:
     log(1/τ)}.
 
     Args:
-      config: `image`, a dict with `name` (a CLIP preset of `models.vit`, `models.clip_resnet` or `models.eva`, "vit",
-        "eva" or "small") and fields of its module; `text`, the same for `models.text_towers` ("clip" for a CLIPText of
-        these fields); `init`, the weights (see `pretrained.hub`, or the folder of a run of method "clip"), "" for
-        random ones; `tokenizer`, the folder of the tokeniser if it is not with the weights, the folder of a run for
-        its words, or "words" for the words of this run; `image_size` in pixels; `mean` and `std` of pixels;
-        `logit_scale`, 1/τ of weights that have none; `dtype`.
+      config: `image`, a dict with `name` (a CLIP preset of `models.vit`, `models.clip_resnet`, `models.convnext` or
+        `models.eva`, or "vit", "convnext", "eva" or "small") and fields of its module; `text`, the same for
+        `models.text_towers` ("clip" for a CLIPText of these fields); `init`, the weights (see `pretrained.hub`, or the
+        folder of a run of method "clip"), "" for random ones; `tokenizer`, the folder of the tokeniser if it is not
+        with the weights, the folder of a run for its words, or "words" for the words of this run; `image_size` in
+        pixels; `mean` and `std` of pixels; `logit_scale`, 1/τ of weights that have none; `dtype`.
       words: the vocabulary, if the tokeniser is one of words.
 
     Raises:
@@ -177,6 +180,8 @@ class Clip:
         found = read_towers(folder)
         flat = lambda tree: {path: np.shape(x) for path, x in flatten_dict(tree, sep="/").items()}
         given, own = flat(found), flat(jax.eval_shape(self.init, jax.random.key(0)))
+        # Adapters may be new, and are then left out, as in `pretrained.load`.
+        own = {path: shape for path, shape in own.items() if path in given or not re.search(ADAPTERS, path)}
         if wrong := sorted(path for path in given | own if given.get(path) != own.get(path)):
             raise UserError(
                 f"towers.init={init} has other towers than this config: {wrong[0]} has the shape {given.get(wrong[0])} "
@@ -203,17 +208,20 @@ class Clip:
         """Checks that the image tower has the features of patches that `embed_patches` returns.
 
         Raises:
-          UserError: it has none, or `values` is False for an attention pooling.
+          UserError: it has none, or `values` is False for an attention pooling, or True for a tower without attention.
         """
         if isinstance(self.image, ClipResNet):
             if not values:
                 raise UserError("a ResNet of CLIP pools by attention, so that it has value features only")
+        elif isinstance(self.image, ConvNeXt):
+            if values:
+                raise UserError("a ConvNeXt has no attention, so that it has activation features only")
         elif not isinstance(self.image, Eva) and not (
             isinstance(self.image, ViT) and self.image.pool == "cls"
         ):
             raise UserError(
                 f"towers.image.name={self.config.image.name!r} has no features of patches in the space of the texts: "
-                "take a ViT with a class token, an EVA, or a ResNet of CLIP"
+                "take a ViT with a class token, an EVA, or a ResNet or ConvNeXt of CLIP"
             )
 
     def embed_patches(
@@ -236,7 +244,7 @@ class Clip:
         """
         x = self._normalised(image)
         out: Any
-        if isinstance(self.image, ClipResNet):
+        if isinstance(self.image, ClipResNet | ConvNeXt):
             out = self.image.apply(weights["image"], x)
             return unit(out["pooled"]), out["dense"]
         assert isinstance(self.image, ViT | Eva)
@@ -352,7 +360,8 @@ def towers_of(init: str) -> epath.Path | None:
             return folder
     if (epath.Path(init) / "checkpoints").exists():
         raise UserError(
-            f"towers.init={init} is a run without {TOWERS}/, which only finished runs of method 'clip' have"
+            f"towers.init={init} is a run without {TOWERS}/, which only finished runs of the methods 'clip' and "
+            "'umg_clip' have"
         )
     return None
 
@@ -386,6 +395,8 @@ def image_tower(config: ConfigDict, dtype: Any) -> nn.Module:
         **{n: (ViT, fields) for n, fields in vit.PRESETS.items() if fields.get("embed_dim")},
         "eva": (Eva, {}),
         **{n: (Eva, fields) for n, fields in eva.PRESETS.items()},
+        "convnext": (ConvNeXt, {}),
+        **{n: (ConvNeXt, fields) for n, fields in convnext.PRESETS.items()},
         **{n: (ClipResNet, fields) for n, fields in clip_resnet.PRESETS.items()},
     }
     if name not in kinds:

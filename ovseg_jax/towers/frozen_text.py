@@ -11,13 +11,15 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.unit import unit
 from ovseg_jax.models.text_towers import CLIPText, TextOutput, text_tower
-from ovseg_jax.towers.prompt_file import ANCHOR, FILE, Prompt, load_prompt, save_prompt
+from ovseg_jax.towers.prompt_file import ANCHOR, FILE, Prompt, save_prompt
+from ovseg_jax.towers.templates import fill, read_templates
 from ovseg_jax.vocab.words import WordList
 
 BATCH = 64
@@ -34,14 +36,15 @@ class FrozenText:
     on the devices of a training run.
 
     Args:
-      config: `tower`, a name of `text_towers.PRESETS`; `init`, its weights and its tokeniser, see `pretrained.hub`; for
-        towers of CLIP's kind `prompt`, the file of a learned prompt around every text (`towers.prompt_file`), or "".
+      config: `tower`, a name of `text_towers.PRESETS`; `init`, its weights and its tokeniser, see `pretrained.hub`;
+        `prompt`, what stands around every text: "", templates (`towers.templates`), whose unit embeddings are averaged,
+        or for towers of CLIP's kind the file of a learned prompt (`towers.prompt_file`).
       words: the vocabulary.
       dim: the dimension D of the text space.
 
     Raises:
-      UserError: the tower is unknown or has another dimension, `init` is missing, or the prompt belongs to another
-        tower.
+      UserError: the tower is unknown or has another dimension, `init` is missing, the prompt is none, or it belongs to
+        another tower.
     """
 
     learned = False
@@ -58,13 +61,17 @@ class FrozenText:
             raise UserError(
                 f"text.tower={config.tower} has embeddings of {width} numbers: set model.embed_dim={width}"
             )
-        self.prompt = self._read_prompt(config.tower, str(config.get("prompt", "") or ""))
+        self.templates: tuple[str, ...] = ()
+        self.prompt = self._read_prompt(config.tower, config.get("prompt", ""))
         self._loaded: Any = None
 
-    def _read_prompt(self, name: str, path: str) -> Prompt | None:
+    def _read_prompt(self, name: str, path: Any) -> Prompt | None:
         if not path:
             return None
-        prompt = load_prompt(path)
+        prompt = read_templates(path)
+        if not isinstance(prompt, Prompt):
+            self.templates = prompt
+            return None
         if not isinstance(self.tower, CLIPText):
             raise UserError(
                 f"text.prompt={path}: the text tower {name} cannot use a prompt, only towers of CLIP's kind can"
@@ -87,7 +94,7 @@ class FrozenText:
         return {"table": np.concatenate([np.zeros((1, self.dim), np.float32), table])}
 
     def encode(self, params: Any, texts: Sequence[str]) -> Float[Array, "k d"]:
-        """Embeds texts as unit vectors, unchanged (as in the released model) or in the prompt.
+        """Embeds texts as unit vectors: unchanged (as in the released model), or in the prompt or the templates.
 
         Raises:
           UserError: there is no text, or an empty one, or the weights or the tokeniser cannot be read.
@@ -103,6 +110,12 @@ class FrozenText:
             raise UserError("no labels were given: give at least one, such as --labels='dog; grass,lawn'")
         if not all(text.strip() for text in texts):
             raise UserError("an empty label was given: every label needs at least one word")
+        if not self.templates:
+            return self._embed(texts)
+        parts = (self._embed([fill(template, text) for text in texts]) for template in self.templates)
+        return np.asarray(unit(jnp.asarray(sum(parts))))
+
+    def _embed(self, texts: Sequence[str]) -> np.ndarray:
         tokenizer, apply, weights = self._all()
         weights = jax.device_put(weights)  # Only on the device during this call.
         rows = []
@@ -119,17 +132,18 @@ class FrozenText:
         out: Any = self.tower.apply(variables, ids, valid)
         return variables, out
 
-    def save(self, folder: Path, dtype: Any = np.float32) -> None:
+    def save(self, folder: epath.PathLike, dtype: Any = np.float32) -> None:
         """Saves the tower, so that it can be loaded without its original files.
 
-        It writes `model.safetensors` with the names of `pretrained.to_torch`, `config.json`, the tokeniser's files, and
-        `prompt.safetensors` if there is a prompt.
+        It writes `model.safetensors` with the names of `pretrained.to_torch`, `config.json` with the templates, the
+        tokeniser's files, and `prompt.safetensors` if there is a prompt.
         """
         from ovseg_jax.pretrained.files import write_safetensors
         from ovseg_jax.pretrained.hub import find
         from ovseg_jax.pretrained.to_torch import describe, to_torch
         from ovseg_jax.vocab.tokenizers import load_tokenizer
 
+        folder = epath.Path(folder)
         load_tokenizer(_folder(find(self.source))).save(folder)
         cast = {name: x.astype(dtype) for name, x in to_torch(self.weights()).items()}
         write_safetensors(folder / "model.safetensors", cast, {"format": "pt"})
@@ -137,7 +151,10 @@ class FrozenText:
         if self.prompt:
             save_prompt(folder / FILE, self.prompt)
         # Written last, so that a folder with this file is complete.
-        (folder / "config.json").write_text(json.dumps(describe(self.tower), indent=1) + "\n")
+        described = describe(self.tower) | ({"templates": list(self.templates)} if self.templates else {})
+        (folder / "config.json").write_text(
+            json.dumps(described, indent=1, ensure_ascii=False) + "\n", "utf-8"
+        )
 
     def weights(self) -> dict[str, np.ndarray]:
         """Returns the tower's parameters by path."""

@@ -26,6 +26,7 @@ from jaxtyping import Float
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.pretrained.files import read_arrays, read_metadata, write_safetensors
+from ovseg_jax.pretrained.hub import on_disk
 from ovseg_jax.reading import array, number, parse_json, reading, short, text, texts
 from ovseg_jax.towers.prompt_layout import POSITIONS, Layout, NameTokens
 from ovseg_jax.vocab.classes import rows_of_names
@@ -123,13 +124,13 @@ def save_prompt(path: epath.PathLike, prompt: Prompt) -> None:
     write_safetensors(path, {"context": context if prompt.layout.specific else context[0]}, metadata)
 
 
-def load_prompt(path: str | Path) -> Prompt:
+def load_prompt(path: epath.PathLike) -> Prompt:
     """Reads a prompt in either format.
 
     Raises:
       UserError: there is no such file, or it is damaged or not a prompt.
     """
-    path = Path(path)
+    path = on_disk(path)
     if not path.is_file():
         raise UserError(f"there is no prompt file {path}")
     if _ORIGINAL.search(path.name):

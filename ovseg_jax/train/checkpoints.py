@@ -283,7 +283,7 @@ def with_own_text(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
     config = ConfigDict(config.to_dict())
     if (tower / CONFIG_FILE).exists():
         config.text.init = str(tower)
-        if config.text.get("prompt", ""):
+        if (tower / PROMPT_FILE).exists():
             config.text.prompt = str(tower / PROMPT_FILE)
     if tokenizer.exists():
         # Without the key, the first two read the tokeniser beside their weights.

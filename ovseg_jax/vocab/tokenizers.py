@@ -11,7 +11,6 @@ Special tokens inside a text have no meaning: "<|endoftext|>" or "[SEP]" in a ca
 import gzip
 import html
 import importlib
-import shutil
 import string
 import unicodedata
 from collections import Counter
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from etils import epath
 from jaxtyping import Bool, Int
 
 from ovseg_jax.errors import UserError
@@ -82,11 +82,12 @@ class PieceTokenizer:
     vocab_size: int
     files: tuple[Path, ...] = ()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: epath.PathLike) -> None:
         """Copies its files into a folder, which is created if missing."""
+        folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for file in self.files:
-            shutil.copyfile(file, folder / file.name)
+            (folder / file.name).write_bytes(file.read_bytes())
 
     def __call__(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "n l"], Bool[np.ndarray, "n l"]]:
         """Returns the token ids i32 [n L] and a mask, False at padding.
@@ -151,12 +152,13 @@ def _load(file: Path, kind: str | None, length: int | None) -> PieceTokenizer | 
     return _tokenizer_json(file, kind, length) if file.suffix == ".json" else None
 
 
-def keep_tokenizer(tokenizer: PieceTokenizer, workdir: Path) -> None:
+def keep_tokenizer(tokenizer: PieceTokenizer, workdir: epath.Path) -> None:
     """Saves a tokeniser as `TOKENIZER` in a run's folder, whole or not at all, unless it is there."""
     folder, part = workdir / TOKENIZER, workdir / f"{TOKENIZER}.part"
     if folder.exists():
         return
-    shutil.rmtree(part, ignore_errors=True)
+    if part.exists():
+        part.rmtree()
     tokenizer.save(part)
     part.rename(folder)
 

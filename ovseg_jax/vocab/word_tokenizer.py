@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from etils import epath
+
 from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.tokenizers import PieceTokenizer, load_tokenizer
 from ovseg_jax.vocab.words import WordList, split_words
@@ -24,8 +26,9 @@ class WordTokenizer(PieceTokenizer):
         super().__init__(str, self._ids, (count,), count + 1, 0, length, count + 2)
         self.words = words
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: epath.PathLike) -> None:
         """Writes its words into a folder, which is created if missing."""
+        folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.words.save(folder / WORDS_FILE)
 

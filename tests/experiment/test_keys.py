@@ -16,7 +16,9 @@ from ovseg_jax.configs import (
     pomp,
     pomp_segments,
     pseg,
+    umg_clip,
     upernet,
+    zsseg,
 )
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.keys import check_config, check_evaluation, known_keys
@@ -40,7 +42,7 @@ SHIPPED = [
     ),
     (maskformer, None),
     *((mask2former, arg) for arg in (None, "data=coco,data_dir=x", f"{FOLDER},val_dir=y,backbone=swin_tiny")),
-    (groupvit, None),
+    *((groupvit, arg) for arg in (None, "data=sets,eval_sets=x")),
     *(
         (pseg, arg)
         for arg in (
@@ -60,6 +62,7 @@ SHIPPED = [
         (clip_dense, arg)
         for arg in (None, "features=activation", "features=proposals", "data=sets,eval_sets=x")
     ),
+    *((umg_clip, arg) for arg in (None, "losses=image_captions", "data=umg41m,data_dir=x,retrieval=y")),
     *(
         (upernet, arg)
         for arg in (
@@ -68,6 +71,7 @@ SHIPPED = [
             f"{FOLDER},val_dir=y,teacher=r,background=b,target=coco",
         )
     ),
+    *((zsseg, arg) for arg in (None, "data=prepared,data_dir=x,trained=all,eval_sets=y,prompt=vild")),
 ]
 
 

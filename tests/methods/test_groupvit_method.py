@@ -77,7 +77,7 @@ def small(config, **own):
 
 
 def config_of(folder, sets, **own):
-    config = configs.get_config(f"eval_sets={sets},sets=VOC,sets_are=folders,weights={folder}")
+    config = configs.get_config(f"data=sets,eval_sets={sets},sets=VOC,sets_are=folders,weights={folder}")
     return small(config, **own)
 
 
@@ -178,11 +178,11 @@ def test_wrong_configs_are_sentences(published, sets):
     with pytest.raises(UserError, match="steps=2: the method groupvit is not trained"):
         build(config, WordList([]), CLASSES)
     for arg, message in (
-        ("eval_sets=s,sets=VOC;ADE", "sets=ADE is not one of VOC, Context"),
-        ("eval_sets=s,sets=;", "sets is empty"),
+        ("data=sets,eval_sets=s,sets=VOC;ADE", "sets=ADE is not one of VOC, Context"),
+        ("data=sets,eval_sets=s,sets=;", "sets is empty"),
     ):
         with pytest.raises(UserError, match=message):
             configs.get_config(arg)
-    without = configs.get_config("eval_sets=s,background=False").final_evals
+    without = configs.get_config("data=sets,eval_sets=s,background=False").final_evals
     assert without.VOC.protocol == "voc_foreground" and without.VOC.ignore == "background"
     assert without.Context.protocol == "context_foreground" and "ignore" not in without.Context

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
@@ -18,6 +19,7 @@ from ovseg_jax.towers.prompt import encode_names
 from ovseg_jax.train.checkpoints import read_run, write_config
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
+from tests.bucket import bucket  # noqa: F401
 from tests.methods.test_groupvit_method import pieces
 
 WORDS = WordList(
@@ -286,10 +288,12 @@ def test_names_that_cannot_be():
         method.embed_text(variables, [])
 
 
-@pytest.mark.parametrize("given", ["", "tokenizer", "init"])
-def test_a_run_keeps_the_tokeniser_that_is_elsewhere(given, tmp_path):
-    away, run = tmp_path / "away", tmp_path / "run"
+@pytest.mark.parametrize("given", ["", "tokenizer", "init", "in a bucket"])
+def test_a_run_keeps_the_tokeniser_that_is_elsewhere(given, tmp_path, request):
+    away, run = epath.Path(tmp_path / "away"), epath.Path(tmp_path / "run")
     away.mkdir(), run.mkdir()
+    if given == "in a bucket":
+        given, run = "tokenizer", request.getfixturevalue("bucket")
     key = f"towers.{given or 'tokenizer'}"
     pieces(away) if given else WORDS.save(away / "words.json")  # those of another run
     own = config(**{key: str(away)} | ({"towers.tokenizer": ""} if given == "init" else {}))
@@ -298,6 +302,7 @@ def test_a_run_keeps_the_tokeniser_that_is_elsewhere(given, tmp_path):
     write_config(run, own)
     assert read_run(run).towers.to_dict() == own.towers.to_dict()
     method.save_assets(run)
+    assert [path.name for path in run.iterdir() if "tokenizer" in path.name] == ["tokenizer"]
     shutil.rmtree(away)
     for _ in range(2):
         again = build(read_run(run), WordList([]), CLASSES)

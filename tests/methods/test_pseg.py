@@ -244,6 +244,60 @@ def test_the_tower_of_baseline_2s_masks_is_frozen_and_starts_from_weights(monkey
     assert jax.tree.map(np.shape, loaded) == jax.tree.map(np.shape, variables["params"]["image"]["generator"])
 
 
+def make_groups(**model):
+    """GroupViT's grouping in place of P-Seg's masks."""
+    config = make(True).config.to_dict()
+    fields = dict(
+        patch=8, width=16, heads=2, mlp_dim=16, grid=(4, 4), depths=(1, 1), tokens=(3, 0), groups=(3, 3)
+    )
+    fields |= dict(embed_dim=24, projection=20, projection_norm=False, mean=(0.4,) * 3, std=(0.2,) * 3)
+    config["model"] = dict(network="groupvit", **(fields | model))
+    config["loss"]["mask_weight"] = 0.0
+    config.pop("pseudo_masks", None)
+    return build(ConfigDict(config), WORDS, CLASSES)
+
+
+def test_groupvits_groups_take_the_place_of_masks():
+    method = make_groups()
+    assert method.fields(method.config) == ("image", "words")
+    data = {key: x for key, x in batch(True).items() if not key.startswith("mask")}
+    size = data["image_size"].at[3].set(jnp.array([20, 28]))
+    variables = method.init(jax.random.key(0))
+    params = variables["params"]["image"]["groups"]
+    pixels = (np.asarray(data["image"]) / 255 - 0.4) / 0.2
+    pixels[3, 20:], pixels[3, :, 28:] = 0, 0
+    alone = method.net.groups.apply({"params": params}, jnp.asarray(pixels, jnp.float32))
+    found = method.predict(variables, data["image"], size)
+    share = np.float64(alone.assignment)
+    np.testing.assert_allclose(found.mask_logits, 20 * (share - 0.5), atol=1e-4)
+    regions = np.float64(alone.groups)
+    regions /= np.linalg.norm(regions, axis=-1, keepdims=True)
+    np.testing.assert_allclose(found.regions["text"], regions, atol=1e-5)
+    expected = np.einsum("bghw,bgd->bhwd", share, regions)
+    np.testing.assert_allclose(found.pixels["text"], expected, atol=1e-5)
+    learn = jax.jit(jax.value_and_grad(lambda p, rng: method.loss({"params": p}, data, rng)[0]))
+    (one, grad), (two, _) = (learn(variables["params"], jax.random.key(k)) for k in (1, 2))
+    assert one != two  # the assignment is drawn
+    assign = grad["image"]["groups"]["stage_0"]["assign"]
+    assert all(np.any(np.asarray(assign[name]["kernel"])) for name in ("query", "key", "value"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(model=dict(num_queries=3)), "groupvit has no key 'num_queries'"),
+        (dict(loss=dict(mask_weight=1.0)), "learns no masks: loss.mask_weight=0"),
+        (dict(pseudo_masks=dict(features="colour", clusters=M)), "without the section pseudo_masks"),
+    ],
+)
+def test_a_bad_value_of_the_grouping_is_named(change, message):
+    config = make_groups().config.to_dict()
+    for key, value in change.items():
+        config[key] = config.get(key, {}) | value
+    with pytest.raises(UserError, match=message):
+        build(ConfigDict(config), WORDS, CLASSES)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from ovseg_jax.decisions.maps import vocabulary_of
 from ovseg_jax.decisions.rules import decide
 from ovseg_jax.errors import UserError
+from ovseg_jax.evals.registry import make_evaluators
 from ovseg_jax.methods.upernet import SPACE, UPerNetMethod, scores_of
 from ovseg_jax.models.upernet import enlarge
+from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.protocols import Prediction
 from ovseg_jax.vocab.classes import ClassList, parse_labels
 from ovseg_jax.vocab.words import WordList
@@ -127,6 +130,66 @@ def test_the_best_class_is_that_of_the_interpolated_logits(state):
     p /= p.sum(-1, keepdims=True)
     np.testing.assert_allclose(scores_of(logits), 1 + np.log(p) / np.log(3), atol=1e-5)
     np.testing.assert_allclose(scores_of(jnp.zeros((1, 1, 1, 3))), 0, atol=1e-6)
+
+
+def linear(n, m):
+    """Bilinear interpolation from n to m values, without aligned corners, as a matrix."""
+    at = np.clip((np.arange(m) + 0.5) * n / m - 0.5, 0, n - 1)
+    return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(n)))
+
+
+def enlarged(x, height, width):
+    return np.einsum("ih,khw,jw->kij", linear(x.shape[1], height), x, linear(x.shape[2], width))
+
+
+def test_sliding_windows_as_mmsegmentation(state, tmp_path):
+    """`slide_inference` in float64: logits averaged over windows of 32 by 21, the last ones moved back."""
+    made, variables = state
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda x: x + rng.normal(0, 0.1, x.shape).astype(np.float32), variables)
+    apply, own = jax.jit(made.net.apply), lambda: {**variables, "params": variables["params"]["image"]}
+    image = jnp.asarray(rng.integers(0, 256, (8, 32, 32, 3)), jnp.uint8)
+    mean = apply(own(), image, jnp.full((8, 2), 32)).logits.mean((0, 1, 2))
+    # No class has the larger bias, so that all are predicted.
+    variables = jax.tree.map(lambda x: x - mean if x.shape == (3,) else x, variables)
+    sizes = [(40, 70), (66, 50), (32, 32)]
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "classes.txt").write_text("1:sky\n2:cat\n3:grass\n")
+    right, shares = 0, np.zeros(4)
+    windows = dict(stride=21, short=48, longest=80)
+    for i, (height, width) in enumerate(sizes):
+        image = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
+        label = rng.integers(1, 4, (height, width)).astype(np.uint8)
+        Image.fromarray(image).save(tmp_path / f"images/{i}.png")
+        Image.fromarray(label).save(tmp_path / f"masks/{i}.png")
+        scale = min(80 / max(height, width), 48 / min(height, width))
+        h, w = (int(n * scale + 0.5) for n in (height, width))
+        resized = Image.fromarray(image).transform(
+            (w, h), Image.EXTENT, (0, 0, width, height), Image.BILINEAR
+        )
+        sums, count = np.zeros((3, h, w)), np.zeros((h, w))
+        for y in range(-(-max(h - 32, 0) // 21) + 1):
+            for x in range(-(-max(w - 32, 0) // 21) + 1):
+                top, left = min(21 * y, h - 32), min(21 * x, w - 32)
+                crop = np.asarray(resized)[None, top : top + 32, left : left + 32]
+                logits = apply(own(), jnp.asarray(crop), jnp.full((1, 2), 32)).logits[0]
+                part = enlarged(np.float64(logits).transpose(2, 0, 1), 32, 32)
+                sums[:, top : top + 32, left : left + 32] += part
+                count[top : top + 32, left : left + 32] += 1
+        assert count.min() == 1 and count.max() >= 4
+        found = enlarged(sums / count, height, width).argmax(0) + 1
+        right, shares = right + (found == label).sum(), shares + np.bincount(found.ravel(), minlength=4)
+    total = shares.sum()
+    assert shares.max() < 0.98 * total  # not one class everywhere
+    source = dict(name="folder", data_dir=str(tmp_path), kind="semantic")
+    evaluation = dict(type="segmentation", source=source, batch_size=2)
+    run = config().to_dict() | {
+        "final_evals": {"slide": evaluation | {"windows": windows}, "whole": evaluation}
+    }
+    slide, fitted = make_evaluators(ConfigDict(run), made, make_mesh(), "final_evals")
+    assert slide.run(variables)["pacc"] == pytest.approx(100 * right / total, abs=0.05)
+    assert abs(fitted.run(variables)["pacc"] - 100 * right / total) > 0.1
 
 
 def test_names_are_those_of_its_classes(state):

@@ -148,6 +148,48 @@ def test_larger_images_have_resized_positions(published):
     close(out.assignment, (want.attentions[1] @ want.attentions[0]).reshape(1, 3, 6, 8))
 
 
+def test_training_draws_and_has_the_gradients_of_transformers(published, monkeypatch):
+    """With the same Gumbel noise: groups, and straight-through gradients of parameters of both assignments."""
+    torch = require("torch")
+    model, folder = published
+    rng = np.random.default_rng(2)
+    noise = {n: rng.gumbel(size=(2, n, m)).astype(np.float32) for n, m in ((6, 16), (3, 6))}
+    monkeypatch.setattr(
+        torch.distributions.gumbel.Gumbel, "sample", lambda self, shape: torch.tensor(noise[shape[1]])
+    )
+    monkeypatch.setattr(jax.random, "gumbel", lambda key, shape: jnp.asarray(noise[shape[1]]))
+    pixels = rng.standard_normal((2, SIZE, SIZE, 3)).astype(np.float32)
+    weight = rng.standard_normal((2, 3, 16)).astype(np.float32)
+    model.train(), model.visual_projection.eval()
+    try:
+        hidden = model.vision_model(torch.tensor(pixels.transpose(0, 3, 1, 2))).last_hidden_state
+        groups = model.visual_projection(hidden.reshape(6, -1)).reshape(2, 3, -1)
+        model.zero_grad()
+        (groups * torch.tensor(weight)).sum().backward()
+    finally:
+        model.eval()
+    variables = variables_of(folder)[0]
+
+    def total(params):
+        own = {**variables, "params": params}
+        out, _ = IMAGE.apply(
+            own, jnp.asarray(pixels), train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)}
+        )
+        return (out.groups * weight).sum(), out.groups
+
+    grad, found = jax.grad(total, has_aux=True)(variables["params"])
+    close(found, groups)
+    plain = IMAGE.apply(variables, jnp.asarray(pixels)).groups
+    assert np.abs(plain - found).max() > 0.01  # the noise changes the assignment
+    for k, stage in enumerate(model.vision_model.encoder.stages[:2]):
+        own = grad[f"stage_{k}"]["assign"]
+        for ours, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
+            want = getattr(stage.downsample.assign, theirs).weight.grad.T
+            assert np.abs(want.numpy()).max() > 1e-4
+            close(own[ours]["kernel"], want, 1e-4)
+        close(grad[f"stage_{k}"]["group_token"], stage.group_token.grad, 1e-4)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

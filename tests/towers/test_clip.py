@@ -4,11 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.models.convpass import with_convpass
 from ovseg_jax.models.eva import PRESETS, Eva
-from ovseg_jax.towers.clip import Clip, image_tower
+from ovseg_jax.towers.clip import Clip, image_tower, write_towers
 from ovseg_jax.vocab.words import WordList
 
 EVA = dict(
@@ -40,3 +43,30 @@ def test_an_image_tower_of_eva_clip():
 def test_towers_that_do_not_fit(image, expected):
     with pytest.raises(UserError, match=expected):
         Clip(ConfigDict(dict(image=image, text=TEXT, image_size=16, tokenizer="words")), WordList(["cat"]))
+
+
+def test_towers_of_a_run_under_new_adapters(tmp_path):
+    config = ConfigDict(dict(image=EVA, text=TEXT, image_size=16, tokenizer="words"))
+    plain = Clip(config, WordList(["cat"]))
+    weights = jax.tree.map(lambda x: np.full(x.shape, 0.1), jax.eval_shape(plain.init, jax.random.key(0)))
+    write_towers(epath.Path(tmp_path) / "towers", config, weights)
+    adapted = Clip(ConfigDict({**config.to_dict(), "init": str(tmp_path)}), WordList(["cat"]))
+    adapted.image = with_convpass(adapted.image)
+    assert flatten_dict(adapted.pretrained()).keys() == flatten_dict(weights).keys()
+    assert flatten_dict(adapted.init(jax.random.key(0))).keys() > flatten_dict(weights).keys()
+
+
+@pytest.mark.parametrize("dense", [dict(name="vit", depth=1, pool="cls"), {}])
+def test_embeddings_and_patches_come_from_one_pass(dense):
+    vit = dict(patch=8, width=16, heads=2, mlp_dim=24, grid=(2, 2), embed_dim=12)
+    image = vit | dense if dense else EVA
+    clip = Clip(ConfigDict(dict(image=image, text=TEXT, image_size=16, tokenizer="words")), WordList(["cat"]))
+    clip.check_patches(values=True)
+    weights = clip.init(jax.random.key(0))
+    pixels = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3)), jnp.uint8)
+    for values in (True, False):
+        pooled, patches = jax.jit(clip.embed_both, static_argnums=2)(weights, pixels, values)
+        np.testing.assert_allclose(pooled, jax.jit(clip.embed_image)(weights, pixels), atol=1e-5)
+        assert patches.shape == (2, 2, 3, 12)
+        only = jax.jit(clip.embed_patches, static_argnums=2)(weights, pixels, values)
+        np.testing.assert_allclose(patches, only, atol=1e-5)

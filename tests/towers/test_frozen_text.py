@@ -17,6 +17,8 @@ from ovseg_jax.protocols import only
 from ovseg_jax.towers.frozen_text import FrozenText
 from ovseg_jax.towers.prompt_file import Prompt, save_prompt
 from ovseg_jax.towers.prompt_layout import Layout
+from ovseg_jax.train.checkpoints import read_run, write_config
+from tests.bucket import bucket  # noqa: F401
 from tests.extras import require
 from tests.methods.test_openseg import CLASSES, WORDS, batch, make
 
@@ -84,6 +86,40 @@ def test_under_a_mesh_and_within_a_trace(folder):
         traced = jax.jit(lambda x: only(method.embed_text({"params": {"text": {}}}, ["red ball"])) * x)
         np.testing.assert_allclose(traced(jnp.float32(2)), 2 * reference(["red ball"]), atol=4e-6)
         assert traced.lower(jnp.float32(2)).as_text().count("dot_general") == 0  # The tower is no part of it.
+
+
+def test_templates_are_averaged_as_unit_vectors(folder, tmp_path):
+    path, reference = folder
+    method, texts = frozen(path, ("a photo of a {}.", "{}, drawn")), ["red ball", "grass"]
+    found = only(method.embed_text({"params": {"text": {}}}, texts))
+    parts = [reference([template.format(text) for text in texts]) for template in method.text.templates]
+    expected = np.float64(parts).sum(0)
+    expected /= np.linalg.norm(expected, axis=-1, keepdims=True)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    method.text.save(tmp_path / "saved")
+    import ovseg_jax.torch.segmenter as torch_segmenter
+
+    theirs = torch_segmenter.Text(tmp_path / "saved", "cpu")(texts)
+    np.testing.assert_allclose(theirs, expected, atol=2e-6)
+    with pytest.raises(UserError, match=r"the template 'a photo' has no {}"):
+        frozen(path, "a photo")
+
+
+def test_a_run_in_a_bucket_keeps_its_tower_and_prompt(folder, tmp_path, bucket):  # noqa: F811
+    path, _ = folder
+    context = np.random.default_rng(0).normal(0, 0.2, (1, 2, WIDTH)).astype(np.float32)
+    save_prompt(tmp_path / "prompt.safetensors", Prompt(context, Layout(2, "end")))
+    method = frozen(path, str(tmp_path / "prompt.safetensors"))
+    expected = only(method.embed_text({"params": {"text": {}}}, ["red ball"]))
+    method.save_assets(bucket)
+    write_config(bucket, method.config)
+    for file in tmp_path.iterdir():
+        if file.is_file():
+            file.unlink()
+    text = read_run(bucket).text
+    assert text.init == "gs://bucket/run/text_tower"
+    again = make(text=text.to_dict(), embed_dim=EMBED)
+    np.testing.assert_array_equal(only(again.embed_text({"params": {"text": {}}}, ["red ball"])), expected)
 
 
 @pytest.mark.parametrize("name", ["openseg", "lseg"])
