@@ -148,6 +148,11 @@ def test_the_numbers_of_p_seg_plus(target, steps):
         ("pseg", "data=tars,data_dir=x,tokenizer=words", r"/bias$"),
         ("maskformer", "data=prepared,data_dir=x,backbone=swin_small", r"/(queries|relative_position_bias)$"),
         ("maskformer", "data=coco,data_dir=x", r"/queries$"),
+        (
+            "mask2former",
+            "data=coco,data_dir=x,backbone=swin_tiny",
+            r"/(query_features|query_positions|decoder/level_embedding|relative_position_bias)$",
+        ),
     ],
 )
 def test_what_does_not_decay(name, arg, spared):
@@ -169,6 +174,16 @@ def test_the_schedules_of_maskformer():
         rate, first = make_schedule(out.optimizer, out.steps), out.optimizer.warmup_steps
         rates = [float(rate(t)) for t in (first, (out.steps + first) / 2, out.steps)]
         np.testing.assert_allclose(rates, [peak, peak * 0.5**0.9, 0], rtol=1e-4)
+
+
+def test_the_schedules_of_mask2former():
+    out = load("mask2former", "data=coco,data_dir=x")
+    rate = make_schedule(out.optimizer, out.steps)
+    rates = [float(rate(t)) for t in (0, 327_777, 327_778, 355_092, out.steps)]
+    np.testing.assert_allclose(rates, [1e-4, 1e-4, 1e-5, 1e-6, 1e-6], rtol=1e-5)
+    ade = load("mask2former", "data=prepared,data_dir=x,backbone=swin_large_384")
+    assert (ade.steps, ade.data.image_size, ade.data.scale_jitter) == (160_000, 640, (0.5, 2.0))
+    assert float(make_schedule(ade.optimizer, ade.steps)(80_000)) == pytest.approx(1e-4 * 0.5**0.9)
 
 
 def test_the_numbers_of_pomp():

@@ -81,7 +81,7 @@ def check_evaluation(given: Collection[str]) -> None:
 def known_keys(config: ConfigDict) -> dict[str, Mapping[str, bool]]:
     """Returns the known keys of each section, and whether each has an effect with the config's other values."""
     optimizer, data = config.get("optimizer", {}), config.get("data", {})
-    sgd, constant = optimizer.get("name", "adamw") == "sgd", optimizer.get("schedule") == "constant"
+    sgd, schedule = optimizer.get("name", "adamw") == "sgd", optimizer.get("schedule")
     method = methods.method_type(config.get("method"))
     fields = set(batch_fields(method, config))
     words, scene = bool(fields & {"words", "box_words"}), not fields & {"label", "tokens", "prompts"}
@@ -94,8 +94,9 @@ def known_keys(config: ConfigDict) -> dict[str, Mapping[str, bool]]:
         "optimizer": {
             **keys("name learning_rate schedule warmup_steps warmup_rate hold_steps weight_decay clip_norm"),
             **keys("multipliers no_decay ema"),
-            **keys("final_fraction decay_steps", not constant),
-            **keys("power", optimizer.get("schedule") == "polynomial"),
+            **keys("final_fraction decay_steps", schedule not in ("constant", "steps")),
+            **keys("power", schedule == "polynomial"),
+            **keys("drops", schedule == "steps"),
             **keys("momentum nesterov", sgd),
             **keys("b1 b2", not sgd),
         },

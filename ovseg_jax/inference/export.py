@@ -14,6 +14,7 @@ from ovseg_jax.cli.outputs import check_not_foreign, check_out_folder
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import locked
 from ovseg_jax.inference.segmenter import Segmenter
+from ovseg_jax.methods.mask2former import Mask2Former
 from ovseg_jax.methods.maskformer import MaskFormer
 from ovseg_jax.methods.maskformer_text import TextMaskFormer
 from ovseg_jax.models.pseg import GroupingNet, SegmentViT
@@ -77,6 +78,8 @@ def export_model(
     segmenter = load()
     if isinstance(segmenter.method, TextMaskFormer) and to != "big_vision":
         raise UserError(f"--to={to} has no form of maskformer_text, only of maskformer; --to=big_vision has")
+    if isinstance(segmenter.method, Mask2Former) and to in ("torch", "onnx"):
+        raise UserError(f"--to={to} has no form of mask2former; --to=stablehlo and --to=big_vision have")
     net = getattr(segmenter.method, "net", None)
     if to in ("torch", "onnx") and (net is None or isinstance(net, SegmentViT | GroupingNet)):
         named = {SegmentViT: "pseudo-masks", GroupingNet: "GroupViT's grouping"}

@@ -6,6 +6,8 @@ rest is padding. The model predicts on a grid of `cells` over the whole canvas. 
 between the images of one compiled function.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -33,6 +35,28 @@ def upsampling(
     last = jnp.ceil(image / stride) - 1
     position = jnp.clip(position, 0, last)
     return jnp.maximum(0, 1 - jnp.abs(position[:, None] - jnp.arange(cells)))
+
+
+def resize_within(
+    x: Float[Array, "b h w d"],
+    shape: tuple[int, int],
+    count: Int[Array, "b 2"],
+    new_count: Int[Array, "b 2"],
+) -> Float[Array, "b r c d"]:
+    """Resizes the part of each map that holds its image, as PyTorch's bilinear `interpolate` does (no antialiasing).
+
+    Args:
+      x: maps.
+      shape: rows and columns of the new maps.
+      count: rows and columns of the image's cells in x.
+      new_count: rows and columns of the image's cells in the new maps; those outside repeat the last.
+    """
+    for axis, cells in enumerate(x.shape[1:3]):
+        one = partial(upsampling, shape[axis], cells, cells)
+        matrix = jax.vmap(one)(count[:, axis], new_count[:, axis])
+        product = "bri,biwd->brwd" if axis == 0 else "bci,brid->brcd"
+        x = jnp.einsum(product, matrix.astype(x.dtype), x, precision=jax.lax.Precision.HIGHEST)
+    return x
 
 
 def coverage(

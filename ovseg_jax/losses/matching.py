@@ -15,11 +15,19 @@ _EXACT = jax.lax.Precision.HIGHEST
 
 
 class Weights(NamedTuple):
-    """Weights of the parts, in costs and losses alike (the authors' configs)."""
+    """MaskFormer's weights of the parts, in costs and losses alike (the authors' configs)."""
 
     focal: float = 20.0
     dice: float = 1.0
     label: float = 1.0
+
+
+class PointWeights(NamedTuple):
+    """Mask2Former's weights of the parts, in costs and losses alike (the authors' configs)."""
+
+    mask: float = 5.0
+    dice: float = 5.0
+    label: float = 2.0
 
 
 PAPER = Weights()
@@ -29,7 +37,7 @@ class Matched(NamedTuple):
     """The losses of L layers, as sums over a batch.
 
     Attributes:
-      focal: [L] focal losses of matched masks, each a mean over pixels.
+      mask: [L] losses of the pixels of matched masks, each a mean: MaskFormer's focal loss, Mask2Former's entropy.
       dice: [L] Dice losses of matched masks.
       masks: the number of masks.
       label: [L] weighted cross entropies of all queries; None without classes.
@@ -37,19 +45,20 @@ class Matched(NamedTuple):
       query: [B L M] the query of each mask; meaningless for masks that are not valid.
     """
 
-    focal: Float[Array, " l"]
+    mask: Float[Array, " l"]
     dice: Float[Array, " l"]
     masks: Float[Array, ""]
     label: Float[Array, " l"] | None
     label_weight: Float[Array, " l"] | None
     query: Int[Array, "b l m"]
 
-    def total(self, weights: Weights = PAPER) -> Float[Array, ""]:
+    def total(self, weights: Weights | PointWeights = PAPER) -> Float[Array, ""]:
         """Returns the loss: weighted means over masks (at least 1) and queries, summed over the layers."""
-        loss = (weights.focal * self.focal + weights.dice * self.dice).sum() / jnp.maximum(self.masks, 1)
+        mask, dice, label = weights
+        loss = (mask * self.mask + dice * self.dice).sum() / jnp.maximum(self.masks, 1)
         if self.label is None or self.label_weight is None:
             return loss
-        return loss + weights.label * (self.label / jnp.maximum(self.label_weight, 1e-6)).sum()
+        return loss + label * (self.label / jnp.maximum(self.label_weight, 1e-6)).sum()
 
 
 def matched_losses(
@@ -93,9 +102,7 @@ def matched_losses(
     cost = mask_costs(fixed, small, small_cover[:, 0], costs)
     if class_logits is not None:
         assert classes is not None
-        share = jax.nn.softmax(jax.lax.stop_gradient(class_logits).astype(jnp.float32))
-        index = jnp.broadcast_to(jnp.maximum(classes, 0)[:, None, None], (b, layers, n, m))
-        cost = cost - costs.label * jnp.take_along_axis(share, index, -1)
+        cost = cost + costs.label * class_costs(class_logits, classes)
     query, matched = match(cost, mask_valid, batch_axes)
 
     # A product instead of a gather, whose gradient would be a scatter.
@@ -109,11 +116,38 @@ def matched_losses(
     sums = (focal * each).sum((0, 2)), (dice * each).sum((0, 2)), count
     if class_logits is None:
         return Matched(*sums, None, None, query)
+    assert classes is not None
+    return Matched(*sums, *class_losses(class_logits, classes, chosen, weight, no_object), query)
+
+
+def class_costs(class_logits: Float[Array, "b l n k"], classes: Int[Array, "b m"]) -> Float[Array, "b l n m"]:
+    """Computes the negative probability of each mask's class in each query; without a gradient."""
+    share = jax.nn.softmax(jax.lax.stop_gradient(class_logits).astype(jnp.float32))
+    index = jnp.maximum(classes, 0)[:, None, None]
+    return -jnp.take_along_axis(share, jnp.broadcast_to(index, (*share.shape[:3], classes.shape[1])), -1)
+
+
+def class_losses(
+    class_logits: Float[Array, "b l n k"],
+    classes: Int[Array, "b m"],
+    chosen: Bool[Array, "b l m n"],
+    weight: Float[Array, " b"],
+    no_object: float,
+) -> tuple[Float[Array, " l"], Float[Array, " l"]]:
+    """Computes the weighted cross entropies of all queries, and the sums of their weights, for each layer.
+
+    Args:
+      class_logits: logits of the classes, the last of which is "no object".
+      classes: the class of each mask.
+      chosen: whether a query is that of a mask; one without a mask is "no object".
+      weight: weight of each image.
+      no_object: weight of "no object".
+    """
     last = class_logits.shape[-1] - 1
     label = jnp.einsum("blmn,bm->bln", chosen.astype(jnp.int32), classes) + last * ~chosen.any(2)
     entropy = optax.softmax_cross_entropy_with_integer_labels(class_logits.astype(jnp.float32), label)
     share = jnp.where(label == last, no_object, 1.0) * weight[:, None, None]
-    return Matched(*sums, (entropy * share).sum((0, 2)), share.sum((0, 2)), query)
+    return (entropy * share).sum((0, 2)), share.sum((0, 2))
 
 
 def nearest(x: Float[Array, "b m hm wm"], size: tuple[int, int]) -> Float[Array, "b m h w"]:

@@ -14,6 +14,7 @@ from ovseg_jax.methods.groupvit import GroupViT
 from ovseg_jax.methods.linear_probe import LinearProbe
 from ovseg_jax.methods.lseg import LSeg
 from ovseg_jax.methods.maple import MaPLe
+from ovseg_jax.methods.mask2former import Mask2Former
 from ovseg_jax.methods.maskformer import MaskFormer
 from ovseg_jax.methods.maskformer_text import TextMaskFormer
 from ovseg_jax.methods.openseg import OpenSeg
@@ -33,6 +34,7 @@ METHODS: dict[str, type[Trainable]] = {
     "upernet": UPerNetMethod,
     "pseg": PSeg,
     "maskformer": MaskFormer,
+    "mask2former": Mask2Former,
     "maskformer_text": TextMaskFormer,
     "clip": ClipTraining,
     "clip_dense": ClipDense,

@@ -1,7 +1,7 @@
 """MaskFormer (Cheng et al. 2021): masks with classes of a closed vocabulary, the supervised baseline."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from ovseg_jax.config import keys
 from ovseg_jax.data.source_base import Source, check_provides
 from ovseg_jax.errors import UserError
-from ovseg_jax.losses.matching import Matched, Weights, matched_losses
+from ovseg_jax.losses.matching import Matched, PointWeights, Weights, matched_losses
 from ovseg_jax.models.backbones import build_backbone
 from ovseg_jax.models.maskformer import MaskFormer as Model
 from ovseg_jax.models.maskformer import MaskFormerNet, QueryClassifier
@@ -84,6 +84,7 @@ class MaskFormer(Trainable, Segmenting):
 
     modes = ("predicted",)
     probabilities = True
+    weights_type: ClassVar[type[Weights] | type[PointWeights]] = Weights
 
     @classmethod
     def fields(cls, config: ConfigDict) -> tuple[str, ...]:
@@ -98,7 +99,7 @@ class MaskFormer(Trainable, Segmenting):
         Raises:
           UserError: the source has no segments with classes.
         """
-        check_provides(source, ("segments", "class_ids"), "the method maskformer")
+        check_provides(source, ("segments", "class_ids"), f"the method {config.method}")
         return spoken_words(config.data, source, ()).words
 
     @classmethod
@@ -107,27 +108,29 @@ class MaskFormer(Trainable, Segmenting):
         del config
         return {
             "model": dict.fromkeys([*NET_FIELDS, *OTHER_FIELDS, "init"], True),
-            "loss": keys("focal dice label no_object"),
+            "loss": keys(" ".join((*cls.weights_type._fields, "no_object"))),
         }
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         del words
         self.config, self.classes = config, classes
-        self.net = build_net(
-            config.model, [key for key in self.keys(config)["model"] if key not in NET_FIELDS]
-        )
+        self.net = self._network()
         if config.model.get("init") and config.model.backbone.get("init"):
             raise UserError("model.init and model.backbone.init are both set: the first has a backbone too")
         self.model = Model(self.net, self._classifier())
-        self.weights = Weights(*(float(config.loss[key]) for key in Weights._fields))
+        self.weights = self.weights_type(*(float(config.loss[key]) for key in self.weights_type._fields))
         self.no_object = float(config.loss.no_object)
         withheld = classes.withheld()
         if len(withheld) == len(classes):
             raise UserError(
-                "maskformer: the training data has no class outside of the groups 'unseen' and 'held_out'"
+                f"{config.method}: the training data has no class outside of the groups 'unseen' and 'held_out'"
             )
         # The last entry is that of masks without a class, -1.
         self._trained = np.array([k not in withheld for k in range(len(classes))] + [False])
+
+    def _network(self) -> Any:
+        known = self.keys(self.config)["model"]
+        return build_net(self.config.model, [key for key in known if key not in NET_FIELDS])
 
     def _classifier(self) -> Any:
         return QueryClassifier(len(self.classes))
@@ -166,7 +169,7 @@ class MaskFormer(Trainable, Segmenting):
         loss, one = losses.total(self.weights), jnp.ones(())
         metrics = {
             "loss": (loss, one),
-            "focal_loss": (losses.focal[-1], losses.masks),
+            f"{self.weights._fields[0]}_loss": (losses.mask[-1], losses.masks),
             "dice_loss": (losses.dice[-1], losses.masks),
             "class_loss": (losses.label[-1], losses.label_weight[-1]),
         }
@@ -185,23 +188,30 @@ class MaskFormer(Trainable, Segmenting):
             mutable=mutable,
             rngs={"dropout": rng},
         )
-        classes, side = batch["mask_classes"], batch["image"].shape[1]
-        h, w = batch["masks"].shape[2:]
-        losses = matched_losses(
-            out.mask_logits,
-            batch["masks"],
-            batch["mask_valid"] & jnp.asarray(self._trained)[classes],
-            batch["example_mask"].astype(jnp.float32),
+        classes = batch["mask_classes"]
+        losses = self._matched(
+            out,
+            batch,
+            rng,
+            masks=batch["masks"],
+            mask_valid=batch["mask_valid"] & jnp.asarray(self._trained)[classes],
+            weight=batch["example_mask"].astype(jnp.float32),
             class_logits=self._logits(variables, classified),
             classes=classes,
-            inside=inside(batch["image_size"], (h, w), (side / h, side / w)),
-            costs=self.weights,
             no_object=self.no_object,
             batch_axes=active_batch_axes(),
         )
         sums = losses._asdict()
         del sums["query"]
         return None, sums, dict(mutated)
+
+    def _matched(self, out: Any, batch: Batch, rng: jax.Array, **options: Any) -> Matched:
+        """Matches masks with queries and computes the losses of all layers; `options` are those of both losses."""
+        del rng
+        assert isinstance(self.weights, Weights)
+        (h, w), side = batch["masks"].shape[2:], batch["image"].shape[1]
+        cells = inside(batch["image_size"], (h, w), (side / h, side / w))
+        return matched_losses(out.mask_logits, inside=cells, costs=self.weights, **options)
 
     def predict(
         self, variables: Variables, image: UInt8[Array, "b s t 3"], image_size: Int[Array, "b 2"]

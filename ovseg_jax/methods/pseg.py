@@ -376,7 +376,7 @@ class PSeg(Trainable, Segmenting):
         found = matched_losses(
             logits, masks, valid, weight, inside=cells, costs=weights, batch_axes=active_batch_axes()
         )
-        return (weights.focal * found.focal + weights.dice * found.dice).sum(), found.masks
+        return (weights.focal * found.mask + weights.dice * found.dice).sum(), found.masks
 
     def _temperature(self, params: Mapping, name: str) -> Float[Array, ""]:
         return bounded(params["temperature"][name], *self.loss_config.temperature_bounds)

@@ -3,7 +3,7 @@
 The network predicts masks alone; `MaskFormer` adds class logits. P-Seg uses the masks without classes (papers/002).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -119,17 +119,21 @@ class PixelDecoder(nn.Module):
 class DecoderLayer(nn.Module):
     """A layer of DETR's decoder (Carion et al. 2020): self-attention, cross-attention, MLP; the sums are normalised.
 
+    Mask2Former's begins with the cross-attention.
+
     Attributes:
       heads: attention heads; divides the width.
       ffn: channels inside the MLP.
       dropout: rate after each branch and inside the MLP. The authors' code also drops attention weights.
       dtype: compute type.
+      cross_first: whether the cross-attention precedes the self-attention.
     """
 
     heads: int
     ffn: int
     dropout: float
     dtype: Any = jnp.float32
+    cross_first: bool = False
 
     @nn.compact
     def __call__(
@@ -138,7 +142,7 @@ class DecoderLayer(nn.Module):
         position: Float[Array, "b n d"],
         keys: Float[Array, "b p d"],
         values: Float[Array, "b p d"],
-        valid: Bool[Array, "b p"],
+        valid: Bool[Array, "b p"] | Bool[Array, "b n p"],
         train: bool,
     ) -> Float[Array, "b n d"]:
         """Maps queries to queries.
@@ -148,7 +152,7 @@ class DecoderLayer(nn.Module):
           position: added to queries, and to keys of the self-attention.
           keys: the image's features with their positions.
           values: the image's features.
-          valid: False outside of the image.
+          valid: False outside of the image, or for each query where it does not attend.
           train: whether dropout is on (needs the rng `dropout`).
         """
 
@@ -164,10 +168,29 @@ class DecoderLayer(nn.Module):
         def dense(features: int, name: str) -> nn.Dense:
             return nn.Dense(features, dtype=self.dtype, kernel_init=xavier_init, name=name)
 
-        placed = x + position
-        x = add(x, attention("self_attention")(placed, x, keys=placed), "self_norm")
-        x = add(x, attention("cross_attention")(x + position, values, valid, keys=keys), "cross_norm")
+        def to_queries(x: Array) -> Array:
+            placed = x + position
+            return add(x, attention("self_attention")(placed, x, keys=placed), "self_norm")
+
+        def to_image(x: Array) -> Array:
+            return add(x, attention("cross_attention")(x + position, values, valid, keys=keys), "cross_norm")
+
+        x = to_queries(to_image(x)) if self.cross_first else to_image(to_queries(x))
         return add(x, dense(x.shape[-1], "mlp_out")(drop(nn.relu(dense(self.ffn, "mlp_in")(x)))), "mlp_norm")
+
+
+def mask_embedder(width: int, mask_dim: int, dtype: Any) -> Callable[[Array], Array]:
+    """Creates the MLP from queries to the embeddings of their masks, as layers of the calling module."""
+    dense = partial(nn.Dense, dtype=dtype, kernel_init=linear_init)
+    layers = [dense((width, width, mask_dim)[i], name=f"mask_mlp_{i}") for i in range(3)]
+    return lambda x: layers[2](nn.relu(layers[1](nn.relu(layers[0](x)))))
+
+
+def mask_logits(
+    embeddings: Float[Array, "b l n c"], pixels: Float[Array, "b h w c"]
+) -> Float[Array, "b l n h w"]:
+    """Computes the logits of masks, the products of their embeddings with the mask features, in float32."""
+    return jnp.einsum("blnc,bhwc->blnhw", embeddings, pixels, preferred_element_type=jnp.float32)
 
 
 class MaskFormerNet(nn.Module):
@@ -243,12 +266,8 @@ class MaskFormerNet(nn.Module):
             if self.deep_supervision or i == self.layers - 1:
                 outputs.append(norm(queries))
         stacked = jnp.stack(outputs, 1)
-        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=linear_init)
-        y = nn.relu(dense(self.width, name="mask_mlp_0")(stacked))
-        y = nn.relu(dense(self.width, name="mask_mlp_1")(y))
-        y = dense(self.mask_dim, name="mask_mlp_2")(y)
-        logits = jnp.einsum("blnc,bhwc->blnhw", y, pixels, preferred_element_type=jnp.float32)
-        return MaskFormerOutput(stacked, logits, pixels)
+        embeddings = mask_embedder(self.width, self.mask_dim, self.dtype)(stacked)
+        return MaskFormerOutput(stacked, mask_logits(embeddings, pixels), pixels)
 
 
 class QueryClassifier(nn.Module):
@@ -287,12 +306,12 @@ class QueryEmbedding(nn.Module):
 class MaskFormer(nn.Module):
     """The whole MaskFormer, in the arrangement of published weights: the network and its classifier."""
 
-    net: MaskFormerNet
+    net: Any  # a MaskFormerNet, or a Mask2FormerNet
     classifier: QueryClassifier | QueryEmbedding
 
     def __call__(
         self, image: UInt8[Array, "b s t 3"], image_size: Int[Array, "b 2"], train: bool = False
-    ) -> tuple[MaskFormerOutput, Any]:
+    ) -> tuple[Any, Any]:
         """Returns the network's outputs and those of the classifier for its queries."""
         out = self.net(image, image_size, train)
         return out, self.classifier(out.queries)

@@ -96,7 +96,7 @@ def attend(
     keys: Float[Array, "b n d"] | None = None,
     features: int | None = None,
     key_bias: bool = True,
-    mask: Bool[Array, "b 1 1 n"] | None = None,
+    mask: Bool[Array, "b 1 #q n"] | None = None,
     causal: bool = False,
     rotary: Rotary | None = None,
     inner_norm: Callable[[Array], Array] | None = None,
@@ -160,12 +160,14 @@ class Attention(nn.Module):
         self,
         queries: Float[Array, "b q d"],
         values: Float[Array, "b n d"],
-        valid: Bool[Array, "b n"] | None = None,
+        valid: Bool[Array, "b n"] | Bool[Array, "b q n"] | None = None,
         rotary: Rotary | None = None,
         keys: Float[Array, "b n d"] | None = None,
         alone: int | None = None,
     ) -> Float[Array, "b q d"]:
-        """Attends from each query to all values, or to those that are `valid`; for the others see `attend`."""
+        """Attends from each query to all values, or to those `valid` (for it); for the others see `attend`."""
+        if valid is not None and valid.ndim == 2:
+            valid = valid[:, None]
 
         def layer(name: str, shape: Any, **options: Any) -> nn.DenseGeneral:
             init = self.style.kernel_init
@@ -178,7 +180,7 @@ class Attention(nn.Module):
             values,
             keys=keys,
             key_bias=self.key_bias,
-            mask=None if valid is None else valid[:, None, None, :],
+            mask=None if valid is None else valid[:, None],
             causal=self.causal,
             rotary=rotary,
             inner_norm=nn.LayerNorm(self.epsilon, dtype=self.dtype, name="inner_norm")

@@ -17,6 +17,7 @@ from ovseg_jax.models.convpass import ADAPTERS
 from ovseg_jax.models.efficientnet import EfficientNet
 from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.groupvit import GroupVitImage, GroupVitText
+from ovseg_jax.models.mask2former import Mask2FormerNet
 from ovseg_jax.models.maskformer import MaskFormer
 from ovseg_jax.models.position_weights import axis_weights
 from ovseg_jax.models.pseudo_masks import TowerTokens
@@ -33,6 +34,7 @@ from ovseg_jax.pretrained import (
     efficientnet,
     eva,
     groupvit,
+    mask2former,
     maskformer,
     resnet,
     swin,
@@ -104,7 +106,7 @@ def load(
         if (own := from_ours(arrays, shapes)) is not None:
             format_, arrays = "ours", own
         else:
-            if not isinstance(module, UPerNet):
+            if not isinstance(module, UPerNet | MaskFormer):
                 arrays = without_wrapper(arrays)
             format_, renames = recognise(arrays, formats(module), path)
         check(path, module, format_, names)
@@ -223,6 +225,11 @@ def formats(module: nn.Module) -> dict[str, list[Rename]]:
             }
         case Bert(heads=heads):
             return {"transformers' BERT": text.from_hf_bert(heads, module.pool == "pooler")}
+        case MaskFormer(net=Mask2FormerNet() as net):
+            known = {"transformers' Mask2Former": mask2former.from_hf_mask2former(net)}
+            if isinstance(net.backbone, Swin):
+                known["the authors' Mask2Former"] = mask2former.from_detectron2_mask2former(net)
+            return known
         case MaskFormer(net=net):
             return {"transformers' MaskFormer": maskformer.from_hf_maskformer(net)}
     raise UserError(f"no format of published weights is known for a {type(module).__name__}")

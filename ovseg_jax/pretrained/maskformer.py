@@ -26,21 +26,21 @@ def from_hf_maskformer(net: MaskFormerNet) -> list[Rename]:
     pixel, transformer = r"model\.pixel_level_module\.", r"model\.transformer_module\."
     fpn, head = rf"{pixel}decoder\.", "pixel_decoder"
     renames = [
-        *_inside(_backbone(net.backbone), rf"{pixel}encoder\.(?:model\.)?", "backbone"),
-        *_layer(rf"{fpn}mask_projection", f"{head}/mask_features", conv),
+        *inside(backbone_renames(net.backbone), rf"{pixel}encoder\.(?:model\.)?", "net/backbone"),
+        *layer(rf"{fpn}mask_projection", f"{head}/mask_features", conv),
     ]
     for i, level in enumerate(LEVELS):
         # The coarsest level is the stem, which has no lateral convolution.
         theirs = rf"{fpn}fpn\.layers\.{i - 1}" if i else rf"{fpn}fpn\.stem"
         block = rf"{theirs}\.block" if i else theirs
-        renames += _layer(rf"{block}\.0", f"{head}/output_c{level}", conv)
-        renames += _norm(rf"{block}\.1", f"{head}/output_norm_c{level}")
-        renames += _layer(rf"{theirs}\.proj\.0", f"{head}/lateral_c{level}", conv)
-        renames += _norm(rf"{theirs}\.proj\.1", f"{head}/lateral_norm_c{level}")
+        renames += layer(rf"{block}\.0", f"{head}/output_c{level}", conv)
+        renames += norm(rf"{block}\.1", f"{head}/output_norm_c{level}")
+        renames += layer(rf"{theirs}\.proj\.0", f"{head}/lateral_c{level}", conv)
+        renames += norm(rf"{theirs}\.proj\.1", f"{head}/lateral_norm_c{level}")
     renames += [
         Rename(rf"{transformer}queries_embedder\.weight", "params/net/queries"),
-        *_layer(rf"{transformer}input_projection", "input_projection", lambda x: dense(x[:, :, 0, 0])),
-        *_norm(rf"{transformer}decoder\.layernorm", "decoder_norm"),
+        *layer(rf"{transformer}input_projection", "input_projection", lambda x: dense(x[:, :, 0, 0])),
+        *norm(rf"{transformer}decoder\.layernorm", "decoder_norm"),
     ]
     theirs, ours = rf"{transformer}decoder\.layers\.(\d+)", r"layer_\1"
     split, join = heads_in(net.heads), heads_out(net.heads)
@@ -51,13 +51,13 @@ def from_hf_maskformer(net: MaskFormerNet) -> list[Rename]:
                 Rename(rf"{pattern}\.weight", f"{path}/kernel", split),
                 Rename(rf"{pattern}\.bias", f"{path}/bias", split),
             ]
-        renames += _layer(rf"{theirs}\.{name}\.(?:out|o)_proj", f"{ours}/{target}/out", join)
-    renames += _norm(rf"{theirs}\.self_attn_layer_norm", f"{ours}/self_norm")
-    renames += _norm(rf"{theirs}\.encoder_attn_layer_norm", f"{ours}/cross_norm")
-    renames += _norm(rf"{theirs}\.final_layer_norm", f"{ours}/mlp_norm")
-    renames += _layer(rf"{theirs}\.(?:mlp\.)?fc1", f"{ours}/mlp_in", dense)
-    renames += _layer(rf"{theirs}\.(?:mlp\.)?fc2", f"{ours}/mlp_out", dense)
-    renames += _layer(r"mask_embedder\.(\d)\.0", r"mask_mlp_\1", dense)
+        renames += layer(rf"{theirs}\.{name}\.(?:out|o)_proj", f"{ours}/{target}/out", join)
+    renames += norm(rf"{theirs}\.self_attn_layer_norm", f"{ours}/self_norm")
+    renames += norm(rf"{theirs}\.encoder_attn_layer_norm", f"{ours}/cross_norm")
+    renames += norm(rf"{theirs}\.final_layer_norm", f"{ours}/mlp_norm")
+    renames += layer(rf"{theirs}\.(?:mlp\.)?fc1", f"{ours}/mlp_in", dense)
+    renames += layer(rf"{theirs}\.(?:mlp\.)?fc2", f"{ours}/mlp_out", dense)
+    renames += layer(r"mask_embedder\.(\d)\.0", r"mask_mlp_\1", dense)
     return [
         *renames,
         Rename(r"class_predictor\.weight", "params/classifier/dense/kernel", dense),
@@ -66,7 +66,12 @@ def from_hf_maskformer(net: MaskFormerNet) -> list[Rename]:
     ]
 
 
-def _backbone(backbone: nn.Module) -> list[Rename]:
+def backbone_renames(backbone: nn.Module) -> list[Rename]:
+    """Returns the renames of transformers' backbone.
+
+    Raises:
+      UserError: no published MaskFormer has such a backbone.
+    """
     match backbone:
         case Swin(heads=heads):
             return from_hf_swin(heads, backbone=True)
@@ -77,24 +82,26 @@ def _backbone(backbone: nn.Module) -> list[Rename]:
     )
 
 
-def _inside(renames: Iterable[Rename], prefix: str, path: str) -> list[Rename]:
-    """Returns renames of names behind a prefix to paths inside of a module of the network."""
+def inside(renames: Iterable[Rename], prefix: str, path: str) -> list[Rename]:
+    """Returns renames of names behind a prefix (a regex) to paths inside of a module."""
 
     def target(ours: str) -> str:
         collection, _, rest = ours.partition("/")
-        return f"{collection}/net/{path}/{rest}" if ours else ""
+        return f"{collection}/{path}/{rest}" if ours else ""
 
     return [Rename(prefix + r.pattern, target(r.target), r.layout) for r in renames]
 
 
-def _layer(pattern: str, target: str, layout: Layout) -> list[Rename]:
+def layer(pattern: str, target: str, layout: Layout, path: str = "net/") -> list[Rename]:
+    """Returns the renames of weight and bias of a dense layer or convolution."""
     weight, bias = rf"{pattern}\.weight", rf"{pattern}\.bias"
     return [
-        Rename(weight, f"params/net/{target}/kernel", layout),
-        Rename(bias, f"params/net/{target}/bias"),
+        Rename(weight, f"params/{path}{target}/kernel", layout),
+        Rename(bias, f"params/{path}{target}/bias"),
     ]
 
 
-def _norm(pattern: str, target: str) -> list[Rename]:
+def norm(pattern: str, target: str, path: str = "net/") -> list[Rename]:
+    """Returns the renames of weight and bias of a norm."""
     weight, bias = rf"{pattern}\.weight", rf"{pattern}\.bias"
-    return [Rename(weight, f"params/net/{target}/scale"), Rename(bias, f"params/net/{target}/bias")]
+    return [Rename(weight, f"params/{path}{target}/scale"), Rename(bias, f"params/{path}{target}/bias")]

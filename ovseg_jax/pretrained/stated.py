@@ -21,6 +21,7 @@ from ovseg_jax.models.convnext import ConvNeXt
 from ovseg_jax.models.efficientnet import EfficientNet
 from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.groupvit import GroupVitImage, GroupVitText
+from ovseg_jax.models.mask2former import Mask2FormerNet
 from ovseg_jax.models.maskformer import MaskFormer
 from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.swin import Swin
@@ -38,7 +39,7 @@ Facts = dict[str, Any]
 
 # transformers: format -> (the model types whose weights have these names, the defaults by our names of the facts).
 _BERT_SIZED: Facts = dict(activation="gelu", heads=12, epsilon=1e-12)
-_MASKFORMER = "transformers' MaskFormer"
+_MASKFORMER, _MASK2FORMER = "transformers' MaskFormer", "transformers' Mask2Former"
 _SWIN = (("swin", "maskformer-swin"), dict(activation="gelu", epsilon=1e-5))
 _HF: dict[str, tuple[tuple[str, ...], Facts]] = {
     "transformers' ResNet": (("resnet",), dict(activation="relu", stride_in_first_convolution=False)),
@@ -93,6 +94,8 @@ _WINDOW_RULES = {  # others: "axis"
     "transformers' Swin": "both",
     "transformers' SwinBackbone": "always",
     _MASKFORMER: "always",
+    _MASK2FORMER: "always",
+    "the authors' Mask2Former": "always",
 }
 _TIMM_16_HEADS = ("huge", "giant", "giantopt", "gigantic", "so400m")  # others have 64 channels a head
 
@@ -212,6 +215,8 @@ def facts(module: nn.Module) -> Facts:
             return dict(pools=list(module.pools), **facts(tower), taps=[i + 1 for i in tower.taps])
         case UPerNet():
             return dict(pools=list(module.pools))
+        case MaskFormer(net=Mask2FormerNet() as net):
+            return dict(facts(net.backbone), decoder_heads=net.head.heads, decoder_activation="relu")
         case MaskFormer(net=net):
             return dict(facts(net.backbone), decoder_heads=net.heads, decoder_activation="relu")
     return {}
@@ -227,8 +232,8 @@ def _stated(config: Mapping[str, Any], module: nn.Module, format_: str) -> Facts
         return _of_open_clip(config["model_cfg"], side, format_)
     if "architecture" in config or format_ in _OF_ONE_ARCHITECTURE:
         return _of_timm(config.get("architecture"), config, format_)
-    if format_ == _MASKFORMER and "model_type" in config:
-        return _of_maskformer(config, module)
+    if format_ in (_MASKFORMER, _MASK2FORMER) and "model_type" in config:
+        return _of_maskformer(config, module, format_)
     if "model_type" in config:
         return _of_transformers(config, side, format_)
     return {}
@@ -271,19 +276,24 @@ def _of_upernet(config: Mapping[str, Any]) -> Facts:
     return stated
 
 
-def _of_maskformer(config: Mapping[str, Any], module: nn.Module) -> Facts:
+def _of_maskformer(config: Mapping[str, Any], module: nn.Module, format_: str) -> Facts:
     """Returns the properties of the decoder and of the backbone."""
-    if config["model_type"] != "maskformer":
-        return {"refused": f"its model_type is {config['model_type']!r}, but {_MASKFORMER} has maskformer"}
-    decoder, backbone = config.get("decoder_config") or {}, config.get("backbone_config") or {}
+    kind = "maskformer" if format_ == _MASKFORMER else "mask2former"
+    if config["model_type"] != kind:
+        return {"refused": f"its model_type is {config['model_type']!r}, but {format_} has {kind}"}
+    second = kind == "mask2former"
+    if second and (used := [key for key in ("pre_norm", "enforce_input_projection") if config.get(key)]):
+        return {"refused": f"it has {used[0]}, which this decoder lacks"}
+    decoder = config if second else config.get("decoder_config") or {}
+    backbone = config.get("backbone_config") or {}
     resnet = isinstance(module, MaskFormer) and isinstance(module.net.backbone, ResNet)
-    kind = "ResNet" if resnet else "SwinBackbone"
+    tower = "ResNet" if resnet else "SwinBackbone"
     stated = {
-        "decoder_heads": decoder.get("decoder_attention_heads", 8),
+        "decoder_heads": decoder.get("num_attention_heads" if second else "decoder_attention_heads", 8),
         "decoder_activation": decoder.get("activation_function", "relu"),
     }
     default = {"model_type": "resnet" if resnet else "swin"}
-    return stated | _of_transformers({**default, **backbone}, "vision", f"transformers' {kind}")
+    return stated | _of_transformers({**default, **backbone}, "vision", f"transformers' {tower}")
 
 
 def _of_timm(architecture: Any, config: Mapping[str, Any], format_: str) -> Facts:

@@ -13,7 +13,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.parallel.sharding import tree_paths
 
 RULES = ("adam", "adamw", "lamb", "lion", "sgd")
-SCHEDULES = ("constant", "cosine", "linear", "polynomial")
+SCHEDULES = ("constant", "cosine", "linear", "polynomial", "steps")
 # For these rules weight decay is the classic L2 term, added to the gradient before the rule; for others it is
 # decoupled.
 COUPLED = ("adam", "sgd")
@@ -40,8 +40,8 @@ def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
 
     It is a linear warm-up over `warmup_steps`, (t + 1) / warmup_steps, so that the rate of the first step is not 0;
     then, with p the share of the remaining steps that is done and f = `final_fraction`, constant: 1; linear: 1 - (1 -
-    f) p; polynomial: f + (1 - f) (1 - p)^`power`;
-    cosine: f + (1 - f) (1 + cos(pi p)) / 2; all times `learning_rate`. `warmup_rate` is a constant rate in place of the
+    f) p; polynomial: f + (1 - f) (1 - p)^`power`; cosine: f + (1 - f) (1 + cos(pi p)) / 2; steps: a tenth of the last
+    from each of the steps `drops` on; all times `learning_rate`. `warmup_rate` is a constant rate in place of the
     linear warm-up; `decay_steps` is the number of steps in which p goes from 0 to 1; `hold_steps` is the number of
     steps for which a rate is kept, such as an epoch.
     """
@@ -51,7 +51,9 @@ def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     peak, warmup = float(config["learning_rate"]), int(config.get("warmup_steps", 0))
     final = float(config.get("final_fraction", 0.0))
     hold, decay_steps = int(config.get("hold_steps", 1)), int(config.get("decay_steps", steps - warmup))
-    first_rate = config.get("warmup_rate")
+    first_rate, drops = config.get("warmup_rate"), tuple(config.get("drops", ()))
+    if name == "steps" and not drops:
+        raise UserError('optimizer.schedule="steps" needs optimizer.drops, the steps at which the rate falls')
     power = float(config.get("power", 1.0)) if name == "polynomial" else 1.0
 
     def schedule(step: Any) -> jax.Array:
@@ -59,6 +61,8 @@ def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
         done = jnp.clip((step - warmup) / max(decay_steps, 1), 0.0, 1.0)
         if name == "constant":
             decay = jnp.ones_like(done)
+        elif name == "steps":
+            decay = jnp.prod(jnp.where(step >= jnp.array(drops), 0.1, 1.0))
         elif name in ("linear", "polynomial"):
             decay = final + (1.0 - final) * (1.0 - done) ** power
         else:
@@ -87,12 +91,11 @@ def make_optimizer(config: ConfigDict, params: Any, steps: int, more: Sequence[s
 
     Args:
       config: `config.optimizer`. `name` (adamw, adam, sgd, lamb, lion), `learning_rate`, `schedule`,
-        `warmup_steps`, `final_fraction`, `warmup_rate`, `decay_steps`, `hold_steps`, `power` (see `make_schedule`),
-        `weight_decay` (on arrays of two or more dimensions, so never on scales and temperatures, but on biases of
-        attention, which have an axis of heads; parameters whose path matches one of the regexes `no_decay` are spared),
-        `clip_norm`
-        (0 = off), `b1`, `b2`, `momentum` (sgd), `nesterov`; lamb scales the update of a parameter to the parameter's
-        norm only where it decays, as apex's FusedLAMB does,
+        `warmup_steps`, `final_fraction`, `warmup_rate`, `decay_steps`, `hold_steps`, `power`, `drops` (see
+        `make_schedule`), `weight_decay` (on arrays of two or more dimensions, so never on scales and temperatures, but
+        on biases of attention, which have an axis of heads; parameters whose path matches one of the regexes `no_decay`
+        are spared), `clip_norm` (0 = off), `b1`, `b2`, `momentum` (sgd), `nesterov`;
+        lamb scales the update of a parameter to the parameter's norm only where it decays, as apex's FusedLAMB does,
         `multipliers` ((regex, factor) pairs: the first regex that matches in a parameter's path scales its rate, or
         freezes it if the factor is None), `ema` (the decay of the parameters' moving average, min(ema, (1 + t) / (10
         + t)) at step t, which is then used for evaluation and export; 0 = none).

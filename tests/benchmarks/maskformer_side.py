@@ -1,4 +1,7 @@
-"""transformers' MaskFormer for `step.py`: from a config of ours, with our parameters, the same loss and optimiser."""
+"""transformers' MaskFormer or Mask2Former for `step.py`: from a config of ours, with our parameters and optimiser.
+
+The loss is the same, but for the points at which Mask2Former's is computed, which each side draws for itself.
+"""
 
 import itertools
 import sys
@@ -28,6 +31,23 @@ def build(config, classes: int):
             drop_path_rate=0.0,
             out_features=stages,
         )
+    if config.method == "mask2former":
+        return transformers.Mask2FormerForUniversalSegmentation(
+            transformers.Mask2FormerConfig(
+                backbone_config=backbone,
+                feature_size=model.width,
+                mask_feature_size=model.mask_dim,
+                hidden_dim=model.width,
+                encoder_feedforward_dim=model.encoder_ffn,
+                dim_feedforward=model.ffn,
+                encoder_layers=model.encoder_layers,
+                decoder_layers=model.layers + 1,
+                num_attention_heads=model.heads,
+                num_queries=model.num_queries,
+                num_labels=classes,
+                train_num_points=config.loss.points,
+            )
+        )
     decoder = transformers.DetrConfig(
         d_model=model.width,
         decoder_layers=model.layers,
@@ -51,8 +71,10 @@ def fill(theirs, method, ours) -> None:
     """Copies our parameters by path into transformers' model, by the inverse of the loader's renames."""
     import torch
 
-    from ovseg_jax.pretrained.maskformer import from_hf_maskformer
+    from ovseg_jax.pretrained.load import formats
     from ovseg_jax.pretrained.rename import rename
+
+    (renames,) = (own for name, own in formats(method.model).items() if name.startswith("transformers'"))
 
     state = {name: x for name, x in theirs.state_dict().items() if x.is_floating_point()}
     ends = list(itertools.accumulate(x.numel() for x in state.values()))
@@ -61,7 +83,7 @@ def fill(theirs, method, ours) -> None:
         for (name, x), end in zip(state.items(), ends, strict=True)
     }
     flat = torch.cat([x.detach().flatten() for x in state.values()]).numpy()
-    for path, place in rename(places, from_hf_maskformer(method.net)).items():
+    for path, place in rename(places, renames).items():
         flat[place] = ours[path]
     for (name, x), end in zip(state.items(), ends, strict=True):
         state[name] = torch.from_numpy(flat[end - x.numel() : end]).reshape(x.shape)

@@ -3,8 +3,9 @@
     python tests/benchmarks/step.py [--sides=jax,eager,compiled] [--steps=20] [--rounds=5]
     python tests/benchmarks/step.py --sides=jax:1,jax:2,jax:4,jax:8
     python tests/benchmarks/step.py --config=tests/benchmarks/maskformer_config.py --sides=jax,eager --steps=2
+    python tests/benchmarks/step.py --config=tests/benchmarks/maskformer_config.py:method=mask2former --sides=jax,eager
 
-The last one is MaskFormer's, beside transformers' (maskformer_side.py).
+The last two are MaskFormer's and Mask2Former's, beside transformers' (maskformer_side.py).
 A side is ours (`jax`, with as many virtual devices as `main` makes, or `jax:N`), PyTorch as it is (`eager`) or behind
 `torch.compile` (`compiled`). Each is a process of its own. All start from the same parameters and make the same
 steps on the same batches, in turns of `steps`, so that whatever slows the machine slows all of them. Printed are the
@@ -52,7 +53,7 @@ def prepare(config, count: int, folder: Path) -> None:
         np.savez(folder / f"batch{i}.npz", **batch)
     iterator.close()
     variables = method.init(jax.random.key(config.seed))
-    if config.method == "maskformer":
+    if config.method in ("maskformer", "mask2former"):
         params = variables  # with batch statistics
     else:
         (folder / "net.json").write_text(json.dumps(describe(method.net)))
@@ -120,7 +121,7 @@ def jax_side(config, folder: Path, batches, device: str, count: int):
 
 def torch_side(config, folder: Path, batches, device: str, compiled: bool):
     """The same, in PyTorch: OpenSeg's losses (papers/004, eq. 1-5) and AdamW behind a global clip."""
-    if config.method == "maskformer":
+    if config.method in ("maskformer", "mask2former"):
         import maskformer_side
 
         return maskformer_side.torch_side(config, folder, batches, device, compiled)

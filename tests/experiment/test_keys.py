@@ -10,6 +10,7 @@ import ovseg_jax
 from ovseg_jax.configs import (
     clip_dense,
     groupvit,
+    mask2former,
     maskformer,
     openseg,
     pomp,
@@ -40,6 +41,7 @@ SHIPPED = [
         for arg in (None, *(f"{FOLDER},method={method}" for method in pomp.METHODS), f"{FOLDER},sample=0")
     ),
     (maskformer, None),
+    *((mask2former, arg) for arg in (None, "data=coco,data_dir=x", f"{FOLDER},val_dir=y,backbone=swin_tiny")),
     *((groupvit, arg) for arg in (None, "data=sets,eval_sets=x")),
     *(
         (pseg, arg)

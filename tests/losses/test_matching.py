@@ -128,7 +128,7 @@ def test_equals_the_reference(named):
         each = weight[b] * np.where(label == 3, 0.1, 1)
         entropy[layer] -= (each * np.log(probability[np.arange(5), label])).sum()
         share[layer] += each.sum()
-    np.testing.assert_allclose(ours.focal, focal, rtol=1e-5)
+    np.testing.assert_allclose(ours.mask, focal, rtol=1e-5)
     np.testing.assert_allclose(ours.dice, dice, rtol=1e-5)
     assert ours.masks == 3.5
     total = (20 * focal + dice).sum() / 3.5

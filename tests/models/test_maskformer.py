@@ -164,7 +164,7 @@ def test_equals_hugging_face(deep):
     for i in range(len(layers)):
         suffix = "" if i == len(layers) - 1 else f"_{i}"
         ours = (
-            20 * losses.focal / losses.masks,
+            20 * losses.mask / losses.masks,
             losses.dice / losses.masks,
             losses.label / losses.label_weight,
         )

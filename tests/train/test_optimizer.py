@@ -33,6 +33,13 @@ def test_schedules(name):
     np.testing.assert_allclose([rate(9), rate(14), rate(99)], [0.2 * middle, 0.2 * end, 0.2 * end], rtol=1e-6)
 
 
+def test_a_rate_that_falls_in_steps():
+    rate = make_schedule(ConfigDict(dict(learning_rate=0.2, schedule="steps", drops=(5, 8))), 10)
+    np.testing.assert_allclose(
+        [rate(t) for t in (0, 4, 5, 7, 8, 99)], np.repeat([0.2, 0.02, 0.002], 2), rtol=1e-5
+    )
+
+
 def test_a_rate_set_once_an_epoch():
     """CoOp's: the first epoch at a constant rate, then a cosine as long as the run, a step an epoch."""
     settings = dict(learning_rate=0.002, schedule="cosine", warmup_steps=5, warmup_rate=1e-5)
@@ -125,6 +132,7 @@ def test_frozen_parameters_do_not_move_and_are_not_part_of_the_norm(name):
     [
         (dict(name="adamx"), "adamx.*sgd"),
         (dict(schedule="stairs"), "stairs.*cosine"),
+        (dict(schedule="steps"), "needs optimizer.drops"),
         (dict(multipliers=(("hed/", None),)), 'multipliers has "hed/"'),
         (dict(multipliers=(("hed/", 1.0),)), 'multipliers has "hed/"'),
         (dict(no_decay=("hed/",)), 'no_decay has "hed/"'),
