@@ -28,10 +28,10 @@ def adamw(learning_rate: float, **own: Any) -> dict[str, Any]:
     return dict(dict(name="adamw", learning_rate=learning_rate, schedule="cosine", ema=0.0), **own)
 
 
-def adamw_of_scenes(**own: Any) -> dict[str, Any]:
+def adamw_of_scenes(learning_rate: float = 2e-3, **own: Any) -> dict[str, Any]:
     """Returns AdamW for a few thousand steps on `scenes`. All numbers are ours."""
     numbers = dict(warmup_steps=100, final_fraction=0.02, weight_decay=1e-3, clip_norm=1.0, b1=0.9, b2=0.98)
-    return adamw(2e-3, **numbers, **own)
+    return adamw(learning_rate, **numbers, **own)
 
 
 def sgd(learning_rate: float, **own: Any) -> dict[str, Any]:
@@ -39,19 +39,30 @@ def sgd(learning_rate: float, **own: Any) -> dict[str, Any]:
     return dict(name="sgd", learning_rate=learning_rate, schedule="cosine", momentum=0.9, ema=0.0, **own)
 
 
-def layer_decay(rate: float, depth: int, tower: str) -> tuple[tuple[str, float], ...]:
-    """Returns `optimizer.multipliers` of layer-wise decay for a ViT, as BEiT and MAE are fine-tuned.
+VIT_NAMES = ("(embedding/|pos_embedding$|cls$)", "Transformer/encoderblock_{}/")
+"""The names of the embeddings and of a block of a tower, for `layer_decay`: of `models.vit.ViT`."""
+EVA_NAMES = ("(embedding/|pos_embedding$|cls$)", "blocks_{}/")  # of models.eva.Eva
+TEXT_NAMES = ("(Embed_0/|pos_embedding$)", "Encoder_0/encoderblock_{}/")  # of models.text_towers.CLIPText
+
+
+def layer_decay(
+    rate: float, depth: int, tower: str, names: tuple[str, str] = VIT_NAMES, factor: float = 1.0
+) -> tuple[tuple[str, float], ...]:
+    """Returns `optimizer.multipliers` of layer-wise decay for a tower, as BEiT and MAE are fine-tuned.
 
     With n blocks, block i has the factor rate^(n - i), the embeddings have rate^(n + 1), all other parameters 1.
 
     Args:
       rate: the factor from one block to the one before it.
       depth: n.
-      tower: the path of the ViT, such as "image/backbone/tower".
+      tower: the path of the tower, such as "image/backbone/tower".
+      names: regular expressions of its embeddings and of block {}.
+      factor: multiplies all factors of the tower; other than 1, it is also that of its other parameters.
     """
-    embeddings = (f"^{tower}/(embedding/|pos_embedding$|cls$)", rate ** (depth + 1))
-    blocks = ((f"^{tower}/Transformer/encoderblock_{i}/", rate ** (depth - i)) for i in range(depth))
-    return (embeddings, *blocks)
+    embeddings = (f"^{tower}/{names[0]}", factor * rate ** (depth + 1))
+    blocks = ((f"^{tower}/{names[1].format(i)}", factor * rate ** (depth - i)) for i in range(depth))
+    rest = ((f"^{tower}/", factor),) if factor != 1 else ()
+    return (embeddings, *blocks, *rest)
 
 
 def checkpoint(every: int, keep: int = 1) -> dict[str, Any]:

@@ -5,8 +5,8 @@
       which does not use the labels of held-out classes.
   python -m ovseg_jax.main --config=configs/upernet.py:teacher=WORKDIR
       P-Seg+ (papers/002, 3.3.4): the run in WORKDIR labels the same images, whose masks are not read; a new network
-      learns from its labels. Mean of 3 seeds, from configs/pseg.py: mIoU of 77.6 on seen pairs, 73.6 held out, 91.7 on
-      stuff, where the teachers had 76.0, 68.7 and 90.6.
+      learns from its labels. Mean of 3 seeds, from configs/pseg.py: mIoU of 76.2 on seen pairs, 68.5 held out, 90.9 on
+      stuff, where the teachers had 74.0, 66.3 and 90.0.
   python -m ovseg_jax.main --config=configs/upernet.py:data=prepared,data_dir=DIR,val_dir=DIR,target=voc,teacher=WORKDIR
       the paper's recipe: MAE's ViT-B and UPerNet, on the training images of a data set that `python -m
       ovseg_jax.prepare` wrote to DIR. The paper's mIoU with background (Table 4): VOC 62.0, Context 30.2, COCO 35.7.
@@ -67,7 +67,7 @@ def scenes() -> ConfigDict:
     target = dict(common.scenes("validation", 3000), seed=1, cache=True)
     return common.run(
         "upernet",
-        steps=3000,
+        steps=2000,
         batch_size=16,
         model=dict(
             init="",
@@ -77,13 +77,14 @@ def scenes() -> ConfigDict:
             width=64,
             pools=(1, 2),
             aux_width=32,
-            dropout=0.1,
+            dropout=0.0,
             norm="batch",
             remat="none",
             dtype="float32",
         ),
         loss=dict(auxiliary_weight=0.4),
-        optimizer=common.adamw_of_scenes(ema=0.998),
+        # At 2e-3, as elsewhere on `scenes`, the student is below its teacher after as many steps.
+        optimizer=common.adamw_of_scenes(ema=0.998, learning_rate=5e-3),
         data=dict(
             train=[target],
             image_size=64,

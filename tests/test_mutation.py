@@ -40,6 +40,7 @@ from ovseg_jax.data.sources.folder import Folder
 from ovseg_jax.data.sources.image_folder import ImageFolder, read_names
 from ovseg_jax.data.sources.prepared import Prepared
 from ovseg_jax.data.sources.pseudo_masks import PseudoMasks, Shard, Statistics, shard_name, write_shard
+from ovseg_jax.data.sources.region_json import RegionJson
 from ovseg_jax.data.sources.webdataset import WebDataset
 from ovseg_jax.datasets.ade20k import Ade20k150, Ade20kFull
 from ovseg_jax.datasets.coco import CocoPanoptic, CocoStuff
@@ -77,7 +78,7 @@ from ovseg_jax.vocab.splits import load_split, read_categories
 from ovseg_jax.vocab.tokenizers import load_tokenizer
 from ovseg_jax.vocab.vectors import ClassVectors
 from ovseg_jax.vocab.words import WordList
-from tests.datasets.packing import jpeg, read_all, tarred, unpacked
+from tests.datasets.packing import as_json, jpeg, read_all, tarred, unpacked, zipped
 from tests.datasets.test_ade20k import BENCH, FULL
 from tests.datasets.test_captions import COCO, RETRIEVAL
 from tests.datasets.test_coco_sets import PANOPTIC, STUFF
@@ -412,6 +413,25 @@ def all_captions(folder: Path, **arguments: Any) -> None:
     for index in range(len(source)):
         dict(source[index])
     list(source.captions())
+
+
+def regions(name: str) -> Callable[[Path], Path]:
+    """An image, and its JSON file or a zip of it."""
+
+    def write(folder: Path) -> Path:
+        region = {"bbox": [0, 1, 4, 5], "captions": ["a paw"], "tags": ["paw"]}
+        told = as_json({"captions": ["a dog"], "tags": ["dog"], "regions": [region]})
+        (folder / "1.jpg").write_bytes(jpeg(5, 6))
+        (folder / name).write_bytes(told if name.endswith(".json") else zipped({"1.json": told}))
+        return folder / name
+
+    return write
+
+
+def all_regions(folder: Path) -> None:
+    source = RegionJson(folder)
+    for index in range(len(source)):
+        dict(source[index])
 
 
 def all_members(path: Path) -> None:
@@ -821,6 +841,8 @@ READERS: dict[str, Reader] = {
         lambda folder: with_captions(folder, b'{"caption": ["a dog", "x"], "url": null}'),
         lambda path: all_captions(path.parent),
     ),
+    "regions in JSON": Reader(regions("1.json"), lambda path: all_regions(path.parent)),
+    "zip of regions": Reader(regions("1.zip"), lambda path: all_regions(path.parent)),
     "index of tars": Reader(index_of_tars, lambda path: all_captions(path.parent, index=path)),
     "zip": Reader(archive("a.zip"), all_members),
     "zip in a tar": Reader(archive("a.tar"), all_members),
@@ -927,6 +949,8 @@ OPENERS: dict[str, str] = {
     "data/sources/image_folder.py:read_names": "names of class folders",
     "data/sources/pseudo_masks.py:_read": "pseudo-masks",
     "data/sources/pseudo_masks.py:read_shard": "shard.json",
+    "data/sources/region_json.py:_content": "regions in JSON",
+    "data/sources/region_json.py:read": "zip of regions",
     "data/sources/webdataset.py:_captions": "caption in a tar",
     "data/sources/webdataset.py:_member": "tar of images and captions",
     "data/sources/webdataset.py:_read_index": "index of tars",

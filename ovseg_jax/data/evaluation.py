@@ -19,14 +19,14 @@ def eval_rows(needs: Collection[str], data: Any, source: Source) -> Callable[[in
     """Returns the function that makes a row of a position in a source, and reads only what an evaluator needs.
 
     Args:
-      needs: the fields that the evaluator needs: `SegmentsEval` with segments, `ClassifyEval` with a label, and else
-        `ImageEval`.
+      needs: the fields that the evaluator needs: `SegmentsEval` with segments, `ClassifyEval` with a label,
+        `SquareEval` with captions, and else `ImageEval`.
       data: of `config.data`: `image_size`, and see `SegmentsEval.from_config`.
       source: what to read.
     """
     if "segments" in needs:
         return SegmentsEval.from_config(data, source)
-    kind = ClassifyEval if "label" in needs else ImageEval
+    kind = ClassifyEval if "label" in needs else SquareEval if "captions" in needs else ImageEval
     return kind.from_config(data, source)
 
 
@@ -138,6 +138,18 @@ class ClassifyEval(ImageEval):
         if index < 0:
             row = {key: np.zeros_like(value) for key, value in row.items()}
         return {**row, "index": np.int32(index), "example_mask": np.bool_(index >= 0)}  # type: ignore[dict-item]
+
+
+@dataclasses.dataclass(frozen=True)
+class SquareEval(ImageEval):
+    """Makes evaluation rows of images that fill the canvas (see `centre_square`); the index -1 makes one of padding."""
+
+    def __call__(self, index: int) -> Row:
+        """Returns the row of example `index` of the source: `image`, `index` and `example_mask`."""
+        image = np.zeros((self.image_size, self.image_size, 3), np.uint8)
+        if index >= 0:
+            image = centre_square(self.source[index]["image"], self.image_size)
+        return {"image": image, "index": np.asarray(index, np.int32), "example_mask": np.asarray(index >= 0)}
 
 
 def _image_row(image: np.ndarray | None, size: int, index: int, windows: Sliding | None = None) -> Row:

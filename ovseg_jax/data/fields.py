@@ -18,8 +18,10 @@
     prompts          [P L], prompt_valid: up to P nouns and verbs of the caption, each in a template; others the caption
     label, feature   as in the example; if a feature has several views, one of them
 
-Slot k of masks and of boxes is the same segment; the largest come first. The function of a field takes a `Seen`, an
-example after the geometry and the random draws that several fields share, and returns arrays.
+Slot k of masks and of boxes is the same segment; the largest come first. With `box_draw` "random", an image that has
+more than R boxes shows R of them, drawn anew in each row. Captions of boxes have L tokens, or `max_box_tokens` if it is
+set, and tags `max_tag_tokens`. The function of a field takes a `Seen`, an example after the geometry and the random
+draws that several fields share, and returns arrays.
 """
 
 import dataclasses
@@ -43,7 +45,11 @@ Tokenize = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 CAPTION_TEXTS = ("caption", "nouns_verbs", "prompt")
 """What `tokens` holds of a caption: all of it; its nouns and verbs (papers/002, C.1); one of these in a template."""
 
+BOX_DRAWS = ("largest", "random")
+"""Which boxes are taken where an image has more than fit."""
+
 FLIP_DROP = ("lexicon:side",)  # a flip invalidates these words (left, right)
+_BOX_STREAM = 4  # of random numbers, beside those of `rows`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +59,10 @@ class Settings:
     Attributes:
       fields: names of `FIELDS`, in the order of `FIELDS`.
       known: the vocabulary that word ids index.
+      max_box_tags: the number of tags of a box.
+      box_draw: one of `BOX_DRAWS`.
+      max_box_tokens: the number of tokens of a box's caption; 0 keeps the tokeniser's.
+      max_tag_tokens: the same of a tag.
       caption_text: one of `CAPTION_TEXTS`, for tokens.
       max_prompts: P, the number of prompts of an image (3 in GroupViT for YFCC).
       tokenize: the text side's tokeniser, for tokens, prompts and tags.
@@ -65,6 +75,10 @@ class Settings:
     max_masks: int
     max_boxes: int
     max_tags: int
+    max_box_tags: int
+    box_draw: str
+    max_box_tokens: int
+    max_tag_tokens: int
     max_words: int
     keep: tuple[str, ...]
     keep_prob: Mapping[str, float]
@@ -102,13 +116,28 @@ class Settings:
         views, masks = int(data.get("views", 1)), int(data.get("max_masks", 64))
         if views < 1:
             raise UserError(f"data.views={views} is less than 1")
+        draw = data.get("box_draw", "largest")
+        if draw not in BOX_DRAWS:
+            raise UserError(f"data.box_draw={draw!r} is not one of {', '.join(BOX_DRAWS)}")
+        if draw == "random" and (both := sorted(n for n in named if n.startswith("mask"))):
+            raise UserError(
+                f"data.box_draw=random does not fit the batch field {both[0]!r}, whose slots are those of the boxes"
+            )
+        lengths = {key: int(data.get(key, 0)) for key in ("max_box_tokens", "max_tag_tokens")}
+        for key, length in lengths.items():
+            if length < 0 or length in (1, 2):
+                raise UserError(f"data.{key}={length} is neither 0 nor at least 3: start, one piece and end")
+        max_tags = int(data.get("max_tags", 16))
         return cls(
             fields=tuple(name for name in FIELDS if name in named),
             seed=int(config["seed"]),
             mask_stride=stride,
             max_masks=masks,
             max_boxes=int(data.get("max_boxes", masks)),
-            max_tags=int(data.get("max_tags", 16)),
+            max_tags=max_tags,
+            max_box_tags=int(data.get("max_box_tags", max_tags)),
+            box_draw=draw,
+            **lengths,
             max_words=int(data.get("max_words", 24)),
             keep=keep_of(data.get("caption_filter", "noun+adj")),
             keep_prob=_keep_prob(data.get("keep_prob", 0.5)),
@@ -130,6 +159,17 @@ class Settings:
         assert self.tokenize is not None
         ids, valid = self.tokenize(list(texts))
         return ids, valid & np.array([bool(text) for text in texts], bool)[:, None]
+
+    def short_rows(
+        self, texts: Sequence[str], length: int
+    ) -> tuple[Int[np.ndarray, "n l"], Bool[np.ndarray, "n l"]]:
+        """Tokenises texts to at most `length` tokens, 0 for any; a longer text keeps its end token."""
+        ids, valid = self.token_rows(texts)
+        if not 0 < length < ids.shape[1]:
+            return ids, valid
+        kept, longer = ids[:, :length].copy(), valid[:, length]
+        kept[longer, length - 1] = ids[longer, valid[longer].sum(1) - 1]
+        return kept, valid[:, :length]
 
     def word_row(self, words: Sequence[str]) -> tuple[Int[np.ndarray, "w"], Bool[np.ndarray, "w"]]:
         """Returns the ids i32 [W] of the first `max_words` words, padded, and a mask, False at padding."""
@@ -183,10 +223,19 @@ class Seen:
         order = np.argsort(-area, kind="stable")
         return order[area[order] > 0]
 
+    @functools.cached_property
+    def boxed(self) -> Int[np.ndarray, "r"]:
+        """Indices (from 0) of the segments in the box slots."""
+        count = self.settings.max_boxes
+        if self.settings.box_draw == "largest" or len(self.chosen) <= count:
+            return self.chosen[:count]
+        rng = np.random.default_rng([self.settings.seed, self.index, _BOX_STREAM])
+        return self.chosen[np.sort(rng.permutation(len(self.chosen))[:count])]
+
     def of_boxes(self, values: Sequence[Any], empty: Any) -> list[Any]:
         """Returns the values of the segments in the box slots, and `empty` for unused slots."""
         count = self.settings.max_boxes
-        found = [values[k] if k < len(values) else empty for k in self.chosen[:count]]
+        found = [values[k] if k < len(values) else empty for k in self.boxed]
         return found + [empty] * (count - len(found))
 
 
@@ -231,14 +280,16 @@ def _pixel_classes(seen: Seen) -> Arrays:
 
 
 def _boxes(seen: Seen) -> Arrays:
-    count, ids = seen.settings.max_boxes, seen.chosen[: seen.settings.max_boxes]
+    count, ids = seen.settings.max_boxes, seen.boxed
     boxes = np.zeros((count, 4), np.float32)
     boxes[: len(ids)] = seen.boxes[ids]
     return {"boxes": boxes, "box_valid": np.arange(count) < len(ids)}
 
 
 def _box_tokens(seen: Seen) -> Arrays:
-    ids, valid = seen.settings.token_rows(seen.of_boxes(seen.region_captions, ""))
+    ids, valid = seen.settings.short_rows(
+        seen.of_boxes(seen.region_captions, ""), seen.settings.max_box_tokens
+    )
     return {"box_tokens": ids, "box_token_valid": valid}
 
 
@@ -251,22 +302,25 @@ def _box_words(seen: Seen) -> Arrays:
 
 
 def _tags(seen: Seen) -> Arrays:
-    ids, valid = _tag_rows(seen, seen.example["tags"])
+    ids, valid = _tag_rows(seen, seen.example["tags"], seen.settings.max_tags)
     return {"tags": ids, "tag_valid": valid}
 
 
 def _box_tags(seen: Seen) -> Arrays:
-    made = [_tag_rows(seen, tags) for tags in seen.of_boxes(seen.example["region_tags"], ())]
+    count = seen.settings.max_box_tags
+    made = [_tag_rows(seen, tags, count) for tags in seen.of_boxes(seen.example["region_tags"], ())]
     ids, valid = (np.stack(column) for column in zip(*made, strict=True))
     return {"box_tags": ids, "box_tag_valid": valid}
 
 
-def _tag_rows(seen: Seen, tags: Sequence[str]) -> tuple[Int[np.ndarray, "t l"], Bool[np.ndarray, "t l"]]:
-    """Tokenises tags; without a tokeniser, returns word ids."""
+def _tag_rows(
+    seen: Seen, tags: Sequence[str], count: int
+) -> tuple[Int[np.ndarray, "t l"], Bool[np.ndarray, "t l"]]:
+    """Tokenises `count` tags; without a tokeniser, returns word ids."""
     settings = seen.settings
-    texts = [*tags[: settings.max_tags], *[""] * (settings.max_tags - len(tags))]
+    texts = [*tags[:count], *[""] * (count - len(tags))]
     if settings.tokenize is not None:
-        return settings.token_rows(texts)
+        return settings.short_rows(texts, settings.max_tag_tokens)
     made = [
         settings.word_row([word for word in split_words(text) if word in settings.known]) for text in texts
     ]

@@ -53,7 +53,8 @@ class Rows:
 
         Args:
           config: in `data`: `image_size`, `mask_stride`, `max_masks`, `max_boxes` (by default equal to `max_masks`),
-            `max_tags`, `max_words`, `caption_text`, `max_prompts`, `caption_filter`, `keep_prob`, `tagger`,
+            `max_tags`, `max_box_tags`, `box_draw`, `max_box_tokens`, `max_tag_tokens`, `max_words`,
+            `caption_text`, `max_prompts`, `caption_filter`, `keep_prob`, `tagger`,
             `batch_augment`, `views`, and the keys of `geometry.geometry_of`.
           fields: names of `FIELDS` that a row holds.
           words: the vocabulary, for fields of words.

@@ -27,6 +27,7 @@ EVALUATORS = {
     "panoptic": "ovseg_jax.evals.panoptic:PanopticEvaluator",
     "instances": "ovseg_jax.evals.instances:InstancesEvaluator",
     "classification": "ovseg_jax.evals.classification:ClassificationEvaluator",
+    "retrieval": "ovseg_jax.evals.retrieval:RetrievalEvaluator",
     "transfer": "ovseg_jax.experiment.transfer:TransferEvaluator",
 }
 """The class of each type, imported when it is used."""

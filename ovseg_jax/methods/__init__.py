@@ -21,6 +21,7 @@ from ovseg_jax.methods.maskformer_text import TextMaskFormer
 from ovseg_jax.methods.openseg import OpenSeg
 from ovseg_jax.methods.prompt_tuning import PromptTuning
 from ovseg_jax.methods.pseg import PSeg
+from ovseg_jax.methods.umg_clip import UMGClip
 from ovseg_jax.methods.upernet import UPerNetMethod
 from ovseg_jax.methods.vpt import VPT
 from ovseg_jax.protocols import Trainable
@@ -39,6 +40,7 @@ METHODS: dict[str, type[Trainable]] = {
     "clip": ClipTraining,
     "clip_dense": ClipDense,
     "fcclip": FCClip,
+    "umg_clip": UMGClip,
     "groupvit": GroupViT,
     "pomp": PromptTuning,
     "linear_probe": LinearProbe,

@@ -1,13 +1,14 @@
 """`score retrieval`: texts found by images, and images by texts."""
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 from tqdm import tqdm
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.evals.recall import Rows, recalls
 from ovseg_jax.reading import read_npz, reading
 from ovseg_jax.scoring.report import Report, add_report_flags, check_report_flags, publish
 
@@ -29,13 +30,6 @@ Scores retrieval between images and texts: recall at 1, 5 and 10, both ways, in 
   text to image R@K   share of texts whose image is among the K images of the highest scores
 Of equal scores, those of other images and texts come first. An image without text is never asked for, but can be found.
 """
-
-_DEPTHS = (1, 5, 10)
-_BLOCK = 2**24
-"""The most scores in memory at once, if they are computed from vectors."""
-
-Rows = Callable[[int, int], Float[np.ndarray, "b m"]]
-"""Returns the scores of the queries from a first to a last, with all that can be found."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -81,16 +75,8 @@ def score(by_image: Rows, by_text: Rows, owner: Int[np.ndarray, "m"], images: in
       images: the number of images.
     """
     own = np.bincount(owner, minlength=images)
-    found, bar = {}, tqdm(total=images + len(owner), unit="query", disable=None)
-    for way, ranks in (
-        ("image to text", _ranks_of_texts(by_image, owner, images, bar)),
-        ("text to image", _ranks_of_images(by_text, owner, images, bar)),
-    ):
-        all_ranks = np.concatenate(list(ranks))
-        found[way] = {
-            f"R@{depth}": 100.0 * int((all_ranks < depth).sum()) / len(all_ranks) for depth in _DEPTHS
-        }
-    bar.close()
+    with tqdm(total=images + len(owner), unit="query", disable=None) as bar:
+        found = recalls(by_image, by_text, owner, images, bar.update)
     asked = own[own > 0]
     facts = {
         "images": images,
@@ -101,40 +87,6 @@ def score(by_image: Rows, by_text: Rows, owner: Int[np.ndarray, "m"], images: in
         "images without text": int((own == 0).sum()),
     }
     return Report("retrieval", found, facts=facts)
-
-
-def _ranks_of_texts(
-    by_image: Rows, owner: Int[np.ndarray, "m"], images: int, bar: tqdm
-) -> Iterator[Int[np.ndarray, "b"]]:
-    """Yields, for each image with texts, the number of other texts that come before the best of its own."""
-    for first, last in _blocks(images, len(owner)):
-        scores = by_image(first, last)
-        texts = np.flatnonzero((owner >= first) & (owner < last))
-        image = owner[texts] - first
-        own, best = scores[image, texts], np.full(last - first, -np.inf, scores.dtype)
-        np.maximum.at(best, image, own)
-        before = (scores >= best[:, None]).sum(1) - np.bincount(
-            image[own >= best[image]], minlength=last - first
-        )
-        yield before[np.isfinite(best)]
-        bar.update(last - first)
-
-
-def _ranks_of_images(
-    by_text: Rows, owner: Int[np.ndarray, "m"], images: int, bar: tqdm
-) -> Iterator[Int[np.ndarray, "b"]]:
-    """Yields, for each text, the number of other images that come before its own."""
-    for first, last in _blocks(len(owner), images):
-        scores = by_text(first, last)
-        own = scores[np.arange(last - first), owner[first:last]]
-        yield (scores >= own[:, None]).sum(1) - 1
-        bar.update(last - first)
-
-
-def _blocks(queries: int, found: int) -> Iterator[tuple[int, int]]:
-    step = max(1, _BLOCK // found)
-    for first in range(0, queries, step):
-        yield first, min(first + step, queries)
 
 
 def _read_scores(path: str, dot: bool) -> tuple[Rows, Rows, tuple[int, int]]:

@@ -360,7 +360,8 @@ def towers_of(init: str) -> epath.Path | None:
             return folder
     if (epath.Path(init) / "checkpoints").exists():
         raise UserError(
-            f"towers.init={init} is a run without {TOWERS}/, which only finished runs of method 'clip' have"
+            f"towers.init={init} is a run without {TOWERS}/, which only finished runs of the methods 'clip' and "
+            "'umg_clip' have"
         )
     return None
 

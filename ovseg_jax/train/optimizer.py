@@ -94,7 +94,8 @@ def make_optimizer(config: ConfigDict, params: Any, steps: int, more: Sequence[s
         `warmup_steps`, `final_fraction`, `warmup_rate`, `decay_steps`, `hold_steps`, `power`, `drops` (see
         `make_schedule`), `weight_decay` (on arrays of two or more dimensions, so never on scales and temperatures, but
         on biases of attention, which have an axis of heads; parameters whose path matches one of the regexes `no_decay`
-        are spared), `clip_norm` (0 = off), `b1`, `b2`, `momentum` (sgd), `nesterov`,
+        are spared), `clip_norm` (0 = off), `b1`, `b2`, `momentum` (sgd), `nesterov`;
+        lamb scales the update of a parameter to the parameter's norm only where it decays, as apex's FusedLAMB does,
         `multipliers` ((regex, factor) pairs: the first regex that matches in a parameter's path scales its rate, or
         freezes it if the factor is None), `ema` (the decay of the parameters' moving average, min(ema, (1 + t) / (10
         + t)) at step t, which is then used for evaluation and export; 0 = none).
@@ -136,7 +137,7 @@ def make_optimizer(config: ConfigDict, params: Any, steps: int, more: Sequence[s
         decay.append(optax.add_decayed_weights(weight_decay, mask=_decaying(no_decay)))
     links += [*decay, rule] if name in COUPLED else [rule, *decay]
     if name == "lamb":
-        links.append(optax.scale_by_trust_ratio())
+        links.append(optax.masked(optax.scale_by_trust_ratio(), _decaying(no_decay)))
     if any(factor is not None for _, factor in multipliers):
         links.append(_scale_by_path(multipliers))
     links.append(optax.scale_by_learning_rate(schedule))

@@ -2,12 +2,14 @@
 
     python tests/benchmarks/scenes.py --out=runs/benchmark [--method=pomp] [--seeds=0,1,2] [--config.KEY=VALUE ...]
     python tests/benchmarks/scenes.py --out=runs/captions --method=captions [--seeds=0,1,2] [--steps=2500]
+    python tests/benchmarks/scenes.py --out=runs/umg_clip --method=umg_clip [--seeds=0,1,2] [--config.KEY=VALUE ...]
 
 OpenSeg stands beside its ceiling and chance: LSeg+ is the same network, steps and data, supervised by the class of
 every pixel. POMP's prompt stands beside others of the same towers, and beside what it becomes, and a prompt from noise
 does, where they are tuned on segments of the segmentation's own training data (papers/000, table 4). Each run is the
 command that a user types; one that is finished is read, not repeated. The rows of --method=captions are those of
-papers/004, table 8: 200 images with masks, and 9,800 more with captions alone.
+papers/004, table 8: 200 images with masks, and 9,800 more with captions alone. Those of --method=umg_clip are the four
+of papers/003, table 7.
 """
 
 import argparse
@@ -51,6 +53,21 @@ CAPTION_ROWS = {
     "their captions alone": "images=200,mask_weight=0",
     "and captions of 9,800 more": "images=200,captioned=9800",
     "and pseudo-masks of these": "images=200,captioned=9800,pseudo=true",
+}
+LOSS_METRICS = {
+    "classification, seen": "classification/accuracy@seen",
+    "held out": "classification/accuracy@held_out",
+    "R@1": "retrieval/R@1",
+    "mIoU, seen": "test/miou/seen",
+    "held out ": "test/miou/held_out",
+    "stuff": "test/miou/stuff",
+    "all": "test/miou",
+}
+LOSS_ROWS = {
+    "image captions": "image_captions",
+    "and region captions": "captions",
+    "and image tags": "image_tags",
+    "and region tags": "all",
 }
 ROOT = Path(__file__).parents[2]
 
@@ -130,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--method", default="openseg", choices=("openseg", "pomp", "captions"))
+    parser.add_argument("--method", default="openseg", choices=("openseg", "pomp", "captions", "umg_clip"))
     parser.add_argument("--steps", type=int, default=2500, help="of each run of --method=captions")
     args, overrides = parser.parse_known_args()
     seeds, out = [int(s) for s in args.seeds.split(",")], args.out.absolute()
@@ -144,6 +161,16 @@ def main() -> None:
         segmentation = [key if key.startswith("segmentation") else "" for key in PROMPT_METRICS.values()]
         for init, name in (("prompt", "POMP, tuned on segments"), ("noise", "noise, tuned on segments")):
             lines.insert(-1, row(name, summaries[f"tuned-{init}"], segmentation))
+        write(out, lines, summaries)
+        return
+    if args.method == "umg_clip":
+        summaries = {
+            name: [run(f"umg_{arg}", f"umg_clip.py:losses={arg}", seed, out, overrides) for seed in seeds]
+            for name, arg in LOSS_ROWS.items()
+        }
+        lines = [f"| test, {len(seeds)} seeds | " + " | ".join(LOSS_METRICS) + " |"]
+        lines.append("|---" * (len(LOSS_METRICS) + 1) + "|")
+        lines += [row(name, runs, list(LOSS_METRICS.values())) for name, runs in summaries.items()]
         write(out, lines, summaries)
         return
     if args.method == "captions":

@@ -257,3 +257,55 @@ def test_views_of_a_feature():
 def test_words_are_those_that_are_counted():
     rows = Rows.from_config(make_config(), ("image", "words"), counted_words({}, SCENES))
     assert rows(0, SCENES[0])["word_valid"].any()
+
+
+def test_boxes_are_drawn_where_an_image_has_more():
+    boxes = np.array([[k, 0, 30, 10 + k] for k in range(6)], np.float32)
+    example = {
+        "image": np.zeros((32, 32, 3), np.uint8),
+        "boxes": boxes,
+        "region_captions": [[f"a {k}"] for k in "abcdef"],
+    }
+    words = WordTokenizer(WordList(["a", *"bcdef"]), 5)
+    drawn = []
+    for index in range(40):
+        rows = make_rows(
+            "image", "boxes", "box_tokens", tokenize=words, max_boxes=2, flip=False, box_draw="random"
+        )
+        row = rows(index, example)
+        corners = row["boxes"][:, 0].astype(int).tolist()
+        ids = row["box_tokens"][:, 2].tolist()  # start, "a", the letter
+        assert ids == [1 + k for k in corners] and row["box_valid"].all()
+        drawn.append(tuple(corners))
+        np.testing.assert_array_equal(row["boxes"], rows(index, example)["boxes"])
+    assert len(set(drawn)) > 8 and {k for pair in drawn for k in pair} == set(range(6))
+    few = make_rows("image", "boxes", max_boxes=8, flip=False, box_draw="random")(0, example)
+    assert few["box_valid"].sum() == 6
+    with pytest.raises(UserError, match="box_draw=random does not fit the batch field 'masks'"):
+        make_rows("image", "boxes", "masks", box_draw="random")
+    with pytest.raises(UserError, match="box_draw='some' is not one of largest, random"):
+        make_rows("image", "boxes", box_draw="some")
+
+
+def test_texts_of_boxes_and_tags_are_cut_before_their_end():
+    plain = make_rows("boxes", "box_tokens", "tags", "box_tags", max_box_tags=2)(0, SCENES[0])
+    short = make_rows(
+        "boxes", "box_tokens", "tags", "box_tags", max_box_tags=2, max_box_tokens=6, max_tag_tokens=3
+    )(0, SCENES[0])
+    end = TOKENIZE.vocab_size - 1
+    longer = 0
+    for field, valid in (
+        ("box_tokens", "box_token_valid"),
+        ("tags", "tag_valid"),
+        ("box_tags", "box_tag_valid"),
+    ):
+        length = 6 if field == "box_tokens" else 3
+        assert short[field].shape == (*plain[field].shape[:-1], length) and short[field].dtype == np.int32
+        for place in np.ndindex(plain[field].shape[:-1]):
+            said, kept = plain[field][place][plain[valid][place]], short[field][place][short[valid][place]]
+            want = said if len(said) <= length else [*said[: length - 1], end]
+            assert kept.tolist() == list(want)
+            longer += len(said) > length
+    assert longer and plain["box_tags"].shape == (4, 2, 20) and plain["tags"].shape == (5, 20)
+    with pytest.raises(UserError, match="max_tag_tokens=2 is neither 0 nor at least 3"):
+        make_rows("tags", max_tag_tokens=2)

@@ -17,6 +17,7 @@ from ovseg_jax.configs import (
     pomp,
     pomp_segments,
     pseg,
+    umg_clip,
     upernet,
     zsseg,
 )
@@ -63,6 +64,7 @@ SHIPPED = [
         (clip_dense, arg)
         for arg in (None, "features=activation", "features=proposals", "data=sets,eval_sets=x")
     ),
+    *((umg_clip, arg) for arg in (None, "losses=image_captions", "data=umg41m,data_dir=x,retrieval=y")),
     *(
         (upernet, arg)
         for arg in (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ovseg_jax import score
-from ovseg_jax.scoring import retrieval
+from ovseg_jax.evals import recall
 
 
 def run(tmp_path, pred, *flags, gt=None):
@@ -85,7 +85,7 @@ def test_any_number_of_captions_in_any_order(tmp_path, monkeypatch):
     scores = {"scores": cosine(image, text), "image_of_text": owner}
     np.savez(tmp_path / "pred.npz", **scores)
     assert run(tmp_path, scores, f"--gt={tmp_path}/pred.npz") == found
-    monkeypatch.setattr(retrieval, "_BLOCK", 250)
+    monkeypatch.setattr(recall, "_BLOCK", 250)
     assert run(tmp_path, pred, gt={"image_of_text": owner}) == found
 
 

@@ -141,3 +141,20 @@ def test_frozen_parameters_do_not_move_and_are_not_part_of_the_norm(name):
 def test_mistakes(config, message):
     with pytest.raises(UserError, match=message):
         updates(**config)
+
+
+def test_lamb_is_evas():
+    """EVA-CLIP's LAMB: Adam's step with decay, scaled to the parameter's norm; a parameter without decay is not."""
+    moved = updates(2, name="lamb", weight_decay=0.05, b1=0.9, b2=0.98)
+    params, m, v = {"kernel": np.full((2, 3), 2.0), "bias": np.ones(3)}, 0.0, 0.0
+    for t in (1, 2):
+        m, v = 0.9 * m + 0.1 * 0.5, 0.98 * v + 0.02 * 0.25
+        step = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.98**t)) + 1e-6)
+        update = step + 0.05 * params["kernel"]
+        params["kernel"] = params["kernel"] - 0.1 * update * np.linalg.norm(
+            params["kernel"]
+        ) / np.linalg.norm(update)
+        params["bias"] = params["bias"] - 0.1 * step
+    np.testing.assert_allclose(moved["head"]["kernel"], params["kernel"] - 2, rtol=1e-5)
+    np.testing.assert_allclose(moved["head"]["bias"], params["bias"] - 1, rtol=1e-5)
+    np.testing.assert_allclose(moved["temperature"], params["bias"][0] - 1, rtol=1e-5)

@@ -26,6 +26,7 @@ SOURCES = {
     "tfds": "ovseg_jax.data.sources.tfds_images:TfdsImages",
     "prepared": "ovseg_jax.data.sources.prepared:Prepared",
     "webdataset": "ovseg_jax.data.sources.webdataset:WebDataset",
+    "region_json": "ovseg_jax.data.sources.region_json:RegionJson",
     "crops": "ovseg_jax.data.sources.crops:Crops",
 }
 """The class of each kind of source, imported when it is used."""
