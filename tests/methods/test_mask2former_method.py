@@ -170,10 +170,16 @@ def test_a_short_run(tmp_path):
     segmenter, image = Segmenter.from_checkpoint(tmp_path), batch(1)["image"][0]
     result = segmenter.segment(image, "grass; water")
     assert set(np.unique(result.label_map)) <= {-1, 0, 1}
-    for to in ("torch", "onnx"):
+    export.export_model(lambda: segmenter, "stablehlo", str(tmp_path / "out"))
+
+    def refuses(to):
         with pytest.raises(UserError, match="has no form of mask2former"):
             export.export_model(lambda: segmenter, to, str(tmp_path / "out"))
-    export.export_model(lambda: segmenter, "stablehlo", str(tmp_path / "out"))
+
+    refuses("torch")
+    for package in ("torch", "onnx", "onnxscript"):
+        require(package)
+    refuses("onnx")
 
 
 def test_errors():

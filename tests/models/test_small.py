@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.models import eva, vit
+from ovseg_jax.models import convnext, eva, vit
 from ovseg_jax.models.backbones import BACKBONES, build_backbone
 from ovseg_jax.models.efficientnet import EfficientNet
 from ovseg_jax.models.resnet import ResNet
@@ -124,7 +124,7 @@ def test_build_by_name():
     efficientnets = {f"efficientnet_b{i}" for i in range(8)}
     clip = {f"clip_{name}" for name in ("rn50", "rn101", "rn50x4", "rn50x16", "rn50x64")}
     swin = {f"swin_{name}" for name in ("tiny", "small", "base", "base_384", "large", "large_384")}
-    towers = {"vit", *vit.PRESETS, *eva.PRESETS}
+    towers = {"vit", *vit.PRESETS, *eva.PRESETS, *convnext.PRESETS}
     assert set(BACKBONES) == {"small", "resnet50", "resnet101"} | efficientnets | clip | swin | towers
     tower = ViT(**vit.PRESETS["clip_vitb16"], remat="all", dtype=jnp.bfloat16)
     built = build_backbone({"name": "clip_vitb16", "remat": "all", "init": "hf:x"}, jnp.bfloat16)
