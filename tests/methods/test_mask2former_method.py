@@ -174,7 +174,7 @@ def test_a_short_run(tmp_path):
 
     def refuses(to):
         with pytest.raises(UserError, match="has no form of mask2former"):
-            export.export_model(lambda: segmenter, to, str(tmp_path / "out"))
+            export.export_model(lambda: segmenter, to, str(tmp_path / to))
 
     refuses("torch")
     for package in ("torch", "onnx", "onnxscript"):
