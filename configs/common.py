@@ -34,6 +34,29 @@ def adamw_of_scenes(learning_rate: float = 2e-3, **own: Any) -> dict[str, Any]:
     return adamw(learning_rate, **numbers, **own)
 
 
+def masks_on_scenes(images: int, every: int) -> dict[str, Any]:
+    """Returns data, evaluations and checkpoints of a run that learns masks on `scenes`. All numbers are ours.
+
+    Args:
+      images: number of training images.
+      every: steps between two evaluations.
+    """
+    return dict(
+        data=dict(
+            train=[dict(scenes("train", images), cache=True)],
+            image_size=64,
+            mask_stride=1,
+            max_masks=6,
+            scale_jitter=(1.0, 1.0),
+            flip=True,
+            workers=0,
+        ),
+        evals=dict(validation=segmentation(scenes("validation", 200), 64, every=every)),
+        final_evals=dict(test=segmentation(scenes("test", 500), 64)),
+        checkpoint=checkpoint(every=500, keep=2),
+    )
+
+
 def sgd(learning_rate: float, **own: Any) -> dict[str, Any]:
     """Returns SGD with momentum 0.9 under a cosine."""
     return dict(name="sgd", learning_rate=learning_rate, schedule="cosine", momentum=0.9, ema=0.0, **own)

@@ -76,18 +76,7 @@ def on_scenes(args: Args) -> ConfigDict:
         fcclip=dict(prompt="a photo of a {}", seen=0.4, unseen=0.8, trust=args.trust, short=0, longest=0),
         loss=dict(mask2former.loss(), points=512),
         optimizer=common.adamw_of_scenes(),
-        data=dict(
-            train=[dict(common.scenes("train", args.images), cache=True)],
-            image_size=64,
-            mask_stride=1,
-            max_masks=6,
-            scale_jitter=(1.0, 1.0),
-            flip=True,
-            workers=0,
-        ),
-        evals=dict(validation=common.segmentation(common.scenes("validation", 200), 64, every=500)),
-        final_evals=dict(test=common.segmentation(common.scenes("test", 500), 64)),
-        checkpoint=common.checkpoint(every=500, keep=2),
+        **common.masks_on_scenes(args.images, every=500),
     )
     config.final_evals.update(common.panoptic(config.final_evals.test))
     config.stages = common.train_stages(clip=clip)

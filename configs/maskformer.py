@@ -119,21 +119,8 @@ def on_scenes(args: Args) -> ConfigDict:
             dtype="float32",
         ),
         loss=loss(),
-        optimizer=common.adamw(
-            1e-3, warmup_steps=100, final_fraction=0.02, weight_decay=1e-3, clip_norm=1.0, b1=0.9, b2=0.98
-        ),
-        data=dict(
-            train=[dict(common.scenes("train", args.images), cache=True)],
-            image_size=64,
-            mask_stride=1,
-            max_masks=6,
-            scale_jitter=(1.0, 1.0),
-            flip=True,
-            workers=0,
-        ),
-        evals=dict(validation=common.segmentation(common.scenes("validation", 200), 64, every=1000)),
-        final_evals=dict(test=common.segmentation(common.scenes("test", 500), 64)),
-        checkpoint=common.checkpoint(every=500, keep=2),
+        optimizer=common.adamw_of_scenes(1e-3),
+        **common.masks_on_scenes(args.images, every=1000),
     )
 
 
