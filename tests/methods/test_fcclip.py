@@ -385,9 +385,13 @@ def test_classes_are_learned_by_their_names_on_a_frozen_trunk(published, ours, m
     seen, original = {}, fcclip.point_losses
     keep = lambda *args, **options: seen.update(options, mask_valid=args[3]) or original(*args, **options)
     monkeypatch.setattr(fcclip, "point_losses", keep)
-    method._forward(variables, batch, jax.random.key(0))
-    assert seen["mask_valid"].tolist() == [[True, True, False], [True, False, False]]
-    logits = seen["class_logits"]
+
+    def taken(variables):
+        method._forward(variables, batch, jax.random.key(0))
+        return seen["mask_valid"], seen["class_logits"]
+
+    valid, logits = jax.jit(taken)(variables)
+    assert valid.tolist() == [[True, True, False], [True, False, False]]
     assert logits.shape == (2, LAYERS + 1, QUERIES, 4) and (logits[..., 2] < -1e8).all()
     prediction = jax.jit(method.predict)(variables, batch["image"], batch["image_size"])
     text = method.embed_text(variables, classes.flat()[0])
