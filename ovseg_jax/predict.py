@@ -189,8 +189,12 @@ def _run(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
     )
     for record in done.records[:10]:
-        total = record["height"] * record["width"]
-        found = ", ".join(f"{s['category']} {s['area'] / total:.0%}" for s in record["segments"][:6])
+        total, segments = record["height"] * record["width"], record["segments"]
+        if arguments.task == "instance":  # they overlap, so that shares of the image say little
+            best = sorted(segments, key=lambda s: -s["score"])
+            found = ", ".join(f"{s['category']} {s['score']:.2f}" for s in best[:6])
+        else:
+            found = ", ".join(f"{s['category']} {s['area'] / total:.0%}" for s in segments[:6])
         print(f"{record['stem']}: {found or 'unknown'}")
     if len(done.records) > 10:
         print(f"... and {len(done.records) - 10} more")

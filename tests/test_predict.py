@@ -128,6 +128,8 @@ def test_tasks_write_what_the_scores_read(run, tmp_path, capsys):
     assert all(row["category_id"] < 30 for row in rows)  # things alone
     best = max((row for row in rows if row["image_id"] == 12), key=lambda row: row["score"])
     assert coco.decode(best["segmentation"]).shape == (24, 40)
+    name = {7: "green", 12: "red"}[best["category_id"]]
+    assert f"000012: {name} {best['score']:.2f}" in capsys.readouterr().out
     assert run(labels=tmp_path / "labels.txt", task="semantic") == 0
     assert json.loads((out / "predictions.json").read_text())["decision"] == "argmax"
     assert (np.asarray(Image.open(out / "000012.labels.png")) > 0).all()
