@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.config import Args, AtLeast, parse_arg
 from ovseg_jax.configs import common, mask2former, pomp
+from ovseg_jax.configs.maskformer import sources
 from ovseg_jax.methods.fcclip import published_config
 
 
@@ -28,9 +29,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config; keys of `arg` stand below, an unknown one or one without effect is an error."""
     args = parse_arg(
         arg,
-        data=("scenes", "coco", "prepared"),
+        data=("scenes", "coco", "folder", "prepared"),
         data_dir="",
-        val_dir="",  # data=prepared: the folder to evaluate on; none where it is not said
+        val_dir="",  # data=folder, prepared: the folder to evaluate on; none where it is not said
+        kind="segments",  # data=folder: what the values of a mask are: segments | semantic
         labels="",  # a label file with more names for the classes, or one of the package, such as coco_panoptic
         images=AtLeast(10_000, 1),  # data=scenes: number of training images
         weights="",  # the CLIP, if not on the hub: a folder or file
@@ -133,11 +135,3 @@ def paper(args: Args) -> ConfigDict:
     if validation:
         config.final_evals.update(common.panoptic(config.final_evals.validation))
     return config
-
-
-def sources(args: Args) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """Returns the source to train on and the one to evaluate on."""
-    common_ = dict(name=args.data, labels=args.labels or None, data_dir=args.data_dir)
-    if args.data == "coco":
-        return [dict(common_, split="train2017")], dict(common_, split="val2017")
-    return [common_], dict(common_, data_dir=args.val_dir, split="val") if args.val_dir else None

@@ -108,9 +108,8 @@ def paper(args: Args) -> ConfigDict:
     evals = {}
     if args.val_dir:
         split = dict(split="val") if args.data == "prepared" else {}
-        own = (
-            dict(windows=dict(stride=341, short=512, longest=2048)) if args.windows else {}
-        )  # mmsegmentation
+        windows = dict(stride=341, short=512, longest=2048)  # mmsegmentation
+        own = dict(windows=windows) if args.windows else {}
         evals["validation"] = common.segmentation(dict(form, data_dir=args.val_dir, **split), 16, **own)
     return common.run(
         "upernet",

@@ -41,10 +41,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         data=("scenes", "prepared"),
         data_dir="",
         unseen=tuple(NAMES),  # data=prepared: which data set it is, by its unseen classes
-        trained=(
-            "seen",
-            "all",
-        ),  # data=prepared: the classes that the MaskFormer is trained on; all: Tables 5 and 13
+        # data=prepared: the classes that the MaskFormer is trained on; all: Tables 5 and 13
+        trained=("seen", "all"),
         eval_sets="",  # data=prepared: a folder of ADE20K and PC-59, other sets to segment
         prompt="learned",  # data=prepared: or single, imagenet, vild, or a prompt's file, which are taken as they are
         init="",  # prompt=learned: the prompt's file that learning starts from; noise by default

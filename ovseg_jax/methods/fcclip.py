@@ -18,19 +18,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from ovseg_jax.config import keys
-from ovseg_jax.data.source_base import Source, check_provides
 from ovseg_jax.data.windows import Whole
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.resize import resize_within
 from ovseg_jax.kernels.unit import unit
-from ovseg_jax.losses.matching import Matched
 from ovseg_jax.losses.points import Points, PointWeights, point_losses
 from ovseg_jax.methods.mask2former import HEAD_FIELDS
+from ovseg_jax.methods.maskformer import MaskFormer, total_loss, trained_classes
 from ovseg_jax.methods.on_clip import OnClip
 from ovseg_jax.models.convnext import ConvNeXt
 from ovseg_jax.models.deformable import cell_counts
@@ -56,7 +54,6 @@ from ovseg_jax.towers.clip import MEAN, SPACE, STD, TOWER_KEYS, Clip
 from ovseg_jax.towers.features import class_features
 from ovseg_jax.towers.prompt_file import Prompt
 from ovseg_jax.towers.templates import read_templates
-from ovseg_jax.towers.vocabulary import spoken_words
 from ovseg_jax.vocab.classes import ClassList, read_label_file
 from ovseg_jax.vocab.words import WordList
 
@@ -152,21 +149,8 @@ class FCClip(OnClip, Segmenting):
     frozen = ("^towers/",)
     probabilities = True
 
-    @classmethod
-    def fields(cls, config: ConfigDict) -> tuple[str, ...]:
-        """Returns the batch fields that the loss reads."""
-        del config
-        return ("image", "masks", "mask_classes")
-
-    @classmethod
-    def vocabulary(cls, config: ConfigDict, source: Source) -> Sequence[str]:
-        """Returns the words of class names, for a tokeniser of words.
-
-        Raises:
-          UserError: the source has no segments with classes.
-        """
-        check_provides(source, ("segments", "class_ids"), "the method fcclip")
-        return spoken_words(config.data, source, ()).words
+    # It learns from masks with classes, as MaskFormer does.
+    fields, vocabulary = MaskFormer.fields, MaskFormer.vocabulary
 
     @classmethod
     def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
@@ -204,13 +188,7 @@ class FCClip(OnClip, Segmenting):
         if config.steps:
             self.weights = PointWeights(*(float(config.loss[key]) for key in PointWeights._fields))
         self._names, self._owner = classes.flat()
-        withheld = classes.withheld()
-        if len(withheld) == len(classes):
-            raise UserError(
-                "fcclip: the training data has no class outside of the groups 'unseen' and 'held_out'"
-            )
-        # The last entry is that of masks without a class, -1.
-        self._trained = np.array([k not in withheld for k in range(len(classes))] + [False])
+        self._trained = trained_classes("fcclip", classes)
 
     def seen_names(self) -> frozenset[str]:
         """Returns all names of the classes that were trained."""
@@ -274,15 +252,7 @@ class FCClip(OnClip, Segmenting):
         """Computes the losses of matched masks and of all classes, summed over the layers."""
         network = in_parts(self._forward, self.config.get("accumulate", 1))
         _, sums, _ = network(variables, batch, rng)
-        losses = Matched(**sums, query=jnp.zeros((0, 0, 0), jnp.int32))
-        assert losses.label is not None and losses.label_weight is not None
-        loss, one = losses.total(self.weights), jnp.ones(())
-        metrics = {
-            "loss": (loss, one),
-            "mask_loss": (losses.mask[-1], losses.masks),
-            "dice_loss": (losses.dice[-1], losses.masks),
-            "class_loss": (losses.label[-1], losses.label_weight[-1]),
-        }
+        loss, metrics = total_loss(sums, self.weights)
         return loss, Aux(metrics, {})
 
     def _forward(

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from ovseg_jax.config import keys
@@ -69,6 +69,35 @@ def without_text(variables: Variables) -> dict[str, Any]:
     return {**variables, "params": params}
 
 
+def trained_classes(method: str, classes: ClassList) -> Bool[np.ndarray, " k1"]:
+    """Returns whether each class is trained; the last entry is that of masks without a class, -1.
+
+    Raises:
+      UserError: none is, since all are in the groups "unseen" and "held_out".
+    """
+    withheld = classes.withheld()
+    if len(withheld) == len(classes):
+        raise UserError(
+            f"{method}: the training data has no class outside of the groups 'unseen' and 'held_out'"
+        )
+    return np.array([k not in withheld for k in range(len(classes))] + [False])
+
+
+def total_loss(
+    sums: Mapping[str, Array], weights: Weights | PointWeights
+) -> tuple[Float[Array, ""], dict[str, tuple[Array, Array]]]:
+    """Computes the loss and the metrics of the last layer from the sums of `Matched`, all but its queries."""
+    losses = Matched(**sums, query=jnp.zeros((0, 0, 0), jnp.int32))
+    assert losses.label is not None and losses.label_weight is not None
+    loss = losses.total(weights)
+    return loss, {
+        "loss": (loss, jnp.ones(())),
+        f"{weights._fields[0]}_loss": (losses.mask[-1], losses.masks),
+        "dice_loss": (losses.dice[-1], losses.masks),
+        "class_loss": (losses.label[-1], losses.label_weight[-1]),
+    }
+
+
 class MaskFormer(Trainable, Segmenting):
     """The method MaskFormer; `config` is the whole config of a run.
 
@@ -120,13 +149,7 @@ class MaskFormer(Trainable, Segmenting):
         self.model = Model(self.net, self._classifier())
         self.weights = self.weights_type(*(float(config.loss[key]) for key in self.weights_type._fields))
         self.no_object = float(config.loss.no_object)
-        withheld = classes.withheld()
-        if len(withheld) == len(classes):
-            raise UserError(
-                f"{config.method}: the training data has no class outside of the groups 'unseen' and 'held_out'"
-            )
-        # The last entry is that of masks without a class, -1.
-        self._trained = np.array([k not in withheld for k in range(len(classes))] + [False])
+        self._trained = trained_classes(config.method, classes)
 
     def _network(self) -> Any:
         known = self.keys(self.config)["model"]
@@ -164,15 +187,7 @@ class MaskFormer(Trainable, Segmenting):
         """Computes the losses of matched masks and of all classes, summed over the layers."""
         network = in_parts(self._forward, self.config.get("accumulate", 1))
         _, sums, mutated = network(variables, batch, rng)
-        losses = Matched(**sums, query=jnp.zeros((0, 0, 0), jnp.int32))
-        assert losses.label is not None and losses.label_weight is not None
-        loss, one = losses.total(self.weights), jnp.ones(())
-        metrics = {
-            "loss": (loss, one),
-            f"{self.weights._fields[0]}_loss": (losses.mask[-1], losses.masks),
-            "dice_loss": (losses.dice[-1], losses.masks),
-            "class_loss": (losses.label[-1], losses.label_weight[-1]),
-        }
+        loss, metrics = total_loss(sums, self.weights)
         return loss, Aux(metrics, mutated)
 
     def _forward(

@@ -1,7 +1,7 @@
 """UMG-CLIP's pre-training (papers/003, 4.1): captions and tags of images and of boxes, for both towers of a CLIP.
 
 `config.loss`: `terms`, the losses of eq. 3, some of `TERMS`; `image_weight` and `region_weight`, α and β;
-`tag_reduction`, see `kernels.tags`. Caption losses contrast all images, or all boxes, of the global batch, with CLIP's
+`tag_reduction`, see `losses.tags`. Caption losses contrast all images, or all boxes, of the global batch, with CLIP's
 one temperature; the linear maps of eq. 3 are the projections of the two towers.
 `config.dense`: `features` of patches, "plain" (eq. 1) or "value", see `Clip.embed_both`; `normalise`, what is a unit
 vector: "pooled", a box's mean patch (eq. 1; the projection and the mean commute), or "pixels", each patch before
@@ -25,8 +25,8 @@ from ovseg_jax.data.source_base import Source, check_provides
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.contrastive import Contrast, contrastive_loss
 from ovseg_jax.kernels.roi_align import roi_align
-from ovseg_jax.kernels.tags import REDUCTIONS, tag_loss
 from ovseg_jax.kernels.unit import unit
+from ovseg_jax.losses.tags import REDUCTIONS, tag_loss
 from ovseg_jax.methods.clip import ClipTraining
 from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.token_clusters import with_clusters

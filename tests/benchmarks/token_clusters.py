@@ -1,8 +1,8 @@
 """Memory and time of a clustered image tower's forward and backward pass against all of its tokens.
 
-    python tests/benchmarks/token_clusters.py [--topology=v4:2x2x1] [--batch=1] [--after=2] [--remat=none]
+    python tests/benchmarks/token_clusters.py [--model=eva02_clip_l14_336] [--topology=v4:2x2x1] [--batch=1]
 
-EVA-02-CLIP L/14 at 336 pixels: gradients of a mean over the embedding and the token map, with value features. Without
+An EVA at 336 pixels: gradients of a mean over the embedding and the token map, with value features. Without
 a topology the program is compiled for the CPU and timed in CPU seconds, the fastest of two runs after a first. With one
 it is compiled for one chip in bfloat16 by the TPU's own compiler, and the time is a roofline: the longest of compute
 and memory at the chip's peaks.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ovseg_jax.kernels.tags import tag_loss
+from ovseg_jax.losses.tags import tag_loss
 
 D = 6
 
