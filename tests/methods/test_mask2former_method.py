@@ -166,32 +166,36 @@ def test_panoptic_is_the_authors(drawn):
         assert segments.category[n - 1] in label[kept]
 
 
-def test_a_short_run(tmp_path):
-    found = config()
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder, found = tmp_path_factory.mktemp("run"), config()
     found.steps, found.batch_size, found.evals = 2, 8, {}
     found.data.train = [dict(name="scenes", split="train", num_examples=8, image_size=32)]
     source = dict(name="scenes", split="test", num_examples=8, image_size=32)
     for one in found.final_evals.values():
         with one.unlocked():
             one.source, one.batch_size = source, 8
-    train(found, tmp_path)
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    train(found, folder)
+    return folder
+
+
+def test_a_short_run(run):
+    summary = json.loads((run / "summary.json").read_text())
     assert {"test/miou", "panoptic/pq", "instances/ap"} <= summary.keys() and 0 <= summary[
         "panoptic/pq"
     ] <= 100
-    segmenter, image = Segmenter.from_checkpoint(tmp_path), batch(1)["image"][0]
-    result = segmenter.segment(image, "grass; water")
+    result = Segmenter.from_checkpoint(run).segment(batch(1)["image"][0], "grass; water")
     assert set(np.unique(result.label_map)) <= {-1, 0, 1}
-    export.export_model(lambda: segmenter, "stablehlo", str(tmp_path / "out"))
 
-    def refuses(to):
+
+def test_stablehlo_is_written_and_other_forms_are_refused(run, tmp_path):
+    for package in ("flatbuffers", "torch", "onnx", "onnxscript"):
+        require(package)
+    segmenter = Segmenter.from_checkpoint(run)
+    export.export_model(lambda: segmenter, "stablehlo", str(tmp_path / "stablehlo"))
+    for to in ("torch", "onnx"):
         with pytest.raises(UserError, match="has no form of mask2former"):
             export.export_model(lambda: segmenter, to, str(tmp_path / to))
-
-    refuses("torch")
-    for package in ("torch", "onnx", "onnxscript"):
-        require(package)
-    refuses("onnx")
 
 
 def test_errors():
