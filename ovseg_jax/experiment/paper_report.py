@@ -114,7 +114,7 @@ def read_suite_scores(path: epath.PathLike) -> dict[str, float]:
             prompts.add(f"[{prompt}]" if prompt else "")
             for metric in ("accuracy", "per_class"):
                 found[f"{SUITE}{name}/{metric}" + (f"[{prompt}]" if prompt else "")] = float(line[metric])
-        for average in ("cross-dataset", "cross-domain"):
+        for average in ("cross-dataset", "cross-domain", "umg_clip"):
             for metric, suffix in ((m, p) for m in ("accuracy", "per_class") for p in prompts):
                 own = [f"{SUITE}{name}/{metric}{suffix}" for name in SUITES[average]]
                 if found.keys() >= set(own):
@@ -152,8 +152,14 @@ def compare(tables: Iterable[PaperTable], runs: Sequence[Scored]) -> Iterator[Co
 
 
 def scores_of(row: Row, run: Scored) -> tuple[float | None, ...]:
-    """Returns a run's scores for the columns of a row; None where it has none."""
-    return tuple(run.scores.get(key) if key else None for key in row.keys)
+    """Returns a run's scores for the columns of a row, means of those of `Row.keys`; None where it has none."""
+    return tuple(_score(run.scores, key) for key in row.keys)
+
+
+def _score(scores: Mapping[str, float], key: str) -> float | None:
+    wanted = key.split("&")
+    found = [scores[each] for each in wanted if each in scores]
+    return sum(found) / len(found) if len(found) == len(wanted) else None
 
 
 def markdown(compared: Iterable[Compared]) -> str:

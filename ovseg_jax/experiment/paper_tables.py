@@ -22,7 +22,7 @@ class Row(NamedTuple):
       values: the published scores in the order of the table's columns, or texts where the table has no scores; None
         where the paper has none.
       keys: where a run's own scores come from, a key for each column: of its `summary.json`, or one with `SUITE`; ""
-        where a run gives none. Empty for a row that cannot be run.
+        where a run gives none; "a&b" for the mean of two. Empty for a row that cannot be run.
       config: the file in `configs/` that trains the row's run, such as "openseg"; "" if none does.
       args: its argument.
       overrides: the keys that `--config.key=value` sets beside it.

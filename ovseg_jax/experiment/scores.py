@@ -26,6 +26,12 @@ CROSS_DATASET = (
     *("fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101"),
 )
 CROSS_DOMAIN = ("imagenet_v2", "imagenet_sketch", "imagenet_a", "imagenet_r")
+# Table 2 of papers/003, in its order.
+UMG_CLIP = (
+    *("caltech101", "cifar10", "cifar100", "country211", "dtd", "eurosat", "fer2013", "gtsrb"),
+    *("imagenet_sketch", "imagenet_a", "imagenet_r", "imagenet_v2", "mnist", "objectnet", "pcam"),
+    *("rendered_sst2", "resisc45", "stl10", "sun397", "svhn", "voc2007"),
+)
 
 
 def _published(names: Sequence[str], average: str | None) -> dict[str, dict[str, Any]]:
@@ -44,6 +50,7 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
     "cross-dataset": _published(CROSS_DATASET, "cross-dataset"),
     "cross-domain": _published(CROSS_DOMAIN, "cross-domain"),
     "imagenet21k": _published(("imagenet21k",), None),
+    "umg_clip": {name: {"average": "umg_clip"} for name in UMG_CLIP},
 }
 SUITES["pomp"] = SUITES["imagenet21k"] | SUITES["cross-dataset"] | SUITES["cross-domain"]
 

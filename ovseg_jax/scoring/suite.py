@@ -2,7 +2,7 @@
 
 import argparse
 
-from ovseg_jax.experiment.scores import CROSS_DATASET, CROSS_DOMAIN, score_suite
+from ovseg_jax.experiment.scores import CROSS_DATASET, CROSS_DOMAIN, UMG_CLIP, score_suite
 
 _DESCRIPTION = """\
 Scores a trained classifier zero-shot on the data sets of a suite, and compares it with a hand-written prompt.
@@ -14,6 +14,7 @@ A suite is one of
   cross-domain   its four variants of ImageNet: {cross_domain}
   imagenet21k    validation images of ImageNet-21K
   pomp           all of these
+  umg_clip       the 21 of UMG-CLIP's table 2, by the classifier's own prompt: {umg_clip}
 or a JSON file, {{"sets": {{NAME: {{...}}}}}}, where a set may have
   metric     the main metric: accuracy (default), per_class, harmonic, ...
   average    the average that it counts in
@@ -36,7 +37,9 @@ it again with the same --out to continue.
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the description and the flags."""
     parser.description = _DESCRIPTION.format(
-        cross_dataset=" ".join(CROSS_DATASET), cross_domain=" ".join(CROSS_DOMAIN)
+        cross_dataset=" ".join(CROSS_DATASET),
+        cross_domain=" ".join(CROSS_DOMAIN),
+        umg_clip=" ".join(UMG_CLIP),
     )
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="WORKDIR", help="the folder (or bucket) of a training run")

@@ -172,6 +172,12 @@ def test_an_average_is_of_all_only_if_none_is_missing():
     assert line.split() == ["cross-domain", "average", "of", "0", "of", "4,", "accuracy"]
 
 
+def test_the_sets_of_umg_clip_are_scored_by_accuracy_and_own_prompt():
+    suite = score.SUITES["umg_clip"]
+    assert len(suite) == 21 and all(entry == {"average": "umg_clip"} for entry in suite.values())
+    assert set(suite) >= set(score.CROSS_DOMAIN) and len(set(suite) & set(score.CROSS_DATASET)) == 4
+
+
 def test_a_set_of_tfds_and_of_a_chosen_split():
     assert score.source_of(
         "pets", {"tfds": "oxford_iiit_pet", "split": "test", "metric": "per_class"}, score.epath.Path("d")
