@@ -54,14 +54,9 @@ def small_clip(seed: int) -> ConfigDict:
     return config
 
 
-def on_scenes(args: Args) -> ConfigDict:
-    """Returns a small FC-CLIP on the embedded data. All numbers are ours."""
-    clip = small_clip(args.seed)
-    config = common.run(
-        "fcclip",
-        steps=1500,
-        batch_size=16,
-        towers=dict(clip.towers.to_dict(), init="stage:clip", tokenizer="stage:clip"),
+def head_on_scenes(trust: float, prompt: Any) -> dict[str, Any]:
+    """Returns the head's sections of a run on the embedded data. All numbers are ours."""
+    return dict(
         model=dict(
             num_queries=10,
             width=64,
@@ -76,14 +71,66 @@ def on_scenes(args: Args) -> ConfigDict:
             remat="none",
             dtype="float32",
         ),
-        fcclip=dict(prompt="a photo of a {}", seen=0.4, unseen=0.8, trust=args.trust, short=0, longest=0),
+        fcclip=dict(prompt=prompt, seen=0.4, unseen=0.8, trust=trust, short=0, longest=0),
         loss=dict(mask2former.loss(), points=512),
         optimizer=common.adamw_of_scenes(),
+    )
+
+
+def on_scenes(args: Args) -> ConfigDict:
+    """Returns a small FC-CLIP on the embedded data. All numbers are ours."""
+    clip = small_clip(args.seed)
+    config = common.run(
+        "fcclip",
+        steps=1500,
+        batch_size=16,
+        towers=dict(clip.towers.to_dict(), init="stage:clip", tokenizer="stage:clip"),
+        **head_on_scenes(args.trust, "a photo of a {}"),
         **common.masks_on_scenes(args.images, every=500),
     )
     config.final_evals.update(common.panoptic(config.final_evals.test))
     config.stages = common.train_stages(clip=clip)
     return config
+
+
+def recipe(own: ConfigDict, train: list[dict[str, Any]], size: int, **changes: Any) -> ConfigDict:
+    """Returns the authors' training on COCO's panoptic masks.
+
+    Args:
+      own: the sections `towers`, `model` and `fcclip`.
+      train: the sources of images.
+      size: side of the crops.
+      **changes: further keys.
+    """
+    return common.run(
+        "fcclip",
+        **dict(
+            steps=368_750,  # code
+            batch_size=16,  # code
+            towers=own.towers.to_dict(),
+            model=own.model.to_dict(),
+            fcclip=own.fcclip.to_dict(),
+            loss=mask2former.loss(),  # code
+            optimizer=dict(
+                common.adamw(1e-4, warmup_steps=0, weight_decay=0.05, clip_norm=0.01),  # code
+                # Code: embeddings do not decay.
+                no_decay=("/query_features$", "/query_positions$", "/decoder/level_embedding$"),
+                schedule="steps",
+                drops=(327_778, 355_092),  # code
+            ),
+            data=dict(
+                train=train,
+                image_size=size,
+                mask_stride=1,  # points are drawn on the masks at the size of the image
+                max_masks=64,  # ours
+                scale_jitter=(0.1, 2.0),  # code
+                flip=True,
+                workers=8,
+            ),
+            checkpoint=common.checkpoint(every=1000),
+            **changes,
+        ),
+    )
 
 
 def paper(args: Args) -> ConfigDict:
@@ -104,34 +151,9 @@ def paper(args: Args) -> ConfigDict:
     evals: dict[str, Any] = {}
     if validation:
         evals = dict(validation=common.segmentation(validation, 8, image_size=1344, every=5000))
-    config = common.run(
-        "fcclip",
-        steps=0 if args.published else 368_750,  # code
-        batch_size=16,  # code
-        towers=own.towers.to_dict(),
-        model=own.model.to_dict(),
-        fcclip=own.fcclip.to_dict(),
-        loss=mask2former.loss(),  # code
-        optimizer=dict(
-            common.adamw(1e-4, warmup_steps=0, weight_decay=0.05, clip_norm=0.01),  # code
-            # Code: embeddings do not decay.
-            no_decay=("/query_features$", "/query_positions$", "/decoder/level_embedding$"),
-            schedule="steps",
-            drops=(327_778, 355_092),  # code
-        ),
-        data=dict(
-            train=train,
-            image_size=1024,  # code
-            mask_stride=1,  # points are drawn on the masks at the size of the image
-            max_masks=64,  # ours
-            scale_jitter=(0.1, 2.0),  # code
-            flip=True,
-            workers=8,
-        ),
-        evals=evals,
-        final_evals=evals,
-        checkpoint=common.checkpoint(every=1000),
-    )
+    config = recipe(own, train, 1024, evals=evals, final_evals=evals)  # 1024: code
+    if args.published:
+        config.steps = 0
     if validation:
         config.final_evals.update(common.panoptic(config.final_evals.validation))
     return config

@@ -1,17 +1,23 @@
-"""UMG-CLIP's pre-training (papers/003: A Unified Multi-Granularity Vision Generalist for Open-World Understanding).
+"""UMG-CLIP (papers/003: A Unified Multi-Granularity Vision Generalist for Open-World Understanding).
 
   python -m ovseg_jax.main --config=configs/umg_clip.py
-      on `scenes`, which is generated on the fly, on a laptop CPU in minutes: captions and tags of images and of boxes
-      train a small EVA and its text tower from random weights; then classification, retrieval, and segmentation by the
-      features of patches, none of them trained on a mask. One seed, 15 minutes on one core: mIoU of 49.8 on seen
-      pairs, 24.8 held out, 69.2 on stuff, R@1 of 87.8 image to text and 77.3 text to image. Crops of things are
-      named after the stuff around them, unless only things are among the names (100 and 94.6% right).
+      on `scenes`, which is generated on the fly, on a laptop CPU in minutes: first captions and tags of images and of
+      boxes train a small EVA and its text tower from random weights (4.1); then, with adapters in the frozen tower,
+      masks and a head for their names (4.2). TODO
+  python -m ovseg_jax.main --config=configs/umg_clip.py:adapt=none
+      the first part alone; adapt=global goes on with adapters for classification and retrieval.
   python -m ovseg_jax.main --config=configs/umg_clip.py:losses=image_captions
       the first row of Table 7; captions and image_tags are the next two, all (the default) the last.
   python -m ovseg_jax.main --config="configs/umg_clip.py:data=umg41m,data_dir=DIR,images=DIR2,retrieval=DIR3"
-      the paper's recipe (5.1) on the JSON files of UMG-41M in DIR and the images in DIR2, from EVA-CLIP's weights.
-      tower=eva02_clip_l14 and the like choose the model of Table 6. The paper's R@1 on COCO after adaptation, which
-      this config does not do: 64.7 image to text, 51.6 text to image (B/16, Table 3). Not reproduced yet.
+      the paper's pre-training (5.1) on the JSON files of UMG-41M in DIR and the images in DIR2, from EVA-CLIP's
+      weights. tower=eva02_clip_l14 and the like choose the model of Table 6.
+  python -m ovseg_jax.main \\
+    --config="configs/umg_clip.py:data=umg41m,data_dir=DIR,images=DIR2,retrieval=DIR3,adapt=global,weights=RUN"
+      its adaptation to classification and retrieval. The paper's R@1 on COCO: 64.7 image to text, 51.6 text to image
+      (B/16, Table 3). Not reproduced yet.
+  python -m ovseg_jax.main --config="configs/umg_clip.py:data=coco,data_dir=DIR,weights=RUN"
+      its adaptation to panoptic segmentation on COCO, by FC-CLIP's recipe. The paper's PQ on COCO: 54.8, 58.0, 57.7 and
+      59.0 (B, L, g, E; Table 4). Not reproduced yet. Without weights, on EVA-CLIP's, the table's other rows.
 
 UMG-41M is published without images and without a description of its keys: paths="captions:PATH;box:PATH" says where
 they are, see `ovseg_jax/data/sources/region_json.py`. Numbers with a section or table are the paper's; "EVA" those of
@@ -23,7 +29,8 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from ovseg_jax.config import Args, AtLeast, parse_arg
-from ovseg_jax.configs import common
+from ovseg_jax.configs import common, fcclip
+from ovseg_jax.configs.maskformer import sources
 from ovseg_jax.errors import UserError
 from ovseg_jax.pretrained.published import CLIP, weights_of
 
@@ -36,7 +43,7 @@ class Recipe(NamedTuple):
       rate, text_rate: learning rates of the towers (5.1). EVA has 2e-4 and 2e-5 for B/16, 4e-4 and 4e-5 for the others:
         the paper may have confused them.
       decay: the layer decay of the image tower (EVA).
-      epochs: 5.1.
+      epochs, adapt_epochs: of pre-training, and of adaptation to classification and retrieval (5.1).
     """
 
     depth: int
@@ -45,16 +52,19 @@ class Recipe(NamedTuple):
     text_rate: float
     decay: float
     epochs: int
+    adapt_epochs: int
 
 
 MODELS = {
-    "eva02_clip_b16": Recipe(12, 12, 4e-4, 4e-5, 0.75, 10),
-    "eva02_clip_l14": Recipe(24, 12, 2e-4, 2e-5, 0.85, 10),
-    "eva01_clip_g14": Recipe(40, 12, 2e-4, 2e-5, 0.85, 10),
-    "eva02_clip_e14": Recipe(64, 24, 2e-4, 2e-5, 0.9, 6),
+    "eva02_clip_b16": Recipe(12, 12, 4e-4, 4e-5, 0.75, 10, 5),
+    "eva02_clip_l14": Recipe(24, 12, 2e-4, 2e-5, 0.85, 10, 5),
+    "eva01_clip_g14": Recipe(40, 12, 2e-4, 2e-5, 0.85, 10, 5),
+    "eva02_clip_e14": Recipe(64, 24, 2e-4, 2e-5, 0.9, 6, 2),
 }
 PAIRS = 41_410_000  # Table 1; 27.4 million without IN21K, which is not published
 OTHER_RATE = 5e-4  # of the temperature, EVA
+TABLE_5 = ("A-150", "A-847", "PC-59", "PC-459", "PAS-21", "PAS-20")
+PROMPT = ["{}", "a {}", "the {}"]  # on scenes: ours
 
 # Table 7: the terms of the loss (eq. 3) by row.
 TERMS = {
@@ -63,39 +73,61 @@ TERMS = {
     "captions": ("image_captions", "region_captions"),
     "image_tags": ("image_captions", "region_captions", "image_tags"),
 }
+IMAGE_TERMS = ("image_captions", "image_tags")  # of L_image, eq. 3: 5.1 adapts to images by it
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config; keys of `arg` stand below, an unknown one or one without effect is an error."""
     args = parse_arg(
         arg,
-        data=("scenes", "umg41m"),
+        data=("scenes", "umg41m", "coco", "folder", "prepared"),
+        # what follows pre-training: global, adapters for images; panoptic, adapters and a head for masks. By default
+        # panoptic, and none on UMG-41M; with data=umg41m, coco, folder or prepared it starts from weights
+        adapt=("", "panoptic", "global", "none"),
+        adapters=True,  # False: a frozen tower without adapters (Table 10)
         losses=tuple(TERMS),  # rows of Table 7
-        data_dir="",  # data=umg41m: the folder of the JSON files, or of zips with them
-        images="",  # data=umg41m: that of the images, or of zips; by default data_dir
+        data_dir="",  # the folder of the data; of UMG-41M's JSON files, or of zips with them
+        val_dir="",  # data=folder, prepared: the folder to evaluate on; none where it is not said
+        kind="segments",  # data=folder: what the values of a mask are: segments | semantic
+        labels="",  # a label file with more names for the classes, or one of the package, such as coco_panoptic
+        images="",  # data=umg41m: the folder of the images, or of zips; by default data_dir
         paths="",  # data=umg41m: where the fields are in a file, KEY:PATH;KEY:PATH
-        tower=tuple(MODELS),  # data=umg41m: Table 6
-        weights="",  # data=umg41m: where EVA-CLIP's weights are, if not on the hub: a folder or file
+        tower=tuple(MODELS),  # Table 6
+        # EVA-CLIP's, if not on the hub: a folder or file; for an adaptation also the folder of a finished run
+        weights="",
         # data=umg41m: images in a step, with about 77,000 boxes; the paper does not say: ours
         batch=AtLeast(8192, 1),
         pairs=AtLeast(PAIRS, 1),  # data=umg41m: images in an epoch, for the number of steps
-        fsdp=AtLeast(1, 1),  # data=umg41m: chips over which parameters are split; E/14 needs it
+        fsdp=AtLeast(1, 1),  # chips over which parameters are split; E/14 needs it
+        size=AtLeast(
+            896, 32
+        ),  # adapt=panoptic: side of the images (5.1: 640 on BigDet; Table 10: 384, 640, 896)
         # data=umg41m: folders of prepared sets to score at the end, A;B: with captions, with classes, with masks
         retrieval="",
         classification="",
         segmentation="",
+        eval_sets="",  # adapt=panoptic: a folder that holds the sets of Table 5 by name, to test on at the end
+        sets=";".join(TABLE_5),  # which of them, or others that lie there
+        sets_are=("folders", "prepared"),  # of images and masks, or written by `python -m ovseg_jax.prepare`
         seed=0,
     )
-    config = scenes(args) if args.data == "scenes" else paper(args)
+    adapt = args.adapt or ("none" if args.data == "umg41m" else "panoptic")
+    if (adapt == "panoptic") == (args.data == "umg41m") and args.data != "scenes":
+        needs = "masks: data=coco, folder or prepared" if adapt == "panoptic" else "texts: data=umg41m"
+        raise UserError(f"adapt={adapt} needs {needs}, not data={args.data}")
+    if args.data == "scenes":
+        config = {"panoptic": panoptic_on_scenes, "global": global_on_scenes, "none": scenes}[adapt](args)
+    else:
+        config = panoptic(args) if adapt == "panoptic" else paper(args, adapt == "global")
     config.seed = args.seed
     args.check_read()
     return config
 
 
-def losses(args: Args) -> dict[str, Any]:
+def losses(terms: tuple[str, ...]) -> dict[str, Any]:
     """Returns the loss section."""
     return dict(
-        terms=TERMS[args.losses],
+        terms=terms,
         image_weight=1.0,  # α, 4.1
         region_weight=1.0,  # β, 4.1
         # sum: over D, 1 - cos of unit vectors, whatever D is; mean: D times less. 4.1 does not say: ours
@@ -112,6 +144,53 @@ def dense(prompt: Any) -> dict[str, Any]:
         sampling=0,  # of RoIAlign, by the size of the box, as CLIPSelf and detectron2; the paper does not say: ours
         prompt=prompt,
     )
+
+
+def adapter() -> dict[str, Any]:
+    """Returns the adapters of 4.2."""
+    return dict(
+        width=8,  # Convpass; the paper does not say
+        activation="gelu",  # 4.2
+        dropout=0.1,  # Convpass
+        scale=0.1,  # s, 4.2
+    )
+
+
+def panoptic_on_scenes(args: Args) -> ConfigDict:
+    """Returns the adaptation of a small tower to masks, after its pre-training. All numbers are ours."""
+    first = scenes(args)
+    first.seed = args.seed
+    own = dict(init="stage:pretraining", tokenizer="stage:pretraining")
+    if args.adapters:
+        own["adapter"] = adapter()
+    config = common.run(
+        "fcclip",
+        steps=1500,
+        batch_size=16,
+        towers=first.towers.to_dict() | own,
+        **fcclip.head_on_scenes(0.0, PROMPT),
+        **common.masks_on_scenes(10_000, every=500),
+    )
+    if args.adapters:
+        config.fcclip.clip_features = "adapted"  # ours, see methods/trunks.py
+    config.final_evals.update(common.panoptic(config.final_evals.test))
+    config.stages = common.train_stages(pretraining=first)
+    return config
+
+
+def global_on_scenes(args: Args) -> ConfigDict:
+    """Returns the adaptation of a small tower to texts of images, after its pre-training. All numbers are ours."""
+    first = scenes(args)
+    first.seed = args.seed
+    config = first.copy_and_resolve_references()
+    own = dict(init="stage:pretraining", tokenizer="stage:pretraining", adapter=adapter())
+    config.towers.update(own)
+    config.steps = 500
+    config.loss.terms = IMAGE_TERMS
+    config.data = {key: x for key, x in first.data.items() if "box" not in key}
+    del config.loss.region_weight
+    config.stages = common.train_stages(pretraining=first)
+    return config
 
 
 def scenes(args: Args) -> ConfigDict:
@@ -133,8 +212,8 @@ def scenes(args: Args) -> ConfigDict:
             std=(0.25, 0.25, 0.25),
             logit_scale=14.0,
         ),
-        loss=losses(args),
-        dense=dense(["{}", "a {}", "the {}"]),
+        loss=losses(TERMS[args.losses]),
+        dense=dense(PROMPT),
         clusters=dict(ratio=1.0),
         optimizer=common.adamw(
             2e-3,
@@ -169,8 +248,8 @@ def scenes(args: Args) -> ConfigDict:
     return config
 
 
-def paper(args: Args) -> ConfigDict:
-    """Returns the recipe of 5.1."""
+def paper(args: Args, adapts: bool) -> ConfigDict:
+    """Returns the pre-training of 5.1, or its adaptation to classification and retrieval."""
     if not args.data_dir:
         raise UserError("data=umg41m needs data_dir=, the folder of its JSON files")
     model = MODELS[args.tower]
@@ -196,7 +275,7 @@ def paper(args: Args) -> ConfigDict:
             logit_scale=100.0,  # of weights that have none
             dtype="bfloat16",  # ours; EVA's is half precision
         ),
-        loss=losses(args),
+        loss=losses(IMAGE_TERMS if adapts else TERMS[args.losses]),
         dense=dense("imagenet"),
         # 4.1: a quarter of the tokens remains; after 2 blocks and by 5 neighbours: ours, see models/token_clusters.py
         clusters=dict(ratio=0.25, after=2, neighbours=5),
@@ -237,6 +316,13 @@ def paper(args: Args) -> ConfigDict:
         log_every=50,
     )
     config.mesh.fsdp = args.fsdp
+    if adapts:
+        config.steps = round(model.adapt_epochs * args.pairs / args.batch)  # 5.1
+        config.towers.adapter = adapter()
+        del config.loss.region_weight
+        config.optimizer.learning_rate = 1e-3  # 5.1
+        config.optimizer.multipliers = ()
+        config.data = {key: x for key, x in config.data.items() if "box" not in key}
     prepared = lambda folder, split: dict(name="prepared", data_dir=folder, split=split)
     for kind, folders, split in (
         ("retrieval", args.retrieval, "test"),
@@ -246,6 +332,49 @@ def paper(args: Args) -> ConfigDict:
         for folder in filter(None, folders.split(";")):
             name = f"{kind}_{folder.rstrip('/').rpartition('/')[2]}"
             config.final_evals[name] = dict(type=kind, source=prepared(folder, split), batch_size=256)
+    return config
+
+
+def panoptic(args: Args) -> ConfigDict:
+    """Returns the adaptation to masks: the recipe of FC-CLIP but for the size of images (5.1).
+
+    On BigDet Panoptic (data=folder) the paper has size=640 and 10 epochs, of 224,000 steps each with its 3.59 million
+    images: --config.steps=2240000 and drops at the same shares (ours).
+    """
+    train, validation = sources(args)
+    own = fcclip.published_config("fcclip_convnext_l")
+    own.towers = dict(
+        image=dict(name=args.tower, remat="all"),  # ours
+        text=dict(name=args.tower),
+        init=args.weights or weights_of(args.tower),
+        tokenizer="",
+        image_size=args.size,
+        mean=CLIP.mean,
+        std=CLIP.std,
+        logit_scale=100.0,  # of weights that have none
+        dtype="bfloat16",  # ours
+    )
+    if args.tower.endswith("14"):
+        own.towers.image.patch = 16  # ours: 640 is no multiple of 14, and EVA-CLIP converts its models so
+    if args.adapters:
+        own.towers.adapter = adapter()
+        own.fcclip.clip_features = "adapted"  # ours
+    own.model.update(remat="dots", dtype="bfloat16")  # ours
+    own.fcclip.update(short=0, longest=0)  # ours: squares, as in training
+    evals: dict[str, Any] = {}
+    if validation:
+        evals["validation"] = common.segmentation(validation, 16, every=5000)
+    form = dict(name="prepared", split="val")
+    if args.sets_are == "folders":
+        form = dict(name="folder", kind="semantic")
+    sets = {
+        name: common.segmentation(dict(form, data_dir=f"{args.eval_sets}/{name}"), 16)
+        for name in (filter(None, args.sets.split(";")) if args.eval_sets else ())
+    }
+    config = fcclip.recipe(own, train, args.size, evals=evals, final_evals={**evals, **sets})
+    config.mesh.fsdp = args.fsdp
+    if validation:
+        config.final_evals.update(common.panoptic(config.final_evals.validation))
     return config
 
 

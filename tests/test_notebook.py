@@ -3,7 +3,11 @@
 import json
 from pathlib import Path
 
+import jax
+import numpy as np
 from PIL import Image
+
+from ovseg_jax.inference.segmenter import Segmenter
 
 REPO = Path(__file__).parents[1]
 SMALL = {
@@ -57,3 +61,33 @@ def test_pseg(tmp_path):
             config.final_evals.test.source.num_examples = 8
 
     assert len(execute("pseg.ipynb", tmp_path / "run", SMALL, shrink)) == 7
+
+
+def test_panoptic(tmp_path):
+    """Also the run of configs/umg_clip.py: its second part starts from the towers of the first, and keeps them."""
+
+    def shrink(space):
+        if "config" not in space or "summary" in space:
+            return
+        config = space["config"]
+        first = config.stages[0]["config"]
+        first.update(dict(steps=1, batch_size=8, final_evals={}))
+        for one in (first, config):
+            one.towers.image.update(dict(width=16, depth=1, heads=2, hidden=16, embed_dim=16))
+            one.towers.text.update(dict(width=16, embed_dim=16))
+            one.data.train[0].update(dict(cache=False, num_examples=200))  # all words occur
+            one.optimizer.warmup_steps = 0
+        config.model.update(dict(width=32, mask_dim=32, layers=1, num_queries=4, ffn=16, encoder_ffn=16))
+        config.loss.points = 32
+        config.evals = {}
+        for evaluation in config.final_evals.values():
+            evaluation.update(dict(batch_size=8))
+            evaluation.source.num_examples = 8
+
+    settings = {key: x for key, x in SMALL.items() if not key.startswith(("loss", "model"))}
+    assert len(execute("panoptic.ipynb", tmp_path / "run", settings, shrink)) == 5
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {"test/miou", "panoptic/pq", "instances/ap"} <= summary.keys()
+    kept = Segmenter.from_checkpoint(tmp_path / "run").variables["towers"]["image"]["params"]
+    first = Segmenter.from_checkpoint(tmp_path / "run" / "pretraining").variables["params"]["image"]
+    jax.tree.map(np.testing.assert_array_equal, kept, first)

@@ -1,5 +1,8 @@
 """FC-CLIP (Yu et al. 2023): one frozen convolutional CLIP gives the features of Mask2Former's masks, and classifies.
 
+UMG-CLIP's adaptation to panoptic segmentation (papers/003, 4.2 and 5.1) is the same with another trunk, see
+`methods.trunks`.
+
 With p_n[c] the probability of class c for mask n by a head that was trained on the masks' classes and q_n[c] that by
 CLIP's own features under the mask (each a softmax over the classes, by their best names), a class scores
 
@@ -13,6 +16,7 @@ Facts from bytedance/fc-clip, fcclip/*. Differences: masks are upsampled once, t
 published code upsamples them to the network's input, crops the padding and upsamples again.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,17 +29,15 @@ from ovseg_jax.config import keys
 from ovseg_jax.data.windows import Whole
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.resize import resize_within
-from ovseg_jax.kernels.unit import unit
 from ovseg_jax.losses.points import Points, PointWeights, point_losses
 from ovseg_jax.methods.mask2former import HEAD_FIELDS
 from ovseg_jax.methods.maskformer import MaskFormer, total_loss, trained_classes
 from ovseg_jax.methods.on_clip import OnClip
-from ovseg_jax.models.convnext import ConvNeXt
+from ovseg_jax.methods.trunks import ConvNeXtTrunk, make_trunk, prepared
 from ovseg_jax.models.deformable import cell_counts
 from ovseg_jax.models.fcclip import FCClipHead, MaskClassifier, pool_under
 from ovseg_jax.models.mask2former import Mask2FormerHead
 from ovseg_jax.models.maskformer import cells_inside
-from ovseg_jax.models.openseg import LEVELS, normalise
 from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.parallel.sharding import active_batch_axes
 from ovseg_jax.pretrained.published import weights_of
@@ -130,11 +132,11 @@ def published_fcclip(name: str, weights: str, tokenizer: str = "", trust: float 
 class FCClip(OnClip, Segmenting):
     """The method FC-CLIP; it also classifies whole images, as its CLIP does.
 
-    Keys of `config.towers`: see `towers.clip.Clip`; the image tower is a ConvNeXt. Keys of `config.model`: the fields
-    of `Mask2FormerHead`, and `init`, a published FC-CLIP with its CLIP, in place of `towers.init`. Keys of
+    Keys of `config.towers`: see `towers.clip.Clip`; for the image tower see `methods.trunks`. Keys of `config.model`:
+    the fields of `Mask2FormerHead`, and `init`, a published FC-CLIP with its CLIP, in place of `towers.init`. Keys of
     `config.fcclip`: `prompt`, the templates of class names, see `towers.templates.read_templates`; `seen`, `unseen` and
-    `trust`, see above; `short` and `longest`, the sides of images in `Segmenter`, 0 for squares of `data.image_size`.
-    Keys of `config.loss`: as for `methods.mask2former`.
+    `trust`, see above; `short` and `longest`, the sides of images in `Segmenter`, 0 for squares of `data.image_size`;
+    with adapters `clip_features`, see `methods.trunks.TowerTrunk`. Keys of `config.loss`: as for `methods.mask2former`.
 
     Regions have two spaces, `HEAD` and CLIP's, both as unit vectors times their factors from cosines to logits; the
     void of a prediction is the logit of "no object" in the first.
@@ -142,7 +144,7 @@ class FCClip(OnClip, Segmenting):
     Masks of the groups "unseen" and "held_out" are not used in training.
 
     Raises:
-      UserError: a value in the config is invalid, or the image tower is no ConvNeXt.
+      UserError: a value in the config is invalid, or the image tower is no trunk.
     """
 
     frozen_towers = True
@@ -159,20 +161,25 @@ class FCClip(OnClip, Segmenting):
         return {
             "towers": keys(TOWER_KEYS),
             "model": dict.fromkeys([*HEAD_FIELDS, "dtype", "init"], True),
-            "fcclip": keys("prompt seen unseen trust short longest"),
+            "fcclip": keys("prompt seen unseen trust short longest")
+            | keys("clip_features", bool(config.towers.get("adapter"))),
             "loss": keys("mask dice label no_object points", trained),
         }
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         self.config, self.classes, self.clip = config, classes, Clip(config.towers, words)
-        if not isinstance(self.clip.image, ConvNeXt):
-            raise UserError(
-                f"towers.image.name={config.towers.image.name!r}: the trunk of fcclip is a ConvNeXt of CLIP"
-            )
+        self.trunk = make_trunk(self.clip, config.fcclip.get("clip_features", "adapted"))
         if config.model.get("init") and config.towers.get("init"):
             raise UserError("model.init and towers.init are both set: the first has a CLIP too")
+        if config.model.get("init") and not isinstance(self.trunk, ConvNeXtTrunk):
+            raise UserError(
+                "model.init: a published FC-CLIP has a ConvNeXt, and towers.image is another tower"
+            )
         options = {name: config.model[name] for name in HEAD_FIELDS if name in config.model}
         dtype = jnp.dtype(config.model.get("dtype", "float32"))
+        self._plain = copy.copy(self.clip)
+        if config.towers.get("adapter"):
+            self._plain.image = self.clip.image.clone(adapter=None)
         self.head = FCClipHead(
             Mask2FormerHead(**options, dtype=dtype), MaskClassifier(self.clip.dim, dtype=dtype)
         )
@@ -184,7 +191,7 @@ class FCClip(OnClip, Segmenting):
             if not 0 <= config.fcclip[name] <= 1:
                 raise UserError(f"fcclip.{name}={config.fcclip[name]} is not between 0 and 1")
         if short := config.fcclip.get("short", 0):
-            self.whole = Whole(short, config.fcclip.longest, self._cell)
+            self.whole = Whole(short, config.fcclip.longest, self.trunk.cell)
         if config.steps:
             self.weights = PointWeights(*(float(config.loss[key]) for key in PointWeights._fields))
         self._names, self._owner = classes.flat()
@@ -197,25 +204,13 @@ class FCClip(OnClip, Segmenting):
     def init(self, rng: jax.Array) -> Variables:
         """Creates `params` and the frozen `towers`; for training with `names`, the embeddings of the classes' names."""
         tower_rng, head_rng = jax.random.split(rng)
-        return {"params": self._init_head(head_rng), "towers": self._with_names(self.clip.init(tower_rng))}
+        trained, towers = self.trunk.split(self.clip.init(tower_rng))
+        trained |= self.trunk.init(jax.random.fold_in(head_rng, 1))
+        return {"params": self._init_head(head_rng) | trained, "towers": self._with_names(towers)}
 
     def _init_head(self, rng: jax.Array) -> Any:
-        size = self._cell
-        width = self.clip.image.width  # type: ignore[attr-defined]
-        maps = {
-            level: jnp.zeros((1, size // 2 ** (i + 2), size // 2 ** (i + 2), width * 2**i))
-            for i, (level, _) in enumerate(zip(LEVELS, self._depths, strict=False))
-        }
-        return self.head.init(rng, maps, jnp.full((1, 2), size))["params"]
-
-    @property
-    def _cell(self) -> int:
-        """Pixels of a cell of the coarsest map."""
-        return 2 ** (len(self._depths) + 1)
-
-    @property
-    def _depths(self) -> tuple[int, ...]:
-        return self.clip.image.depths  # type: ignore[attr-defined]
+        maps = self.trunk.shapes()
+        return self.head.init(rng, maps, jnp.full((1, 2), self.trunk.cell))["params"]
 
     def _with_names(self, towers: dict[str, Any]) -> dict[str, Any]:
         if not self.config.steps:
@@ -226,8 +221,10 @@ class FCClip(OnClip, Segmenting):
         """Returns the weights of `model.init` or of `towers.init`."""
         if init := self.config.model.get("init", ""):
             return self.published(init)
-        found = self.clip.pretrained()
-        return {"towers": self._with_names(found)} if found else {}
+        if not (found := self.clip.pretrained()):
+            return {}
+        trained, towers = self.trunk.split(found)
+        return {"params": trained, "towers": self._with_names(towers)}
 
     def published(self, init: str) -> dict[str, Any]:
         """Returns all variables from a published FC-CLIP, see `pretrained.fcclip.load_fcclip`."""
@@ -259,11 +256,9 @@ class FCClip(OnClip, Segmenting):
         self, variables: Variables, batch: Batch, rng: jax.Array
     ) -> tuple[None, dict[str, Array], dict]:
         """Computes for some images the sums of the losses."""
-        features, size = self._features(variables, batch["image"], batch["image_size"])
-        features = jax.lax.stop_gradient(features)
-        applied: Any = self.head.apply(
-            {"params": variables["params"]}, self._levels(features), size, True, True
-        )
+        image, size = prepared(self.clip, self.trunk.cell, batch["image"], batch["image_size"])
+        maps = self.trunk.apply(variables, image, jax.random.fold_in(rng, 2)).maps
+        applied: Any = self.head.apply({"params": self._of_head(variables)}, maps, size, True, True)
         out, (regions, void, scale) = applied
         names = jax.lax.stop_gradient(variables["towers"]["names"])
         logits = scale * jnp.einsum("blnd,td->tbln", regions, names)
@@ -291,50 +286,32 @@ class FCClip(OnClip, Segmenting):
         del sums["query"]
         return None, sums, {}
 
-    def _features(
-        self, variables: Variables, image: Array, image_size: Array
-    ) -> tuple[dict[str, Array], Array]:
-        """Returns the trunk's maps, and the sizes of the images rounded up to whole cells of the coarsest.
-
-        In the published code, padding to such a multiple is part of the image.
-        """
-        towers = self.config.towers
-        pixels = tuple(towers.get("mean", MEAN)), tuple(towers.get("std", STD))
-        x = normalise(image, image_size, *pixels, self.clip.dtype)
-        cell = self._cell
-        size = jnp.minimum(-(-image_size // cell) * cell, jnp.array(image.shape[1:3]))
-        return self.clip.image.apply(variables["towers"]["image"], x), size  # type: ignore[return-value]
-
     @staticmethod
-    def _levels(features: dict[str, Array]) -> dict[str, Array]:
-        return {level: x for level, x in features.items() if level in LEVELS}
+    def _of_head(variables: Variables) -> dict[str, Any]:
+        return {name: variables["params"][name] for name in ("masks", "classifier")}
 
     def predict(
         self, variables: Variables, image: UInt8[Array, "b s t 3"], image_size: Int[Array, "b 2"]
     ) -> Prediction:
         """Predicts masks with their embeddings by the head and by CLIP."""
-        features, size = self._features(variables, image, image_size)
-        maps = self._levels(features)
-        applied: Any = self.head.apply({"params": variables["params"]}, maps, size)
+        pixels, size = prepared(self.clip, self.trunk.cell, image, image_size)
+        seen, level = self.trunk.apply(variables, pixels), self.trunk.level
+        applied: Any = self.head.apply({"params": self._of_head(variables)}, seen.maps, size)
         out, (regions, void, scale) = applied
-        coarsest = max(maps)
-        last, pixels = maps[coarsest], out.pixels.astype(jnp.float32)
-        shape: Any = last.shape[1:3]
-        whole, cells = cell_counts(size, pixels.shape[1:3], "c2"), cell_counts(size, shape, coarsest)  # type: ignore[arg-type]
+        mask_features, shape = out.pixels.astype(jnp.float32), seen.last.shape[1:3]
+        whole, cells = cell_counts(size, mask_features.shape[1:3], "c2"), cell_counts(size, shape, level)  # type: ignore[arg-type]
         # Logits are linear in the pixels, so that the pixels can be resized in their place.
         small = jnp.einsum(
             "bnc,bhwc->bnhw",
             out.embeddings[:, -1].astype(jnp.float32),
-            resize_within(pixels, shape, whole, cells),
+            resize_within(mask_features, shape, whole, cells),  # type: ignore[arg-type]
             precision=PRECISION,
         )
-        under = (small > 0) & cells_inside(size, shape, coarsest)[:, None]
-        pooled = pool_under(under, last, "bnhw,bhwc->bnc")
-        weights = {"params": variables["towers"]["image"]["params"]["head"]}
-        of_clip = unit(self.clip.image.head().apply(weights, pooled).astype(jnp.float32))  # type: ignore[attr-defined]
+        under = (small > 0) & cells_inside(size, shape, level)[:, None]
+        of_clip = self.trunk.embed(variables, pool_under(under, seen.last, "bnhw,bhwc->bnc"))
         nothing = scale * jnp.einsum("bnd,d->bn", regions[:, -1], void, precision=PRECISION)
         spaces = {HEAD: scale * regions[:, -1], SPACE: self.logit_scale(variables) * of_clip}
-        return Prediction(out.mask_logits[:, -1], spaces, {SPACE: features["dense"]}, nothing)
+        return Prediction(out.mask_logits[:, -1], spaces, {SPACE: seen.dense}, nothing)
 
     def score_regions(self, prediction: Prediction, text: Text, vocabulary: Vocabulary) -> RegionScores:
         """Computes the probability of each name's class and of "no object" for every mask of one image, see above.
@@ -361,8 +338,8 @@ class FCClip(OnClip, Segmenting):
         return RegionScores(((share + EPSILON) / whole)[owner], (nothing + EPSILON) / whole)
 
     def embed_image(self, variables: Variables, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b d"]:
-        """Embeds images as unit vectors."""
-        return self.clip.embed_image(variables["towers"], image)
+        """Embeds images as unit vectors, without adapters."""
+        return self._plain.embed_image(variables["towers"], image)
 
     def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
         """Embeds class names by the templates of `fcclip.prompt` as unit vectors."""

@@ -28,6 +28,7 @@ from ovseg_jax.kernels.roi_align import roi_align
 from ovseg_jax.kernels.unit import unit
 from ovseg_jax.losses.tags import REDUCTIONS, tag_loss
 from ovseg_jax.methods.clip import ClipTraining
+from ovseg_jax.models.convpass import all_but_adapters
 from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.token_clusters import with_clusters
 from ovseg_jax.models.vit import ViT
@@ -54,6 +55,8 @@ NORMALISE = ("pooled", "pixels")
 
 class UMGClip(ClipTraining, Segmenting):
     """A method that trains a CLIP on texts of images and boxes; it classifies images, and segments without masks.
+
+    With `towers.adapter` only the adapters are trained (4.2): the adaptation to classification and retrieval.
 
     Args:
       config: `towers` (see `towers.clip.Clip`), `loss` and `dense`, see above.
@@ -114,8 +117,11 @@ class UMGClip(ClipTraining, Segmenting):
         if not isinstance(self.clip.image, ViT | Eva):
             raise UserError(f"towers.image.name={config.towers.image.name!r} is neither a ViT nor an EVA")
         self._cell, self._trained_clip = self.clip.image.patch, copy.copy(self.clip)
+        if config.towers.get("adapter"):
+            self._trained_clip.image = self.clip.adapted(train=True)
+            self.frozen = ("^text/", "^scale$", all_but_adapters("image/"))
         if config.clusters.ratio != 1:
-            self._trained_clip.image = with_clusters(self.clip.image, **config.clusters.to_dict())
+            self._trained_clip.image = with_clusters(self._trained_clip.image, **config.clusters.to_dict())
         prompt = dense.prompt
         self._templates = read_templates(prompt if isinstance(prompt, str) else list(prompt))
 
@@ -125,7 +131,7 @@ class UMGClip(ClipTraining, Segmenting):
         rows, sums, _ = network(variables, batch, rng)
         scale, one = self.logit_scale(variables), jnp.ones(())
         settings = self.config.loss
-        weight = {"image": float(settings.image_weight), "region": float(settings.region_weight)}
+        weight = {kind: float(settings[f"{kind}_weight"]) for kind in {t.split("_")[0] for t in self.terms}}
         total, metrics = jnp.zeros(()), {}
         for term in self.terms:
             kind, what = term.split("_")
@@ -147,9 +153,9 @@ class UMGClip(ClipTraining, Segmenting):
 
     def _forward(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[dict, dict, dict]:
         """Returns the unit embeddings of images, boxes and captions by name, and the sums of the tag losses."""
-        del rng
-        here = batch["example_mask"]
-        image, patches = self._trained_clip.embed_both(self._weights(variables), batch["image"], self._values)
+        here, weights = batch["example_mask"], self._weights(variables)
+        rngs = {"dropout": rng}  # of adapters
+        image, patches = self._trained_clip.embed_both(weights, batch["image"], self._values, rngs)
         rows, sums, exists = {"image": image}, {}, {"image": here}
         if "boxes" in batch:
             exists["region"] = here[:, None] & batch["box_valid"]

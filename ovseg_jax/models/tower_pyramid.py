@@ -27,7 +27,6 @@ class TowerPyramid(nn.Module):
     tower: Any
     dtype: Any = jnp.float32
 
-    @nn.compact
     def __call__(
         self, x: Float[Array, "b h w 3"], train: bool = False
     ) -> dict[str, Float[Array, "b _h _w _c"]]:
@@ -36,7 +35,11 @@ class TowerPyramid(nn.Module):
         Raises:
           UserError: a side is not a multiple of the patch.
         """
-        tokens = self.tower(x, train).tokens
+        return self.of_tokens(self.tower(x, train).tokens)
+
+    @nn.compact
+    def of_tokens(self, tokens: Float[Array, "b h w d"]) -> dict[str, Float[Array, "b _h _w _c"]]:
+        """Computes `c2` to `c5` of the tower's last map."""
         own = level_of(self.tower.patch)
         return {f"c{level}": self._level(tokens, level, own) for level in LEVELS}
 

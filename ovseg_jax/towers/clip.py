@@ -23,7 +23,7 @@ from ovseg_jax.kernels.unit import unit
 from ovseg_jax.models import clip_resnet, convnext, eva, vit
 from ovseg_jax.models.clip_resnet import ClipResNet
 from ovseg_jax.models.convnext import ConvNeXt
-from ovseg_jax.models.convpass import ADAPTERS
+from ovseg_jax.models.convpass import ADAPTERS, with_convpass
 from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.hooks import HOOKS
 from ovseg_jax.models.small import SmallBackbone
@@ -43,7 +43,10 @@ from ovseg_jax.vocab.words import WordList
 
 TOWERS = "towers"  # in the folder of a run of method "clip"
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
-TOWER_KEYS = "image text init tokenizer image_size mean std logit_scale dtype"  # of a config's `towers`
+TOWER_KEYS = (
+    "image text adapter init tokenizer image_size mean std logit_scale dtype"  # of a config's `towers`
+)
+ADAPTER_KEYS = ("width", "activation", "dropout", "scale")
 # The number of names that the text tower embeds at once.
 GROUP = 256
 MEAN, STD = CLIP
@@ -85,7 +88,8 @@ class Clip:
     Args:
       config: `image`, a dict with `name` (a CLIP preset of `models.vit`, `models.clip_resnet`, `models.convnext` or
         `models.eva`, or "vit", "convnext", "eva" or "small") and fields of its module; `text`, the same for
-        `models.text_towers` ("clip" for a CLIPText of these fields); `init`, the weights (see `pretrained.hub`, or the
+        `models.text_towers` ("clip" for a CLIPText of these fields); `adapter`, if there are adapters in the image
+        tower, the arguments of `models.convpass.with_convpass`; `init`, the weights (see `pretrained.hub`, or the
         folder of a run of method "clip"), "" for random ones; `tokenizer`, the folder of the tokeniser if it is not
         with the weights, the folder of a run for its words, or "words" for the words of this run; `image_size` in
         pixels; `mean` and `std` of pixels; `logit_scale`, 1/τ of weights that have none; `dtype`.
@@ -99,6 +103,8 @@ class Clip:
         self.config, self._words = config, words
         self.dtype = jnp.dtype(config.get("dtype", "float32"))
         self.image = image_tower(config.image, self.dtype)
+        if config.get("adapter"):
+            self.image = self.adapted()
         options = dict(config.text.items())
         name = options.pop("name")
         if name != "clip" and not (name in PRESETS and PRESETS[name][0] is CLIPText):
@@ -151,6 +157,23 @@ class Clip:
             return WordTokenizer(WordList.load(epath.Path(where) / WORDS_FILE), length)
         return None
 
+    def adapted(self, train: bool = False) -> nn.Module:
+        """Returns the image tower with the adapters of the config, with their dropout if `train`.
+
+        Raises:
+          UserError: the tower can have none, or a key or value is invalid.
+        """
+        options = self.config.adapter.to_dict()
+        if unknown := sorted(options.keys() - set(ADAPTER_KEYS)):
+            raise UserError(
+                f"towers.adapter has no key {unknown[0]!r}; known keys: {', '.join(ADAPTER_KEYS)}"
+            )
+        if not isinstance(self.image, ViT | Eva):
+            raise UserError(
+                f"towers.image.name={self.config.image.name!r}: only a ViT or an EVA takes adapters"
+            )
+        return with_convpass(self.image, **options, train=train)
+
     def init(self, rng: jax.Array) -> dict[str, Any]:
         """Draws random weights."""
         image_rng, text_rng = jax.random.split(rng)
@@ -178,6 +201,12 @@ class Clip:
 
     def _of_run(self, init: str, folder: epath.Path) -> dict[str, Any]:
         found = read_towers(folder)
+        found["text"].setdefault("blocks", {})  # A tower of one layer has none, and files hold no empty trees.
+        if isinstance(self.image, ViT | Eva):
+            from ovseg_jax.pretrained.load import resize_patches
+
+            arrays = resize_patches(flatten_dict(found["image"], sep="/"), self.image.patch)
+            found["image"] = unflatten_dict(arrays, sep="/")
         flat = lambda tree: {path: np.shape(x) for path, x in flatten_dict(tree, sep="/").items()}
         given, own = flat(found), flat(jax.eval_shape(self.init, jax.random.key(0)))
         # Adapters may be new, and are then left out, as in `pretrained.load`.
@@ -231,7 +260,11 @@ class Clip:
         return self.embed_both(weights, image, values)[1]
 
     def embed_both(
-        self, weights: Mapping[str, Any], image: UInt8[Array, "b s t 3"], values: bool
+        self,
+        weights: Mapping[str, Any],
+        image: UInt8[Array, "b s t 3"],
+        values: bool,
+        rngs: dict[str, jax.Array] | None = None,
     ) -> tuple[Float[Array, "b d"], Float[Array, "b h w d"]]:
         """Embeds images as unit vectors, and their patches without normalisation, by one forward pass.
 
@@ -241,6 +274,7 @@ class Clip:
           values: whether patch tokens do not attend to each other in the last block, so that each keeps its value
             projection (MaskCLIP, Zhou et al. 2022; CLIPSelf, Wu et al. 2024); otherwise the map before the pooling, in
             the projection of the class token. For the towers that have them see `check_patches`.
+          rngs: for a ViT or EVA with dropout.
         """
         x = self._normalised(image)
         out: Any
@@ -248,7 +282,7 @@ class Clip:
             out = self.image.apply(weights["image"], x)
             return unit(out["pooled"]), out["dense"]
         assert isinstance(self.image, ViT | Eva)
-        out = self.image.clone(values=values).apply(weights["image"], x)
+        out = self.image.clone(values=values).apply(weights["image"], x, rngs=rngs)
         return unit(out.pooled), project(weights["image"]["params"], out.tokens)
 
     def embed_names(

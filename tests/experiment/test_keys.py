@@ -64,7 +64,11 @@ SHIPPED = [
         (clip_dense, arg)
         for arg in (None, "features=activation", "features=proposals", "data=sets,eval_sets=x")
     ),
-    *((umg_clip, arg) for arg in (None, "losses=image_captions", "data=umg41m,data_dir=x,retrieval=y")),
+    *(
+        (umg_clip, arg)
+        for arg in (None, "adapt=none,losses=image_captions", "adapt=global", "adapters=False")
+    ),
+    *((umg_clip, f"data={arg},data_dir=x") for arg in ("umg41m,retrieval=y", "umg41m,adapt=global", "coco")),
     *(
         (upernet, arg)
         for arg in (

@@ -455,7 +455,10 @@ def test_segmenter_of_a_published_file(published, ours, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"towers.image": {"name": "small", "embed_dim": EMBED}}, "the trunk of fcclip is a ConvNeXt"),
+        (
+            {"towers.image": {"name": "small", "embed_dim": EMBED}},
+            "a trunk of fcclip is a ConvNeXt, ViT or EVA",
+        ),
         ({"fcclip.trust": 1.5}, "fcclip.trust=1.5 is not between 0 and 1"),
         ({"model.init": "a", "towers.init": "b"}, "model.init and towers.init are both set"),
     ],

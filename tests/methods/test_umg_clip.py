@@ -27,7 +27,7 @@ EVA = dict(name="eva", patch=PATCH, grid=4, width=16, depth=1, heads=2, hidden=2
 VIT = dict(name="vit", patch=PATCH, grid=(4, 4), width=16, depth=1, heads=2, mlp_dim=24, embed_dim=D)
 
 
-def config_of(arg=None, image=EVA, **changes):
+def config_of(arg="adapt=none", image=EVA, **changes):
     config = umg_clip.get_config(arg)
     config.towers.image = image
     config.towers.text = dict(name="clip", width=16, heads=2, layers=1, embed_dim=D, length=20)
@@ -222,10 +222,10 @@ def test_the_papers_rates_reach_all_parameters():
 @pytest.mark.parametrize(
     ("arg", "fields"),
     [
-        ("losses=image_captions", "image tokens"),
-        ("losses=captions", "image boxes tokens box_tokens"),
-        ("losses=image_tags", "image boxes tokens tags box_tokens"),
-        (None, "image boxes tokens tags box_tokens box_tags"),
+        ("adapt=none,losses=image_captions", "image tokens"),
+        ("adapt=none,losses=captions", "image boxes tokens box_tokens"),
+        ("adapt=none,losses=image_tags", "image boxes tokens tags box_tokens"),
+        ("adapt=none", "image boxes tokens tags box_tokens box_tags"),
     ],
 )
 def test_a_row_of_table_7_reads_its_own_texts(arg, fields):
