@@ -3,7 +3,7 @@
   python -m ovseg_jax.main --config=configs/umg_clip.py
       on `scenes`, which is generated on the fly, on a laptop CPU in minutes: first captions and tags of images and of
       boxes train a small EVA and its text tower from random weights (4.1); then, with adapters in the frozen tower,
-      masks and a head for their names (4.2). TODO
+      masks and a head for their names (4.2).
   python -m ovseg_jax.main --config=configs/umg_clip.py:adapt=none
       the first part alone; adapt=global goes on with adapters for classification and retrieval.
   python -m ovseg_jax.main --config=configs/umg_clip.py:losses=image_captions
