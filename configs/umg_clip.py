@@ -108,6 +108,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         segmentation="",
         eval_sets="",  # adapt=panoptic: a folder that holds the sets of Table 5 by name, to test on at the end
         sets=";".join(TABLE_5),  # which of them, or others that lie there
+        things="",  # which others there have the masks of single things, to test on by PQ and AP
         sets_are=("folders", "prepared"),  # of images and masks, or written by `python -m ovseg_jax.prepare`
         seed=0,
     )
@@ -375,6 +376,12 @@ def panoptic(args: Args) -> ConfigDict:
     config.mesh.fsdp = args.fsdp
     if validation:
         config.final_evals.update(common.panoptic(config.final_evals.validation))
+    if args.eval_sets:
+        single = form if args.sets_are == "prepared" else dict(form, kind="segments")
+        for name in filter(None, args.things.split(";")):
+            like = ConfigDict(dict(source=dict(single, data_dir=f"{args.eval_sets}/{name}"), batch_size=16))
+            found = common.panoptic(like)
+            config.final_evals.update({f"{name}_{kind}": evaluation for kind, evaluation in found.items()})
     return config
 
 

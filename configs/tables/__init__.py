@@ -1,4 +1,5 @@
-"""Every row of every table of papers/004 (openseg.py), 000 (pomp.py) and 002 (pseg.py): what trains it, its scores.
+"""Every row of every table of papers/004 (openseg.py), 000 (pomp.py), 002 (pseg.py) and 003 (umg_clip.py): what trains
+it, its scores.
 
 python -m ovseg_jax.report --list
     all rows with their scores and commands; a row that cannot be run says why
@@ -18,9 +19,11 @@ from ovseg_jax.config import parse_arg
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.paper_tables import PaperTable, Row, find_row
 
-PAPERS = ("openseg", "pomp", "pseg")
+PAPERS = ("openseg", "pomp", "pseg", "umg_clip")
 OWN = (
     "data_dir",
+    "images",
+    "retrieval",
     "narratives",
     "pseudo",
     "eval_sets",

@@ -68,7 +68,10 @@ SHIPPED = [
         (umg_clip, arg)
         for arg in (None, "adapt=none,losses=image_captions", "adapt=global", "adapters=False")
     ),
-    *((umg_clip, f"data={arg},data_dir=x") for arg in ("umg41m,retrieval=y", "umg41m,adapt=global", "coco")),
+    *(
+        (umg_clip, f"data={arg},data_dir=x")
+        for arg in ("umg41m,retrieval=y", "umg41m,adapt=global", "coco,eval_sets=y,things=z")
+    ),
     *(
         (upernet, arg)
         for arg in (
