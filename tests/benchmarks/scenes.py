@@ -9,7 +9,7 @@ every pixel. POMP's prompt stands beside others of the same towers, and beside w
 does, where they are tuned on segments of the segmentation's own training data (papers/000, table 4). Each run is the
 command that a user types; one that is finished is read, not repeated. The rows of --method=captions are those of
 papers/004, table 8: 200 images with masks, and 9,800 more with captions alone. Those of --method=umg_clip are the four
-of papers/003, table 7.
+of papers/003, table 7, adapted to masks without adapters as there, and the last one with adapters.
 """
 
 import argparse
@@ -55,19 +55,22 @@ CAPTION_ROWS = {
     "and pseudo-masks of these": "images=200,captioned=9800,pseudo=true",
 }
 LOSS_METRICS = {
-    "classification, seen": "classification/accuracy@seen",
-    "held out": "classification/accuracy@held_out",
-    "R@1": "retrieval/R@1",
+    "classification, seen": "pretraining/classification/accuracy@seen@own",
+    "held out": "pretraining/classification/accuracy@held_out@own",
+    "R@1": "pretraining/retrieval/R@1",
+    "patches, mIoU": "pretraining/test/miou",
+    "PQ": "panoptic/pq",
+    "AP": "instances/ap",
     "mIoU, seen": "test/miou/seen",
     "held out ": "test/miou/held_out",
     "stuff": "test/miou/stuff",
-    "all": "test/miou",
 }
 LOSS_ROWS = {
-    "image captions": "image_captions",
-    "and region captions": "captions",
-    "and image tags": "image_tags",
-    "and region tags": "all",
+    "image captions": "losses=image_captions,adapters=False",
+    "and region captions": "losses=captions,adapters=False",
+    "and image tags": "losses=image_tags,adapters=False",
+    "and region tags": "adapters=False",
+    "and adapters": "adapters=True",
 }
 ROOT = Path(__file__).parents[2]
 
@@ -87,6 +90,13 @@ def run(name: str, config: str, seed: int, out: Path, overrides: list[str]) -> d
     print("$ " + " ".join(command[1:]), flush=True)
     subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     return json.loads((workdir / "summary.json").read_text())
+
+
+def run_with_stage(name: str, config: str, seed: int, out: Path, overrides: list[str]) -> dict[str, float]:
+    """Trains one model of UMG-CLIP and returns its summary, with that of its pre-training."""
+    summary = run(name, config, seed, out, overrides)
+    first = json.loads((out / f"{name}-{seed}" / "pretraining" / "summary.json").read_text())
+    return summary | {f"pretraining/{key}": value for key, value in first.items()}
 
 
 def run_caption_row(arg: str, steps: int, workdir: Path) -> dict[str, float]:
@@ -165,8 +175,8 @@ def main() -> None:
         return
     if args.method == "umg_clip":
         summaries = {
-            name: [run(f"umg_{arg}", f"umg_clip.py:losses={arg}", seed, out, overrides) for seed in seeds]
-            for name, arg in LOSS_ROWS.items()
+            name: [run_with_stage(f"row{k}", f"umg_clip.py:{arg}", seed, out, overrides) for seed in seeds]
+            for k, (name, arg) in enumerate(LOSS_ROWS.items())
         }
         lines = [f"| test, {len(seeds)} seeds | " + " | ".join(LOSS_METRICS) + " |"]
         lines.append("|---" * (len(LOSS_METRICS) + 1) + "|")
