@@ -9,8 +9,8 @@
       the authors' recipe for semantic segmentation of ADE20K-150, on a set that `python -m ovseg_jax.prepare` wrote.
   python -m ovseg_jax.main \\
     --config=configs/mask2former.py:data=prepared,data_dir=DIR,val_dir=DIR,backbone=swin_small,published=hf:OWNER/NAME
-      evaluates a published Mask2Former, in Hugging Face's format, without training it. The data must have its classes
-      in its order.
+      evaluates a published Mask2Former, in Hugging Face's format or the authors' (published=model_final.pkl), without
+      training it. The data must have its classes in its order.
 
 Sources: facebookresearch/Mask2Former, configs/coco/panoptic-segmentation and configs/ade20k/semantic-segmentation,
 "code". Everything else is ours.

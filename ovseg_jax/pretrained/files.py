@@ -1,4 +1,4 @@
-"""Files of published weights as NumPy arrays by name: safetensors, PyTorch's archives, big_vision's npz."""
+"""Files of published weights as NumPy arrays by name: safetensors, PyTorch's archives, npz, detectron2's pickles."""
 
 import argparse
 import json
@@ -51,14 +51,21 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
 
     safetensors are memory-mapped and need no package. `.bin`, `.pt` and `.pth` need PyTorch, which reads nothing but
     tensors (`weights_only`); a TorchScript archive, as OpenAI's CLIP comes, is opened and never run. An npz is read
-    without pickle.
+    without pickle. Of a `.pkl`, as detectron2's models come, only arrays and Python's own values are read.
 
     Raises:
       UserError: no such file, an unknown or damaged one, arrays that are not numbers, PyTorch missing.
     """
     path = weights_file(path)
     verify(path)
-    readers = {".safetensors": _safetensors, ".npz": _npz, ".bin": _torch, ".pt": _torch, ".pth": _torch}
+    readers = {
+        ".safetensors": _safetensors,
+        ".npz": _npz,
+        ".bin": _torch,
+        ".pt": _torch,
+        ".pth": _torch,
+        ".pkl": _pickled,
+    }
     read = _shards if path.name.endswith(".index.json") else readers.get(path.suffix)
     if read is None:
         raise UserError(f"{path} is not a file of weights ({', '.join(readers)}) or a folder of Hugging Face")
@@ -219,13 +226,7 @@ def _torch(path: Path) -> dict[str, np.ndarray]:
         if "TorchScript" not in str(error):
             raise
         state = torch.jit.load(str(path), map_location="cpu").state_dict()
-    # Training scripts wrap the state; DINO's full checkpoints hold `student` beside the published `teacher`.
-    for key in ("state_dict", "model", "teacher"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping):
-        raise ValueError(f"it holds a {type(state).__name__}, not tensors by name")
-    arrays = {}
+    state, arrays = _unwrapped(state), {}
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor) or not isinstance(name, str):
             continue
@@ -235,6 +236,47 @@ def _torch(path: Path) -> dict[str, np.ndarray]:
             arrays[name] = tensor.detach().numpy()
     if not arrays:
         raise ValueError("it holds no tensors")
+    return arrays
+
+
+def _unwrapped(state: Any) -> Mapping[str, Any]:
+    """Returns the tensors by name of a checkpoint."""
+    # Training scripts wrap the state; DINO's full checkpoints hold `student` beside the published `teacher`.
+    for key in ("state_dict", "model", "teacher"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping):
+        raise ValueError(f"it holds a {type(state).__name__}, not tensors by name")
+    return state
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """A reader of pickles that creates nothing but NumPy's arrays and numbers, and Python's own values."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Returns what NumPy needs to create an array, by its old or new name."""
+        if f"{module.replace('numpy.core', 'numpy._core')}.{name}" not in _OF_ARRAYS:
+            raise ValueError(f"it holds {module}.{name}, not only arrays")
+        return super().find_class(module, name)
+
+
+_OF_ARRAYS = (
+    "numpy.ndarray",
+    "numpy.dtype",
+    "numpy._core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy._core.numeric._frombuffer",
+    "collections.OrderedDict",
+    "_codecs.encode",
+)
+
+
+def _pickled(path: Path) -> dict[str, np.ndarray]:
+    with path.open("rb") as file:
+        state = _unwrapped(_ArraysOnly(file, encoding="latin1").load())
+    arrays = {name: x for name, x in state.items() if isinstance(name, str) and isinstance(x, np.ndarray)}
+    if not arrays:
+        raise ValueError("it holds no arrays")
     return arrays
 
 

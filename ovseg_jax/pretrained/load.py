@@ -227,7 +227,7 @@ def formats(module: nn.Module) -> dict[str, list[Rename]]:
             return {"transformers' BERT": text.from_hf_bert(heads, module.pool == "pooler")}
         case MaskFormer(net=Mask2FormerNet() as net):
             known = {"transformers' Mask2Former": mask2former.from_hf_mask2former(net)}
-            if isinstance(net.backbone, Swin):
+            if isinstance(net.backbone, Swin | ResNet):
                 known["the authors' Mask2Former"] = mask2former.from_detectron2_mask2former(net)
             return known
         case MaskFormer(net=net):

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.mask2former import Mask2FormerNet
+from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.swin import Swin
 from ovseg_jax.pretrained.maskformer import backbone_renames, inside, layer, norm
 from ovseg_jax.pretrained.rename import Rename, conv, dense, heads_in, heads_out, heads_qkv
+from ovseg_jax.pretrained.resnet import from_detectron2_resnet
 from ovseg_jax.pretrained.swin import from_microsoft_swin
 
 # Name in the file, ours, kind of layer. The maps of the pixel decoder are numbered from the coarsest.
@@ -125,16 +127,20 @@ def from_hf_mask2former(net: Mask2FormerNet) -> list[Rename]:
 
 
 def from_detectron2_mask2former(net: Mask2FormerNet) -> list[Rename]:
-    """Returns the renames of the authors' checkpoints with a Swin.
+    """Returns the renames of the authors' checkpoints with a Swin or a ResNet.
 
     Raises:
       UserError: the backbone is another.
     """
-    if not isinstance(net.backbone, Swin):
-        name = type(net.backbone).__name__
-        raise UserError(f"Mask2Formers in detectron2's format are read with a Swin as backbone, not a {name}")
+    match net.backbone:
+        case Swin(heads=heads):
+            backbone = from_microsoft_swin(heads, "backbone.")
+        case ResNet():
+            backbone = from_detectron2_resnet(r"backbone\.")
+        case other:
+            raise UserError(f"Mask2Formers have a Swin or ResNet as backbone, not a {type(other).__name__}")
     return [
-        *inside(from_microsoft_swin(net.backbone.heads, "backbone."), "", "net/backbone"),
+        *inside(backbone, "", "net/backbone"),
         *inside(from_detectron2_head(net.head.heads), r"sem_seg_head\.", "net/head"),
         *_classifier(r"sem_seg_head\.predictor\.class_embed"),
     ]

@@ -1,4 +1,4 @@
-"""Names of published ResNets: torchvision's, which timm shares, and transformers'."""
+"""Names of published ResNets: torchvision's, which timm shares, transformers' and detectron2's."""
 
 from ovseg_jax.pretrained.rename import Rename, conv
 
@@ -45,4 +45,25 @@ def from_hf_resnet() -> list[Rename]:
             kernel = f"params/{ours}/{conv_name}/kernel"
             renames.append(Rename(rf"{block}\.{theirs}\.convolution\.weight", kernel, conv))
             renames += batch_norm(rf"{block}\.{theirs}\.normalization", f"{ours}/{norm_name}")
+    return renames
+
+
+def from_detectron2_resnet(prefix: str = "") -> list[Rename]:
+    """Returns the renames of detectron2's ResNet with bottlenecks and a norm behind each convolution.
+
+    Args:
+      prefix: a regex before each name, such as `backbone\\.`.
+    """
+    renames = [
+        Rename(rf"{prefix}stem\.conv1\.weight", "params/conv1/kernel", conv),
+        *batch_norm(rf"{prefix}stem\.conv1\.norm", "norm1"),
+    ]
+    # Stages are counted as the levels of their maps.
+    for stage in range(1, 5):
+        block, ours = rf"{prefix}res{stage + 1}\.(\d+)", rf"layer{stage}_\1"
+        parts = {f"conv{i}": (f"conv{i}", f"norm{i}") for i in range(1, 4)}
+        parts["shortcut"] = ("downsample_conv", "downsample_norm")
+        for theirs, (conv_name, norm_name) in parts.items():
+            renames.append(Rename(rf"{block}\.{theirs}\.weight", f"params/{ours}/{conv_name}/kernel", conv))
+            renames += batch_norm(rf"{block}\.{theirs}\.norm", f"{ours}/{norm_name}")
     return renames

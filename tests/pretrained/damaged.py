@@ -2,6 +2,7 @@
 
 import functools
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,11 @@ def _pt(folder: Path, zipped: bool = True) -> Path:
     return path
 
 
+def _pkl(folder: Path) -> Path:
+    (folder / "model.pkl").write_bytes(pickle.dumps({"model": to_torch(arrays())}, protocol=2))
+    return folder / "model.pkl"
+
+
 def _prompt(folder: Path) -> Path:
     context = np.full((2, 3, 8), 0.5, np.float32)
     prompt = Prompt(
@@ -124,6 +130,7 @@ READERS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     "npz": (_npz, lambda path: read_big_vision(path, "txt")),
     "PyTorch's zip": (_pt, tower),
     "PyTorch's old form": (lambda folder: _pt(folder, False), tower),
+    "detectron2's pickle": (_pkl, lambda path: load(str(path), TOWER, shapes())),
     "prompt": (_prompt, load_prompt),
     "original prompt": (_original, load_prompt),
 }

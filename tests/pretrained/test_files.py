@@ -124,6 +124,26 @@ def test_nothing_is_executed(tmp_path, capfd):
     assert "executed" not in capfd.readouterr().out
 
 
+def test_pickles_of_arrays_alone(tmp_path, capfd):
+    """As detectron2's: by both of NumPy's names of its functions; anything else is refused and not run."""
+    state = {
+        "model": {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3)},
+        "__author__": "x",
+        "step": 3,
+    }
+    for protocol in (2, 5):
+        (tmp_path / "w.pkl").write_bytes(pickle.dumps(state, protocol))
+        np.testing.assert_array_equal(read_arrays(tmp_path / "w.pkl")["a.weight"], state["model"]["a.weight"])
+    old = pickle.dumps(state, 2).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    (tmp_path / "w.pkl").write_bytes(old)
+    assert read_arrays(tmp_path / "w.pkl").keys() == {"a.weight"}
+    for other, message in ((Evil(), "it holds builtins.print, not only arrays"), ({"a": 1}, "no arrays")):
+        (tmp_path / "w.pkl").write_bytes(pickle.dumps(other))
+        with pytest.raises(UserError, match=f"w.pkl cannot be read: {message}|{message}"):
+            read_arrays(tmp_path / "w.pkl")
+    assert "executed" not in capfd.readouterr().out
+
+
 def test_npz_with_bfloat16(tmp_path):
     as_saved = {k: v.view("V2") if v.dtype == ml_dtypes.bfloat16 else v for k, v in ARRAYS.items()}
     np.savez(tmp_path / "w.npz", **as_saved)

@@ -1,16 +1,19 @@
 """Published Mask2Formers: folders of transformers, and the authors' names; what is refused."""
 
 import json
+import pickle
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.mask2former import Mask2FormerHead, Mask2FormerNet
 from ovseg_jax.models.maskformer import MaskFormer, QueryClassifier
+from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.small import SmallBackbone
 from ovseg_jax.pretrained.published import IMAGENET
 from tests import reference
@@ -110,6 +113,53 @@ def test_a_folder_of_hugging_face_and_a_file_of_the_authors(tmp_path):
     ]
     print(f"Mask2Former max relative error {max(errors):.1e}")
     assert max(errors) < 1e-4
+
+
+def test_a_pickle_of_the_authors_with_a_resnet(tmp_path):
+    """detectron2's names of a ResNet, by torchvision's of the same arrays, and the head of the test above."""
+    transformers = require("transformers")
+    resnet = ResNet(
+        stage_sizes=(1, 2, 1, 1), width=4, norm="frozen"
+    )  # its maps have as many channels as the Swin's
+    shapes = jax.eval_shape(resnet.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    rng, flat = np.random.default_rng(0), flatten_dict(shapes, sep="/")
+    ours = {path: rng.normal(0, 1, x.shape).astype(np.float32) for path, x in flat.items()}
+    ends = {
+        "kernel": "weight",
+        "scale": "weight",
+        "bias": "bias",
+        "mean": "running_mean",
+        "var": "running_var",
+    }
+    backbone = {}
+    for path, x in ours.items():
+        *_, block, part, end = ("stem", *path.split("/")[1:])[-3:]
+        stage, _, number = block.removeprefix("layer").partition("_")
+        base = "stem" if block == "stem" else f"res{int(stage) + 1}.{number}"
+        module = part.replace("downsample_conv", "shortcut").replace("downsample_norm", "shortcut.norm")
+        module = re.sub(r"^norm(\d)", r"conv\1.norm", module)
+        # PyTorch has the channels of the result first.
+        backbone[f"backbone.{base}.{module}.{ends[end]}"] = x.transpose(3, 2, 0, 1) if x.ndim == 4 else x
+    for name in (
+        "backbone.stem.conv1.norm.running_var",
+        "backbone.res2.0.shortcut.norm.weight",
+        "backbone.res3.1.conv3.weight",
+    ):
+        assert name in backbone
+    state = by_the_authors({k: v.detach().numpy() for k, v in randomised(transformers).state_dict().items()})
+    state = {name: x for name, x in state.items() if not name.startswith("backbone.")} | backbone
+    file = tmp_path / "model_final.pkl"
+    file.write_bytes(pickle.dumps({"model": state, "__author__": "the authors"}, protocol=2))
+    model = MaskFormer(Mask2FormerNet(resnet, *IMAGENET, our_model().net.head), our_model().classifier)
+    found = read(file, model)
+    again = {
+        f"{name}/{path}": x
+        for name, tree in found.items()
+        for path, x in flatten_dict(tree["net"]["backbone"] if "net" in tree else tree, sep="/").items()
+    }
+    assert again.keys() == ours.keys()
+    for path, x in ours.items():
+        np.testing.assert_array_equal(again[path], x)
 
 
 def hub_name_of_backbone(name):
