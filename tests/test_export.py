@@ -15,6 +15,7 @@ from ovseg_jax.pretrained.files import read_arrays
 from ovseg_jax.pretrained.to_torch import from_torch, to_torch
 from ovseg_jax.protocols import only
 from tests.extras import require
+from tests.methods import test_mask2former_method as mask2former
 from tests.methods import test_maskformer_method as maskformer
 from tests.methods import test_pseg as pseg
 from tests.methods.test_groupvit_method import VOCAB, pieces
@@ -23,14 +24,15 @@ from tests.methods.test_openseg import CLASSES, make
 RNG = np.random.default_rng(0)
 IMAGE = RNG.integers(0, 256, (53, 71, 3), np.uint8)
 LABELS = "red ball,ball; grass; blue"
+CLOSED = {"maskformer": maskformer, "mask2former": mask2former}
 
 
 def make_segmenter(kind="openseg", text=None, **model):
     if kind == "pseg":  # statistics and several templates included
         own = dict(projection_norm=True, prompt=["{} ball", "{}"]) | (text or {})
         method = pseg.make(text=own, projection_norm=True, **model)
-    elif kind == "maskformer":
-        method = maskformer.method()
+    elif kind in CLOSED:
+        method = CLOSED[kind].method()
     else:
         method = make(kind, mask_bias=0.2, mask_scale=8.0, **model)
     variables = jax.tree.map(np.asarray, method.init(jax.random.key(0)))
@@ -38,9 +40,7 @@ def make_segmenter(kind="openseg", text=None, **model):
     noise = 0.3 if kind == "pseg" else 0.05
     rng = np.random.default_rng(0) if kind == "pseg" else RNG
     variables = jax.tree.map(lambda x: (x + rng.normal(0, noise, x.shape)).astype(x.dtype), variables)
-    return Segmenter(
-        method, variables, method.config, maskformer.CLASSES if kind == "maskformer" else CLASSES
-    )
+    return Segmenter(method, variables, method.config, maskformer.CLASSES if kind in CLOSED else CLASSES)
 
 
 @pytest.mark.parametrize("method", ["openseg", "lseg", "pseg"])
@@ -151,7 +151,7 @@ def test_stablehlo_takes_any_number_of_images_and_names(tmp_path):
     assert example.stdout.splitlines() == ["(2, 6, 8, 8)", "(2, 5, 6)", "(2, 8, 8, 24)"], example.stderr
 
 
-@pytest.mark.parametrize("method", ["openseg", "lseg", "pseg", "maskformer"])
+@pytest.mark.parametrize("method", ["openseg", "lseg", "pseg", "maskformer", "mask2former"])
 def test_onnx_takes_any_number_of_images(tmp_path, method):
     torch, runtime = require("torch"), require("onnxruntime")
     require("onnxscript")

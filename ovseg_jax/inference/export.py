@@ -14,7 +14,6 @@ from ovseg_jax.cli.outputs import check_not_foreign, check_out_folder
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import locked
 from ovseg_jax.inference.segmenter import Segmenter
-from ovseg_jax.methods.mask2former import Mask2Former
 from ovseg_jax.methods.maskformer import MaskFormer
 from ovseg_jax.methods.maskformer_text import TextMaskFormer
 from ovseg_jax.models.pseg import GroupingNet, SegmentViT
@@ -44,7 +43,9 @@ images = np.zeros((2, SIZE, SIZE, 3), np.uint8)  # each at the top left of its c
 sizes = np.full((2, 2), SIZE, np.int32)  # height and width of each image on the canvas
 names = np.ones((5, WIDTH), np.float32) / WIDTH**0.5  # unit vectors of the text tower
 # Mask logits, scores of names for proposals, pixel features; for a method without proposals, scores of names for
-# pixels, and pixel features; of MaskFormer names are rows of the unit matrix, and the last result is "no object".
+# pixels, and pixel features. MaskFormer and Mask2Former: names are rows of the unit matrix, one for each class, scores
+# are probabilities, and the last result is that of "no object". FC-CLIP: mask logits, the logits of names by the
+# trained head, those by CLIP, the head's logit of "no object", pixel features; a class has the logit of its best name.
 for result in run(parameters, images, sizes, names):
     print(result.shape)
 '''
@@ -78,8 +79,6 @@ def export_model(
     segmenter = load()
     if isinstance(segmenter.method, TextMaskFormer) and to != "big_vision":
         raise UserError(f"--to={to} has no form of maskformer_text, only of maskformer; --to=big_vision has")
-    if isinstance(segmenter.method, Mask2Former) and to in ("torch", "onnx"):
-        raise UserError(f"--to={to} has no form of mask2former; --to=stablehlo and --to=big_vision have")
     net = getattr(segmenter.method, "net", None)
     if to in ("torch", "onnx") and (net is None or isinstance(net, SegmentViT | GroupingNet)):
         named = {SegmentViT: "pseudo-masks", GroupingNet: "GroupViT's grouping"}
@@ -161,8 +160,8 @@ def to_onnx(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     """Writes the files of `to_folder` and a program of (image u8 [b 3 S S], image_size i32 [b 2]).
 
     The program returns mask logits [b N h w], the sums of F_z under the masks [b N D] and F_z [b D h w], of P-Seg's
-    MaskFormer the embeddings of masks and of pixels; for a method without proposals only the last; for MaskFormer mask
-    logits, probabilities of the classes [b N K] and of "no object" [b N].
+    MaskFormer the embeddings of masks and of pixels; for a method without proposals only the last; for MaskFormer and
+    Mask2Former mask logits, probabilities of the classes [b N K] and of "no object" [b N].
     """
     import torch
 
@@ -193,11 +192,12 @@ def to_stablehlo(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     """Writes a program of (parameters, images u8 [b S S 3], sizes i32 [b 2], names f32 [t D]).
 
     The program returns mask logits [b N h w], scores of names for proposals [b t N] and pixel features [b h w D]; for a
-    method without proposals, scores of names for pixels [b t h w] and pixel features. For MaskFormer names are rows of
-    the unit matrix, one for each class, and the last result is the probability of "no object" [b N].
+    method without proposals, scores of names for pixels [b t h w] and pixel features. For MaskFormer and Mask2Former
+    names are rows of the unit matrix, one for each class, and the last result is the probability of "no object" [b N].
+    For FC-CLIP it returns mask logits, the logits of names by the head and by CLIP, the logit of "no object" and pixel
+    features; `methods.fcclip` makes probabilities of them.
     """
     method: Any = segmenter.method
-    closed = isinstance(method, MaskFormer)
     size = int(segmenter.config.data.image_size)
     flat = {path_name(path): x for path, x in jax.tree.leaves_with_path(segmenter.variables)}
     cast = {k: np.asarray(x, dtype) if x.dtype == jnp.float32 else np.asarray(x) for k, x in flat.items()}
@@ -206,21 +206,23 @@ def to_stablehlo(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     def run(parameters: Mapping[str, Any], images: Any, sizes: Any, names: Any) -> Any:
         leaves = [jnp.asarray(parameters[path]).astype(x.dtype) for path, x in flat.items()]
         prediction = method.predict(jax.tree.unflatten(structure, leaves), images, sizes)
-        features = prediction.void if closed else only(prediction.pixels)
         if prediction.mask_logits is None:
             (space,) = prediction.pixels
             none = jnp.zeros(names.shape[0], bool)  # exported scores cannot depend on the classes of names
             vocabulary = Vocabulary(none.astype(jnp.int32), none, none)
             score = lambda one: method.score_pixels(one, {space: names}, vocabulary)
             weights, maps = jax.vmap(score, out_axes=PixelScores(None, 0))(prediction)  # type: ignore[arg-type]
-            return jnp.einsum("tc,bchw->bthw", weights, maps), features
-        scores = jnp.einsum("td,bnd->btn", names, only(prediction.regions))
-        return prediction.mask_logits, scores, features
+            return jnp.einsum("tc,bchw->bthw", weights, maps), prediction.pixels[space]
+        scores = [jnp.einsum("td,bnd->btn", names, x) for x in prediction.regions.values()]
+        void = () if prediction.void is None else (prediction.void,)
+        return prediction.mask_logits, *scores, *void, *prediction.pixels.values()
 
     image = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
     sizes = jax.ShapeDtypeStruct((1, 2), np.int32)
     seen = jax.eval_shape(method.predict, segmenter.variables, image, sizes)
-    width = only(seen.regions or seen.pixels).shape[-1]
+    width = next(iter((seen.regions or seen.pixels).values())).shape[
+        -1
+    ]  # of several spaces, the texts are the same
     b, t = jax.export.symbolic_shape("b, t")
     shapes = (
         {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in cast.items()},

@@ -14,7 +14,10 @@ M = TypeVar("M", bound=nn.Module)
 
 MOST = 100_000  # upper limit of numbers in a description (the number of words, which may be larger, is not in it)
 # Fields that count layers, which are created one by one before any array shows that they are too many.
-LAYERS = ("depth", "depths", "layers", "decoder_layers", "head_convs", "levels", "blocks", "stage_sizes")
+LAYERS = (
+    *("depth", "depths", "layers", "decoder_layers", "encoder_layers"),
+    *("head_convs", "levels", "blocks", "stage_sizes"),
+)
 MOST_LAYERS = 1000
 
 

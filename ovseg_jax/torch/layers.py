@@ -75,6 +75,23 @@ def resize(x: Tensor, size: Sequence[int], method: str = "bilinear") -> Tensor:
     return F.interpolate(x, size, mode="bilinear", antialias=shrinks)
 
 
+def resize_within(x: Tensor, size: Sequence[int], count: Tensor, new_count: Tensor) -> Tensor:
+    """Resizes the part of each map [b c h w] that holds its image, see `kernels.resize.resize_within`."""
+    down, across = (
+        _interpolation(size[i], x.shape[2 + i], count[:, i], new_count[:, i]).to(x.dtype) for i in range(2)
+    )
+    return down[:, None] @ x @ across[:, None].transpose(2, 3)
+
+
+def _interpolation(pixels: int, cells: int, count: Tensor, new_count: Tensor) -> Tensor:
+    """Returns matrices [b pixels cells] of bilinear interpolation from the first `count` cells to `new_count`."""
+    count, new_count = (x.clamp(min=1)[:, None] for x in (count, new_count))
+    pixel = torch.minimum(torch.arange(pixels, device=count.device), new_count - 1)
+    position = ((pixel + 0.5) * count / new_count - 0.5).clamp(min=0)
+    position = torch.minimum(position, count - 1)[..., None]
+    return (1 - (position - torch.arange(cells, device=count.device)).abs()).clamp(min=0)
+
+
 def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
     """Computes x / |x| along the last axis in float32; zeros stay zeros."""
     x = x.float()

@@ -1,7 +1,7 @@
-"""MaskFormer for inference, see `ovseg_jax/models/maskformer.py`."""
+"""MaskFormer without its classifier for inference, see `ovseg_jax/models/maskformer.py`."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,21 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovseg_jax.torch.layers import Conv
-from ovseg_jax.torch.openseg import build_backbone, inside
-
-
-class MaskFormerOutput(NamedTuple):
-    """The outputs of the last layer.
-
-    Attributes:
-      mask_logits: [B N h w].
-      regions: [B N K], the probability of each class.
-      void: [B N], that of "no object".
-    """
-
-    mask_logits: Tensor
-    regions: Tensor
-    void: Tensor
+from ovseg_jax.torch.openseg import Normalise, build_backbone, inside
 
 
 def cells_inside(image_size: Tensor, x: Tensor, level: str) -> Tensor:
@@ -109,9 +95,11 @@ class Attention(nn.Module):
         self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Attends from each query [b q d] to all values [b n d], or to those that are `valid` [b n]."""
+        """Attends from each query [b q d] to all values [b n d], or to those that are `valid` [b n] or [b q n]."""
         split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        mask = None if valid is None else valid[:, None, None, :]
+        mask = valid
+        if valid is not None:
+            mask = valid[:, None, None] if valid.ndim == 2 else valid[:, None]
         x = F.scaled_dot_product_attention(
             split(self.query(queries)), split(self.key(keys)), split(self.value(values)), attn_mask=mask
         )
@@ -119,35 +107,42 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """A layer of DETR's decoder: self-attention, cross-attention, MLP; the sums are normalised."""
+    """A layer of DETR's decoder: self-attention, cross-attention, MLP; the sums are normalised.
 
-    def __init__(self, width: int, heads: int, ffn: int):
+    Mask2Former's begins with the cross-attention (`cross_first`).
+    """
+
+    def __init__(self, width: int, heads: int, ffn: int, cross_first: bool = False):
         super().__init__()
+        self.cross_first = cross_first
         self.self_attention, self.cross_attention = Attention(width, heads), Attention(width, heads)
         self.self_norm, self.cross_norm, self.mlp_norm = (nn.LayerNorm(width) for _ in range(3))
         self.mlp_in, self.mlp_out = nn.Linear(width, ffn), nn.Linear(ffn, width)
 
     def forward(self, x: Tensor, position: Tensor, keys: Tensor, values: Tensor, valid: Tensor) -> Tensor:
         """Maps queries [b n d] to queries; see the Flax module."""
-        placed = x + position
-        x = self.self_norm(x + self.self_attention(placed, placed, x))
-        x = self.cross_norm(x + self.cross_attention(x + position, keys, values, valid))
+
+        def to_queries(x: Tensor) -> Tensor:
+            placed = x + position
+            return self.self_norm(x + self.self_attention(placed, placed, x))
+
+        def to_image(x: Tensor) -> Tensor:
+            return self.cross_norm(x + self.cross_attention(x + position, keys, values, valid))
+
+        x = to_queries(to_image(x)) if self.cross_first else to_image(to_queries(x))
         return self.mlp_norm(x + self.mlp_out(F.relu(self.mlp_in(x))))
 
 
 class MaskFormerNet(nn.Module):
     """The network without its classifier; `model` are the Flax module's fields."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, model: Mapping[str, Any]):
         super().__init__()
         backbone: Any = build_backbone(model["backbone"])
         self.backbone = backbone
         width, self.layers = model["width"], model["layers"]
-        self.register_buffer("mean", torch.tensor(model["mean"]).reshape(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(model["std"]).reshape(3, 1, 1), persistent=False)
+        self.width = width
+        self.normalise = Normalise(model["mean"], model["std"])
         self.pixel_decoder = PixelDecoder(backbone.channels, width, model["mask_dim"])
         self.input_projection = nn.Linear(backbone.channels[max(backbone.channels)], width)
         self.queries = nn.Parameter(torch.empty(model["num_queries"], width).normal_())
@@ -159,9 +154,7 @@ class MaskFormerNet(nn.Module):
 
     def forward(self, image: Tensor, image_size: Tensor) -> tuple[Tensor, Tensor]:
         """Returns queries [b n d] and mask logits [b n h w] of uint8 images [b 3 s t]."""
-        x = (image.float() / 255 - self.mean) / self.std
-        x = torch.where(inside(image_size, image.shape[2:])[:, None], x, 0)
-        features = self.backbone(x.contiguous(memory_format=torch.channels_last))
+        features = self.backbone(self.normalise(image, image_size))
         features = {level: features[level] for level in self.backbone.channels}
         pixels = self.pixel_decoder(features, image_size)
         top = max(features)
@@ -175,34 +168,3 @@ class MaskFormerNet(nn.Module):
         x = self.decoder_norm(x)
         y = self.mask_mlp_2(F.relu(self.mask_mlp_1(F.relu(self.mask_mlp_0(x)))))
         return x, torch.einsum("bnc,bchw->bnhw", y, pixels).float()
-
-
-class QueryClassifier(nn.Module):
-    """A linear classifier of queries into K classes and "no object"."""
-
-    def __init__(self, width: int, classes: int):
-        super().__init__()
-        self.dense = nn.Linear(width, classes + 1)
-
-    def forward(self, queries: Tensor) -> Tensor:
-        """Returns logits [b n K+1]."""
-        return self.dense(queries.float())
-
-
-class MaskFormer(nn.Module):
-    """The whole MaskFormer.
-
-    Args:
-      model: the Flax module's fields, as `pretrained.to_torch.describe` returns them.
-    """
-
-    def __init__(self, model: Mapping[str, Any]):
-        super().__init__()
-        self.net = MaskFormerNet(model["net"])
-        self.classifier = QueryClassifier(model["net"]["width"], model["classifier"]["classes"])
-
-    def forward(self, image: Tensor, image_size: Tensor) -> MaskFormerOutput:
-        """Segments uint8 images [b 3 s t] that fill `image_size` [b 2] (height, width) of their canvas."""
-        queries, mask_logits = self.net(image, image_size)
-        share = torch.softmax(self.classifier(queries), -1)
-        return MaskFormerOutput(mask_logits, share[..., :-1], share[..., -1])

@@ -124,6 +124,24 @@ class RegionDecoder(nn.Module):
         return self.mask_query(self.out_norm(q))
 
 
+class Normalise(nn.Module):
+    """Normalisation of images by the mean and standard deviation of pixels in [0, 1]; padding becomes zero."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).reshape(3, 1, 1), persistent=False)
+
+    def forward(self, image: Tensor, image_size: Tensor) -> Tensor:
+        """Maps uint8 images [b 3 s t] that fill `image_size` [b 2] of their canvas."""
+        x = (image.float() / 255 - self.mean) / self.std
+        x = torch.where(inside(image_size, image.shape[2:])[:, None], x, 0)
+        return x.contiguous(memory_format=torch.channels_last)
+
+
 class OpenSegFeatures(NamedTuple):
     """The outputs of the network.
 
@@ -145,17 +163,13 @@ class OpenSegNet(nn.Module):
       model: the Flax module's fields, as `pretrained.to_torch.describe` returns them.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, model: Mapping[str, Any]):
         super().__init__()
         backbone: Any = build_backbone(model["backbone"])
         self.backbone = backbone
         self.mask_scale, self.detach_masks = model["mask_scale"], model["detach_masks"]
         self.num_queries, width = model["num_queries"], model["width"]
-        self.register_buffer("mean", torch.tensor(model["mean"]).reshape(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(model["std"]).reshape(3, 1, 1), persistent=False)
+        self.normalise = Normalise(model["mean"], model["std"])
         self.pyramid = FusedPyramid(backbone.channels, width, model["pyramid_output_conv"])
         self.head_z = ConvHead(width, model["head_convs"], model["embed_dim"])
         if self.num_queries:
@@ -169,9 +183,7 @@ class OpenSegNet(nn.Module):
 
     def forward(self, image: Tensor, image_size: Tensor) -> OpenSegFeatures:
         """Encodes uint8 images [b 3 s t] that fill `image_size` [b 2] (height, width) of their canvas."""
-        x = (image.float() / 255 - self.mean) / self.std
-        x = torch.where(inside(image_size, image.shape[2:])[:, None], x, 0)
-        fused = self.pyramid(self.backbone(x.contiguous(memory_format=torch.channels_last)))
+        fused = self.pyramid(self.backbone(self.normalise(image, image_size)))
         f_z = self.head_z(fused).float()
         if not self.num_queries:
             return OpenSegFeatures(None, None, f_z)

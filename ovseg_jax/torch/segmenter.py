@@ -15,8 +15,8 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.pretrained.files import read_arrays
 from ovseg_jax.reading import reading
 from ovseg_jax.torch.build import build
+from ovseg_jax.torch.classified import MaskFormer, MaskFormerOutput
 from ovseg_jax.torch.layers import unit
-from ovseg_jax.torch.maskformer import MaskFormer, MaskFormerOutput
 from ovseg_jax.torch.openseg import OpenSegFeatures, OpenSegNet
 from ovseg_jax.torch.pseg import PSegNet, TextNet
 from ovseg_jax.torch.text_towers import Bert, CLIPText, SiglipText

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovseg_jax.torch.openseg import OpenSegFeatures, build_backbone, inside
+from ovseg_jax.torch.openseg import Normalise, OpenSegFeatures, build_backbone
 from ovseg_jax.torch.resnet import make_norm
 
 LEVELS = ("c2", "c3", "c4", "c5")
@@ -63,8 +63,6 @@ class UPerNet(nn.Module):
       model: the Flax module's fields, as `pretrained.to_torch.describe` returns them.
     """
 
-    mean: Tensor
-    std: Tensor
     num_queries = 0
 
     def __init__(self, model: Mapping[str, Any]):
@@ -72,8 +70,7 @@ class UPerNet(nn.Module):
         backbone: Any = build_backbone(model["backbone"])
         self.backbone = backbone
         width, norm, aux_width = model["width"], model["norm"], model["aux_width"]
-        self.register_buffer("mean", torch.tensor(model["mean"]).reshape(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(model["std"]).reshape(3, 1, 1), persistent=False)
+        self.normalise = Normalise(model["mean"], model["std"])
         self.head = UPerHead(backbone.channels, width, model["pools"], norm)
         self.classifier = nn.Linear(width, model["classes"])
         if aux_width:  # It is not used, but belongs to the model: it may be trained further.
@@ -86,9 +83,7 @@ class UPerNet(nn.Module):
         Returns:
           `pixel_embed` [b K h w], 1 + log p / log K.
         """
-        x = (image.float() / 255 - self.mean) / self.std
-        x = torch.where(inside(image_size, image.shape[2:])[:, None], x, 0)
-        fused = self.head(self.backbone(x.contiguous(memory_format=torch.channels_last)))
+        fused = self.head(self.backbone(self.normalise(image, image_size)))
         logits = self.classifier(fused.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return OpenSegFeatures(None, None, 1 + logits.log_softmax(1) / math.log(logits.shape[1]))
 

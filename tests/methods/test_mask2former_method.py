@@ -16,8 +16,10 @@ from ovseg_jax.experiment.run import train
 from ovseg_jax.inference import export
 from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.methods import build
+from ovseg_jax.pretrained.files import read_arrays
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
+from tests import reference
 from tests.extras import require
 from tests.methods.test_maskformer_method import CLASSES, batch, loss_of
 
@@ -90,11 +92,10 @@ def same_instance(ours, info, mask):
     )
 
 
-def test_semantic_and_instances_are_those_of_transformers(drawn):
-    torch, _ = require("torch"), require("transformers")
-    from transformers.models.mask2former.image_processing_mask2former import Mask2FormerImageProcessor
-
-    drawn = jax.tree.map(jnp.asarray, drawn)  # a copy, whose queries have different classes
+@pytest.fixture(scope="module")
+def varied(drawn):
+    """Variables whose queries have different classes, and masks that end inside of the image."""
+    drawn = jax.tree.map(jnp.asarray, drawn)  # a copy
     head, dense = drawn["params"]["net"]["head"], drawn["params"]["classifier"]["dense"]
     for name, layer in head["decoder"].items():
         for branch in (
@@ -105,12 +106,19 @@ def test_semantic_and_instances_are_those_of_transformers(drawn):
     features = head["pixel_decoder"]["mask_features"]
     features["kernel"] *= 20
     own = jax.jit(method().model.apply)(drawn, jnp.asarray(batch(1)["image"]), jnp.full((1, 2), 32))[0]
-    features["bias"] -= own.pixels.mean((0, 1, 2))  # masks that end inside of the image
+    features["bias"] -= own.pixels.mean((0, 1, 2))
     dense["kernel"] *= 5
     dense["bias"] -= jnp.asarray(decided(drawn, Argmax(), CLASSES)[2].mean(0))  # no class above the others
+    return drawn
+
+
+def test_semantic_and_instances_are_those_of_transformers(varied):
+    torch, _ = require("torch"), require("transformers")
+    from transformers.models.mask2former.image_processing_mask2former import Mask2FormerImageProcessor
+
     # transformers takes all classes for things.
     things = ClassList(CLASSES.names, CLASSES.ids, (True,) * 3)
-    ours, masks, classes = decided(drawn, Instances(top=4), things)
+    ours, masks, classes = decided(varied, Instances(top=4), things)
     logits = SimpleNamespace(
         masks_queries_logits=torch.from_numpy(masks)[None],
         class_queries_logits=torch.from_numpy(classes)[None],
@@ -128,7 +136,7 @@ def test_semantic_and_instances_are_those_of_transformers(drawn):
         assert at
         del expected[at[0]]
     (semantic,) = process.post_process_semantic_segmentation(logits, target_sizes=[(384, 384)])
-    ours, *_ = decided(drawn, Argmax(), things)
+    ours, *_ = decided(varied, Argmax(), things)
     assert (semantic.numpy() == ours.category[0, 0]).mean() > 0.9999
     assert len(semantic.unique()) > 1
 
@@ -188,14 +196,43 @@ def test_a_short_run(run):
     assert set(np.unique(result.label_map)) <= {-1, 0, 1}
 
 
-def test_stablehlo_is_written_and_other_forms_are_refused(run, tmp_path):
-    for package in ("flatbuffers", "torch", "onnx", "onnxscript"):
-        require(package)
-    segmenter = Segmenter.from_checkpoint(run)
-    export.export_model(lambda: segmenter, "stablehlo", str(tmp_path / "stablehlo"))
-    for to in ("torch", "onnx"):
-        with pytest.raises(UserError, match="has no form of mask2former"):
-            export.export_model(lambda: segmenter, to, str(tmp_path / to))
+def test_mask2former_in_pytorch_gives_the_same_labels_and_outputs(varied, tmp_path):
+    torch = require("torch")
+    import ovseg_jax.torch
+
+    segmenter = Segmenter(method(), varied, config(), CLASSES)
+    export.export_model(lambda: segmenter, "torch", str(tmp_path))
+    loaded = ovseg_jax.torch.load(tmp_path)
+    image = np.random.default_rng(3).integers(0, 256, (53, 71, 3), dtype=np.uint8)
+    for labels in ("kitten; sky", None):
+        ours, theirs = segmenter.segment(image, labels), loaded.segment(image, labels)
+        assert len(np.unique(ours.label_map)) > 1
+        assert (ours.label_map == theirs.label_map).mean() > 0.999
+        np.testing.assert_allclose(theirs.confidence, ours.confidence, atol=1e-4)
+    predict = jax.jit(method().predict)
+    for canvas, sizes in (((32, 32), [(32, 32), (20, 27)]), ((64, 90), [(64, 90), (41, 70), (7, 90)])):
+        pixels = np.random.default_rng(4).integers(0, 256, (len(sizes), *canvas, 3), np.uint8)
+        expected = predict(varied, pixels, np.array(sizes, np.int32))
+        with torch.no_grad():
+            found = loaded.net(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor(sizes))
+        assert 0.05 < (found.mask_logits > 0).float().mean() < 0.95
+        error = reference.relative_error(found.mask_logits, expected.mask_logits)
+        print(f"Mask2Former in PyTorch, canvas {canvas}: masks max relative error {error:.1e}")
+        assert error < 1e-4
+        np.testing.assert_allclose(found.regions, expected.regions["class"], atol=1e-4)
+        np.testing.assert_allclose(found.void, expected.void, atol=1e-4)
+
+
+def test_stablehlo_of_mask2former_gives_the_same_outputs(varied, tmp_path):
+    require("flatbuffers")
+    export.to_stablehlo(Segmenter(method(), varied, config(), CLASSES), tmp_path, np.dtype("float32"))
+    exported = jax.export.deserialize(bytearray((tmp_path / "model.stablehlo").read_bytes()))
+    image, size = batch(3)["image"], np.array([[32, 32], [20, 27], [9, 32]], np.int32)
+    logits, scores, void = exported.call(read_arrays(tmp_path), image, size, np.eye(3, dtype=np.float32)[:2])
+    expected = jax.jit(method().predict)(varied, image, size)
+    np.testing.assert_allclose(logits, expected.mask_logits, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(scores, jnp.swapaxes(expected.regions["class"], 1, 2)[:, :2], atol=1e-4)
+    np.testing.assert_allclose(void, expected.void, atol=1e-4)
 
 
 def test_errors():
