@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 
 from ovseg_jax.kernels.bilinear import sample
+from ovseg_jax.kernels.smallest import smallest
 from ovseg_jax.losses.matching import Matched, PointWeights, class_costs, class_losses, match
 
 _EXACT = jax.lax.Precision.HIGHEST
@@ -137,20 +138,30 @@ def point_losses(
     query, matched = match(cost + costs.label * class_costs(class_logits, classes), mask_valid, batch_axes)
     chosen = (query[..., None] == jnp.arange(n)) & matched[..., None]  # [b l m n]
 
-    @jax.checkpoint
-    def losses_of(inputs: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        embedding, layer, own = inputs
+    def logits_of(embedding: Array, own: Array, pixels: Array) -> Array:
         # A product instead of a gather, whose gradient would be a scatter.
         embedding = jnp.einsum("bmn,bnc->bmc", own.astype(jnp.float32), embedding, precision=_EXACT)
-        logits = jnp.einsum("bmc,bhwc->bmhw", embedding, pixels, precision=_EXACT)
+        return jnp.einsum("bmc,bhwc->bmhw", embedding, pixels, precision=_EXACT)
+
+    def places_of(inputs: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        embedding, layer, own = inputs
         drawn = draw(rng, layer, (b, m), points)
-        uncertain = -jnp.abs(at_points(jax.lax.stop_gradient(logits), drawn.candidates, filled))
-        best = jax.lax.top_k(uncertain, int(points.importance * points.number))[1]
+        certain = jnp.abs(at_points(logits_of(embedding, own, fixed), drawn.candidates, filled))
+        best = smallest(certain, int(points.importance * points.number))
         places = jnp.take_along_axis(drawn.candidates, best[..., None], 2)
         places = jnp.concatenate([places, drawn.others], 2)
-        return mask_losses(at_points(logits, places, filled), target_at(places))
+        return jnp.moveaxis(places, -1, 0), target_at(places)  # kept with long rows, which TPUs do not pad
 
-    entropy, dice = jax.lax.map(losses_of, (*in_turn, jnp.moveaxis(chosen, 1, 0)))  # [l b m]
+    @jax.checkpoint
+    def losses_of(inputs: tuple[Array, ...]) -> tuple[Array, Array]:
+        embedding, own, places, target = inputs
+        logits = logits_of(embedding, own, pixels)
+        return mask_losses(at_points(logits, jnp.moveaxis(places, 0, -1), filled), target)
+
+    own = jnp.moveaxis(chosen, 1, 0)
+    # Apart from the losses, so that the backward pass does not choose the points again.
+    found = jax.lax.stop_gradient(jax.lax.map(places_of, jax.lax.stop_gradient((*in_turn, own))))
+    entropy, dice = jax.lax.map(losses_of, (in_turn[0], own, *found))  # [l b m]
     each = jnp.moveaxis(matched, 1, 0) * weight[:, None]
     sums = (entropy * each).sum((1, 2)), (dice * each).sum((1, 2)), jnp.sum(mask_valid * weight[:, None])
     return Matched(*sums, *class_losses(class_logits, classes, chosen, weight, no_object), query)
