@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int, UInt8
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.kernels.cpu_convs import fast_on_cpu
 from ovseg_jax.kernels.unit import unit
 from ovseg_jax.models.convnext import ConvNeXt
 from ovseg_jax.models.convpass import ADAPTERS
@@ -73,7 +74,7 @@ class ConvNeXtTrunk:
     def apply(self, variables: Variables, image: Array, rng: jax.Array | None = None) -> TrunkOutput:
         """Computes the maps of normalised images."""
         del rng
-        out: Any = self._clip.image.apply(variables["towers"]["image"], image)
+        out: Any = fast_on_cpu(self._clip.image.apply)(variables["towers"]["image"], image)
         maps = {level: x for level, x in out.items() if level in LEVELS}
         return TrunkOutput(maps, maps[self.level], out["dense"])
 

@@ -78,9 +78,20 @@ def test_winograd_only_for_large_convolutions(width, monkeypatch):
     assert calls == ([x.shape] if width == 114 else [])
 
 
-def test_only_on_a_cpu(monkeypatch):
+def test_only_for_a_cpu(monkeypatch):
+    """That of the mesh; the planner compiles on a CPU for others."""
+    calls = spy(monkeypatch, "depthwise")
+    x, conv = jax.ShapeDtypeStruct((1, 5, 5, 6), jnp.float32), nn.Conv(6, (3, 3), feature_group_count=6)
+    variables = jax.eval_shape(conv.init, jax.random.key(0), x)
+    compute = lambda: jax.eval_shape(fast_on_cpu(conv.apply), variables, x)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",))):
+        compute()
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert fast_on_cpu(len) is len
+    compute()
+    assert not calls
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
+        compute()
+    assert calls == [x.shape]
 
 
 def spy(monkeypatch, name):
