@@ -58,23 +58,23 @@ def pack(ids: Int[Array, "k l"], length: Int[Array, " k"], size: int) -> Packed:
 
 
 def stacked(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Stacks the parameters of all blocks of a `CLIPText` except the last, [layers - 1 ...]."""
+    """Stacks the parameters of all blocks of a `CLIPText` except the last, [layers - 1 ...].
+
+    With one block there is no "blocks": files do not keep an empty tree.
+    """
     encoder = params["Encoder_0"]
     blocks = [encoder[f"encoderblock_{i}"] for i in range(len(encoder) - 1)]
     rest = {key: value for key, value in params.items() if key != "Encoder_0"}
     stack = lambda *x: (jnp if isinstance(x[0], jax.Array) else np).stack(x)
-    return {
-        **rest,
-        "blocks": jax.tree.map(stack, *blocks[:-1]) if len(blocks) > 1 else {},
-        "last": blocks[-1],
-        "norm": encoder["encoder_norm"],
-    }
+    first = {"blocks": jax.tree.map(stack, *blocks[:-1])} if len(blocks) > 1 else {}
+    return {**rest, **first, "last": blocks[-1], "norm": encoder["encoder_norm"]}
 
 
 def unstacked(weights: Mapping[str, Any]) -> dict[str, Any]:
     """Inverts `stacked`."""
-    count = jax.tree.leaves(weights["blocks"])[0].shape[0] if weights["blocks"] else 0
-    blocks = [jax.tree.map(lambda x, i=i: x[i], weights["blocks"]) for i in range(count)]
+    first = weights.get("blocks", {})
+    count = jax.tree.leaves(first)[0].shape[0] if first else 0
+    blocks = [jax.tree.map(lambda x, i=i: x[i], first) for i in range(count)]
     encoder = {f"encoderblock_{i}": block for i, block in enumerate([*blocks, weights["last"]])}
     rest = {key: value for key, value in weights.items() if key not in ("blocks", "last", "norm")}
     return {**rest, "Encoder_0": {**encoder, "encoder_norm": weights["norm"]}}
@@ -122,7 +122,7 @@ def encode_packed(
             x = jnp.where(replaced, x.at[1 : 1 + vectors.shape[0]].set(vectors.astype(dtype)), x)
         return _finish(tower, block, x, attend(block, x)), None
 
-    if weights["blocks"]:
+    if weights.get("blocks"):
         layer = rematerialise_function(layer, tower.remat)
         x, _ = jax.lax.scan(layer, x, (weights["blocks"], _per_block(tower.layers - 1, deep)))
     if deep is not None and 1 < tower.layers <= len(deep) + 1:  # The last block is not scanned.
