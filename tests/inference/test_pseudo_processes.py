@@ -1,4 +1,7 @@
-"""Two processes make masks in shards, a teacher's or clusters, train on them, and go on after a kill."""
+"""Two processes make masks in shards, a teacher's or clusters, train on them, and go on after a kill; so does FC-CLIP.
+
+All of Mask2Former but its backbone is in FC-CLIP, beside frozen towers.
+"""
 
 import json
 import os
@@ -54,6 +57,22 @@ def get_config(arg=None):
         config.model.layers = config.text.layers = 1
     for stage in config.get("stages", []):
         stage["config"].update(dict(shard_size=2, batch_size=4))
+    return config
+"""
+FCCLIP = """
+from configs import fcclip
+
+def get_config(arg=None):
+    config = fcclip.get_config("images=16")
+    config.stages, config.evals, config.final_evals = [], {}, {}
+    config.towers.init, config.towers.tokenizer, config.fcclip.prompt = "", "words", "{}"
+    config.towers.image.update(dict(width=8, depths=(1, 1), embed_dim=16))
+    config.towers.text.update(dict(width=16, layers=1, embed_dim=16))
+    config.model.update(dict(num_queries=4, width=32, mask_dim=16, layers=1, ffn=16, encoder_ffn=16))
+    config.data.image_size, config.loss.points = 32, 16
+    config.data.train[0].update(dict(cache=False, size="tiny"))
+    config.update(dict(batch_size=4, steps=6, log_every=1))
+    config.checkpoint.every = 2
     return config
 """
 
@@ -122,6 +141,22 @@ def test_two_processes_share_the_shards(tmp_path):
     same_masks((masks, tmp_path / "alone"), labels["source"], 10)
 
 
+def ends_equal(own, config, killed):
+    """Runs to the end, and again from what a kill leaves after two steps; both must have the same variables."""
+    # A copy that is made while both processes stand still.
+    copy = lambda: shutil.copytree(own.parent, killed)
+    run_two(own.parent, config, (own / "checkpoints" / "2").exists, copy)
+    assert not (killed / "run" / "summary.json").exists()
+    (_, said), _ = run_two(killed, config)
+    assert "continuing from the checkpoint at step" in said
+    whole, again = (load_variables(folder)[0] for folder in (own, killed / "run"))
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+
+
+def test_fcclip_on_two_processes_is_killed_and_ends_bitwise_equal(tmp_path):
+    ends_equal(tmp_path / "whole" / "run", FCCLIP, tmp_path / "killed")
+
+
 @pytest.mark.parametrize(("form", "ahead"), [("small", True), ("paper", False)])
 def test_pseg_on_two_processes_is_killed_and_ends_bitwise_equal(form, ahead, tmp_path):
     config = PSEG.format(f"form={form},ahead={str(ahead).lower()}")
@@ -129,15 +164,8 @@ def test_pseg_on_two_processes_is_killed_and_ends_bitwise_equal(form, ahead, tmp
     if ahead:  # killed while the images are clustered
         run_two(tmp_path / "whole", config, lambda: any(own.glob("masks/*.zip")))
         assert not (own / "masks" / "stage.json").exists()
-    # What a kill at this moment leaves: a copy that is made while both processes stand still.
-    copy = lambda: shutil.copytree(tmp_path / "whole", killed)
-    run_two(tmp_path / "whole", config, (own / "checkpoints" / "2").exists, copy)
-    assert not (killed / "run" / "summary.json").exists()
-    (_, said), _ = run_two(killed, config)
-    assert "continuing from the checkpoint at step" in said
+    ends_equal(own, config, killed)
     if ahead:
         made = json.loads((own / "masks" / "stage.json").read_text())["config"]
         cluster_stage(epath.Path(tmp_path / "alone"), **made)
         same_masks((own / "masks", tmp_path / "alone"), made["source"], 24)
-    whole, again = (load_variables(folder)[0] for folder in (own, killed / "run"))
-    jax.tree.map(np.testing.assert_array_equal, again, whole)
