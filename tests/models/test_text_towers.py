@@ -300,7 +300,7 @@ def test_presets_have_the_published_heads_and_activation(name):
     tower = text_tower(name)
     assert tower.heads == config["text_cfg"]["heads"]
     assert tower.length == config["text_cfg"]["context_length"]
-    if name.startswith("clip_"):
+    if name.startswith(("clip_vit", "clip_rn")):
         # OpenAI's weights are published there under names of their own.
         assert open_clip.get_model_config(f"{OPEN_CLIP[name]}-quickgelu")["quick_gelu"]
         assert tower.activation == "quick_gelu"
