@@ -201,9 +201,6 @@ class Clip:
 
     def _of_run(self, init: str, folder: epath.Path) -> dict[str, Any]:
         found = read_towers(folder)
-        found["text"].setdefault(
-            "blocks", {}
-        )  # A tower of one layer has none, and files hold no empty trees.
         if isinstance(self.image, ViT | Eva):
             from ovseg_jax.pretrained.load import resize_patches
 
