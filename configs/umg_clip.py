@@ -99,6 +99,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         batch=AtLeast(8192, 1),
         pairs=AtLeast(PAIRS, 1),  # data=umg41m: images in an epoch, for the number of steps
         fsdp=AtLeast(1, 1),  # chips over which parameters are split; E/14 needs it
+        # data=umg41m: the blocks of a tower as one loop of the program, which is traced in a fifth of the time (L/14);
+        # not yet compared when compiled for a TPU. Ours
+        loop=False,
         size=AtLeast(
             896, 32
         ),  # adapt=panoptic: side of the images (5.1: 640 on BigDet; Table 10: 384, 640, 896)
@@ -260,14 +263,15 @@ def paper(args: Args, adapts: bool) -> ConfigDict:
     if args.paths:
         source["paths"] = dict(_pair(item) for item in args.paths.split(";"))
     rates = lambda rate: rate / OTHER_RATE
+    in_loop: Any = (dict(scan=2), dict(scan=True)) if args.loop else ({}, {})  # 2: the clusters come before
     config = common.run(
         "umg_clip",
         steps=round(model.epochs * args.pairs / args.batch),
         batch_size=args.batch,
         towers=dict(
             # remat: ours. B/16 then takes 14.3 of 32 GiB on v4:2x4x4 (`python -m ovseg_jax.plan`), with "dots" 48.6.
-            image=dict(name=args.tower, remat="all"),
-            text=dict(name=args.tower, remat="all"),
+            image=dict(name=args.tower, remat="all", **in_loop[0]),
+            text=dict(name=args.tower, remat="all", **in_loop[1]),
             init=args.weights or weights_of(args.tower),
             tokenizer="",
             image_size=336,  # 5.1

@@ -121,6 +121,11 @@ class UMGClip(ClipTraining, Segmenting):
             self._trained_clip.image = self.clip.adapted(train=True)
             self.frozen = ("^text/", "^scale$", all_but_adapters("image/"))
         if config.clusters.ratio != 1:
+            loop, after = config.towers.image.get("scan"), config.clusters.get("after", 2)
+            if loop is not None and loop < after:
+                raise UserError(
+                    f"towers.image.scan={loop} is less than clusters.after={after}: the loop has no clusters"
+                )
             self._trained_clip.image = with_clusters(self._trained_clip.image, **config.clusters.to_dict())
         prompt = dense.prompt
         self._templates = read_templates(prompt if isinstance(prompt, str) else list(prompt))

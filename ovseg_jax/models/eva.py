@@ -18,7 +18,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.positions import resize_positions
 from ovseg_jax.models.remat import rematerialise
 from ovseg_jax.models.tower import TowerOutput
-from ovseg_jax.models.transformer import EVA, Adapter, Between, Block, Places, through_blocks
+from ovseg_jax.models.transformer import EVA, Adapter, Between, Block, Places, scan_blocks, through_blocks
 
 _EVA02 = dict(rope_grid=16, swiglu=True, attn_norm=True, mlp_norm=True)
 _B = dict(_EVA02, width=768, depth=12, heads=12, hidden=2048, embed_dim=512)
@@ -86,6 +86,8 @@ class Eva(nn.Module):
       values: whether patch tokens only attend to themselves in the last block, see `transformer.Block`. `pooled` is the
         same with and without.
       remat: what the backward pass recomputes in each block, see `rematerialise`.
+      scan: the first of the blocks, up to the last but one, that are one loop of the program, which then compiles in
+        the time of a few; `between` must do nothing from there on. None, taps in the loop, or adapters: no loop.
       dtype: compute type; parameters are float32.
     """
 
@@ -107,6 +109,7 @@ class Eva(nn.Module):
     between: Between | None = None
     values: bool = False
     remat: str = "none"
+    scan: int | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -151,30 +154,41 @@ class Eva(nn.Module):
         rotary = None
         if self.rope_grid is not None:
             rotary = rotary_table(rows, columns, self.rope_grid, self.width // self.heads)
+        fields: dict[str, Any] = dict(
+            heads=self.heads,
+            hidden=self.hidden,
+            activation="swiglu" if self.swiglu else "gelu",
+            epsilon=EPSILON,
+            style=EVA,
+            order="post" if self.post_norm else "pre",
+            key_bias=False,
+            attention_norm=self.attn_norm,
+            mlp_norm=self.mlp_norm,
+            adapter=self.adapter,
+            adapter_scale=self.adapter_scale,
+            dtype=self.dtype,
+        )
         block_type = rematerialise(Block, self.remat)
+
+        def block(i: int) -> Block:
+            return block_type(**fields, values=self.values and i == self.depth - 1, name=f"blocks_{i}")
+
+        def at_once(x: Array, *args: Any) -> Array:
+            weights = [self.variables["params"][f"blocks_{i}"] for i in loop]
+            return scan_blocks(Block(**fields, parent=None), self.remat, weights, x, *args)
+
+        loop = range(self.depth if self.scan is None else self.scan, self.depth - 1)
+        if self.is_initializing() or self.adapter is not None or set(loop) & set(self.taps):
+            loop = range(0)
         x, places, tapped = through_blocks(
-            lambda i: block_type(
-                heads=self.heads,
-                hidden=self.hidden,
-                activation="swiglu" if self.swiglu else "gelu",
-                epsilon=EPSILON,
-                style=EVA,
-                order="post" if self.post_norm else "pre",
-                key_bias=False,
-                attention_norm=self.attn_norm,
-                mlp_norm=self.mlp_norm,
-                values=self.values and i == self.depth - 1,
-                adapter=self.adapter,
-                adapter_scale=self.adapter_scale,
-                dtype=self.dtype,
-                name=f"blocks_{i}",
-            ),
+            block,
             self.depth,
             x,
             Places((rows, columns), 1),
             rotary=rotary,
             between=self.between,
             taps=self.taps,
+            loop=(loop, at_once),
         )
         x = places.unfold(nn.LayerNorm(EPSILON, dtype=self.dtype, name="norm")(x))
         head = nn.Dense(self.embed_dim, dtype=self.dtype, kernel_init=dense_init, name="head")

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.remat import rematerialise
-from ovseg_jax.models.transformer import ACTIVATIONS, TEXT, Adapter, Block
+from ovseg_jax.models.transformer import ACTIVATIONS, TEXT, Adapter, Block, scan_blocks
 
 _table_init = nn.initializers.normal(0.02)
 
@@ -41,12 +41,18 @@ class _Encoder(nn.Module):
     layers: int
     block: Mapping[str, Any]
     remat: str
+    scan: bool
     between: Between | None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"], valid: Bool[Array, "b l"] | None) -> Float[Array, "b l d"]:
         block = rematerialise(Block, self.remat)
-        for i in range(self.layers):
+        alike = self.between is None and self.block["adapter"] is None
+        loop = self.scan and alike and not self.is_initializing()
+        if loop:
+            weights = [self.variables["params"][f"encoderblock_{i}"] for i in range(self.layers)]
+            x = scan_blocks(Block(**self.block, parent=None), self.remat, weights, x, valid)
+        for i in range(0 if loop else self.layers):
             x = block(**self.block, name=f"encoderblock_{i}")(x, valid)
             if self.between is not None and i < self.layers - 1:
                 x, shape = self.between(i, x), x.shape
@@ -64,6 +70,8 @@ class TextTower(nn.Module):
       length: rows of the position table, the maximum number of tokens of a text.
       width, layers, heads, mlp_dim: sizes of the encoder; `mlp_dim` None means 4 times `width`.
       remat: what the backward pass recomputes in each block, see `rematerialise`.
+      scan: whether the blocks are one loop of the program, which then compiles in the time of one; no effect with
+        adapters or `between`.
       dtype: compute type; parameters are float32.
       adapter, adapter_scale: modules beside the branches of each block, see `transformer.Block`; their places are None.
       between: a function on the tokens between two blocks, see `Between`.
@@ -76,6 +84,7 @@ class TextTower(nn.Module):
     heads: int = 8
     mlp_dim: int | None = None
     remat: str = "none"
+    scan: bool = False
     dtype: Any = jnp.float32
     adapter: Adapter | None = None
     adapter_scale: float = 1.0
@@ -107,7 +116,7 @@ class TextTower(nn.Module):
         hidden = self.mlp_dim or 4 * self.width
         block |= dict(heads=self.heads, hidden=hidden, style=TEXT, dtype=self.dtype)
         block |= dict(adapter=self.adapter, adapter_scale=self.adapter_scale)
-        return _Encoder(self.layers, block, self.remat, self.between, name="Encoder_0")(x, valid)
+        return _Encoder(self.layers, block, self.remat, self.scan, self.between, name="Encoder_0")(x, valid)
 
 
 class CLIPText(TextTower):

@@ -4,7 +4,7 @@ Parameters keep the names of the published families, see `Style`. Each branch of
 it, and a hook between two blocks may reduce the tokens (`between`).
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from ovseg_jax.models.remat import rematerialise_function
+from ovseg_jax.parallel.sharding import split_batch, whole
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -304,6 +307,29 @@ class Block(nn.Module):
         return x
 
 
+def scan_blocks(
+    block: Block, remat: str, weights: Sequence[Mapping[str, Any]], x: Float[Array, "b n d"], *args: Any
+) -> Float[Array, "b n d"]:
+    """Applies blocks that are alike in one loop, so that the program has one of them, and compiles as fast.
+
+    Args:
+      block: all of them; it has no parent.
+      remat: what the backward pass recomputes in each, see `rematerialise`.
+      weights: the parameters of each.
+      x: tokens.
+      *args: the further arguments of each, see `Block.__call__`.
+    """
+    stacked = jax.tree.map(lambda *each: jnp.stack(each), *weights)
+
+    def step(y: Array, own: Any) -> Array:
+        # In a loop, the compiler would split the tokens' channels as the weights are, and gather the whole batch.
+        out: Any = block.apply({"params": jax.tree.map(whole, own)}, split_batch(y), *args)
+        return split_batch(out)
+
+    step = rematerialise_function(step, remat)
+    return jax.lax.scan(lambda y, own: (step(y, own), None), x, stacked)[0]
+
+
 def through_blocks(
     block: Callable[[int], Callable[..., Array]],
     depth: int,
@@ -314,6 +340,7 @@ def through_blocks(
     between: Between | None = None,
     before: Callable[[int, Array], Array] = lambda i, x: x,
     taps: Collection[int] = (),
+    loop: tuple[range, Callable[..., Array]] = (range(0), lambda x: x),
 ) -> tuple[Float[Array, "b m d"], Places, Taps]:
     """Applies the blocks of a tower to an image's tokens.
 
@@ -326,12 +353,18 @@ def through_blocks(
       between: called after each block except the last.
       before: changes the tokens before block i.
       taps: the blocks whose output is also returned.
+      loop: blocks that are applied at once, by a function; neither `between` nor `before` is called for them, and they
+        have no taps.
 
     Returns:
       The tokens after the last block, their places, which unfold them, and both for each block of `taps`.
     """
     tapped, turned = {}, rotary
+    at_once, apply = loop
     for i in range(depth):
+        if i in at_once:
+            x = apply(x, None, turned, places) if i == at_once.start else x
+            continue
         x = block(i)(before(i, x), None, turned, places)
         if i in taps:
             tapped[i] = x, places

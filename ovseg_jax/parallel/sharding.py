@@ -166,3 +166,15 @@ def active_batch_axes() -> tuple[str, ...]:
     """Returns the axes that split the batch under `jax.set_mesh`; () without a mesh or on one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return AXES if set(AXES) <= set(mesh.axis_names) and mesh.size > 1 else ()
+
+
+def split_batch(x: jax.Array) -> jax.Array:
+    """Has the compiler split the leading dimension over all devices, where it can be split evenly."""
+    axes = active_batch_axes()
+    even = axes and x.shape[0] % jax.sharding.get_abstract_mesh().size == 0
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if even else x
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """Has the compiler gather an array on every device, as FSDP does with the weights of a layer."""
+    return jax.lax.with_sharding_constraint(x, PartitionSpec()) if active_batch_axes() else x

@@ -70,7 +70,7 @@ SHIPPED = [
     ),
     *(
         (umg_clip, f"data={arg},data_dir=x")
-        for arg in ("umg41m,retrieval=y", "umg41m,adapt=global", "coco,eval_sets=y,things=z")
+        for arg in ("umg41m,retrieval=y,loop=true", "umg41m,adapt=global", "coco,eval_sets=y,things=z")
     ),
     *(
         (upernet, arg)

@@ -240,6 +240,10 @@ def test_a_row_of_table_7_reads_its_own_texts(arg, fields):
         ({"loss.terms": ("image_words",)}, "loss.terms: 'image_words' is not one of image_captions"),
         ({"loss.terms": ()}, "loss.terms: empty is not one of"),
         ({"dense.features": "values"}, "dense.features='values' is not one of plain, value"),
+        (
+            {"clusters.ratio": 0.5, "towers.image": dict(EVA, scan=1)},
+            "towers.image.scan=1 is less than clusters.after=2",
+        ),
         ({"clusters.ratio": 0.5}, "clusters.after=2 leaves no block of the 1"),
         (
             {"towers.image": dict(name="small", width=16, embed_dim=D)},

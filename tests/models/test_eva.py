@@ -11,7 +11,9 @@ import pytest
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.eva import PRESETS, Eva, rotary_table
 from ovseg_jax.models.text_towers import text_tower
+from ovseg_jax.models.token_clusters import TokenClusters
 from ovseg_jax.models.transformer import rotate
+from ovseg_jax.parallel.sharding import batch_sharding, leaf_sharding, make_mesh, path_name
 from ovseg_jax.pretrained.eva import from_eva_clip, from_timm_eva
 from ovseg_jax.pretrained.rename import fit, rename
 from tests import reference
@@ -295,6 +297,46 @@ def test_remat_changes_nothing_but_memory(policy):
         return jax.jit(jax.grad(loss))(variables["params"])
 
     reference.assert_trees_agree(gradient(remat), gradient(plain))
+
+
+@pytest.mark.parametrize(
+    ("kind", "remat", "own"),
+    [("eva02", "all", dict(between=TokenClusters(1, 0.5))), ("e14", "none", dict(values=True))],
+)
+def test_a_loop_changes_nothing_but_the_program(kind, remat, own):
+    plain = Eva(**{**TINY, "depth": 4, "taps": ()}, **KINDS[kind][0], **own)
+    looped = plain.clone(scan=1, remat=remat)
+    x, variables = images(2, 32, 16), variables_of(plain)
+    assert shapes(looped) == shapes(plain)
+
+    def gradient(model):
+        def loss(params):
+            out = model.apply({"params": params}, x, True)
+            return jnp.mean(out.pooled**2) + jnp.mean(out.tokens**3)
+
+        traced = jax.jit(jax.grad(loss)).trace(variables["params"])
+        return traced, "scan[" in str(traced.jaxpr)
+
+    (found, scans), (expected, unrolled) = gradient(looped), gradient(plain)
+    assert scans and not unrolled and not gradient(looped.clone(taps=(2,)))[1]
+    found, expected = (each.lower().compile()(variables["params"]) for each in (found, expected))
+    reference.assert_trees_agree(found, expected)
+
+
+def test_a_loop_gathers_the_weights_of_a_block_and_never_the_batch():
+    """Without its constraints the compiled loop has all-gathers of f32[64,17,32]."""
+    mesh = make_mesh({"fsdp": 8})
+    model = Eva(**{**TINY, "depth": 5, "hidden": 64, "taps": ()}, scan=1, remat="all")
+    x = jax.ShapeDtypeStruct((64, 32, 32, 3), jnp.float32, sharding=batch_sharding(mesh))
+    place = lambda path, w: leaf_sharding(path_name(path), w.shape, mesh)
+    params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+    placed = jax.tree_util.tree_map_with_path(place, params)
+    params = jax.tree.map(lambda w, p: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=p), params, placed)
+    with jax.set_mesh(mesh):
+        loss = lambda params, x: jnp.mean(model.apply({"params": params}, x).pooled ** 2)
+        compiled = jax.jit(jax.grad(loss), out_shardings=placed).lower(params, x).compile()
+    gathered = set(re.findall(r"= f32\[([\d,]+)\]\S* all-gather", compiled.as_text()))
+    assert {"32,64", "64,32"} <= gathered and not any(shape.startswith("64,17") for shape in gathered)
 
 
 @pytest.mark.parametrize(

@@ -356,6 +356,22 @@ def test_remat_changes_nothing_but_memory(kind, policy):
     assert "remat" in text and "remat" not in plain_text
 
 
+@pytest.mark.parametrize(("kind", "policy"), [(CLIPText, "all"), (SiglipText, "none"), (Bert, "none")])
+def test_a_loop_over_the_blocks_of_a_text_tower_changes_nothing(kind, policy):
+    plain, looped = tiny(kind, layers=3), tiny(kind, layers=3, scan=True, remat=policy)
+    ids = jnp.asarray(clip_ids(3, 6), jnp.int32)
+    valid = jnp.arange(6) < jnp.array([[6], [3], [4]])
+    variables = variables_of(plain)
+    gradient = lambda module: jax.jit(
+        jax.grad(lambda v: jnp.sum(jnp.sin(module.apply(v, ids, valid).pooled)))
+    )
+    reference.assert_trees_agree(gradient(looped)(variables), gradient(plain)(variables))
+    program = lambda module: str(gradient(module).trace(variables).jaxpr)
+    assert "scan[" in program(looped) and "scan[" not in program(plain)
+    doubled = dict(between=lambda i, x: 2 * x)
+    assert "scan[" not in program(looped.clone(**doubled))
+
+
 def test_what_stands_behind_the_end_changes_nothing():
     module = tiny(CLIPText, layers=1)
     variables = variables_of(module)
