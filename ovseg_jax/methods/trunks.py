@@ -72,9 +72,10 @@ class ConvNeXtTrunk:
         return {}, towers
 
     def apply(self, variables: Variables, image: Array, rng: jax.Array | None = None) -> TrunkOutput:
-        """Computes the maps of normalised images."""
-        del rng
-        out: Any = fast_on_cpu(self._clip.image.apply)(variables["towers"]["image"], image)
+        """Computes the maps of normalised images; with `rng`, as in training, in the forms for a CPU on a CPU."""
+        apply = self._clip.image.apply
+        # An export, which is without `rng`, is for all devices.
+        out: Any = (apply if rng is None else fast_on_cpu(apply))(variables["towers"]["image"], image)
         maps = {level: x for level, x in out.items() if level in LEVELS}
         return TrunkOutput(maps, maps[self.level], out["dense"])
 
