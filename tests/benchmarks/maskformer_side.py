@@ -90,8 +90,8 @@ def fill(theirs, method, ours) -> None:
     theirs.load_state_dict(state, strict=False)
 
 
-def torch_side(config, folder, batches, device: str, compiled: bool):
-    """`step(i) -> loss`: forward, matching by SciPy, backward, clipped AdamW."""
+def torch_side(config, folder, batches, device: str, compiled: bool, predict: bool):
+    """`step(i) -> loss`: forward, matching by SciPy, backward, clipped AdamW; or inference, see step.py."""
     import torch
 
     from ovseg_jax.methods import build as build_method
@@ -104,7 +104,7 @@ def torch_side(config, folder, batches, device: str, compiled: bool):
     saved = np.load(folder / "params.npz")
     fill(net, method, {name: saved[name] for name in saved.files})
     net = net.to(device, memory_format=torch.channels_last)
-    net.train()
+    net.train(not predict)
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()  # as norm="frozen"
@@ -114,13 +114,25 @@ def torch_side(config, folder, batches, device: str, compiled: bool):
     trained = torch.tensor([k not in classes.withheld() for k in range(len(classes))] + [False])
     forward = torch.compile(net) if compiled else net
 
+    def pixels(image):
+        x = (image.permute(0, 3, 1, 2).float() / 255 - mean) / std
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def predicted(i: int):
+        with torch.no_grad():
+            out = forward(pixels(torch.from_numpy(batches[i]["image"]).to(device)))
+        return out.masks_queries_logits.abs().mean()
+
+    peak = lambda: torch.cuda.max_memory_allocated() if device == "cuda" else None
+    if predict:
+        return predicted, peak, lambda: None
+
     def loss_of(batch):
-        x = (batch["image"].permute(0, 3, 1, 2).float() / 255 - mean) / std
         kinds, masks = batch["mask_classes"].long(), batch["masks"].float() / 255
         valid = batch["mask_valid"] & trained[kinds]
-        own = range(len(x))
+        own = range(len(kinds))
         return forward(
-            x.contiguous(memory_format=torch.channels_last),
+            pixels(batch["image"]),
             mask_labels=[masks[b][valid[b]] for b in own],
             class_labels=[kinds[b][valid[b]] for b in own],
         ).loss
@@ -148,4 +160,4 @@ def torch_side(config, folder, batches, device: str, compiled: bool):
         rule.step()
         return loss.detach()
 
-    return step, lambda: torch.cuda.max_memory_allocated() if device == "cuda" else None, lambda: None
+    return step, peak, lambda: None

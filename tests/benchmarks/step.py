@@ -4,8 +4,10 @@
     python tests/benchmarks/step.py --sides=jax:1,jax:2,jax:4,jax:8
     python tests/benchmarks/step.py --config=tests/benchmarks/maskformer_config.py --sides=jax,eager --steps=2
     python tests/benchmarks/step.py --config=tests/benchmarks/maskformer_config.py:method=mask2former --sides=jax,eager
+    python tests/benchmarks/step.py --config=... --sides=jax,eager --predict
 
-The last two are MaskFormer's and Mask2Former's, beside transformers' (maskformer_side.py).
+The last three are MaskFormer's and Mask2Former's, beside transformers' (maskformer_side.py); with `--predict` a "step"
+is inference on the batch, the network alone, and the "loss" is the mean of the absolute mask logits.
 A side is ours (`jax`, with as many virtual devices as `main` makes, or `jax:N`), PyTorch as it is (`eager`) or behind
 `torch.compile` (`compiled`). Each is a process of its own. All start from the same parameters and make the same
 steps on the same batches, in turns of `steps`, so that whatever slows the machine slows all of them. Printed are the
@@ -62,7 +64,7 @@ def prepare(config, count: int, folder: Path) -> None:
     np.savez(folder / "params.npz", **flat)
 
 
-def jax_side(config, folder: Path, batches, device: str, count: int):
+def jax_side(config, folder: Path, batches, device: str, count: int, predict: bool):
     """`step(i) -> loss`, as `main` runs it, on so many virtual devices (0: as many as `main` would make)."""
     import jax
     import jax.numpy as jnp
@@ -94,8 +96,19 @@ def jax_side(config, folder: Path, batches, device: str, count: int):
     batch = put_batch(batches[0], mesh)
     flops = count_flops(train_step.trace(state, batch).jaxpr.jaxpr, mesh.size)
 
+    if predict:
+        from ovseg_jax.kernels.cpu_convs import fast_on_cpu
+
+        predicted = jax.jit(fast_on_cpu(method.predict))
+        flops = count_flops(
+            predicted.trace(state.variables, batch["image"], batch["image_size"]).jaxpr.jaxpr, mesh.size
+        )
+
     def step(i: int):
         nonlocal state
+        if predict:
+            put = put_batch(batches[i], mesh)
+            return jnp.abs(predicted(state.variables, put["image"], put["image_size"]).mask_logits).mean()
         state, metrics = train_step(state, put_batch(batches[i], mesh))
         return metrics["loss"][0]
 
@@ -119,12 +132,12 @@ def jax_side(config, folder: Path, batches, device: str, count: int):
     return step, peak, lambda: (flops, rate())
 
 
-def torch_side(config, folder: Path, batches, device: str, compiled: bool):
+def torch_side(config, folder: Path, batches, device: str, compiled: bool, predict: bool):
     """The same, in PyTorch: OpenSeg's losses (papers/004, eq. 1-5) and AdamW behind a global clip."""
     if config.method in ("maskformer", "mask2former"):
         import maskformer_side
 
-        return maskformer_side.torch_side(config, folder, batches, device, compiled)
+        return maskformer_side.torch_side(config, folder, batches, device, compiled, predict)
     import torch
 
     from ovseg_jax.pretrained.to_torch import to_torch
@@ -224,7 +237,7 @@ def rss() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def work(side: str, config_text: str, folder: Path, count: int, device: str, pipe) -> None:
+def work(side: str, config_text: str, folder: Path, count: int, device: str, predict: bool, pipe) -> None:
     """One side: answers each number of steps with seconds and losses."""
     if device == "cpu" or not side.startswith("jax"):
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -240,9 +253,9 @@ def work(side: str, config_text: str, folder: Path, count: int, device: str, pip
     before = rss()
     began = time.perf_counter()
     if kind == "jax":
-        step, peak, flops = jax_side(config, folder, batches, device, int(devices or 0))
+        step, peak, flops = jax_side(config, folder, batches, device, int(devices or 0), predict)
     else:
-        step, peak, flops = torch_side(config, folder, batches, device, kind == "compiled")
+        step, peak, flops = torch_side(config, folder, batches, device, kind == "compiled", predict)
     first = step(0).item()
     pipe.send((time.perf_counter() - began, first))
     at = 1
@@ -264,11 +277,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="steps of a turn")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--predict", action="store_true", help="inference in place of the train step")
     args = parser.parse_args()
     count = 1 + args.steps * (args.rounds + 1)
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
         folder, config = Path(name), load_config(args.config)
+        if args.predict and config.method not in ("maskformer", "mask2former"):
+            parser.error(f"--predict is for MaskFormer and Mask2Former; for {config.method}: inference.py")
         preparing = context.Process(target=prepare, args=(config, count, folder))
         preparing.start()
         preparing.join()
@@ -277,7 +293,7 @@ def main() -> None:
         rows = {}
         for side in args.sides.split(","):
             ours, theirs = context.Pipe()
-            arguments = (side, args.config, folder, count, args.device, theirs)
+            arguments = (side, args.config, folder, count, args.device, args.predict, theirs)
             context.Process(target=work, args=arguments, daemon=True).start()
             theirs.close()
             seconds, loss = ours.recv()
