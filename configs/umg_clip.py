@@ -19,6 +19,15 @@
       its adaptation to panoptic segmentation on COCO, by FC-CLIP's recipe. The paper's PQ on COCO: 54.8, 58.0, 57.7 and
       59.0 (B, L, g, E; Table 4). Not reproduced yet. Without weights, on EVA-CLIP's, the table's other rows.
 
+Pre-training with 8,192 images in a step, by `python -m ovseg_jax.plan`, whose days are the least that the chips' peaks
+allow; in brackets the paper's on 32 A800 (5.1):
+  B/16  v4:2x4x4                     14.3 of 32 GiB  0.37 days (2.37)
+  L/14  v4:4x4x4  fsdp=64,loop=true  13.7 of 32 GiB  0.38 days (4.29); on v4:2x4x4 with fsdp=32 40.7, without the loop
+  g/14  v4:4x4x4  by FLOPs alone                     0.48 days (5.54)
+  E/14  v4:4x4x4  by FLOPs alone                     1.19 days (6.12)
+The last two have not been compiled: L/14 with its loop took the TPU compiler ten minutes of a core and 13 GiB. fsdp=64
+leaves of E/14's parameters and LAMB's moments 0.8 of 52.6 GiB to a chip.
+
 UMG-41M is published without images and without a description of its keys: paths="captions:PATH;box:PATH" says where
 they are, see `ovseg_jax/data/sources/region_json.py`. Numbers with a section or table are the paper's; "EVA" those of
 EVA-CLIP's repository, whose training the paper keeps where it states nothing; the rest is marked "ours".
@@ -99,8 +108,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         batch=AtLeast(8192, 1),
         pairs=AtLeast(PAIRS, 1),  # data=umg41m: images in an epoch, for the number of steps
         fsdp=AtLeast(1, 1),  # chips over which parameters are split; E/14 needs it
-        # data=umg41m: the blocks of a tower as one loop of the program, which is traced in a fifth of the time (L/14);
-        # not yet compared when compiled for a TPU. Ours
+        # data=umg41m: the blocks of a tower as one loop of the program, which is traced in a fifth of the time (L/14)
+        # and has the weights of one block at a time on each chip; without effect on towers with adapters. Ours
         loop=False,
         size=AtLeast(
             896, 32
