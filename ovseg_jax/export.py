@@ -15,7 +15,7 @@ Exports a trained model for programs without JAX or without this library.
   torch       model.safetensors and config.json, which `ovseg_jax.torch.load(DIR)` runs without JAX; a text tower,
               frozen or trained, goes into text_tower/; a CLIP's two towers also into clip/, for transformers.CLIPModel
   onnx        the same, and the network as model.onnx, for any batch size
-              (both: openseg, lseg, pseg, upernet, maskformer and mask2former)
+              (both: openseg, lseg, pseg, upernet, maskformer, mask2former and fcclip)
   stablehlo   model.stablehlo, for any number of images and names on CPU, CUDA and TPU, and its parameters in
               model.safetensors; example.py shows how to run it with JAX alone
   big_vision  model.npz with all parameters by their paths; a ViT with a SigLIP text tower also as towers.npz, with

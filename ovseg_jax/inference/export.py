@@ -1,5 +1,6 @@
 """Export of trained models for programs without JAX or without this library."""
 
+import dataclasses
 import importlib.util
 import json
 from collections.abc import Callable, Mapping
@@ -14,8 +15,10 @@ from ovseg_jax.cli.outputs import check_not_foreign, check_out_folder
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import locked
 from ovseg_jax.inference.segmenter import Segmenter
+from ovseg_jax.methods.fcclip import FCClip
 from ovseg_jax.methods.maskformer import MaskFormer
 from ovseg_jax.methods.maskformer_text import TextMaskFormer
+from ovseg_jax.methods.trunks import TowerTrunk
 from ovseg_jax.models.pseg import GroupingNet, SegmentViT
 from ovseg_jax.models.text_towers import SiglipText
 from ovseg_jax.models.vit import ViT
@@ -25,6 +28,7 @@ from ovseg_jax.pretrained.files import write_safetensors
 from ovseg_jax.pretrained.hf_clip import is_clip, write_hf_clip
 from ovseg_jax.pretrained.to_torch import describe, to_torch
 from ovseg_jax.protocols import PixelScores, Vocabulary, only
+from ovseg_jax.towers.clip import MEAN, STD
 from ovseg_jax.towers.frozen_text import TEXT_TOWER, FrozenText
 from ovseg_jax.towers.text_transformer import TextTransformer
 
@@ -79,9 +83,13 @@ def export_model(
     segmenter = load()
     if isinstance(segmenter.method, TextMaskFormer) and to != "big_vision":
         raise UserError(f"--to={to} has no form of maskformer_text, only of maskformer; --to=big_vision has")
-    net = getattr(segmenter.method, "net", None)
-    if to in ("torch", "onnx") and (net is None or isinstance(net, SegmentViT | GroupingNet)):
-        named = {SegmentViT: "pseudo-masks", GroupingNet: "GroupViT's grouping"}
+    net = getattr(segmenter.method, "trunk", getattr(segmenter.method, "net", None))
+    if to in ("torch", "onnx") and (net is None or isinstance(net, SegmentViT | GroupingNet | TowerTrunk)):
+        named = {
+            SegmentViT: "pseudo-masks",
+            GroupingNet: "GroupViT's grouping",
+            TowerTrunk: "fcclip on a ViT or EVA, only on a ConvNeXt",
+        }
         lacking = named.get(type(net), f"the method {segmenter.config.method}")
         raise UserError(f"--to={to} has no form of {lacking}")
     kind = np.dtype(jnp.dtype(dtype))
@@ -106,8 +114,17 @@ def by_path(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     """Writes a folder for `ovseg_jax.torch.load`, with a text tower, frozen or trained, in a subfolder."""
     method: Any = segmenter.method
-    arrays = to_torch(by_path(segmenter.variables))
+    more: dict[str, Any] = {}
     closed, side = isinstance(method, MaskFormer), getattr(method, "text", None)
+    if isinstance(method, FCClip):
+        arrays, model = fcclip_form(method, segmenter.variables)
+        method.clip.save_text(out / TEXT_TOWER, segmenter.variables["towers"], method.templates, dtype)
+        more["seen"] = sorted(method.seen_names())
+        if method.whole:
+            more["whole"] = dataclasses.asdict(method.whole)
+    else:
+        arrays = to_torch(by_path(segmenter.variables))
+        model = describe(method.model if closed else method.net)
     if isinstance(side, FrozenText):
         del arrays["text.table"]
         method.text.save(out / TEXT_TOWER, dtype)
@@ -119,14 +136,38 @@ def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
         side.save(out / TEXT_TOWER, own, dtype)
     described = {
         "method": segmenter.config.method,
-        "model": describe(method.model if closed else method.net),
+        "model": model,
         "image_size": int(segmenter.config.data.image_size),
         "words": [] if side is None else list(side.words.words),
         "classes": json.loads((segmenter.classes).to_json()),  # type: ignore[union-attr]
+        **more,
     }
     (out / "config.json").write_text(json.dumps(described, indent=1, ensure_ascii=False) + "\n", "utf-8")
     cast = {k: v.astype(dtype) if v.dtype == np.float32 else v for k, v in arrays.items()}
     write_safetensors(out / "model.safetensors", cast, {"format": "pt"})
+
+
+def fcclip_form(method: FCClip, variables: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Returns arrays and description of `torch.fcclip.FCClipNet`."""
+    seen, classifier = variables["towers"], dict(variables["params"]["classifier"])
+    classifier["logit_scale"] = classifier.pop("scale")  # the name `scale` is that of a norm's weight
+    tree = {
+        "trunk": seen["image"]["params"],
+        "masks": variables["params"]["masks"],
+        "classifier": classifier,
+        "logit_scale": seen["scale"],
+    }
+    arrays = {path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(tree)}
+    pixels = method.config.towers
+    return to_torch(arrays), {
+        "kind": "FCClipNet",
+        "trunk": describe(method.clip.image),
+        "masks": describe(method.head.masks),
+        "classifier": describe(method.head.classifier),
+        "mean": list(pixels.get("mean", MEAN)),
+        "std": list(pixels.get("std", STD)),
+        "rule": {name: float(method.config.fcclip[name]) for name in ("seen", "unseen", "trust")},
+    }
 
 
 def towers(segmenter: Segmenter) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -161,7 +202,8 @@ def to_onnx(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
 
     The program returns mask logits [b N h w], the sums of F_z under the masks [b N D] and F_z [b D h w], of P-Seg's
     MaskFormer the embeddings of masks and of pixels; for a method without proposals only the last; for MaskFormer and
-    Mask2Former mask logits, probabilities of the classes [b N K] and of "no object" [b N].
+    Mask2Former mask logits, probabilities of the classes [b N K] and of "no object" [b N]; for FC-CLIP those of
+    `torch.fcclip.FCClipOutput`.
     """
     import torch
 
@@ -172,16 +214,14 @@ def to_onnx(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     size = torch.full((2, 2), loaded.canvas, dtype=torch.int32)
     image = torch.zeros(2, 3, loaded.canvas, loaded.canvas, dtype=torch.uint8)
     any_number = {0: torch.export.Dim("batch")}
-    if isinstance(segmenter.method, MaskFormer):
-        names = ["mask_logits", "regions", "void"]
-    else:
-        names = ["mask_logits", "region_sum", "pixel_embed"][0 if loaded.net.num_queries else 2 :]
+    with torch.no_grad():
+        results = loaded.net(image, size)._asdict()
     torch.onnx.export(
         loaded.net,
         (image, size),
         out / "model.onnx",
         input_names=["image", "image_size"],
-        output_names=names,
+        output_names=[name for name, x in results.items() if x is not None],
         dynamic_shapes=(any_number, any_number),
         dynamo=True,
         verbose=False,

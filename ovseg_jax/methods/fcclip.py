@@ -184,9 +184,10 @@ class FCClip(OnClip, Segmenting):
             Mask2FormerHead(**options, dtype=dtype), MaskClassifier(self.clip.dim, dtype=dtype)
         )
         prompt = config.fcclip.prompt
-        self._templates = read_templates(prompt if isinstance(prompt, str) else list(prompt))
-        if isinstance(self._templates, Prompt):
+        templates = read_templates(prompt if isinstance(prompt, str) else list(prompt))
+        if isinstance(templates, Prompt):
             raise UserError(f"fcclip.prompt={prompt}: the method fcclip takes no learned prompt")
+        self.templates = templates
         for name in ("seen", "unseen", "trust"):
             if not 0 <= config.fcclip[name] <= 1:
                 raise UserError(f"fcclip.{name}={config.fcclip[name]} is not between 0 and 1")
@@ -343,7 +344,7 @@ class FCClip(OnClip, Segmenting):
 
     def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
         """Embeds class names by the templates of `fcclip.prompt` as unit vectors."""
-        return class_features(self, variables, texts, self._templates)
+        return class_features(self, variables, texts, self.templates)
 
     def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Text:
         """Embeds texts unchanged as unit vectors."""

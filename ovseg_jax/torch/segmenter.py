@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from ovseg_jax.data.images import fit_canvas, read_image
+from ovseg_jax.data.windows import Whole
 from ovseg_jax.errors import UserError
 from ovseg_jax.pretrained.files import read_arrays
 from ovseg_jax.reading import reading
 from ovseg_jax.torch.build import build
 from ovseg_jax.torch.classified import MaskFormer, MaskFormerOutput
+from ovseg_jax.torch.fcclip import FCClipNet, FCClipOutput, score_regions
 from ovseg_jax.torch.layers import unit
 from ovseg_jax.torch.openseg import OpenSegFeatures, OpenSegNet
 from ovseg_jax.torch.pseg import PSegNet, TextNet
@@ -28,7 +30,7 @@ from ovseg_jax.vocab.phrases import word_ids
 from ovseg_jax.vocab.word_tokenizer import read_tokenizer
 
 WEIGHTS, CONFIG, TEXT_TOWER = "model.safetensors", "config.json", "text_tower"
-NETS: dict[str, Any] = {kind.__name__: kind for kind in (OpenSegNet, UPerNet, MaskFormer, PSegNet)}
+NETS: dict[str, Any] = {kind.__name__: kind for kind in (OpenSegNet, UPerNet, MaskFormer, PSegNet, FCClipNet)}
 TEXT_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (CLIPText, SiglipText, Bert, TextNet)}
 BATCH, LENGTH = 64, 77  # as in `FrozenText`
 MOST_PIXELS = 16384  # upper limit of the side of the network's input
@@ -57,19 +59,22 @@ class Segmenter:
       table: [V D] vectors of the words of `index`, or None.
       text: a text tower and its tokeniser, or None. Without both, the network knows the names of `classes` only.
       canvas: side of the network's square input in pixels.
+      whole: how images are resized, each on a canvas of its own; None for the square.
+      seen: names of training classes, if scores depend on them.
       classes: the categories of the training data.
     """
 
     def __init__(
         self,
-        net: OpenSegNet | PSegNet | UPerNet | MaskFormer,
+        net: OpenSegNet | PSegNet | UPerNet | MaskFormer | FCClipNet,
         table: Tensor | None,
         text: "Text | None",
         config: dict[str, Any],
         device: str = "cpu",
     ):
         self.net, self.table, self.text, self.canvas = net.eval(), table, text, int(config["image_size"])
-        self.device = device
+        self.device, self.seen, whole = device, frozenset(config.get("seen", ())), config.get("whole")
+        self.whole = Whole(**whole) if whole else None
         self.index = {word: i for i, word in enumerate(config["words"])}
         self.classes = ClassList.from_json(json.dumps(config["classes"]))
         self._texts: dict[tuple[tuple[str, ...], ...], Tensor] = {}
@@ -101,14 +106,14 @@ class Segmenter:
                 self._texts = {classes.names: self.embed(names)}
             text = self._texts[classes.names]
         pixels = read_image(image)
-        canvas, fitted = fit_canvas(pixels, self.canvas)
+        canvas, fitted = self.whole.fit(pixels) if self.whole else fit_canvas(pixels, self.canvas)
         device = self.device
         batch = torch.from_numpy(canvas).to(device).permute(2, 0, 1)[None]
         out = self.net(batch, torch.tensor([fitted], device=device))
-        weights, maps, masks = _layers(out, text.to(device), isinstance(self.net, UPerNet))
+        weights, maps, masks = self._layers(out, text.to(device), names, owner)
         height, width = pixels.shape[:2]
-        down = upsampling(height, maps.shape[1], self.canvas, fitted[0], device)
-        across = upsampling(width, maps.shape[2], self.canvas, fitted[1], device)
+        down = upsampling(height, maps.shape[1], canvas.shape[0], fitted[0], device)
+        across = upsampling(width, maps.shape[2], canvas.shape[1], fitted[1], device)
         best, confidence = np.zeros((height, width), np.int32), np.zeros((height, width), np.float32)
         for at in range(0, height, STRIP):
             x = torch.einsum("rh,nhw,cw->nrc", down[at : at + STRIP], maps, across)
@@ -134,21 +139,26 @@ class Segmenter:
         words = [word_ids(name, self.index) for name in names]
         return torch.stack([unit(unit(self.table[row]).sum(0)) for row in words])
 
-
-def _layers(
-    out: OpenSegFeatures | MaskFormerOutput, text: Tensor, logits: bool
-) -> tuple[Tensor, Tensor, bool]:
-    """Returns the score of each name for each map [T C], the maps [C h w], and whether they are logits of masks.
-
-    With `logits` the features of pixels are logits of classes.
-    """
-    if isinstance(out, MaskFormerOutput):
-        return text @ out.regions[0].T, out.mask_logits[0], True
-    if logits:
-        return text, out.pixel_embed[0], False
-    if out.mask_logits is None or out.region_sum is None:
-        return text, unit(out.pixel_embed[0].permute(1, 2, 0)).permute(2, 0, 1), False
-    return text @ unit(out.region_sum[0]).T, out.mask_logits[0], True
+    def _layers(
+        self,
+        out: OpenSegFeatures | MaskFormerOutput | FCClipOutput,
+        text: Tensor,
+        names: Sequence[str],
+        owner: np.ndarray,
+    ) -> tuple[Tensor, Tensor, bool]:
+        """Returns the score of each name for each map [T C], the maps [C h w], and whether they are logits of masks."""
+        if isinstance(out, FCClipOutput):
+            assert isinstance(self.net, FCClipNet)
+            seen = torch.tensor([name in self.seen for name in names], device=text.device)
+            of_class = torch.from_numpy(owner).to(text.device).long()
+            return score_regions(out, text, of_class, seen, self.net.rule), out.mask_logits[0], True
+        if isinstance(out, MaskFormerOutput):
+            return text @ out.regions[0].T, out.mask_logits[0], True
+        if isinstance(self.net, UPerNet):  # its features are logits of classes
+            return text, out.pixel_embed[0], False
+        if out.mask_logits is None or out.region_sum is None:
+            return text, unit(out.pixel_embed[0].permute(1, 2, 0)).permute(2, 0, 1), False
+        return text @ unit(out.region_sum[0]).T, out.mask_logits[0], True
 
 
 class Text:
@@ -219,8 +229,12 @@ def load(folder: str | Path, device: str = "cpu") -> Segmenter:
         side, words = config["image_size"], config["words"]
         if type(side) is not int or not 0 < side <= MOST_PIXELS:
             raise ValueError(f"image_size is {side!r}, not a whole number from 1 to {MOST_PIXELS}")
-        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise ValueError("words is not a list of texts")
+        for name, texts in (("words", words), ("seen", config.get("seen", []))):
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{name} is not a list of texts")
+        for name, pixels in (config.get("whole") or {}).items():
+            if type(pixels) is not int or not 0 < pixels <= MOST_PIXELS:
+                raise ValueError(f"{name} is {pixels!r}, not a whole number from 1 to {MOST_PIXELS}")
         if table is not None and (table.ndim != 2 or len(table) != len(words)):
             raise ValueError(f"the table of {len(words)} words has the shape {list(table.shape)}")
         image = torch.zeros((1, 3, side, side), dtype=torch.uint8, device="meta")

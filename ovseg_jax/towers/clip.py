@@ -33,10 +33,11 @@ from ovseg_jax.models.vit import ViT
 from ovseg_jax.parallel.sharding import on_host
 from ovseg_jax.pretrained.files import read_arrays, write_safetensors
 from ovseg_jax.pretrained.published import CLIP
-from ovseg_jax.towers.packed_text import stacked
+from ovseg_jax.towers.packed_text import stacked, unstacked
 from ovseg_jax.towers.prompt import encode_names, even_order, phrase_tokens, window_size
 from ovseg_jax.towers.prompt_file import ANCHOR, Prompt
 from ovseg_jax.towers.prompt_layout import Layout, NameTokens
+from ovseg_jax.towers.text_files import write_text_tower
 from ovseg_jax.vocab.tokenizers import PieceTokenizer, load_tokenizer
 from ovseg_jax.vocab.word_tokenizer import WORDS_FILE, WordTokenizer
 from ovseg_jax.vocab.words import WordList
@@ -283,6 +284,13 @@ class Clip:
         assert isinstance(self.image, ViT | Eva)
         out = self.image.clone(values=values).apply(weights["image"], x, rngs=rngs)
         return unit(out.pooled), project(weights["image"]["params"], out.tokens)
+
+    def save_text(
+        self, folder: Path, weights: Mapping[str, Any], templates: Sequence[str], dtype: Any = np.float32
+    ) -> None:
+        """Saves the text tower for `ovseg_jax.torch`, see `write_text_tower`."""
+        arrays = flatten_dict(jax.device_get(unstacked(weights["text"])), sep="/")
+        write_text_tower(folder, self.tokenizer, self.text, arrays, templates, dtype)
 
     def embed_names(
         self,

@@ -1,6 +1,5 @@
 """A published text tower that is never trained, as in OpenSeg (papers/004, 3.2 and 4.1)."""
 
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -135,26 +134,19 @@ class FrozenText:
     def save(self, folder: epath.PathLike, dtype: Any = np.float32) -> None:
         """Saves the tower, so that it can be loaded without its original files.
 
-        It writes `model.safetensors` with the names of `pretrained.to_torch`, `config.json` with the templates, the
-        tokeniser's files, and `prompt.safetensors` if there is a prompt.
+        It writes the files of `write_text_tower`, and `prompt.safetensors` if there is a prompt.
         """
-        from ovseg_jax.pretrained.files import write_safetensors
         from ovseg_jax.pretrained.hub import find
-        from ovseg_jax.pretrained.to_torch import describe, to_torch
+        from ovseg_jax.towers.text_files import write_text_tower
         from ovseg_jax.vocab.tokenizers import load_tokenizer
 
         folder = epath.Path(folder)
-        load_tokenizer(_folder(find(self.source))).save(folder)
-        cast = {name: x.astype(dtype) for name, x in to_torch(self.weights()).items()}
-        write_safetensors(folder / "model.safetensors", cast, {"format": "pt"})
         (folder / FILE).unlink(missing_ok=True)
         if self.prompt:
+            folder.mkdir(parents=True, exist_ok=True)
             save_prompt(folder / FILE, self.prompt)
-        # Written last, so that a folder with this file is complete.
-        described = describe(self.tower) | ({"templates": list(self.templates)} if self.templates else {})
-        (folder / "config.json").write_text(
-            json.dumps(described, indent=1, ensure_ascii=False) + "\n", "utf-8"
-        )
+        tokenizer = load_tokenizer(_folder(find(self.source)))
+        write_text_tower(folder, tokenizer, self.tower, self.weights(), self.templates, dtype)
 
     def weights(self) -> dict[str, np.ndarray]:
         """Returns the tower's parameters by path."""

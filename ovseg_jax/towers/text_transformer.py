@@ -1,6 +1,5 @@
 """A transformer as a text side, trained together with the images, as in P-Seg (papers/002, 3.3.2 and C.1)."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,25 +116,16 @@ class TextTransformer:
         return parts[0] if len(parts) == 1 else unit(jnp.asarray(sum(parts)))
 
     def save(self, folder: Path, variables: Mapping[str, Any], dtype: Any = np.float32) -> None:
-        """Saves the trained transformer for `ovseg_jax.torch`.
-
-        It writes `model.safetensors` with the names of `pretrained.to_torch`, `config.json` and the tokeniser's files.
+        """Saves the trained transformer for `ovseg_jax.torch`, see `write_text_tower`.
 
         Args:
           folder: created if missing.
           variables: `params`, and `batch_stats` if the projection is normalised.
           dtype: of the weights in the file.
         """
-        from ovseg_jax.pretrained.files import write_safetensors
-        from ovseg_jax.pretrained.to_torch import describe, to_torch
+        from ovseg_jax.towers.text_files import write_text_tower
 
-        self.tokenizer.save(folder)
         flat: dict[str, Any] = {}
         for tree in variables.values():
             flat |= flatten_dict(jax.device_get(tree), sep="/")
-        cast = {name: x.astype(dtype) for name, x in to_torch(flat).items()}
-        write_safetensors(folder / "model.safetensors", cast, {"format": "pt"})
-        described = describe(self.net) | {"templates": list(self.templates)}
-        (folder / "config.json").write_text(
-            json.dumps(described, indent=1, ensure_ascii=False) + "\n", "utf-8"
-        )
+        write_text_tower(folder, self.tokenizer, self.net, flat, self.templates, dtype)

@@ -1,6 +1,7 @@
 """FC-CLIP end to end: a published checkpoint's names, against open_clip and transformers' Mask2Former put together."""
 
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,13 @@ from ovseg_jax.decisions.rules import Argmax, Instances, Panoptic, decide
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.keys import check_config
 from ovseg_jax.experiment.run import train
+from ovseg_jax.inference import export
 from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.methods import fcclip
 from ovseg_jax.methods.fcclip import FCClip
+from ovseg_jax.methods.trunks import TowerTrunk, prepared
+from ovseg_jax.parallel.sharding import path_name
+from ovseg_jax.pretrained.files import read_arrays
 from ovseg_jax.pretrained.published import CLIP
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.templates import VILD
@@ -479,6 +484,128 @@ def test_the_published_size_builds():
     head = jax.eval_shape(method._init_head, jax.random.key(0))
     assert method.whole == Whole(800, 1333, 32) and head["classifier"]["void"].shape == (768,)
     assert head["masks"]["decoder"]["query_features"].shape == (250, 256)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A Segmenter with weights that all matter, masks that end inside of the image, and different classes."""
+    folder = tmp_path_factory.mktemp("small")
+    pieces(folder)
+    found = config(**{"towers.tokenizer": str(folder), "fcclip.trust": 0.5})
+    method = FCClip(found, WordList([]), TRAINED)
+    rng = np.random.default_rng(0)
+    branch = re.compile("masks/decoder/layer_.*(mlp_out|attention/out)/")
+
+    def drawn(path, x):  # with small branches, so that queries differ
+        noisy = jnp.asarray(x + rng.normal(0, 0.1, x.shape), jnp.float32)
+        return noisy * (0.2 if branch.search(path_name(path)) else 1)
+
+    variables = jax.tree.map_with_path(drawn, method.init(jax.random.key(0)))
+    images, sizes = map(jnp.asarray, inputs())
+
+    def run(variables):
+        pixels, size = prepared(method.clip, method.trunk.cell, images, sizes)
+        maps = method.trunk.apply(variables, pixels).maps
+        return method.head.apply({"params": variables["params"]}, maps, size)[0].pixels
+
+    features = variables["params"]["masks"]["pixel_decoder"]["mask_features"]
+    features["kernel"] *= 10
+    features["bias"] -= jax.jit(run)(variables).mean((0, 1, 2))
+    return Segmenter(method, variables, method.config, TRAINED)
+
+
+def inputs(count=2):
+    """Images of two sizes on square canvases."""
+    images = np.random.default_rng(1).integers(0, 256, (count, 96, 96, 3), np.uint8)
+    sizes = np.array([[96, 96], [50, 70], [96, 33]], np.int32)[:count]
+    return images, sizes
+
+
+def test_stablehlo_gives_the_logits_of_both_spaces(small, tmp_path):
+    require("flatbuffers")
+    export.export_model(lambda: small, "stablehlo", str(tmp_path))
+    exported = jax.export.deserialize(bytearray((tmp_path / "model.stablehlo").read_bytes()))
+    images, sizes = inputs(3)
+    text = np.asarray(small.embed("puppy,dog; sea")["clip"])
+    masks, own, clip, void, pixels = exported.call(read_arrays(tmp_path), images, sizes, text)
+    expected = jax.jit(small.method.predict)(small.variables, images, sizes)
+    np.testing.assert_allclose(masks, expected.mask_logits, rtol=1e-3, atol=1e-3)
+    for space, logits in (("head", own), ("clip", clip)):
+        np.testing.assert_allclose(logits, np.einsum("td,bnd->btn", text, expected.regions[space]), atol=1e-3)
+    np.testing.assert_allclose(void, expected.void, atol=1e-3)
+    np.testing.assert_allclose(pixels, expected.pixels["clip"], atol=1e-3)
+
+
+def test_onnx_of_fcclip_takes_any_number_of_images(small, tmp_path):
+    torch, runtime = require("torch"), require("onnxruntime")
+    require("onnxscript")
+    import ovseg_jax.torch
+
+    export.to_onnx(small, tmp_path, np.dtype("float32"))
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    images, sizes = inputs(3)
+    images = images.transpose(0, 3, 1, 2)
+    names = [x.name for x in session.get_outputs()]
+    assert names == ["mask_logits", "head", "clip", "void", "pixel_embed"]
+    found = session.run(None, {"image": images, "image_size": sizes})
+    with torch.no_grad():
+        expected = ovseg_jax.torch.load(tmp_path).net(torch.from_numpy(images), torch.from_numpy(sizes))
+    errors = [reference.relative_error(*pair) for pair in zip(found, expected, strict=True)]
+    print(f"FC-CLIP through onnxruntime: max relative error {max(errors):.1e}")
+    assert max(errors) < 1e-4
+
+
+def test_fcclip_in_pytorch_gives_the_same_outputs_and_labels(small, tmp_path, monkeypatch):
+    torch = require("torch")
+    import ovseg_jax.torch
+
+    monkeypatch.setattr(FCClip, "whole", Whole(64, 96, 32))
+    segmenter = Segmenter(small.method, small.variables, small.config, TRAINED)
+    export.export_model(lambda: segmenter, "torch", str(tmp_path))
+    loaded = ovseg_jax.torch.load(tmp_path)
+    canvas, sizes = (64, 128), np.array([(64, 128), (33, 90), (64, 9)], np.int32)
+    pixels = np.random.default_rng(4).integers(0, 256, (len(sizes), *canvas, 3), np.uint8)
+    expected = jax.jit(small.method.predict)(small.variables, pixels, sizes)
+    with torch.no_grad():
+        found = loaded.net(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(sizes))
+    pairs = dict(
+        masks=(found.mask_logits, expected.mask_logits),
+        head=(found.head, expected.regions["head"]),
+        clip=(found.clip, expected.regions["clip"]),
+        void=(found.void, expected.void),
+        pixels=(found.pixel_embed.permute(0, 2, 3, 1), expected.pixels["clip"]),
+    )
+    assert 0.05 < (found.mask_logits > 0).float().mean() < 0.95
+    errors = {name: reference.relative_error(*pair) for name, pair in pairs.items()}
+    print(f"FC-CLIP in PyTorch: max relative errors {errors}")
+    assert max(errors.values()) < 1e-4
+    image = np.random.default_rng(5).integers(0, 256, (70, 50, 3), np.uint8)  # its canvas has another shape
+    image[:, 20:] //= 3
+    for labels in (ASKED, None):
+        ours, theirs = segmenter.segment(image, labels), loaded.segment(image, labels)
+        assert len(np.unique(ours.label_map)) > 1 and ours.classes.names == theirs.classes.names
+        assert (ours.label_map == theirs.label_map).mean() > 0.999
+        np.testing.assert_allclose(theirs.confidence, ours.confidence, atol=1e-4)
+    file = tmp_path / "config.json"
+    text = file.read_text()
+    for change, message in (
+        (('"kind": "ConvNeXt"', '"kind": "ViT"'), "'ViT' of FC-CLIP's trunk is not one of ConvNeXt"),
+        (('"seen": [', '"seen": [3, '), "seen is not a list of texts"),
+        (('"short": 64', '"short": -64'), "short is -64, not a whole number"),
+    ):
+        file.write_text(text.replace(*change))
+        with pytest.raises(UserError, match=message):
+            ovseg_jax.torch.load(tmp_path)
+
+
+@pytest.mark.parametrize("to", ["torch", "onnx"])
+def test_another_trunk_has_no_pytorch_form(tmp_path, to):
+    for package in ("onnx", "onnxscript"):
+        require(package)
+    method = SimpleNamespace(trunk=object.__new__(TowerTrunk))
+    segmenter = SimpleNamespace(method=method, config=SimpleNamespace(method="fcclip"))
+    with pytest.raises(UserError, match=f"--to={to} has no form of fcclip on a ViT or EVA"):
+        export.export_model(lambda: segmenter, to, str(tmp_path))
 
 
 def test_its_config_runs_on_scenes(tmp_path):
