@@ -20,7 +20,7 @@ _NAMES = {
     **{"mean": "running_mean", "var": "running_var"},
 }
 # Fields of our modules without effect on inference.
-_TRAINING = ("parent", "name", "dtype", "remat", "drop_rate")
+_TRAINING = ("parent", "name", "dtype", "remat", "scan", "drop_rate")
 _HEADS = re.compile(r"(query|key|value|out)(_\d+)?")
 
 
