@@ -4,7 +4,7 @@
       on `scenes`, which is generated on the fly, in 7 minutes on two cores: first captions and tags of images and of
       boxes train a small EVA and its text tower from random weights (4.1); then, with adapters in the frozen tower,
       masks and a head for their names (4.2). Mean of three seeds: R@1 of 81.6 image to text and 70.4 text to image; PQ
-      of 68.4, AP of 63.7, mIoU of 69.4 on seen pairs, 37.6 held out, 93.8 on stuff.
+      of 68.4, AP of 63.8, mIoU of 69.4 on seen pairs, 37.6 held out, 93.8 on stuff.
   python -m ovseg_jax.main --config=configs/umg_clip.py:adapt=none
       the first part alone; adapt=global goes on with adapters for classification and retrieval.
   python -m ovseg_jax.main --config=configs/umg_clip.py:losses=image_captions
