@@ -112,9 +112,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         # data=umg41m: the blocks of a tower as one loop of the program, which is traced in a fifth of the time (L/14)
         # and has the weights of one block at a time on each chip; without effect on towers with adapters. Ours
         loop=False,
-        size=AtLeast(
-            896, 32
-        ),  # adapt=panoptic: side of the images (5.1: 640 on BigDet; Table 10: 384, 640, 896)
+        # adapt=panoptic: side of the images (5.1: 640 on BigDet; Table 10: 384, 640, 896)
+        size=AtLeast(896, 32),
         # data=umg41m: folders of prepared sets to score at the end, A;B: with captions, with classes, with masks
         retrieval="",
         classification="",
@@ -373,9 +372,8 @@ def panoptic(args: Args) -> ConfigDict:
         own.towers.image.patch = 16  # ours: 640 is no multiple of 14, and EVA-CLIP converts its models so
     if args.adapters:
         own.towers.adapter = adapter()
-        own.fcclip.clip_features = (
-            "frozen"  # ours: on scenes names of held-out things are better, see tests/benchmarks/README.md
-        )
+        # Ours: on scenes names of held-out things are better, see tests/benchmarks/README.md.
+        own.fcclip.clip_features = "frozen"
     own.model.update(remat="dots", dtype="bfloat16")  # ours
     own.fcclip.update(short=0, longest=0)  # ours: squares, as in training
     evals: dict[str, Any] = {}

@@ -260,9 +260,8 @@ def to_stablehlo(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     image = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
     sizes = jax.ShapeDtypeStruct((1, 2), np.int32)
     seen = jax.eval_shape(method.predict, segmenter.variables, image, sizes)
-    width = next(iter((seen.regions or seen.pixels).values())).shape[
-        -1
-    ]  # of several spaces, the texts are the same
+    # Of several spaces, the texts are the same.
+    width = next(iter((seen.regions or seen.pixels).values())).shape[-1]
     b, t = jax.export.symbolic_shape("b, t")
     shapes = (
         {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in cast.items()},

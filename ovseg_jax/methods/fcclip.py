@@ -16,7 +16,6 @@ Facts from bytedance/fc-clip, fcclip/*. Differences: masks are upsampled once, t
 published code upsamples them to the network's input, crops the padding and upsamples again.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -177,9 +176,7 @@ class FCClip(OnClip, Segmenting):
             )
         options = {name: config.model[name] for name in HEAD_FIELDS if name in config.model}
         dtype = jnp.dtype(config.model.get("dtype", "float32"))
-        self._plain = copy.copy(self.clip)
-        if config.towers.get("adapter"):
-            self._plain.image = self.clip.image.clone(adapter=None)
+        self._plain = self.clip.without_adapters()
         self.head = FCClipHead(
             Mask2FormerHead(**options, dtype=dtype), MaskClassifier(self.clip.dim, dtype=dtype)
         )

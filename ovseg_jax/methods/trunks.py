@@ -116,7 +116,7 @@ class TowerTrunk:
             )
         if features not in CLIP_FEATURES:
             raise UserError(f"fcclip.clip_features={features!r} is not one of {', '.join(CLIP_FEATURES)}")
-        self._tower, self._plain = tower, tower.clone(adapter=None)
+        self._tower, self._plain = tower, clip.without_adapters().image
         self._train = clip.adapted(train=True) if tower.adapter else tower
         self._again = features == "frozen" and tower.adapter is not None
         self._pyramid = TowerPyramid(self._plain, clip.dtype)

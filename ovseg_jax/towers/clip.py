@@ -1,5 +1,6 @@
 """CLIP (Radford et al. 2021): an image tower, a text tower and the temperature between them."""
 
+import copy
 import dataclasses
 import re
 import tempfile
@@ -44,9 +45,8 @@ from ovseg_jax.vocab.words import WordList
 
 TOWERS = "towers"  # in the folder of a run of method "clip"
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
-TOWER_KEYS = (
-    "image text adapter init tokenizer image_size mean std logit_scale dtype"  # of a config's `towers`
-)
+# Of a config's `towers`.
+TOWER_KEYS = "image text adapter init tokenizer image_size mean std logit_scale dtype"
 ADAPTER_KEYS = ("width", "activation", "dropout", "scale")
 # The number of names that the text tower embeds at once.
 GROUP = 256
@@ -174,6 +174,13 @@ class Clip:
                 f"towers.image.name={self.config.image.name!r}: only a ViT or an EVA takes adapters"
             )
         return with_convpass(self.image, **options, train=train)
+
+    def without_adapters(self) -> "Clip":
+        """Returns the same towers without adapters."""
+        plain = copy.copy(self)
+        if self.config.get("adapter"):
+            plain.image = self.image.clone(adapter=None)
+        return plain
 
     def init(self, rng: jax.Array) -> dict[str, Any]:
         """Draws random weights."""

@@ -139,7 +139,7 @@ def test_pickles_of_arrays_alone(tmp_path, capfd):
     assert read_arrays(tmp_path / "w.pkl").keys() == {"a.weight"}
     for other, message in ((Evil(), "it holds builtins.print, not only arrays"), ({"a": 1}, "no arrays")):
         (tmp_path / "w.pkl").write_bytes(pickle.dumps(other))
-        with pytest.raises(UserError, match=f"w.pkl cannot be read: {message}|{message}"):
+        with pytest.raises(UserError, match=message):
             read_arrays(tmp_path / "w.pkl")
     assert "executed" not in capfd.readouterr().out
 
