@@ -9,8 +9,8 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10", "etils[epath-gcs]"],
     "buckets": ["etils[epath-gcs,epath-s3]"],
     "cuda": ["jax[cuda13]>=0.10"],
-    # Preparing data sets (without TensorFlow); to train from prepared ones, all but Beam.
-    "prepare": ["apache-beam>=2.70", "array_record", "tensorflow-datasets>=4.9.10"],
+    # Preparing data sets (without TensorFlow); to train from prepared ones, all but Beam, and h5py, which reads `pcam`.
+    "prepare": ["apache-beam>=2.70", "array_record", "h5py", "tensorflow-datasets>=4.9.10"],
     # With it clu also writes TensorBoard files.
     "tensorboard": ["tensorflow"],
     # Tokenisers of published text towers, and the hub that the weights are on.

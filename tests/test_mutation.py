@@ -43,6 +43,7 @@ from ovseg_jax.data.sources.pseudo_masks import PseudoMasks, Shard, Statistics, 
 from ovseg_jax.data.sources.region_json import RegionJson
 from ovseg_jax.data.sources.webdataset import WebDataset
 from ovseg_jax.datasets.ade20k import Ade20k150, Ade20kFull
+from ovseg_jax.datasets.classification import FgvcAircraft, Gtsrb, ObjectNet, Resisc45, Voc2007
 from ovseg_jax.datasets.coco import CocoPanoptic, CocoStuff
 from ovseg_jax.datasets.coop import CoopSplit
 from ovseg_jax.datasets.imagenet import ImageNet21k, ImageNetS
@@ -51,6 +52,7 @@ from ovseg_jax.datasets.members import Members
 from ovseg_jax.datasets.narratives import LocalizedNarratives
 from ovseg_jax.datasets.objects365 import Objects365
 from ovseg_jax.datasets.pascal_context import PascalContext59, PascalContext459
+from ovseg_jax.datasets.pixel_files import Cifar10, Fer2013, Mnist, Stl10, Svhn
 from ovseg_jax.datasets.retrieval import CocoRetrieval
 from ovseg_jax.datasets.voc import Voc2012
 from ovseg_jax.errors import UserError
@@ -81,6 +83,8 @@ from ovseg_jax.vocab.words import WordList
 from tests.datasets.packing import as_json, jpeg, read_all, tarred, unpacked, zipped
 from tests.datasets.test_ade20k import BENCH, FULL
 from tests.datasets.test_captions import COCO, RETRIEVAL
+from tests.datasets.test_classification_sets import CUT
+from tests.datasets.test_classification_sets import FILES as CLASSIFIED
 from tests.datasets.test_coco_sets import PANOPTIC, STUFF
 from tests.datasets.test_coop_splits import PETS
 from tests.datasets.test_imagenet import FILES as IMAGENET_S
@@ -387,6 +391,11 @@ def download(files: dict[str, bytes], name: str, kind: Any, split: str = "train"
         return unpacked(folder, files) / name
 
     return Reader(write, lambda path: read_all(kind(root_of(path, name)), split), 0.5)
+
+
+def listed_images(folder: Path) -> Path:
+    unpacked(folder, CLASSIFIED["resisc45"]())
+    return text("list.txt", "wetland_001.jpg\nsea_ice_002.jpg\n")(folder)
 
 
 def tars(folder: Path) -> Path:
@@ -832,6 +841,15 @@ READERS: dict[str, Reader] = {
     "map of COCO-Stuff": download(STUFF, "stuffthingmaps/train2017/000000000009.png", CocoStuff),
     "map of SBD": download(VOC, "benchmark_RELEASE/dataset/cls/2008_000002.mat", Voc2012, "trainaug"),
     "list of SBD": download(VOC, "benchmark_RELEASE/dataset/train.txt", Voc2012, "trainaug"),
+    **{
+        f"{kind.name}, classified": download(CLASSIFIED[kind.name](), CUT[kind.name], kind, "test")._replace(
+            share=0.2
+        )
+        for kind in (Cifar10, Fer2013, FgvcAircraft, Gtsrb, Mnist, ObjectNet, Stl10, Svhn, Voc2007)
+    },
+    "list of aerial images": Reader(
+        listed_images, lambda path: read_all(Resisc45(path.parent, list=str(path)), "test"), 0.5
+    ),
     "Karpathy's splits": download(RETRIEVAL, "dataset_coco.json", CocoRetrieval),
     "manifest of a prepared set": prepared(prepared_files.MANIFEST),
     "classes of a prepared set": prepared(prepared_files.CLASSES),
@@ -956,10 +974,15 @@ OPENERS: dict[str, str] = {
     "data/sources/webdataset.py:_read_index": "index of tars",
     "data/sources/webdataset.py:_tar_members": "tar of images and captions",
     "datasets/ade20k.py:full_ids": "none: a file of the package",
+    "datasets/classification.py:_package_names": "none: a file of the package",
+    "datasets/classification.py:listed": "list of aerial images",
     "datasets/members.py:_add_archive": "zip in a tar",
+    "datasets/members.py:open": "mnist, classified",
     "datasets/members.py:read": "zip in a tar",
     "datasets/narratives.py:_read": "Localized Narratives",
     "datasets/packed.py:json": "LVIS",
+    "datasets/pixel_files.py:entries": "mnist, classified",
+    "datasets/pixel_files.py:pixels": "fer2013, classified",
     "datasets/prepare.py:_check_folder": "none: tests/datasets/test_prepare.py",
     "datasets/prepare.py:_finish": "none: copies what was just written",
     "datasets/prepare.py:_load_job": "none: written anew by each call",

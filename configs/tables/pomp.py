@@ -1,9 +1,11 @@
 """The tables of papers/000 (Ren et al., Prompt Pre-Training with Twenty-Thousand Classes).
 
 Data of the commands: data/imagenet21k, train/ and val/ with a folder for each class, and names.txt with their names;
-data/imagenet, the same of ImageNet-1K; data/sets, the sets of `score suite --suite=pomp`, imagenet21k included, and for
-segmentation COCO-Stuff, VOC, ADE20K and PC-59, as `python -m ovseg_jax.prepare` writes coco_stuff, voc_2012 (train, val
-and trainaug), ade20k_150 and pascal_context_59; data/pomp/prompt.safetensors, the prompt of Table 1's POMP-B16.
+data/imagenet, the same of ImageNet-1K; data/sets, the sets of `score suite --suite=pomp` (of which
+`python -m ovseg_jax.prepare` writes imagenet21k, fgvc_aircraft, imagenet_v2, imagenet_sketch, imagenet_a and imagenet_r
+by name, the other nine by `coop`), and for segmentation COCO-Stuff, VOC, ADE20K and PC-59, as it writes coco_stuff,
+voc_2012 (train, val and trainaug), ade20k_150 and pascal_context_59; data/pomp/prompt.safetensors, the prompt of Table
+1's POMP-B16.
 """
 
 from ml_collections import ConfigDict

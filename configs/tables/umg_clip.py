@@ -2,9 +2,11 @@
 
 Data of the commands: data/umg41m, the JSON files of UMG-41M, and its images; data/coco in COCO's layout; data/sets with
 A-150 and the other five sets of Table 5, ADE20K-panoptic (ade20k_150 with `--option=kind=panoptic`), COCO-captions and
-Flickr30k (coco_retrieval, flickr30k_retrieval), as `python -m ovseg_jax.prepare` writes them (configs/README.md), and,
-for `score suite --suite=umg_clip`, the 21 sets of Table 2, each a folder of images by class (`score suite --help`), or
-caltech101, dtd, eurosat and sun397 as `prepare coop` writes them; no other of the 21 has a preparation.
+Flickr30k (coco_retrieval, flickr30k_retrieval), as `python -m ovseg_jax.prepare` writes them (configs/README.md), and
+the 21 sets of Table 2 for `score suite --suite=umg_clip`: caltech101, dtd, eurosat and sun397 as `prepare coop` writes
+them, each other as `prepare` of its own name does, such as data/sets/country211; or folders of images by class
+(`score suite --help`). The paper names no splits: those of CoOp's four are CoOp's, and resisc45 is all of its images or
+those of a list.
 data/umg_clip/B16 and the like are the runs of Table 6, which other rows start from, and data/umg_clip/ablation-NAME
 those of Tables 7 and 9.
 

@@ -1,4 +1,4 @@
-"""Data sets made of ImageNet: ImageNet-S and ImageNet-21K, whose classes are WordNet ids and need names."""
+"""ImageNet-S, ImageNet-21K and the test sets beside ImageNet, whose classes are WordNet ids and need names."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from ovseg_jax.data.images import read_colours
-from ovseg_jax.data.sources.image_folder import read_names
+from ovseg_jax.data.sources.image_folder import WORDNET_FILES, read_names
 from ovseg_jax.datasets.base import Download, Entry, Option, segments_of_map
 from ovseg_jax.datasets.packed import Packed
 from ovseg_jax.errors import UserError
@@ -20,28 +20,43 @@ _WORDS = Download(
     "https://image-net.org/data/words.txt",
     "names of all WordNet ids; for ImageNet-1k's, LOC_synset_mapping.txt of Kaggle will do",
 )
+_CLASSNAMES = Download(
+    "classnames.txt",
+    "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md",
+    "CLIP's names of the 1,000 classes, which POMP and UMG-CLIP ask for; or LOC_synset_mapping.txt of Kaggle",
+)
 _LICENCE = "for non-commercial research and education (https://image-net.org/download, where one registers)"
 _IGNORED = 1000
 
 
 class _WordNet(Packed):
-    """A reader whose classes are WordNet ids, with names from a file."""
+    """A reader whose classes are WordNet ids, with names from a file.
+
+    Attributes:
+      name_files: the files of names in the download, of which the first that is there is read.
+    """
+
+    name_files: tuple[str, ...] = ("words.txt", "LOC_synset_mapping.txt")
 
     def _named(self, wnids: Iterable[str], first: int = 0) -> ClassList:
         """Returns the classes of WordNet ids in alphabetical order, numbered from `first`.
 
-        The names are those of the option `names`, or of words.txt or LOC_synset_mapping.txt in the download.
+        The names are those of the option `names`, or of the first of `name_files` in the download.
 
         Raises:
           UserError: there is no file of names, or it lacks an id.
         """
-        path = self.chosen["names"] or self.source / self.need("words.txt", "LOC_synset_mapping.txt")
-        listed = read_names(path)
+        path, listed = self._listed()
         chosen = sorted(wnids)
         if missing := [wnid for wnid in chosen if wnid not in listed]:
             raise UserError(f"{path} has no name for {missing[0]} and {len(missing) - 1} other classes")
         ids = tuple(range(first, first + len(chosen)))
         return ClassList(tuple(listed[wnid] for wnid in chosen), ids, (True,) * len(chosen)).say_shared(path)
+
+    def _listed(self) -> tuple[epath.PathLike, dict[str, tuple[str, ...]]]:
+        """Returns the file of names, and the names of the ids that it lists."""
+        path = self.chosen["names"] or self.source / self.need(*self.name_files)
+        return path, read_names(path)
 
 
 class ImageNetS(_WordNet):
@@ -71,7 +86,7 @@ class ImageNetS(_WordNet):
         super().__init__(source, **options)
         size = self.chosen["size"]
         self._folders = {"train": f"ImageNetS{size}/train-semi", "val": f"ImageNetS{size}/validation"}
-        wnids = {_wnid_folder(name) for folder in self._folders.values() for name in self._images(folder)}
+        wnids = {_class_folder(name) for folder in self._folders.values() for name in self._images(folder)}
         if len(wnids) != int(size):
             raise UserError(
                 f"{self.name}: {self.source} holds {len(wnids)} class folders in train-semi and validation, but "
@@ -174,12 +189,130 @@ class ImageNet21k(_WordNet):
         return {**self.__dict__, "_names": {}}  # Workers get their entries.
 
 
+class _TestSet(_WordNet):
+    """A test set of ImageNet's classes, in folders by class.
+
+    Attributes:
+      count: the number of classes.
+      folder: a pattern of the names of their folders.
+    """
+
+    splits = ("test",)
+    provides = frozenset({"image", "label"})
+    options = (_NAMES,)
+    name_files = WORDNET_FILES
+    count: int
+    folder = r"n\d{8}"
+
+    def __init__(self, source: epath.PathLike, **options: str):
+        super().__init__(source, **options)
+        pattern = re.compile(rf"(?:^|/){self.folder}/[^/]+\.(?:jpg|jpeg)$", re.IGNORECASE)
+        self._images = [name for name in self.members.names() if pattern.search(name)]
+        found = {_class_folder(name) for name in self._images}
+        if not found:
+            raise UserError(self._missing("folders of WordNet ids with .JPEG or .jpg files"))
+        if len(found) != self.count:
+            raise UserError(
+                f"{self.name}: {self.source} holds {len(found)} class folders with images, but it has {self.count}"
+            )
+        self._index = self._set_classes(found)
+
+    def _set_classes(self, folders: set[str]) -> dict[str, int]:
+        """Sets `classes` and returns the index of each class folder."""
+        self.classes = self._named(folders)
+        return {folder: k for k, folder in enumerate(sorted(folders))}
+
+    def entries(self, split: str) -> Iterator[Entry]:
+        """Yields the images; their keys are the class folder and the file's name without suffix."""
+        self.check_split(split)
+        for name in self._images:
+            yield Entry(_end(name), {"image": name, "label": self._index[_class_folder(name)]})
+
+    def example(self, split: str, entry: Entry) -> dict[str, Any]:
+        """Returns `image` and `label` of an image."""
+        return {"image": self.members.read(entry.data["image"]), "label": entry.data["label"]}
+
+
+class ImageNetA(_TestSet):
+    """ImageNet-A: photographs that ResNet-50 gets wrong."""
+
+    name = "imagenet_a"
+    about = "7,500 test images of 200 classes of ImageNet"
+    homepage = "https://github.com/hendrycks/natural-adv-examples"
+    licence = "MIT (the list)"
+    download = (
+        Download("imagenet-a.tar", "https://people.eecs.berkeley.edu/~hendrycks/imagenet-a.tar"),
+        _CLASSNAMES,
+    )
+    archives = ("imagenet-a.tar",)
+    count = 200
+
+
+class ImageNetR(_TestSet):
+    """ImageNet-R: drawings, sculptures and other renditions."""
+
+    name = "imagenet_r"
+    about = "30,000 test images of 200 classes of ImageNet"
+    homepage = "https://github.com/hendrycks/imagenet-r"
+    licence = "MIT (the list)"
+    download = (
+        Download("imagenet-r.tar", "https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar"),
+        _CLASSNAMES,
+    )
+    archives = ("imagenet-r.tar",)
+    count = 200
+
+
+class ImageNetSketch(_TestSet):
+    """ImageNet-Sketch: drawings in black and white."""
+
+    name = "imagenet_sketch"
+    about = "50,889 test images of the 1,000 classes of ImageNet"
+    homepage = "https://github.com/HaohanWang/ImageNet-Sketch"
+    licence = "MIT (the list)"
+    download = (Download("ImageNet-Sketch.zip", homepage, "linked there"), _CLASSNAMES)
+    archives = ("ImageNet-Sketch.zip", "imagenet-sketch.zip")
+    count = 1000
+
+
+class ImageNetV2(_TestSet):
+    """ImageNet-V2, matched frequency, or another of its variants if the folder holds that.
+
+    The folders are numbers, of the 1,000 WordNet ids in alphabetical order.
+    """
+
+    name = "imagenet_v2"
+    about = "10,000 test images of the 1,000 classes of ImageNet"
+    homepage = "https://github.com/modestyachts/ImageNetV2"
+    licence = "MIT (the list)"
+    download = (
+        Download(
+            "imagenetv2-matched-frequency.tar.gz",
+            "https://huggingface.co/datasets/vaishaal/ImageNetV2/resolve/main/imagenetv2-matched-frequency.tar.gz",
+        ),
+        _CLASSNAMES,
+    )
+    archives = ("imagenetv2-*.tar.gz",)
+    count = 1000
+    folder = r"imagenetv2[^/]*/\d{1,3}"
+
+    def _set_classes(self, folders: set[str]) -> dict[str, int]:
+        """Sets the classes by the ids that the file of names lists."""
+        path, listed = self._listed()
+        if len(listed) != self.count:
+            raise UserError(
+                f"{path} names {len(listed)} ids: {self.name} needs the {self.count} of ImageNet-1k"
+            )
+        self.classes = self._named(listed)
+        return {folder: int(folder) for folder in folders}
+
+
 def _end(name: str) -> str:
     """Returns the last folder and the base name without suffix."""
     return "/".join(name.split("/")[-2:]).rpartition(".")[0]
 
 
-def _wnid_folder(name: str) -> str:
+def _class_folder(name: str) -> str:
     return name.split("/")[-2]
 
 

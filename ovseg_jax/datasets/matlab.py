@@ -1,4 +1,4 @@
-"""Label maps in MATLAB files of version 5, read without SciPy, whose reader crashes the process on damaged files."""
+"""Arrays in MATLAB files of version 5, read without SciPy, whose reader crashes the process on damaged files."""
 
 import struct
 import zlib
@@ -16,7 +16,9 @@ _ORDERS = {b"IM": "<", b"MI": ">"}
 _MATRIX, _COMPRESSED = 14, 15
 _STRUCTURE, _NUMERIC = 2, range(6, 16)
 _TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
-_LARGEST = 1 << 28  # bytes of a decompressed variable; a label map has a few million
+_LARGEST = (
+    1 << 28
+)  # bytes of a decompressed variable; a label map has a few million, SVHN's training images 225
 
 
 def read_label_map(file: Encoded, *path: str) -> Int32[np.ndarray, "h w"]:
@@ -29,16 +31,29 @@ def read_label_map(file: Encoded, *path: str) -> Int32[np.ndarray, "h w"]:
     Raises:
       UserError: the file is damaged or of another version, or has no such array.
     """
+    labels, name = read_array(file, *path), repr(path[-1])
     with reading(file):
-        if len(file.data) < _HEADER or (order := _ORDERS.get(bytes(file.data[126:128]))) is None:
-            raise ValueError("it is not a MATLAB file of version 5")
-        labels = _array(_find(memoryview(file.data)[_HEADER:], order, path[0]), order, path[1:])
-        name = repr(path[-1])
         if labels.ndim != 2 or not labels.size:
             raise ValueError(f"{name} is an array of {labels.dtype} {labels.shape}, not a label map")
         if not np.isfinite(labels).all() or ((labels < 0) | (labels > 1 << 16) | (labels % 1 != 0)).any():
             raise ValueError(f"{name} has values that are not whole numbers from 0 to 65536")
         return labels.astype(np.int32)
+
+
+def read_array(file: Encoded, *path: str) -> np.ndarray:
+    """Reads an array of numbers of any shape.
+
+    Args:
+      file: the file.
+      *path: the name of its variable, and of the fields of structures that lead to the array.
+
+    Raises:
+      UserError: the file is damaged or of another version, or has no such array.
+    """
+    with reading(file):
+        if len(file.data) < _HEADER or (order := _ORDERS.get(bytes(file.data[126:128]))) is None:
+            raise ValueError("it is not a MATLAB file of version 5")
+        return _array(_find(memoryview(file.data)[_HEADER:], order, path[0]), order, path[1:])
 
 
 def _find(data: memoryview, order: str, name: str) -> memoryview:
@@ -94,5 +109,5 @@ def _array(content: memoryview, order: str, fields: Sequence[str]) -> np.ndarray
         return _array(parts[5 + names.index(fields[0].encode())][1], order, fields[1:])
     stored, values = parts[3]
     if kind not in _NUMERIC or stored not in _TYPES:
-        raise ValueError("a label map is not an array of numbers")
+        raise ValueError("a variable is not an array of numbers")
     return np.frombuffer(values, order + _TYPES[stored]).reshape(shape, order="F")

@@ -3,8 +3,8 @@
 `train2017.zip` shows `train2017/000000000009.jpg`, as the unpacked folder does. An archive inside an archive is shown
 the same way: `panoptic_annotations_trainval2017.zip` shows `annotations/panoptic_train2017/000000000009.png`.
 
-Members are read at their place in the archive. The exceptions, `.tar.gz` and an archive that is compressed inside
-another, have no such places: they are decompressed once, to a cache folder, and read from there.
+Members are read at their place in the archive. The exceptions, `.tar.gz`, a single file as `.gz` and an archive that is
+compressed inside another, have no such places: they are decompressed once, to a cache folder, and read from there.
 """
 
 import contextlib
@@ -60,8 +60,8 @@ class Members:
 
         Args:
           root: the download folder.
-          archives: patterns of the names of archives (.zip, .tar, .tar.gz, .tgz) that are shown unpacked, such as
-            "VOCtrainval*.tar". Other archives are members like any file.
+          archives: patterns of the names of archives (.zip, .tar, .tar.gz, .tgz, .gz) that are shown unpacked, such
+            as "VOCtrainval*.tar". Other archives are members like any file.
           cache: the folder for what must be decompressed as a whole; by default `.unpacked` in `root`. A file
             there is reused as long as its archive has the same name, size and time.
 
@@ -154,6 +154,26 @@ class Members:
             with open_binary(self._files[record["file"]][0]) as file:
                 return _read_packed(file, record)
 
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[IO[bytes]]:
+        """Opens a member, to read parts of it at any place; a deflated one is decompressed once, to the cache.
+
+        Raises:
+          UserError: there is no such member, or it is damaged: also in place of an error inside the block.
+        """
+        row = self._row(name)
+        if row is None:
+            raise UserError(f"{self.root} holds no {name!r}, unpacked or in an archive")
+        record, place = self._records[row], self.where(name)
+        path, start, size = str(self.root / name), 0, None
+        if record["file"] != _DISK:
+            path, start, size = self._files[record["file"]][0], int(record["at"]), int(record["size"])
+        if record["kind"] != _PLAIN:
+            with io.BytesIO(self.read(name)) as plain:
+                path, start = self._decompressed(plain, name, place, path, int(record["size"]), ""), 0
+        with reading(place), open_binary(path) as file:
+            yield _part(file, start, size)
+
     def where(self, name: str) -> str:
         """Returns the place of a member for messages: its path, or its archive and its name there."""
         row = self._row(name)
@@ -207,13 +227,14 @@ class Members:
             raise UserError(
                 f"{title} lies in {_DEEPEST} archives, one inside another, which is not supported: unpack it"
             )
-        if _kind(name) == "tar.gz":
+        if _kind(name).endswith("gz"):
             with reading(title), open_binary(path) as file:
                 part = _part(file, start, size)
                 length = part.seek(0, os.SEEK_END)
                 part.seek(0)
                 with gzip.GzipFile(fileobj=part) as unzipped:
-                    path = self._decompressed(unzipped, name, title, path, length, ".tar")
+                    suffix = ".tar" if _kind(name) == "tar.gz" else ""
+                    path = self._decompressed(unzipped, name, title, path, length, suffix)
             start, size = 0, None
         number = len(self._files)
         self._files.append((path, title))
@@ -221,7 +242,7 @@ class Members:
         inner: list[tuple[str, str, int, int | None]] = []
         with reading(title), open_binary(path) as file:
             part = _part(file, start, size)
-            for raw, record, open_ in _zip_entries(part) if _kind(name) == "zip" else _tar_entries(part):
+            for raw, record, open_ in _ENTRIES[_kind(name)](part, posixpath.basename(name)):
                 member = posixpath.join(posixpath.dirname(name), _inside(raw))
                 kind, at, packed, length, crc = record
                 if _is_hidden(member) or member in self._on_disk:
@@ -313,7 +334,7 @@ def _part(file: IO[bytes], start: int, size: int | None) -> io.BufferedReader:
 
 def _kind(name: str) -> str:
     """Returns the kind of an archive by its name, or "" if it is none."""
-    found = re.search(r"\.(zip|tar|tar\.gz|tgz)$", name, re.IGNORECASE)
+    found = re.search(r"\.(zip|tar|tar\.gz|tgz|gz)$", name, re.IGNORECASE)
     return {"tgz": "tar.gz"}.get(kind := found[1].lower(), kind) if found else ""
 
 
@@ -365,7 +386,7 @@ def _inside(raw: str) -> str:
 _Entry = tuple[str, tuple[int, int, int, int, int], Callable[[], Any] | None]
 
 
-def _zip_entries(part: io.BufferedReader) -> Iterator[_Entry]:
+def _zip_entries(part: io.BufferedReader, name: str) -> Iterator[_Entry]:
     """Yields the name of each member, its record without the file, and a function that opens it."""
     try:
         archive = zipfile.ZipFile(part)
@@ -394,10 +415,19 @@ def _zip_entries(part: io.BufferedReader) -> Iterator[_Entry]:
             yield name, record, functools.partial(archive.open, info)
 
 
-def _tar_entries(part: io.BufferedReader) -> Iterator[_Entry]:
+def _tar_entries(part: io.BufferedReader, name: str) -> Iterator[_Entry]:
     """Yields the name of each member and its record without the file."""
     for entry in tar_files(part):
         yield entry.name, (_PLAIN, entry.offset_data, entry.size, entry.size, 0), None
+
+
+def _gz_entries(part: io.BufferedReader, name: str) -> Iterator[_Entry]:
+    """Yields the one member of a decompressed `.gz`, which has the archive's name without the suffix."""
+    size = part.seek(0, os.SEEK_END)
+    yield name[: -len(".gz")], (_PLAIN, 0, size, size, 0), None
+
+
+_ENTRIES = {"zip": _zip_entries, "tar": _tar_entries, "tar.gz": _tar_entries, "gz": _gz_entries}
 
 
 def _read_chunk(plain: Any, title: str) -> bytes:

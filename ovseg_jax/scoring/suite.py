@@ -24,13 +24,13 @@ or a JSON file, {{"sets": {{NAME: {{...}}}}}}, where a set may have
   limit      use only the first so many images
 The images of a set lie in DIR/NAME/CLASS, DIR/NAME/test/CLASS or DIR/NAME/val/CLASS; the optional DIR/NAME/names.txt
 (or names.json) gives the class name of each folder; folders named by WordNet ids need it, or classnames.txt,
-LOC_synset_mapping.txt or words.txt. A class counts by its first name. Or DIR/NAME was written by
-`python -m ovseg_jax.prepare`, such as `coop`, which reads CoOp's split files: its split test, or else val, is scored. A
-set without a folder is listed as missing, and each average states how many sets it covers. A set whose main metric is
-not accuracy has a second line with its accuracy, and an average of such sets is printed twice: of the main metric of
-each (POMP's table 11 names the mean over classes for caltech101, oxford_pets, flowers102 and fgvc_aircraft), and of the
-accuracy of all (which the authors' evaluation prints, and POMP's table 2 is made of). If the command was stopped, run
-it again with the same --out to continue.
+LOC_synset_mapping.txt or words.txt. A class counts by its first name. Or DIR/NAME was written by `python -m
+ovseg_jax.prepare`, which reads each set of these suites by its name, such as country211, or by `coop` if CoOp has a
+split file for it: the split test, or else val, is scored. A set without a folder is listed as missing, and each
+average states how many sets it covers. A set whose main metric is not accuracy has a second line with its accuracy,
+and an average of such sets is printed twice: of the main metric of each (POMP's table 11 names the mean over classes
+for caltech101, oxford_pets, flowers102 and fgvc_aircraft), and of the accuracy of all (which the authors' evaluation
+prints, and POMP's table 2 is made of). If the command was stopped, run it again with the same --out to continue.
 """
 
 

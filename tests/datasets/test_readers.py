@@ -19,6 +19,7 @@ from ovseg_jax.datasets.registry import DATASETS, describe, find_dataset
 from tests.datasets import (
     test_ade20k,
     test_captions,
+    test_classification_sets,
     test_coco_sets,
     test_coop_splits,
     test_imagenet,
@@ -48,10 +49,13 @@ FIXTURES: dict[str, tuple[Files, dict[str, str]]] = {
     "voc_2012": (test_voc.FILES, {}),
 }
 """The files and options of each reader that derives from `Packed`."""
+CLASSIFICATION = test_classification_sets.FILES
 
 
 def test_every_packed_reader_is_tried_here():
-    assert {name for name in DATASETS if issubclass(find_dataset(name), Packed)} == FIXTURES.keys()
+    assert {name for name in DATASETS if issubclass(find_dataset(name), Packed)} == (
+        FIXTURES.keys() | CLASSIFICATION.keys()
+    )
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -67,13 +71,13 @@ def test_a_reader_describes_itself(name):
 def load(tmp_path: Path) -> Callable[[str], Dataset]:
     @functools.cache
     def make(name: str) -> Dataset:
-        files, options = FIXTURES[name]
+        files, options = FIXTURES[name] if name in FIXTURES else (CLASSIFICATION[name](), {})
         return find_dataset(name)(unpacked(tmp_path / name, files), **options)
 
     return make
 
 
-@pytest.mark.parametrize("name", FIXTURES)
+@pytest.mark.parametrize("name", [*FIXTURES, *CLASSIFICATION])
 def test_prepare_accepts_the_examples(name, load):
     data, count = load(name), 0
     for split in data.splits:
@@ -95,12 +99,13 @@ def test_a_changed_download_has_another_stamp(load):
     assert load.__wrapped__("lvis_v1").stamp()[""] == before[""] + 2
 
 
-@pytest.mark.parametrize("name", FIXTURES)
+# Of classification one of each form, since starting Beam takes seconds.
+@pytest.mark.parametrize("name", [*FIXTURES, "gtsrb", "stl10", "svhn"])
 def test_a_prepared_download_is_read_back(name, load, tmp_path):
     """By the command, as a user types it, over all splits; what is read back is what the reader says."""
     require("apache_beam")
     require("tensorflow_datasets")
-    data, out, (_, options) = load(name), tmp_path / "out", FIXTURES[name]
+    data, out, options = load(name), tmp_path / "out", FIXTURES.get(name, ((), {}))[1]
     chosen = [f"--option={key}={value}" for key, value in options.items()]
     assert command.main([name, f"--source={data.source}", f"--out={out}", "--workers=1", *chosen]) == 0
     for split in data.splits:

@@ -74,6 +74,38 @@ def test_voc_and_sbd(tmp_path):
         assert more["2008_000002"]["image"] == FILES[f"{VOC}/JPEGImages/2008_000002.jpg"]
 
 
+AUGMENTED = {
+    "SegmentationClassAug/2007_000032.png": png([[0, 2, 255, 15]] * 2),
+    "SegmentationClassAug/2007_000033.png": png([[0, 0, 255, 255]] * 2),
+    "SegmentationClassAug/2008_000002.png": png([[5, 5, 0, 0]] * 2),
+    "__MACOSX/SegmentationClassAug/._2007_000032.png": b"",
+}
+
+
+def test_augmented_maps(tmp_path):
+    archives = {
+        "VOCtrainval_11-May-2012.tar": "VOCdevkit/",
+        "SegmentationClassAug.zip": "SegmentationClassAug/",
+    }
+    files = {name: data for name, data in FILES.items() if not name.startswith("benchmark")} | AUGMENTED
+    for folder in both_forms(tmp_path, files, archives):
+        data = Voc2012(folder, maps="augmented")
+        found = read_all(data, "trainaug")
+        assert {key: names_of(data, own) for key, own in found.items()} == {
+            "2007_000032": ["bicycle", "person"],
+            "2008_000002": ["bottle"],
+        }
+        assert found["2007_000032"]["segments"].tolist() == [[0, 1, 0, 2]] * 2 and not data.notes
+        assert not read_all(data, "val")
+        assert data.notes == ["val: 1 images without a labelled pixel were left out, such as 2007_000033"]
+        with_background = Voc2012(folder, maps="augmented", background="class")
+        assert names_of(with_background, read_all(with_background, "val")["2007_000033"]) == ["background"]
+    with pytest.raises(
+        UserError, match=r"holds no folder VOC2012/SegmentationClassAug or Seg.*Aug.zip from http"
+    ):
+        read_all(Voc2012(unpacked(tmp_path / "own", FILES), maps="augmented"), "val")
+
+
 def test_background_is_void_or_a_class(tmp_path):
     data = Voc2012(unpacked(tmp_path, FILES), background="class")
     assert len(data.classes) == 21 and data.classes.ids == tuple(range(21)) and not data.classes.isthing[0]
