@@ -42,6 +42,7 @@ from ovseg_jax.config import Args, AtLeast, parse_arg
 from ovseg_jax.configs import common, fcclip
 from ovseg_jax.configs.maskformer import sources
 from ovseg_jax.errors import UserError
+from ovseg_jax.methods.umg_clip import TAG_LOSSES
 from ovseg_jax.pretrained.published import CLIP, weights_of
 
 
@@ -96,6 +97,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         adapt=("", "panoptic", "global", "none"),
         adapters=True,  # False: a frozen tower without adapters (Table 10)
         losses=tuple(TERMS),  # rows of Table 7
+        tags=TAG_LOSSES,  # Table 8
         data_dir="",  # the folder of the data; of UMG-41M's JSON files, or of zips with them
         val_dir="",  # data=folder, prepared: the folder to evaluate on; none where it is not said
         kind="segments",  # data=folder: what the values of a mask are: segments | semantic
@@ -137,15 +139,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
     return config
 
 
-def losses(terms: tuple[str, ...]) -> dict[str, Any]:
+def losses(terms: tuple[str, ...], tags: str) -> dict[str, Any]:
     """Returns the loss section."""
     return dict(
         terms=terms,
         image_weight=1.0,  # α, 4.1
         region_weight=1.0,  # β, 4.1
-        # sum: over D, 1 - cos of unit vectors, whatever D is; mean: D times less. 4.1 does not say: ours
         # Tags are read without a template; the paper does not say how.
-        tag_reduction="sum",
+        tag_loss=tags,
+        # sum: over D, 1 - cos of unit vectors, whatever D is; mean: D times less. 4.1 does not say: ours
+        **(dict(tag_reduction="sum") if tags == "smooth_l1" else {}),
     )
 
 
@@ -225,7 +228,7 @@ def scenes(args: Args) -> ConfigDict:
             std=(0.25, 0.25, 0.25),
             logit_scale=14.0,
         ),
-        loss=losses(TERMS[args.losses]),
+        loss=losses(TERMS[args.losses], args.tags),
         dense=dense(PROMPT),
         clusters=dict(ratio=1.0),
         optimizer=common.adamw(
@@ -289,7 +292,7 @@ def paper(args: Args, adapts: bool) -> ConfigDict:
             logit_scale=100.0,  # of weights that have none
             dtype="bfloat16",  # ours; EVA's is half precision
         ),
-        loss=losses(IMAGE_TERMS if adapts else TERMS[args.losses]),
+        loss=losses(IMAGE_TERMS if adapts else TERMS[args.losses], args.tags),
         dense=dense("imagenet"),
         # 4.1: a quarter of the tokens remains; after 2 blocks and by 5 neighbours: ours, see models/token_clusters.py
         clusters=dict(ratio=0.25, after=2, neighbours=5),

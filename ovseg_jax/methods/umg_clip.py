@@ -1,8 +1,9 @@
 """UMG-CLIP's pre-training (papers/003, 4.1): captions and tags of images and of boxes, for both towers of a CLIP.
 
 `config.loss`: `terms`, the losses of eq. 3, some of `TERMS`; `image_weight` and `region_weight`, α and β;
-`tag_reduction`, see `losses.tags`. Caption losses contrast all images, or all boxes, of the global batch, with CLIP's
-one temperature; the linear maps of eq. 3 are the projections of the two towers.
+`tag_loss`, of Table 8: "smooth_l1" (eq. 3; `tag_reduction`, see `losses.tags`), or "contrastive", the caption loss with
+one tag of each image or box, drawn in each step. Caption losses contrast all images, or all boxes, of the global batch,
+with CLIP's one temperature; the linear maps of eq. 3 are the projections of the two towers.
 `config.dense`: `features` of patches, "plain" (eq. 1) or "value", see `Clip.embed_both`; `normalise`, what is a unit
 vector: "pooled", a box's mean patch (eq. 1; the projection and the mean commute), or "pixels", each patch before
 RoIAlign as well, as in CLIPSelf; `sampling` of RoIAlign, see `kernels.roi_align`; `prompt`, the templates of class
@@ -49,6 +50,7 @@ TERMS = {
     "region_tags": "box_tags",
 }
 """The terms of eq. 3, and the batch field of the texts of each."""
+TAG_LOSSES = ("smooth_l1", "contrastive")
 FEATURES = ("plain", "value")
 NORMALISE = ("pooled", "pixels")
 
@@ -84,7 +86,8 @@ class UMGClip(ClipTraining, Segmenting):
             "loss": keys("terms")
             | keys("image_weight", has("image"))
             | keys("region_weight", has("region"))
-            | keys("tag_reduction", has("tags")),
+            | keys("tag_loss", has("tags"))
+            | keys("tag_reduction", has("tags") and config.loss.get("tag_loss") != "contrastive"),
             "dense": keys("features prompt") | keys("normalise sampling", has("region")),
             "clusters": keys("ratio") | keys("after neighbours", config.clusters.get("ratio", 1) < 1),
         }
@@ -108,7 +111,8 @@ class UMGClip(ClipTraining, Segmenting):
         for key, value, known in (
             ("dense.features", dense.features, FEATURES),
             ("dense.normalise", dense.normalise, NORMALISE),
-            ("loss.tag_reduction", loss.tag_reduction, REDUCTIONS),
+            ("loss.tag_loss", loss.tag_loss, TAG_LOSSES),
+            ("loss.tag_reduction", loss.get("tag_reduction", "sum"), REDUCTIONS),
         ):
             if value not in known:
                 raise UserError(f"{key}={value!r} is not one of {', '.join(known)}")
@@ -140,12 +144,13 @@ class UMGClip(ClipTraining, Segmenting):
         total, metrics = jnp.zeros(()), {}
         for term in self.terms:
             kind, what = term.split("_")
-            if what == "tags":
+            if term in sums:
                 summed, count = sums[term]
             else:
-                out = self._contrast(rows[kind], rows[f"{kind}_text"], rows[f"{kind}_valid"], scale)
+                out = self._contrast(rows[kind], rows[f"{term}_text"], rows[f"{term}_valid"], scale)
                 summed, count = out.loss / 2, out.pairs
-                metrics[f"{kind}_accuracy"] = (out.correct, count)
+                if what == "captions":
+                    metrics[f"{kind}_accuracy"] = (out.correct, count)
             total += weight[kind] * summed / jnp.maximum(count, 1)
             metrics[f"{term}_loss"] = (summed, count)
         return total, Aux({"loss": (total, one), **metrics, "logit_scale": (scale, one)}, {})
@@ -165,14 +170,19 @@ class UMGClip(ClipTraining, Segmenting):
         if "boxes" in batch:
             exists["region"] = here[:, None] & batch["box_valid"]
             rows["region"] = self._embed_boxes(patches, batch["boxes"], exists["region"])
-        for term in self.terms:
+        loss = self.config.loss
+        for i, term in enumerate(self.terms):
             kind, what = term.split("_")
             texts, spoken = self._embed_texts(variables, batch, term)
-            if what == "tags":
+            if what == "tags" and loss.tag_loss == "smooth_l1":
                 valid = exists[kind][..., None] & spoken
-                sums[term] = tag_loss(rows[kind], texts, valid, self.config.loss.tag_reduction)
-            else:
-                rows |= {f"{kind}_text": unit(texts), f"{kind}_valid": exists[kind] & spoken}
+                sums[term] = tag_loss(rows[kind], texts, valid, loss.tag_reduction)
+                continue
+            if what == "tags":
+                logits = jnp.where(spoken, 0.0, -jnp.inf)
+                drawn = jax.random.categorical(jax.random.fold_in(rng, i), logits)[..., None, None]
+                texts, spoken = jnp.take_along_axis(texts, drawn, -2)[..., 0, :], spoken.any(-1)
+            rows |= {f"{term}_text": unit(texts), f"{term}_valid": exists[kind] & spoken}
         return rows, sums, {}
 
     def _embed_boxes(

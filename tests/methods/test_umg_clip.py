@@ -81,9 +81,9 @@ def test_the_loss_is_equation_3(whole):
     for kind, exists in (("image", here), ("region", here[:, None] & batch["box_valid"])):
         valid = np.asarray(exists)
         np.testing.assert_array_equal(
-            rows[f"{kind}_valid"], valid
+            rows[f"{kind}_captions_valid"], valid
         )  # each image and box of `scenes` has a caption
-        x, y = (np.float64(rows[name]) for name in (kind, f"{kind}_text"))
+        x, y = (np.float64(rows[name]) for name in (kind, f"{kind}_captions_text"))
         for one in (x, y):
             np.testing.assert_allclose(np.linalg.norm(one[valid], axis=-1), 1, atol=1e-5)
         value, *slopes = both_ways(x[valid], y[valid], scale)
@@ -94,7 +94,7 @@ def test_the_loss_is_equation_3(whole):
             out = method._contrast(x, y, given, jnp.float32(scale))
             return out.loss / 2 / out.pairs
 
-        got, grads = jax.value_and_grad(loss, (0, 1))(rows[kind], rows[f"{kind}_text"])
+        got, grads = jax.value_and_grad(loss, (0, 1))(rows[kind], rows[f"{kind}_captions_text"])
         np.testing.assert_allclose(got, value, rtol=1e-5)
         for grad, slope in zip(grads, slopes, strict=True):
             np.testing.assert_allclose(np.asarray(grad)[valid], slope, atol=1e-5)
@@ -109,6 +109,38 @@ def test_the_loss_is_equation_3(whole):
     loss, aux = jax.jit(weighted.loss)(variables, batch, KEY)
     np.testing.assert_allclose(loss, want, rtol=1e-5)
     assert aux.metrics["region_accuracy"][1] == (here[:, None] & batch["box_valid"]).sum()
+
+
+def test_contrastive_tags_are_captions_of_one_drawn_tag(whole):
+    """Every tag is drawn at some time, unused ones never; the loss is that of captions in float64."""
+    _, plain, batch, variables = whole
+    method = build(config_of("adapt=none,tags=contrastive"), WordList([]), CLASSES)
+    method.clip = method._trained_clip = plain.clip
+    batch = jax.tree.map(jnp.asarray, batch)
+    scale, drawn, forward = float(method.logit_scale(variables)), {}, jax.jit(method._forward)
+    tags = {term: method._embed_texts(variables, batch, term) for term in ("image_tags", "region_tags")}
+    for draw in range(12):
+        rows, sums, _ = forward(variables, batch, jax.random.key(draw))
+        assert not sums
+        for term, (texts, spoken) in tags.items():
+            valid, found = np.asarray(rows[f"{term}_valid"]), np.asarray(rows[f"{term}_text"])
+            same = np.abs(found[..., None, :] - unit(np.asarray(texts))).max(-1) < 1e-5
+            assert (same & np.asarray(spoken)).any(-1)[valid].all()
+            drawn[term] = drawn.get(term, False) | same
+    for term, (_, spoken) in tags.items():
+        spoken, kept = np.asarray(spoken), np.asarray(rows[f"{term}_valid"])
+        assert drawn[term][kept][spoken[kept]].mean() > 0.95
+    loss, aux = jax.jit(method.loss)(variables, batch, jax.random.key(11))
+    want = 0.0
+    for term in ("image_captions", "image_tags", "region_captions", "region_tags"):
+        valid = np.asarray(rows[f"{term}_valid"])
+        x, y = np.float64(rows[term.split("_")[0]])[valid], np.float64(rows[f"{term}_text"])[valid]
+        value = both_ways(x, y, scale)[0]
+        np.testing.assert_allclose(
+            aux.metrics[f"{term}_loss"][0] / aux.metrics[f"{term}_loss"][1], value, rtol=1e-4
+        )
+        want += value
+    np.testing.assert_allclose(loss, want, rtol=1e-4)
 
 
 @pytest.mark.parametrize("normalise", ["pooled", "pixels"])
@@ -236,6 +268,7 @@ def test_a_row_of_table_7_reads_its_own_texts(arg, fields):
     ("changes", "message"),
     [
         ({"dense.normalise": "none"}, "dense.normalise='none' is not one of pooled, pixels"),
+        ({"loss.tag_loss": "l2"}, "loss.tag_loss='l2' is not one of smooth_l1, contrastive"),
         ({"loss.tag_reduction": "max"}, "loss.tag_reduction='max' is not one of sum, mean"),
         ({"loss.terms": ("image_words",)}, "loss.terms: 'image_words' is not one of image_captions"),
         ({"loss.terms": ()}, "loss.terms: empty is not one of"),
