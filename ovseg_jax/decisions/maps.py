@@ -2,7 +2,8 @@
 
 OpenSeg, section 3.4: with scores <w, z> of names and regions and masks s, the segmentation logits are y = <w, z> . s,
 and a pixel's category is that of its best name (equation 6), so a category's score is the maximum over its names. y
-would be [names H W]; it is computed for a block of rows and a block of names at a time, with a running maximum. s is
+would be [names H W]; it is computed for a block of rows and a block of names at a time, with a running maximum, and of
+thousands of names only for those that can win somewhere in the block (`decisions.many`). s is
 upsampled rather than y, which is equivalent since y is linear in s; labels are never resized. For predicted masks the
 logits are upsampled before the sigmoid, as in the mask loss: a border then lies where the interpolated logits cross
 zero. (The paper does not state how s is resized to H x W.)
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ovseg_jax.decisions.many import best_of_many
 from ovseg_jax.kernels.resize import coverage, row_block, split_rows, upsampling
 from ovseg_jax.kernels.unit import unit
 from ovseg_jax.protocols import PRECISION, Prediction, Segmenting, Text, Vocabulary
@@ -27,6 +29,7 @@ Mode = Literal["predicted", "none", "truth"]
 MODES: tuple[Mode, ...] = ("predicted", "none", "truth")
 
 NAME_BLOCK = 128
+MANY = 1024  # names from which on most of them are left out
 
 
 @partial(
@@ -146,6 +149,7 @@ def best_names(
     views: Bool[Array, "v t"],
     *,
     logits: bool = False,
+    positive: bool = False,
 ) -> tuple[Int[Array, "v height width"], Float[Array, "v height width"], Float[Array, "height width"]]:
     """Computes argmax and max over names of `weights . up(maps)` for one image, with up = rows x cols.
 
@@ -159,6 +163,7 @@ def best_names(
       cols: upsampling matrix of the columns.
       views: the names that may win, in each view.
       logits: whether the maps are mask logits, which need a sigmoid after the upsampling.
+      positive: whether the maps are never negative, as masks are.
 
     Returns:
       The best name and its score (-inf where no name may win) in each view, and the sum of the upsampled maps.
@@ -170,11 +175,15 @@ def best_names(
     view_blocks = split_rows(views.T, block).transpose(0, 2, 1)  # padding names are never allowed
     starts = jnp.arange(weight_blocks.shape[0], dtype=jnp.int32) * block
     strip = row_block(height, width * max(block, channels))
+    inside = cols.sum(1) > 0  # rows and columns of zeros are padding
 
     def one_strip(strip_rows):
         x = jnp.einsum("rh,chw->crw", strip_rows, maps, precision=PRECISION)
         x = jnp.einsum("crw,Ww->crW", x, cols, precision=PRECISION).reshape(channels, -1)
         x = jax.nn.sigmoid(x) if logits else x
+        if names >= MANY and (logits or positive):
+            wanted = ((strip_rows.sum(1) > 0)[:, None] & inside).reshape(-1)
+            return *best_of_many(weights, x, views, wanted)[:2], x.sum(0)
 
         def one_block(best, inputs):
             name, score = best

@@ -205,5 +205,7 @@ def _best(
             for m, r, c, rs, cs in zip(maps, rows, columns, row_share, column_share, strict=True)
         ]
         here = jnp.eye(rows.shape[1]), jnp.eye(columns.shape[1])
-        name, score, cover = best_names(jnp.concatenate(weights, 1), jnp.concatenate(up), *here, everything)
+        name, score, cover = best_names(
+            jnp.concatenate(weights, 1), jnp.concatenate(up), *here, everything, positive=logits
+        )
     return name[0], score[0], cover
