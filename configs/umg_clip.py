@@ -139,8 +139,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     return config
 
 
-def losses(terms: tuple[str, ...], tags: str) -> dict[str, Any]:
+def losses(args: Args, terms: tuple[str, ...]) -> dict[str, Any]:
     """Returns the loss section."""
+    tags = args.tags if any("tags" in term for term in terms) else "smooth_l1"
     return dict(
         terms=terms,
         image_weight=1.0,  # α, 4.1
@@ -228,7 +229,7 @@ def scenes(args: Args) -> ConfigDict:
             std=(0.25, 0.25, 0.25),
             logit_scale=14.0,
         ),
-        loss=losses(TERMS[args.losses], args.tags),
+        loss=losses(args, TERMS[args.losses]),
         dense=dense(PROMPT),
         clusters=dict(ratio=1.0),
         optimizer=common.adamw(
@@ -292,7 +293,7 @@ def paper(args: Args, adapts: bool) -> ConfigDict:
             logit_scale=100.0,  # of weights that have none
             dtype="bfloat16",  # ours; EVA's is half precision
         ),
-        loss=losses(IMAGE_TERMS if adapts else TERMS[args.losses], args.tags),
+        loss=losses(args, IMAGE_TERMS if adapts else TERMS[args.losses]),
         dense=dense("imagenet"),
         # 4.1: a quarter of the tokens remains; after 2 blocks and by 5 neighbours: ours, see models/token_clusters.py
         clusters=dict(ratio=0.25, after=2, neighbours=5),
