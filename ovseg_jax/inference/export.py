@@ -18,7 +18,6 @@ from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.methods.fcclip import FCClip
 from ovseg_jax.methods.maskformer import MaskFormer
 from ovseg_jax.methods.maskformer_text import TextMaskFormer
-from ovseg_jax.methods.trunks import TowerTrunk
 from ovseg_jax.models.pseg import GroupingNet, SegmentViT
 from ovseg_jax.models.text_towers import SiglipText
 from ovseg_jax.models.vit import ViT
@@ -84,12 +83,8 @@ def export_model(
     if isinstance(segmenter.method, TextMaskFormer) and to != "big_vision":
         raise UserError(f"--to={to} has no form of maskformer_text, only of maskformer; --to=big_vision has")
     net = getattr(segmenter.method, "trunk", getattr(segmenter.method, "net", None))
-    if to in ("torch", "onnx") and (net is None or isinstance(net, SegmentViT | GroupingNet | TowerTrunk)):
-        named = {
-            SegmentViT: "pseudo-masks",
-            GroupingNet: "GroupViT's grouping",
-            TowerTrunk: "fcclip on a ViT or EVA, only on a ConvNeXt",
-        }
+    if to in ("torch", "onnx") and (net is None or isinstance(net, SegmentViT | GroupingNet)):
+        named = {SegmentViT: "pseudo-masks", GroupingNet: "GroupViT's grouping"}
         lacking = named.get(type(net), f"the method {segmenter.config.method}")
         raise UserError(f"--to={to} has no form of {lacking}")
     kind = np.dtype(jnp.dtype(dtype))
@@ -151,8 +146,9 @@ def fcclip_form(method: FCClip, variables: Mapping[str, Any]) -> tuple[dict[str,
     """Returns arrays and description of `torch.fcclip.FCClipNet`."""
     seen, classifier = variables["towers"], dict(variables["params"]["classifier"])
     classifier["logit_scale"] = classifier.pop("scale")  # the name `scale` is that of a norm's weight
+    weights, trunk = method.trunk.described(variables)
     tree = {
-        "trunk": seen["image"]["params"],
+        "trunk": weights,
         "masks": variables["params"]["masks"],
         "classifier": classifier,
         "logit_scale": seen["scale"],
@@ -161,7 +157,7 @@ def fcclip_form(method: FCClip, variables: Mapping[str, Any]) -> tuple[dict[str,
     pixels = method.config.towers
     return to_torch(arrays), {
         "kind": "FCClipNet",
-        "trunk": describe(method.clip.image),
+        "trunk": trunk,
         "masks": describe(method.head.masks),
         "classifier": describe(method.head.classifier),
         "mean": list(pixels.get("mean", MEAN)),

@@ -23,6 +23,7 @@ from ovseg_jax.models.openseg import LEVELS, normalise
 from ovseg_jax.models.tower import project
 from ovseg_jax.models.tower_pyramid import TowerPyramid, level_of
 from ovseg_jax.models.vit import ViT
+from ovseg_jax.pretrained.to_torch import describe
 from ovseg_jax.protocols import Variables
 from ovseg_jax.towers.clip import MEAN, STD, Clip
 
@@ -78,6 +79,10 @@ class ConvNeXtTrunk:
         out: Any = (apply if rng is None else fast_on_cpu(apply))(variables["towers"]["image"], image)
         maps = {level: x for level, x in out.items() if level in LEVELS}
         return TrunkOutput(maps, maps[self.level], out["dense"])
+
+    def described(self, variables: Variables) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns the parameters and the description of the form in PyTorch, see `pretrained.to_torch.describe`."""
+        return variables["towers"]["image"]["params"], describe(self._clip.image)
 
     def embed(self, variables: Variables, pooled: Float[Array, "*n c"]) -> Float[Array, "*n d"]:
         """Maps pooled features to unit vectors in the space of texts."""
@@ -148,14 +153,29 @@ class TowerTrunk:
     def apply(self, variables: Variables, image: Array, rng: jax.Array | None = None) -> TrunkOutput:
         """Computes the maps of normalised images; with `rng` the adapters have dropout."""
         params, frozen = variables["params"], variables["towers"]["image"]["params"]
-        flat = flatten_dict(frozen) | flatten_dict(params.get("adapters", {}))
         tower, rngs = (self._tower, None) if rng is None else (self._train, {"dropout": rng})
-        out: Any = tower.apply({"params": unflatten_dict(flat)}, image, rngs=rngs)
+        out: Any = tower.apply({"params": unflatten_dict(self._weights(variables))}, image, rngs=rngs)
         maps: Any = self._pyramid.apply({"params": params["pyramid"]}, out.tokens, method="of_tokens")
         if self._again and rng is None:
             out = self._plain.apply({"params": frozen}, image)
         dense = project(frozen, out.tokens)
         return TrunkOutput(maps, dense, dense)
+
+    def described(self, variables: Variables) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns the parameters and the description of the form in PyTorch, see `ConvNeXtTrunk.described`."""
+        params, description = variables["params"], describe(self._plain)
+        if self._tower.adapter is not None:
+            made: Any = self._tower.adapter
+            inside = {key: made.keywords[key] for key in ("width", "activation")}
+            description["adapter"] = dict(inside, scale=self._tower.adapter_scale)
+        tower = unflatten_dict(self._weights(variables))
+        return {"tower": tower, **params["pyramid"]}, dict(description, again=self._again)
+
+    @staticmethod
+    def _weights(variables: Variables) -> dict[tuple[str, ...], Any]:
+        """Returns the tower's parameters with those of its adapters."""
+        frozen = variables["towers"]["image"]["params"]
+        return flatten_dict(frozen) | flatten_dict(variables["params"].get("adapters", {}))
 
     def embed(self, variables: Variables, pooled: Float[Array, "*n c"]) -> Float[Array, "*n d"]:
         """Maps pooled features to unit vectors in the space of texts."""

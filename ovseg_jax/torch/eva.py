@@ -1,6 +1,7 @@
 """Image towers of EVA-CLIP for inference, see `ovseg_jax/models/eva.py`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from ovseg_jax.torch.layers import LayerNorm
 from ovseg_jax.torch.positions import resize_positions
 from ovseg_jax.torch.tower import TowerOutput, count_patches, places
+from ovseg_jax.torch.transformer import Adapted
 
 
 def rotary_table(rows: int, columns: int, grid: int, size: int, device: torch.device) -> Tensor:
@@ -68,7 +70,7 @@ class Mlp(nn.Module):
         return self.fc2(y if self.norm is None else self.norm(y))
 
 
-class Block(nn.Module):
+class Block(Adapted):
     """A block: x + branch(norm(x)) for attention, then for the MLP; x + norm(branch(x)) with `post_norm`."""
 
     def __init__(
@@ -80,24 +82,30 @@ class Block(nn.Module):
         attn_norm: bool,
         mlp_norm: bool,
         post_norm: bool,
+        adapter: Mapping[str, Any] | None = None,
     ):
-        super().__init__()
+        super().__init__(width, adapter)
         self.post_norm = post_norm
         self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
         self.attn = Attention(width, heads, attn_norm)
         self.mlp = Mlp(width, hidden, swiglu, mlp_norm)
 
-    def forward(self, x: Tensor, rotary: Tensor | None) -> Tensor:
-        """Maps all tokens [b n d]."""
+    def forward(self, x: Tensor, rotary: Tensor | None, grid: tuple[int, int] | None = None) -> Tensor:
+        """Maps all tokens [b n d], with the adapters for a `grid` of patches."""
         if self.post_norm:
-            x = x + self.norm1(self.attn(x, rotary))
-            return x + self.norm2(self.mlp(x))
-        x = x + self.attn(self.norm1(x), rotary)
-        return x + self.mlp(self.norm2(x))
+            x = x + self.norm1(self.attn(x, rotary)) + self.beside("attention", x, grid)
+            return x + self.norm2(self.mlp(x)) + self.beside("mlp", x, grid)
+        y = self.norm1(x)
+        x = x + self.attn(y, rotary) + self.beside("attention", y, grid)
+        y = self.norm2(x)
+        return x + self.mlp(y) + self.beside("mlp", y, grid)
 
 
 class Eva(nn.Module):
-    """An image tower of EVA-CLIP for images of any size; the arguments are the Flax module's fields."""
+    """An image tower of EVA-CLIP for images of any size; the arguments are the Flax module's fields.
+
+    `adapter` holds the arguments of `Convpass` but for the first.
+    """
 
     def __init__(
         self,
@@ -114,6 +122,7 @@ class Eva(nn.Module):
         mlp_norm: bool = False,
         post_norm: bool = False,
         taps: Sequence[int] = (),
+        adapter: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         self.patch, self.grid, self.depth, self.taps = patch, grid, depth, taps
@@ -122,12 +131,12 @@ class Eva(nn.Module):
         self.cls = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embedding = nn.Parameter(torch.zeros(1, 1 + grid**2, width))
         for i in range(depth):
-            block = Block(width, heads, hidden, swiglu, attn_norm, mlp_norm, post_norm)
+            block = Block(width, heads, hidden, swiglu, attn_norm, mlp_norm, post_norm, adapter)
             self.add_module(f"blocks_{i}", block)
         self.norm, self.head = LayerNorm(width), nn.Linear(width, embed_dim)
 
-    def forward(self, image: Tensor) -> TowerOutput:
-        """Embeds normalised images [b 3 h w].
+    def forward(self, image: Tensor, adapted: bool = True) -> TowerOutput:
+        """Embeds normalised images [b 3 h w], `adapted` with the adapters.
 
         Raises:
           UserError: a side is not a multiple of the patch.
@@ -143,7 +152,7 @@ class Eva(nn.Module):
             rotary = rotary_table(*grid, self.rope_grid, self.head_size, x.device)
         taps = {}
         for i in range(self.depth):
-            x = self.get_submodule(f"blocks_{i}")(x, rotary)
+            x = self.get_submodule(f"blocks_{i}")(x, rotary, grid if adapted else None)
             if i in self.taps:
                 taps[i] = places(x, grid)
         x = self.norm(x)

@@ -1,6 +1,7 @@
 """FC-CLIP for inference, see `ovseg_jax/models/fcclip.py` and `ovseg_jax/methods/fcclip.py`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +11,13 @@ from torch import Tensor, nn
 from ovseg_jax.errors import UserError
 from ovseg_jax.torch.convnext import ConvNeXt
 from ovseg_jax.torch.deformable import cell_counts
+from ovseg_jax.torch.eva import Eva
 from ovseg_jax.torch.layers import resize_within, unit
 from ovseg_jax.torch.mask2former import Mask2FormerHead, Mask2FormerOutput
 from ovseg_jax.torch.maskformer import cells_inside
 from ovseg_jax.torch.openseg import Normalise
+from ovseg_jax.torch.tower_pyramid import LEVELS, TowerPyramid
+from ovseg_jax.torch.vit import ViT
 
 MAX_SCALE = 100.0
 EPSILON = 1e-8  # added to probabilities in the published code
@@ -110,7 +114,41 @@ class ConvNeXtTrunk(ConvNeXt):
         return unit(self.head(pooled))
 
 
-TRUNKS: dict[str, Any] = {ConvNeXt.__name__: ConvNeXtTrunk}
+class TowerTrunk(TowerPyramid):
+    """A ViT or EVA of CLIP, with or without adapters, see `methods.trunks`.
+
+    Args:
+      make: creates the tower.
+      again: whether CLIP's features of masks come from the tower without its adapters, in a second pass.
+      **fields: those of the tower.
+    """
+
+    cell = 32
+
+    def __init__(self, make: Callable[..., ViT | Eva], again: bool = False, **fields: Any):
+        super().__init__(make(**fields))
+        self.again, self.level = again, f"c{self.own}"
+
+    def forward(self, x: Tensor) -> TrunkOutput:  # type: ignore[override]
+        """Computes the maps of normalised images [b 3 h w]."""
+        tokens = self.tower(x).tokens
+        maps = {f"c{level}": self.at(tokens, level) for level in LEVELS}
+        if self.again:
+            tokens = self.tower(x, adapted=False).tokens
+        head = self.tower.head
+        dense = tokens if head is None else head(tokens.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return TrunkOutput(maps, dense, dense)
+
+    def embed(self, pooled: Tensor) -> Tensor:
+        """Maps pooled features [... d] to unit vectors in the space of texts."""
+        return unit(pooled.float())
+
+
+TRUNKS: dict[str, Callable[..., Any]] = {
+    "ConvNeXt": ConvNeXtTrunk,
+    "ViT": partial(TowerTrunk, ViT),
+    "Eva": partial(TowerTrunk, Eva),
+}
 
 
 class FCClipNet(nn.Module):

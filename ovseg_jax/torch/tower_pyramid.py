@@ -29,9 +29,9 @@ class TowerPyramid(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Computes the maps of normalised images [b 3 h w], whose sides are multiples of the tower's patch."""
         tokens = self.tower(x).tokens
-        return {f"c{level}": self.level(tokens, level) for level in LEVELS}
+        return {f"c{level}": self.at(tokens, level) for level in LEVELS}
 
-    def level(self, x: Tensor, level: int) -> Tensor:
+    def at(self, x: Tensor, level: int) -> Tensor:
         """Computes one map from the tokens [b d h w]."""
         if level > self.own:
             return F.max_pool2d(x, 2 ** (level - self.own), ceil_mode=True)

@@ -1,6 +1,7 @@
 """The transformer of ViT and of the text towers, with big_vision's names."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +53,55 @@ class MlpBlock(nn.Module):
         return self.Dense_1(self.activation(self.Dense_0(x)))
 
 
-class Block(nn.Module):
-    """A block of attention and MLP, each with a norm before it or, in BERT's order (`post_norm`), after the sum."""
+class Convpass(nn.Module):
+    """An adapter of a frozen tower, see `ovseg_jax/models/convpass.py`.
+
+    Args:
+      features: channels of a token.
+      width, activation: see the Flax module.
+      scale: factor on the output.
+    """
+
+    def __init__(self, features: int, width: int, activation: str, scale: float):
+        super().__init__()
+        self.down, self.up = nn.Linear(features, width), nn.Linear(width, features)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.activation, self.scale = ACTIVATIONS[activation], scale
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Maps tokens [b n d], of which the last rows * columns are patches, to what is added to the branch."""
+        y = self.activation(self.down(x))
+        first = y.shape[1] - grid[0] * grid[1]
+        # A class token is an image of one pixel, which only meets the middle of the kernel.
+        single = F.linear(y[:, :first], self.conv.weight[:, :, 1, 1], self.conv.bias)
+        patches = self.conv(y[:, first:].transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+        return self.scale * self.up(self.activation(torch.cat([single, patches], 1)))
+
+
+class Adapted(nn.Module):
+    """A block that may have adapters beside attention and MLP.
+
+    Args:
+      width: channels of a token.
+      adapter: arguments of `Convpass` without the first; None for no adapters.
+    """
+
+    def __init__(self, width: int, adapter: Mapping[str, Any] | None):
+        super().__init__()
+        self.adapter_attention = Convpass(width, **adapter) if adapter else None
+        self.adapter_mlp = Convpass(width, **adapter) if adapter else None
+
+    def beside(self, branch: str, x: Tensor, grid: tuple[int, int] | None) -> Tensor | float:
+        """Returns the output of a branch's adapter, 0.0 if there is none or `grid` is None."""
+        adapter = self.adapter_attention if branch == "attention" else self.adapter_mlp
+        return 0.0 if adapter is None or grid is None else adapter(x, grid)
+
+
+class Block(Adapted):
+    """A block of attention and MLP, each with a norm before it or, in BERT's order (`post_norm`), after the sum.
+
+    BERT's has no adapters.
+    """
 
     def __init__(
         self,
@@ -64,22 +112,24 @@ class Block(nn.Module):
         epsilon: float,
         causal: bool = False,
         post_norm: bool = False,
+        adapter: Mapping[str, Any] | None = None,
     ):
-        super().__init__()
+        super().__init__(width, adapter)
         self.post_norm = post_norm
         self.LayerNorm_0, self.LayerNorm_1 = nn.LayerNorm(width, epsilon), nn.LayerNorm(width, epsilon)
         self.MultiHeadDotProductAttention_0 = Attention(width, heads, causal)
         self.MlpBlock_0 = MlpBlock(width, mlp_dim, activation)
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Maps tokens [b n d] to tokens."""
+    def forward(self, x: Tensor, valid: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+        """Maps tokens [b n d] to tokens, with the adapters for a `grid` of patches."""
         attention = self.MultiHeadDotProductAttention_0
         if self.post_norm:
             x = self.LayerNorm_0(x + attention(x, x, valid))
             return self.LayerNorm_1(x + self.MlpBlock_0(x))
         y = self.LayerNorm_0(x)
-        x = x + attention(y, y, valid)
-        return x + self.MlpBlock_0(self.LayerNorm_1(x))
+        x = x + attention(y, y, valid) + self.beside("attention", y, grid)
+        y = self.LayerNorm_1(x)
+        return x + self.MlpBlock_0(y) + self.beside("mlp", y, grid)
 
 
 class Encoder(nn.Module):
@@ -95,22 +145,27 @@ class Encoder(nn.Module):
         epsilon: float,
         causal: bool = False,
         post_norm: bool = False,
+        adapter: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         self.depth, self.post_norm = depth, post_norm
         for i in range(depth):
-            block = Block(width, heads, mlp_dim, activation, epsilon, causal, post_norm)
+            block = Block(width, heads, mlp_dim, activation, epsilon, causal, post_norm, adapter)
             self.add_module(f"encoderblock_{i}", block)
         if not post_norm:
             self.encoder_norm = nn.LayerNorm(width, epsilon)
 
     def forward(
-        self, x: Tensor, valid: Tensor | None = None, taps: Sequence[int] = ()
+        self,
+        x: Tensor,
+        valid: Tensor | None = None,
+        taps: Sequence[int] = (),
+        grid: tuple[int, int] | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Returns the tokens after the norm, and those after each block of `taps`."""
         tapped = {}
         for i in range(self.depth):
-            x = self.get_submodule(f"encoderblock_{i}")(x, valid)
+            x = self.get_submodule(f"encoderblock_{i}")(x, valid, grid)
             if i in taps:
                 tapped[i] = x
         return x if self.post_norm else self.encoder_norm(x), tapped

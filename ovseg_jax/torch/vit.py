@@ -1,6 +1,7 @@
 """The Vision Transformer for inference, see `ovseg_jax/models/vit.py`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,10 @@ class MAPHead(nn.Module):
 
 
 class ViT(nn.Module):
-    """A Vision Transformer for images of any size; the arguments are the Flax module's fields."""
+    """A Vision Transformer for images of any size; the arguments are the Flax module's fields.
+
+    `adapter` holds the arguments of `Convpass` but for the first.
+    """
 
     def __init__(
         self,
@@ -46,6 +50,7 @@ class ViT(nn.Module):
         embed_dim: int = 0,
         head_bias: bool = True,
         taps: Sequence[int] = (),
+        adapter: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         self.patch, self.grid, self.resize, self.pool, self.taps = patch, tuple(grid), resize, pool, taps
@@ -54,12 +59,12 @@ class ViT(nn.Module):
         self.pos_embedding = nn.Parameter(torch.zeros(1, self.first + grid[0] * grid[1], width))
         self.cls = nn.Parameter(torch.zeros(1, 1, width)) if cls != "none" else None
         self.pre_norm = nn.LayerNorm(width, epsilon) if pre_norm else None
-        self.Transformer = Encoder(depth, width, heads, mlp_dim, activation, epsilon)
+        self.Transformer = Encoder(depth, width, heads, mlp_dim, activation, epsilon, adapter=adapter)
         self.MAPHead_0 = MAPHead(width, heads, mlp_dim, activation, epsilon) if pool == "map" else None
         self.head = nn.Linear(width, embed_dim, head_bias) if embed_dim else None
 
-    def forward(self, image: Tensor) -> TowerOutput:
-        """Computes the embedding, the tokens and the taps of normalised images [b 3 h w].
+    def forward(self, image: Tensor, adapted: bool = True) -> TowerOutput:
+        """Computes the embedding, the tokens and the taps of normalised images [b 3 h w], `adapted` with the adapters.
 
         Raises:
           UserError: a side is not a multiple of the patch.
@@ -73,7 +78,7 @@ class ViT(nn.Module):
             x = torch.cat([cls.expand(x.shape[0], -1, -1), x], 1)
         if self.pre_norm is not None:
             x = self.pre_norm(x)
-        x, tapped = self.Transformer(x, taps=self.taps)
+        x, tapped = self.Transformer(x, taps=self.taps, grid=grid if adapted else None)
         tokens = places(x, grid)
         if self.MAPHead_0 is not None:
             pooled = self.MAPHead_0(x)

@@ -12,13 +12,18 @@ from ml_collections import ConfigDict
 from ovseg_jax.configs import fcclip as fcclip_configs
 from ovseg_jax.configs import umg_clip
 from ovseg_jax.errors import UserError
+from ovseg_jax.inference import export
+from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.methods import build
 from ovseg_jax.methods.fcclip import HEAD, FCClip
 from ovseg_jax.models.convpass import ADAPTERS
 from ovseg_jax.towers.clip import SPACE
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
+from tests import reference
+from tests.extras import require
 from tests.methods.steps import take_steps
+from tests.methods.test_fcclip import centre_masks
 from tests.methods.test_umg_clip import EVA, VIT, D, config_of, made
 
 CLASSES = ClassList((("cat",), ("sky",)), (1, 2), (True, False))
@@ -193,3 +198,65 @@ def test_the_papers_adaptations():
     assert (config.data.image_size, config.towers.image.patch) == (896, 16)
     config = umg_clip.get_config("data=umg41m,data_dir=x,adapt=global,weights=r,tower=eva02_clip_e14")
     assert config.optimizer.learning_rate == 1e-3 and config.steps == round(2 * umg_clip.PAIRS / 8192)
+
+
+POST = dict(EVA, rope_grid=None, post_norm=True)  # as E/14
+
+
+def exported_trunk(image, features, tmp_path, to):
+    """A Segmenter of a head with weights that all matter, written to a folder."""
+    config = dense_config(image, **{"fcclip.clip_features": features})
+    method = build(config, WORDS, CLASSES)
+    variables = random_like(jax.eval_shape(method.init, jax.random.key(0)))
+    data = images()
+    centre_masks(method, variables, jnp.asarray(data["image"]), jnp.asarray(data["image_size"]))
+    segmenter = Segmenter(method, variables, config, CLASSES)
+    export.export_model(lambda: segmenter, to, str(tmp_path))
+    return segmenter
+
+
+@pytest.mark.parametrize(
+    ("image", "features"), [(EVA, "frozen"), (VIT, "adapted"), (POST, "frozen"), (VIT, "frozen")]
+)
+def test_a_head_on_a_tower_in_pytorch_gives_the_same_outputs_and_labels(image, features, tmp_path):
+    torch = require("torch")
+    import ovseg_jax.torch
+
+    segmenter = exported_trunk(image, features, tmp_path, "torch")
+    data, loaded = images(), ovseg_jax.torch.load(tmp_path)
+    expected = jax.jit(segmenter.method.predict)(segmenter.variables, data["image"], data["image_size"])
+    with torch.no_grad():
+        found = loaded.net(
+            torch.from_numpy(data["image"]).permute(0, 3, 1, 2), torch.from_numpy(data["image_size"])
+        )
+    pairs = dict(
+        masks=(found.mask_logits, expected.mask_logits),
+        head=(found.head, expected.regions["head"]),
+        clip=(found.clip, expected.regions["clip"]),
+        void=(found.void, expected.void),
+        pixels=(found.pixel_embed.permute(0, 2, 3, 1), expected.pixels["clip"]),
+    )
+    errors = {name: reference.relative_error(*pair) for name, pair in pairs.items()}
+    print(f"head on {image['name']}, {features}: {errors}")
+    assert max(errors.values()) < 1e-4
+    assert 0.05 < (found.mask_logits > 0).float().mean() < 0.95
+    labels = "cat; the sky; dog"
+    ours, theirs = segmenter.segment(data["image"][0], labels), loaded.segment(data["image"][0], labels)
+    assert len(np.unique(ours.label_map)) > 1
+    assert (ours.label_map == theirs.label_map).mean() > 0.999
+    np.testing.assert_allclose(theirs.confidence, ours.confidence, atol=1e-4)
+
+
+def test_a_head_on_a_tower_in_onnx(tmp_path):
+    torch, runtime = require("torch"), require("onnxruntime")
+    require("onnxscript")
+    import ovseg_jax.torch
+
+    exported_trunk(EVA, "frozen", tmp_path, "onnx")
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    data = images()
+    pixels, sizes = data["image"].transpose(0, 3, 1, 2).copy(), data["image_size"].astype(np.int32)
+    found = session.run(None, {"image": pixels, "image_size": sizes})
+    with torch.no_grad():
+        expected = ovseg_jax.torch.load(tmp_path).net(torch.from_numpy(pixels), torch.from_numpy(sizes))
+    assert max(reference.relative_error(*pair) for pair in zip(found, expected, strict=True)) < 1e-4
