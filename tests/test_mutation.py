@@ -948,6 +948,10 @@ def test_a_damaged_file_is_read_or_refused(name, tmp_path, caplog):
 
 # Functions that open files: the readers above that go through each, or why none does.
 OPENERS: dict[str, str] = {
+    "annotation/run.py:_check_request": "none: tests/annotation/test_workflow.py",
+    "annotation/run.py:_load": "none: written anew by each call",
+    "annotation/run.py:_raise_error": "none: the sentence of a worker",
+    "annotation/run.py:_read_todo": "none: written by the call that reads it",
     "cli/console.py:guarded": "none: opens the null device",
     "cli/outputs.py:__init__": "journal",
     "cli/outputs.py:start": "none: a request in memory",

@@ -10,23 +10,19 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
 import pickle
 import re
-import sys
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from ovseg_jax.data.prepared_files import (
     CLASSES,
@@ -42,10 +38,18 @@ from ovseg_jax.data.prepared_files import (
     shard_name,
 )
 from ovseg_jax.datasets.base import Dataset, Entry
+from ovseg_jax.datasets.beam import (
+    check_beam,
+    pipeline_options,
+    progress,
+    quiet_workers,
+    run_elements,
+    silence_beam,
+)
 from ovseg_jax.datasets.fields import complete, encode, fields_of, serializer, tfds_features
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import locked, write_whole
-from ovseg_jax.reading import parse_json, read_json, read_text, reading, reason, text, whole
+from ovseg_jax.reading import parse_json, read_json, read_text, reading, text, whole
 
 _LOG = logging.getLogger(__name__)
 WORK, JOB = ".work", "job.pickle"
@@ -99,7 +103,7 @@ def prepare(
       UserError: a file of the data set is missing or damaged, the folder holds something else, a package is missing, or
         an option is unknown.
     """
-    _check_packages()
+    check_beam("prepare", ("apache_beam", "tensorflow_datasets", "array_record"))
     out = epath.Path(out)
     for split in splits:
         dataset.check_split(split)
@@ -107,7 +111,7 @@ def prepare(
         raise UserError(f"the split {double[0]!r} is named twice")
     if shard_examples < 1 or workers < 0:
         raise UserError("--shard_examples must be at least 1, and --workers at least 0")
-    options = _pipeline_options(runner, workers, beam_options)
+    options = pipeline_options(runner, workers, beam_options)
     with locked(out, "wait for it, or choose another --out"):
         done = _check_folder(dataset, out)
         for split in splits or dataset.splits:
@@ -117,12 +121,6 @@ def prepare(
                 (out / WORK / split).rmtree(missing_ok=True)
         (out / WORK).rmtree(missing_ok=True)
         return read_manifest(out)
-
-
-def _check_packages() -> None:
-    for module in ("apache_beam", "tensorflow_datasets", "array_record"):
-        if importlib.util.find_spec(module) is None:
-            raise UserError(f"prepare needs the package {module}: pip install -e '.[prepare]'")
 
 
 def _request(dataset: Dataset) -> dict[str, Any]:
@@ -166,8 +164,9 @@ def _prepare_split(
         for path in _errors(job):
             path.unlink()
         write_whole(_work(job) / JOB, pickle.dumps(job))
-        with _quiet_workers() as terminal, _progress(job, terminal):
-            _run(job, missing, options, runner)
+        title = f"{dataset.name} {split}"
+        with quiet_workers() as terminal, progress(title, job.count, lambda: _finished(job), terminal):
+            run_elements(write_shard, missing, options, runner, str(_work(job) / JOB), time.time_ns())
         if errors := [read_text(path) for path in _errors(job)]:
             more = f" (and {len(errors) - 1} other shards have errors)" if len(errors) > 1 else ""
             raise UserError(f"{errors[0]}{more}; the other shards are kept: the same command continues")
@@ -259,7 +258,7 @@ def write_shard(shard: int, path: str, begun: int) -> None:
 def _write_shard(shard: int, job: Job) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    _silence()
+    silence_beam()
     serialize, provides = serializer(tfds_features(job.dataset)), fields_of(job.dataset)
     out = epath.Path(job.out)
     target = out / shard_name(job.dataset.name, job.split, shard, job.count)
@@ -360,90 +359,6 @@ def _read_part(job: Job, shard: int, mark: dict[str, Any]) -> Index:
     return read_index(_part(job, shard), mark["examples"], fields_of(job.dataset))
 
 
-def _pipeline_options(runner: str, workers: int, given: Sequence[str]) -> Any:
-    """Returns Beam's options, and raises a UserError for one that Beam does not know."""
-    _silence()
-    from apache_beam.options.pipeline_options import PipelineOptions
-    from apache_beam.runners import create_runner
-
-    flags = list(given)
-    if runner == "direct":
-        count = workers or os.cpu_count() or 1
-        mode = "in_memory" if count == 1 else "multi_processing"
-        flags += [f"--direct_num_workers={count}", f"--direct_running_mode={mode}"]
-    else:
-        if workers:
-            raise UserError(f"--workers is for the direct runner: {runner} has options of its own")
-        try:
-            create_runner(runner)
-        except (ValueError, ImportError) as error:
-            raise UserError(f"--runner={runner}: {reason(error)}") from error
-    options = PipelineOptions(flags)
-    known = options.get_all_options()
-    for flag in given:
-        name = re.match(r"--(?:no_)?([a-zA-Z]\w*)", flag)
-        if flag.startswith("-") and (name is None or name[1] not in known):
-            raise UserError(f"Beam has no option {flag.partition('=')[0]}")
-    return options
-
-
-def _run(job: Job, shards: Sequence[int], options: Any, runner: str) -> None:
-    import apache_beam as beam
-
-    # By the name DirectRunner, Beam may download another runner, Prism.
-    runner = "FnApiRunner" if runner == "direct" else runner
-    with beam.Pipeline(runner=runner, options=options) as pipeline:
-        _ = (
-            pipeline
-            | beam.Create(list(shards))
-            | beam.Map(write_shard, str(_work(job) / JOB), time.time_ns())
-        )
-
-
-@contextlib.contextmanager
-def _quiet_workers() -> Iterator[TextIO]:
-    """Gives the terminal's stderr, and hides what processes that start in the context print there.
-
-    Beam's workers print dozens of lines each. An exception gets the last of them as a note.
-    """
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as log, os.fdopen(kept, "w", errors="replace") as terminal:
-        os.dup2(log.fileno(), 2)
-        try:
-            yield terminal
-        except Exception as error:
-            log.seek(max(0, log.tell() - 4000))
-            error.add_note(log.read().decode(errors="replace"))
-            raise
-        finally:
-            sys.stderr.flush()
-            os.dup2(kept, 2)
-
-
-@contextlib.contextmanager
-def _progress(job: Job, terminal: TextIO) -> Iterator[None]:
-    """Shows how many shards are finished, whatever runner writes them."""
-    ended = threading.Event()
-
-    def watch() -> None:
-        title = f"{job.dataset.name} {job.split}"
-        with tqdm(total=job.count, initial=_finished(job), unit="shard", desc=title, file=terminal) as bar:
-            while True:
-                last = ended.wait(1.0)
-                bar.update(_finished(job) - bar.n)
-                if last:
-                    return
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
 def _finish(dataset: Dataset, out: epath.Path, splits: dict[str, Any]) -> None:
     """Writes the metadata of TensorFlow Datasets, the classes and the manifest of the finished splits."""
     import tensorflow_datasets as tfds
@@ -487,14 +402,3 @@ def _finish(dataset: Dataset, out: epath.Path, splits: dict[str, Any]) -> None:
         "splits": splits,
     }
     write_whole(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-
-
-def _silence() -> None:
-    """Hides what Beam and TensorFlow Datasets log about themselves, at import too."""
-    for name in ("absl", "apache_beam"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    logging.disable(logging.WARNING)
-    try:
-        import apache_beam  # noqa: F401
-    finally:
-        logging.disable(logging.NOTSET)

@@ -8,6 +8,7 @@ finished and holds its config.
     pseudo_label  writes a teacher's masks for the images of a source, see `inference.pseudo_masks.label_stage`
     pseudo_label_maps  writes label maps for them, see `inference.pseudo_label_maps.label_map_stage`
     cluster       writes masks of their clusters, without a teacher, see `inference.cluster_masks.cluster_stage`
+    annotate      annotates them by other models, see `annotation.stage.annotate_stage`
 """
 
 import hashlib
@@ -35,6 +36,7 @@ _ELSEWHERE = {
     "pseudo_label": "ovseg_jax.inference.pseudo_masks:label_stage",
     "pseudo_label_maps": "ovseg_jax.inference.pseudo_label_maps:label_map_stage",
     "cluster": "ovseg_jax.inference.cluster_masks:cluster_stage",
+    "annotate": "ovseg_jax.annotation.stage:annotate_stage",
 }
 
 # (config, folder) -> a dict, with "stopped" if it was stopped by a signal.

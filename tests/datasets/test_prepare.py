@@ -198,9 +198,9 @@ import array_record.python.array_record_module, tensorflow_datasets
 from ovseg_jax.datasets import prepare as module
 from tests.datasets.toy import Toy
 
-module._pipeline_options("direct", 1, ())  # imports Beam
+module.pipeline_options("direct", 1, ())  # imports Beam
 source, root = map(Path, sys.argv[1:])
-module._run = lambda job, shards, *_: [module.write_shard(k, str(module._work(job) / module.JOB), 0) for k in shards]
+module.run_elements = lambda write, shards, options, runner, path, begun: [write(k, path, 0) for k in shards]
 
 
 def call(out, stop):

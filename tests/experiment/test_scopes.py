@@ -90,7 +90,6 @@ def test_what_is_needed():
             [stage("a", kind="dance")],
             "a has the kind 'dance'; known kinds: train, pseudo_label, pseudo_label_maps, cluster, annotate",
         ),
-        ([stage("a", kind="annotate")], "a has the kind 'annotate', which is not implemented yet"),
         ([dict(name="a")], r"each stage is dict\(name=\.\.\., kind=\.\.\., config=\.\.\.\)"),
         ([stage("a", init="stage:b")], "stage:b: there is no stage 'b'; known stages: a"),
         (["a"], "each stage is dict"),
