@@ -111,8 +111,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         batch=AtLeast(8192, 1),
         pairs=AtLeast(PAIRS, 1),  # data=umg41m: images in an epoch, for the number of steps
         fsdp=AtLeast(1, 1),  # chips over which parameters are split; E/14 needs it
-        # data=umg41m: the blocks of a tower as one loop of the program, which is traced in a fifth of the time (L/14)
-        # and has the weights of one block at a time on each chip; without effect on towers with adapters. Ours
+        # not data=scenes: the blocks of a tower as one loop of the program, which is traced in a fifth of the time
+        # (L/14) and has the weights of one block at a time on each chip. Ours
         loop=False,
         # adapt=panoptic: side of the images (5.1: 640 on BigDet; Table 10: 384, 640, 896)
         size=AtLeast(896, 32),
@@ -362,7 +362,7 @@ def panoptic(args: Args) -> ConfigDict:
     train, validation = sources(args)
     own = fcclip.published_config("fcclip_convnext_l")
     own.towers = dict(
-        image=dict(name=args.tower, remat="all"),  # ours
+        image=dict(name=args.tower, remat="all", **(dict(scan=0) if args.loop else {})),  # ours
         text=dict(name=args.tower),
         init=args.weights or weights_of(args.tower),
         tokenizer="",

@@ -78,8 +78,9 @@ def global_rows(text: str, keys: tuple[str, ...], after: str = "") -> list[Row]:
     for name, values in read(text).items():
         family, _, size = name.rpartition("-")
         tower, split = f"tower={TOWERS.get(size)}", SPLIT.get(size, {})
+        loop = ",loop=true" * (size in SPLIT)
         if family == "UMG-CLIP":
-            args = f"{UMG41M},{tower},adapt=global,weights=data/umg_clip/{size},{SCORED}"
+            args = f"{UMG41M},{tower},adapt=global,weights=data/umg_clip/{size},{SCORED}{loop}"
             rows.append(Row(name, values, keys, "umg_clip", args, split, after, ADAPTED))
         elif family == "EVA-02-CLIP":
             args = f"{UMG41M},{tower},{SCORED}"
@@ -96,7 +97,7 @@ def dense_rows(text: str, keys: tuple[str, ...]) -> list[Row]:
         family, _, size = name.rpartition("-")
         if size in TOWERS:
             weights = f",weights=data/umg_clip/{size}" if family == "UMG-CLIP" else ""
-            args = f"{DENSE},tower={TOWERS[size]}{weights}"
+            args = f"{DENSE},tower={TOWERS[size]}{weights}" + ",loop=true" * (size in SPLIT)
             rows.append(Row(name, values, keys, "umg_clip", args, SPLIT.get(size, {}), differs=HEAD))
         else:
             why = {"FC-CLIP": FCCLIP, "CAT-Seg-L": CATSEG, "CAT-Seg-G": CATSEG}.get(name, CITED)

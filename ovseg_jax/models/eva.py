@@ -87,7 +87,7 @@ class Eva(nn.Module):
         same with and without.
       remat: what the backward pass recomputes in each block, see `rematerialise`.
       scan: the first of the blocks, up to the last but one, that are one loop of the program, which then compiles in
-        the time of a few; `between` must do nothing from there on. None, taps in the loop, or adapters: no loop.
+        the time of a few; `between` must do nothing from there on. None, or taps in the loop: no loop.
       dtype: compute type; parameters are float32.
     """
 
@@ -175,10 +175,11 @@ class Eva(nn.Module):
 
         def at_once(x: Array, *args: Any) -> Array:
             weights = [self.variables["params"][f"blocks_{i}"] for i in loop]
-            return scan_blocks(Block(**fields, parent=None), self.remat, weights, x, *args)
+            dropout = self.make_rng("dropout") if self.has_rng("dropout") else None
+            return scan_blocks(Block(**fields, parent=None), self.remat, weights, x, *args, dropout=dropout)
 
         loop = range(self.depth if self.scan is None else self.scan, self.depth - 1)
-        if self.is_initializing() or self.adapter is not None or set(loop) & set(self.taps):
+        if self.is_initializing() or set(loop) & set(self.taps):
             loop = range(0)
         x, places, tapped = through_blocks(
             block,

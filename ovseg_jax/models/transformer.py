@@ -308,7 +308,12 @@ class Block(nn.Module):
 
 
 def scan_blocks(
-    block: Block, remat: str, weights: Sequence[Mapping[str, Any]], x: Float[Array, "b n d"], *args: Any
+    block: Block,
+    remat: str,
+    weights: Sequence[Mapping[str, Any]],
+    x: Float[Array, "b n d"],
+    *args: Any,
+    dropout: Array | None = None,
 ) -> Float[Array, "b n d"]:
     """Applies blocks that are alike in one loop, so that the program has one of them, and compiles as fast.
 
@@ -318,16 +323,19 @@ def scan_blocks(
       weights: the parameters of each.
       x: tokens.
       *args: the further arguments of each, see `Block.__call__`.
+      dropout: the key of dropout, if there is any.
     """
     stacked = jax.tree.map(lambda *each: jnp.stack(each), *weights)
+    keys = None if dropout is None else jax.random.split(dropout, len(weights))
 
-    def step(y: Array, own: Any) -> Array:
+    def step(y: Array, own: Any, key: Array | None) -> Array:
+        rngs = None if key is None else {"dropout": key}
         # In a loop, the compiler would split the tokens' channels as the weights are, and gather the whole batch.
-        out: Any = block.apply({"params": jax.tree.map(whole, own)}, split_batch(y), *args)
+        out: Any = block.apply({"params": jax.tree.map(whole, own)}, split_batch(y), *args, rngs=rngs)
         return split_batch(out)
 
     step = rematerialise_function(step, remat)
-    return jax.lax.scan(lambda y, own: (step(y, own), None), x, stacked)[0]
+    return jax.lax.scan(lambda y, each: (step(y, *each), None), x, (stacked, keys))[0]
 
 
 def through_blocks(

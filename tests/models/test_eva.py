@@ -1,6 +1,7 @@
 import copy
 import functools
 import re
+from functools import partial
 
 import flax
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.models.convpass import Convpass, with_convpass
 from ovseg_jax.models.eva import PRESETS, Eva, rotary_table
 from ovseg_jax.models.text_towers import text_tower
 from ovseg_jax.models.token_clusters import TokenClusters
@@ -301,7 +303,11 @@ def test_remat_changes_nothing_but_memory(policy):
 
 @pytest.mark.parametrize(
     ("kind", "remat", "own"),
-    [("eva02", "all", dict(between=TokenClusters(1, 0.5))), ("e14", "none", dict(values=True))],
+    [
+        ("eva02", "all", dict(between=TokenClusters(1, 0.5))),
+        ("e14", "none", dict(values=True)),
+        ("eva02", "all", dict(adapter=partial(Convpass, width=4), adapter_scale=0.5)),
+    ],
 )
 def test_a_loop_changes_nothing_but_the_program(kind, remat, own):
     plain = Eva(**{**TINY, "depth": 4, "taps": ()}, **KINDS[kind][0], **own)
@@ -321,6 +327,17 @@ def test_a_loop_changes_nothing_but_the_program(kind, remat, own):
     assert scans and not unrolled and not gradient(looped.clone(taps=(2,)))[1]
     found, expected = (each.lower().compile()(variables["params"]) for each in (found, expected))
     reference.assert_trees_agree(found, expected)
+
+
+def test_dropout_of_adapters_in_a_loop_is_drawn_from_the_key():
+    model = Eva(**{**TINY, "depth": 3, "taps": ()}, **KINDS["eva02"][0], scan=0)
+    looped = with_convpass(model, width=4, dropout=0.5, scale=1.0, train=True)
+    x, variables = images(2, 32, 16), variables_of(looped)
+    apply = jax.jit(lambda variables, key: looped.apply(variables, x, rngs={"dropout": key}).tokens)
+    run = lambda seed: apply(variables, jax.random.key(seed))
+    one, again, other = run(0), run(0), run(1)
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(one - other).max() > 1e-3
 
 
 def test_a_loop_gathers_the_weights_of_a_block_and_never_the_batch():
