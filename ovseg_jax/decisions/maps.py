@@ -115,7 +115,7 @@ def confidence_of(
       score: sum_n s_n y_n of the category's best name; for pixel features the score itself.
       cover: sum_n s_n; 1 for pixel features.
     """
-    return score / jnp.maximum(cover, 1)
+    return score / cover.clip(1)
 
 
 def true_scores(

@@ -4,8 +4,10 @@ import collections
 import glob
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +19,7 @@ from ovseg_jax.cli.outputs import Journal, check_not_foreign, check_out_folder, 
 from ovseg_jax.data.images import image_suffixes, list_images, read_image
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import locked, write_whole
+from ovseg_jax.inference.result import Result
 from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.vectors import ClassVectors
@@ -28,6 +31,9 @@ TASKS = {"panoptic": "panoptic", "instance": "instances", "semantic": "argmax"}
 PANOPTIC = "panoptic.png"
 # The file of all images that a task writes in the format of COCO's evaluations.
 COCO_FILES = {"panoptic": "panoptic.json", "instance": "instances.json"}
+THREADS = min(8, os.cpu_count() or 1)
+"""Number of threads that read, and of those that write."""
+_PIXELS = 16_000_000  # of images that wait for a stage: a photograph of 20 megapixels waits alone
 ENDS = ("labels.png", "json", "overlay.png")
 
 
@@ -229,7 +235,7 @@ def coco_results(records: Sequence[Mapping[str, Any]], task: str) -> Any:
 
 
 def _save_all(
-    results: Iterator[Any],
+    results: Iterator[Result],
     reader: "ImageReader",
     out: epath.Path,
     names: Mapping[str, str],
@@ -238,29 +244,55 @@ def _save_all(
     task: str | None,
 ) -> Iterator[dict[str, Any]]:
     """Writes the files of each result and yields its record."""
+
+    def save(result: Result, name: str) -> dict[str, Any]:
+        if result.features is not None:
+            result.features.save(out / f"{name}.{FEATURES}")
+        coco = result.save_panoptic(out, name) if task == "panoptic" else {}
+        record = result.record()
+        result.save(out, name, record)
+        return record | coco
+
+    waiting: collections.deque[tuple[epath.Path, list[int], Future]] = collections.deque()
+
+    def finished() -> dict[str, Any]:
+        path, stamp, saved = waiting.popleft()
+        name = names[str(path)]
+        bar.set_postfix_str(path.name, refresh=False)
+        try:
+            record = saved.result()
+        except (OSError, UserError) as error:
+            text = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise UserError(
+                f"{out / name}: {text}; {done} of {total} images are done; the same command continues "
+                "from there"
+            ) from error
+        return {"image": str(path), "stem": name, "stamp": stamp, **record}
+
     with tqdm(total=total, initial=done, unit="image", disable=None, dynamic_ncols=True) as bar:
         reader.report = lambda error: (bar.update(), bar.write(f"skipped: {error}", sys.stderr))
-        for result in results:
-            path, stamp = reader.done.popleft()
-            name = names[str(path)]
-            bar.set_postfix_str(path.name, refresh=False)
-            try:
-                if result.features is not None:
-                    result.features.save(out / f"{name}.{FEATURES}")
-                coco = result.save_panoptic(out, name) if task == "panoptic" else {}
-                result.save(out, name)
-            except (OSError, UserError) as error:
-                text = error.strerror if isinstance(error, OSError) and error.strerror else error
-                raise UserError(
-                    f"{out / name}: {text}; {done} of {total} images are done; the same command continues from there"
-                ) from error
-            yield {"image": str(path), "stem": name, "stamp": stamp, **result.record(), **coco}
-            done += 1
-            bar.update()
+        pool = ThreadPoolExecutor(THREADS)
+        try:
+            for result in results:
+                path, stamp = reader.done.popleft()
+                waiting.append((path, stamp, pool.submit(save, result, names[str(path)])))
+                while len(waiting) > _room(result.image):
+                    yield finished()
+                    done += 1
+                    bar.update()
+            while waiting:
+                yield finished()
+                done += 1
+                bar.update()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 class ImageReader:
-    """An iterator over the images of files, which skips unreadable ones and remembers the others."""
+    """An iterator over the images of files, which skips unreadable ones and remembers the others.
+
+    It reads ahead in threads.
+    """
 
     def __init__(self, files: Sequence[epath.Path]):
         self.files = files
@@ -269,16 +301,38 @@ class ImageReader:
         self.report: Callable[[UserError], Any] = print
 
     def __iter__(self) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-        for path in self.files:
+        def read(path: epath.Path) -> tuple[list[int], np.ndarray | UserError]:
             stamp = file_stamp(path)
             try:
-                image = read_image(path)
+                return stamp, read_image(path)
             except UserError as error:
-                self.skipped += 1
-                self.report(error)
-                continue
-            self.done.append((path, stamp))
-            yield image
+                return stamp, error
+
+        files = collections.deque(self.files)
+        waiting: collections.deque[tuple[epath.Path, Future]] = collections.deque()
+        room = 1
+        pool = ThreadPoolExecutor(THREADS)
+        try:
+            while files or waiting:
+                while files and len(waiting) < room:
+                    path = files.popleft()
+                    waiting.append((path, pool.submit(read, path)))
+                path, reading = waiting.popleft()
+                stamp, image = reading.result()
+                if isinstance(image, UserError):
+                    self.skipped += 1
+                    self.report(image)
+                    continue
+                room = 1 + _room(image)
+                self.done.append((path, stamp))
+                yield image
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _room(image: np.ndarray) -> int:
+    """Returns how many images of this size may wait to be segmented, or to be written."""
+    return int(np.clip(_PIXELS // (image.shape[0] * image.shape[1]), 1, THREADS))
 
 
 def _digest(array: np.ndarray) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -81,9 +82,13 @@ class Result:
     ) -> "Result":
         """Creates a result from the output of a decision, see `decisions.rules.Decided`."""
         if segments is None:
-            known = label_map >= 0
-            areas = np.bincount(label_map[known], minlength=len(classes))
-            sums = np.bincount(label_map[known], confidence[known], len(classes))
+            areas, sums = np.zeros(len(classes), np.int64), np.zeros(len(classes))
+            # In bands, since the counting copies its arguments in 64 bits.
+            for start in range(0, len(label_map), 512):
+                labels = label_map[start : start + 512]
+                known = labels >= 0
+                areas += np.bincount(labels[known], minlength=len(classes))
+                sums += np.bincount(labels[known], confidence[start : start + 512][known], len(classes))
             found = [
                 Segment(
                     int(k), float(sums[k] / areas[k]), classes.isthing[k], 0, int(areas[k]), label_map, int(k)
@@ -204,9 +209,9 @@ class Result:
         write_whole(epath.Path(folder) / f"{stem}.panoptic.png", _png(picture))
         return {"segments_info": rows}
 
-    def to_json(self) -> str:
+    def to_json(self, record: Mapping[str, Any] | None = None) -> str:
         """Returns `record` as JSON."""
-        return json.dumps(self.record(), indent=1)
+        return json.dumps(self.record() if record is None else record, indent=1)
 
     def label_image(self) -> Image.Image:
         """Returns the label map as a grey picture: index + 1, 0 = unknown; 16 bits for more than 255 categories."""
@@ -217,10 +222,17 @@ class Result:
         kind = np.uint8 if len(self.classes) < 256 else np.uint16
         return Image.fromarray((self.label_map + 1).astype(kind))
 
-    def save(self, folder: epath.PathLike, stem: str) -> list[epath.Path]:
+    def save(
+        self, folder: epath.PathLike, stem: str, record: Mapping[str, Any] | None = None
+    ) -> list[epath.Path]:
         """Writes `stem.labels.png`, `stem.json` and finally `stem.overlay.png` into a folder.
 
         If the overlay cannot be drawn, this is logged as a warning.
+
+        Args:
+          folder: the folder, created if missing.
+          stem: the name of the files.
+          record: `self.record()`, if the caller has it.
 
         Returns:
           The paths of the files.
@@ -229,7 +241,7 @@ class Result:
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"{stem}.{end}" for end in ("labels.png", "json", "overlay.png")]
         write_whole(paths[0], _png(self.label_image()))
-        write_whole(paths[1], self.to_json() + "\n")
+        write_whole(paths[1], self.to_json(record) + "\n")
         try:
             picture = _png(self.overlay())
         except Exception as error:

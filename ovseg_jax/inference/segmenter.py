@@ -325,11 +325,11 @@ class Segmenter:
             confidence: np.ndarray = blender.score
             if layers.masks:
                 confidence = np.asarray(confidence_of(blender.score, blender.cover))
-            label_map = owner[blender.name]
-            if isinstance(chosen, BackgroundThreshold):
-                label_map = np.where(confidence >= chosen.threshold, label_map, -1)
-            yield Result.of(job.image, classes, label_map.astype(np.int32), confidence, features=dense)
+            label_map = owner[blender.name].astype(np.int32, copy=False)
             blender = None
+            if isinstance(chosen, BackgroundThreshold):
+                label_map[~(confidence >= chosen.threshold)] = -1
+            yield Result.of(job.image, classes, label_map, confidence, features=dense)
 
     def _in_windows(
         self, images: Iterable[Any], labels: Labels | ClassVectors | None, protocol: str

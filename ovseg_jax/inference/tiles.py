@@ -124,15 +124,18 @@ class Blender:
         """Scores a band of rows for which all tiles have been added."""
         width = self.columns[-1].stop
         across = min(BLOCK_COLUMNS, -(-width // 64) * 64)
+        waiting: list[tuple[Span, Span, tuple[Array, Array, Array]]] = []
         for y in range(band.start, band.stop, BLOCK_ROWS):
             for x in range(0, width, across):
                 rows = Span(y, min(y + BLOCK_ROWS, band.stop))
                 columns = Span(x, min(x + across, width))
                 views = [v for v in self._views if _meet(v.rows, rows) and _meet(v.columns, columns)]
-                best = self._score(views, rows, columns, across)
-                at = slice(*rows), slice(*columns)
-                for result, block in zip((self.name, self.score, self.cover), best, strict=True):
-                    result[at] = np.asarray(block)[: rows.stop - y, : columns.stop - x]
+                waiting.append((rows, columns, self._score(views, rows, columns, across)))
+        # Fetched behind the last one, so that the device does not wait between blocks.
+        for rows, columns, best in waiting:
+            at = slice(*rows), slice(*columns)
+            for result, block in zip((self.name, self.score, self.cover), best, strict=True):
+                result[at] = np.asarray(block)[: rows.stop - rows.start, : columns.stop - columns.start]
 
     def _score(self, views: list[View], rows: Span, columns: Span, across: int) -> tuple[Array, Array, Array]:
         # The number of views is padded to a power of two, to limit compilations; the added views have shares of zero.

@@ -13,6 +13,10 @@ from PIL import Image, ImageDraw, ImageFont
 from ovseg_jax.files import write_whole
 
 UNKNOWN_COLOUR = (150, 150, 150)
+_BAND, _MOST = (
+    256,
+    2_000_000,
+)  # rows drawn at once; pixels of a mask in which a place for its name is searched
 INK, FAINT, PAPER = (33, 37, 41), (134, 142, 150), (255, 255, 255)
 
 # The first colours are chosen by eye, each further one by its distance from all before it.
@@ -228,24 +232,40 @@ def _segments_over(
     font_size: int,
 ) -> Image.Image:
     """Draws the picture at `size` with its segments: colour, outline, and names where they fit."""
-    base = np.asarray(_resized(image, size), np.float32)
     if label_map is None:
         return Image.new("RGB", size[::-1], (241, 243, 245))
+    base = np.asarray(_resized(image, size))
     labels = enlarge_labels(label_map, size)
-    known = (labels >= 0)[..., None]
-    # The picture shows through mostly as lightness, so that its colours do not mix with those of the labels.
-    shade = base.mean(-1, keepdims=True)
-    mixed = (1 - alpha) * (0.5 * base + 0.5 * shade) + alpha * paint(labels, colours)
-    faded = 0.75 * (0.3 * base + 0.7 * shade) + 0.25 * 255
-    mixed = np.where(known, mixed, faded)
-    edge = _outline(labels, max(1, round(max(size) / 400)))[..., None]
-    mixed = np.where(edge, 0.15 * mixed + 0.85 * 255, mixed)
-    picture = Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8))
+    edge = _outline(labels, max(1, round(max(size) / 400)))
+    drawn = np.empty_like(base)
+    # In floats, a photograph of 20 megapixels would take two gigabytes at once.
+    for start in range(0, size[0], _BAND):
+        at = slice(start, start + _BAND)
+        drawn[at] = _mixed(base[at], labels[at], edge[at], colours, alpha)
+    picture = Image.fromarray(drawn)
     draw = ImageDraw.Draw(picture)
     for label in np.unique(labels):
         if label >= 0:
             _write_inside(draw, labels == label, words[int(label)], font_size)
     return picture
+
+
+def _mixed(
+    image: UInt8[np.ndarray, "h w 3"],
+    labels: Int[np.ndarray, "h w"],
+    edge: Bool[np.ndarray, "h w"],
+    colours: UInt8[np.ndarray, "k 3"],
+    alpha: float,
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Mixes the colours of segments and edges into an image."""
+    base = image.astype(np.float32)
+    # The picture shows through mostly as lightness, so that its colours do not mix with those of the labels.
+    shade = base.mean(-1, keepdims=True)
+    mixed = (1 - alpha) * (0.5 * base + 0.5 * shade) + alpha * paint(labels, colours)
+    faded = 0.75 * (0.3 * base + 0.7 * shade) + 0.25 * 255
+    mixed = np.where((labels >= 0)[..., None], mixed, faded)
+    mixed = np.where(edge[..., None], 0.15 * mixed + 0.85 * 255, mixed)
+    return np.clip(mixed, 0, 255).astype(np.uint8)
 
 
 def _outline(labels: Int[np.ndarray, "h w"], thickness: int) -> Bool[np.ndarray, "h w"]:
@@ -260,13 +280,16 @@ def _write_inside(
     draw: ImageDraw.ImageDraw, mask: Bool[np.ndarray, "h w"], text: str, font_size: int
 ) -> None:
     """Writes the text at the place in the mask with most room around it, or not at all if it does not fit."""
-    area = np.pad(np.cumsum(np.cumsum(mask, 0, dtype=np.int64), 1), ((1, 0), (1, 0)))
+    step = max(1, round((mask.size / _MOST) ** 0.5))  # in large pictures, every so many pixels are enough
+    mask = mask[::step, ::step]
+    area = np.pad(np.cumsum(np.cumsum(mask, 0, dtype=np.int32), 1, dtype=np.int32), ((1, 0), (1, 0)))
     for points in (font_size, round(font_size * 0.8)):
         font = _font(points, text)
         left, top, right, bottom = (round(v) for v in font.getbbox(text))
         for room in (8.0, 5.0, 3.0, 2.0, 1.2, 0.6, 0.25):
             pad = round(points * room)
-            w, h = right - left + 2 * min(pad, points), bottom - top + 2 * pad
+            wide, high = right - left + 2 * min(pad, points), bottom - top + 2 * pad
+            w, h = -(-wide // step), -(-high // step)
             if w >= mask.shape[1] or h >= mask.shape[0]:
                 continue
             covered = area[h:, w:] - area[:-h, w:] - area[h:, :-w] + area[:-h, :-w]
@@ -274,7 +297,8 @@ def _write_inside(
             if len(ys):
                 # Among the places with this much room, the one nearest to their middle.
                 i = np.argmin((ys - ys.mean()) ** 2 + (xs - xs.mean()) ** 2)
-                x, y = xs[i] + w / 2 - (left + right) / 2, ys[i] + h / 2 - (top + bottom) / 2
+                x = xs[i] * step + wide / 2 - (left + right) / 2
+                y = ys[i] * step + high / 2 - (top + bottom) / 2
                 draw.text((x, y), text, font=font, fill="white", stroke_width=2, stroke_fill=INK)
                 return
 
