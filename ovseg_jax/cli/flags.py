@@ -1,5 +1,6 @@
 """The `--config` flag of the commands that take a config, and its errors as sentences."""
 
+import importlib
 import sys
 import traceback
 from collections.abc import Callable
@@ -9,7 +10,6 @@ from typing import Any, NoReturn
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from ovseg_jax import configs
 from ovseg_jax.cli.console import check_addresses, ensure_home, guarded, silence
 from ovseg_jax.errors import UserError
 
@@ -44,7 +44,10 @@ def shipped_config(argument: str) -> str:
     if flag not in ("--config", "-config") or not path or Path(path).is_file():
         return argument
     name = path.removeprefix("configs/").removesuffix(".py")
-    own = [Path(folder) / f"{name}.py" for folder in configs.__path__]
+    package = importlib.import_module(
+        "ovseg_jax.configs"
+    )  # a folder of files here, of which none is imported
+    own = [Path(folder) / f"{name}.py" for folder in package.__path__]
     return next((f"{flag}{equals}{file}{colon}{arg}" for file in own if file.is_file()), argument)
 
 
