@@ -1,4 +1,4 @@
-"""The command `ovseg VERB ...`, which is `python -m ovseg_jax.VERB ...`; without arguments it lists the verbs."""
+"""The command `ovseg predict ...` for `python -m ovseg_jax.predict ...`, and so for all verbs; alone it lists them."""
 
 import ast
 import pkgutil
