@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from ovseg_jax.cli.console import FAILED, Parser, run_command, start
 from ovseg_jax.errors import UserError
@@ -159,12 +160,12 @@ def _run(arguments: argparse.Namespace) -> int:
     if len(paths) == 1:
         read_image(paths[0])
 
+    shared: dict[str, Any] = dict(batch_size=arguments.batch, devices=None)
+
     def load() -> Segmenter:
         if not arguments.proposals:
-            return Segmenter.from_checkpoint(arguments.checkpoint, arguments.step, batch_size=arguments.batch)
-        return Segmenter.from_two_stages(
-            arguments.proposals, arguments.checkpoint, batch_size=arguments.batch, **rules
-        )
+            return Segmenter.from_checkpoint(arguments.checkpoint, arguments.step, **shared)
+        return Segmenter.from_two_stages(arguments.proposals, arguments.checkpoint, **shared, **rules)
 
     request = {
         "checkpoint": arguments.checkpoint,

@@ -21,11 +21,11 @@ from ovseg_jax.vocab.classes import ClassList
 def run(tmp_path, monkeypatch):
     """Runs the command on a checkpoint that sees colours; returns its status."""
 
-    def load(cls, workdir, step=None, *, batch_size=8):
+    def load(cls, workdir, step=None, *, batch_size=8, devices=()):
         if str(workdir) != "run":
             raise UserError(f"{workdir} holds no run: config.json is missing.")
         method = ColourMethod()
-        return cls(method, method.init(None), config(32), CLASSES, batch_size=batch_size)
+        return cls(method, method.init(None), config(32), CLASSES, batch_size=batch_size, devices=devices)
 
     monkeypatch.setattr(Segmenter, "from_checkpoint", classmethod(load))
     (tmp_path / "in").mkdir()

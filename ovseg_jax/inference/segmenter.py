@@ -6,8 +6,9 @@ result.labels, result.scores, result.masks
 result.overlay().save("photo.png")
 """
 
+import collections
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -57,8 +58,8 @@ class Segmenter:
       classes: the labels to use if none are given.
       batch_size: number of images, or tiles of large ones, in a batch; a model whose canvases differ in size
         (`method.whole`) takes images one by one.
-      devices: this process's devices that share each batch; by default its first one. The batch size is rounded up to
-        a multiple of their number.
+      devices: this process's devices that share each batch; by default its first one; None for all, or the first for a
+        model that takes images one by one. The batch size is rounded up to a multiple of their number.
 
     Raises:
       UserError: the batch size is less than 1, or there are several devices and images that are taken one by one.
@@ -72,11 +73,13 @@ class Segmenter:
         classes: ClassList | None = None,
         *,
         batch_size: int = 8,
-        devices: Sequence[jax.Device] = (),
+        devices: Sequence[jax.Device] | None = (),
     ):
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} is less than 1")
         self.method, self.config, self.classes = method, config, classes
+        if devices is None:
+            devices = () if method.whole else jax.local_devices()
         if method.whole:
             if len(devices) > 1:
                 raise UserError(
@@ -103,7 +106,7 @@ class Segmenter:
         *,
         averaged: bool = True,
         batch_size: int = 8,
-        devices: Sequence[jax.Device] = (),
+        devices: Sequence[jax.Device] | None = (),
     ) -> "Segmenter":
         """Loads a run, with its latest checkpoint or that of `step`.
 
@@ -161,6 +164,7 @@ class Segmenter:
         *,
         templates: Any = None,
         batch_size: int = 8,
+        devices: Sequence[jax.Device] | None = (),
         **rules: Any,
     ) -> "Segmenter":
         """Loads the masks of one run and the classifier of another: ZSSeg's two stages, see `TwoStage`.
@@ -174,6 +178,7 @@ class Segmenter:
           templates: hand-written prompts or the file of a learned one, see `towers.templates.read_templates`; by
             default the classifier's own prompt.
           batch_size: number of images, or tiles of large ones, in a batch.
+          devices: see the class.
           **rules: see `experiment.transfer.rules_of`.
 
         Raises:
@@ -201,7 +206,7 @@ class Segmenter:
             templates=None if templates is None else read_templates(templates),
         )
         both = {"proposals": first.variables, "classifier": second.variables}
-        return cls(method, both, first.config, classes, batch_size=batch_size)
+        return cls(method, both, first.config, classes, batch_size=batch_size, devices=devices)
 
     def segment(
         self,
@@ -296,10 +301,17 @@ class Segmenter:
         classes = self._categories(given or labels)
         text, owner = self.embed(given or classes), classes.flat()[1]
         vocabulary = vocabulary_of(classes, self.method.seen_names())
+        texts: dict[Any, Text] = {}
         blender: Blender | None = None
+        device: Any = None
+        # Each is fetched behind the start of later ones, so that no device waits for the host.
+        started: collections.deque[Callable[[], Result]] = collections.deque()
+        most = self._mesh.size if self._mesh is not None else int(jax.default_backend() != "cpu")
         for job, fitted, prediction in self._predictions(images, tile):
-            if given:
-                text = _text_of(given, prediction)
+            at = next(iter(jax.tree.leaves(prediction)[0].devices()))
+            if at not in texts:
+                own = _text_of(given, prediction) if given else text
+                texts[at] = jax.device_put(own, at) if self._mesh is not None else own
             size = job.image.shape[:2]
             dense = PixelFeatures.of(prediction, self.canvas, fitted, size) if features else None
             if not blocks:
@@ -307,7 +319,7 @@ class Segmenter:
                 shape = tuple(-(-pixels // SHAPE_STEP) * SHAPE_STEP for pixels in size)
                 decided = self._decide(
                     prediction,
-                    text,
+                    texts[at],
                     vocabulary,
                     np.array([fitted], np.int32),
                     np.array([size], np.int32),
@@ -316,20 +328,23 @@ class Segmenter:
                     shape=shape,
                     decision=chosen,
                 )
-                yield _result(job.image, classes, jax.device_get(decided), dense)
-                continue
-            blender = blender or Blender(job.rows, job.columns)
-            layers = self._layers(prediction, text, vocabulary)
-            if not blender.add(View(job.row, job.column, self.canvas, fitted, layers)):
-                continue
-            confidence: np.ndarray = blender.score
-            if layers.masks:
-                confidence = np.asarray(confidence_of(blender.score, blender.cover))
-            label_map = owner[blender.name].astype(np.int32, copy=False)
-            blender = None
-            if isinstance(chosen, BackgroundThreshold):
-                label_map[~(confidence >= chosen.threshold)] = -1
-            yield Result.of(job.image, classes, label_map, confidence, features=dense)
+                started.append(partial(_decided, job.image, classes, decided, dense))
+            else:
+                layers = self._layers(prediction, texts[at], vocabulary)
+                if blender is None:
+                    blender, device = Blender(job.rows, job.columns), at
+                elif device != at:  # a tile that another device has seen
+                    layers = jax.device_put(layers, device)
+                if not blender.add(View(job.row, job.column, self.canvas, fitted, layers)):
+                    continue
+                started.append(
+                    partial(_blended, job.image, classes, blender, owner, chosen, layers.masks, dense)
+                )
+                blender = None
+            while len(started) > most:
+                yield started.popleft()()
+        while started:
+            yield started.popleft()()
 
     def _in_windows(
         self, images: Iterable[Any], labels: Labels | ClassVectors | None, protocol: str
@@ -487,8 +502,11 @@ class Segmenter:
         """Yields every tile of every image with its size in the model's input and its prediction."""
         for jobs in _batched(_jobs(images, tile), self.batch_size):
             fitted, prediction = self._forward(jobs)
+            rows = len(jax.tree.leaves(prediction)[0])
             for i, (job, size) in enumerate(zip(jobs, fitted, strict=True)):
-                yield job, size, jax.tree.map(lambda x, i=i: x[i : i + 1], prediction)
+                mesh = self._mesh
+                at = mesh and mesh.devices.flat[i * mesh.size // rows]
+                yield job, size, jax.tree.map(partial(_row, i, at), prediction)
 
     def _forward(self, jobs: Sequence["_Job"]) -> tuple[list[tuple[int, int]], Prediction]:
         """Returns the sizes of some tiles in the model's input, and their prediction, padded to more rows."""
@@ -584,6 +602,39 @@ def _refined(result: Result) -> Result:
     """Returns a result whose label map follows the borders of its image."""
     labels = refine(result.image, result.label_map)
     return Result.of(result.image, result.classes, labels, result.confidence, features=result.features)
+
+
+def _row(i: int, device: jax.Device | None, x: jax.Array) -> jax.Array:
+    """Returns row i of an array, as [1 ...] on the device, which holds it unless it is laid out another way."""
+    for shard in x.addressable_shards if device is not None else ():
+        start, stop, _ = shard.index[0].indices(len(x))
+        if shard.device == device and start <= i < stop:
+            return shard.data[i - start : i - start + 1]
+    return x[i : i + 1] if device is None else jax.device_put(x[i : i + 1], device)
+
+
+def _decided(image: np.ndarray, classes: ClassList, decided: Decided, dense: PixelFeatures | None) -> Result:
+    return _result(image, classes, jax.device_get(decided), dense)
+
+
+def _blended(
+    image: np.ndarray,
+    classes: ClassList,
+    blender: Blender,
+    owner: np.ndarray,
+    decision: Decision,
+    masks: bool,
+    dense: PixelFeatures | None,
+) -> Result:
+    """Creates the result of an image whose tiles have all been added."""
+    blender.finish()
+    confidence: np.ndarray = blender.score
+    if masks:
+        confidence = np.asarray(confidence_of(blender.score, blender.cover))
+    label_map = owner[blender.name].astype(np.int32, copy=False)
+    if isinstance(decision, BackgroundThreshold):
+        label_map[~(confidence >= decision.threshold)] = -1
+    return Result.of(image, classes, label_map, confidence, features=dense)
 
 
 def _result(image: np.ndarray, classes: ClassList, decided: Decided, dense: PixelFeatures | None) -> Result:

@@ -107,35 +107,39 @@ class Blender:
         self.score = np.zeros(size, np.float32)
         self.cover = np.zeros(size, np.float32)
         self._views: list[View] = []
+        self._waiting: list[tuple[Span, Span, tuple[Array, Array, Array]]] = []
         self._seen = 0
 
     def add(self, view: View) -> bool:
-        """Adds the next view, in the order of rows, then columns; returns True when the image is complete."""
+        """Adds the next view, in the order of rows, then columns; returns True for the last, then call `finish`."""
         self._views.append(view)
         self._seen += 1
         row, column = divmod(self._seen, len(self.columns))
         if column == 0:
             stop = self.rows[row].start if row < len(self.rows) else self.rows[-1].stop
-            self._finish(Span(self.rows[row - 1].start, stop))
+            self.finish()
+            self._start(Span(self.rows[row - 1].start, stop))
             self._views = [v for v in self._views if v.rows.stop > stop]
         return row == len(self.rows)
 
-    def _finish(self, band: Span) -> None:
-        """Scores a band of rows for which all tiles have been added."""
+    def finish(self) -> None:
+        """Fetches the scores that the device computes."""
+        for rows, columns, best in self._waiting:
+            at = slice(*rows), slice(*columns)
+            for result, block in zip((self.name, self.score, self.cover), best, strict=True):
+                result[at] = np.asarray(block)[: rows.stop - rows.start, : columns.stop - columns.start]
+        self._waiting = []
+
+    def _start(self, band: Span) -> None:
+        """Lets the device score a band of rows for which all tiles have been added."""
         width = self.columns[-1].stop
         across = min(BLOCK_COLUMNS, -(-width // 64) * 64)
-        waiting: list[tuple[Span, Span, tuple[Array, Array, Array]]] = []
         for y in range(band.start, band.stop, BLOCK_ROWS):
             for x in range(0, width, across):
                 rows = Span(y, min(y + BLOCK_ROWS, band.stop))
                 columns = Span(x, min(x + across, width))
                 views = [v for v in self._views if _meet(v.rows, rows) and _meet(v.columns, columns)]
-                waiting.append((rows, columns, self._score(views, rows, columns, across)))
-        # Fetched behind the last one, so that the device does not wait between blocks.
-        for rows, columns, best in waiting:
-            at = slice(*rows), slice(*columns)
-            for result, block in zip((self.name, self.score, self.cover), best, strict=True):
-                result[at] = np.asarray(block)[: rows.stop - rows.start, : columns.stop - columns.start]
+                self._waiting.append((rows, columns, self._score(views, rows, columns, across)))
 
     def _score(self, views: list[View], rows: Span, columns: Span, across: int) -> tuple[Array, Array, Array]:
         # The number of views is padded to a power of two, to limit compilations; the added views have shares of zero.

@@ -80,6 +80,20 @@ def test_many_categories_go_in_blocks_and_of_equal_ones_the_first_wins():
     assert result.label_map[0, 0] == 150 and result.label_map[0, -1] == 152
 
 
+@pytest.mark.parametrize("how", [{}, {"tile": (20, 4)}, {"decision": "panoptic"}, {"features": True}])
+def test_several_devices_share_a_batch_and_give_the_same(how):
+    rng = np.random.default_rng(0)
+    images = [blocks(*rng.integers(20, 50, 2), ["red", "green"], ["blue", "white"]) for _ in range(5)]
+    one, many = make(), make(devices=tuple(jax.devices()[:4]))
+    assert len(jax.devices()) == 8 and make(devices=None).batch_size == 8
+    for a, b in zip(one.segment(images, **how), many.segment(images, **how), strict=True):
+        np.testing.assert_array_equal(a.label_map, b.label_map)
+        np.testing.assert_array_equal(a.confidence, b.confidence)
+        assert a.image is not b.image and (a.image == b.image).all()
+        if how == {"features": True}:
+            np.testing.assert_array_equal(a.features.pixels, b.features.pixels)
+
+
 def test_every_way_of_writing_labels_gives_the_same(tmp_path):
     segmenter, image = make(32), blocks(16, 16, ["red", "green"])
     before = segmenter.method.embedded
