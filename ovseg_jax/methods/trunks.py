@@ -111,7 +111,7 @@ class TowerTrunk:
     """
 
     def __init__(self, clip: Clip, features: str):
-        clip.check_patches(False)
+        clip.check_patches("")
         tower = clip.image
         assert isinstance(tower, ViT | Eva)
         if tower.patch not in (4, 8, 16, 32):

@@ -116,8 +116,8 @@ class UMGClip(ClipTraining, Segmenting):
         ):
             if value not in known:
                 raise UserError(f"{key}={value!r} is not one of {', '.join(known)}")
-        self._values = dense.features == "value"
-        self.clip.check_patches(self._values)
+        self._last = "value" if dense.features == "value" else ""
+        self.clip.check_patches(self._last)
         if not isinstance(self.clip.image, ViT | Eva):
             raise UserError(f"towers.image.name={config.towers.image.name!r} is neither a ViT nor an EVA")
         self._cell, self._trained_clip = self.clip.image.patch, copy.copy(self.clip)
@@ -165,7 +165,7 @@ class UMGClip(ClipTraining, Segmenting):
         """Returns the unit embeddings of images, boxes and captions by name, and the sums of the tag losses."""
         here, weights = batch["example_mask"], self._weights(variables)
         rngs = {"dropout": rng}  # of adapters
-        image, patches = self._trained_clip.embed_both(weights, batch["image"], self._values, rngs)
+        image, patches = self._trained_clip.embed_both(weights, batch["image"], self._last, rngs)
         rows, sums, exists = {"image": image}, {}, {"image": here}
         if "boxes" in batch:
             exists["region"] = here[:, None] & batch["box_valid"]
@@ -215,7 +215,7 @@ class UMGClip(ClipTraining, Segmenting):
     ) -> Prediction:
         """Computes the features of the patches, without masks."""
         del image_size
-        patches = self.clip.embed_patches(self._weights(variables), image, self._values)
+        patches = self.clip.embed_patches(self._weights(variables), image, self._last)
         return Prediction(None, {}, {SPACE: patches})
 
     def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:

@@ -83,8 +83,7 @@ class Eva(nn.Module):
       taps: numbers of the blocks, from 0, whose patch tokens are returned.
       adapter, adapter_scale: modules beside the branches of each block, see `transformer.Block`.
       between: a function on the patch tokens between two blocks, see `transformer.Between`.
-      values: whether patch tokens only attend to themselves in the last block, see `transformer.Block`. `pooled` is the
-        same with and without.
+      last: how patch tokens attend in the last block, see `transformer.Block`. `pooled` is the same for all.
       remat: what the backward pass recomputes in each block, see `rematerialise`.
       scan: the first of the blocks, up to the last but one, that are one loop of the program, which then compiles in
         the time of a few; `between` must do nothing from there on. None, or taps in the loop: no loop.
@@ -107,7 +106,7 @@ class Eva(nn.Module):
     adapter: Adapter | None = None
     adapter_scale: float = 1.0
     between: Between | None = None
-    values: bool = False
+    last: str = ""
     remat: str = "none"
     scan: int | None = None
     dtype: Any = jnp.float32
@@ -171,7 +170,8 @@ class Eva(nn.Module):
         block_type = rematerialise(Block, self.remat)
 
         def block(i: int) -> Block:
-            return block_type(**fields, values=self.values and i == self.depth - 1, name=f"blocks_{i}")
+            last = self.last if i == self.depth - 1 else ""
+            return block_type(**fields, last=last, name=f"blocks_{i}")
 
         def at_once(x: Array, *args: Any) -> Array:
             weights = [self.variables["params"][f"blocks_{i}"] for i in loop]

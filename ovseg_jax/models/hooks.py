@@ -1,3 +1,3 @@
 """Fields of towers that methods set, and config files cannot."""
 
-HOOKS = ("adapter", "adapter_scale", "between", "values")
+HOOKS = ("adapter", "adapter_scale", "between", "last")

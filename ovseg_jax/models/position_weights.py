@@ -14,9 +14,10 @@ def axis_weights(length: int, size: int, method: str = "bicubic") -> Float[np.nd
     else:
         # DINO's code adds 0.1 to the size, against rounding errors; published results include the effect.
         places = (new + 0.5) * (length / (size + 0.1 * (method == "dino"))) - 0.5
-    if method == "antialias":
+    if method in ("antialias", "triangle"):
         # Positions beyond the border are left out.
-        weights = keys((places[:, None] - np.arange(length)) / max(length / size, 1.0), a=-0.5)
+        distance = (places[:, None] - np.arange(length)) / max(length / size, 1.0)
+        weights = keys(distance, a=-0.5) if method == "antialias" else _triangle(distance)
         return weights / weights.sum(1, keepdims=True)
     kernel = _triangle if method == "bilinear" else keys
     weights = np.zeros((size, length))

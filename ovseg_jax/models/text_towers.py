@@ -1,4 +1,4 @@
-"""Text towers of published models: CLIP's, SigLIP's and BERT.
+"""Text towers of published models: CLIP's, SigLIP's, TIPS's and BERT.
 
 Parameters follow big_vision's text transformer: `Embed_0`, `pos_embedding` [1 l d], `Encoder_0/encoderblock_{i}` with
 `LayerNorm_{0,1}`, `MultiHeadDotProductAttention_0/{query,key,value,out}` and `MlpBlock_0/Dense_{0,1}`,
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ovseg_jax.errors import UserError
@@ -98,11 +99,14 @@ class TextTower(nn.Module):
         """Returns the token table's rows, without positions; called by `apply(..., method="embed")`."""
         return self.Embed_0(ids)
 
-    def _add_positions(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+    def _check_length(self, x: Array) -> None:
         if x.shape[1] > self.length:
             raise UserError(
                 f"texts have {x.shape[1]} tokens, but this text tower takes at most {self.length}"
             )
+
+    def _add_positions(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        self._check_length(x)
         positions = self.param("pos_embedding", _table_init, (1, self.length, self.width))
         return x.astype(self.dtype) + positions[:, : x.shape[1]].astype(self.dtype)
 
@@ -189,6 +193,45 @@ class SiglipText(TextTower):
         return TextOutput(nn.Dense(self.embed_dim, dtype=self.dtype, name="head")(x[:, -1]), x)
 
 
+class TipsText(TextTower):
+    """The text tower of TIPS (Maninis et al. 2024) and TIPSv2 (Cao et al. 2026); its positions are fixed.
+
+    Attributes:
+      epsilon: epsilon of all norms: 1e-5 in the published PyTorch code and in transformers, 1e-6 in the JAX code.
+    """
+
+    vocab_size: int = 32_000
+    length: int = 64
+    width: int = 768
+    heads: int = 12
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "b l"], valid: Bool[Array, "b l"] | None = None) -> TextOutput:
+        """Embeds texts as the mean of their tokens.
+
+        Args:
+          ids: tokens.
+          valid: mask of the tokens that are not padding; None means all.
+
+        Raises:
+          UserError: texts are too long.
+        """
+        self._check_length(ids)
+        x = self.embed(ids) * self.width**0.5
+        x = x.astype(self.dtype) + jnp.asarray(sinusoids(ids.shape[1], self.width), self.dtype)
+        x = self._encode(x, valid, activation="relu", epsilon=self.epsilon)
+        where = None if valid is None else valid[..., None]
+        return TextOutput(jnp.mean(x, 1, jnp.float32, where=where).astype(self.dtype), x)
+
+
+def sinusoids(length: int, width: int) -> Float[np.ndarray, "l d"]:
+    """Returns fixed positions: sines, then cosines, of geometric wavelengths (google-deepmind/tips, scenic)."""
+    half = width // 2
+    angles = np.arange(length)[:, None] * 10_000.0 ** (-np.arange(half) / max(half - 1, 1))
+    return np.pad(np.concatenate([np.sin(angles), np.cos(angles)], 1), ((0, 0), (0, width % 2)))
+
+
 class Bert(TextTower):
     """BERT (Devlin et al. 2018) for single texts: the token type is always 0.
 
@@ -264,6 +307,11 @@ PRESETS: dict[str, tuple[type[TextTower], dict[str, Any]]] = {
     "siglip2_large": (SiglipText, _large | _gemma | dict(embed_dim=1024)),
     "siglip2_so400m": (SiglipText, _so400m | _gemma),
     "siglip2_giant": (SiglipText, _so400m | _gemma | dict(embed_dim=1536)),
+    # google-deepmind/tips, scenic/models/tips.py: all have 12 layers but So400m, whose towers are alike.
+    "tipsv2_b14": (TipsText, {}),
+    "tipsv2_l14": (TipsText, dict(width=1024, heads=16)),
+    "tipsv2_so400m14": (TipsText, dict(width=1152, layers=27, heads=16, mlp_dim=4304)),
+    "tipsv2_g14": (TipsText, dict(width=1536, heads=24)),
     "bert_base": (Bert, {}),
     "bert_large": (Bert, _large),
 }

@@ -21,7 +21,10 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
 }
+# How patch tokens attend in the last block of a tower for dense features, see `Block`; "" as in all others.
+LAST = ("", "value", "sclip", "clearclip")
 # Cosines and sines for each token and channel of a head, shared by all images or for each; see `eva.rotary_table`.
 Rotary = Float[Array, "2 n r"] | Float[Array, "2 b n r"]
 
@@ -103,7 +106,7 @@ def attend(
     causal: bool = False,
     rotary: Rotary | None = None,
     inner_norm: Callable[[Array], Array] | None = None,
-    alone: int | None = None,
+    apart: tuple[int, str] | None = None,
 ) -> Float[Array, "b q e"]:
     """Computes multi-head attention (Vaswani et al. 2017); the softmax is always float32.
 
@@ -119,8 +122,8 @@ def attend(
       causal: whether tokens do not attend to later ones.
       rotary: rotary embedding of queries and keys.
       inner_norm: normalises the concatenated heads before the projection (sub-LN).
-      alone: the first of the tokens that only attend to themselves, so that each keeps its own value; None for no such
-        tokens. Queries and values are then the same tokens.
+      apart: the first of the tokens that attend in another way, and the way, see `Block.last`; None for no such tokens.
+        Queries and values are then the same tokens.
     """
     width = queries.shape[-1]
     split = (heads, width // heads)
@@ -129,9 +132,13 @@ def attend(
     value = layer("value", split)(values)
     if rotary is not None:
         query, key = rotate(query, rotary), rotate(key, rotary)
-    mixed = jax.nn.dot_product_attention(query[:, :alone], key, value, mask=mask, is_causal=causal)
-    if alone is not None:
-        mixed = jnp.concatenate([mixed, value[:, alone:]], axis=1)
+    first = None if apart is None else apart[0]
+    mixed = jax.nn.dot_product_attention(query[:, :first], key, value, mask=mask, is_causal=causal)
+    if apart is not None:
+        # Attention from queries to queries or from keys to keys, each a softmax of its own.
+        itself = {"value": [], "sclip": [query, key], "clearclip": [query]}[apart[1]]
+        rest = [jax.nn.dot_product_attention(x[:, first:], x, value, mask=mask) for x in itself]
+        mixed = jnp.concatenate([mixed, sum(rest) if rest else value[:, first:]], axis=1)
     if inner_norm is not None:
         mixed = inner_norm(mixed.reshape(*mixed.shape[:2], width)).reshape(mixed.shape)
     return layer("out", features or width, axis=(-2, -1))(mixed)
@@ -166,7 +173,7 @@ class Attention(nn.Module):
         valid: Bool[Array, "b n"] | Bool[Array, "b q n"] | None = None,
         rotary: Rotary | None = None,
         keys: Float[Array, "b n d"] | None = None,
-        alone: int | None = None,
+        apart: tuple[int, str] | None = None,
     ) -> Float[Array, "b q d"]:
         """Attends from each query to all values, or to those `valid` (for it); for the others see `attend`."""
         if valid is not None and valid.ndim == 2:
@@ -189,7 +196,7 @@ class Attention(nn.Module):
             inner_norm=nn.LayerNorm(self.epsilon, dtype=self.dtype, name="inner_norm")
             if self.inner_norm
             else None,
-            alone=alone,
+            apart=apart,
         )
 
 
@@ -243,8 +250,11 @@ class Block(nn.Module):
       order: what is normalised in each branch: "pre", its input; "post", its output, before it is added (EVA-02-CLIP
         E/14); "sum", the sum (BERT).
       causal, key_bias, attention_norm, mlp_norm: see `attend` and `Mlp`.
-      values: whether tokens behind the class tokens only attend to themselves, so that each keeps its value (MaskCLIP,
-        Zhou et al. 2022; CLIPSelf, Wu et al. 2024); for the last block of a tower.
+      last: for the last block of a tower, how tokens behind the class tokens attend: "" as in any block; "value", each
+        only to itself, so that it keeps its value (MaskCLIP, Zhou et al. 2022; CLIPSelf, Wu et al. 2024); "sclip", by
+        the sum of the softmaxes of queries with queries and of keys with keys (SCLIP, Wang et al. 2024, eq. 3);
+        "clearclip", by queries with queries, and they are the output of attention alone, without the residual and the
+        MLP (ClearCLIP, Lan et al. 2024, eq. 4).
       adapter: creates a module beside each branch, `adapter_attention` and `adapter_mlp`, with the same input as the
         branch, which is normalised for the order "pre".
       adapter_scale: factor on the output of adapters.
@@ -262,7 +272,7 @@ class Block(nn.Module):
     key_bias: bool = True
     attention_norm: bool = False
     mlp_norm: bool = False
-    values: bool = False
+    last: str = ""
     adapter: Adapter | None = None
     adapter_scale: float = 1.0
     drop_rate: float = 0.0
@@ -276,8 +286,8 @@ class Block(nn.Module):
         rotary: Rotary | None = None,
         places: Places | None = None,
     ) -> Float[Array, "b n d"]:
-        """Maps tokens to tokens; `places` are for the adapters and for `values`."""
-        alone = places.first if self.values and places is not None else None
+        """Maps tokens to tokens; `places` are for the adapters and for `last`."""
+        apart = (places.first, self.last) if self.last and places is not None else None
         style, common = self.style, dict(epsilon=self.epsilon, dtype=self.dtype)
         attention = Attention(
             self.heads,
@@ -290,7 +300,7 @@ class Block(nn.Module):
         )
         mlp = Mlp(self.hidden, self.activation, style, self.mlp_norm, **common, name=style.mlp)  # type: ignore[arg-type]
         branches: list[tuple[str, Any]] = [
-            ("attention", lambda y: attention(y, y, valid, rotary, alone=alone)),
+            ("attention", lambda y: attention(y, y, valid, rotary, apart=apart)),
             ("mlp", mlp),
         ]
         for norm_name, (name, branch) in zip(style.norms, branches, strict=True):
@@ -300,10 +310,14 @@ class Block(nn.Module):
             out = norm(out) if self.order == "post" else out
             if self.adapter is not None:
                 out = out + self.adapter_scale * self.adapter(name=f"adapter_{name}")(y, places)
+            if name == "attention":
+                attended = out
             if self.drop_rate:
                 out = nn.Dropout(self.drop_rate, broadcast_dims=(1, 2), deterministic=False)(out)
             x = x + out
             x = norm(x) if self.order == "sum" else x
+        if apart is not None and self.last == "clearclip":
+            x = jnp.concatenate([x[:, : apart[0]], attended[:, apart[0] :]], axis=1)
         return x
 
 

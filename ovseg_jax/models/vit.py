@@ -1,4 +1,4 @@
-"""The Vision Transformer (Dosovitskiy et al. 2020) in the variants of DINO, MAE, CLIP, SigLIP and big_vision.
+"""The Vision Transformer (Dosovitskiy et al. 2020) in the variants of DINO, MAE, CLIP, SigLIP, TIPS and big_vision.
 
 Parameters have the names and layouts of big_vision's ViT: `embedding`, `pos_embedding`, `cls`,
 `Transformer/encoderblock_{i}`, `Transformer/encoder_norm`, `MAPHead_0`, `head`. Additions are CLIP's `pre_norm`, and a
@@ -19,6 +19,7 @@ from ovseg_jax.models.remat import rematerialise
 from ovseg_jax.models.tower import TowerOutput
 from ovseg_jax.models.transformer import (
     ACTIVATIONS,
+    LAST,
     VIT,
     Adapter,
     Attention,
@@ -45,7 +46,7 @@ class Transformer(nn.Module):
     taps: tuple[int, ...]
     remat: str
     drop_rate: float = 0.0
-    values: bool = False
+    last: str = ""
 
     @nn.compact
     def __call__(
@@ -66,7 +67,7 @@ class Transformer(nn.Module):
             lambda i: block_type(
                 **self.block,
                 drop_rate=self.drop_rate * i / max(self.depth - 1, 1),
-                values=self.values and i == self.depth - 1,
+                last=self.last if i == self.depth - 1 else "",
                 name=f"encoderblock_{i}",
             ),
             self.depth,
@@ -112,18 +113,20 @@ class ViT(nn.Module):
       resize: the method of resizing, see `resize_positions`.
       cls: the class token: "none"; "plain", without a position (big_vision); "placed", with the first row of the
         position table (DINO, MAE, CLIP).
-      pool: the embedding of the image: "cls", the class token; "mean", the mean of the patch tokens; "map", the output
+      front: the number of class tokens, if there are any; those after the first have no position (TIPS).
+      pool: the embedding of the image: "cls", the first class token; "mean", the mean of the patch tokens; "map", the output
         of a learned query (`MAPHead`). All after the final norm.
       pre_norm: whether there is a norm before the blocks and no bias of the patch embedding, as in CLIP.
-      activation: "gelu"; "gelu_tanh", its approximation; "quick_gelu", x sigmoid(1.702 x).
+      activation: "gelu"; "gelu_tanh", its approximation; "quick_gelu", x sigmoid(1.702 x); "swiglu", see
+        `transformer.Mlp`, whose hidden width is `mlp_dim`.
       epsilon: epsilon of all layer norms.
       embed_dim: channels of the embedding, by the projection `head`; 0 for no projection.
       head_bias: whether that projection has a bias (big_vision: yes, CLIP: no).
       taps: numbers of the blocks, from 0, whose tokens are returned.
       adapter, adapter_scale: modules beside the branches of each block, see `transformer.Block`.
       between: a function on the patch tokens between two blocks, see `transformer.Between`.
-      values: whether patch tokens only attend to themselves in the last block, see `transformer.Block`. Only for
-        pool="cls"; `pooled` is the same with and without.
+      last: how patch tokens attend in the last block, see `transformer.Block`. Only for pool="cls"; `pooled` is the
+        same for all.
       drop_rate: stochastic depth in training: both branches of block i of n are dropped with probability
         drop_rate * i / (n-1).
       remat: what the backward pass recomputes in each block, see `rematerialise`.
@@ -138,6 +141,7 @@ class ViT(nn.Module):
     grid: tuple[int, int] = (14, 14)
     resize: str = "bicubic"
     cls: str = "placed"
+    front: int = 1
     pool: str = "cls"
     pre_norm: bool = False
     activation: str = "gelu"
@@ -148,7 +152,7 @@ class ViT(nn.Module):
     adapter: Adapter | None = None
     adapter_scale: float = 1.0
     between: Between | None = None
-    values: bool = False
+    last: str = ""
     drop_rate: float = 0.0
     remat: str = "none"
     dtype: Any = jnp.float32
@@ -193,9 +197,10 @@ class ViT(nn.Module):
         x = x + resize_positions(patches, (h, w), self.resize).astype(self.dtype)
         x = x.reshape(b, h * w, self.width)
         if self.cls != "none":
-            cls = self.param("cls", nn.initializers.zeros, (1, 1, self.width))
-            cls = cls + table[:, :1] if self.cls == "placed" else cls
-            x = jnp.concatenate([jnp.broadcast_to(cls.astype(self.dtype), (b, 1, self.width)), x], axis=1)
+            cls = self.param("cls", nn.initializers.zeros, (1, self.front, self.width))
+            cls = cls.at[:, :1].add(table[:, :1]) if self.cls == "placed" else cls
+            cls = jnp.broadcast_to(cls.astype(self.dtype), (b, self.front, self.width))
+            x = jnp.concatenate([cls, x], axis=1)
         if prompts is not None:
             x = _append(x, prompts[0])
         if self.pre_norm:
@@ -211,7 +216,7 @@ class ViT(nn.Module):
             adapter_scale=self.adapter_scale,
             dtype=self.dtype,
         )
-        front = int(self.cls != "none")
+        front = self.front if self.cls != "none" else 0
         drop_rate = self.drop_rate if train else 0.0
         transformer = Transformer(
             self.depth,
@@ -220,7 +225,7 @@ class ViT(nn.Module):
             self.taps,
             self.remat,
             drop_rate,
-            self.values,
+            self.last,
             name="Transformer",
         )
         x, places, tapped = transformer(x, Places((h, w), front), prompts)
@@ -245,10 +250,13 @@ class ViT(nn.Module):
     def _check_fields(self) -> None:
         _check("cls", self.cls, CLS)
         _check("pool", self.pool, POOLS)
-        _check("activation", self.activation, tuple(ACTIVATIONS))
+        _check("activation", self.activation, (*ACTIVATIONS, "swiglu"))
+        _check("last", self.last, LAST)
+        if self.front < 1:
+            raise UserError(f"front={self.front} of the ViT is less than 1: for no class token, cls='none'")
         if self.pool != "mean" and (self.pool == "cls") != (self.cls != "none"):
             raise UserError(f"pool={self.pool!r} of the ViT cannot be combined with cls={self.cls!r}")
-        if self.values and self.pool != "cls":
+        if self.last and self.pool != "cls":
             raise UserError(f"a ViT with pool={self.pool!r} has no value features: its pool must be 'cls'")
         if self.width % self.heads:
             raise UserError(f"the ViT's width {self.width} is not a multiple of its {self.heads} heads")
@@ -284,6 +292,8 @@ _DINO: Fields = dict(resize="dino")
 _CLIP: Fields = dict(pre_norm=True, activation="quick_gelu", epsilon=1e-5, head_bias=False)
 # open_clip's own models (LAION, DataComp) only differ from CLIP's in the GELU.
 _OPEN_CLIP: Fields = dict(_CLIP, activation="gelu")
+# With layer scale in the projections, see `pretrained.tips`.
+_TIPS: Fields = dict(patch=14, grid=(32, 32), cls="plain", front=2, resize="triangle")
 _SIGLIP: Fields = dict(activation="gelu_tanh", resize="bilinear", cls="none", pool="map")
 
 # Fields of `ViT` by model: `ViT(**PRESETS["dino_vits8"])`. A number at the end is the image's side, if not 224. 384 is
@@ -317,4 +327,10 @@ PRESETS: dict[str, Fields] = {
     "siglip_vitl16_384": dict(_L, **_SIGLIP, patch=16, grid=(24, 24)),
     "siglip_so400m14": dict(_SO400M, **_SIGLIP, patch=14, grid=(16, 16)),
     "siglip_so400m14_384": dict(_SO400M, **_SIGLIP, patch=14, grid=(27, 27)),
+    # TIPSv2 (Cao et al. 2026), shapes: google-deepmind/tips, scenic/models/vit.py. A SwiGLU has two thirds of the width,
+    # in steps of 8.
+    "tipsv2_b14": dict(_B, **_TIPS),
+    "tipsv2_l14": dict(_L, **_TIPS),
+    "tipsv2_so400m14": dict(_SO400M, **_TIPS),
+    "tipsv2_g14": dict(_TIPS, width=1536, depth=40, heads=24, mlp_dim=4096, activation="swiglu"),
 }

@@ -94,6 +94,11 @@ def weights_file(path: str | Path) -> Path:
     return path
 
 
+def has_weights(folder: Path) -> bool:
+    """Tells whether a folder holds one of `NAMES`."""
+    return any((folder / name).is_file() for name in NAMES)
+
+
 def write_safetensors(
     path: epath.PathLike, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] = {}
 ) -> None:

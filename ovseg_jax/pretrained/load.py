@@ -24,7 +24,7 @@ from ovseg_jax.models.pseudo_masks import TowerTokens
 from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.swin import Swin
 from ovseg_jax.models.tap_pyramid import TapPyramid
-from ovseg_jax.models.text_towers import Bert, CLIPText, SiglipText
+from ovseg_jax.models.text_towers import Bert, CLIPText, SiglipText, TextTower, TipsText
 from ovseg_jax.models.tower_pyramid import TowerPyramid
 from ovseg_jax.models.upernet import UPerNet
 from ovseg_jax.models.vit import ViT
@@ -39,11 +39,12 @@ from ovseg_jax.pretrained import (
     resnet,
     swin,
     text,
+    tips,
     upernet,
     vit,
 )
 from ovseg_jax.pretrained.big_vision import read_big_vision
-from ovseg_jax.pretrained.files import read_arrays, weights_file
+from ovseg_jax.pretrained.files import has_weights, read_arrays, weights_file
 from ovseg_jax.pretrained.hub import find
 from ovseg_jax.pretrained.rename import Rename, fit, rename
 from ovseg_jax.pretrained.stated import check, check_pixels
@@ -97,7 +98,9 @@ def load(
         found = load(init, module.tower, inner, may_miss=may_miss, pixels=pixels)
         return {name: {"tower": tree} for name, tree in found.items()}
     path, format_ = find(init), "big_vision's"
-    if path.suffix == ".npz":
+    if path.is_dir() and not has_weights(path):
+        path = tips.file_of(path, isinstance(module, TextTower)) or path
+    if path.suffix == ".npz" and not tips.is_tips(path):
         arrays = read_big_vision(path, TOWERS.get(type(module), ""))
     else:
         path = weights_file(path)
@@ -115,6 +118,8 @@ def load(
     try:
         if format_ not in ("big_vision's", "ours"):
             arrays = rename(arrays, renames)
+        if format_ == tips.TORCH:
+            arrays = tips.joined(arrays)
         if isinstance(module, ViT | Eva):
             arrays = resize_patches(arrays, module.patch)
         return fit(arrays, shapes, may_miss=(*may_miss, *FRESH.get(type(module), ())))
@@ -206,6 +211,9 @@ def formats(module: nn.Module) -> dict[str, list[Rename]]:
                 "transformers' SigLIP": vit.from_hf_siglip(heads),
                 "OpenAI's or open_clip's CLIP": vit.from_openai_clip(heads),
                 "timm's ViT": vit.from_timm_vit(heads),
+                # Last, since it has all names of timm's.
+                tips.TORCH: tips.from_tips_vision(heads),
+                tips.JAX: tips.from_tips_jax(),
             }
         case Eva(heads=heads):
             return {"timm's EVA": eva.from_timm_eva(heads), "BAAI's EVA-CLIP": eva.from_eva_clip(heads)}
@@ -223,6 +231,8 @@ def formats(module: nn.Module) -> dict[str, list[Rename]]:
                 "transformers' SigLIP": text.from_hf_siglip_text(heads),
                 "open_clip's SigLIP": text.from_openai_clip_text(heads),
             }
+        case TipsText(heads=heads):
+            return {tips.TORCH: tips.from_tips_text(heads), tips.JAX: tips.from_tips_jax()}
         case Bert(heads=heads):
             return {"transformers' BERT": text.from_hf_bert(heads, module.pool == "pooler")}
         case MaskFormer(net=Mask2FormerNet() as net):

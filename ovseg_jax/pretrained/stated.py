@@ -26,10 +26,11 @@ from ovseg_jax.models.maskformer import MaskFormer
 from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.swin import Swin
 from ovseg_jax.models.tap_pyramid import TapPyramid
-from ovseg_jax.models.text_towers import Bert, CLIPText, SiglipText
+from ovseg_jax.models.text_towers import Bert, CLIPText, SiglipText, TextTower, TipsText
 from ovseg_jax.models.upernet import UPerNet
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.pretrained.hf_clip import HF_ACTIVATIONS
+from ovseg_jax.pretrained.tips import TORCH as TIPS
 from ovseg_jax.pretrained.to_torch import describe
 from ovseg_jax.reading import reading
 
@@ -64,6 +65,14 @@ _HF: dict[str, tuple[tuple[str, ...], Facts]] = {
     "transformers' SigLIP": (
         ("siglip", "siglip_vision_model", "siglip_text_model"),
         dict(activation="gelu_pytorch_tanh", heads=12, epsilon=1e-6),
+    ),
+    TIPS: (
+        ("tipsv2", "tipsv2_vision_model", "tipsv2_text_model"),
+        dict(
+            activation={"vision": "gelu", "text": "relu"},
+            heads=12,
+            epsilon={"vision": 1e-6, "text": 1e-5},
+        ),
     ),
 }
 _FILES = ("config.json", "open_clip_config.json")
@@ -201,6 +210,8 @@ def facts(module: nn.Module) -> Facts:
             return facts(module.tower)
         case SiglipText():
             return dict(activation="gelu_tanh", heads=module.heads, epsilon=1e-6, causal=False, pool="last")
+        case TipsText():
+            return dict(activation="relu", heads=module.heads, epsilon=module.epsilon)
         case Bert():
             return dict(activation="gelu", heads=module.heads, epsilon=1e-12)
         case ConvNeXt():
@@ -224,7 +235,7 @@ def facts(module: nn.Module) -> Facts:
 
 def _stated(config: Mapping[str, Any], module: nn.Module, format_: str) -> Facts:
     """Returns the properties in a file of the tower that is loaded, as in `facts`, or `refused` with the reason."""
-    side = "text" if isinstance(module, CLIPText | SiglipText | Bert | GroupVitText) else "vision"
+    side = "text" if isinstance(module, TextTower | GroupVitText) else "vision"
     if format_ == "ours":
         same_kind = config.get("kind") == type(module).__name__
         return {k: v for k, v in config.items() if k != "taps"} if same_kind else {}
@@ -256,6 +267,8 @@ def _of_transformers(config: Mapping[str, Any], side: str, format_: str) -> Fact
             stated[fact] = section[theirs]
     if "activation" in stated:
         stated["activation"] = _OF_HF.get(stated["activation"], stated["activation"])
+    if section.get("use_swiglu_ffn"):
+        stated["activation"] = "swiglu"
     return stated
 
 

@@ -50,7 +50,7 @@ def describe(module: Any) -> dict[str, Any]:
     Raises:
       UserError: the module has hooks, which have no PyTorch form.
     """
-    if used := [hook for hook in ("adapter", "between", "values") if getattr(module, hook, None)]:
+    if used := [hook for hook in ("adapter", "between", "last") if getattr(module, hook, None)]:
         raise UserError(f"a {type(module).__name__} with {used[0]!r} cannot be exported to PyTorch")
     fields = {
         field.name: getattr(module, field.name)

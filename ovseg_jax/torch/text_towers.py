@@ -1,4 +1,6 @@
-"""CLIP's and SigLIP's text towers and BERT for inference, see `ovseg_jax/models/text_towers.py`."""
+"""CLIP's, SigLIP's and TIPS's text towers and BERT for inference, see `ovseg_jax/models/text_towers.py`."""
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +90,47 @@ class SiglipText(TextTower):
         """
         x, _ = self.Encoder_0(self.embed(ids))
         return self.head(x[:, -1])
+
+
+class TipsText(nn.Module):
+    """The text tower of TIPS; its positions are fixed."""
+
+    def __init__(
+        self,
+        vocab_size: int = 32_000,
+        length: int = 64,
+        width: int = 768,
+        layers: int = 12,
+        heads: int = 12,
+        mlp_dim: int | None = None,
+        epsilon: float = 1e-5,
+    ):
+        super().__init__()
+        self.length, self.width = length, width
+        self.Embed_0 = nn.Embedding(vocab_size, width)
+        self.Encoder_0 = Encoder(layers, width, heads, mlp_dim or 4 * width, "relu", epsilon)
+
+    def forward(self, ids: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Embeds texts [b l] as the mean of their tokens; `valid` [b l] marks those that are not padding, None all.
+
+        Raises:
+          UserError: texts are too long.
+        """
+        if ids.shape[1] > self.length:
+            raise UserError(
+                f"texts have {ids.shape[1]} tokens, but this text tower takes at most {self.length}"
+            )
+        half, place = self.width // 2, torch.arange(ids.shape[1], device=ids.device, dtype=torch.float64)
+        rates = torch.exp(
+            torch.arange(half, device=ids.device, dtype=torch.float64) * (-math.log(1e4) / max(half - 1, 1))
+        )
+        angles = place[:, None] * rates
+        positions = nn.functional.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, self.width % 2))
+        x = self.Embed_0(ids)
+        x, _ = self.Encoder_0(x * self.width**0.5 + positions.to(x.dtype), valid)
+        valid = torch.ones_like(ids) if valid is None else valid
+        weights = valid.float() / valid.float().sum(1, keepdim=True)
+        return (weights[:, None] @ x.float())[:, 0].to(x.dtype)
 
 
 class Bert(TextTower):

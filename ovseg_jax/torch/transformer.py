@@ -11,6 +11,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
 }
 
 
@@ -41,15 +42,18 @@ class Attention(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """An MLP: dense, activation, dense back to the width of the input."""
+    """An MLP: dense, activation (or SwiGLU), dense back to the width of the input."""
 
     def __init__(self, width: int, mlp_dim: int, activation: str):
         super().__init__()
         self.Dense_0, self.Dense_1 = nn.Linear(width, mlp_dim), nn.Linear(mlp_dim, width)
-        self.activation = ACTIVATIONS[activation]
+        self.gate = nn.Linear(width, mlp_dim) if activation == "swiglu" else None
+        self.activation = F.silu if activation == "swiglu" else ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps each token."""
+        if self.gate is not None:
+            return self.Dense_1(self.activation(self.gate(x)) * self.Dense_0(x))
         return self.Dense_1(self.activation(self.Dense_0(x)))
 
 

@@ -43,6 +43,7 @@ class ViT(nn.Module):
         grid: Sequence[int] = (14, 14),
         resize: str = "bicubic",
         cls: str = "placed",
+        front: int = 1,
         pool: str = "cls",
         pre_norm: bool = False,
         activation: str = "gelu",
@@ -57,7 +58,7 @@ class ViT(nn.Module):
         self.first = int(cls == "placed")  # rows of the position table that belong to no patch
         self.embedding = nn.Conv2d(3, width, patch, patch, bias=not pre_norm)
         self.pos_embedding = nn.Parameter(torch.zeros(1, self.first + grid[0] * grid[1], width))
-        self.cls = nn.Parameter(torch.zeros(1, 1, width)) if cls != "none" else None
+        self.cls = nn.Parameter(torch.zeros(1, front, width)) if cls != "none" else None
         self.pre_norm = nn.LayerNorm(width, epsilon) if pre_norm else None
         self.Transformer = Encoder(depth, width, heads, mlp_dim, activation, epsilon, adapter=adapter)
         self.MAPHead_0 = MAPHead(width, heads, mlp_dim, activation, epsilon) if pool == "map" else None
@@ -74,7 +75,9 @@ class ViT(nn.Module):
         table = self.pos_embedding[0, self.first :].unflatten(0, self.grid)
         x = x + resize_positions(table, grid, self.resize).flatten(0, 1)
         if self.cls is not None:
-            cls = self.cls + self.pos_embedding[:, :1] if self.first else self.cls
+            cls = self.cls
+            if self.first:
+                cls = torch.cat([cls[:, :1] + self.pos_embedding[:, :1], cls[:, 1:]], 1)
             x = torch.cat([cls.expand(x.shape[0], -1, -1), x], 1)
         if self.pre_norm is not None:
             x = self.pre_norm(x)

@@ -39,7 +39,7 @@ def main() -> None:
     if args.topology:
         chip, mesh = devices_of(args.topology, ConfigDict())
     dtype = jnp.bfloat16 if chip else jnp.float32
-    whole = Eva(**PRESETS[args.model], values=True, remat=args.remat, dtype=dtype)
+    whole = Eva(**PRESETS[args.model], last="value", remat=args.remat, dtype=dtype)
     for name, tower in (("100%", whole), ("25%", with_clusters(whole, after=args.after))):
         image = jax.ShapeDtypeStruct((args.batch, args.side, args.side, 3), dtype)
         shapes = jax.eval_shape(tower.init, jax.random.key(0), image)

@@ -152,7 +152,7 @@ def test_boxes_are_embedded_by_their_patches(image, normalise):
     box = np.array([[8, 0, 24, 16], [3, 9, 8, 16], [0, 0, 0, 0], [5, 7, 5, 9]], np.float32)
     boxes, valid = np.broadcast_to(box, (B, 4, 4)), np.array([[True, True, False, True]] * B)
     weights = method._weights(variables)
-    patches = method.clip.embed_patches(weights, jnp.asarray(batch["image"]), False)
+    patches = method.clip.embed_patches(weights, jnp.asarray(batch["image"]), "")
     got = method._embed_boxes(patches, jnp.asarray(boxes), jnp.asarray(valid))
     patches = np.float64(patches)
     if normalise == "pixels":

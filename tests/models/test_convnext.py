@@ -178,17 +178,17 @@ def test_clip_of_a_published_folder(small, tmp_path):
     error = reference.relative_error(found, expected)
     print(f"CLIP's image embedding max relative error {error:.1e}")
     assert error < 1e-4
-    dense = jax.jit(clip.embed_patches, static_argnums=2)(weights, image[:, :32, :32], False)
+    dense = jax.jit(clip.embed_patches, static_argnums=2)(weights, image[:, :32, :32], "")
     np.testing.assert_allclose(
         dense[:, 0, 0] / np.linalg.norm(dense[:, 0, 0], axis=-1, keepdims=True),
         jax.jit(clip.embed_image)(weights, image[:, :32, :32]),
         atol=1e-5,
     )
-    clip.check_patches(values=False)
+    clip.check_patches("")
     with pytest.raises(
         UserError, match="a ConvNeXt has no attention, so that it has activation features only"
     ):
-        clip.check_patches(values=True)
+        clip.check_patches("value")
 
 
 @pytest.mark.parametrize("name", PRESETS)

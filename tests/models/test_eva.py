@@ -305,7 +305,7 @@ def test_remat_changes_nothing_but_memory(policy):
     ("kind", "remat", "own"),
     [
         ("eva02", "all", dict(between=TokenClusters(1, 0.5))),
-        ("e14", "none", dict(values=True)),
+        ("e14", "none", dict(last="value")),
         ("eva02", "all", dict(adapter=partial(Convpass, width=4), adapter_scale=0.5)),
     ],
 )

@@ -39,7 +39,7 @@ def test_values_and_embedding_equal_timms(kind):
     pooled, patches = of_timm(kind, x)
     plain = Eva(**TINY, **KINDS[kind][0])
     variables = fit(rename(state(original(kind)), from_timm_eva(HEADS)), shapes(plain))
-    out = jax.jit(plain.clone(values=True).apply)(variables, x)
+    out = jax.jit(plain.clone(last="value").apply)(variables, x)
     ours = project(variables["params"], out.tokens).reshape(2, 16, -1)
     assert reference.relative_error(ours, patches) < 1e-4
     assert reference.relative_error(out.pooled, pooled) < 1e-4
@@ -53,7 +53,7 @@ VIT = ViT(patch=8, width=16, depth=2, heads=2, mlp_dim=24, grid=(4, 4), embed_di
 
 def test_a_vits_embedding_stays_and_its_patches_see_nothing_of_each_other_in_the_last_block():
     x, variables = images(1, 32, 32), reference.init(VIT, images(1, 32, 32))
-    values = VIT.clone(values=True, depth=1)
+    values = VIT.clone(last="value", depth=1)
     out, plain = (jax.jit(tower.apply)(variables, x) for tower in (values, VIT.clone(depth=1)))
     np.testing.assert_allclose(out.pooled, plain.pooled, atol=1e-5)
     moved = jax.jit(values.apply)(variables, x.at[0, 0, 0].add(3.0))
@@ -66,14 +66,14 @@ def test_a_vits_embedding_stays_and_its_patches_see_nothing_of_each_other_in_the
 def test_prompts_and_half_precision_with_values():
     x, variables = images(1, 32, 32), reference.init(VIT, images(1, 32, 32))
     prompts = jnp.ones((1, 3, 16))
-    out = jax.jit(VIT.clone(values=True, dtype=jnp.bfloat16).apply)(variables, x, prompts=prompts)
+    out = jax.jit(VIT.clone(last="value", dtype=jnp.bfloat16).apply)(variables, x, prompts=prompts)
     assert out.tokens.shape == (1, 4, 4, 16) and out.tokens.dtype == jnp.bfloat16
     assert project(variables["params"], out.tokens).dtype == jnp.bfloat16
 
 
 def test_mistakes():
     with pytest.raises(UserError, match="a ViT with pool='mean' has no value features"):
-        jax.eval_shape(VIT.clone(values=True, pool="mean").init, jax.random.key(0), images(1, 32, 32))
-    with pytest.raises(UserError, match="a ViT with 'values' cannot be exported to PyTorch"):
-        describe(VIT.clone(values=True))
-    assert "values" not in describe(VIT)
+        jax.eval_shape(VIT.clone(last="value", pool="mean").init, jax.random.key(0), images(1, 32, 32))
+    with pytest.raises(UserError, match="a ViT with 'last' cannot be exported to PyTorch"):
+        describe(VIT.clone(last="value"))
+    assert "last" not in describe(VIT)

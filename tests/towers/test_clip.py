@@ -61,12 +61,12 @@ def test_embeddings_and_patches_come_from_one_pass(dense):
     vit = dict(patch=8, width=16, heads=2, mlp_dim=24, grid=(2, 2), embed_dim=12)
     image = vit | dense if dense else EVA
     clip = Clip(ConfigDict(dict(image=image, text=TEXT, image_size=16, tokenizer="words")), WordList(["cat"]))
-    clip.check_patches(values=True)
+    clip.check_patches("value")
     weights = clip.init(jax.random.key(0))
     pixels = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3)), jnp.uint8)
-    for values in (True, False):
-        pooled, patches = jax.jit(clip.embed_both, static_argnums=2)(weights, pixels, values)
+    for last in ("value", ""):
+        pooled, patches = jax.jit(clip.embed_both, static_argnums=2)(weights, pixels, last)
         np.testing.assert_allclose(pooled, jax.jit(clip.embed_image)(weights, pixels), atol=1e-5)
         assert patches.shape == (2, 2, 3, 12)
-        only = jax.jit(clip.embed_patches, static_argnums=2)(weights, pixels, values)
+        only = jax.jit(clip.embed_patches, static_argnums=2)(weights, pixels, last)
         np.testing.assert_allclose(patches, only, atol=1e-5)

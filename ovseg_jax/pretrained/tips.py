@@ -1,0 +1,151 @@
+"""Names of published TIPSv2 towers (google-deepmind/tips), for `models.vit.ViT` and `models.text_towers.TipsText`.
+
+Three formats: the JAX npz files (`tips_v2_l14_vision.npz`, `..._text.npz`), the PyTorch npz files (`tips_v2_oss_...`)
+and the folders of transformers, whose files have the PyTorch names under `vision_encoder.` and `text_encoder.`, or
+transformers' own. The JAX towers have no layer scale and no position of the class token, so that `joined` multiplies
+the one into the projections and adds the other to the token.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ovseg_jax.pretrained.rename import Layout, Plain, Rename, conv, dense, heads_in, heads_out, heads_qkv
+from ovseg_jax.pretrained.vit import ATTENTION, BLOCK, NORM
+from ovseg_jax.reading import reading
+
+JAX, TORCH = "TIPS's JAX model", "transformers' TIPSv2"
+
+_TEXT_BLOCK = r"params/Encoder_0/encoderblock_\1"
+_SCALE, _FRONT, _REGISTERS = "LayerScale", "params/cls_token", "params/register_tokens"
+
+
+def file_of(folder: Path, text: bool) -> Path | None:
+    """Returns the npz file of one tower in a folder of both, or None if there is none, or several."""
+    found = list(folder.glob("*_text.npz" if text else "*_vision.npz"))
+    return found[0] if len(found) == 1 else None
+
+
+def is_tips(path: Path) -> bool:
+    """Tells whether an npz file holds a tower of TIPS, by its names.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    with reading(path, "the weights"), np.load(path) as file:
+        return any(re.match(r"encoder/ToTokenSequence_0/|token_emb/|[a-z_]+\.", name) for name in file.files)
+
+
+def from_tips_vision(heads: int) -> list[Rename]:
+    """Returns the renames of the image tower in PyTorch; `joined` completes them."""
+    v = r"(?:vision_(?:encoder|model)\.)?"
+    e = v + r"(?:embeddings\.)?"
+    block = v + r"(?:blocks|encoder\.layer)\.(\d+)\."
+    renames = [
+        Rename(e + "cls_token", _FRONT),
+        Rename(e + "register_tokens", _REGISTERS),
+        Rename(e + r"(?:pos_embed|position_embeddings)", "params/pos_embedding"),
+        *_product(e + r"(?:patch_embed\.proj|patch_embeddings\.projection)", "params/embedding", conv),
+        *_norm(block + "norm1", f"{BLOCK}/LayerNorm_0"),
+        *_norm(block + "norm2", f"{BLOCK}/LayerNorm_1"),
+        *_product(block + r"attn\.qkv", f"{BLOCK}/{ATTENTION}/{{}}", heads_qkv(heads)),
+        *_product(block + r"(?:attn\.proj|attention\.o_proj)", f"{BLOCK}/{ATTENTION}/out", heads_out(heads)),
+        Rename(block + r"(?:ls1\.gamma|layer_scale1\.lambda1)", f"{BLOCK}/{_SCALE}_0"),
+        Rename(block + r"(?:ls2\.gamma|layer_scale2\.lambda1)", f"{BLOCK}/{_SCALE}_1"),
+        *_product(block + r"mlp\.(?:fc1|c_fc|up_proj)", f"{BLOCK}/MlpBlock_0/Dense_0"),
+        *_product(block + r"mlp\.(?:fc2|c_proj|w3|down_proj)", f"{BLOCK}/MlpBlock_0/Dense_1"),
+        *_product(block + r"mlp\.gate_proj", f"{BLOCK}/MlpBlock_0/gate"),
+        *_product(block + r"mlp\.w12", f"{BLOCK}/MlpBlock_0/{{}}", _gate_and_up),
+        *_norm(v + "(?:norm|layernorm)", NORM),
+        Rename(e + r"mask_token|text_(?:encoder|model)\..*|temperature", ""),
+    ]
+    for name in ("query", "key", "value"):
+        renames += _product(
+            block + rf"attention\.{name[0]}_proj", f"{BLOCK}/{ATTENTION}/{name}", heads_in(heads)
+        )
+    return renames
+
+
+def from_tips_text(heads: int) -> list[Rename]:
+    """Returns the renames of the text tower in PyTorch."""
+    t = r"(?:text_(?:encoder|model)\.)?"
+    block = t + r"(?:transformer\.resblocks|encoder\.layers)\.(\d+)\."
+    own, attention = _TEXT_BLOCK, f"{_TEXT_BLOCK}/{ATTENTION}"
+    renames = [
+        Rename(t + r"(?:embeddings\.)?token_embedding\.weight", "params/Embed_0/embedding"),
+        Rename(block + r"attn\.in_proj_weight", attention + "/{}/kernel", heads_qkv(heads)),
+        Rename(block + r"attn\.in_proj_bias", attention + "/{}/bias", heads_qkv(heads)),
+        *_product(block + r"(?:self_)?attn\.out_proj", attention + "/out", heads_out(heads)),
+        *_product(block + r"mlp\.(?:c_fc|fc1)", own + "/MlpBlock_0/Dense_0"),
+        *_product(block + r"mlp\.(?:c_proj|fc2)", own + "/MlpBlock_0/Dense_1"),
+        *_norm(block + r"(?:ln_1|layer_norm1)", own + "/LayerNorm_0"),
+        *_norm(block + r"(?:ln_2|layer_norm2)", own + "/LayerNorm_1"),
+        *_norm(t + r"(?:ln_final|final_layer_norm)", "params/Encoder_0/encoder_norm"),
+        Rename(r"vision_(?:encoder|model)\..*|temperature", ""),
+    ]
+    for name in ("query", "key", "value"):
+        renames += _product(
+            block + rf"self_attn\.{name[0]}_proj", f"{attention}/{name}", heads_in(heads)
+        )
+    return renames
+
+
+def from_tips_jax() -> list[Rename]:
+    """Returns the renames of both towers in JAX."""
+    tokens, block = r"encoder/ToTokenSequence_0/", r"transformer/encoderblock_(\d+)/"
+    return [
+        Rename(tokens + "embedding/(kernel|bias)", r"params/embedding/\1"),
+        Rename(tokens + "posembed_input", "params/pos_embedding", lambda x: x.reshape(1, -1, x.shape[-1])),
+        Rename(tokens + "cls", "params/cls"),
+        Rename("encoder/encoder_norm/(scale|bias)", NORM + r"/\1"),
+        *(
+            Rename(f"encoder/{block}FFNSwiGluFused_0/Dense_{i}/(kernel|bias)", rf"{BLOCK}/MlpBlock_0/{ours}/\2")
+            for i, ours in enumerate(("gate", "Dense_0", "Dense_1"))
+        ),
+        Rename(f"encoder/{block}(.+)", BLOCK + r"/\2"),
+        Rename("token_emb/emb_var", "params/Embed_0/embedding"),
+        Rename(block + "(.+)", _TEXT_BLOCK + r"/\2"),
+        Rename("text_encoder_norm/(scale|bias)", r"params/Encoder_0/encoder_norm/\1"),
+        Rename("temperature_contrastive", ""),
+    ]
+
+
+def joined(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Joins what `from_tips_vision` returns as the JAX towers have it; other arrays stay.
+
+    Args:
+      arrays: by our paths, with the class token, registers and layer scales that published PyTorch towers have.
+    """
+    out = dict(arrays)
+    if _FRONT in out and _REGISTERS in out:
+        first, table = out.pop(_FRONT), out["params/pos_embedding"]
+        out["params/cls"] = np.concatenate([first + table[:, :1], out.pop(_REGISTERS)], 1)
+        out["params/pos_embedding"] = table[:, 1:]
+    for path in [path for path in out if re.search(f"/{_SCALE}_[01]$", path)]:
+        block, which = path[: path.rindex("/")], path[-1]
+        layer = f"{block}/" + (f"{ATTENTION}/out" if which == "0" else "MlpBlock_0/Dense_1")
+        scale = out.pop(path)
+        for name in ("kernel", "bias"):  # the last axis of both is that of the output
+            if f"{layer}/{name}" in out:
+                out[f"{layer}/{name}"] = out[f"{layer}/{name}"] * scale
+    return out
+
+
+def _gate_and_up(x: np.ndarray) -> dict[str, np.ndarray]:
+    gate, up = np.split(x, 2)
+    return {"gate": gate.T, "Dense_0": up.T}
+
+
+def _norm(source: str, target: str) -> list[Rename]:
+    return [Rename(rf"{source}\.weight", f"{target}/scale"), Rename(rf"{source}\.bias", f"{target}/bias")]
+
+
+def _product(source: str, target: str, layout: Layout | Plain = dense) -> list[Rename]:
+    # The layouts of attention recognise a bias by its single axis; the others leave it as it is.
+    bias = (lambda x: x) if layout is conv else layout
+    return [
+        Rename(rf"{source}\.weight", f"{target}/kernel", layout),
+        Rename(rf"{source}\.bias", f"{target}/bias", bias),
+    ]
