@@ -1,9 +1,10 @@
 """CLIP without training as a segmenter: baselines of papers/004, 4.3, whose ALIGN is private, and of papers/002.
 
 `config.dense`: `features`, "activation", the map before the pooling in the space of the class token, as in papers/004;
-"value", the value path of the last attention (MaskCLIP, Zhou et al. 2022); or "pseudo_masks", where each mask of a
-pseudo-mask generator is shown to CLIP on its own (papers/002, 4.1, baseline 1); `prompt`, the templates of class names,
-see `towers.templates.read_templates`. For pseudo-masks, `crop` cuts the box around a mask out of the masked image, and
+"value", the value path of the last attention (MaskCLIP, Zhou et al. 2022); "sclip" or "clearclip", its attention by
+SCLIP or ClearCLIP, see `models.transformer.Block`; or "pseudo_masks", where each mask of a pseudo-mask generator is
+shown to CLIP on its own (papers/002, 4.1, baseline 1); `prompt`, the templates of class names, see
+`towers.templates.read_templates`. For pseudo-masks, `crop` cuts the box around a mask out of the masked image, and
 `fill` is the colour outside of the mask, see `methods.zsseg.FILLS`; `config.pseudo_masks` describes the generator, see
 `models.pseudo_masks.build_generator`.
 """
@@ -30,7 +31,8 @@ from ovseg_jax.towers.templates import read_templates
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 
-FEATURES = ("value", "activation", "pseudo_masks")
+LAST = {"activation": "", "value": "value", "sclip": "sclip", "clearclip": "clearclip"}
+FEATURES = (*LAST, "pseudo_masks")
 
 
 class ClipDense(OnClip, Segmenting):
@@ -72,7 +74,7 @@ class ClipDense(OnClip, Segmenting):
         if config.dense.features not in FEATURES:
             raise UserError(f"dense.features={config.dense.features!r} is not one of {', '.join(FEATURES)}")
         self.config, self.clip = config, Clip(config.towers, words)
-        self._values = config.dense.features == "value"
+        self._last = LAST.get(config.dense.features, "")
         self.generator: PseudoMaskGenerator | None = None
         if config.dense.features == "pseudo_masks":
             if config.dense.fill not in FILLS:
@@ -80,7 +82,7 @@ class ClipDense(OnClip, Segmenting):
             self.generator = build_generator(config.pseudo_masks.to_dict(), self.clip.dtype)
             self.modes = ("predicted",)
         else:
-            self.clip.check_patches(self._values)
+            self.clip.check_patches(self._last)
         prompt = config.dense.prompt
         self._templates = read_templates(prompt if isinstance(prompt, str) else list(prompt))
 
@@ -115,9 +117,8 @@ class ClipDense(OnClip, Segmenting):
         """Computes the features of the patches, without masks; or the pseudo-masks, each embedded on its own."""
         if self.generator is not None:
             return self._predict_masks(self.generator, variables, image, image_size)
-        return Prediction(
-            None, {}, {SPACE: self.clip.embed_patches(variables["towers"], image, self._values)}
-        )
+        patches = self.clip.embed_patches(variables["towers"], image, self._last)
+        return Prediction(None, {}, {SPACE: patches})
 
     def _predict_masks(
         self, generator: Any, variables: Variables, image: Array, image_size: Array

@@ -6,7 +6,7 @@ Parameters follow big_vision's text transformer: `Embed_0`, `pos_embedding` [1 l
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -67,6 +67,8 @@ class TextTower(nn.Module):
     """A base class of text towers, with tables of tokens and of positions.
 
     Attributes:
+      tokens: the kind of the tower's tokeniser where its files do not tell, see `vocab.tokenizers.load_tokenizer`.
+      padded: whether texts must be padded to `length`, since padding has an effect.
       vocab_size: rows of the token table.
       length: rows of the position table, the maximum number of tokens of a text.
       width, layers, heads, mlp_dim: sizes of the encoder; `mlp_dim` None means 4 times `width`.
@@ -77,6 +79,9 @@ class TextTower(nn.Module):
       adapter, adapter_scale: modules beside the branches of each block, see `transformer.Block`; their places are None.
       between: a function on the tokens between two blocks, see `Between`.
     """
+
+    tokens: ClassVar[str | None] = None
+    padded: ClassVar[bool] = False
 
     vocab_size: int = 49408
     length: int = 77
@@ -172,6 +177,8 @@ class CLIPText(TextTower):
 class SiglipText(TextTower):
     """SigLIP's text tower (Zhai et al. 2023; big_vision), and SigLIP 2's (Tschannen et al. 2025)."""
 
+    padded: ClassVar[bool] = True
+
     vocab_size: int = 32_000
     length: int = 64
     width: int = 768
@@ -199,6 +206,8 @@ class TipsText(TextTower):
     Attributes:
       epsilon: epsilon of all norms: 1e-5 in the published PyTorch code and in transformers, 1e-6 in the JAX code.
     """
+
+    tokens: ClassVar[str | None] = "tips"
 
     vocab_size: int = 32_000
     length: int = 64

@@ -235,10 +235,7 @@ class ViT(nn.Module):
             return tokens[:, front:].reshape(b, h, w, self.width)
 
         if self.pool == "map":
-            head = MAPHead(
-                self.heads, self.mlp_dim, self.activation, self.epsilon, self.dtype, name="MAPHead_0"
-            )
-            pooled = head(x)
+            pooled = self._map_head()(x)
         else:
             pooled = x[:, 0] if self.pool == "cls" else on_grid(x).mean((1, 2))
         if self.embed_dim:
@@ -246,6 +243,15 @@ class ViT(nn.Module):
         return TowerOutput(
             pooled, on_grid(x), {i: on_grid(p.unfold(tokens)) for i, (tokens, p) in tapped.items()}
         )
+
+    @nn.compact
+    def pool_map(self, x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
+        """Pools tokens by the head of pool="map" alone; called by `apply(..., method="pool_map")`."""
+        return self._map_head()(x)
+
+    def _map_head(self) -> MAPHead:
+        fields = self.heads, self.mlp_dim, self.activation, self.epsilon, self.dtype
+        return MAPHead(*fields, name="MAPHead_0")
 
     def _check_fields(self) -> None:
         _check("cls", self.cls, CLS)

@@ -86,9 +86,7 @@ def from_tips_text(heads: int) -> list[Rename]:
         Rename(r"vision_(?:encoder|model)\..*|temperature", ""),
     ]
     for name in ("query", "key", "value"):
-        renames += _product(
-            block + rf"self_attn\.{name[0]}_proj", f"{attention}/{name}", heads_in(heads)
-        )
+        renames += _product(block + rf"self_attn\.{name[0]}_proj", f"{attention}/{name}", heads_in(heads))
     return renames
 
 
@@ -101,7 +99,9 @@ def from_tips_jax() -> list[Rename]:
         Rename(tokens + "cls", "params/cls"),
         Rename("encoder/encoder_norm/(scale|bias)", NORM + r"/\1"),
         *(
-            Rename(f"encoder/{block}FFNSwiGluFused_0/Dense_{i}/(kernel|bias)", rf"{BLOCK}/MlpBlock_0/{ours}/\2")
+            Rename(
+                f"encoder/{block}FFNSwiGluFused_0/Dense_{i}/(kernel|bias)", rf"{BLOCK}/MlpBlock_0/{ours}/\2"
+            )
             for i, ours in enumerate(("gate", "Dense_0", "Dense_1"))
         ),
         Rename(f"encoder/{block}(.+)", BLOCK + r"/\2"),

@@ -21,7 +21,7 @@ from ovseg_jax.torch.fcclip import FCClipNet, FCClipOutput, score_regions
 from ovseg_jax.torch.layers import unit
 from ovseg_jax.torch.openseg import OpenSegFeatures, OpenSegNet
 from ovseg_jax.torch.pseg import PSegNet, TextNet
-from ovseg_jax.torch.text_towers import Bert, CLIPText, SiglipText
+from ovseg_jax.torch.text_towers import Bert, CLIPText, SiglipText, TipsText
 from ovseg_jax.torch.upernet import UPerNet
 from ovseg_jax.towers.prompt_file import FILE, load_prompt
 from ovseg_jax.towers.templates import fill
@@ -31,7 +31,7 @@ from ovseg_jax.vocab.word_tokenizer import read_tokenizer
 
 WEIGHTS, CONFIG, TEXT_TOWER = "model.safetensors", "config.json", "text_tower"
 NETS: dict[str, Any] = {kind.__name__: kind for kind in (OpenSegNet, UPerNet, MaskFormer, PSegNet, FCClipNet)}
-TEXT_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (CLIPText, SiglipText, Bert, TextNet)}
+TEXT_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (CLIPText, SiglipText, TipsText, Bert, TextNet)}
 BATCH, LENGTH = 64, 77  # as in `FrozenText`
 MOST_PIXELS = 16384  # upper limit of the side of the network's input
 STRIP, NAMES = 64, 256  # rows of an image, and names, that are scored at once
@@ -175,7 +175,7 @@ class Text:
         tower = build(lambda: kind(**described), described, read_tensors(folder), str(folder), *inputs)
         self.tower, self.device = tower.to(device).eval(), device
         length = tower.length if kind is TextNet else min(tower.length, LENGTH)
-        self.tokenizer: Any = read_tokenizer(folder, length)
+        self.tokenizer: Any = read_tokenizer(folder, length, "tips" if kind is TipsText else None)
         self.context: tuple[Tensor, ...] = ()
         if (folder / FILE).exists():
             prompt = load_prompt(folder / FILE)

@@ -1,4 +1,4 @@
-"""CLIP (Radford et al. 2021): an image tower, a text tower and the temperature between them."""
+"""CLIP (Radford et al. 2021) and its kind: an image tower, a text tower and the temperature between them."""
 
 import copy
 import dataclasses
@@ -28,7 +28,7 @@ from ovseg_jax.models.convpass import ADAPTERS, with_convpass
 from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.hooks import HOOKS
 from ovseg_jax.models.small import SmallBackbone
-from ovseg_jax.models.text_towers import PRESETS, CLIPText, text_tower
+from ovseg_jax.models.text_towers import PRESETS, CLIPText, SiglipText, TextTower, TipsText
 from ovseg_jax.models.tower import project
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.parallel.sharding import on_host
@@ -48,9 +48,12 @@ _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 # Of a config's `towers`.
 TOWER_KEYS = "image text adapter init tokenizer image_size mean std logit_scale dtype"
 ADAPTER_KEYS = ("width", "activation", "dropout", "scale")
+# Of presets of `models.vit` whose image embeddings are in the space of texts.
+ALIGNED = ("clip_", "openclip_", "siglip_", "tipsv2_")
 # The number of names that the text tower embeds at once.
 GROUP = 256
 MEAN, STD = CLIP
+TEXTS: dict[str, type[TextTower]] = {"clip": CLIPText, "siglip": SiglipText, "tips": TipsText}
 
 
 class SmallImageTower(nn.Module):
@@ -83,13 +86,14 @@ class SmallImageTower(nn.Module):
 class Clip:
     """The two towers that a config describes; their weights are arguments of the methods.
 
-    Weights are {"image": {"params": ..., other collections}, "text": `packed_text.stacked` parameters, "scale":
-    log(1/τ)}.
+    Weights are {"image": {"params": ..., other collections}, "text": parameters, for a `CLIPText` as
+    `packed_text.stacked` has them, "scale": log(1/τ)}. Learned prompts need a `CLIPText`.
 
     Args:
       config: `image`, a dict with `name` (a CLIP preset of `models.vit`, `models.clip_resnet`, `models.convnext` or
         `models.eva`, or "vit", "convnext", "eva" or "small") and fields of its module; `text`, the same for
-        `models.text_towers` ("clip" for a CLIPText of these fields); `adapter`, if there are adapters in the image
+        `models.text_towers` ("clip" for a CLIPText of these fields, "siglip" for a SiglipText, "tips" for a TipsText);
+        `adapter`, if there are adapters in the image
         tower, the arguments of `models.convpass.with_convpass`; `init`, the weights (see `pretrained.hub`, or the
         folder of a run of method "clip"), "" for random ones; `tokenizer`, the folder of the tokeniser if it is not
         with the weights, the folder of a run for its words, or "words" for the words of this run; `image_size` in
@@ -108,7 +112,8 @@ class Clip:
             self.image = self.adapted()
         options = dict(config.text.items())
         name = options.pop("name")
-        if name != "clip" and not (name in PRESETS and PRESETS[name][0] is CLIPText):
+        kind, published = (TEXTS[name], {}) if name in TEXTS else PRESETS.get(name, (None, {}))
+        if kind not in TEXTS.values():
             raise UserError(f"towers.text.name={name!r} is not a text tower of CLIP's kind")
         self._tokenizer: PieceTokenizer | None = self._of_words()
         if hooks := sorted(options.keys() & set(HOOKS)):
@@ -116,25 +121,19 @@ class Clip:
         if name == "clip" and self._tokenizer:
             options["vocab_size"] = self._tokenizer.vocab_size
         try:
-            made = (
-                CLIPText(**options, dtype=self.dtype)
-                if name == "clip"
-                else text_tower(name, **options, dtype=self.dtype)
-            )
+            self.text: TextTower = kind(**{**published, **options}, dtype=self.dtype)
         except TypeError as error:
             raise UserError(f"towers.text: {error}") from error
-        assert isinstance(made, CLIPText)
-        self.text = made
         size = int(config.get("image_size", 224))
         shape = jax.eval_shape(
             lambda: self.image.init_with_output(jax.random.key(0), jnp.zeros((1, size, size, 3)))[0]
         )
         self.dim = _pooled(shape).shape[-1]
-        if self.dim != self.text.embed_dim:
-            raise UserError(
-                f"towers: images have embeddings of {self.dim} numbers, but texts of {self.text.embed_dim}"
-            )
+        text_dim = getattr(self.text, "embed_dim", self.text.width)
+        if self.dim != text_dim:
+            raise UserError(f"towers: images have embeddings of {self.dim} numbers, but texts of {text_dim}")
         self._encode_groups = jax.jit(self._groups, static_argnames=("layout", "size"))
+        self._encode_texts = jax.jit(lambda params, ids, valid: unit(_text(self.text, params, ids, valid)))
 
     @property
     def tokenizer(self) -> PieceTokenizer:
@@ -146,7 +145,8 @@ class Clip:
             if not where:
                 raise UserError("the text tower needs a tokeniser: set towers.tokenizer or towers.init")
             path = find(where)
-            self._tokenizer = load_tokenizer(path if path.is_dir() else path.parent, length=self.text.length)
+            folder = path if path.is_dir() else path.parent
+            self._tokenizer = load_tokenizer(folder, self.text.tokens, self.text.length)
         return self._tokenizer
 
     def _of_words(self) -> WordTokenizer | None:
@@ -189,7 +189,10 @@ class Clip:
         image = self.image.init(image_rng, jnp.zeros((1, size, size, 3)))
         text = self.text.init(text_rng, jnp.zeros((1, 2), jnp.int32))["params"]
         scale = jnp.log(jnp.float32(self.config.get("logit_scale", 100.0)))
-        return {"image": dict(image), "text": stacked(text), "scale": scale}
+        return {"image": dict(image), "text": self._packed(text), "scale": scale}
+
+    def _packed(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        return stacked(params) if isinstance(self.text, CLIPText) else dict(params)
 
     def pretrained(self) -> dict[str, Any]:
         """Returns the weights that `init` of the config names, as NumPy arrays; {} if it names none."""
@@ -204,7 +207,7 @@ class Clip:
         text = jax.eval_shape(lambda: self.text.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
         return {
             "image": load(init, self.image, shapes["image"], pixels=self._pixels()),
-            "text": stacked(load(init, self.text, text)["params"]),
+            "text": self._packed(load(init, self.text, text)["params"]),
         }
 
     def _of_run(self, init: str, folder: epath.Path) -> dict[str, Any]:
@@ -240,37 +243,41 @@ class Clip:
         mean, std = (jnp.asarray(values, jnp.float32) for values in self._pixels())
         return ((image.astype(jnp.float32) / 255 - mean) / std).astype(self.dtype)
 
-    def check_patches(self, values: bool) -> None:
+    def check_patches(self, last: str) -> None:
         """Checks that the image tower has the features of patches that `embed_patches` returns.
 
         Raises:
-          UserError: it has none, or `values` is False for an attention pooling, or True for a tower without attention.
+          UserError: it has none, or `last` is not "value" for a pooling by attention, or not "" for a tower without
+            attention.
         """
         if isinstance(self.image, ClipResNet):
-            if not values:
+            if last != "value":
                 raise UserError("a ResNet of CLIP pools by attention, so that it has value features only")
         elif isinstance(self.image, ConvNeXt):
-            if values:
+            if last:
                 raise UserError("a ConvNeXt has no attention, so that it has activation features only")
+        elif isinstance(self.image, ViT) and self.image.pool == "map":
+            if last != "value":
+                raise UserError("a ViT of SigLIP pools by attention, so that it has value features only")
         elif not isinstance(self.image, Eva) and not (
             isinstance(self.image, ViT) and self.image.pool == "cls"
         ):
             raise UserError(
                 f"towers.image.name={self.config.image.name!r} has no features of patches in the space of the texts: "
-                "take a ViT with a class token, an EVA, or a ResNet or ConvNeXt of CLIP"
+                "take a ViT with a class token or of SigLIP, an EVA, or a ResNet or ConvNeXt of CLIP"
             )
 
     def embed_patches(
-        self, weights: Mapping[str, Any], image: UInt8[Array, "b s t 3"], values: bool
+        self, weights: Mapping[str, Any], image: UInt8[Array, "b s t 3"], last: str
     ) -> Float[Array, "b h w d"]:
         """Embeds the patches of images in the space of the texts, see `embed_both`."""
-        return self.embed_both(weights, image, values)[1]
+        return self.embed_both(weights, image, last)[1]
 
     def embed_both(
         self,
         weights: Mapping[str, Any],
         image: UInt8[Array, "b s t 3"],
-        values: bool,
+        last: str,
         rngs: dict[str, jax.Array] | None = None,
     ) -> tuple[Float[Array, "b d"], Float[Array, "b h w d"]]:
         """Embeds images as unit vectors, and their patches without normalisation, by one forward pass.
@@ -278,9 +285,9 @@ class Clip:
         Args:
           weights: see `Clip`.
           image: images whose sides are multiples of a tower's patch.
-          values: whether patch tokens do not attend to each other in the last block, so that each keeps its value
-            projection (MaskCLIP, Zhou et al. 2022; CLIPSelf, Wu et al. 2024); otherwise the map before the pooling, in
-            the projection of the class token. For the towers that have them see `check_patches`.
+          last: how patch tokens attend in the last block, see `models.transformer.Block`; "" for the map before the
+            pooling, in the projection of the class token; "value" for a pooling by attention: what it makes of a patch
+            that it sees alone (MaskCLIP's value path). For the towers that have them see `check_patches`.
           rngs: for a ViT or EVA with dropout.
         """
         x = self._normalised(image)
@@ -289,14 +296,21 @@ class Clip:
             out = self.image.apply(weights["image"], x)
             return unit(out["pooled"]), out["dense"]
         assert isinstance(self.image, ViT | Eva)
-        out = self.image.clone(values=values).apply(weights["image"], x, rngs=rngs)
+        mapped = isinstance(self.image, ViT) and self.image.pool == "map"
+        out = self.image.clone(last="" if mapped else last).apply(weights["image"], x, rngs=rngs)
+        if mapped:
+            alone: Any = self.image.apply(
+                weights["image"], out.tokens.reshape(-1, 1, self.image.width), method="pool_map"
+            )
+            return unit(out.pooled), alone.reshape(*out.tokens.shape[:3], -1)
         return unit(out.pooled), project(weights["image"]["params"], out.tokens)
 
     def save_text(
         self, folder: Path, weights: Mapping[str, Any], templates: Sequence[str], dtype: Any = np.float32
     ) -> None:
         """Saves the text tower for `ovseg_jax.torch`, see `write_text_tower`."""
-        arrays = flatten_dict(jax.device_get(unstacked(weights["text"])), sep="/")
+        text = unstacked(weights["text"]) if isinstance(self.text, CLIPText) else weights["text"]
+        arrays = flatten_dict(jax.device_get(text), sep="/")
         write_text_tower(folder, self.tokenizer, self.text, arrays, templates, dtype)
 
     def embed_names(
@@ -325,6 +339,8 @@ class Clip:
         Raises:
           UserError: the prompt was learned for another text tower, or for other classes.
         """
+        if not isinstance(self.text, CLIPText):
+            raise UserError(f"a {type(self.text).__name__} takes no learned prompt ({prompt.source})")
         prompt.check_width(self.text.width)
         if prompt.anchor:
             prompt.check_tower(self.anchor(weights))
@@ -337,8 +353,23 @@ class Clip:
 
     def embed_phrases(self, weights: Mapping[str, Any], texts: Sequence[str]) -> Float[Array, "k e"]:
         """Embeds texts unchanged as unit vectors."""
+        if not isinstance(self.text, CLIPText):
+            return self._embed_padded(weights["text"], texts)
         nothing = jnp.zeros((1, 0, self.text.width))
         return self.embed_names(weights, nothing, Layout(0), phrase_tokens(self.tokenizer, texts))
+
+    def _embed_padded(self, params: Mapping[str, Any], texts: Sequence[str]) -> Float[Array, "k e"]:
+        """Embeds texts by the tower itself, `GROUP` at a time."""
+        phrase_tokens(self.tokenizer, texts)  # raises for an empty one
+        ids, valid = self.tokenizer(list(texts))
+        if not self.text.padded:
+            # A multiple of 8, to limit compilations.
+            longest = min(-(-int(valid.sum(1).max()) // 8) * 8, self.text.length)
+            ids, valid = ids[:, :longest], valid[:, :longest]
+        size = min(GROUP, 1 << (len(texts) - 1).bit_length())
+        rows = np.resize(np.arange(len(texts)), -(-len(texts) // size) * size).reshape(-1, size)
+        parts = [self._encode_texts(params, ids[row], valid[row]) for row in rows]
+        return jnp.concatenate(parts)[: len(texts)]
 
     def encode(
         self,
@@ -353,6 +384,7 @@ class Clip:
     ) -> Float[Array, "k e"]:
         """Calls `encode_names` with this text tower."""
         start = self.tokenizer.start[0]
+        assert isinstance(self.text, CLIPText)
         return encode_names(
             self.text, weights["text"], start, context, layout, tokens, size, deep, may_exceed=may_exceed
         )
@@ -440,7 +472,7 @@ def image_tower(config: ConfigDict, dtype: Any) -> nn.Module:
     kinds: dict[str, tuple[type[nn.Module], Mapping[str, Any]]] = {
         "small": (SmallImageTower, {}),
         "vit": (ViT, {}),
-        **{n: (ViT, fields) for n, fields in vit.PRESETS.items() if fields.get("embed_dim")},
+        **{n: (ViT, fields) for n, fields in vit.PRESETS.items() if n.startswith(ALIGNED)},
         "eva": (Eva, {}),
         **{n: (Eva, fields) for n, fields in eva.PRESETS.items()},
         "convnext": (ConvNeXt, {}),
@@ -456,6 +488,11 @@ def image_tower(config: ConfigDict, dtype: Any) -> nn.Module:
             f"towers.image of {name!r} has no key {wrong[0]!r}; known keys: {', '.join(sorted(known))}"
         )
     return kind(**{**published, **options}, dtype=dtype)
+
+
+def _text(tower: TextTower, params: Any, ids: Array, valid: Array) -> Array:
+    out: Any = tower.apply({"params": params}, ids, valid)
+    return out.pooled
 
 
 def _pooled(out: Any) -> Any:

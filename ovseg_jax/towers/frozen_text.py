@@ -145,7 +145,7 @@ class FrozenText:
         if self.prompt:
             folder.mkdir(parents=True, exist_ok=True)
             save_prompt(folder / FILE, self.prompt)
-        tokenizer = load_tokenizer(_folder(find(self.source)))
+        tokenizer = load_tokenizer(_folder(find(self.source)), self.tower.tokens)
         write_text_tower(folder, tokenizer, self.tower, self.weights(), self.templates, dtype)
 
     def weights(self) -> dict[str, np.ndarray]:
@@ -164,7 +164,7 @@ class FrozenText:
         from ovseg_jax.vocab.tokenizers import load_tokenizer
 
         path = find(self.source)
-        tokenizer = load_tokenizer(_folder(path), length=min(self.tower.length, LENGTH))
+        tokenizer = load_tokenizer(_folder(path), self.tower.tokens, min(self.tower.length, LENGTH))
         variables = load(self.source, self.tower, jax.eval_shape(self._forward)[0])
         tower: Any = self.tower
         if self.prompt is None:

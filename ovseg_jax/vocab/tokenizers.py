@@ -4,6 +4,7 @@
   wordpiece  lower-case BERT: vocab.txt or tokenizer.json
   siglip     SentencePiece of SigLIP: *.model or tokenizer.json; lower case, punctuation removed
   siglip2    SentencePiece of SigLIP 2 (Gemma's vocabulary): the same files; lower case
+  tips       SentencePiece of TIPS: the same files; lower case, without an end
 
 Special tokens inside a text have no meaning: "<|endoftext|>" or "[SEP]" in a caption are split like any other letters.
 """
@@ -30,7 +31,7 @@ from ovseg_jax.reading import read_json, read_text, reading, reason, short, text
 # Upper limit of a file's unpacked bytes (CLIP's has 3 MB) and of ids (Gemma has 256,000).
 _LARGEST = 1 << 26
 # BERT takes up to 512 tokens; 64 suffice for names and captions.
-LENGTHS = {"clip": 77, "wordpiece": 64, "siglip": 64, "siglip2": 64}
+LENGTHS = {"clip": 77, "wordpiece": 64, "siglip": 64, "siglip2": 64, "tips": 64}
 BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
 # The folder in a run for a copy of a published tokeniser, or of another run's words.
 TOKENIZER = "tokenizer"
@@ -66,7 +67,7 @@ class PieceTokenizer:
       clean: normalises a text before it is split.
       encode: returns the ids of the pieces of a normalised text.
       start: ids at the start of each row.
-      end: id after the pieces.
+      end: id after the pieces; None for none.
       pad: id that fills a row.
       length: tokens in each row.
       vocab_size: the number of ids; all ids are smaller.
@@ -76,7 +77,7 @@ class PieceTokenizer:
     clean: Callable[[str], str]
     encode: Callable[[str], list[int]]
     start: tuple[int, ...]
-    end: int
+    end: int | None
     pad: int
     length: int
     vocab_size: int
@@ -102,8 +103,9 @@ class PieceTokenizer:
         for i, text in enumerate(texts):
             # The libraries refuse lone surrogates, which damaged JSON may hold.
             whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            pieces = self.encode(self.clean(whole))[: self.length - len(self.start) - 1]
-            row = [*self.start, *pieces, self.end]
+            end = () if self.end is None else (self.end,)
+            pieces = self.encode(self.clean(whole))[: self.length - len(self.start) - len(end)]
+            row = [*self.start, *pieces, *end]
             ids[i, : len(row)], valid[i, : len(row)] = row, True
         return ids, valid
 
@@ -113,7 +115,8 @@ def load_tokenizer(source: str | Path, kind: str | None = None, length: int | No
 
     Args:
       source: a file, or a folder that holds one; `pretrained.hub.find` downloads folders from the hub.
-      kind: clip, wordpiece, siglip or siglip2; None recognises it from the files.
+      kind: clip, wordpiece, siglip, siglip2 or tips; None recognises it from the files, but takes that of TIPS for one of
+        SigLIP's if it has an end.
       length: tokens in each row; None takes the published model's, see LENGTHS.
 
     Raises:
@@ -194,7 +197,11 @@ def _encode(model: Any, text: str) -> list[int]:
     return model.encode(text, add_special_tokens=False).ids
 
 
-_SIGLIP_CLEAN: dict[str, Callable[[str], str]] = {"siglip": clean_siglip, "siglip2": str.lower}
+_SIGLIP_CLEAN: dict[str, Callable[[str], str]] = {
+    "siglip": clean_siglip,
+    "siglip2": str.lower,
+    "tips": str.lower,
+}
 
 
 def _clip(
@@ -277,12 +284,16 @@ def _wordpiece(vocab: dict[str, int], file: Path, length: int | None) -> PieceTo
 
 def _sentencepiece(file: Path, kind: str | None, length: int | None) -> PieceTokenizer:
     model = _made(_require("sentencepiece").SentencePieceProcessor, model_proto=file.read_bytes())
-    end = model.eos_id()
-    if end < 0:
+    end: int | None = model.eos_id()
+    kind = kind if kind == "tips" or end >= 0 else kind or "tips"
+    if kind == "tips":
+        end, pad = None, max(model.pad_id(), 0)
+    elif end < 0:
         raise UserError(f"{file} has no end-of-text piece: it is not a SigLIP vocabulary")
-    kind = _agree(file, kind, "siglip2" if model.id_to_piece(end) == "<eos>" else "siglip")
-    # SigLIP pads with its end token, as big_vision does (pad_value=1, eos="sticky").
-    pad = model.pad_id() if kind == "siglip2" else end
+    else:
+        kind = _agree(file, kind, "siglip2" if model.id_to_piece(end) == "<eos>" else "siglip")
+        # SigLIP pads with its end token, as big_vision does (pad_value=1, eos="sticky").
+        pad = model.pad_id() if kind == "siglip2" else end
     clean, size = _SIGLIP_CLEAN[kind], model.get_piece_size()
     return PieceTokenizer(clean, model.encode, (), end, pad, length or LENGTHS[kind], size)
 
@@ -303,8 +314,10 @@ def _tokenizer_json(file: Path, kind: str | None, length: int | None) -> PieceTo
     whole.no_padding(), whole.no_truncation()
     whole.encode_special_tokens = True
     end = whole.token_to_id("<eos>" if kind == "siglip2" else "</s>")
-    pad = whole.token_to_id("<pad>") if kind == "siglip2" else end
-    if end is None or pad is None:
+    pad = end if kind == "siglip" else whole.token_to_id("<pad>")
+    if kind == "tips":
+        end = None
+    if pad is None or (end is None and kind != "tips"):
         raise UserError(f"{file} has no end-of-text or padding piece: it is not a SigLIP vocabulary")
     encode, size = partial(_encode, whole), whole.get_vocab_size()
     return PieceTokenizer(_SIGLIP_CLEAN[kind], encode, (), end, pad, length or LENGTHS[kind], size)
@@ -321,8 +334,8 @@ def _find(folder: Path, kind: str | None) -> Path:
 
 
 def _agree(file: Path, kind: str | None, found: str) -> str:
-    """Returns the requested kind if the file can be of it; SigLIP 1 and 2 cannot be told apart for certain."""
-    if kind in (None, found) or {kind, found} == {"siglip", "siglip2"}:
+    """Returns the requested kind if the file can be of it; SigLIP 1, 2 and TIPS cannot be told apart for certain."""
+    if kind in (None, found) or {kind, found} <= {"siglip", "siglip2", "tips"}:
         return kind or found
     raise UserError(f"{file} is a tokenizer of kind {found}, not {kind}")
 
