@@ -9,6 +9,8 @@ from PIL import Image
 
 from ovseg_jax.errors import UserError
 
+RESAMPLES = ("bilinear", "bicubic")
+
 
 class Cut(NamedTuple):
     """The windows of an image, padded to a fixed number W.
@@ -72,11 +74,14 @@ class Sliding:
       stride: pixels between windows.
       short: the shorter side of a resized image.
       longest: the most that its longer side may have; the shorter one is then smaller than `short`.
+      resample: "bilinear", without antialiasing as OpenCV; "bicubic", with it as Pillow, and fractions of a pixel are
+        cut off the longer side.
     """
 
     stride: int
     short: int
     longest: int
+    resample: str = "bilinear"
 
     @classmethod
     def of(cls, value: Any) -> "Sliding":
@@ -87,7 +92,11 @@ class Sliding:
         """
         if isinstance(value, cls):
             return value
-        given, names = dict(value.items()), [field.name for field in dataclasses.fields(cls)]
+        given = dict(value.items())
+        resample = given.pop("resample", "bilinear")
+        if resample not in RESAMPLES:
+            raise UserError(f"windows.resample={resample!r} is not one of {', '.join(RESAMPLES)}")
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "resample"]
         if set(given) != set(names):
             raise UserError(
                 f"windows has the keys {', '.join(given) or 'none'}, but needs {', '.join(names)}"
@@ -97,7 +106,7 @@ class Sliding:
                 raise UserError(f"windows.{name}={number!r} is not a positive whole number")
         if given["longest"] < given["short"]:
             raise UserError(f"windows.longest={given['longest']} is less than short={given['short']}")
-        return cls(**given)
+        return cls(**given, resample=resample)
 
     def count(self, size: int) -> int:
         """Returns the most windows of `size` pixels that an image may have."""
@@ -105,10 +114,14 @@ class Sliding:
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Returns the size of an image after its aspect-keeping resize."""
+        if self.resample == "bicubic" and max(height, width) * self.short <= self.longest * min(
+            height, width
+        ):
+            return self.short * height // min(height, width), self.short * width // min(height, width)
         return resized(height, width, self.short, self.longest)
 
     def cut(self, image: UInt8[np.ndarray, "h w 3"] | None, size: int) -> Cut:
-        """Resizes an image bilinearly, without antialiasing as OpenCV, and cuts windows of `size`; None for padding."""
+        """Resizes an image and cuts windows of `size`; None for padding."""
         count = self.count(size)
         out = Cut(
             np.zeros((count, size, size, 3), np.uint8),
@@ -121,10 +134,13 @@ class Sliding:
             return out
         height, width = self.resized(*image.shape[:2])
         if (height, width) != image.shape[:2]:
-            whole = (0, 0, image.shape[1], image.shape[0])
-            picture = Image.fromarray(image).transform(
-                (width, height), Image.Transform.EXTENT, whole, Image.Resampling.BILINEAR
-            )
+            picture, whole = Image.fromarray(image), (0, 0, image.shape[1], image.shape[0])
+            if self.resample == "bicubic":
+                picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+            else:
+                picture = picture.transform(
+                    (width, height), Image.Transform.EXTENT, whole, Image.Resampling.BILINEAR
+                )
             image = np.asarray(picture)
         out.resized[:] = height, width
         starts = [

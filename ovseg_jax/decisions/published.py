@@ -1,8 +1,8 @@
 """Published protocols of evaluation by name: how images are cut, and the decision with its settings.
 
-All are those of NVlabs/GroupViT (segmentation/configs): shorter side 448, at most 2048, windows of 448 by steps of 224.
-Background is what falls below a threshold, never a text. The class names of our data sets are our own, where
-GroupViT's code changes some.
+Those not named otherwise are of NVlabs/GroupViT (segmentation/configs): shorter side 448, at most 2048, windows of 448
+by steps of 224. Background is what falls below a threshold, never a text. The class names of our data sets are our own,
+where GroupViT's code changes some.
 """
 
 from collections.abc import Mapping
@@ -30,8 +30,21 @@ DECISIONS: dict[str, Mapping[str, Any]] = {
     "pseg_voc_foreground": {"type": "semantic", "threshold": 0.0},
     # The best name of every pixel, for methods without masks (CLIP, MaskCLIP).
     "pixels": {"type": "argmax"},
+    "sclip": {"type": "argmax"},
+    "clearclip": {"type": "argmax"},
+    "tipsv2": {"type": "softmax"},
 }
 """The decision of each protocol; those that end in "_foreground" have no background."""
+
+
+_CUTS: dict[str, tuple[int, Mapping[str, Any]]] = {
+    # wangf3014/SCLIP, configs/cfg_ade20k.py and clip_segmentor.py.
+    "sclip": (224, {"stride": 112, "short": 336, "longest": 2048}),
+    # mc-lan/ClearCLIP, configs/ and clearclip_segmentor.py.
+    "clearclip": (448, WINDOWS),
+    # google-deepmind/tips, pytorch/TIPS_zeroshot_segmentation.ipynb. There the longer side has no bound: ours.
+    "tipsv2": (448, {"stride": 336, "short": 448, "longest": 4096, "resample": "bicubic"}),
+}
 
 
 def protocol(name: Any) -> dict[str, Any]:
@@ -42,4 +55,5 @@ def protocol(name: Any) -> dict[str, Any]:
     """
     if name not in DECISIONS:
         raise UserError(f"the protocol {name!r} is not one of {', '.join(DECISIONS)}")
-    return {"image_size": SIZE, "windows": dict(WINDOWS), "decision": dict(DECISIONS[name])}
+    size, windows = _CUTS.get(name, (SIZE, WINDOWS))
+    return {"image_size": size, "windows": dict(windows), "decision": dict(DECISIONS[name])}

@@ -1,6 +1,7 @@
 """Decisions: named rules that turn the scores of one image into categories and segments.
 
     argmax                 the best category of every pixel (papers/004, eq. 6)
+    softmax                the same, but sliding windows average probabilities (google-deepmind/tips)
     background_threshold   the same, but none where the confidence is below a threshold
     groupvit               the best category of each pixel's strongest proposal, or background (NVlabs/GroupViT)
     semantic               probabilities of classes times masks, summed over the proposals (MaskFormer)
@@ -142,6 +143,27 @@ class Argmax(Decision):
     def confidence(self, score: Array, cover: Array, masks: bool) -> Array:
         """Returns the confidence of a pixel, see `maps.confidence_of`."""
         return jnp.asarray(confidence_of(score, cover)) if masks else score
+
+
+@dataclasses.dataclass(frozen=True)
+class Softmax(Argmax):
+    """The best category for every pixel; sliding windows average the names' probabilities, not their scores.
+
+    Attributes:
+      scale: 1/τ, the factor from scores to logits; 1 in google-deepmind/tips, pytorch/TIPS_zeroshot_segmentation.ipynb.
+    """
+
+    scale: float = 1.0
+
+    def rows(self, layers: Layers, vocabulary: Vocabulary, allowed: Bool[Array, "t"]) -> Rows:
+        """Returns the logits of a window's names.
+
+        Raises:
+          UserError: there are masks, whose scores do not compete at a pixel.
+        """
+        if layers.masks:
+            raise UserError("the decision Softmax scores pixels: take argmax or semantic for masks")
+        return Rows(self.scale * layers.weights, vocabulary.owner, allowed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -387,6 +409,7 @@ class Instances(Decision):
 
 DECISIONS: dict[str, type[Decision]] = {
     "argmax": Argmax,
+    "softmax": Softmax,
     "background_threshold": BackgroundThreshold,
     "groupvit": GroupVit,
     "semantic": Semantic,

@@ -2,7 +2,9 @@
 
 In each window, the maps are upsampled to the window's pixels and scored (`Decision.rows`); scores are averaged over the
 windows at each pixel of the resized image, upsampled to the label's own size, and the best row there decides. All steps
-after the maps are linear, so that each window has two small matrices that do them at once, for any block of rows.
+after the maps are linear, so that each window has two small matrices that do them at once, for any block of rows. With
+`Softmax`, scores become probabilities at the window's pixels; those are then computed for the at most two rows of the
+window that a row of the label lies between.
 """
 
 from collections.abc import Mapping
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ovseg_jax.decisions.maps import layers_of
-from ovseg_jax.decisions.rules import Decided, Decision, Rows
+from ovseg_jax.decisions.rules import Decided, Decision, Rows, Softmax
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.resize import row_block, split_rows, upsampling
 from ovseg_jax.protocols import PRECISION, Prediction, Segmenting, Text, Variables, Vocabulary
@@ -133,15 +135,32 @@ def _average(
         else:
             maps = jax.nn.sigmoid(maps)
         down = across = jnp.broadcast_to(jnp.eye(canvas), (len(maps), canvas, canvas))
-    to_rows, to_columns = (
-        product("wlp,wpg->wlg", _places(places, i, canvas, shape[i], label[i]), (down, across)[i])
-        for i in range(2)
-    )
+    shares = [_places(places, i, canvas, shape[i], label[i]) for i in range(2)]
     _, views, r, c = weights.shape
-    block = row_block(shape[0], shape[1] * (views * r + c))
+    if isinstance(decision, Softmax):
+        to_rows, to_columns = shares
+        block = row_block(shape[0], 2 * max(canvas, shape[1]) * (views * r + c))
+    else:
+        to_rows, to_columns = (
+            product("wlp,wpg->wlg", share, up) for share, up in zip(shares, (down, across), strict=True)
+        )
+        block = row_block(shape[0], shape[1] * (views * r + c))
+
+    def probabilities(i: Array, own: Float[Array, "n p"]) -> Float[Array, "v r n x"]:
+        """Returns the shares of one window in the probabilities at some rows of the label."""
+        rows, columns = _between(own), _between(to_columns[i])
+        x = product("nh,chx->cnx", down[i][jnp.concatenate([rows.first, rows.second])], maps[i])
+        x = product("cnx,px->cnp", x, across[i])
+        x = product("vrc,cnp->vrnp", weights[i], x)
+        x = jax.nn.softmax(jnp.where(may[:, :, None, None], x, -jnp.inf), 1)
+        n = own.shape[0]
+        x = x[:, :, :n] * rows.of_first[:, None] + x[:, :, n:] * rows.of_second[:, None]
+        return x[..., columns.first] * columns.of_first + x[..., columns.second] * columns.of_second
 
     def strip(own: Float[Array, "w n g"]) -> tuple[Array, Array, Array]:
         def add(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+            if isinstance(decision, Softmax):
+                return sums[0] + probabilities(i, own[i]), sums[1]
             x = product("nh,chx->cnx", own[i], maps[i])
             x = product("cnx,zx->cnz", x, to_columns[i])
             return sums[0] + product("vrc,cnz->vrnz", weights[i], x), sums[1] + x.sum(0)
@@ -161,6 +180,23 @@ def _average(
     found = inside & (score > -jnp.inf) & (confidence >= decision.least) & (count > 0)
     category = jnp.where(found, owner[row], -1)
     return Decided(category, jnp.where(category >= 0, confidence, 0))
+
+
+class _Between(NamedTuple):
+    """The two pixels that a label's row or column lies between, and their weights."""
+
+    first: Int[Array, " l"]
+    second: Int[Array, " l"]
+    of_first: Float[Array, " l"]
+    of_second: Float[Array, " l"]
+
+
+def _between(share: Float[Array, "l p"]) -> _Between:
+    """Reads them off a matrix of bilinear weights, whose rows have at most two entries, and these side by side."""
+    first = jnp.argmax(share > 0, 1)
+    second = jnp.minimum(first + 1, share.shape[1] - 1)
+    at = jnp.arange(len(share))
+    return _Between(first, second, share[at, first], jnp.where(second > first, share[at, second], 0))
 
 
 def _places(places: Windows, axis: int, size: int, pixels: int, label: Array) -> Float[Array, "w l p"]:

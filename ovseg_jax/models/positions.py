@@ -20,8 +20,8 @@ def resize_positions(
       size: rows and columns of the new grid.
       method: "bicubic" as in PyTorch's `interpolate` and Hugging Face (a = -0.75, half-pixel centres, repeated border);
         "dino", the same with DINO's own scale; "bilinear" as in big_vision, with aligned corners; "antialias" as in
-        timm and open_clip (a = -0.5, wider kernels if the grid shrinks); "triangle" as in TIPS, bilinear with half-pixel
-        centres and wider kernels if the grid shrinks.
+        timm and open_clip (a = -0.5, wider kernels if the grid shrinks); "triangle" as in TIPS, bilinear with
+        half-pixel centres and wider kernels if the grid shrinks.
 
     Raises:
       UserError: the method is unknown.

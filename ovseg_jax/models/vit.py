@@ -114,8 +114,8 @@ class ViT(nn.Module):
       cls: the class token: "none"; "plain", without a position (big_vision); "placed", with the first row of the
         position table (DINO, MAE, CLIP).
       front: the number of class tokens, if there are any; those after the first have no position (TIPS).
-      pool: the embedding of the image: "cls", the first class token; "mean", the mean of the patch tokens; "map", the output
-        of a learned query (`MAPHead`). All after the final norm.
+      pool: the embedding of the image: "cls", the first class token; "mean", the mean of the patch tokens; "map", the
+        output of a learned query (`MAPHead`). All after the final norm.
       pre_norm: whether there is a norm before the blocks and no bias of the patch embedding, as in CLIP.
       activation: "gelu"; "gelu_tanh", its approximation; "quick_gelu", x sigmoid(1.702 x); "swiglu", see
         `transformer.Mlp`, whose hidden width is `mlp_dim`.
@@ -333,8 +333,8 @@ PRESETS: dict[str, Fields] = {
     "siglip_vitl16_384": dict(_L, **_SIGLIP, patch=16, grid=(24, 24)),
     "siglip_so400m14": dict(_SO400M, **_SIGLIP, patch=14, grid=(16, 16)),
     "siglip_so400m14_384": dict(_SO400M, **_SIGLIP, patch=14, grid=(27, 27)),
-    # TIPSv2 (Cao et al. 2026), shapes: google-deepmind/tips, scenic/models/vit.py. A SwiGLU has two thirds of the width,
-    # in steps of 8.
+    # TIPSv2 (Cao et al. 2026), shapes: google-deepmind/tips, scenic/models/vit.py. A SwiGLU has two thirds of the
+    # width, in steps of 8.
     "tipsv2_b14": dict(_B, **_TIPS),
     "tipsv2_l14": dict(_L, **_TIPS),
     "tipsv2_so400m14": dict(_SO400M, **_TIPS),

@@ -115,8 +115,8 @@ def load_tokenizer(source: str | Path, kind: str | None = None, length: int | No
 
     Args:
       source: a file, or a folder that holds one; `pretrained.hub.find` downloads folders from the hub.
-      kind: clip, wordpiece, siglip, siglip2 or tips; None recognises it from the files, but takes that of TIPS for one of
-        SigLIP's if it has an end.
+      kind: clip, wordpiece, siglip, siglip2 or tips; None recognises it from the files, but takes that of TIPS for one
+        of SigLIP's if it has an end.
       length: tokens in each row; None takes the published model's, see LENGTHS.
 
     Raises:

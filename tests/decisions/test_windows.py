@@ -5,14 +5,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from ovseg_jax.data.windows import Sliding
 from ovseg_jax.decisions import windows
 from ovseg_jax.decisions.rules import (
+    Argmax,
     BackgroundThreshold,
     GroupVit,
     Instances,
     Semantic,
+    Softmax,
 )
 from ovseg_jax.decisions.windows import Windows, decide_windows, predict_windows
 from ovseg_jax.errors import UserError
@@ -185,6 +188,43 @@ def test_names_of_pixels_and_masks_are_averaged(masks):
         cover = np.maximum(scores[5], 1) if masks else 1
         best = scores[:5].max(0) / cover
         same(out, i, 0, np.where(best >= 0.1, OWNER[scores[:5].argmax(0)], -1), best)
+
+
+@pytest.mark.parametrize("small_blocks", [False, True])
+def test_probabilities_of_names_are_averaged(small_blocks, monkeypatch):
+    """As google-deepmind/tips: a softmax over the names at the window's pixels, before windows are averaged."""
+    if small_blocks:
+        monkeypatch.setattr(windows, "row_block", lambda rows, floats: resize.row_block(rows, 1, 5))
+    own = drawn(3, SLIDING.count(SIZE))
+    allowed = np.ones((3, 2, 5), bool)
+    allowed[:, 1, [1, 2]] = False
+    out, _ = decided(own, Softmax(scale=9.0), False, "none", allowed)
+    linear, _ = decided(own, Argmax(), False, "none", allowed)
+    for i, label in enumerate(IMAGES):
+        for view in range(2):
+
+            def score(i, w, size, view=view):
+                pixels = np.moveaxis(reference.unit(own["pixels"][i, w]), -1, 0)
+                cosine = np.einsum("td,dhw->thw", own["text"], reference.upsample(pixels, SIZE, size, size))
+                return softmax(np.where(allowed[i, view, :, None, None], 9 * cosine, -np.inf))
+
+            scores, _ = slide(i, score, label)
+            same(out, i, view, OWNER[scores.argmax(0)], scores.max(0))
+    assert (np.asarray(out.category) != np.asarray(linear.category)).any()
+    with pytest.raises(UserError, match="Softmax scores pixels"):
+        decided(own, Softmax())
+
+
+def test_a_bicubic_resize_is_pillows():
+    sliding = Sliding.of(dict(stride=6, short=20, longest=60, resample="bicubic"))
+    image = np.random.default_rng(0).integers(0, 256, (13, 22, 3)).astype(np.uint8)
+    assert sliding.resized(13, 22) == (20, 33) and SLIDING.resized(13, 22) == (20, 34)
+    want = np.asarray(Image.fromarray(image).resize((33, 20), Image.Resampling.BICUBIC))
+    cut = sliding.cut(image, SIZE)
+    np.testing.assert_array_equal(cut.image[0], want[:SIZE, :SIZE])
+    assert sliding.resized(10, 90) == (7, 60)
+    with pytest.raises(UserError, match="resample='nearest' is not one of bilinear, bicubic"):
+        Sliding.of(dict(stride=6, short=20, longest=60, resample="nearest"))
 
 
 def test_windows_cover_the_resized_image():

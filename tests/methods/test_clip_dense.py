@@ -106,7 +106,10 @@ def test_features_of_patches_are_those_of_the_last_block():
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (config("values"), "dense.features='values' is not one of activation, value, sclip, clearclip, pseudo_masks"),
+        (
+            config("values"),
+            "dense.features='values' is not one of activation, value, sclip, clearclip, pseudo_masks",
+        ),
         (filled("grey"), "dense.fill='grey' is not one of mean, zero"),
         (
             config("value", dict(name="small", width=16, levels=2, embed_dim=torch_clip.D)),
