@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from ovseg_jax.cli.console import FAILED, Parser, run_command, start
+from ovseg_jax.cli.console import FAILED, NameOrList, Parser, run_command, start
 from ovseg_jax.errors import UserError
 
 _DESCRIPTION = """\
@@ -12,6 +12,7 @@ Segments an image, or every image of a folder, by the words you give.
 
   python -m ovseg_jax.predict --checkpoint=runs/openseg --images=wedding.jpg \\
       --labels="bride,woman in white; groom; cake" --out=out
+  python -m ovseg_jax.predict --model=tipsv2_l14 --images=wedding.jpg --labels="bride; groom; cake" --out=out
 
 For each image NAME it writes into --out
   NAME.overlay.png   the image under its segments, with names and a legend
@@ -36,12 +37,37 @@ def parser() -> Parser:
     from ovseg_jax.decisions.published import DECISIONS as PROTOCOLS
     from ovseg_jax.decisions.rules import DECISIONS
     from ovseg_jax.inference.folder import TASKS
-    from ovseg_jax.inference.segmenter import UNKNOWN_BELOW
+    from ovseg_jax.methods.clip_dense import LAST
+    from ovseg_jax.methods.published import listed
+    from ovseg_jax.protocols import Segmenting
     from ovseg_jax.vocab.classes import LABEL_FILES
 
     parser = Parser("predict", _DESCRIPTION)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="WORKDIR", help="the folder (or bucket) of a training run")
+    add("--checkpoint", metavar="WORKDIR", help="the folder (or bucket) of a training run")
+    add(
+        "--model",
+        action=NameOrList,
+        listed=listed,
+        metavar="NAME",
+        help="a published model in place of --checkpoint, without training; --model=list lists them with licence, size "
+        "and published score",
+    )
+    add(
+        "--weights",
+        metavar="PATH",
+        help="with --model: the folder or file of its weights, by default from the Hugging Face hub",
+    )
+    add(
+        "--tokenizer",
+        metavar="PATH",
+        help="with --model: the folder of the tokeniser, if it is not with the weights",
+    )
+    add(
+        "--patches",
+        choices=tuple(LAST),
+        help="with --model: the last attention of its image tower (default value)",
+    )
     add("--images", required=True, metavar="PATH", help="an image, a folder of images, or a pattern with *")
     add("--out", required=True, metavar="DIR", help="the output folder, created if missing")
     add(
@@ -56,7 +82,8 @@ def parser() -> Parser:
         "--threshold",
         type=float,
         metavar="T",
-        help=f"pixels with a lower confidence are unknown (default {UNKNOWN_BELOW}; none are with --proposals)",
+        help=f"pixels with a lower confidence are unknown (default {Segmenting.unknown_below}; none are with "
+        "--proposals, or with --model of towers alone)",
     )
     add(
         "--decision",
@@ -118,12 +145,23 @@ def _run(arguments: argparse.Namespace) -> int:
     from ovseg_jax.data.images import read_image
     from ovseg_jax.decisions.rules import decision_of
     from ovseg_jax.inference.folder import TASKS, image_files, segment_files
-    from ovseg_jax.inference.segmenter import UNKNOWN_BELOW, Segmenter
+    from ovseg_jax.inference.segmenter import Segmenter
     from ovseg_jax.inference.tiles import spans
+    from ovseg_jax.methods.published import entry
     from ovseg_jax.vocab.classes import load_labels
     from ovseg_jax.vocab.vectors import ClassVectors
 
     # Errors in the request are reported before the model is loaded.
+    if (arguments.checkpoint is None) == (arguments.model is None):
+        raise UserError("give either --checkpoint, a run, or --model, a published model (--model=list)")
+    for flag in ("weights", "tokenizer", "patches"):
+        if getattr(arguments, flag) is not None and not arguments.model:
+            raise UserError(f"--{flag} needs --model")
+    for flag in ("proposals", "step"):
+        if getattr(arguments, flag) is not None and arguments.model:
+            raise UserError(f"--{flag} needs --checkpoint")
+    if arguments.model:
+        entry(arguments.model)
     rules = {key: value for key in ("ensemble", "fill") if (value := getattr(arguments, key)) is not None}
     if rules and not arguments.proposals:
         raise UserError(f"--{next(iter(rules))} needs --proposals")
@@ -152,8 +190,8 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--batch={arguments.batch} is less than 1")
     spans(1, arguments.tile)  # raises for an impossible size or overlap
     threshold = arguments.threshold
-    if threshold is None:
-        threshold = -1.0 if arguments.proposals else UNKNOWN_BELOW
+    if threshold is None and arguments.proposals:
+        threshold = -1.0
     vectors = ClassVectors.of(arguments.labels)
     labels = load_labels(arguments.labels) if arguments.labels is not None and vectors is None else None
     paths = image_files(arguments.images)
@@ -163,13 +201,26 @@ def _run(arguments: argparse.Namespace) -> int:
     shared: dict[str, Any] = dict(batch_size=arguments.batch, devices=None)
 
     def load() -> Segmenter:
+        if arguments.model:
+            return Segmenter.from_pretrained(
+                arguments.model,
+                arguments.weights or "",
+                tokenizer=arguments.tokenizer or "",
+                features=arguments.patches or "",
+                batch_size=arguments.batch,
+            )
         if not arguments.proposals:
             return Segmenter.from_checkpoint(arguments.checkpoint, arguments.step, **shared)
         return Segmenter.from_two_stages(arguments.proposals, arguments.checkpoint, **shared, **rules)
 
     request = {
         "checkpoint": arguments.checkpoint,
-        "stamp": run_stamp(arguments.checkpoint, arguments.step),
+        "stamp": run_stamp(arguments.checkpoint, arguments.step) if arguments.checkpoint else None,
+        **{
+            key: getattr(arguments, key)
+            for key in ("model", "weights", "tokenizer", "patches")
+            if arguments.model
+        },
         "proposals": arguments.proposals,
         "proposals_stamp": run_stamp(arguments.proposals) if arguments.proposals else None,
         **rules,

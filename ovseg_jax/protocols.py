@@ -162,11 +162,14 @@ class Segmenting:
     Attributes:
       modes: the origins of masks that its scores are defined for, see `decisions.rules.decide`.
       probabilities: whether the scores of regions are probabilities of the classes and of "no object".
+      unknown_below: the confidence below which `Segmenter` calls a pixel unknown by default; that of the released demo
+        of OpenSeg.
       whole: how `Segmenter` resizes images, each on a canvas of its own; None for the square of `data.image_size`.
     """
 
     modes: tuple[str, ...] = ("predicted", "none", "truth")
     probabilities: bool = False
+    unknown_below: float = 0.04
     whole: Whole | None = None
 
     def predict(

@@ -1025,6 +1025,7 @@ OPENERS: dict[str, str] = {
     "scoring/panoptic.py:read_panoptic": "panoptic results",
     "pretrained/files.py:_header": "safetensors",
     "pretrained/files.py:_npz": "npz",
+    "pretrained/files.py:npz_names": "npz",
     "pretrained/files.py:_pickled": "detectron2's pickle",
     "pretrained/files.py:_safetensors": "safetensors",
     "pretrained/files.py:_shards": "index of shards",

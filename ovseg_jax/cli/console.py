@@ -43,6 +43,21 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help lists the flags")
 
 
+class NameOrList(argparse.Action):
+    """Stores a name; for "list" it prints all names and exits, whatever else is missing."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, listed: Callable[[], str], **options: Any):
+        super().__init__(option_strings, dest, **options)
+        self._listed = listed
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        """Stores or prints; argparse calls it."""
+        if values == "list":
+            print(self._listed())
+            parser.exit(0)
+        setattr(namespace, self.dest, values)
+
+
 class LazyParser(Parser):
     """The parser of a subcommand, which adds its description and flags when it is used.
 

@@ -96,7 +96,7 @@ def segment_files(
     labels: ClassList | ClassVectors | None,
     request: Mapping[str, Any],
     *,
-    threshold: float,
+    threshold: float | None,
     decision: str | None = None,
     task: str | None = None,
     tile: tuple[int, int] | None = None,

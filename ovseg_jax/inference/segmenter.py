@@ -44,7 +44,6 @@ from ovseg_jax.protocols import Prediction, Segmenting, Text, Variables, Vocabul
 from ovseg_jax.vocab.classes import ClassList, Labels, as_classes
 from ovseg_jax.vocab.vectors import ClassVectors
 
-UNKNOWN_BELOW = 0.04  # the released demo's threshold
 SHAPE_STEP = 128  # pixels to which sizes are rounded up, for decisions that are compiled for an image's size
 
 
@@ -132,28 +131,36 @@ class Segmenter:
     def from_pretrained(
         cls,
         name: str,
-        weights: str,
+        weights: str = "",
         classes: ClassList | None = None,
         *,
         tokenizer: str = "",
+        features: str = "",
         trust: float = 0.0,
+        batch_size: int = 8,
+        devices: Sequence[jax.Device] = (),
     ) -> "Segmenter":
-        """Loads a published model from its own file.
+        """Loads a published model from its own files.
 
         Args:
-          name: a key of `methods.fcclip.PUBLISHED`, such as "fcclip_convnext_l".
-          weights: its file, such as fcclip_cocopan.pth, which has CLIP in it.
-          classes: the labels to use if none are given, by default COCO's panoptic classes.
-          tokenizer: the folder of CLIP's tokeniser, or its name on the hub; by default that of the CLIP on the hub.
-          trust: see `methods.fcclip`; 0.5 for OVRCOAT's rule.
+          name: a key of `methods.published.PUBLISHED`, such as "tipsv2_l14" or "fcclip_convnext_l".
+          weights: its folder or file, or another place, see `pretrained.hub`; by default it is downloaded from the hub.
+          classes: the labels to use if none are given; FC-CLIP has COCO's panoptic classes.
+          tokenizer: the folder of the tokeniser, or its name on the hub, if it is not with the weights.
+          features: for towers without masks, "value", "sclip", "clearclip" or "activation", see `methods.clip_dense`.
+          trust: for FC-CLIP, see `methods.fcclip`; 0.5 for OVRCOAT's rule.
+          batch_size: see the class.
+          devices: see the class.
 
         Raises:
-          UserError: the name is unknown, or the file is missing, damaged or of another model.
+          UserError: the name is unknown, an argument has no effect, or the weights are missing, damaged or of another
+            model.
         """
-        from ovseg_jax.methods.fcclip import published_fcclip
+        from ovseg_jax.methods.published import published_model
 
-        method = published_fcclip(name, weights, tokenizer, trust)
-        return cls(method, method.pretrained(), method.config, method.classes if classes is None else classes)
+        method, variables, own = published_model(name, weights, tokenizer, features=features, trust=trust)
+        classes = own if classes is None else classes
+        return cls(method, variables, method.config, classes, batch_size=batch_size, devices=devices)
 
     @classmethod
     def from_two_stages(
@@ -213,7 +220,7 @@ class Segmenter:
         image: Any,
         labels: Labels | ClassVectors | None = None,
         *,
-        threshold: float = UNKNOWN_BELOW,
+        threshold: float | None = None,
         decision: Any = None,
         tile: tuple[int, int] | None = None,
         features: bool = False,
@@ -229,7 +236,8 @@ class Segmenter:
             names with vectors, which `python -m ovseg_jax.prompts` writes, or ClassVectors. By default the training
             classes of the model. The score of a category is that of its best name; among equal scores the first
             category wins.
-          threshold: pixels with a lower confidence (see `Result`) are unknown.
+          threshold: pixels with a lower confidence (see `Result`) are unknown; by default the method's own, see
+            `protocols.Segmenting`.
           decision: how scores become categories and segments, in place of the threshold: the name of a decision, such
             as "panoptic", or a mapping of its `type` and settings, see `decisions.rules`.
           tile: (size, overlap) in pixels of the image. A larger image is segmented in overlapping tiles, in more
@@ -265,7 +273,7 @@ class Segmenter:
         images: Iterable[Any],
         labels: Labels | ClassVectors | None = None,
         *,
-        threshold: float = UNKNOWN_BELOW,
+        threshold: float | None = None,
         decision: Any = None,
         tile: tuple[int, int] | None = None,
         features: bool = False,
@@ -288,7 +296,8 @@ class Segmenter:
             return
         if features and tile:
             raise UserError("features works on whole images: leave out tile, or cut the image yourself")
-        chosen = BackgroundThreshold(threshold) if decision is None else decision_of(decision)
+        least = self.method.unknown_below if threshold is None else threshold
+        chosen = BackgroundThreshold(least) if decision is None else decision_of(decision)
         # For these two decisions, one compiled program processes the blocks and tiles of images of any size.
         blocks = isinstance(chosen, Argmax) and not self.method.whole
         if tile and self.method.whole:

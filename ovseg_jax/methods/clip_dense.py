@@ -49,6 +49,8 @@ class ClipDense(OnClip, Segmenting):
 
     frozen_towers = True
     frozen = ("^towers/", "^generator/")
+    # The best cosine differs between towers, and may be negative.
+    unknown_below = -1.0
 
     @classmethod
     def fields(cls, config: ConfigDict) -> tuple[str, ...]:
@@ -112,12 +114,12 @@ class ClipDense(OnClip, Segmenting):
         raise UserError("the method clip_dense is not trained")
 
     def predict(
-        self, variables: Variables, image: UInt8[Array, "b s s 3"], image_size: Int[Array, "b 2"]
+        self, variables: Variables, image: UInt8[Array, "b s t 3"], image_size: Int[Array, "b 2"]
     ) -> Prediction:
         """Computes the features of the patches, without masks; or the pseudo-masks, each embedded on its own."""
         if self.generator is not None:
             return self._predict_masks(self.generator, variables, image, image_size)
-        patches = self.clip.embed_patches(variables["towers"], image, self._last)
+        patches = self.clip.embed_patches(variables["towers"], image, self._last, image_size)
         return Prediction(None, {}, {SPACE: patches})
 
     def _predict_masks(

@@ -37,6 +37,7 @@ from ovseg_jax.models.deformable import cell_counts
 from ovseg_jax.models.fcclip import FCClipHead, MaskClassifier, pool_under
 from ovseg_jax.models.mask2former import Mask2FormerHead
 from ovseg_jax.models.maskformer import cells_inside
+from ovseg_jax.models.text_towers import CLIPText
 from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.parallel.sharding import active_batch_axes
 from ovseg_jax.pretrained.published import weights_of
@@ -230,6 +231,7 @@ class FCClip(OnClip, Segmenting):
         from ovseg_jax.towers.packed_text import stacked
 
         key, text = jax.random.key(0), self.clip.text
+        assert isinstance(text, CLIPText)
         shapes = {
             "image": jax.eval_shape(lambda: self.clip.image.init(key, jnp.zeros((1, 32, 32, 3)))),
             "text": jax.eval_shape(lambda: text.init(key, jnp.zeros((1, 2), jnp.int32))),

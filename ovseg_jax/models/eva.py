@@ -12,12 +12,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.positions import resize_positions
 from ovseg_jax.models.remat import rematerialise
-from ovseg_jax.models.tower import TowerOutput
+from ovseg_jax.models.tower import TowerOutput, visible
 from ovseg_jax.models.transformer import EVA, Adapter, Between, Block, Places, scan_blocks, through_blocks
 
 _EVA02 = dict(rope_grid=16, swiglu=True, attn_norm=True, mlp_norm=True)
@@ -112,12 +112,18 @@ class Eva(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b height width 3"], train: bool = False) -> TowerOutput:
+    def __call__(
+        self,
+        x: Float[Array, "b height width 3"],
+        train: bool = False,
+        inside: Bool[Array, "b _r _c"] | None = None,
+    ) -> TowerOutput:
         """Embeds images.
 
         Args:
           x: normalised images; sides are multiples of `patch`.
           train: no effect, since the model has neither dropout nor batch statistics.
+          inside: the patches that may be attended to; None means all. Not with `between`.
 
         Returns:
           `pooled` [b embed_dim], the head's projection of the class token after the final norm, not normalised to
@@ -186,6 +192,7 @@ class Eva(nn.Module):
             self.depth,
             x,
             Places((rows, columns), 1),
+            valid=visible(inside, 1, x.shape[1]),
             rotary=rotary,
             between=self.between,
             taps=self.taps,

@@ -290,6 +290,9 @@ _gemma: dict[str, Any] = dict(vocab_size=256_000)
 
 PRESETS: dict[str, tuple[type[TextTower], dict[str, Any]]] = {
     **dict.fromkeys(("clip_vitb32", "clip_vitb16", "clip_rn101"), (CLIPText, {})),
+    "openclip_vitb16": (CLIPText, _gelu),
+    "openclip_vitl14": (CLIPText, _medium | _gelu),
+    "openclip_vith14": (CLIPText, _large | _gelu | dict(embed_dim=1024)),
     **dict.fromkeys(("clip_vitl14", "clip_vitl14_336", "clip_rn50x16"), (CLIPText, _medium)),
     "clip_rn50": (CLIPText, dict(embed_dim=1024)),
     "clip_rn50x4": (CLIPText, dict(width=640, heads=10, embed_dim=640)),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 class TowerOutput(NamedTuple):
@@ -19,6 +19,21 @@ class TowerOutput(NamedTuple):
     pooled: Float[Array, "b e"]
     tokens: Float[Array, "b h w d"]
     taps: Mapping[int, Float[Array, "b h w d"]]
+
+
+def visible(inside: Bool[Array, "b h w"] | None, front: int, count: int) -> Bool[Array, "b n"] | None:
+    """Returns the tokens that may be attended to: all but those of patches that are not `inside` of the image.
+
+    Args:
+      inside: the patches with a part of the image; None for all.
+      front: the number of class tokens before them.
+      count: the number of all tokens, those after the patches included.
+    """
+    if inside is None:
+        return None
+    patches = inside.reshape(inside.shape[0], -1)
+    rest = count - front - patches.shape[1]
+    return jnp.pad(patches, ((0, 0), (front, rest)), constant_values=True)
 
 
 def project(params: Mapping[str, Any], tokens: Float[Array, "b h w d"]) -> Float[Array, "b h w e"]:

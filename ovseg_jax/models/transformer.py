@@ -358,6 +358,7 @@ def through_blocks(
     x: Float[Array, "b n d"],
     places: Places,
     *,
+    valid: Bool[Array, "b n"] | None = None,
     rotary: Float[Array, "2 n r"] | None = None,
     between: Between | None = None,
     before: Callable[[int, Array], Array] = lambda i, x: x,
@@ -371,6 +372,7 @@ def through_blocks(
       depth: number of blocks.
       x: class tokens, patch tokens in reading order, and any others after them.
       places: the positions of the tokens.
+      valid: the tokens that may be attended to; None means all. Not with `between`.
       rotary: a table for the class tokens and all grid positions, in this order.
       between: called after each block except the last.
       before: changes the tokens before block i.
@@ -385,9 +387,9 @@ def through_blocks(
     at_once, apply = loop
     for i in range(depth):
         if i in at_once:
-            x = apply(x, None, turned, places) if i == at_once.start else x
+            x = apply(x, valid, turned, places) if i == at_once.start else x
             continue
-        x = block(i)(before(i, x), None, turned, places)
+        x = block(i)(before(i, x), valid, turned, places)
         if i in taps:
             tapped[i] = x, places
         if between is None or i == depth - 1:

@@ -11,12 +11,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.positions import resize_positions
 from ovseg_jax.models.remat import rematerialise
-from ovseg_jax.models.tower import TowerOutput
+from ovseg_jax.models.tower import TowerOutput, visible
 from ovseg_jax.models.transformer import (
     ACTIVATIONS,
     LAST,
@@ -50,7 +50,11 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n d"], places: Places, prompts: Float[Array, "j m d"] | None = None
+        self,
+        x: Float[Array, "b n d"],
+        places: Places,
+        prompts: Float[Array, "j m d"] | None = None,
+        valid: Bool[Array, "b n"] | None = None,
     ) -> tuple[Float[Array, "b _ d"], Places, Taps]:
         """Applies the blocks, see `through_blocks`, and the final norm.
 
@@ -73,6 +77,7 @@ class Transformer(nn.Module):
             self.depth,
             x,
             places,
+            valid=valid,
             between=self.between,
             before=before,
             taps=self.taps,
@@ -91,11 +96,13 @@ class MAPHead(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
-        """Pools all tokens into one."""
+    def __call__(
+        self, x: Float[Array, "b n d"], valid: Bool[Array, "b n"] | None = None
+    ) -> Float[Array, "b d"]:
+        """Pools all tokens, or those that are `valid`, into one."""
         probe = self.param("probe", VIT.kernel_init, (1, 1, x.shape[-1]))
         probe = jnp.broadcast_to(probe.astype(self.dtype), (x.shape[0], 1, x.shape[-1]))
-        x = Attention(self.heads, VIT, dtype=self.dtype, name=VIT.attention)(probe, x)
+        x = Attention(self.heads, VIT, dtype=self.dtype, name=VIT.attention)(probe, x, valid)
         y = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="LayerNorm_0")(x)
         return (x + Mlp(self.mlp_dim, self.activation, VIT, dtype=self.dtype, name=VIT.mlp)(y))[:, 0]
 
@@ -163,6 +170,7 @@ class ViT(nn.Module):
         image: Float[Array, "b h w 3"],
         train: bool = False,
         prompts: Float[Array, "j m d"] | None = None,
+        inside: Bool[Array, "b _r _c"] | None = None,
     ) -> TowerOutput:
         """Computes the embedding, the tokens and the taps.
 
@@ -172,6 +180,7 @@ class ViT(nn.Module):
           prompts: learned tokens, which are not part of the outputs (VPT, Jia et al. 2022). prompts[0] is appended to
             the patches, before `pre_norm` as in muzairkhattak/multimodal-prompt-learning; prompts[i] replaces these
             tokens before block i. After the last of them the tokens pass through the remaining blocks.
+          inside: the patches that may be attended to; None means all. Not with `between`.
 
         Raises:
           UserError: a side is not a multiple of the patch, or fields do not fit each other.
@@ -228,16 +237,19 @@ class ViT(nn.Module):
             self.last,
             name="Transformer",
         )
-        x, places, tapped = transformer(x, Places((h, w), front), prompts)
+        valid = visible(inside, front, x.shape[1])
+        x, places, tapped = transformer(x, Places((h, w), front), prompts, valid)
         x = places.unfold(x)
 
         def on_grid(tokens: jax.Array) -> jax.Array:
             return tokens[:, front:].reshape(b, h, w, self.width)
 
         if self.pool == "map":
-            pooled = self._map_head()(x)
+            pooled = self._map_head()(x, visible(inside, front, x.shape[1]))
+        elif self.pool == "cls":
+            pooled = x[:, 0]
         else:
-            pooled = x[:, 0] if self.pool == "cls" else on_grid(x).mean((1, 2))
+            pooled = on_grid(x).mean((1, 2), where=None if inside is None else inside[..., None])
         if self.embed_dim:
             pooled = nn.Dense(self.embed_dim, use_bias=self.head_bias, dtype=self.dtype, name="head")(pooled)
         return TowerOutput(

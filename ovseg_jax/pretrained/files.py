@@ -99,6 +99,16 @@ def has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in NAMES)
 
 
+def npz_names(path: Path) -> list[str]:
+    """Returns the names of an npz file's arrays without reading these.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
+    with reading(path, "the weights"), np.load(path) as file:
+        return list(file.files)
+
+
 def write_safetensors(
     path: epath.PathLike, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] = {}
 ) -> None:

@@ -17,6 +17,7 @@ class Pixels(NamedTuple):
 IMAGENET = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # torchvision, EfficientNet, DINO, MAE, Swin
 CLIP = Pixels((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # OpenAI's clip.load
 HALF = Pixels((0.5,) * 3, (0.5,) * 3)  # SigLIP
+UNIT = Pixels((0.0,) * 3, (1.0,) * 3)  # TIPS: google-deepmind/tips, scenic/configs/tips_model_config.py
 # The released OpenSeg demo. Only for networks trained from scratch; others need the normalisation of their weights.
 CENTRED = Pixels((128 / 255,) * 3, (128 / 255,) * 3)
 
@@ -42,6 +43,10 @@ BACKBONES = {
     "eva02_clip_l14": "hf:timm/eva02_large_patch14_clip_224.merged2b_s4b_b131k",
     "eva02_clip_e14": "hf:timm/eva02_enormous_patch14_clip_224.laion2b_s4b_b115k",
     "eva01_clip_g14": "hf:timm/eva_giant_patch14_clip_224.laion400m_s11b_b41k",
+    "tipsv2_b14": "hf:google/tipsv2-b14",
+    "tipsv2_l14": "hf:google/tipsv2-l14",
+    "tipsv2_so400m14": "hf:google/tipsv2-so400m14",
+    "tipsv2_g14": "hf:google/tipsv2-g14",
     "dino_vits8": "hf:facebook/dino-vits8",
     "dino_vits16": "hf:facebook/dino-vits16",
     "mae_vitb16": "hf:facebook/vit-mae-base",
@@ -66,4 +71,6 @@ def pixels_of(backbone: str) -> Pixels:
     """Returns the normalisation of pixels for the pretrained weights of a backbone."""
     if backbone.startswith("siglip"):
         return HALF
+    if backbone.startswith("tipsv2"):
+        return UNIT
     return CLIP if backbone.startswith(("clip_", "openclip_", "eva")) else IMAGENET

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from ovseg_jax.models.text_towers import Bert, CLIPText, SiglipText, TextTower, 
 from ovseg_jax.models.upernet import UPerNet
 from ovseg_jax.models.vit import ViT
 from ovseg_jax.pretrained.hf_clip import HF_ACTIVATIONS
+from ovseg_jax.pretrained.published import Channels, Pixels
 from ovseg_jax.pretrained.tips import TORCH as TIPS
 from ovseg_jax.pretrained.to_torch import describe
 from ovseg_jax.reading import reading
@@ -160,18 +161,49 @@ def check_pixels(path: Path, mean: Sequence[float], std: Sequence[float]) -> Non
     Raises:
       UserError: they differ, or a file cannot be read.
     """
-    for name in ("preprocessor_config.json", *_FILES):
-        config, source = read_config(path.parent, (name,))
-        with reading(source or path):
-            given = config.get("pretrained_cfg") or config.get("preprocess_cfg") or {}
-            for fact, own in (("mean", mean), ("std", std)):
-                published = config.get(f"image_{fact}", given.get(fact))
-                if published is None or np.allclose(published, own, atol=2e-3):
-                    continue
+    for source, given in _stated_pixels(path.parent):
+        for fact, published, own in zip(("mean", "std"), given, (mean, std), strict=True):
+            if published is not None and not np.allclose(published, own, atol=2e-3):
                 raise UserError(
-                    f"{source}: the {fact} of pixels is {published}, but this config has {list(own)}: set mean and std "
-                    "to the published values"
+                    f"{source}: the {fact} of pixels is {list(published)}, but this config has {list(own)}: set mean "
+                    "and std to the published values"
                 )
+
+
+def stated_pixels(folder: Path) -> Pixels | None:
+    """Returns the normalisation of pixels in [0, 1] that the files of a published model state; None without one.
+
+    Raises:
+      UserError: a file cannot be read, or it does not scale pixels.
+    """
+    for _, (mean, std) in _stated_pixels(folder):
+        if mean is not None and std is not None:
+            return Pixels(mean, std)
+    return None
+
+
+def _stated_pixels(folder: Path) -> Iterator[tuple[str, tuple[Channels | None, Channels | None]]]:
+    """Yields each file, and the mean and the standard deviation that it states."""
+    for name in ("preprocessor_config.json", *_FILES):
+        config, source = read_config(folder, (name,))
+        with reading(source or folder):
+            given = config.get("pretrained_cfg") or config.get("preprocess_cfg") or {}
+            mean, std = (config.get(f"image_{fact}", given.get(fact)) for fact in ("mean", "std"))
+            if not config.get("do_rescale", True):
+                raise ValueError("do_rescale is false, but its towers take pixels in [0, 1]")
+            if config.get("do_normalize") is False:
+                mean, std = (0.0,) * 3, (1.0,) * 3
+            # Libraries scale pixels by this factor, we by 1/255.
+            scale = 255 * float(config.get("rescale_factor", 1 / 255))
+            both = _channels(mean, scale), _channels(std, scale)
+        yield source, both
+
+
+def _channels(values: Any, scale: float) -> Channels | None:
+    if values is None:
+        return None
+    red, green, blue = (float(x) / scale for x in values)
+    return red, green, blue
 
 
 def read_config(folder: Path, names: Sequence[str]) -> tuple[dict[str, Any], str]:

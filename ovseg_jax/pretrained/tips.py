@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ovseg_jax.pretrained.files import npz_names
 from ovseg_jax.pretrained.rename import Layout, Plain, Rename, conv, dense, heads_in, heads_out, heads_qkv
 from ovseg_jax.pretrained.vit import ATTENTION, BLOCK, NORM
-from ovseg_jax.reading import reading
 
 JAX, TORCH = "TIPS's JAX model", "transformers' TIPSv2"
 
@@ -28,14 +28,16 @@ def file_of(folder: Path, text: bool) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
-def is_tips(path: Path) -> bool:
-    """Tells whether an npz file holds a tower of TIPS, by its names.
+def is_tips(path: Path) -> str:
+    """Returns the format, JAX or TORCH, of an npz file with a tower of TIPS; "" for another.
 
     Raises:
       UserError: the file is damaged.
     """
-    with reading(path, "the weights"), np.load(path) as file:
-        return any(re.match(r"encoder/ToTokenSequence_0/|token_emb/|[a-z_]+\.", name) for name in file.files)
+    names = npz_names(path)
+    if any(name.startswith(("encoder/ToTokenSequence_0/", "token_emb/")) for name in names):
+        return JAX
+    return TORCH if any(re.match(r"(blocks|transformer)\.", name) for name in names) else ""
 
 
 def from_tips_vision(heads: int) -> list[Rename]:

@@ -75,7 +75,7 @@ class ViT(nn.Module):
         table = self.pos_embedding[0, self.first :].unflatten(0, self.grid)
         x = x + resize_positions(table, grid, self.resize).flatten(0, 1)
         if self.cls is not None:
-            cls = self.cls
+            cls: Tensor = self.cls
             if self.first:
                 cls = torch.cat([cls[:, :1] + self.pos_embedding[:, :1], cls[:, 1:]], 1)
             x = torch.cat([cls.expand(x.shape[0], -1, -1), x], 1)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from ovseg_jax.config import to_json
@@ -27,6 +27,7 @@ from ovseg_jax.models.convnext import ConvNeXt
 from ovseg_jax.models.convpass import ADAPTERS, with_convpass
 from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.hooks import HOOKS
+from ovseg_jax.models.openseg import inside, normalise
 from ovseg_jax.models.small import SmallBackbone
 from ovseg_jax.models.text_towers import PRESETS, CLIPText, SiglipText, TextTower, TipsText
 from ovseg_jax.models.tower import project
@@ -112,9 +113,11 @@ class Clip:
             self.image = self.adapted()
         options = dict(config.text.items())
         name = options.pop("name")
-        kind, published = (TEXTS[name], {}) if name in TEXTS else PRESETS.get(name, (None, {}))
-        if kind not in TEXTS.values():
+        known: dict[str, tuple[type[TextTower], dict[str, Any]]] = {k: (t, {}) for k, t in TEXTS.items()}
+        known |= {k: made for k, made in PRESETS.items() if made[0] in TEXTS.values()}
+        if name not in known:
             raise UserError(f"towers.text.name={name!r} is not a text tower of CLIP's kind")
+        kind, published = known[name]
         self._tokenizer: PieceTokenizer | None = self._of_words()
         if hooks := sorted(options.keys() & set(HOOKS)):
             raise UserError(f"towers.text of {name!r} has no key {hooks[0]!r}")
@@ -268,10 +271,14 @@ class Clip:
             )
 
     def embed_patches(
-        self, weights: Mapping[str, Any], image: UInt8[Array, "b s t 3"], last: str
+        self,
+        weights: Mapping[str, Any],
+        image: UInt8[Array, "b s t 3"],
+        last: str,
+        image_size: Int[Array, "b 2"] | None = None,
     ) -> Float[Array, "b h w d"]:
         """Embeds the patches of images in the space of the texts, see `embed_both`."""
-        return self.embed_both(weights, image, last)[1]
+        return self.embed_both(weights, image, last, image_size=image_size)[1]
 
     def embed_both(
         self,
@@ -279,6 +286,7 @@ class Clip:
         image: UInt8[Array, "b s t 3"],
         last: str,
         rngs: dict[str, jax.Array] | None = None,
+        image_size: Int[Array, "b 2"] | None = None,
     ) -> tuple[Float[Array, "b d"], Float[Array, "b h w d"]]:
         """Embeds images as unit vectors, and their patches without normalisation, by one forward pass.
 
@@ -289,15 +297,25 @@ class Clip:
             pooling, in the projection of the class token; "value" for a pooling by attention: what it makes of a patch
             that it sees alone (MaskCLIP's value path). For the towers that have them see `check_patches`.
           rngs: for a ViT or EVA with dropout.
+          image_size: height and width that each image fills; no patch of a ViT or EVA attends to one beyond. None for
+            all.
         """
-        x = self._normalised(image)
+        x, shown = self._normalised(image), None
+        if image_size is not None:
+            mean, std = self._pixels()
+            x = normalise(image, image_size, tuple(mean), tuple(std), self.dtype)
         out: Any
         if isinstance(self.image, ClipResNet | ConvNeXt):
             out = self.image.apply(weights["image"], x)
             return unit(out["pooled"]), out["dense"]
         assert isinstance(self.image, ViT | Eva)
         mapped = isinstance(self.image, ViT) and self.image.pool == "map"
-        out = self.image.clone(last="" if mapped else last).apply(weights["image"], x, rngs=rngs)
+        if image_size is not None:
+            patch = self.image.patch
+            grid = tuple(side // patch for side in x.shape[1:3])
+            shown = inside(image_size, grid, (float(patch), float(patch)))
+        tower = self.image.clone(last="" if mapped else last)
+        out = tower.apply(weights["image"], x, inside=shown, rngs=rngs)
         if mapped:
             alone: Any = self.image.apply(
                 weights["image"], out.tokens.reshape(-1, 1, self.image.width), method="pool_map"

@@ -19,6 +19,19 @@ CLIP_SIMPLE = (
 """The seven of CLIP's eighty templates that a forward selection chose, in its order: the "prompt ensemble" of
 papers/000, table 1, as its authors' code computes it."""
 
+TCL = (
+    "itap of a {}.",
+    "a bad photo of a {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+    "a photo of many {}.",
+    "a photo of {}s.",
+)
+"""The nine of TCL's evaluation (khanrc/tcl, datasets/templates.py), also of TIPSv2's."""
+
 VILD = (
     "a photo of a {}.",
     "This is a photo of a {}",
@@ -121,7 +134,7 @@ IMAGENET = (
 )
 """CLIP's eighty templates: the "ImageNet prompts" of papers/000, table 13."""
 
-TEMPLATES = {"imagenet": IMAGENET, "simple": CLIP_SIMPLE, "vild": VILD}
+TEMPLATES = {"imagenet": IMAGENET, "simple": CLIP_SIMPLE, "vild": VILD, "tcl": TCL}
 """The lists that a config can refer to by name."""
 
 HARD = {

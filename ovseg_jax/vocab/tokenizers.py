@@ -284,16 +284,15 @@ def _wordpiece(vocab: dict[str, int], file: Path, length: int | None) -> PieceTo
 
 def _sentencepiece(file: Path, kind: str | None, length: int | None) -> PieceTokenizer:
     model = _made(_require("sentencepiece").SentencePieceProcessor, model_proto=file.read_bytes())
-    end: int | None = model.eos_id()
-    kind = kind if kind == "tips" or end >= 0 else kind or "tips"
-    if kind == "tips":
-        end, pad = None, max(model.pad_id(), 0)
-    elif end < 0:
+    last, end = int(model.eos_id()), None
+    if kind == "tips" or (kind is None and last < 0):
+        kind, pad = "tips", max(model.pad_id(), 0)
+    elif last < 0:
         raise UserError(f"{file} has no end-of-text piece: it is not a SigLIP vocabulary")
     else:
-        kind = _agree(file, kind, "siglip2" if model.id_to_piece(end) == "<eos>" else "siglip")
+        kind = _agree(file, kind, "siglip2" if model.id_to_piece(last) == "<eos>" else "siglip")
         # SigLIP pads with its end token, as big_vision does (pad_value=1, eos="sticky").
-        pad = model.pad_id() if kind == "siglip2" else end
+        end, pad = last, model.pad_id() if kind == "siglip2" else last
     clean, size = _SIGLIP_CLEAN[kind], model.get_piece_size()
     return PieceTokenizer(clean, model.encode, (), end, pad, length or LENGTHS[kind], size)
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.text_towers import PRESETS, Bert, CLIPText, SiglipText, text_tower
+from ovseg_jax.models.text_towers import PRESETS, Bert, CLIPText, SiglipText, TipsText, text_tower
 from ovseg_jax.pretrained import text as names
 from ovseg_jax.pretrained.rename import fit, rename
 from tests import reference
 from tests.extras import require
+from tests.models.published_tips import published_tips
 
 HEADS = 2
 SIZES: dict[str, Any] = dict(vocab_size=60, width=32, layers=2, heads=HEADS)
@@ -236,7 +237,9 @@ def published_count(name):
 
     transformers = require("transformers")
     with torch.device("meta"):
-        if name.startswith("bert"):
+        if name.startswith("tipsv2"):
+            model = transformers.Tipsv2TextModel(published_tips(name).text_config)
+        elif name.startswith("bert"):
             large = dict(
                 hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
             )
@@ -260,6 +263,9 @@ OPEN_CLIP = {
     "clip_rn50x4": "RN50x4",
     "clip_rn50x16": "RN50x16",
     "clip_rn50x64": "RN50x64",
+    "openclip_vitb16": "ViT-B-16",
+    "openclip_vitl14": "ViT-L-14",
+    "openclip_vith14": "ViT-H-14",
     "eva01_clip_g14": "EVA01-g-14",
     "eva02_clip_b16": "EVA02-B-16",
     "eva02_clip_l14": "EVA02-L-14",
@@ -312,7 +318,7 @@ def tiny(kind, **fields):
     return kind(**(SIZES | fields))
 
 
-TOWERS = [CLIPText, SiglipText, Bert]
+TOWERS = [CLIPText, SiglipText, TipsText, Bert]
 
 
 def variables_of(module, length=6):
@@ -421,8 +427,8 @@ def test_mistakes():
         reference.init(tiny(CLIPText, length=4), ids)
     with pytest.raises(UserError, match=r"3 heads.* 32"):
         reference.init(tiny(CLIPText, heads=3), ids)
-    with pytest.raises(UserError, match="'relu'"):
-        reference.init(tiny(CLIPText, activation="relu"), ids)
+    with pytest.raises(UserError, match="'selu'"):
+        reference.init(tiny(CLIPText, activation="selu"), ids)
     with pytest.raises(UserError, match="'max'"):
         reference.init(tiny(Bert, pool="max"), ids)
     for embeddings in (None, jnp.zeros((1, 5, 32))):

@@ -11,6 +11,7 @@ from ovseg_jax.pretrained import vit as formats
 from ovseg_jax.pretrained.rename import fit, rename
 from tests import reference
 from tests.extras import require
+from tests.models.published_tips import SIZES_OF_TIPS, published_tips
 
 TINY: dict[str, Any] = dict(patch=8, width=32, depth=3, heads=2, mlp_dim=48, grid=(4, 4))
 HF = dict(
@@ -295,11 +296,25 @@ def test_presets_are_as_large_as_open_clips(preset, name):
     assert model.activation == ("quick_gelu" if config.get("quick_gelu") else "gelu")
 
 
+@pytest.mark.parametrize("preset,name", [(name, name) for name in SIZES_OF_TIPS])
+def test_presets_are_as_large_as_tips(preset, name):
+    torch, transformers = require("torch"), require("transformers")
+    config = published_tips(name).vision_config
+    with torch.device("meta"):
+        original = transformers.Tipsv2VisionModel(config)
+    model = ViT(**PRESETS[preset])
+    # Layer scale, the mask token and the position of the class token are not ours, see `pretrained.tips`.
+    rest = (2 * model.depth + 2) * model.width
+    assert number_of_parameters(preset) == sum(p.numel() for p in original.parameters()) - rest
+    assert model.heads == config.num_attention_heads and model.epsilon == config.layer_norm_eps
+
+
 def test_every_preset_is_compared():
-    """The two lists above, so that a new preset cannot be forgotten."""
+    """The lists above, so that a new preset cannot be forgotten."""
     marks = [
         *test_presets_are_as_large_as_timms.pytestmark,
         *test_presets_are_as_large_as_open_clips.pytestmark,
+        *test_presets_are_as_large_as_tips.pytestmark,
     ]
     assert {preset for mark in marks for preset, _ in mark.args[1]} == PRESETS.keys()
 

@@ -14,7 +14,7 @@ from ovseg_jax.models.openseg import OpenSegNet
 from ovseg_jax.models.small import SmallBackbone
 from ovseg_jax.models.text_towers import CLIPText
 from ovseg_jax.pretrained.big_vision import read_big_vision
-from ovseg_jax.pretrained.files import read_arrays, read_metadata, write_safetensors
+from ovseg_jax.pretrained.files import npz_names, read_arrays, read_metadata, write_safetensors
 from ovseg_jax.pretrained.load import load
 from ovseg_jax.pretrained.to_torch import describe, to_torch
 from ovseg_jax.towers.prompt_file import Prompt, load_prompt, save_original, save_prompt
@@ -127,7 +127,7 @@ READERS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     "metadata of safetensors": (_safetensors, read_metadata),
     "config.json beside weights": (_config, tower),
     "index of shards": (_index, tower),
-    "npz": (_npz, lambda path: read_big_vision(path, "txt")),
+    "npz": (_npz, lambda path: (npz_names(path), read_big_vision(path, "txt"))),
     "PyTorch's zip": (_pt, tower),
     "PyTorch's old form": (lambda folder: _pt(folder, False), tower),
     "detectron2's pickle": (_pkl, lambda path: load(str(path), TOWER, shapes())),

@@ -28,7 +28,7 @@ def image_tower(swiglu, **fields):
     return ViT(**options | fields)
 
 
-def original(swiglu=False):
+def original(swiglu=False, length=11):
     """A small Tipsv2Model in which each parameter matters."""
     torch, transformers = require("torch"), require("transformers")
     vision = dict(
@@ -46,7 +46,7 @@ def original(swiglu=False):
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=HEADS,
-        max_position_embeddings=11,
+        max_position_embeddings=length,
     )
     model = transformers.Tipsv2Model(transformers.Tipsv2Config(vision_config=vision, text_config=text))
     generator = torch.Generator().manual_seed(0)
@@ -184,18 +184,21 @@ def save(model, form, folder, swiglu):
 
 def values_of(model, x):
     """The tokens of the published evaluation (google-deepmind/tips, pytorch/TIPS_zeroshot_segmentation.ipynb)."""
-    torch = require("torch")
-    vision = model.vision_model
-    with torch.no_grad():
-        tokens = vision.embeddings(reference.torch_images(x))
-        for layer in vision.encoder.layer[:-1]:
-            tokens = layer(tokens)
-        last = vision.encoder.layer[-1]
-        value = last.attention.o_proj(last.attention.v_proj(last.norm1(tokens)))
-        tokens = tokens + last.layer_scale1(value)
-        tokens = tokens + last.layer_scale2(last.mlp(last.norm2(tokens)))
-        tokens = vision.layernorm(tokens)[:, 2:]
+    with require("torch").no_grad():
+        tokens = value_tokens(model, reference.torch_images(x))
     return tokens.numpy().reshape(len(x), x.shape[1] // PATCH, x.shape[2] // PATCH, WIDTH)
+
+
+def value_tokens(model, pixels):
+    vision = model.vision_model
+    tokens = vision.embeddings(pixels)
+    for layer in vision.encoder.layer[:-1]:
+        tokens = layer(tokens)
+    last = vision.encoder.layer[-1]
+    value = last.attention.o_proj(last.attention.v_proj(last.norm1(tokens)))
+    tokens = tokens + last.layer_scale1(value)
+    tokens = tokens + last.layer_scale2(last.mlp(last.norm2(tokens)))
+    return vision.layernorm(tokens)[:, 2:]
 
 
 @pytest.mark.parametrize("swiglu", [False, True])

@@ -1,0 +1,251 @@
+"""Published models that segment by words without training here, by name, for `Segmenter.from_pretrained`.
+
+All but FC-CLIP are towers of images and texts as `methods.clip_dense` uses them. Scores are those that their authors or
+the authors of the features state; licences are to our knowledge: ask where the weights are.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.methods.clip_dense import ClipDense
+from ovseg_jax.methods.fcclip import published_fcclip
+from ovseg_jax.models.eva import PRESETS as EVA
+from ovseg_jax.models.vit import PRESETS as VIT
+from ovseg_jax.pretrained import tips
+from ovseg_jax.pretrained.files import has_weights
+from ovseg_jax.pretrained.hub import find
+from ovseg_jax.pretrained.published import pixels_of
+from ovseg_jax.pretrained.stated import stated_pixels
+from ovseg_jax.vocab.classes import ClassList
+from ovseg_jax.vocab.words import WordList
+
+CANVAS = 448  # the side of the input, for patches of 14, 16 and 32 pixels; that of TIPSv2's and ClearCLIP's protocols
+
+
+class Published(NamedTuple):
+    """A published model.
+
+    Attributes:
+      weights: where its weights are, see `pretrained.hub`.
+      millions: parameters of both towers.
+      licence: of the weights.
+      score: a published score, with its source.
+      text: its text tower, a name of `models.text_towers.PRESETS`.
+      scale: 1/τ of the training's softmax, where the files do not state it.
+      prompt: the templates of class names, see `towers.templates.read_templates`.
+      protocol: the published evaluation of `decisions.published.DECISIONS` that suits it.
+      image: its image tower, if it has another name than the model.
+    """
+
+    weights: str
+    millions: int
+    licence: str
+    score: str
+    text: str
+    scale: float = 100.0
+    prompt: str = "imagenet"
+    protocol: str = "clearclip"
+    image: str = ""
+
+
+_TIPS: dict[str, Any] = dict(
+    licence="Apache-2.0",
+    scale=1 / 0.005065968260169029,  # transformers, models/tipsv2/configuration_tipsv2.py
+    prompt="tcl",
+    protocol="tipsv2",
+)
+_README = "ADE20K-150 {} mIoU (google-deepmind/tips, README)"
+_SIGLIP: dict[str, Any] = dict(licence="Apache-2.0", score="")
+
+PUBLISHED: dict[str, Published] = {
+    "tipsv2_b14": Published(
+        "hf:google/tipsv2-b14", 196, score=_README.format(17.4), text="tipsv2_b14", **_TIPS
+    ),
+    "tipsv2_l14": Published(
+        "hf:google/tipsv2-l14", 488, score=_README.format(24.7), text="tipsv2_l14", **_TIPS
+    ),
+    "tipsv2_so400m14": Published(
+        "hf:google/tipsv2-so400m14", 862, score=_README.format(23.3), text="tipsv2_so400m14", **_TIPS
+    ),
+    "tipsv2_g14": Published(
+        "hf:google/tipsv2-g14", 1525, score=_README.format(17.8), text="tipsv2_g14", **_TIPS
+    ),
+    "clip_vitb32": Published("hf:openai/clip-vit-base-patch32", 151, "MIT", "", "clip_vitb32"),
+    "clip_vitb16": Published(
+        "hf:openai/clip-vit-base-patch16",
+        150,
+        "MIT",
+        "ADE20K-150 16.45 mIoU by sclip (wangf3014/SCLIP, README)",
+        "clip_vitb16",
+    ),
+    "clip_vitl14": Published("hf:openai/clip-vit-large-patch14", 428, "MIT", "", "clip_vitl14"),
+    "clip_vitl14_336": Published("hf:openai/clip-vit-large-patch14-336", 428, "MIT", "", "clip_vitl14_336"),
+    "openclip_vitb16": Published(
+        "open_clip:laion/CLIP-ViT-B-16-laion2B-s34B-b88K", 150, "MIT", "", "openclip_vitb16"
+    ),
+    "openclip_vitl14": Published(
+        "open_clip:laion/CLIP-ViT-L-14-laion2B-s32B-b82K", 428, "MIT", "", "openclip_vitl14"
+    ),
+    "openclip_vith14": Published(
+        "open_clip:laion/CLIP-ViT-H-14-laion2B-s32B-b79K", 986, "MIT", "", "openclip_vith14"
+    ),
+    "eva02_clip_b16": Published(
+        "open_clip:timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k", 150, "MIT", "", "eva02_clip_b16"
+    ),
+    "eva02_clip_l14": Published(
+        "open_clip:timm/eva02_large_patch14_clip_224.merged2b_s4b_b131k", 428, "MIT", "", "eva02_clip_l14"
+    ),
+    "eva02_clip_l14_336": Published(
+        "open_clip:timm/eva02_large_patch14_clip_336.merged2b_s6b_b61k", 428, "MIT", "", "eva02_clip_l14_336"
+    ),
+    "siglip2_b16": Published(
+        "hf:google/siglip2-base-patch16-224", 375, text="siglip2_base", image="siglip_vitb16", **_SIGLIP
+    ),
+    "siglip2_b16_512": Published(
+        "hf:google/siglip2-base-patch16-512", 376, text="siglip2_base", image="siglip_vitb16_512", **_SIGLIP
+    ),
+    "siglip2_l16_384": Published(
+        "hf:google/siglip2-large-patch16-384",
+        882,
+        text="siglip2_large",
+        image="siglip_vitl16_384",
+        **_SIGLIP,
+    ),
+    "siglip2_so400m14_384": Published(
+        "hf:google/siglip2-so400m-patch14-384",
+        1136,
+        text="siglip2_so400m",
+        image="siglip_so400m14_384",
+        **_SIGLIP,
+    ),
+    "fcclip_convnext_l": Published(
+        "a file: fcclip_cocopan.pth of bytedance/fc-clip",
+        373,
+        "Apache-2.0",
+        "ADE20K-150 34.1 mIoU, 26.8 PQ (bytedance/fc-clip, README)",
+        "clip_convnext_large_d_320",
+        prompt="vild",
+        protocol="",
+    ),
+}
+
+
+def listed() -> str:
+    """Returns a table of all models for people."""
+    lines = [("model", "millions", "licence", "published score", "protocol", "weights")]
+    for name, model in PUBLISHED.items():
+        row = (name, str(model.millions), model.licence, model.score or "-", model.protocol or "-")
+        lines.append((*row, model.weights))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]) - 1)]
+    padded = [[cell.ljust(w) for cell, w in zip(line, widths, strict=False)] + [line[-1]] for line in lines]
+    return "\n".join("  ".join(cells) for cells in padded)
+
+
+def entry(name: str) -> Published:
+    """Returns a published model.
+
+    Raises:
+      UserError: the name is unknown.
+    """
+    if name not in PUBLISHED:
+        raise UserError(f"the model {name!r} is not one of {', '.join(PUBLISHED)}")
+    return PUBLISHED[name]
+
+
+def dense_config(name: str, weights: str = "", tokenizer: str = "", features: str = "") -> ConfigDict:
+    """Returns the sections of a run of method "clip_dense" of 0 steps with published towers.
+
+    Mean and standard deviation of pixels are those of the files beside the weights, where there are some.
+
+    Args:
+      name: a key of PUBLISHED, of towers.
+      weights: see `published_model`.
+      tokenizer: see `published_model`.
+      features: a key of `methods.clip_dense.LAST`; "" for "value".
+
+    Raises:
+      UserError: the name is unknown, or the weights or their files cannot be read.
+    """
+    model = entry(name)
+    where = find(weights or model.weights)
+    folder = where if where.is_dir() else where.parent
+    image: dict[str, Any] = dict(name=model.image or name)
+    text: dict[str, Any] = dict(name=model.text)
+    if _is_jax_tips(where):
+        # The published JAX code has Flax's GELU, which is the approximation, and Flax's epsilon.
+        text["epsilon"] = 1e-6
+        if name != "tipsv2_g14":
+            image["activation"] = "gelu_tanh"
+    if image["name"].startswith("siglip"):
+        image["resize"] = "bicubic"  # of positions, as in transformers; big_vision's is bilinear
+    pixels = stated_pixels(folder) or pixels_of(image["name"])
+    return ConfigDict(
+        dict(
+            method="clip_dense",
+            steps=0,
+            towers=dict(
+                image=image,
+                text=text,
+                init=str(where),
+                tokenizer=tokenizer or str(folder),
+                image_size=_native(image["name"]),
+                mean=pixels.mean,
+                std=pixels.std,
+                logit_scale=model.scale,
+                dtype="float32",
+            ),
+            dense=dict(features=features or "value", prompt=model.prompt),
+            data=dict(image_size=CANVAS),
+        )
+    )
+
+
+def _is_jax_tips(where: Path) -> bool:
+    found = tips.file_of(where, True) if where.is_dir() and not has_weights(where) else None
+    return found is not None and tips.is_tips(found) == tips.JAX
+
+
+def _native(tower: str) -> int:
+    fields = EVA.get(tower) or VIT[tower]
+    grid = fields["grid"]
+    return int(fields["patch"]) * (grid if isinstance(grid, int) else grid[0])
+
+
+def published_model(
+    name: str,
+    weights: str = "",
+    tokenizer: str = "",
+    *,
+    features: str = "",
+    trust: float = 0.0,
+) -> tuple[Any, dict[str, Any], ClassList | None]:
+    """Creates a published model for inference.
+
+    Args:
+      name: a key of PUBLISHED.
+      weights: its folder or file, see `pretrained.hub`; by default it is downloaded from the hub.
+      tokenizer: the folder of the text tower's tokeniser, if it is not with the weights.
+      features: for towers, the features of patches, see `methods.clip_dense`; by default "value".
+      trust: for FC-CLIP, see `methods.fcclip`.
+
+    Returns:
+      The method, its variables, and its training classes or None.
+
+    Raises:
+      UserError: the name or a value is unknown or has no effect, or the weights are missing, damaged or of another
+        model.
+    """
+    entry(name)
+    if name.startswith("fcclip"):
+        if features:
+            raise UserError(f"features={features} has no effect on {name}, which has masks")
+        method = published_fcclip(name, weights, tokenizer, trust)
+        return method, method.pretrained(), method.classes
+    if trust:
+        raise UserError(f"trust={trust} has no effect on {name}, which has no masks")
+    config = dense_config(name, weights, tokenizer, features)
+    towers = ClipDense(config, WordList([]), ClassList((), (), ()))
+    return towers, {"params": {}, **towers.pretrained()}, None
