@@ -44,9 +44,9 @@ def test_a_tower_with_all_tokens_kept_is_unchanged_and_with_fewer_repeats_them(k
     assert reference.relative_error(out.pooled, expected.pooled) > 1e-4
 
 
-@pytest.mark.parametrize("values", [False, True])
-def test_gradients_are_finite_and_reach_the_first_block(values):
-    tower = with_clusters(TOWERS["eva02"], after=1, ratio=0.25).clone(values=values)
+@pytest.mark.parametrize("last", ["", "value"])
+def test_gradients_are_finite_and_reach_the_first_block(last):
+    tower = with_clusters(TOWERS["eva02"], after=1, ratio=0.25).clone(last=last)
     variables = draw(tower)
     # Equal patches, where a distance of 0 has no derivative.
     image = jnp.broadcast_to(IMAGE[:, :1, :1], IMAGE.shape)
