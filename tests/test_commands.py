@@ -21,7 +21,7 @@ CONFIGS = sorted(
     path.name for path in (ROOT / "configs").glob("*.py") if "def get_config" in path.read_text()
 )
 PAGES = [
-    ROOT / "README.md",
+    *sorted(ROOT.glob("*.md")),
     *sorted(ROOT.glob("*/*.md")),
     *sorted(ROOT.glob("*/*/*.md")),
     *sorted(ROOT.glob("configs/**/*.py")),
