@@ -29,7 +29,7 @@ EXTRAS = {
         "open_clip_torch>=3",
         "torchmetrics",
     ],
-    # A faster decoder of PNGs, for `score panoptic`.
+    # A faster decoder of PNGs, for `score panoptic` and `score semantic`.
     "fast": ["kornia_rs>=0.2"],
     "spacy": ["spacy"],
     "nltk": ["nltk"],

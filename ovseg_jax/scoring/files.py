@@ -257,17 +257,18 @@ def results(
     Raises:
       UserError: a call failed and `skips` does not allow it; the first in the items' order.
     """
-    call = functools.partial(_guarded, function)
     with contextlib.ExitStack() as stack:
         if workers > 1 and len(items) > _FEW:
             context = multiprocessing.get_context("fork" if _can_fork() else "spawn")
             pool = stack.enter_context(
-                ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupts)
+                ProcessPoolExecutor(
+                    workers, mp_context=context, initializer=_start_worker, initargs=(function, items)
+                )
             )
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-            found = pool.map(call, items, chunksize=_CHUNK)
+            found = pool.map(_call, range(len(items)), chunksize=_CHUNK)
         else:
-            found = map(call, items)
+            found = map(functools.partial(_guarded, function), items)
         try:
             bar = tqdm(zip(items, found, strict=True), total=len(items), unit=unit, disable=None)
             for item, result in bar:
@@ -299,6 +300,17 @@ def _guarded(function: Callable[[T], S], item: T) -> S | UserError:
         return error
 
 
-def _ignore_interrupts() -> None:
+_WORK: tuple[Callable[[Any], Any], Sequence[Any]]
+
+
+def _start_worker(function: Callable[[Any], Any], items: Sequence[Any]) -> None:
+    """Keeps what a worker works on: a forked one has it at once, which sending each item would not be."""
+    global _WORK
+    _WORK = function, items
     # Ctrl-C reaches all processes; the parent ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _call(index: int) -> Any:
+    function, items = _WORK
+    return _guarded(function, items[index])

@@ -105,12 +105,14 @@ class Counted(NamedTuple):
       pixels: [3 m] for each of them the pixels of intersection, truth and prediction.
       void: pixels that are ignored.
       unlisted: labelled pixels whose prediction is no class; they are wrong.
+      miou: the image's own mIoU in percent, over its classes in truth or prediction; None without a labelled pixel.
     """
 
     classes: Int[np.ndarray, "m"]
     pixels: Int[np.ndarray, "3 m"]
     void: int
     unlisted: int
+    miou: float | None
 
 
 def count_pair(rules: Rules, pair: Pair) -> Counted:
@@ -185,7 +187,9 @@ def count(
         )
     classes = np.flatnonzero(sums[1][FIRST:] + sums[2][FIRST:])
     pixels = np.stack([total[FIRST:][classes] for total in sums]).astype(np.int64)
-    return Counted(classes, pixels, int(sums[1][VOID]), int(sums[2][UNLISTED]))
+    inside, truths, guesses = pixels
+    miou = 100.0 * float(np.mean(inside / (truths + guesses - inside))) if truths.any() else None
+    return Counted(classes, pixels, int(sums[1][VOID]), int(sums[2][UNLISTED]), miou)
 
 
 def _runs(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from ovseg_jax.data.images import read_ids
+from ovseg_jax.data.images import read_colours
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.box_files import image_id
 from ovseg_jax.evals.panoptic_quality import (
@@ -184,9 +184,9 @@ def _image(pair: _Pair, *, pred_masks: str, gt_masks: str, classes: int, rule: R
       UserError: a PNG cannot be read, sizes differ, or JSON and PNG of the prediction disagree.
     """
     files = os.path.join(pred_masks, pair.predicted.file), os.path.join(gt_masks, pair.true.file)
-    predicted, true = (read_ids(file, "the PNG") for file in files)
+    predicted, true = (read_colours(file, "the PNG") for file in files)
     if predicted.shape != true.shape:
-        sizes = [f"{height} x {width}" for height, width in (predicted.shape, true.shape)]
+        sizes = [f"{height} x {width}" for height, width, _ in (predicted.shape, true.shape)]
         raise Fault(
             "another size",
             f"{files[0]} is {sizes[0]} (height x width), but the true {files[1]} is {sizes[1]}",

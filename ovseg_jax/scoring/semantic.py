@@ -271,9 +271,7 @@ def _count(pairs: Sequence[Pair], rules: Rules, skips: Skips, workers: int) -> _
     for pair, counted in results(functools.partial(count_pair, rules), pairs, skips, workers=workers):
         sums[:, counted.classes] += counted.pixels
         void, unlisted = void + counted.void, unlisted + counted.unlisted
-        inside, label, guess = counted.pixels
-        labelled = bool(label.sum())
-        each.append((pair, 100.0 * float(np.mean(inside / (label + guess - inside))) if labelled else None))
+        each.append((pair, counted.miou))
     return _Total(confusion.Counts(*sums), void, unlisted, each)
 
 

@@ -155,14 +155,46 @@ def test_what_is_no_mask(tmp_path):
     wrong("b.png", grey.convert("LA"), "mode LA")
 
 
-def test_the_fast_decoder_reads_the_same_ids(tmp_path):
+def test_the_fast_decoder_reads_the_same(tmp_path):
     require("kornia_rs")
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 256, (9, 11, 3), dtype=np.uint8)
     for k, pixels in enumerate((blocks, blocks.repeat(8, 0).repeat(9, 1), blocks[:1, :1])):
         Image.fromarray(pixels).save(tmp_path / f"{k}.png")
-        found = images._decode_ids(Image.open(io.BytesIO((tmp_path / f"{k}.png").read_bytes())))
-        np.testing.assert_array_equal(found, pixels.astype(np.uint32) @ np.array([1, 256, 65536], np.uint32))
+        found = images._decode_colours((tmp_path / f"{k}.png").read_bytes())
+        np.testing.assert_array_equal(found, pixels)
+        ids = read_ids(tmp_path / f"{k}.png", "the PNG")
+        np.testing.assert_array_equal(ids, pixels.astype(np.uint32) @ np.array([1, 256, 65536], np.uint32))
+        one = Image.fromarray(pixels[..., 0])
+        for name, image in (("grey", one), ("palette", one.convert("P")), ("clear", one)):
+            image.save(tmp_path / "m.png", **({"transparency": 7} if name == "clear" else {}))
+            found = images._decode_png((tmp_path / "m.png").read_bytes())
+            assert found.dtype == np.uint8
+            np.testing.assert_array_equal(found, np.asarray(image))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_pixels_that_are_missing_are_found(tmp_path, monkeypatch, fast):
+    """Where the checksums of the chunks are right."""
+    if fast:
+        require("kornia_rs")
+    else:
+        monkeypatch.setattr(images, "_fast_decoder", lambda: None)
+    for pixels, read in (
+        (np.ones((64, 50, 3), np.uint8), read_ids),
+        (np.ones((64, 50), np.uint8), read_wide_mask),
+    ):
+        out = io.BytesIO()
+        Image.fromarray(pixels).save(out, "PNG")
+        data = out.getvalue()
+        at = data.index(b"IDAT")
+        rows = zlib.decompress(data[at + 4 : -16])
+        for wrong in (zlib.compress(rows)[:-8], b""):
+            body = b"IDAT" + wrong
+            chunk = len(wrong).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+            (tmp_path / "a.png").write_bytes(data[: at - 4] + chunk + data[-12:])
+            with pytest.raises(UserError, match=r"a.png cannot be read"):
+                read(tmp_path / "a.png", *(["the PNG"] if read is read_ids else []))
 
 
 @pytest.mark.parametrize("fast", [False, True])
