@@ -31,6 +31,8 @@ EXTRAS = {
     ],
     # A faster decoder of PNGs, for `score panoptic` and `score semantic`.
     "fast": ["kornia_rs>=0.2"],
+    # Video files for `predict`.
+    "video": ["av>=14"],
     "spacy": ["spacy"],
     "nltk": ["nltk"],
     "test": [

@@ -8,7 +8,7 @@ from ovseg_jax.cli.console import FAILED, NameOrList, Parser, run_command, start
 from ovseg_jax.errors import UserError
 
 _DESCRIPTION = """\
-Segments an image, or every image of a folder, by the words you give.
+Segments an image, every image of a folder or list, or a video, by the words you give.
 
   python -m ovseg_jax.predict --checkpoint=runs/openseg --images=wedding.jpg \\
       --labels="bride,woman in white; groom; cake" --out=out
@@ -24,6 +24,10 @@ and predictions.json, the segments of all images; with --task also panoptic.json
 ovseg_jax.score` reads, with --pred_masks for the folder of the PNGs. NAME is the image's name without its suffix, or
 with it if two images share the stem. If the command was stopped, run it again to continue: predictions.jsonl lists the
 finished images.
+
+Of a video (pip install 'ovseg_jax[video]'), or with --fps of images as its frames, it writes
+  NAME.mp4           the overlays, without sound
+  NAME.jsonl         a line for each frame, as NAME.json above, with its number and time in seconds
 """
 
 
@@ -68,7 +72,13 @@ def parser() -> Parser:
         choices=tuple(LAST),
         help="with --model: the last attention of its image tower (default value)",
     )
-    add("--images", required=True, metavar="PATH", help="an image, a folder of images, or a pattern with *")
+    add(
+        "--images",
+        required=True,
+        metavar="PATH",
+        help="an image, a folder of images, a pattern with * or **, a video file, or a list: @FILE with a path a line, "
+        "or - for the standard input",
+    )
     add("--out", required=True, metavar="DIR", help="the output folder, created if missing")
     add(
         "--labels",
@@ -110,6 +120,14 @@ def parser() -> Parser:
         help="resize, average sliding windows and decide as in a published evaluation, in place of --threshold, "
         f"--decision and --tile: {', '.join(PROTOCOLS)}",
     )
+    add("--fps", type=float, metavar="N", help="take the images as the frames of a video, N a second")
+    add(
+        "--smooth",
+        type=float,
+        default=0.0,
+        metavar="A",
+        help="average the confidence of each name over the frames: A parts of the one before, 1 - A of this one",
+    )
     add("--crf", action="store_true", help="move the borders of the label map to those of the image")
     add(
         "--proposals",
@@ -141,12 +159,16 @@ def _tile(text: str) -> tuple[int, int]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from etils import epath
+
     from ovseg_jax.cli.outputs import run_stamp
     from ovseg_jax.data.images import read_image
+    from ovseg_jax.data.videos import VideoReader, is_video
     from ovseg_jax.decisions.rules import decision_of
     from ovseg_jax.inference.folder import TASKS, image_files, segment_files
     from ovseg_jax.inference.segmenter import Segmenter
     from ovseg_jax.inference.tiles import spans
+    from ovseg_jax.inference.video import segment_video
     from ovseg_jax.methods.published import entry
     from ovseg_jax.vocab.classes import load_labels
     from ovseg_jax.vocab.vectors import ClassVectors
@@ -188,13 +210,25 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UserError("--features works with a single model: leave out --proposals")
     if arguments.batch < 1:
         raise UserError(f"--batch={arguments.batch} is less than 1")
+    video = is_video(arguments.images)
+    if arguments.fps is not None and (video or not 0 < arguments.fps <= 1000):
+        raise UserError(
+            "--fps is the number of images a second, above 0, of images that are not a video file"
+        )
+    video = video or arguments.fps is not None
+    if arguments.smooth and not video:
+        raise UserError(
+            "--smooth averages over the frames of a video: give one, or --fps for a folder of frames"
+        )
+    if video and (arguments.features or arguments.task):
+        raise UserError("--features and --task work on images: leave them out for a video")
     spans(1, arguments.tile)  # raises for an impossible size or overlap
     threshold = arguments.threshold
     if threshold is None and arguments.proposals:
         threshold = -1.0
     vectors = ClassVectors.of(arguments.labels)
     labels = load_labels(arguments.labels) if arguments.labels is not None and vectors is None else None
-    paths = image_files(arguments.images)
+    paths = [] if is_video(arguments.images) else image_files(arguments.images)
     if len(paths) == 1:
         read_image(paths[0])
 
@@ -212,6 +246,31 @@ def _run(arguments: argparse.Namespace) -> int:
         if not arguments.proposals:
             return Segmenter.from_checkpoint(arguments.checkpoint, arguments.step, **shared)
         return Segmenter.from_two_stages(arguments.proposals, arguments.checkpoint, **shared, **rules)
+
+    if video:
+        frames: Any = map(read_image, paths)
+        if not paths:
+            frames = VideoReader(arguments.images)
+            next(iter(frames))  # Before the model is loaded.
+        path = epath.Path(arguments.images)
+        name = path.name if path.is_dir() else path.stem.strip("@*") or "video"
+        records = segment_video(
+            load(),
+            frames,
+            arguments.out,
+            name,
+            vectors or labels,
+            fps=arguments.fps or frames.fps,
+            overwrite=arguments.overwrite,
+            threshold=threshold,
+            decision=arguments.decision,
+            tile=arguments.tile,
+            protocol=arguments.protocol,
+            crf=arguments.crf,
+            smooth=arguments.smooth,
+        )
+        print(f"{len(records)} frames segmented; see {epath.Path(arguments.out) / name}.mp4")
+        return 0
 
     request = {
         "checkpoint": arguments.checkpoint,

@@ -1,6 +1,8 @@
 """The command line, on files, around a method whose answers are known."""
 
+import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -236,6 +238,36 @@ def test_names_that_would_be_one_file(run, tmp_path):
         own = json.loads((out / f"{record['stem']}.json").read_text())
         (segment,) = own["segments"]
         assert segment["category"] == colours[record["image"].rsplit("/", 1)[1]]
+
+
+def test_lists_and_folders_in_folders(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "in" / "deep").mkdir()
+    paths = [tmp_path / "in" / "b.png", tmp_path / "in" / "deep" / "b.png", tmp_path / "in" / "a.png"]
+    for path, colour in zip(paths, ("red", "green", "blue"), strict=True):
+        save(path, [colour])
+    lines = "".join(f"{path}\n\n" for path in [*paths, paths[0]])
+    (tmp_path / "list.txt").write_text(lines)
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    for images in (f"@{tmp_path / 'list.txt'}", "-", tmp_path / "in" / "**" / "*.png"):
+        assert run(images=images, overwrite=True) == 0
+        records = json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]
+        found = {record["image"]: record["segments"][0]["category"] for record in records}
+        assert found == dict(zip(map(str, paths), ("red", "green", "blue"), strict=True))
+    for content, message in (
+        ("\n", "lists no image"),
+        (f"{paths[0]}\nmissing.png", "line 2 of .*'missing.png'"),
+    ):
+        (tmp_path / "list.txt").write_text(content)
+        assert run(images=f"@{tmp_path / 'list.txt'}") == 1
+        assert re.search(message, capsys.readouterr().err)
+    for flags, message in (
+        ({"smooth": 0.5}, "--smooth averages over the frames"),
+        ({"fps": 0}, "above 0"),
+        ({"fps": 5, "features": True}, "leave them out for a video"),
+        ({"images": "missing.mp4"}, "no such file|PyAV"),
+    ):
+        assert run(**flags) == 1
+        assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError(28, "No space left on device")])

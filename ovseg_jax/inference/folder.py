@@ -21,6 +21,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.files import locked, write_whole
 from ovseg_jax.inference.result import Result
 from ovseg_jax.inference.segmenter import Segmenter
+from ovseg_jax.reading import read_text
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.vectors import ClassVectors
 
@@ -52,13 +53,19 @@ class Done(NamedTuple):
 
 
 def image_files(path: epath.PathLike) -> list[epath.Path]:
-    """Lists an image, the images of a folder (without subfolders), or those of a pattern with `*`, by name.
+    """Lists images: one, those of a folder (without subfolders) or of a pattern, by name, or those of a list, in order.
 
     Files that `segment_files` has written into the folder are not included.
+
+    Args:
+      path: an image; a folder; a pattern with `*`, or `**` for folders in folders; `@FILE` for a file with a path a
+        line; or `-` for such lines from the standard input.
 
     Raises:
       UserError: the path does not exist, or there is no image.
     """
+    if str(path) == "-" or str(path).startswith("@"):
+        return _listed(str(path))
     path = epath.Path(path)
     if path.is_dir():
         own = written_files(Journal(path / JOURNAL).head)
@@ -69,12 +76,27 @@ def image_files(path: epath.PathLike) -> list[epath.Path]:
     if path.exists():
         return [path]
     if glob.has_magic(str(path)):
-        files = [epath.Path(name) for name in sorted(glob.glob(str(path)))]
+        files = [epath.Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
         files = [file for file in files if file.suffix.lower() in image_suffixes() and not file.is_dir()]
         if files:
             return files
         raise UserError(f"--images={path}: no image matches this pattern")
     raise UserError(f"--images={path}: there is no such file or folder")
+
+
+def _listed(source: str) -> list[epath.Path]:
+    """Returns the images of a list of paths, each once."""
+    where = "the standard input" if source == "-" else source[1:]
+    lines = (sys.stdin.read() if source == "-" else read_text(source[1:])).splitlines()
+    found: dict[str, None] = {}
+    for number, line in enumerate(lines, 1):
+        if name := line.strip():
+            if not epath.Path(name).exists() or epath.Path(name).is_dir():
+                raise UserError(f"--images: line {number} of {where}: there is no file {name!r}")
+            found[name] = None
+    if not found:
+        raise UserError(f"--images: {where} lists no image")
+    return [epath.Path(name) for name in found]
 
 
 def written_files(head: Mapping[str, Any]) -> set[str]:

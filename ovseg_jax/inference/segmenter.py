@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import PartitionSpec
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from ovseg_jax.data.images import fit_canvas, read_image
@@ -40,10 +40,11 @@ from ovseg_jax.inference.result import PixelFeatures, Result
 from ovseg_jax.inference.tiles import Blender, Span, View, spans
 from ovseg_jax.kernels.cpu_convs import fast_on_cpu
 from ovseg_jax.parallel.sharding import AXES, batch_sharding, make_mesh, replicated
-from ovseg_jax.protocols import Prediction, Segmenting, Text, Variables, Vocabulary
+from ovseg_jax.protocols import PRECISION, Prediction, Segmenting, Text, Variables, Vocabulary
 from ovseg_jax.vocab.classes import ClassList, Labels, as_classes
 from ovseg_jax.vocab.vectors import ClassVectors
 
+MOST_SMOOTH = 1000  # names whose confidence over time is kept
 SHAPE_STEP = 128  # pixels to which sizes are rounded up, for decisions that are compiled for an image's size
 
 
@@ -279,15 +280,29 @@ class Segmenter:
         features: bool = False,
         protocol: str | None = None,
         crf: bool = False,
+        smooth: float = 0.0,
     ) -> Iterator[Result]:
-        """Segments any number of images, see `segment`; yields one Result at a time, reading a batch ahead."""
+        """Segments any number of images, see `segment`; yields one Result at a time, reading a batch ahead.
+
+        With `smooth` = a > 0, the images are frames of a video, of one size: the confidence c of every name on the
+        model's grid becomes a * c of the frame before + (1 - a) * c, and is upsampled to the frame's pixels. (Without
+        it masks are upsampled, so that borders may differ by a pixel.)
+
+        Raises:
+          UserError: see `segment`; or `smooth` is not in [0, 1), is combined with `tile`, `protocol` or a decision
+            other than "argmax" and "background_threshold", or there are more than 1,000 names; or frames differ.
+        """
+        if not 0 <= smooth < 1:
+            raise UserError(f"smooth={smooth} is not a number from 0 to below 1")
+        if smooth and (tile or protocol):
+            raise UserError("smooth works on whole frames: leave out tile and protocol")
         if protocol is not None and (decision is not None or tile or features):
             raise UserError("protocol works on sliding windows: leave out decision, tile and features")
         if crf and decision is not None and decision_of(decision).separates:
             raise UserError("crf works on label maps: leave out the decision, which separates objects")
         if crf or protocol is not None:
             # Their results are made of others.
-            own = dict(threshold=threshold, decision=decision, tile=tile, features=features)
+            own = dict(threshold=threshold, decision=decision, tile=tile, features=features, smooth=smooth)
             found = (
                 self._in_windows(images, labels, protocol) if protocol else self.stream(images, labels, **own)
             )  # type: ignore[arg-type]
@@ -302,6 +317,11 @@ class Segmenter:
         blocks = isinstance(chosen, Argmax) and not self.method.whole
         if tile and self.method.whole:
             raise UserError("tile: this model resizes whole images: leave out tile")
+        if smooth and not blocks:
+            raise UserError(
+                "smooth averages the confidence of names: it works with the decisions argmax and background_threshold, "
+                "and models of one input size"
+            )
         if tile and not blocks:
             raise UserError(
                 f"tile: the decision {type(chosen).__name__} works on whole images: leave out tile"
@@ -309,7 +329,10 @@ class Segmenter:
         given = ClassVectors.of(labels)
         classes = self._categories(given or labels)
         text, owner = self.embed(given or classes), classes.flat()[1]
+        if smooth and len(owner) > MOST_SMOOTH:
+            raise UserError(f"smooth works with up to {MOST_SMOOTH:,} names, not {len(owner):,}")
         vocabulary = vocabulary_of(classes, self.method.seen_names())
+        before: tuple[tuple[int, ...], Array] | None = None
         texts: dict[Any, Text] = {}
         blender: Blender | None = None
         device: Any = None
@@ -340,6 +363,15 @@ class Segmenter:
                 started.append(partial(_decided, job.image, classes, decided, dense))
             else:
                 layers = self._layers(prediction, texts[at], vocabulary)
+                if smooth:
+                    if before is not None and before[0] != size:
+                        raise UserError(
+                            f"smooth: a frame of {size[0]} x {size[1]} pixels follows one of "
+                            f"{before[0][0]} x {before[0][1]}"
+                        )
+                    last = None if before is None else jax.device_put(before[1], at)
+                    layers = _smoothed(layers, last, jnp.float32(smooth))
+                    before = size, layers.maps
                 if blender is None:
                     blender, device = Blender(job.rows, job.columns), at
                 elif device != at:  # a tile that another device has seen
@@ -592,6 +624,16 @@ def _label_maps(batch: Batch, decided: Decided) -> Iterator[LabelMap]:
 def _layers(method: Segmenting, prediction: Prediction, text: Text, vocabulary: Vocabulary) -> Layers:
     """Computes the scores of the only image of a prediction."""
     return layers_of(method, jax.tree.map(lambda x: x[0], prediction), text, vocabulary)
+
+
+@jax.jit
+def _smoothed(layers: Layers, before: Float[Array, "t h w"] | None, share: Float[Array, ""]) -> Layers:
+    """Returns layers whose maps are the confidence of each name, averaged with those of the frames before."""
+    maps = jax.nn.sigmoid(layers.maps) if layers.masks else layers.maps
+    score = jnp.einsum("tc,chw->thw", layers.weights, maps, precision=PRECISION)
+    now = jnp.asarray(confidence_of(score, maps.sum(0))) if layers.masks else score
+    now = now if before is None else share * before + (1 - share) * now
+    return Layers(jnp.eye(len(now)), now, None, False)
 
 
 def _text_of(given: ClassVectors, prediction: Prediction) -> Text:
