@@ -241,7 +241,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 arguments.weights or "",
                 tokenizer=arguments.tokenizer or "",
                 features=arguments.patches or "",
-                batch_size=arguments.batch,
+                **shared,
             )
         if not arguments.proposals:
             return Segmenter.from_checkpoint(arguments.checkpoint, arguments.step, **shared)

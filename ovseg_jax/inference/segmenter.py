@@ -139,7 +139,7 @@ class Segmenter:
         features: str = "",
         trust: float = 0.0,
         batch_size: int = 8,
-        devices: Sequence[jax.Device] = (),
+        devices: Sequence[jax.Device] | None = (),
     ) -> "Segmenter":
         """Loads a published model from its own files.
 
