@@ -202,11 +202,20 @@ def write_outputs(job: Job) -> Summary:
     """
     out, source = epath.Path(job.out), make_source(job.source)
     index = {name: k for k, name in enumerate(image_names(source))}
-    whole = lambda: (r for r in read_records(out) if "error" not in r and r["image"] in index)
+    done: set[str] = set()
+    errors: dict[str, str] = {}
+
+    def whole() -> Iterator[Record]:
+        for record in read_records(out):
+            name = record["image"]
+            if "error" in record:
+                errors[name] = record["error"]
+            elif name in index:
+                done.add(name)
+                yield record
+
     floors, things = floors_of(whole(), job.rules)
-    done = {record["image"] for record in whole()}
-    errors = {r["image"]: r["error"] for r in read_records(out) if "error" in r}
-    failed = {name: errors[name] for name in sorted(errors) if name in index and name not in done}
+    failed = {name: errors[name] for name in sorted(errors.keys() & index.keys() - done)}
     write_whole(out / "failed.json", json.dumps(failed, indent=1) + "\n")
     if not done:
         reason = f", such as {next(iter(failed.items()))}" if failed else ""
@@ -229,10 +238,10 @@ def write_outputs(job: Job) -> Summary:
     write_whole(out / "statistics.json", json.dumps(found, indent=1) + "\n")
     draw_statistics(found, out / "statistics.png")
     names = sorted(quality)
-    order = np.random.default_rng(0).permutation(len(names))[:SHOWN]
+    random = [names[k] for k in np.random.default_rng(0).permutation(len(names))[:SHOWN]]
     worst = sorted(names, key=lambda name: quality[name])[:SHOWN]
-    for file, chosen in (("sheet.png", [names[k] for k in order]), ("worst.png", worst)):
-        shown = {r["image"]: finish(r, floors, job.rules) for r in whole() if r["image"] in set(chosen)}
+    shown = {r["image"]: finish(r, floors, job.rules) for r in whole() if r["image"] in {*random, *worst}}
+    for file, chosen in (("sheet.png", random), ("worst.png", worst)):
         _write_sheet(out / file, [shown[name] for name in chosen], source, index, [*things])
     return Summary(0, 0, failed, found)
 
