@@ -3,12 +3,12 @@
     python tests/benchmarks/annotation.py --out=runs/annotation [--rows=truth,perfect,erring,filtered] [--seeds=0,1,2]
     python tests/benchmarks/annotation.py --out=runs/speed --speed=1000
 
-Rows of the first: `scenes` as it is; annotated by plugs that know the truth; by plugs that err (corners of boxes off by
-up to 15% of the sides, 20% of the labels and 30% of the captions those of other scenes, masks that fill a box that is far
-off); the same with the filters, whose scores are those of a small tower trained on other scenes, seed 1. A row annotates
-once, and trains `configs/umg_clip.py` for each seed; what is finished is read, not repeated. --share makes all trainings
-shorter, --images takes fewer images. The second annotates scenes by tiny random models of each kind, and prints images a
-second and the share of each kind in the time.
+Rows of the first: `scenes` as it is; annotated by plugs that know the truth; by plugs that err (corners of boxes off
+by up to 15% of the sides, 20% of the labels and 30% of the captions those of other scenes, masks that fill a box that
+is far off); the same with the filters, whose scores are those of a small tower trained on other scenes, seed 1. A row
+annotates once, and trains `configs/umg_clip.py` for each seed; what is finished is read, not repeated. --share makes
+all trainings shorter, --images takes fewer images. The second annotates scenes by tiny random models of each kind,
+and prints images a second and the share of each kind in the time.
 """
 
 import argparse
