@@ -1,6 +1,6 @@
-"""Two processes make masks in shards, a teacher's or clusters, train on them, and go on after a kill; so does FC-CLIP.
+"""Two processes make masks in shards, a teacher's or clusters, train on them, and go on after a kill; so does UMG-CLIP.
 
-All of Mask2Former but its backbone is in FC-CLIP, beside frozen towers.
+Its adaptation is FC-CLIP with another trunk, and has all of Mask2Former but its backbone.
 """
 
 import json
@@ -59,18 +59,19 @@ def get_config(arg=None):
         stage["config"].update(dict(shard_size=2, batch_size=4))
     return config
 """
-FCCLIP = """
-from configs import fcclip
+UMG_CLIP = """
+from configs import umg_clip
 
 def get_config(arg=None):
-    config = fcclip.get_config("images=16")
+    config = umg_clip.get_config()
     config.stages, config.evals, config.final_evals = [], {}, {}
-    config.towers.init, config.towers.tokenizer, config.fcclip.prompt = "", "words", "{}"
-    config.towers.image.update(dict(width=8, depths=(1, 1), embed_dim=16))
-    config.towers.text.update(dict(width=16, layers=1, embed_dim=16))
+    config.towers.init, config.towers.tokenizer, config.fcclip.prompt = "", "words", ["{}"]
+    config.towers.image.update(dict(grid=4, rope_grid=4, width=16, depth=1, heads=2, hidden=24, embed_dim=16))
+    config.towers.text.update(dict(width=16, embed_dim=16))
     config.model.update(dict(num_queries=4, width=32, mask_dim=16, layers=1, ffn=16, encoder_ffn=16))
-    config.data.image_size, config.loss.points = 32, 16
-    config.data.train[0].update(dict(cache=False, size="tiny"))
+    config.towers.image_size = config.data.image_size = 32
+    config.loss.points = 16
+    config.data.train[0].update(dict(cache=False, num_examples=16, size="tiny"))
     config.update(dict(batch_size=4, steps=6, log_every=1))
     config.checkpoint.every = 2
     return config
@@ -153,8 +154,8 @@ def ends_equal(own, config, killed):
     jax.tree.map(np.testing.assert_array_equal, again, whole)
 
 
-def test_fcclip_on_two_processes_is_killed_and_ends_bitwise_equal(tmp_path):
-    ends_equal(tmp_path / "whole" / "run", FCCLIP, tmp_path / "killed")
+def test_umg_clip_on_two_processes_is_killed_and_ends_bitwise_equal(tmp_path):
+    ends_equal(tmp_path / "whole" / "run", UMG_CLIP, tmp_path / "killed")
 
 
 @pytest.mark.parametrize(("form", "ahead"), [("small", True), ("paper", False)])
