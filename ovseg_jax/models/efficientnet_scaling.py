@@ -1,4 +1,4 @@
-"""The shapes of EfficientNet-B0 to B7 (Tan and Le 2019), for Flax and for PyTorch."""
+"""The shapes of EfficientNet-B0 to B8 (Tan and Le 2019) and Lite0 to Lite4, for Flax and for PyTorch."""
 
 import dataclasses
 import math
@@ -37,6 +37,15 @@ SCALING = {
     "efficientnet_b5": (1.6, 2.2),
     "efficientnet_b6": (1.8, 2.6),
     "efficientnet_b7": (2.0, 3.1),
+    "efficientnet_b8": (2.2, 3.6),
+}
+# tensorflow/tpu, models/official/efficientnet/lite.
+LITE = {
+    "efficientnet_lite0": (1.0, 1.0),
+    "efficientnet_lite1": (1.0, 1.1),
+    "efficientnet_lite2": (1.1, 1.2),
+    "efficientnet_lite3": (1.2, 1.4),
+    "efficientnet_lite4": (1.4, 1.8),
 }
 
 
@@ -50,3 +59,14 @@ def round_channels(channels: int, width: float) -> int:
 def round_blocks(blocks: int, depth: float) -> int:
     """Scales a number of blocks, rounding up."""
     return math.ceil(depth * blocks)
+
+
+def stage_blocks(depth: float, lite: bool) -> list[int]:
+    """Returns the number of blocks of each stage; a Lite does not scale its first and its last stage."""
+    scaled = [round_blocks(stage.blocks, depth) for stage in STAGES]
+    return [STAGES[0].blocks, *scaled[1:-1], STAGES[-1].blocks] if lite else scaled
+
+
+def stem_channels(width: float, lite: bool) -> int:
+    """Returns the channels of the stem, which a Lite does not scale."""
+    return STEM_CHANNELS if lite else round_channels(STEM_CHANNELS, width)

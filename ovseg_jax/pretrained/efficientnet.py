@@ -1,9 +1,9 @@
-"""Names of published EfficientNets: timm's `tf_efficientnet_b0` to `b7`, and transformers'.
+"""Names of published EfficientNets: timm's `tf_efficientnet_*`, transformers' and EfficientNet-PyTorch's.
 
 timm's include noisy student's weights. The top convolution and the classifier are ignored.
 """
 
-from ovseg_jax.models.efficientnet_scaling import STAGES, round_blocks
+from ovseg_jax.models.efficientnet_scaling import STAGES, stage_blocks
 from ovseg_jax.pretrained.rename import Rename, conv
 from ovseg_jax.pretrained.resnet import batch_norm
 
@@ -19,7 +19,7 @@ _OTHER_STAGES = {
 }
 
 
-def from_timm_efficientnet(depth: float) -> list[Rename]:
+def from_timm_efficientnet(depth: float, lite: bool = False) -> list[Rename]:
     """Returns the renames of timm's `tf_efficientnet_*`; timm numbers blocks by stage, we through all stages."""
     renames = [
         Rename(r"conv_stem\.weight", "params/stem_conv/kernel", conv),
@@ -27,8 +27,8 @@ def from_timm_efficientnet(depth: float) -> list[Rename]:
         Rename(r"(?:conv_head|bn2|classifier)\..*", ""),
     ]
     index = 0
-    for s, stage in enumerate(STAGES):
-        for i in range(round_blocks(stage.blocks, depth)):
+    for s, (stage, blocks) in enumerate(zip(STAGES, stage_blocks(depth, lite), strict=True)):
+        for i in range(blocks):
             theirs, ours = rf"blocks\.{s}\.{i}", f"block_{index}"
             for (conv_name, norm_name), (our_conv, our_norm) in (
                 _FIRST_STAGE if stage.expand == 1 else _OTHER_STAGES
@@ -40,6 +40,21 @@ def from_timm_efficientnet(depth: float) -> list[Rename]:
             renames += _squeeze_and_excite(rf"{theirs}\.se\.conv_(reduce|expand)", rf"{ours}/se_\1")
             index += 1
     return renames
+
+
+def from_efficientnet_pytorch() -> list[Rename]:
+    """Returns the renames of lukemelas/EfficientNet-PyTorch, and of ml-illustrated/EfficientNet-Lite-PyTorch."""
+    block, ours = r"_blocks\.(\d+)\.", r"block_\1"
+    renames = [
+        Rename(r"_conv_stem\.weight", "params/stem_conv/kernel", conv),
+        *batch_norm("_bn0", "stem_norm"),
+        Rename(r"(?:_conv_head|_bn1|_fc)\..*", ""),
+    ]
+    for number, part in enumerate(("expand", "depthwise", "project")):
+        kernel = f"params/{ours}/{part}_conv/kernel"
+        renames.append(Rename(rf"{block}_{part}_conv\.weight", kernel, conv))
+        renames += batch_norm(rf"{block}_bn{number}", f"{ours}/{part}_norm")
+    return renames + _squeeze_and_excite(rf"{block}_se_(reduce|expand)", rf"{ours}/se_\2")
 
 
 def from_hf_efficientnet() -> list[Rename]:

@@ -182,8 +182,9 @@ def formats(module: nn.Module) -> dict[str, list[Rename]]:
             }
         case EfficientNet():
             return {
-                "timm's EfficientNet": efficientnet.from_timm_efficientnet(module.depth),
+                "timm's EfficientNet": efficientnet.from_timm_efficientnet(module.depth, module.lite),
                 "transformers' EfficientNet": efficientnet.from_hf_efficientnet(),
+                "EfficientNet-PyTorch": efficientnet.from_efficientnet_pytorch(),
             }
         case ClipResNet():
             return {

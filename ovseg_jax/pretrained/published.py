@@ -16,13 +16,16 @@ class Pixels(NamedTuple):
 
 IMAGENET = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # torchvision, EfficientNet, DINO, MAE, Swin
 CLIP = Pixels((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # OpenAI's clip.load
-HALF = Pixels((0.5,) * 3, (0.5,) * 3)  # SigLIP
+HALF = Pixels(
+    (0.5,) * 3, (0.5,) * 3
+)  # SigLIP; timm's EfficientNet-Lite, whose authors have 127/255 and 128/255
 UNIT = Pixels((0.0,) * 3, (1.0,) * 3)  # TIPS: google-deepmind/tips, scenic/configs/tips_model_config.py
 # The released OpenSeg demo. Only for networks trained from scratch; others need the normalisation of their weights.
 CENTRED = Pixels((128 / 255,) * 3, (128 / 255,) * 3)
 
 BACKBONES = {
     "efficientnet_b7": "timm:tf_efficientnet_b7.ns_jft_in1k",  # noisy student
+    "efficientnet_lite0": "timm:tf_efficientnet_lite0.in1k",
     "resnet101": "timm:resnet101.tv_in1k",
     "resnet50": "timm:resnet50.tv_in1k",
     "swin_tiny": "timm:swin_tiny_patch4_window7_224.ms_in1k",
@@ -69,7 +72,7 @@ def weights_of(backbone: str) -> str:
 
 def pixels_of(backbone: str) -> Pixels:
     """Returns the normalisation of pixels for the pretrained weights of a backbone."""
-    if backbone.startswith("siglip"):
+    if backbone.startswith(("siglip", "efficientnet_lite")):
         return HALF
     if backbone.startswith("tipsv2"):
         return UNIT

@@ -89,7 +89,7 @@ _OF_HF = {theirs: ours for ours, theirs in HF_ACTIVATIONS.items()} | {"silu": "s
 # timm: the supported architectures of a format. Others have the same names but compute something else: an
 # `efficientnet_b0` without `tf_` pads on both sides and has another epsilon, a `resnetaa50` pools in other places.
 _TIMM = {
-    "timm's EfficientNet": r"tf_efficientnet_b[0-7]",
+    "timm's EfficientNet": r"tf_efficientnet_(b[0-8]|lite[0-4])",
     "torchvision's or timm's ResNet": r"(tv_|gluon_|ssl_|swsl_)?resnet(50|101|152)(_v1b)?",
     "timm's CLIP ResNet": r"resnet(50|101|50x4|50x16|50x64)_clip",
     "timm's CLIP ConvNeXt": r"convnext_(base|large_mlp|xxlarge)",
