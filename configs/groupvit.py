@@ -2,8 +2,8 @@
 
   python -m ovseg_jax.main --config=configs/groupvit.py
       on `scenes`, from captions alone: a small GroupViT whose groups take the place of P-Seg's masks; the text side,
-      the loss and the augmentation are those of configs/pseg.py. One seed: mIoU of 0.3 on seen pairs, 0.1 held out, 12.3
-      on stuff: so few steps do not teach its groups.
+      the loss and the augmentation are those of configs/pseg.py. One seed: mIoU of 0.3 on seen pairs, 0.1 held out,
+      12.3 on stuff: so few steps do not teach its groups.
   python -m ovseg_jax.main --config=configs/groupvit.py:data=sets,eval_sets=DIR
       the published model, without training: mIoU with background on DIR/VOC, DIR/Context and DIR/COCO-Object, as
       `python -m ovseg_jax.prepare` writes them. Published: 50.8, 23.7 and 27.5 (Table 4); with
