@@ -15,7 +15,8 @@ Converts a data set, as it is downloaded, to ArrayRecord files that every method
 
 DIR holds the downloaded files, as archives or unpacked. If the command was stopped, run it again to continue: finished
 shards are kept. The conversion is an Apache Beam pipeline, on this machine's cores or on any runner of Beam:
---runner=DataflowRunner --beam=--project=P --beam=--region=R with --source and --out in a bucket.
+--runner=DataflowRunner --beam=--project=P --beam=--region=R with --source and --out in a bucket, SparkRunner or
+FlinkRunner. It has run on Beam's own runners on one machine, not yet on Dataflow, Spark or Flink.
 """
 
 

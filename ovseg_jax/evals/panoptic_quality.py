@@ -112,6 +112,51 @@ def _ids(pixels: Integer[np.ndarray, "h w *c"], at: Int[np.ndarray, " n"]) -> UI
     return red | green << np.uint64(8) | blue << np.uint64(16)
 
 
+class _Pairs(NamedTuple):
+    """The pairs of a predicted and a true segment that is not void, and the areas of predicted segments, from 1 on."""
+
+    predicted: Int[np.ndarray, "n"]
+    true: Int[np.ndarray, "n"]
+    pixels: Float[np.ndarray, "n"]
+    iou: Float[np.ndarray, "n"]
+    same: Bool[np.ndarray, "n"]
+    area: Float[np.ndarray, "p1"]
+    on_void: Float[np.ndarray, "p1"]
+
+
+def _pairs(
+    shared: Overlaps, predicted_class: np.ndarray, true_class: np.ndarray, num_classes: int, rule: Rule
+) -> _Pairs:
+    count = len(predicted_class)
+    void = np.concatenate([[True], true_class == VOID])
+    area = np.bincount(shared.predicted, shared.pixels, count + 1)
+    true_area = np.bincount(shared.true, shared.pixels, len(true_class) + 1)
+    on_void = np.bincount(shared.predicted, np.where(void[shared.true], shared.pixels, 0), count + 1)
+    real = (shared.predicted > 0) & ~void[shared.true]
+    p, t = shared.predicted[real] - 1, shared.true[real] - 1
+    pixels = shared.pixels[real].astype(np.float64)
+    guess = predicted_class[p]
+    union = area[p + 1] + true_area[t + 1] - pixels
+    if rule == "coco":
+        union = union - on_void[p + 1]
+    same = (guess == true_class[t]) & (guess >= 0) & (guess < num_classes)
+    return _Pairs(p, t, pixels, pixels / union, same, area, on_void)
+
+
+def matches(
+    shared: Overlaps,
+    predicted_class: Int[np.ndarray, "p"],
+    true_class: Int[np.ndarray, "t"],
+    true_crowd: Bool[np.ndarray, "t"],
+    num_classes: int,
+    rule: Rule = "coco",
+) -> tuple[Int[np.ndarray, "m"], Int[np.ndarray, "m"]]:
+    """Returns the predicted and the true segment of each match, numbered from 1, by the arguments of `tally`."""
+    found = _pairs(shared, predicted_class, true_class, num_classes, rule)
+    hit = found.same & ~true_crowd[found.true] & (found.iou > 0.5)
+    return found.predicted[hit] + 1, found.true[hit] + 1
+
+
 def tally(
     shared: Overlaps,
     predicted_class: Int[np.ndarray, "p"],
@@ -132,20 +177,8 @@ def tally(
       rule: how void and crowds count, see the module.
     """
     count, k = len(predicted_class), num_classes
-    void = np.concatenate([[True], true_class == VOID])
-    area = np.bincount(shared.predicted, shared.pixels, count + 1)
-    true_area = np.bincount(shared.true, shared.pixels, len(true_class) + 1)
-    on_void = np.bincount(shared.predicted, np.where(void[shared.true], shared.pixels, 0), count + 1)
-
-    real = (shared.predicted > 0) & ~void[shared.true]
-    p, t = shared.predicted[real] - 1, shared.true[real] - 1
-    pixels = shared.pixels[real].astype(np.float64)
+    p, t, pixels, iou, same, area, on_void = _pairs(shared, predicted_class, true_class, k, rule)
     crowd = true_crowd[t]
-    same = (predicted_class[p] == true_class[t]) & (predicted_class[p] >= 0) & (predicted_class[p] < k)
-    union = area[p + 1] + true_area[t + 1] - pixels
-    if rule == "coco":
-        union = union - on_void[p + 1]
-    iou = pixels / union
     hit = same & ~crowd & (iou > 0.5)
 
     if rule == "coco":

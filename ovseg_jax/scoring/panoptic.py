@@ -1,6 +1,7 @@
 """`score panoptic`: panoptic quality of COCO's JSON and PNGs."""
 
 import argparse
+import dataclasses
 import functools
 import os
 from collections import Counter
@@ -18,6 +19,8 @@ from ovseg_jax.evals.panoptic_quality import (
     Rule,
     Tally,
     add,
+    by_class,
+    matches,
     overlaps,
     scores,
     table,
@@ -26,6 +29,14 @@ from ovseg_jax.evals.panoptic_quality import (
 from ovseg_jax.reading import column, flag, number, objects, read_json, reading, text, whole
 from ovseg_jax.scoring.files import Fault, Skips, add_file_flags, lone, results, workers_of
 from ovseg_jax.scoring.report import Report, add_report_flags, check_report_flags, publish
+from ovseg_jax.scoring.sheet import (
+    add_sheet_flags,
+    find_photographs,
+    parted,
+    sheet_row,
+    worst_of,
+    write_sheet,
+)
 from ovseg_jax.vocab.classes import ClassList
 
 _DESCRIPTION = """\
@@ -72,9 +83,10 @@ class _Pair(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """The result of an image: its tally, and numbers of true segments that are odd."""
+    """The result of an image: its tally, its own PQ in percent, and numbers of true segments that are odd."""
 
     tally: Tally
+    pq: float | None
     invisible: int
     unlisted: int
     other_area: int
@@ -89,6 +101,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--pred_masks", metavar="DIR", help="the PNGs of the predictions (default: --pred without .json)")
     add("--gt_masks", metavar="DIR", help="the PNGs of the truth (default: --gt without .json)")
     add("--rule", choices=RULES, default="coco", help="see above (default %(default)s)")
+    add_sheet_flags(parser, "PQ")
     add_file_flags(parser)
     add_report_flags(parser)
 
@@ -96,7 +109,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     check_report_flags(arguments, {"--pred": arguments.pred, "--gt": arguments.gt})
-    skips, workers = Skips(arguments.missing), workers_of(arguments)
+    skips, workers, worst = Skips(arguments.missing), workers_of(arguments), worst_of(arguments)
     folders = [
         _folder(given or path.removesuffix(".json"), f"{name}_masks")
         for name, path, given in (
@@ -104,8 +117,31 @@ def run(arguments: argparse.Namespace) -> None:
             ("--gt", arguments.gt, arguments.gt_masks),
         )
     ]
-    found = score(arguments.pred, arguments.gt, folders[0], folders[1], arguments.rule, skips, workers)
+    classes, pairs = read_pairs(arguments.pred, arguments.gt, skips)
+    found, each = score(classes, pairs, folders[0], folders[1], arguments.rule, skips, workers)
+    lowest = sorted((value, pair.name, pair) for pair, value in each if value is not None)[:worst]
+    if arguments.sheet:
+        photographs = find_photographs(arguments.images, [_stem(pair) for _, _, pair in lowest])
+        rows = [
+            _row(
+                pair,
+                value,
+                photographs.get(_stem(pair)),
+                _files(pair, *folders),
+                len(classes),
+                arguments.rule,
+            )
+            for value, _, pair in lowest
+        ]
+        write_sheet(arguments.sheet, rows, classes, photographs)
+    if worst:
+        shown = [f"{name} ({value:.1f})" for value, name, _ in lowest]
+        found = dataclasses.replace(found, facts={**found.facts, "worst images": shown})
     publish(found, arguments)
+
+
+def _stem(pair: _Pair) -> str:
+    return os.path.splitext(pair.true.file)[0]
 
 
 def _folder(path: str, flag: str) -> str:
@@ -114,22 +150,19 @@ def _folder(path: str, flag: str) -> str:
     return path
 
 
-def score(
-    pred: str, gt: str, pred_masks: str, gt_masks: str, rule: Rule, skips: Skips, workers: int
-) -> Report:
-    """Scores a prediction.
+def read_pairs(pred: str, gt: str, skips: Skips) -> tuple[ClassList, list[_Pair]]:
+    """Reads prediction and truth.
 
     Args:
       pred: the JSON of the predictions.
       gt: the JSON of the truth.
-      pred_masks: the folder of the predictions' PNGs.
-      gt_masks: the folder of the true PNGs.
-      rule: see `panoptic_quality`.
-      skips: takes images that cannot be scored.
-      workers: the number of processes.
+      skips: takes images without a partner.
+
+    Returns:
+      The classes of the truth, and the images that both have.
 
     Raises:
-      UserError: a file is not of COCO's form, no image can be scored, or one cannot and `skips` does not allow it.
+      UserError: a file is not of COCO's form, or an image has no partner and `skips` does not allow it.
     """
     classes, truths = read_panoptic(gt)
     _, predictions = read_panoptic(pred, classes)
@@ -138,11 +171,41 @@ def score(
     surplus = [name for name in predictions if name not in truths]
     skips.add(surplus, lone("no truth", surplus, len(predictions), f"predicted images are not in {gt}"))
     pairs = [_Pair(name, predictions[name], true) for name, true in truths.items() if name in predictions]
+    return classes, pairs
+
+
+def score(
+    classes: ClassList,
+    pairs: list[_Pair],
+    pred_masks: str,
+    gt_masks: str,
+    rule: Rule,
+    skips: Skips,
+    workers: int,
+) -> tuple[Report, list[tuple[_Pair, float | None]]]:
+    """Scores a prediction.
+
+    Args:
+      classes: the classes.
+      pairs: the images.
+      pred_masks: the folder of the predictions' PNGs.
+      gt_masks: the folder of the true PNGs.
+      rule: see `panoptic_quality`.
+      skips: takes images that cannot be scored.
+      workers: the number of processes.
+
+    Returns:
+      The report, and each image with its own PQ, which is None if neither side has a segment that counts.
+
+    Raises:
+      UserError: no image can be scored, or one cannot and `skips` does not allow it.
+    """
     one = functools.partial(_image, pred_masks=pred_masks, gt_masks=gt_masks, classes=len(classes), rule=rule)
     total: Tally | None = None
-    odd, count = Counter[str](), 0
-    for _, image in results(one, pairs, skips, workers=workers):
-        total, count = add(total, image.tally), count + 1
+    odd, each = Counter[str](), []
+    for pair, image in results(one, pairs, skips, workers=workers):
+        total = add(total, image.tally)
+        each.append((pair, image.pq))
         odd += Counter(
             {
                 "true segments without pixels, which are missed": image.invisible,
@@ -151,8 +214,8 @@ def score(
             }
         )
     if total is None:
-        raise UserError(f"no image of {gt} can be scored")
-    return _report(total, classes, {"images": count, "rule": rule, **odd}, skips)
+        raise UserError("no image of the truth can be scored")
+    return _report(total, classes, {"images": len(each), "rule": rule, **odd}, skips), each
 
 
 def _report(total: Tally, classes: ClassList, facts: dict[str, Any], skips: Skips) -> Report:
@@ -177,13 +240,30 @@ def _report(total: Tally, classes: ClassList, facts: dict[str, Any], skips: Skip
     return Report("panoptic", grid, lines, facts, skips.names)
 
 
-def _image(pair: _Pair, *, pred_masks: str, gt_masks: str, classes: int, rule: Rule) -> _Found:
-    """Scores one image.
+class _Compared(NamedTuple):
+    """The segments of an image, in the numbers of `_numbers`.
+
+    Attributes:
+      shared: their overlaps.
+      ids: the ids of the predicted and of the true segments, in the order of their numbers.
+      true_class: the class of each true segment; those that the JSON lacks have K, which is of no account.
+      true_crowd: whether each is a crowd.
+      unlisted: the number of those that the JSON lacks.
+    """
+
+    shared: Overlaps
+    ids: tuple[np.ndarray, np.ndarray]
+    true_class: np.ndarray
+    true_crowd: np.ndarray
+    unlisted: int
+
+
+def _compared(pair: _Pair, files: tuple[str, str], classes: int) -> tuple[np.ndarray, np.ndarray, _Compared]:
+    """Returns the colours of both PNGs of an image, and its segments.
 
     Raises:
       UserError: a PNG cannot be read, sizes differ, or JSON and PNG of the prediction disagree.
     """
-    files = os.path.join(pred_masks, pair.predicted.file), os.path.join(gt_masks, pair.true.file)
     predicted, true = (read_colours(file, "the PNG") for file in files)
     if predicted.shape != true.shape:
         sizes = [f"{height} x {width}" for height, width, _ in (predicted.shape, true.shape)]
@@ -192,7 +272,7 @@ def _image(pair: _Pair, *, pred_masks: str, gt_masks: str, classes: int, rule: R
             f"{files[0]} is {sizes[0]} (height x width), but the true {files[1]} is {sizes[1]}",
         )
     shared = overlaps(predicted, true)
-    guess, _, unlisted = _numbers(shared.predicted, pair.predicted.ids)
+    guess, unlisted = _numbers(shared.predicted, pair.predicted.ids)
     for name, wrong in (
         ("the PNG has the segment {} that the JSON lacks", unlisted),
         (
@@ -204,37 +284,79 @@ def _image(pair: _Pair, *, pred_masks: str, gt_masks: str, classes: int, rule: R
             raise Fault(
                 "JSON and PNG disagree", f"{files[0]}, image {pair.name}: {name.format(int(wrong[0]))}"
             )
-    place, unlisted_from, unlisted = _numbers(shared.true, pair.true.ids)
-    # What the JSON lacks has a class that is of no account.
-    true_class = np.concatenate([pair.true.category, np.full(len(unlisted), classes)])
-    true_crowd = np.concatenate([pair.true.crowd, np.zeros(len(unlisted), bool)])
-    area = np.bincount(place, shared.pixels, len(true_class) + 1)[1:unlisted_from]
-    stated = pair.true.area
-    return _Found(
-        tally(
-            Overlaps(guess, place, shared.pixels),
-            pair.predicted.category,
-            true_class,
-            true_crowd,
-            classes,
-            rule,
-        ),
-        int((area == 0).sum()),
+    place, unlisted = _numbers(shared.true, pair.true.ids)
+    compared = _Compared(
+        Overlaps(guess, place, shared.pixels),
+        (pair.predicted.ids, np.concatenate([pair.true.ids, unlisted])),
+        np.concatenate([pair.true.category, np.full(len(unlisted), classes)]),
+        np.concatenate([pair.true.crowd, np.zeros(len(unlisted), bool)]),
         len(unlisted),
+    )
+    return predicted, true, compared
+
+
+def _files(pair: _Pair, pred_masks: str, gt_masks: str) -> tuple[str, str]:
+    return os.path.join(pred_masks, pair.predicted.file), os.path.join(gt_masks, pair.true.file)
+
+
+def _image(pair: _Pair, *, pred_masks: str, gt_masks: str, classes: int, rule: Rule) -> _Found:
+    """Scores one image.
+
+    Raises:
+      UserError: see `_compared`.
+    """
+    _, _, found = _compared(pair, _files(pair, pred_masks, gt_masks), classes)
+    area = np.bincount(found.shared.true, found.shared.pixels, len(found.true_class) + 1)
+    area = area[1 : len(pair.true.ids) + 1]
+    stated = pair.true.area
+    own = tally(found.shared, pair.predicted.category, found.true_class, found.true_crowd, classes, rule)
+    each, occurs = by_class(own)
+    return _Found(
+        own,
+        float(each[0, occurs].mean()) if occurs.any() else None,
+        int((area == 0).sum()),
+        found.unlisted,
         int(((stated >= 0) & (stated != area) & (area > 0)).sum()),
     )
 
 
-def _numbers(ids: np.ndarray, listed: np.ndarray) -> tuple[np.ndarray, int, np.ndarray]:
+def _row(
+    pair: _Pair, value: float, photograph: str | None, files: tuple[str, str], classes: int, rule: Rule
+) -> Any:
+    """Returns the image's row on the sheet, on which a pixel is right if its segments match."""
+    *colours, found = _compared(pair, files, classes)
+    maps = []
+    for side, ids in zip(colours, found.ids, strict=True):
+        pixels = side.astype(np.int64) @ np.array([1, 256, 65536])
+        order = np.argsort(ids)
+        at = (
+            order[np.minimum(np.searchsorted(ids, pixels, sorter=order), len(ids) - 1)]
+            if len(ids)
+            else 0 * pixels
+        )
+        maps.append(np.where(np.append(ids, 0)[at] == pixels, at + 1, 0) * (pixels > 0))
+    true_class = np.append(-1, np.where(found.true_class < classes, found.true_class, -1))
+    match = np.full(len(found.true_class) + 1, -1)
+    hits = matches(found.shared, pair.predicted.category, found.true_class, found.true_crowd, classes, rule)
+    match[hits[1]] = hits[0]
+    guess = np.append(-1, pair.predicted.category)[maps[0]]
+    truth = true_class[maps[1]]
+    row = sheet_row(
+        f"{pair.name}: PQ {value:.1f}", guess, truth, match[maps[1]] == maps[0], photograph, files[1]
+    )
+    return row._replace(prediction=parted(guess, maps[0]), truth=parted(truth, maps[1]))
+
+
+def _numbers(ids: np.ndarray, listed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Numbers ids from 1 in the order of the list, then those that it lacks; 0 stays 0.
 
     Returns:
-      The numbers, the first number of what the list lacks, and its ids.
+      The numbers, and the ids that the list lacks.
     """
     number = {0: 0, **{key: k for k, key in enumerate(listed.tolist(), 1)}}
-    first, unlisted = len(listed) + 1, sorted({*ids.tolist()} - number.keys())
-    number |= {key: first + k for k, key in enumerate(unlisted)}
-    return np.array([number[key] for key in ids.tolist()], np.int64), first, np.array(unlisted, np.int64)
+    unlisted = sorted({*ids.tolist()} - number.keys())
+    number |= {key: len(listed) + 1 + k for k, key in enumerate(unlisted)}
+    return np.array([number[key] for key in ids.tolist()], np.int64), np.array(unlisted, np.int64)
 
 
 def read_panoptic(path: str, classes: ClassList | None = None) -> tuple[ClassList, dict[str, Annotation]]:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ovseg_jax.cli.outputs import check_out_file
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals import confusion
 from ovseg_jax.scoring.files import (
@@ -20,9 +19,10 @@ from ovseg_jax.scoring.files import (
     results,
     workers_of,
 )
-from ovseg_jax.scoring.label_maps import SUFFIXES, Counted, Rules, Values, count_pair
+from ovseg_jax.scoring.label_maps import SUFFIXES, Counted, Rules, Values, count_pair, read_pair
 from ovseg_jax.scoring.protocols import PROTOCOLS
 from ovseg_jax.scoring.report import Report, add_report_flags, check_report_flags, publish
+from ovseg_jax.scoring.sheet import add_sheet_flags, find_photographs, sheet_row, worst_of, write_sheet
 from ovseg_jax.vocab.class_files import read_class_file
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.splits import UNSEEN, load_split
@@ -123,14 +123,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|TEXT|FILE.json",
         help=f"the unseen classes: {' or '.join(UNSEEN)}, 'cow; giraffe; ...', or a file that lists them",
     )
-    add(
-        "--worst",
-        type=int,
-        metavar="N",
-        help="list the N images with the lowest mIoU (their own; default 12 with --sheet)",
-    )
-    add("--sheet", metavar="FILE.png", help="draw the worst images")
-    add("--images", metavar="DIR", help="the photographs for --sheet, matched like the predictions")
+    add_sheet_flags(parser, "mIoU")
     add_file_flags(parser)
     add_report_flags(parser)
 
@@ -158,7 +151,7 @@ def run(arguments: argparse.Namespace) -> None:
       UserError: a flag or a file is invalid.
     """
     classes, rules = _rules(arguments)
-    workers, worst = workers_of(arguments), _worst(arguments)
+    workers, worst = workers_of(arguments), worst_of(arguments)
     check_report_flags(arguments, {"--classes": arguments.classes, "--list": arguments.list})
     skips = Skips(arguments.missing)
     pairs = pair_files(
@@ -172,25 +165,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--gt={arguments.gt}: no pixel of {len(total.each)} images is labelled with a class")
     lowest = sorted((value, pair.name, pair) for pair, value in total.each if value is not None)[:worst]
     if arguments.sheet:
-        from ovseg_jax.scoring.sheet import draw_sheet
-
-        draw_sheet(
-            arguments.sheet, [(pair, value) for value, _, pair in lowest], rules, classes, arguments.images
-        )
+        _draw(arguments, [(pair, value) for value, _, pair in lowest], rules, classes)
     worst_images = [f"{name} ({value:.1f})" for value, name, _ in lowest]
     publish(_report(arguments, classes, total, skips, worst_images), arguments)
-
-
-def _worst(arguments: argparse.Namespace) -> int:
-    if arguments.worst is not None and arguments.worst < 1:
-        raise UserError(f"--worst={arguments.worst} is less than 1")
-    if arguments.images and not arguments.sheet:
-        raise UserError("--images is for --sheet, which is missing")
-    if arguments.sheet:
-        if not arguments.sheet.lower().endswith(".png"):
-            raise UserError(f"--sheet={arguments.sheet} must end in .png")
-        check_out_file(arguments.sheet, {"--pred": arguments.pred, "--gt": arguments.gt}, "--sheet")
-    return arguments.worst or (12 if arguments.sheet else 0)
 
 
 def _rules(arguments: argparse.Namespace) -> tuple[ClassList, Rules]:
@@ -273,6 +250,23 @@ def _count(pairs: Sequence[Pair], rules: Rules, skips: Skips, workers: int) -> _
         void, unlisted = void + counted.void, unlisted + counted.unlisted
         each.append((pair, counted.miou))
     return _Total(confusion.Counts(*sums), void, unlisted, each)
+
+
+def _draw(
+    arguments: argparse.Namespace, worst: Sequence[tuple[Pair, float]], rules: Rules, classes: ClassList
+) -> None:
+    """Draws the sheet.
+
+    Raises:
+      UserError: a photograph is missing or has another size, or the file cannot be written.
+    """
+    photographs = find_photographs(arguments.images, [pair.name for pair, _ in worst])
+    rows = []
+    for pair, value in worst:
+        prediction, truth = read_pair(rules, pair)
+        caption, photograph = f"{pair.name}: mIoU {value:.1f}", photographs.get(pair.name)
+        rows.append(sheet_row(caption, prediction, truth, prediction == truth, photograph, pair.truth))
+    write_sheet(arguments.sheet, rows, classes, photographs)
 
 
 def _report(

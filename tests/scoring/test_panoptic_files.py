@@ -9,8 +9,11 @@ import pytest
 from PIL import Image
 
 from ovseg_jax import score
+from ovseg_jax.data.images import read_image
 from ovseg_jax.errors import UserError
+from ovseg_jax.evals.panoptic_quality import RULES, matches, overlaps, tally
 from ovseg_jax.scoring.panoptic import read_panoptic
+from ovseg_jax.scoring.sheet import parted
 
 CATEGORIES = [{"id": 10 + k, "name": f"c{k}", "isthing": int(k < 2)} for k in range(5)]
 SCALE = 70003  # spreads ids over all three channels of the PNG
@@ -245,3 +248,72 @@ def test_what_is_no_panoptic_json(tmp_path, edit, message):
     with pytest.raises(UserError, match=r"gt\.json cannot be read: .*") as error:
         read_panoptic(str(tmp_path / "gt.json"))
     assert message in str(error.value)
+
+
+def test_the_worst_panoptic_images_are_listed_and_drawn(tmp_path, capsys):
+    left, lower = np.zeros((60, 80), int), np.zeros((60, 80), int)
+    left[:, :40], left[:, 40:] = 1, 2
+    lower[:30], lower[30:] = 1, 2
+    twins, other = {1: 0, 2: 0}, {1: 0, 2: 3}
+    void = np.where(np.arange(80) < 20, 0, left)
+    images = [
+        (left, left, other, other, ()),
+        (left, lower, other, other, ()),  # no IoU is above 0.5
+        (np.ones_like(left), left, {1: 0}, twins, ()),
+        (left, void, other, other, ()),
+    ]
+    write(tmp_path, images)
+    flags = (f"--sheet={tmp_path}/sheet.png", "--workers=1")
+    worst = ["1 (0.0)", "2 (0.0)", "0 (100.0)", "3 (100.0)"]
+    assert report(tmp_path, *flags)["facts"]["worst images"] == worst
+    assert report(tmp_path, "--worst=2")["facts"]["worst images"] == worst[:2]
+    assert "worst images" not in report(tmp_path)["facts"]
+    plain = read_image(tmp_path / "sheet.png")
+    # Without photographs: red where no segments match, all of two images; grey where the truth is void.
+    red, grey = ((plain == colour).all(-1).sum() for colour in ((220, 60, 60), (225, 228, 232)))
+    assert abs(red - 2 * 256 * 192) < 800 and abs(grey - 64 * 192) < 1000
+    (tmp_path / "photos").mkdir()
+    for k in range(4):
+        Image.fromarray(np.full((60, 80, 3), 60 * k, np.uint8)).save(tmp_path / f"photos/{k}.jpg")
+    assert command(tmp_path, *flags, f"--images={tmp_path}/photos") == 0
+    drawn = read_image(tmp_path / "sheet.png")
+    assert not (drawn == (220, 60, 60)).all(-1).any()
+    (tmp_path / "photos/2.jpg").unlink()
+    capsys.readouterr()
+    assert command(tmp_path, *flags, f"--images={tmp_path}/photos") == 1
+    assert "photos holds no image '2'" in capsys.readouterr().err
+    for wrong, message in (
+        ("--worst=0", "--worst=0 is less than 1"),
+        ("--images=x", "--images is for --sheet, which is missing"),
+        ("--sheet=x.jpg", "--sheet=x.jpg must end in .png"),
+    ):
+        assert command(tmp_path, wrong) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_two_segments_of_a_class_are_parted_on_the_sheet():
+    segments = np.repeat([[1, 1, 2, 2, 3]], 4, 0)
+    classes = np.repeat([[7, 7, 7, 7, 5]], 4, 0)
+    assert parted(classes, segments).tolist() == [[7, 7, -1, 7, 5]] * 4
+    large = parted(
+        np.repeat(np.repeat(classes, 200, 0), 200, 1), np.repeat(np.repeat(segments, 200, 0), 200, 1)
+    )
+    assert large.shape == (205, 256) and (large == -1).sum() == 205
+
+
+def test_matches_are_those_that_the_tally_counts():
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        predicted, true = (rng.integers(0, 5, (3, 4)).repeat(3, 0).repeat(3, 1) for _ in range(2))
+        predicted = np.where(rng.random((9, 12)) < 0.8, true, predicted)
+        classes = [rng.integers(0, 2, 4) for _ in range(2)]
+        crowd = rng.random(4) < 0.2
+        for rule in RULES:
+            args = (overlaps(predicted, true), *classes, crowd, 2, rule)
+            found = matches(*args)
+            expected = [classes[1][t - 1] for t in found[1]]
+            assert np.bincount(expected, minlength=2).tolist() == tally(*args).tp.tolist()
+            for p, t in zip(*found, strict=True):
+                inside, either = (predicted == p) & (true == t), (predicted == p) | (true == t)
+                either &= (true > 0) | (rule != "coco")
+                assert inside.sum() / either.sum() > 0.5 and classes[0][p - 1] == classes[1][t - 1]
