@@ -172,8 +172,11 @@ def image_names(source: Source) -> list[str]:
 
 def read_records(out: epath.Path) -> Iterator[Record]:
     """Yields all records and errors of a folder; a line that a killed process left incomplete is passed over."""
+    whole = {"image", "size", "tags", "captions", "regions", "stuff"}
     for path in sorted((out / RECORDS).glob("*.jsonl")):
-        yield from (record for record in Journal(path).records if isinstance(record.get("image"), str))
+        for record in Journal(path).records:
+            if record.keys() >= whole or record.keys() >= {"image", "error"}:
+                yield record
 
 
 def _deal(out: epath.Path, todo: Sequence[Any], size: int) -> list[int]:

@@ -94,7 +94,7 @@ class Annotator:
         for kind, listed in specs.items():
             for spec in listed:
                 key = repr(sorted(spec.items()))
-                if key not in made or ":" in str(spec["name"]):
+                if key not in made or getattr(type(made[key]), kind) is getattr(Plug, kind):
                     made[key] = make_plug(spec, kind)
                 self.plugs[kind].append((str(spec["name"]), made[key]))
 
@@ -125,7 +125,9 @@ class Annotator:
             _both(a, b) if self.rules.stuff_regions else a for a, b in zip(merged, backgrounds, strict=True)
         ]
         said = self._call("region_captions", pictures, regions)
-        masks = self._masks(pictures, merged)
+        # One image at a time, since five masks of each box may be gigabytes.
+        masked = [*zip(pictures, merged, strict=True)] if self.plugs["masks"] else []
+        masks = [self._masks(*pair) for pair in masked] or [((), ())] * len(pictures)
         for k, record in enumerate(records):
             record["tags"] = vote_tags([found[k] for found in tags], self.rules.tag_votes)
             record["captions"] = _by_plug([(name, found[k]) for name, found in captions])
@@ -170,25 +172,21 @@ class Annotator:
         kept = sure[nms(boxes.boxes[sure], boxes.scores[sure], self.rules.box_iou)]
         return Boxes(boxes.boxes[kept], [boxes.labels[k] for k in kept], boxes.scores[kept])
 
-    def _masks(self, pictures: Sequence[Picture], boxes: Sequence[Boxes]) -> list[tuple[Any, Any]]:
+    def _masks(self, picture: Picture, boxes: Boxes) -> tuple[Any, Any]:
         """Returns masks and stability; of several plugs, for each box the mask that is most stable."""
         shifts = [self.rules.shift * share for share in (-1.0, -0.5, 0.5, 1.0)]
-        moved = []
-        for picture, own in zip(pictures, boxes, strict=True):
-            others = jitter_boxes(own.boxes, shifts, picture.pixels.shape[:2]).reshape(-1, 4)
-            count = 1 + len(shifts)
-            moved.append(
-                Boxes(np.concatenate([own.boxes, others]), own.labels * count, np.tile(own.scores, count))
-            )
-        best: list[tuple[Any, Any]] = [([], []) for _ in pictures]
-        for _, found in self._call("masks", pictures, moved):
-            for k, masks in enumerate(found):
-                first, others = np.split(masks.reshape(1 + len(shifts), -1, *masks.shape[1:]), [1])
-                steady = stability(first[0], others)
-                before, known = best[k] if len(best[k][1]) else (first[0], np.full(len(steady), -1.0))
-                better = steady > known
-                best[k] = np.where(better[:, None, None], first[0], before), np.where(better, steady, known)
-        return best
+        size, count = picture.pixels.shape[:2], 1 + len(shifts)
+        others = jitter_boxes(boxes.boxes, shifts, size).reshape(-1, 4)
+        moved = Boxes(
+            np.concatenate([boxes.boxes, others]), boxes.labels * count, np.tile(boxes.scores, count)
+        )
+        best, known = np.zeros((len(boxes.labels), *size), bool), np.full(len(boxes.labels), -1.0)
+        for _, [found] in self._call("masks", [picture], [moved]) if boxes.labels else ():
+            masks = found.reshape(count, -1, *size)
+            steady = stability(masks[0], masks[1:])
+            better = steady > known
+            best[better], known[better] = masks[0][better], steady[better]
+        return best, known
 
     def _score(self, records: Sequence[Record], pictures: Sequence[Picture]) -> None:
         """Scores captions on images, and labels and captions of regions on their crops."""

@@ -15,6 +15,9 @@ from ovseg_jax.annotation.plug import Boxes, Picture, Stuff, make_plug, parse_pl
 from ovseg_jax.annotation.plugs import towers
 from ovseg_jax.configs.umg_clip import get_config
 from ovseg_jax.errors import UserError
+from ovseg_jax.models import vit
+from ovseg_jax.models.text_towers import SiglipText
+from ovseg_jax.pretrained.published import HALF
 from ovseg_jax.towers.clip import Clip
 from ovseg_jax.vocab.words import WordList
 from tests.annotation import tiny_models
@@ -242,7 +245,7 @@ def test_scores_and_tags_of_our_towers(monkeypatch):
     config.image.depth = 1
     clip = Clip(config, WordList(["dog", "red", "ball", "grass", "a"]))
     weights = clip.init(jax.random.key(0))
-    load = lambda model, tower, size, mesh: (clip.embed_image, clip.embed_phrases, weights, 64)
+    load = lambda model, tower, text, size, mesh: (clip.embed_image, clip.embed_phrases, weights, 64)
     monkeypatch.setattr(towers, "_load", load)
     made = make_plug(
         {"name": "towers", "classes": "dog; red ball; grass", "prompt": "a {}", "top": "2", "batch": 2},
@@ -262,6 +265,38 @@ def test_scores_and_tags_of_our_towers(monkeypatch):
         assert best == [names[k] for k in np.argsort(-(classes @ image))[:2]]
     with pytest.raises(UserError, match="needs classes="):
         make_plug({"name": "towers"}, "tags").tags(shown)
+
+
+def test_scores_of_siglip_are_those_of_hugging_face(monkeypatch, tmp_path):
+    torch, transformers = require("torch"), require("transformers")
+    one = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    text = dict(
+        one, vocab_size=60, max_position_embeddings=9, projection_size=32, bos_token_id=1, eos_token_id=1
+    )
+    config = transformers.SiglipConfig(
+        text_config=text, vision_config=dict(one, image_size=32, patch_size=16)
+    )
+    model = transformers.SiglipModel(config).eval()
+    model.save_pretrained(tmp_path)
+    sizes = dict(width=32, depth=1, heads=2, mlp_dim=64, patch=16, grid=(2, 2))
+    monkeypatch.setitem(vit.PRESETS, "tiny_siglip", vit.PRESETS["siglip_vitb16"] | sizes)
+    monkeypatch.setattr(towers, "pixels_of", lambda _: HALF)
+    tiny = SiglipText(vocab_size=60, width=32, layers=1, heads=2, length=9, embed_dim=32, mlp_dim=64)
+    monkeypatch.setattr(towers, "text_tower", lambda _: tiny)
+    ids = lambda texts: np.array([[len(text) % 50 + k for k in range(9)] for text in texts], np.int32)
+    monkeypatch.setattr(
+        towers, "load_tokenizer", lambda *_: lambda texts: (ids(texts), np.ones((len(texts), 9), bool))
+    )
+    made = make_plug(
+        {"name": "towers", "model": str(tmp_path), "tower": "tiny_siglip", "text": "tiny"}, "scores"
+    )
+    shown = [Picture(p.name, np.ascontiguousarray(p.pixels[:32, :32])) for p in pictures()]
+    said = ["a dog", "a red ball"]
+    found = plugs.call(made, "scores", shown, [said, said])
+    pixels = torch.from_numpy(np.stack([p.pixels for p in shown]) / 127.5 - 1).float().permute(0, 3, 1, 2)
+    with torch.no_grad():
+        out = model(input_ids=torch.from_numpy(ids(said)).long(), pixel_values=pixels)
+    np.testing.assert_allclose(found, (out.image_embeds @ out.text_embeds.T).numpy(), atol=1e-4)
 
 
 def test_every_plug_says_its_class_licence_and_memory():

@@ -40,6 +40,7 @@ class HuggingFace(Plug):
             import torch
 
             library = importlib.import_module("transformers")
+            library.logging.disable_progress_bar()
             own = getattr(library, self.model_class)
             processor = getattr(library, self.processor_class)
         except (ImportError, AttributeError) as error:

@@ -17,6 +17,8 @@ from PIL import Image
 from ovseg_jax.annotation.plug import Boxes, Picture
 from ovseg_jax.annotation.plugs.hugging_face import HuggingFace
 
+_AT_ONCE = 64  # masks that are resized together
+
 
 class Sam(HuggingFace):
     """The mask that SAM chooses for each box."""
@@ -36,7 +38,9 @@ class Sam(HuggingFace):
         inputs = self.inputs(images=[image], input_boxes=[boxes.boxes.tolist()])
         sizes = {key: inputs.pop(key) for key in ("original_sizes", "reshaped_input_sizes") if key in inputs}
         found = self.run(inputs, multimask_output=False).pred_masks.float().cpu()
-        return np.asarray(self._full_size(found, sizes)[0][:, 0])
+        # At the size of the image masks take much more memory than as the model makes them.
+        parts = [found[:, k : k + _AT_ONCE] for k in range(0, found.shape[1], _AT_ONCE)]
+        return np.concatenate([np.asarray(self._full_size(part, sizes)[0][:, 0]) for part in parts])
 
     def _full_size(self, masks: Any, sizes: dict[str, Any]) -> Any:
         """Resizes the masks of each image to its size, and cuts them at 0."""

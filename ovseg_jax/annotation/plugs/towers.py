@@ -1,16 +1,17 @@
 """Our own towers in JAX, CLIP's, EVA-CLIP's or those of a run: scores of texts (the paper's EVA-CLIP), and tags.
 
-eva02_clip_b16: 0.15 billion parameters, 0.6 GB in float32, MIT; clip_vitb16: the same, MIT. Images are spread over all
-devices of the process. SigLIP's text towers have no class here that embeds whole phrases, so they are no plug.
+eva02_clip_b16: 0.15 billion parameters, 0.6 GB in float32, MIT; clip_vitb16: the same, MIT; SigLIP's
+siglip_vitb16: 0.2 billion, 0.8 GB, Apache-2.0. Images are spread over all devices of the process.
 """
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Float
+from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -19,10 +20,16 @@ from ovseg_jax.annotation.plugs.hugging_face import class_names
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals.passes import each_batch
 from ovseg_jax.experiment.load import load_run
+from ovseg_jax.kernels.unit import unit
+from ovseg_jax.models import vit
+from ovseg_jax.models.text_towers import text_tower
 from ovseg_jax.parallel.sharding import make_mesh, on_host, replicated
-from ovseg_jax.pretrained.published import CLIP, weights_of
+from ovseg_jax.pretrained.hub import find
+from ovseg_jax.pretrained.load import load
+from ovseg_jax.pretrained.published import CLIP, pixels_of, weights_of
 from ovseg_jax.protocols import Classifier, only
 from ovseg_jax.towers.clip import Clip
+from ovseg_jax.vocab.tokenizers import load_tokenizer
 from ovseg_jax.vocab.words import WordList
 
 _TEXTS = 256  # embedded at once, so that few shapes are compiled
@@ -35,6 +42,7 @@ class Towers(Plug):
         self,
         model: str = "",
         tower: str = "eva02_clip_b16",
+        text: str = "",
         size: int = 224,
         classes: str = "",
         prompt: str = "a photo of a {}",
@@ -47,7 +55,8 @@ class Towers(Plug):
         Args:
           model: the folder of a run that classifies images, or weights of `tower`; by default its published ones.
           tower: the name of the towers of weights that are no run.
-          size: the side of their images.
+          text: the name of the text tower, if it is another one: "siglip_base" beside tower=siglip_vitb16, and `model`.
+          size: the side of their images; SigLIP's have their own.
           classes: for tags: a label file, one of the package, or "dog; grass".
           prompt: the template of a class.
           top: the most tags of an image.
@@ -58,7 +67,7 @@ class Towers(Plug):
           UserError: the towers cannot be loaded.
         """
         self.mesh = make_mesh(devices=jax.local_devices())
-        embed, phrases, weights, self.size = _load(model, tower, size, self.mesh)
+        embed, phrases, weights, self.size = _load(model, tower, text, size, self.mesh)
         self.batch, self.top, self.lowest = -(-batch // self.mesh.size) * self.mesh.size, top, lowest
         step = jax.jit(
             lambda weights, batch: embed(weights, batch["image"]), out_shardings=replicated(self.mesh)
@@ -114,12 +123,14 @@ class Towers(Plug):
         ]
 
 
-def _load(model: str, tower: str, size: int, mesh: Any) -> tuple[Any, Any, Any, int]:
+def _load(model: str, tower: str, text: str, size: int, mesh: Any) -> tuple[Any, Any, Any, int]:
     """Returns the functions that embed images and phrases, their weights on the mesh, and the side of images."""
     if model and (epath.Path(model) / "checkpoints").exists():
         run = load_run(model, mesh, kind=Classifier, key="model", lacking="does not classify images")
         phrases = lambda weights, texts: only(run.method.embed_phrases(weights, texts))
         return run.method.embed_image, phrases, run.variables, int(run.config.data.image_size)
+    if text:
+        return _siglip(model, tower, text, mesh)
     parts = dict(image=dict(name=tower), text=dict(name=tower), tokenizer="", image_size=size)
     config = ConfigDict(
         dict(parts, init=model or weights_of(tower), mean=CLIP.mean, std=CLIP.std, logit_scale=100.0)
@@ -127,3 +138,33 @@ def _load(model: str, tower: str, size: int, mesh: Any) -> tuple[Any, Any, Any, 
     clip = Clip(config, WordList([]))
     weights = jax.device_put(clip.pretrained(), replicated(mesh))
     return clip.embed_image, clip.embed_phrases, weights, size
+
+
+def _siglip(model: str, tower: str, text: str, mesh: Any) -> tuple[Any, Any, Any, int]:
+    """Does the same for a ViT with its own embedding and a text tower of another kind than CLIP's."""
+    if tower not in vit.PRESETS or not model:
+        raise UserError(
+            f"towers with text={text} need model=FOLDER, and tower= one of {', '.join(vit.PRESETS)}"
+        )
+    image, reader, (mean, std) = vit.ViT(**vit.PRESETS[tower]), text_tower(text), pixels_of(tower)
+    size = image.patch * image.grid[0]
+    blank = jnp.zeros((1, size, size, 3)), (jnp.zeros((1, 8), jnp.int32), jnp.ones((1, 8), bool))
+    shapes = (
+        jax.eval_shape(image.init, jax.random.key(0), blank[0]),
+        jax.eval_shape(reader.init, jax.random.key(0), *blank[1]),
+    )
+    weights = load(model, image, shapes[0], pixels=(mean, std)), load(model, reader, shapes[1])
+    tokenizer = load_tokenizer(find(model), reader.tokens)
+
+    def embed(weights: Any, pixels: UInt8[Array, "b s s 3"]) -> Float[Array, "b d"]:
+        x = (pixels.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
+        out: Any = image.apply(weights[0], x)
+        return unit(out.pooled)
+
+    @jax.jit
+    def read(weights: Any, ids: Int[Array, "n l"], valid: Bool[Array, "n l"]) -> Float[Array, "n d"]:
+        out: Any = reader.apply(weights[1], ids, valid)
+        return unit(out.pooled)
+
+    phrases = lambda weights, texts: read(weights, *map(jnp.asarray, tokenizer(texts)))
+    return embed, phrases, jax.device_put(weights, replicated(mesh)), size
