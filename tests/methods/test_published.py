@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ovseg_jax import predict
 from ovseg_jax.data.windows import Sliding
 from ovseg_jax.decisions.published import protocol
 from ovseg_jax.errors import UserError
@@ -440,3 +441,43 @@ def test_every_model_of_the_table_can_be_built():
                 or published._native(model.image or name) % 16 == 0
             )
             protocol(model.protocol)
+
+
+def test_the_command_segments_by_a_published_model(tmp_path, monkeypatch, capsys):
+    """As by a run: label maps, JSON, features, tiles; a request that makes no sense is one sentence."""
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    Tips(weights)
+    whole = published.dense_config
+
+    def small(*arguments):
+        config = whole(*arguments)
+        config.towers.image.update(Tips.image)
+        config.towers.text.update(Tips.text)
+        config.towers.image_size, config.data.image_size = 56, 84
+        return config
+
+    monkeypatch.setattr(published, "dense_config", small)
+    Image.fromarray(photograph(60, 90)).save(tmp_path / "photo.png")
+    flags = ["--model=tipsv2_b14", f"--weights={weights}", f"--images={tmp_path / 'photo.png'}"]
+    flags += ["--labels=a red ball; grass,lawn", f"--out={tmp_path / 'out'}"]
+    assert predict.main([*flags, "--features"]) == 0
+    labels = np.asarray(Image.open(tmp_path / "out" / "photo.labels.png"))
+    assert labels.shape == (60, 90) and labels.min() >= 1
+    with np.load(tmp_path / "out" / "photo.features.npz") as features:
+        assert features["pixels"].shape[-1] == W
+    assert predict.main([*flags[:-1], f"--out={tmp_path / 'tiles'}", "--tile=50"]) == 0
+    record = json.loads((tmp_path / "tiles" / "photo.json").read_text())
+    assert record["segments"]
+    for wrong, message in (
+        (flags[1:], "give either --checkpoint, a run, or --model"),
+        (["--checkpoint=x", *flags[1:]], "--weights needs --model"),
+        ([*flags, "--proposals=x"], "--proposals needs --checkpoint"),
+        (["--model=tipsv3", *flags[1:]], "the model 'tipsv3' is not one of"),
+    ):
+        capsys.readouterr()
+        assert predict.main(wrong) == 1
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        predict.parser().parse_args(["--model=list"])
+    assert "tipsv2_l14" in capsys.readouterr().out

@@ -7,7 +7,7 @@ import pytest
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.efficientnet import EfficientNet
-from ovseg_jax.models.efficientnet_scaling import SCALING
+from ovseg_jax.models.efficientnet_scaling import LITE, SCALING
 from ovseg_jax.models.resnet import STAGES, ResNet
 from ovseg_jax.pretrained.efficientnet import from_hf_efficientnet, from_timm_efficientnet
 from ovseg_jax.pretrained.rename import fit, rename
@@ -63,6 +63,15 @@ def test_names_of_every_efficientnet_of_timm(name):
     with torch.device("meta"):
         original = timm.create_model(f"tf_{name}", pretrained=False)
     load_names(EfficientNet(width, depth), original, from_timm_efficientnet(depth))
+
+
+@pytest.mark.parametrize("name", LITE)
+def test_names_of_every_lite_of_timm(name):
+    timm, torch = require("timm"), require("torch")
+    width, depth = LITE[name]
+    with torch.device("meta"):
+        original = timm.create_model(f"tf_{name}", pretrained=False)
+    load_names(EfficientNet(width, depth, lite=True), original, from_timm_efficientnet(depth, lite=True))
 
 
 @pytest.mark.parametrize("name", STAGES)

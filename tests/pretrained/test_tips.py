@@ -14,6 +14,7 @@ from ovseg_jax.pretrained.files import write_safetensors
 from ovseg_jax.pretrained.load import load
 from tests import reference
 from tests.extras import require
+from tests.methods.test_openseg import batch, make
 
 WIDTH, DEPTH, HEADS, PATCH = 32, 3, 2, 14
 # The published table of positions, a larger image, and one that is not square.
@@ -236,6 +237,27 @@ def test_tips_features_equal_hugging_face(form, swiglu, tmp_path):
         error = reference.relative_error(found.pooled, want.pooler_output.numpy())
         print(f"TIPSv2 {form} texts of {length}: {error:.1e}")
         assert error < 1e-4
+
+
+def test_openseg_trains_on_a_tips_tower(tmp_path):
+    """In patches of 8 pixels, to which the published kernel is resized; a step changes the tower itself."""
+    require("torch")
+    save(original(), "joint", tmp_path, False)
+    fields = PRESETS["tipsv2_b14"] | dict(
+        patch=8, width=WIDTH, depth=DEPTH, heads=HEADS, mlp_dim=48, grid=(4, 4)
+    )
+    method = make(backbone=dict(fields, name="vit", init=str(tmp_path)))
+    tower = lambda params: params["image"]["backbone"]["tower"]
+    variables, found = jax.device_get(method.init(jax.random.key(0))), method.pretrained()["params"]
+    params = variables["params"]
+    params["image"]["backbone"]["tower"] = tower(found)
+    run = lambda params, data: method.loss({**variables, "params": params}, data, jax.random.key(1))[0]
+    step = jax.jit(jax.value_and_grad(run))
+    loss, grads = step(params, batch())
+    moved = jax.tree.map(np.any, tower(grads))
+    assert moved["embedding"]["kernel"] and moved["Transformer"]["encoderblock_0"]["LayerNorm_0"]["scale"]
+    after, _ = step(jax.tree.map(lambda p, g: p - 1e-3 * g, params, grads), batch())
+    assert after < loss
 
 
 def test_a_tips_of_another_activation_or_shape_is_refused(tmp_path):
