@@ -216,17 +216,26 @@ class Tips(Clip):
         return self.model.text_model(ids, attention_mask=valid).pooler_output
 
 
+class TipsJax(Tips):
+    """The same as the published JAX files, whose GELU is the approximation."""
+
+    def __init__(self, folder):
+        self.model = tips.original(length=64, jax_code=True)
+        tips.save(self.model, "jax", folder, False)
+        pretrained_tokens(folder, False)
+
+
 def first(x):
     return x[0] if isinstance(x, tuple) else x
 
 
-KINDS = {kind.name: kind for kind in (Clip, OpenClip, Siglip, Tips)}
+KINDS = {kind.name: kind for kind in (Clip, OpenClip, Siglip, Tips)} | {"tipsv2 jax": TipsJax}
 
 
 def made(name, folder, features="value"):
     """The reference, and our method with the weights in the folder."""
     kind = KINDS[name](folder)
-    config = published.dense_config(name, str(folder), features=features)
+    config = published.dense_config(kind.name, str(folder), features=features)
     config.towers.image.update(kind.image)
     config.towers.text.update(kind.text)
     config.towers.image_size = 4 * kind.patch
@@ -277,6 +286,7 @@ def vectors(text):
         ("openclip_vitb16", "clearclip"),
         ("siglip2_b16", "value"),
         ("tipsv2_b14", "value"),
+        ("tipsv2 jax", "value"),
     ],
 )
 def test_dense_features_and_texts_equal_the_published_models(name, features, tmp_path):
@@ -300,7 +310,7 @@ def test_dense_features_and_texts_equal_the_published_models(name, features, tmp
     assert error < 1e-4
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "tipsv2 jax"])
 def test_a_whole_photograph_is_labelled_as_by_pytorch(name, tmp_path):
     """Of an image that is not square: what the canvas has beside it changes nothing."""
     torch = require("torch")

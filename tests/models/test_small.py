@@ -121,7 +121,7 @@ def test_build_by_name():
     assert resnet == ResNet(stage_sizes=(3, 4, 23, 3), norm="frozen", dtype=jnp.bfloat16)
     b7 = build_backbone({"name": "efficientnet_b7", "remat": "all"})
     assert b7 == EfficientNet(width=2.0, depth=3.1, remat="all")
-    efficientnets = {f"efficientnet_b{i}" for i in range(8)}
+    efficientnets = {f"efficientnet_b{i}" for i in range(9)} | {f"efficientnet_lite{i}" for i in range(5)}
     clip = {f"clip_{name}" for name in ("rn50", "rn101", "rn50x4", "rn50x16", "rn50x64")}
     swin = {f"swin_{name}" for name in ("tiny", "small", "base", "base_384", "large", "large_384")}
     towers = {"vit", *vit.PRESETS, *eva.PRESETS, *convnext.PRESETS}

@@ -41,11 +41,52 @@ def test_values_and_embedding_equal_timms(kind):
     variables = fit(rename(state(original(kind)), from_timm_eva(HEADS)), shapes(plain))
     out = jax.jit(plain.clone(last="value").apply)(variables, x)
     ours = project(variables["params"], out.tokens).reshape(2, 16, -1)
-    assert reference.relative_error(ours, patches) < 1e-4
+    error = reference.relative_error(ours, patches)
+    print(f"EVA {kind} value {error:.1e}")
+    assert error < 1e-4
     assert reference.relative_error(out.pooled, pooled) < 1e-4
     expected = jax.jit(plain.apply)(variables, x)
     assert reference.relative_error(out.pooled, expected.pooled) < 1e-5
     assert reference.relative_error(out.tokens, expected.tokens) > 1e-2
+
+
+def other_of_timm(kind, x, way, monkeypatch):
+    """timm's patches through its head, where the last block attends as in SCLIP or ClearCLIP."""
+    torch, model = require("torch"), original(kind)
+    last, functional = model.blocks[-1], torch.nn.functional
+
+    def itself(q, k, v, **_):
+        soft = lambda a: torch.softmax(a @ a.transpose(-1, -2) * a.shape[-1] ** -0.5, -1) @ v
+        return soft(q) + soft(k) if way == "sclip" else soft(q)
+
+    whole = type(last).forward
+
+    def forward(y, rope=None, **_):
+        with monkeypatch.context() as inside:
+            inside.setattr(functional, "scaled_dot_product_attention", itself)
+            return whole(last, y, rope=rope) if way == "sclip" else last.attn(last.norm1(y), rope=rope)
+
+    last.forward = forward
+    try:
+        with torch.no_grad():
+            return model.head(model.forward_features(reference.torch_images(x)))[:, 1:].numpy()
+    finally:
+        del last.forward
+
+
+@pytest.mark.parametrize("way", ["sclip", "clearclip"])
+@pytest.mark.parametrize("kind", ["eva02", "g14"])
+def test_sclip_and_clearclip_equal_timms(kind, way, monkeypatch):
+    x = images(2, 32, 32)
+    patches, (pooled, _) = other_of_timm(kind, x, way, monkeypatch), of_timm(kind, x)
+    plain = Eva(**TINY, **KINDS[kind][0])
+    variables = fit(rename(state(original(kind)), from_timm_eva(HEADS)), shapes(plain))
+    out = jax.jit(plain.clone(last=way).apply)(variables, x)
+    ours = project(variables["params"], out.tokens).reshape(2, 16, -1)
+    error = reference.relative_error(ours, patches)
+    print(f"EVA {kind} {way} {error:.1e}")
+    assert error < 1e-4
+    assert reference.relative_error(out.pooled, pooled) < 1e-4
 
 
 VIT = ViT(patch=8, width=16, depth=2, heads=2, mlp_dim=24, grid=(4, 4), embed_dim=6)

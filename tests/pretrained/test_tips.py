@@ -29,8 +29,8 @@ def image_tower(swiglu, **fields):
     return ViT(**options | fields)
 
 
-def original(swiglu=False, length=11):
-    """A small Tipsv2Model in which each parameter matters."""
+def original(swiglu=False, length=11, jax_code=False):
+    """A small Tipsv2Model in which each parameter matters; `jax_code` has the GELU and epsilon of the JAX code."""
     torch, transformers = require("torch"), require("transformers")
     vision = dict(
         hidden_size=WIDTH,
@@ -40,6 +40,7 @@ def original(swiglu=False, length=11):
         patch_size=PATCH,
         mlp_ratio=2.25 if swiglu else 1.5,  # SwiGLU's hidden width is two thirds of this, 48
         use_swiglu_ffn=swiglu,
+        hidden_act="gelu_pytorch_tanh" if jax_code else "gelu",
     )
     text = dict(
         vocab_size=60,
@@ -48,6 +49,7 @@ def original(swiglu=False, length=11):
         num_hidden_layers=2,
         num_attention_heads=HEADS,
         max_position_embeddings=length,
+        layer_norm_eps=1e-6 if jax_code else 1e-5,
     )
     model = transformers.Tipsv2Model(transformers.Tipsv2Config(vision_config=vision, text_config=text))
     generator = torch.Generator().manual_seed(0)
