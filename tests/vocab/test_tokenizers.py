@@ -264,6 +264,52 @@ def test_siglip2_from_tokenizer_json(siglip2, tmp_path):
     assert differing(texts, ours(texts)[0], expected(texts)[0]) == []
 
 
+@pytest.fixture(scope="module")
+def tips(tmp_path_factory):
+    """Ids and options as those of transformers' Tipsv2Tokenizer: padding, unknown, no end."""
+    folder = tmp_path_factory.mktemp("tips") / "model"
+    return train_sentencepiece(
+        folder, model_type="bpe", unk_id=1, bos_id=-1, eos_id=-1, byte_fallback=True, vocab_size=800
+    )
+
+
+def test_tips(tips):
+    """As google-deepmind/tips: lower case, no start and no end, cut at 64; padding is 0."""
+    sentencepiece = require("sentencepiece")
+    ours = load_tokenizer(tips)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tips / "spiece.model"))
+    texts = [*captions(200), "A Dog, BIG.", "word " * 200]
+    ids, valid = ours(texts)
+    assert ours.length == 64 and ours.vocab_size == 800 and ours.end is None
+    for text, row, n in zip(texts, ids, valid.sum(1), strict=True):
+        assert list(row[:n]) == model.encode(text.lower())[:64] and (row[n:] == 0).all()
+    assert valid[-1].all()
+    # A vocabulary with an end has the same rows, if it is said to be TIPS's.
+    same = load_tokenizer(tips, "tips")
+    np.testing.assert_array_equal(same(texts)[0], ids)
+
+
+def test_tips_from_tokenizer_json(tips, tmp_path):
+    transformers, sentencepiece = require("transformers"), require("sentencepiece")
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tips / "spiece.model"))
+    vocab = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
+    merges = [
+        (piece[:i], piece[i:])
+        for piece in vocab
+        if not piece.startswith("<")
+        for i in range(1, len(piece))
+        if piece[:i] in vocab and piece[i:] in vocab
+    ]
+    published = transformers.Tipsv2Tokenizer(vocab=vocab, merges=merges)
+    published.save_pretrained(tmp_path)
+    ours = load_tokenizer(tmp_path, "tips")
+    texts = [*captions(300), "A Dog, BIG.", "word " * 200]
+    expected = published(texts, padding="max_length", truncation=True, max_length=64)
+    ids, valid = ours(texts)
+    assert differing(texts, ids, expected["input_ids"]) == []
+    np.testing.assert_array_equal(valid, np.asarray(expected["attention_mask"], bool))
+
+
 def test_siglip_from_tokenizer_json(siglip, tmp_path):
     transformers = require("transformers")
     fast = transformers.T5Tokenizer.from_pretrained(str(siglip), extra_ids=0)
