@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ovseg_jax import annotate as command
 from ovseg_jax.annotation import plug as plugs
 from ovseg_jax.annotation.plug import Boxes, Picture, Stuff, make_plug, parse_plug
 from ovseg_jax.annotation.plugs import towers
 from ovseg_jax.configs.umg_clip import get_config
+from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.errors import UserError
 from ovseg_jax.models import vit
 from ovseg_jax.models.text_towers import SiglipText
@@ -297,6 +299,47 @@ def test_scores_of_siglip_are_those_of_hugging_face(monkeypatch, tmp_path):
     with torch.no_grad():
         out = model(input_ids=torch.from_numpy(ids(said)).long(), pixel_values=pixels)
     np.testing.assert_allclose(found, (out.image_embeds @ out.text_embeds.T).numpy(), atol=1e-4)
+
+
+def test_the_command_runs_families_together(tmp_path, capsys):
+    """Two detectors, and one model for captions of images and regions, from images to the files of all formats."""
+    torch = require("torch")
+    require("torchvision")
+    torch.manual_seed(1)
+    folder = {
+        name: tiny_models.FAMILIES[name](tmp_path / name)
+        for name in ("blip2", "rt_detr", "owlv2", "sam2", "mask2former")
+    }
+    (tmp_path / "photos").mkdir()
+    for picture in pictures():
+        Image.fromarray(picture.pixels).save(tmp_path / "photos" / f"{picture.name}.png")
+    said = f"blip2,model={folder['blip2']},longest=4,prompts=a photo of;this is"
+    given = [
+        f"--images={tmp_path / 'photos'}",
+        f"--out={tmp_path / 'out'}",
+        f"--captions={said}",
+        f"--region_captions={said}",
+        f"--boxes=rt_detr,model={folder['rt_detr']},threshold=0.0",
+        f"--boxes=owlv2,model={folder['owlv2']},labels=sky; ball",
+        f"--masks=sam2,model={folder['sam2']}",
+        f"--stuff=mask2former,model={folder['mask2former']},threshold=0.1,things=1",
+        "--box_score=0",
+        "--stability=0",
+    ]
+    assert command.main(given) == 0
+    assert "2 images annotated, 0 before, 0 failed" in capsys.readouterr().out
+    source = make_source(dict(name="folder", data_dir=str(tmp_path / "out")))
+    told = make_source(
+        dict(
+            name="region_json",
+            data_dir=str(tmp_path / "out/regions"),
+            images=str(tmp_path / "out/images"),
+            paths=dict(tags=""),
+        )
+    )
+    assert [source[k]["image_id"] for k in range(2)] == ["tall", "wide"] and "grass" in source.classes.index
+    assert all(len(told[k]["boxes"]) and any(told[k]["region_captions"]) for k in range(2))
+    assert all(source[k]["segments"].any() for k in range(2))
 
 
 def test_every_plug_says_its_class_licence_and_memory():
