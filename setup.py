@@ -36,6 +36,8 @@ EXTRAS = {
     "fast": ["kornia_rs>=0.2"],
     # Video files for `predict`.
     "video": ["av>=14"],
+    # The page of `python -m ovseg_jax.demo`; it brings an older Pillow.
+    "demo": ["gradio>=6.31"],
     "spacy": ["spacy"],
     "nltk": ["nltk"],
     "test": [

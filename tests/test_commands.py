@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 ROOT = Path(__file__).parents[1]
-ARGPARSE = ("predict", "score", "prompts", "pseudo_label", "export", "prepare", "report", "annotate")
+ARGPARSE = ("predict", "score", "prompts", "pseudo_label", "export", "prepare", "report", "annotate", "demo")
 ABSL = ("main", "plan")
 KINDS = {"score"}  # the commands whose first word is a kind of theirs
 CONFIGS = sorted(

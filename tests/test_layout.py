@@ -14,7 +14,7 @@ PACKAGE = ROOT / "ovseg_jax"
 # From the ground up: a room may import those before it. `data/sources` and `data/scenes` are parts of `data`.
 ROOMS = (
     "errors reading files config vocab data datasets parallel kernels losses protocols models pretrained towers torch "
-    "cli viz decisions methods evals train experiment inference scoring costs annotation configs"
+    "cli viz decisions methods evals train experiment inference scoring costs annotation page configs"
 ).split()
 COMMANDS = len(ROOMS)  # What lies beside the rooms: the commands, and the package's own __init__.
 

@@ -356,7 +356,7 @@ class Segmenter:
                     np.array([fitted], np.int32),
                     np.array([size], np.int32),
                     np.ones((1, 1, len(owner)), bool),
-                    canvas=self._canvas_of(fitted),
+                    canvas=self.canvas_of(fitted),
                     shape=shape,
                     decision=chosen,
                 )
@@ -472,7 +472,7 @@ class Segmenter:
             fitted[: len(batch.sizes)], sizes[: len(batch.sizes)] = batch.fitted, batch.sizes
             views = np.ones((rows, 1, len(vocabulary.owner)), bool)
             own = jax.device_put((fitted, sizes, views), self._mesh and batch_sharding(self._mesh))
-            canvas = self._canvas_of(batch.fitted[0])
+            canvas = self.canvas_of(batch.fitted[0])
             decided = self._decide_all(
                 batch.prediction, *asked, *own, canvas=canvas, shape=shape, decision=chosen
             )
@@ -520,7 +520,7 @@ class Segmenter:
         """The side of the model's square input in pixels."""
         return int(self.config.data.image_size)
 
-    def _canvas_of(self, fitted: tuple[int, int]) -> int | tuple[int, int]:
+    def canvas_of(self, fitted: tuple[int, int]) -> int | tuple[int, int]:
         """Returns the side of the canvas of an image that has this size on it, or height and width of a canvas."""
         return self.method.whole.canvas(fitted) if self.method.whole else self.canvas
 
