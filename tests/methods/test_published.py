@@ -1,6 +1,7 @@
 """Published towers as segmenters, with random weights in the published files, against PyTorch put together again."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -232,9 +233,20 @@ def first(x):
 KINDS = {kind.name: kind for kind in (Clip, OpenClip, Siglip, Tips)} | {"tipsv2 jax": TipsJax}
 
 
-def made(name, folder, features="value"):
+_SAVED: dict[str, Any] = {}
+
+
+def saved(name):
+    """The reference and the folder with its files, made once for all tests."""
+    if name not in _SAVED:
+        keep = tempfile.TemporaryDirectory()
+        _SAVED[name] = KINDS[name](Path(keep.name)), keep
+    return _SAVED[name][0], Path(_SAVED[name][1].name)
+
+
+def made(name, features="value"):
     """The reference, and our method with the weights in the folder."""
-    kind = KINDS[name](folder)
+    kind, folder = saved(name)
     config = published.dense_config(kind.name, str(folder), features=features)
     config.towers.image.update(kind.image)
     config.towers.text.update(kind.text)
@@ -289,9 +301,9 @@ def vectors(text):
         ("tipsv2 jax", "value"),
     ],
 )
-def test_dense_features_and_texts_equal_the_published_models(name, features, tmp_path):
+def test_dense_features_equal_the_published_models(name, features):
     torch = require("torch")
-    kind, method, variables = made(name, tmp_path, features)
+    kind, method, variables = made(name, features)
     rng = np.random.default_rng(0)
     predict = jax.jit(method.predict)
     for size in SIZES:
@@ -303,6 +315,11 @@ def test_dense_features_and_texts_equal_the_published_models(name, features, tmp
         error = reference.relative_error(found, want.reshape(found.shape))
         print(f"{name} {features} {size}: {error:.1e}")
         assert error < 1e-4
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_texts_equal_the_published_models(name):
+    kind, method, variables = made(name)
     error = reference.relative_error(
         method.embed_text(variables, NAMES)[SPACE], text_features(kind, method).numpy()
     )
@@ -311,10 +328,10 @@ def test_dense_features_and_texts_equal_the_published_models(name, features, tmp
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "tipsv2 jax"])
-def test_a_whole_photograph_is_labelled_as_by_pytorch(name, tmp_path):
+def test_a_whole_photograph_is_labelled_as_by_pytorch(name):
     """Of an image that is not square: what the canvas has beside it changes nothing."""
     torch = require("torch")
-    kind, method, variables = made(name, tmp_path)
+    kind, method, variables = made(name)
     canvas = 6 * kind.patch
     method.config.data.image_size = canvas
     segmenter = Segmenter(method, variables, method.config)
@@ -370,10 +387,10 @@ def cut_out(kind, method, image, canvas):
 @pytest.mark.parametrize(
     ("name", "by"), [("tipsv2_b14", "tipsv2"), ("clip_vitb16", "sclip"), ("clip_vitb16", "clearclip")]
 )
-def test_windows_are_those_of_the_published_code(name, by, tmp_path):
+def test_windows_are_those_of_the_published_code(name, by):
     """google-deepmind/tips, pytorch/TIPS_zeroshot_segmentation.ipynb; wangf3014/SCLIP and mc-lan/ClearCLIP."""
     torch = require("torch")
-    kind, method, variables = made(name, tmp_path, "value" if by == "tipsv2" else by)
+    kind, method, variables = made(name, "value" if by == "tipsv2" else by)
     rules = protocol(by)
     side, stride, short = rules["image_size"], rules["windows"]["stride"], rules["windows"]["short"]
     method.config.data.image_size = side
@@ -455,9 +472,7 @@ def test_every_model_of_the_table_can_be_built():
 
 def test_the_command_segments_by_a_published_model(tmp_path, monkeypatch, capsys):
     """As by a run: label maps, JSON, features, tiles; a request that makes no sense is one sentence."""
-    weights = tmp_path / "weights"
-    weights.mkdir()
-    Tips(weights)
+    weights = saved("tipsv2_b14")[1]
     whole = published.dense_config
 
     def small(*arguments):
