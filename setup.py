@@ -42,6 +42,7 @@ EXTRAS = {
     "nltk": ["nltk"],
     "test": [
         "beartype>=0.21",
+        "h5py",
         "kornia_rs>=0.2",
         "mypy>=1.15",
         "pytest>=8",

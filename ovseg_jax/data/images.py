@@ -12,7 +12,7 @@ import re
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -235,8 +235,7 @@ def read_wide_mask(
 ) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"] | Int32[np.ndarray, "h w"]:
     """Reads a mask like `read_mask`, but one of 32 bits with all its values, as int32, and PNGs faster.
 
-    Without the extra "fast", and for 16 bits, it starts threads of TensorStore, so that a process that has called it
-    must not be forked.
+    Without the extra "fast" it starts threads of TensorStore, so that a process that has called it must not be forked.
 
     Raises:
       UserError: see `read_mask`.
@@ -257,12 +256,14 @@ def _decode_png(data: bytes) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h
     if plain is None:
         return None
     head, rest, size = plain
-    depth = head[8]
-    # Palette indices look like grey values of 8 bits, and 16 bits like grey of 8 bits with alpha.
-    head = b"IHDR" + head[:8] + bytes((8, 4 if depth == 16 else 0)) + head[10:]
+    depth, fast = head[8], _fast_decoder()
+    # Palette indices look like grey values of 8 bits, and to TensorStore 16 bits like grey of 8 bits with alpha.
+    bits, kind = (head[8], 0) if fast else (8, 4 if depth == 16 else 0)
+    head = b"IHDR" + head[:8] + bytes((bits, kind)) + head[10:]
     data = b"".join((_PNG, b"\0\0\0\r", head, zlib.crc32(head).to_bytes(4, "big"), *rest))
-    if depth == 8 and (decode := _fast_decoder()) is not None:
+    if fast:
         try:
+            decode = fast.decode_image_png_u16 if depth == 16 else fast.decode_image_png_u8
             return decode(data, size, "mono")[..., 0]
         except Exception:  # its errors have no class of their own
             return None
@@ -355,25 +356,25 @@ def _decode_colours(data: bytes) -> UInt8[np.ndarray, "h w 3"] | None:
     Returns:
       The colours; None without the extra "fast", for another form, and where it fails, for which Pillow has a reason.
     """
-    decode = _fast_decoder()
-    plain = _plain_png(data, ((8, 2),)) if decode else None
-    if decode is None or plain is None:
+    fast = _fast_decoder()
+    plain = _plain_png(data, ((8, 2),)) if fast else None
+    if plain is None:
         return None
     _, rest, size = plain
     try:
-        return decode(b"".join((data[:33], *rest)), size, "rgb")
+        return fast.decode_image_png_u8(b"".join((data[:33], *rest)), size, "rgb")
     except Exception:  # its errors have no class of their own
         return None
 
 
 @functools.cache
-def _fast_decoder() -> Callable[..., np.ndarray] | None:
-    """Returns the PNG decoder of the extra "fast", or None."""
+def _fast_decoder() -> Any:
+    """Returns the module of the extra "fast" that decodes PNGs, or None."""
     try:
-        from kornia_rs.io import decode_image_png_u8
+        import kornia_rs.io
     except ImportError:
         return None
-    return decode_image_png_u8
+    return kornia_rs.io
 
 
 def save_mask(

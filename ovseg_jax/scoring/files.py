@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ T = TypeVar("T")
 S = TypeVar("S")
 
 _CHUNK = 16  # items that a worker takes at once
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _FEW = 64  # items for which starting workers takes longer than the work
 
 
@@ -309,6 +311,18 @@ def _start_worker(function: Callable[[Any], Any], items: Sequence[Any]) -> None:
     _WORK = function, items
     # Ctrl-C reaches all processes; the parent ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _keep_memory()
+
+
+def _keep_memory() -> None:
+    """Lets glibc keep freed memory for the next picture.
+
+    It would return large arrays to the system, which then clears each page anew: a third of the time of a picture.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for option, size in ((_MMAP_THRESHOLD, 1 << 25), (_TRIM_THRESHOLD, 1 << 28)):
+            mallopt(option, size)
 
 
 def _call(index: int) -> Any:

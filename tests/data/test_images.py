@@ -171,6 +171,11 @@ def test_the_fast_decoder_reads_the_same(tmp_path):
             found = images._decode_png((tmp_path / "m.png").read_bytes())
             assert found.dtype == np.uint8
             np.testing.assert_array_equal(found, np.asarray(image))
+        wide = pixels[..., 0].astype(np.uint16) * 257 + pixels[..., 1]
+        Image.fromarray(wide).save(tmp_path / "w.png")
+        found = images._decode_png((tmp_path / "w.png").read_bytes())
+        assert found.dtype == np.uint16
+        np.testing.assert_array_equal(found, wide)
 
 
 @pytest.mark.parametrize("fast", [False, True])
