@@ -179,8 +179,10 @@ def dense_config(name: str, weights: str = "", tokenizer: str = "", features: st
         text["epsilon"] = 1e-6
         if name != "tipsv2_g14":
             image["activation"] = "gelu_tanh"
-    if image["name"].startswith("siglip"):
-        image["resize"] = "bicubic"  # of positions, as in transformers; big_vision's is bilinear
+    # Positions are resized as where the weights are: in transformers and in open_clip.
+    for prefix, resize in (("siglip", "bicubic"), ("openclip", "antialias")):
+        if image["name"].startswith(prefix):
+            image["resize"] = resize
     pixels = stated_pixels(folder) or pixels_of(image["name"])
     return ConfigDict(
         dict(

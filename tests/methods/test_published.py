@@ -128,7 +128,7 @@ class OpenClip(Clip):
     """open_clip's CLIP."""
 
     name = "openclip_vitb16"
-    image: ClassVar[dict[str, Any]] = Clip.image | dict(embed_dim=24, resize="antialias")
+    image: ClassVar[dict[str, Any]] = Clip.image | dict(embed_dim=24)
     text: ClassVar[dict[str, Any]] = Clip.text | dict(embed_dim=24)
 
     def __init__(self, folder):

@@ -14,14 +14,21 @@ from ovseg_jax.pretrained.rename import fit, rename
 from ovseg_jax.pretrained.to_torch import describe
 from tests import reference
 from tests.extras import require
-from tests.models.test_eva import HEADS, KINDS, TINY, images, original, shapes, state
+from tests.models.test_eva import HEADS, KINDS, PATCH, TINY, at_size, images, original, shapes, state
+
+SIZES = [(32, 32), (24, 56), (72, 48)]
+
+
+def sized(kind, x):
+    size = x.shape[1:3]
+    return original(kind) if size == (32, 32) else at_size(original(kind), *size)
 
 
 def of_timm(kind, x):
     """timm's embedding and patches through its head, where patches attend to themselves alone in the last block."""
-    torch = require("torch")
-    model, last = original(kind), original(kind).blocks[-1]
-    own = torch.eye(17, dtype=torch.bool)
+    torch, model = require("torch"), sized(kind, x)
+    last, count = model.blocks[-1], 1 + x.shape[1] * x.shape[2] // PATCH**2
+    own = torch.eye(count, dtype=torch.bool)
     own[0] = True
     whole = type(last).forward
     last.forward = lambda y, rope=None, attn_mask=None, **_: whole(last, y, rope=rope, attn_mask=own)
@@ -33,16 +40,18 @@ def of_timm(kind, x):
         del last.forward
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_values_and_embedding_equal_timms(kind):
-    x = images(2, 32, 32)
+@pytest.mark.parametrize(
+    ("kind", "size"), [(kind, SIZES[0]) for kind in KINDS] + [("eva02", size) for size in SIZES[1:]]
+)
+def test_values_and_embedding_equal_timms(kind, size):
+    x = images(2, *size)
     pooled, patches = of_timm(kind, x)
     plain = Eva(**TINY, **KINDS[kind][0])
     variables = fit(rename(state(original(kind)), from_timm_eva(HEADS)), shapes(plain))
     out = jax.jit(plain.clone(last="value").apply)(variables, x)
-    ours = project(variables["params"], out.tokens).reshape(2, 16, -1)
+    ours = project(variables["params"], out.tokens).reshape(patches.shape)
     error = reference.relative_error(ours, patches)
-    print(f"EVA {kind} value {error:.1e}")
+    print(f"EVA {kind} {size} value {error:.1e}")
     assert error < 1e-4
     assert reference.relative_error(out.pooled, pooled) < 1e-4
     expected = jax.jit(plain.apply)(variables, x)
@@ -52,7 +61,7 @@ def test_values_and_embedding_equal_timms(kind):
 
 def other_of_timm(kind, x, way, monkeypatch):
     """timm's patches through its head, where the last block attends as in SCLIP or ClearCLIP."""
-    torch, model = require("torch"), original(kind)
+    torch, model = require("torch"), sized(kind, x)
     last, functional = model.blocks[-1], torch.nn.functional
 
     def itself(q, k, v, **_):
@@ -75,16 +84,16 @@ def other_of_timm(kind, x, way, monkeypatch):
 
 
 @pytest.mark.parametrize("way", ["sclip", "clearclip"])
-@pytest.mark.parametrize("kind", ["eva02", "g14"])
-def test_sclip_and_clearclip_equal_timms(kind, way, monkeypatch):
-    x = images(2, 32, 32)
+@pytest.mark.parametrize(("kind", "size"), [("g14", SIZES[0]), *(("eva02", size) for size in SIZES)])
+def test_sclip_and_clearclip_equal_timms(kind, size, way, monkeypatch):
+    x = images(2, *size)
     patches, (pooled, _) = other_of_timm(kind, x, way, monkeypatch), of_timm(kind, x)
     plain = Eva(**TINY, **KINDS[kind][0])
     variables = fit(rename(state(original(kind)), from_timm_eva(HEADS)), shapes(plain))
     out = jax.jit(plain.clone(last=way).apply)(variables, x)
-    ours = project(variables["params"], out.tokens).reshape(2, 16, -1)
+    ours = project(variables["params"], out.tokens).reshape(patches.shape)
     error = reference.relative_error(ours, patches)
-    print(f"EVA {kind} {way} {error:.1e}")
+    print(f"EVA {kind} {size} {way} {error:.1e}")
     assert error < 1e-4
     assert reference.relative_error(out.pooled, pooled) < 1e-4
 
