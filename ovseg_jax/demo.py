@@ -45,7 +45,10 @@ def parser() -> Parser:
     )
     add("--weights", metavar="PATH", help="with --model: the folder or file of its weights")
     add(
-        "--words", metavar="FILE", help="the label file that a click chooses from (default: all shipped ones)"
+        "--words",
+        metavar="FILE",
+        help="the label file whose names a click chooses from (default: all shipped ones); they are embedded at the "
+        "first click, which takes a large text tower minutes on a CPU",
     )
     add("--images", metavar="FOLDER", help="pictures to pick (default: drawn ones, of the embedded scenes)")
     add("--port", type=int, default=7860, metavar="N", help="the port of the page (default %(default)s)")

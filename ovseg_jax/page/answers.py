@@ -48,7 +48,7 @@ def read_picture(path: epath.PathLike) -> tuple[UInt8[np.ndarray, "h w 3"], str]
     path = epath.Path(path)
     if (size := path.stat().length) > MAX_BYTES:
         raise UserError(
-            f"{path.name} has {size / 1e6:.0f} MB, more than the limit of {MAX_BYTES / 1e6:.0f} MB"
+            f"{path.name} has {size / 1e6:.1f} MB, more than the limit of {MAX_BYTES / 1e6:.0f} MB"
         )
     try:
         (height, width), _ = read_header(path)
@@ -196,11 +196,11 @@ def figure(
         swatch = "#{:02x}{:02x}{:02x}".format(*(colours or {})[label])
         rows.append(
             f'<tr><td><i style="background:{swatch}"></i>{html.escape(word)}</td>'
-            f"<td>{each.area / result.label_map.size:.0%}</td><td>{each.score:.2f}</td></tr>"
+            f"<td>{_share(each.area, result)}</td><td>{each.score:.2f}</td></tr>"
         )
     if unknown := int((result.label_map < 0).sum()):
         rows.append(
-            f'<tr class="none"><td><i></i>unknown</td><td>{unknown / result.label_map.size:.0%}</td><td></td></tr>'
+            f'<tr class="none"><td><i></i>unknown</td><td>{_share(unknown, result)}</td><td></td></tr>'
         )
     head = "<tr><th>word</th><th>area</th><th>score</th></tr>"
     return (
@@ -311,19 +311,13 @@ def knowable(segmenter: Segmenter, words: Sequence[str]) -> ClassList:
     A text side that was trained on captions knows their words alone; a published one knows all.
     """
 
-    def embeds(names: Sequence[str]) -> bool:
-        try:
-            segmenter.method.embed_text(segmenter.variables, names)
-        except UserError:
-            return False
-        return True
-
     own = [] if segmenter.classes is None else segmenter.classes.flat()[0]
-    names = list(dict.fromkeys([*own, *words]))
-    if not embeds(names):
-        names = [*own, *(name for name in names[len(dict.fromkeys(own)) :] if embeds([name]))]
-    names = list(dict.fromkeys(names))
-    return ClassList(tuple((name,) for name in names), tuple(range(len(names))), (True,) * len(names))
+    listed = _listed([*own, *words])
+    try:
+        segmenter.embed(listed)
+        return listed
+    except UserError:
+        return _listed([*own, *(word for word in words if _embeds(segmenter, word))])
 
 
 def download(results: Sequence[Result], names: Sequence[str], kind: str) -> tuple[str, bytes]:
@@ -359,6 +353,24 @@ def download(results: Sequence[Result], names: Sequence[str], kind: str) -> tupl
         for file, content in files.items():
             archive.writestr(file, content)
     return f"{kind}.zip", stream.getvalue()
+
+
+def _listed(names: Sequence[str]) -> ClassList:
+    names = list(dict.fromkeys(names))
+    return ClassList(tuple((name,) for name in names), tuple(range(len(names))), (True,) * len(names))
+
+
+def _embeds(segmenter: Segmenter, word: str) -> bool:
+    try:
+        segmenter.method.embed_text(segmenter.variables, [word])
+    except UserError:
+        return False
+    return True
+
+
+def _share(area: int, result: Result) -> str:
+    share = area / result.label_map.size
+    return f"{share:.0%}" if share >= 0.005 else "&lt;1%"
 
 
 def _photo(drawn: Image.Image, title: str, says: str, data: str) -> str:

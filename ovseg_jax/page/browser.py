@@ -26,7 +26,8 @@ CSS = """
 .ov-row .ov-legend th { opacity: 0.7; }
 .ov-row .ov-legend :is(th, td):first-child { text-align: left; overflow-wrap: anywhere; }
 #ov-examples { height: auto !important; min-height: 0 !important; }
-#ov-examples .grid-wrap { overflow: visible; max-height: none; }
+#ov-examples .grid-wrap { overflow: hidden auto; max-height: 210px; }
+#ov-examples .thumbnail-item { aspect-ratio: 1; }
 #ov-examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); padding-top: 26px; }
 #ov-word { align-items: end; }
 :root { --block-info-text-color: #52525b; --input-placeholder-color: #71717a; }
@@ -58,8 +59,7 @@ const pixels = (frame) => {
 const tell = (frame, x, y, cross) => {
   [frame.dataset.x, frame.dataset.y] = [x, y];
   const tip = frame.querySelector(".ov-tip"), mark = frame.querySelector(".ov-cross"), data = pixels(frame);
-  mark.style.display = cross ? "block" : "none";
-  [mark.style.left, mark.style.top] = [`${100 * x}%`, `${100 * y}%`];
+  if (cross) [mark.style.display, mark.style.left, mark.style.top] = ["block", `${100 * x}%`, `${100 * y}%`];
   if (!data) return;
   const column = Math.min(data.width - 1, Math.floor(x * data.width));
   const row = Math.min(data.height - 1, Math.floor(y * data.height));

@@ -1,9 +1,12 @@
 """The answers of the page, without Gradio: limits, pictures, words at a pixel, similarity, downloads."""
 
+import contextlib
 import dataclasses
 import io
 import json
 import re
+import sys
+import types
 import zipfile
 
 import jax
@@ -13,9 +16,10 @@ from fake_method import CLASSES, ColourMethod, blocks, config
 from PIL import Image
 from pycocotools import mask as coco
 
+from ovseg_jax import demo
 from ovseg_jax.errors import UserError
 from ovseg_jax.inference.segmenter import Segmenter
-from ovseg_jax.page import answers
+from ovseg_jax.page import answers, app
 from ovseg_jax.page.app import Model, Page
 from ovseg_jax.viz.segments import palette
 from ovseg_jax.vocab.classes import parse_labels
@@ -53,7 +57,7 @@ def test_an_upload_is_read_shrunk_or_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"^a.png has 40 x 24 pixels, more than the limit"):
         answers.read_picture(tmp_path / "a.png")
     monkeypatch.setattr(answers, "MAX_BYTES", 20)
-    with pytest.raises(UserError, match=r"^a.png has 0 MB, more than the limit"):
+    with pytest.raises(UserError, match=r"^a.png has 0.0 MB, more than the limit"):
         answers.read_picture(tmp_path / "a.png")
 
 
@@ -218,3 +222,40 @@ def test_the_handlers_of_one_visit(model):
         handlers.similar(visit, " ")
     file, said = handlers.download(visit, 0.04, "json")
     assert file["name"] == "json.zip" and said == "Saved json.zip."
+
+
+def test_the_command_builds_the_page(monkeypatch, tmp_path, capsys, model):
+    pages = []
+
+    @contextlib.contextmanager
+    def serving(page, port):
+        pages.append((page, port))
+        yield types.SimpleNamespace(local_url="http://there", block_thread=lambda: None)
+
+    monkeypatch.setattr(app, "serving", serving)
+    monkeypatch.setattr(Segmenter, "from_checkpoint", classmethod(lambda cls, run: model))
+    monkeypatch.setattr(Segmenter, "from_pretrained", classmethod(lambda cls, name, weights: model))
+    (tmp_path / "in").mkdir()
+    png(tmp_path / "in" / "a.png", IMAGE)
+    (tmp_path / "words.txt").write_text("1:ox,cow\n2:bee\n")
+    flags = [f"--words={tmp_path / 'words.txt'}", f"--images={tmp_path / 'in'}", "--port=7999"]
+    assert demo.main(["--checkpoint=runs/a", "--model=tipsv2_l14", *flags]) == 0
+    (shown, port), out = pages[0], capsys.readouterr().out
+    assert shown.names == ["a", "tipsv2_l14"] and shown.words == ("ox", "cow", "bee") and port == 7999
+    assert [image.shape for image in shown.examples] == [IMAGE.shape] and "http://there" in out
+    assert demo.main(["--checkpoint=runs/a"]) == 0
+    assert len(pages[1][0].words) > 700 and len(pages[1][0].examples) == 8
+    for flags, text in (
+        ([], "one or two models"),
+        (["--checkpoint=a"] * 3, "one or two models"),
+        (["--checkpoint=a", "--weights=b"], "--weights needs --model"),
+        (["--checkpoint=a", "--port=0"], "--port=0 is not a port"),
+    ):
+        assert demo.main(flags) == 1 and text in capsys.readouterr().err
+    assert len(pages) == 2
+
+
+def test_without_gradio_the_extra_is_named(monkeypatch, model):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(UserError, match=r"pip install -e '.\[demo\]'"):
+        app.build(page(model))
