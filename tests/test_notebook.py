@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from PIL import Image
 
 from ovseg_jax.inference.segmenter import Segmenter
@@ -40,15 +41,29 @@ def execute(name, workdir, settings, behind_each_cell=lambda space: None):
     return shown
 
 
-def test_openseg(tmp_path):
-    def shrink(space):
-        if "config" in space and "summary" not in space:
-            config = space["config"]
-            config.data.train[0]["num_examples"] = 800  # all words occur
-            config.evals.validation.source.num_examples = 8
-            config.final_evals.test.source.num_examples = 8
+def shrink_openseg(space):
+    if "config" in space and "summary" not in space:
+        config = space["config"]
+        config.data.train[0]["num_examples"] = 800  # all words occur
+        config.evals.validation.source.num_examples = 8
+        config.final_evals.test.source.num_examples = 8
 
-    assert len(execute("openseg.ipynb", tmp_path / "run", SMALL, shrink)) == 5
+
+@pytest.fixture(scope="module")
+def openseg(tmp_path_factory):
+    """The folder of the run of openseg.ipynb, and the pictures that it shows."""
+    workdir = tmp_path_factory.mktemp("openseg") / "run"
+    return workdir, execute("openseg.ipynb", workdir, SMALL, shrink_openseg)
+
+
+def test_openseg(openseg):
+    assert len(openseg[1]) == 5
+
+
+def test_features_3d(openseg):
+    assert (
+        len(execute("features_3d.ipynb", openseg[0], SMALL, shrink_openseg)) == 2
+    )  # on the run that is there
 
 
 def test_pseg(tmp_path):
