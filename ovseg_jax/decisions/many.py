@@ -5,9 +5,12 @@ come in groups with u their largest weights; a group whose bound is below a scor
 pixel of a block is left out there. Good bounds need groups of names that are good at the same places, and scores to
 compare with; both come from the scores of all names at a few pixels. In a trained model almost every group is left out.
 Where no bound holds, as with random weights, all names are scored, for a few percent more than without bounds.
-(The method is ours.)
+
+Channels of pixel features may be negative. But a pixel's scores are averages of those of the grid's cells around it,
+with weights that are not: there u holds the largest scores of a group's names in each cell. (The method is ours.)
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -24,12 +27,12 @@ SEEDS = 128  # names that are scored first
 SAMPLES = 64  # pixels at which all names are scored
 
 
-class _Groups(NamedTuple):
+class Groups(NamedTuple):
     """Names in groups, the seeds first.
 
     Attributes:
       name: [G GROUP] the number of each name; T for padding.
-      bound: [G N] the largest weight of a group's names that may win in some view.
+      bound: [G N] for each mask or cell, the largest weight or score of a group's names that may win in some view.
       seeds: the number of the first groups that hold the seeds.
     """
 
@@ -38,7 +41,7 @@ class _Groups(NamedTuple):
     seeds: Int[Array, ""]
 
 
-def best_of_many(
+def best_of_masks(
     weights: Float[Array, "t n"],
     masks: Float[Array, "n p"],
     views: Bool[Array, "v t"],
@@ -54,10 +57,65 @@ def best_of_many(
       views: the names that may win, in each view.
       wanted: pixels whose result is used; others get any.
     """
-    names = len(weights)
     cover = masks.sum(0)
+    covered = wanted & (cover > 0)
+    at = _some(masks.shape[1], SAMPLES)
+    name, seeds = _grouped(weights, masks[:, at], cover[at], views, covered[at])
+    real = views.any(0).at[name].get(mode="fill", fill_value=False)
+    # Not infinite, since a mask may be 0.
+    bound = jnp.where(real[..., None], weights.at[name].get(mode="clip"), -1e30).max(1)
+    lift = lambda bound: jnp.matmul(bound, masks, precision=PRECISION)
+    error = _rounding(masks) * jnp.abs(weights).max() * cover
+    name, top, scored = best_of_many(weights, masks, views, covered, Groups(name, bound, seeds), lift, error)
+    # Where all masks are 0, so are all scores.
+    empty = views.any(1)[:, None] & (cover == 0)
+    first = views.argmax(1).astype(jnp.int32)[:, None]
+    return jnp.where(empty, first, name), jnp.where(empty, 0, top), scored
+
+
+def groups_of_grid(
+    weights: Float[Array, "t c"], cells: Float[Array, "c n"], views: Bool[Array, "v t"]
+) -> Groups:
+    """Groups the names by their scores in the cells of a grid of pixel features."""
+    at = _some(cells.shape[1], 4 * SAMPLES)
+    name, seeds = _grouped(weights, cells[:, at], jnp.ones(len(at)), views, jnp.ones(len(at), bool))
+    may = views.any(0)
+
+    def bounds(name: Int[Array, "b size"]) -> Float[Array, "b n"]:
+        some = name.reshape(-1)
+        y = jnp.matmul(weights.at[some].get(mode="clip"), cells, precision=PRECISION)
+        y = jnp.where(may.at[some].get(mode="fill", fill_value=False)[:, None], y, -1e30)
+        return y.reshape(*name.shape, -1).max(1)
+
+    bound = jax.lax.map(bounds, split_rows(name, BLOCK // GROUP)).reshape(-1, cells.shape[1])
+    return Groups(name, bound[: len(name)], seeds)
+
+
+def grid_error(weights: Float[Array, "t c"], cells: Float[Array, "c n"], pixels: int) -> Float[Array, "p"]:
+    """Returns the rounding error of scores of pixel features and of their bounds, for each pixel."""
+    longest = jnp.linalg.norm(weights, axis=1).max() * jnp.linalg.norm(cells, axis=0).max()
+    return jnp.full(pixels, _rounding(weights.T) * longest)
+
+
+def best_of_many(
+    weights: Float[Array, "t c"],
+    maps: Float[Array, "c p"],
+    views: Bool[Array, "v t"],
+    wanted: Bool[Array, "p"],
+    groups: Groups,
+    lift: Callable[[Array], Array],
+    error: Float[Array, "p"],
+) -> tuple[Int[Array, "v p"], Float[Array, "v p"], Int[Array, ""]]:
+    """Returns what `best_of_masks` does, for masks or channels of any sign.
+
+    Args:
+      weights, maps, views, wanted: see `best_of_masks`; scores are weights . maps.
+      groups: the names in groups.
+      lift: gives the bounds [B P] on the scores of groups from their rows [B N] of `Groups.bound`.
+      error: the rounding error of scores and bounds together: a name that is equal must not be left out.
+    """
+    names = len(weights)
     some = views.any(1)
-    groups = _grouped(weights, masks, views, wanted & (cover > 0))
     per = BLOCK // GROUP
     count = len(groups.name)
 
@@ -67,7 +125,7 @@ def best_of_many(
 
         def block(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
             number = groups.name[chosen[i]].reshape(-1)
-            y = jnp.matmul(weights.at[number].get(mode="clip"), masks, precision=PRECISION)
+            y = jnp.matmul(weights.at[number].get(mode="clip"), maps, precision=PRECISION)
             may = views.at[:, number].get(mode="fill", fill_value=False)
             y = jnp.where(may[..., None], y, -jnp.inf)
             top = y.max(1)
@@ -79,49 +137,45 @@ def best_of_many(
         return jax.lax.fori_loop(0, -(-stop // per), block, best)
 
     everything = jnp.arange(count, dtype=jnp.int32)
-    start = jnp.full((len(views), masks.shape[1]), names, jnp.int32)
-    best = start, jnp.full(start.shape, -jnp.inf, masks.dtype)
+    start = jnp.full((len(views), maps.shape[1]), names, jnp.int32)
+    best = start, jnp.full(start.shape, -jnp.inf, maps.dtype)
     best = score(everything, groups.seeds, best)
-    # Twice the rounding error of a score: a name that is equal must not be left out.
-    error = (masks.shape[0] + 2) * 2 * jnp.finfo(masks.dtype).eps * jnp.abs(weights).max() * cover
     least = jnp.where(some[:, None], best[1], jnp.inf).min(0) - error
-    least = jnp.where(wanted & (cover > 0), least, jnp.inf)
-
-    def reaches(bound: Float[Array, "b n"]) -> Bool[Array, "b"]:
-        # On CPU this is five times as fast as comparing and asking for any.
-        return ~((jnp.matmul(bound, masks, precision=PRECISION) - least).max(1) < 0)
-
+    least = jnp.where(wanted, least, jnp.inf)
+    # On CPU this is five times as fast as comparing and asking for any.
+    reaches = lambda bound: ~((lift(bound) - least).max(1) < 0)
     left = jax.lax.map(reaches, split_rows(groups.bound, BLOCK)).reshape(-1)[:count]
     left &= everything >= groups.seeds
     some_left = left.sum()
     name, top = score(jnp.argsort(~left, stable=True).astype(jnp.int32), some_left, best)
-    # Where all masks are 0, so are all scores.
-    empty = some[:, None] & (cover == 0)
-    first = views.argmax(1).astype(jnp.int32)[:, None]
-    name, top = jnp.where(empty, first, name), jnp.where(empty, 0, top)
     return jnp.where(top > -jnp.inf, name, 0), top, (groups.seeds + some_left) * GROUP
 
 
 def _grouped(
     weights: Float[Array, "t n"],
-    masks: Float[Array, "n p"],
+    here: Float[Array, "n k"],
+    cover: Float[Array, "k"],
     views: Bool[Array, "v t"],
-    wanted: Bool[Array, "p"],
-) -> _Groups:
-    """Groups the names by the pixel that they fit best, and by how far they are from the best name there."""
-    names, pixels = len(weights), masks.shape[1]
+    wanted: Bool[Array, "k"],
+) -> tuple[Int[Array, "g size"], Int[Array, ""]]:
+    """Groups the names by the pixel of some that they fit best, and by how far they are from the best name there."""
+    names, count = len(weights), here.shape[1]
     may = views.any(0)
-    at = np.random.default_rng(0).choice(pixels, min(SAMPLES, pixels), replace=False)
-    here = masks[:, at]
     y = jnp.where(may[:, None], jnp.matmul(weights, here, precision=PRECISION), -jnp.inf)
-    gap = jnp.where(wanted[at], (y.max(0) - y) / here.sum(0), jnp.inf)
+    gap = jnp.where(wanted, (y.max(0) - y) / cover, jnp.inf)
     least = gap.min(1)
-    place = jnp.where(gap == least[:, None], jnp.arange(len(at), dtype=jnp.int32), len(at)).min(1)
+    place = jnp.where(gap == least[:, None], jnp.arange(count, dtype=jnp.int32), count).min(1)
     seed = (least <= -jax.lax.top_k(-least, min(SEEDS, names))[0][-1]) & (least < jnp.inf)
     keys = jnp.where(seed, -1, place), least, jnp.arange(names, dtype=jnp.int32)
     order = jax.lax.sort(keys, num_keys=2)[2]
     name = jnp.append(order, jnp.full(-names % GROUP, names, jnp.int32)).reshape(-1, GROUP)
-    # Not infinite, since a mask may be 0.
-    real = may.at[name].get(mode="fill", fill_value=False)
-    bound = jnp.where(real[..., None], weights.at[name].get(mode="clip"), -1e30).max(1)
-    return _Groups(name, bound, -(-seed.sum() // GROUP))
+    return name, -(-seed.sum() // GROUP)
+
+
+def _some(count: int, most: int) -> np.ndarray:
+    return np.random.default_rng(0).choice(count, min(most, count), replace=False)
+
+
+def _rounding(maps: Float[Array, "c p"]) -> float:
+    """Returns twice the largest relative rounding error of a sum over all maps, for a score and a bound."""
+    return (maps.shape[0] + 8) * 2 * float(jnp.finfo(maps.dtype).eps)

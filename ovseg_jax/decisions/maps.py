@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ovseg_jax.decisions.many import best_of_many
+from ovseg_jax.decisions.many import best_of_many, best_of_masks, grid_error, groups_of_grid
 from ovseg_jax.kernels.resize import coverage, row_block, split_rows, upsampling
 from ovseg_jax.kernels.unit import unit
 from ovseg_jax.protocols import PRECISION, Prediction, Segmenting, Text, Vocabulary
@@ -30,6 +30,7 @@ MODES: tuple[Mode, ...] = ("predicted", "none", "truth")
 
 NAME_BLOCK = 128
 MANY = 1024  # names from which on most of them are left out
+FEW_CELLS = 16  # pixels of a block for each cell of the grid
 
 
 @partial(
@@ -176,14 +177,28 @@ def best_names(
     starts = jnp.arange(weight_blocks.shape[0], dtype=jnp.int32) * block
     strip = row_block(height, width * max(block, channels))
     inside = cols.sum(1) > 0  # rows and columns of zeros are padding
+    # Bounds for pixel features are worth it where a cell of the grid has many pixels.
+    cells = maps.reshape(channels, -1)
+    by_masks = names >= MANY and (logits or positive)
+    by_grid = names >= MANY and not by_masks and FEW_CELLS * cells.shape[1] <= height * width
+    groups = groups_of_grid(weights, cells, views) if by_grid else None
 
     def one_strip(strip_rows):
         x = jnp.einsum("rh,chw->crw", strip_rows, maps, precision=PRECISION)
         x = jnp.einsum("crw,Ww->crW", x, cols, precision=PRECISION).reshape(channels, -1)
         x = jax.nn.sigmoid(x) if logits else x
-        if names >= MANY and (logits or positive):
-            wanted = ((strip_rows.sum(1) > 0)[:, None] & inside).reshape(-1)
-            return *best_of_many(weights, x, views, wanted)[:2], x.sum(0)
+        wanted = ((strip_rows.sum(1) > 0)[:, None] & inside).reshape(-1)
+        if by_masks:
+            return *best_of_masks(weights, x, views, wanted)[:2], x.sum(0)
+        if groups is not None:
+
+            def lift(bound):
+                bound = bound.reshape(-1, *maps.shape[1:])
+                bound = jnp.einsum("rh,bhw->brw", strip_rows, bound, precision=PRECISION)
+                return jnp.einsum("brw,Ww->brW", bound, cols, precision=PRECISION).reshape(len(bound), -1)
+
+            error = grid_error(weights, cells, x.shape[1])
+            return *best_of_many(weights, x, views, wanted, groups, lift, error)[:2], x.sum(0)
 
         def one_block(best, inputs):
             name, score = best

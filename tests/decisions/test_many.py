@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from ovseg_jax.decisions import many, maps
 
@@ -41,7 +42,10 @@ def weights_and_logits(kind, names, seed=0):
     return jnp.asarray(text @ regions.T, jnp.float32), jnp.asarray(logits, jnp.float32)
 
 
-def test_leaving_names_out_changes_nothing(monkeypatch):
+@pytest.mark.parametrize("logits", [True, False])
+def test_leaving_names_out_changes_nothing(monkeypatch, logits):
+    """Of masks, and of channels of any sign."""
+    monkeypatch.setattr(maps, "FEW_CELLS", 2)
     for key, value in {"GROUP": 8, "SEEDS": 16, "SAMPLES": 8}.items():
         monkeypatch.setattr(many, key, value)
     names, (height, width) = 997, SIDE
@@ -54,7 +58,7 @@ def test_leaving_names_out_changes_nothing(monkeypatch):
     functions = []
     for least in (1 << 30, 1):  # all names; few of them
         monkeypatch.setattr(maps, "MANY", least)
-        run = jax.jit(lambda w, x: maps.best_names(w, x, rows, columns, views, logits=True))
+        run = jax.jit(lambda w, x: maps.best_names(w, x, rows, columns, views, logits=logits))
         functions.append(run.lower(*weights_and_logits("random", names)).compile())
     for kind in ("random", "trained", "equal", "near", "one", "shifted", "off", "negative"):
         want, got = (run(*weights_and_logits(kind, names)) for run in functions)
@@ -67,7 +71,7 @@ def test_few_names_are_scored_where_a_model_is_sure():
         weights, logits = weights_and_logits(kind, 5000)
         masks = jax.nn.sigmoid(jnp.repeat(logits.reshape(N, -1), 20, 1))
         everything = jnp.ones((1, 5000), bool), jnp.ones(masks.shape[1], bool)
-        name, score, scored = many.best_of_many(weights, masks, *everything)
+        name, score, scored = many.best_of_masks(weights, masks, *everything)
         assert 0 < scored <= most
         y = np.asarray(weights, np.float64) @ np.asarray(masks, np.float64)
         np.testing.assert_allclose(score[0], y.max(0), rtol=1e-5)
