@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ovseg_jax.decisions.many import best_of_many, best_of_masks, grid_error, groups_of_grid
+from ovseg_jax.decisions.many import Groups, best_of_many, best_of_masks, grid_error, groups_of_grid
 from ovseg_jax.kernels.resize import coverage, row_block, split_rows, upsampling
 from ovseg_jax.kernels.unit import unit
 from ovseg_jax.protocols import PRECISION, Prediction, Segmenting, Text, Vocabulary
@@ -30,7 +30,7 @@ MODES: tuple[Mode, ...] = ("predicted", "none", "truth")
 
 NAME_BLOCK = 128
 MANY = 1024  # names from which on most of them are left out
-FEW_CELLS = 16  # pixels of a block for each cell of the grid
+FEW_CELLS = 32  # pixels for each cell of the grid, from which on that is worth it for pixel features
 
 
 @partial(
@@ -151,6 +151,7 @@ def best_names(
     *,
     logits: bool = False,
     positive: bool = False,
+    groups: Groups | None = None,
 ) -> tuple[Int[Array, "v height width"], Float[Array, "v height width"], Float[Array, "height width"]]:
     """Computes argmax and max over names of `weights . up(maps)` for one image, with up = rows x cols.
 
@@ -165,6 +166,7 @@ def best_names(
       views: the names that may win, in each view.
       logits: whether the maps are mask logits, which need a sigmoid after the upsampling.
       positive: whether the maps are never negative, as masks are.
+      groups: what `many.groups_of_grid` returns, if the caller has it.
 
     Returns:
       The best name and its score (-inf where no name may win) in each view, and the sum of the upsampled maps.
@@ -177,11 +179,9 @@ def best_names(
     starts = jnp.arange(weight_blocks.shape[0], dtype=jnp.int32) * block
     strip = row_block(height, width * max(block, channels))
     inside = cols.sum(1) > 0  # rows and columns of zeros are padding
-    # Bounds for pixel features are worth it where a cell of the grid has many pixels.
-    cells = maps.reshape(channels, -1)
     by_masks = names >= MANY and (logits or positive)
-    by_grid = names >= MANY and not by_masks and FEW_CELLS * cells.shape[1] <= height * width
-    groups = groups_of_grid(weights, cells, views) if by_grid else None
+    if groups is None and not by_masks and has_groups(names, maps.shape, height * width):
+        groups = groups_of_grid(weights, maps.reshape(channels, -1), views)
 
     def one_strip(strip_rows):
         x = jnp.einsum("rh,chw->crw", strip_rows, maps, precision=PRECISION)
@@ -197,7 +197,7 @@ def best_names(
                 bound = jnp.einsum("rh,bhw->brw", strip_rows, bound, precision=PRECISION)
                 return jnp.einsum("brw,Ww->brW", bound, cols, precision=PRECISION).reshape(len(bound), -1)
 
-            error = grid_error(weights, cells, x.shape[1])
+            error = grid_error(weights, maps.reshape(channels, -1), x.shape[1])
             return *best_of_many(weights, x, views, wanted, groups, lift, error)[:2], x.sum(0)
 
         def one_block(best, inputs):
@@ -218,6 +218,11 @@ def best_names(
         jnp.moveaxis(x, 0, 1).reshape(views.shape[0], -1, width)[:, :height] for x in (name, score)
     )
     return name, score, total.reshape(-1, width)[:height]
+
+
+def has_groups(names: int, maps: tuple[int, ...], pixels: int) -> bool:
+    """Tells whether bounds are worth it for this many names, pixel features of this shape [C h w], and pixels."""
+    return names >= MANY and FEW_CELLS * maps[1] * maps[2] <= pixels
 
 
 def pool_segments(

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ovseg_jax.decisions.maps import Layers, best_names
+from ovseg_jax.decisions.many import Groups, groups_of_grid
+from ovseg_jax.decisions.maps import Layers, best_names, has_groups
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.resize import upsampling
 
@@ -134,14 +135,20 @@ class Blender:
         """Lets the device score a band of rows for which all tiles have been added."""
         width = self.columns[-1].stop
         across = min(BLOCK_COLUMNS, -(-width // 64) * 64)
+        layers, groups = self._views[0].layers, None
+        shape = len(layers.weights), layers.maps.shape, band.stop * width
+        if len(self.rows) == len(self.columns) == 1 and not layers.masks and has_groups(*shape):
+            groups = _groups(layers)
         for y in range(band.start, band.stop, BLOCK_ROWS):
             for x in range(0, width, across):
                 rows = Span(y, min(y + BLOCK_ROWS, band.stop))
                 columns = Span(x, min(x + across, width))
                 views = [v for v in self._views if _meet(v.rows, rows) and _meet(v.columns, columns)]
-                self._waiting.append((rows, columns, self._score(views, rows, columns, across)))
+                self._waiting.append((rows, columns, self._score(views, rows, columns, across, groups)))
 
-    def _score(self, views: list[View], rows: Span, columns: Span, across: int) -> tuple[Array, Array, Array]:
+    def _score(
+        self, views: list[View], rows: Span, columns: Span, across: int, groups: Groups | None
+    ) -> tuple[Array, Array, Array]:
         # The number of views is padded to a power of two, to limit compilations; the added views have shares of zero.
         count = 1 << (len(views) - 1).bit_length()
         h, w = views[0].layers.maps.shape[1:]
@@ -155,7 +162,8 @@ class Blender:
             _place(right[i], right_share[i], columns, v.columns, share[1], v.canvas, v.fitted[1])
         views = views + views[:1] * (count - len(views))
         weights, maps = tuple(v.layers.weights for v in views), tuple(v.layers.maps for v in views)
-        return _best(weights, maps, down, right, down_share, right_share, logits=views[0].layers.masks)
+        logits = views[0].layers.masks
+        return _best(weights, maps, down, right, down_share, right_share, groups, logits=logits)
 
 
 def _meet(a: Span, b: Span) -> bool:
@@ -189,6 +197,13 @@ def upsampling_matrix(size: int, cells: int, canvas: int, fitted: int) -> Float[
     return np.asarray(_compiled(padded, cells, canvas, jnp.asarray(fitted), jnp.asarray(size)))[:size]
 
 
+@jax.jit
+def _groups(layers: Layers) -> Groups:
+    """Groups the names once for all blocks of an image."""
+    everything = jnp.ones((1, len(layers.weights)), bool)
+    return groups_of_grid(layers.weights, layers.maps.reshape(len(layers.maps), -1), everything)
+
+
 @functools.partial(jax.jit, static_argnames="logits")
 def _best(
     weights: tuple[Float[Array, "t n"], ...],
@@ -197,13 +212,16 @@ def _best(
     columns: Float[Array, "views c w"],
     row_share: Float[Array, "views r"],
     column_share: Float[Array, "views c"],
+    groups: Groups | None,
     *,
     logits: bool,
 ) -> tuple[Int[Array, "r c"], Float[Array, "r c"], Float[Array, "r c"]]:
     """Computes the best name of a block of pixels, its score, and the sum of the masks."""
     everything = jnp.ones((1, weights[0].shape[0]), bool)
     if len(maps) == 1:
-        name, score, cover = best_names(weights[0], maps[0], rows[0], columns[0], everything, logits=logits)
+        name, score, cover = best_names(
+            weights[0], maps[0], rows[0], columns[0], everything, logits=logits, groups=groups
+        )
     else:
         squash = jax.nn.sigmoid if logits else lambda x: x
         up = [

@@ -12,6 +12,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from ovseg_jax.data.images import fit_canvas, read_image
+from ovseg_jax.decisions import maps
 from ovseg_jax.errors import UserError
 from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.inference.tiles import Span, shares, spans
@@ -78,6 +79,23 @@ def test_many_categories_go_in_blocks_and_of_equal_ones_the_first_wins():
     labels = ["black"] * 150 + ["red", "red", "green"]
     result = make().segment(blocks(8, 8, ["red", "green"]), labels)
     assert result.label_map[0, 0] == 150 and result.label_map[0, -1] == 152
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_of_many_names_most_are_left_out_without_a_difference(masks, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "v.npz", words=[f"w{i}" for i in range(1500)], vectors=rng.random((1500, 6)))
+    image = blocks(96, 130, ["red", "green", "white"], ["blue", "black", "yellow"])
+    found = []
+    for least in (1024, 1 << 30):
+        monkeypatch.setattr(maps, "MANY", least)
+        jax.clear_caches()  # of blocks of the same shape
+        method = ColourMethod(4, masks)
+        segmenter = Segmenter(method, method.init(None), config(32), CLASSES)
+        found.append(segmenter.segment(image, tmp_path / "v.npz", threshold=-1.0))
+    assert len(found[0].labels) > 3
+    np.testing.assert_array_equal(found[0].label_map, found[1].label_map)
+    np.testing.assert_array_equal(found[0].confidence, found[1].confidence)
 
 
 @pytest.mark.parametrize("how", [{}, {"tile": (20, 4)}, {"decision": "panoptic"}, {"features": True}])
