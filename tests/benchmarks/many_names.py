@@ -1,9 +1,11 @@
 """Time of the best of many names for every pixel, beside scoring all of them, and whether both are equal to the bit.
 
-    python tests/benchmarks/many_names.py [--checkpoint=WORKDIR] [--names=20000] [--size=640] [--rounds=3]
+    python tests/benchmarks/many_names.py [--checkpoint=WORKDIR | --pixels=sure] [--names=20000] [--size=640]
+        [--rounds=3]
 
 Without a checkpoint: random masks and weights of 128 proposals, the worst case, in which no name can be left out. With
 one, of a run on `scenes`: a validation image a round; names are its classes and combinations of three of its words.
+With `--pixels`, features of 28 x 28 pixels with 512 channels, each `random` or near one of 16 names (`sure`).
 Measured is the way from scores of proposals to a label map of SIZE x SIZE pixels, without the network, in turns.
 """
 
@@ -34,6 +36,19 @@ def random_cases(names: int):
         )
 
 
+def pixel_cases(names: int, sure: bool):
+    """Yields the vectors of names and pixel features."""
+    rng = np.random.default_rng(0)
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+    while True:
+        text = unit(rng.normal(size=(names, 512)) + 1.5 * rng.normal(size=512))
+        pixels = unit(rng.normal(size=(28, 28, 512)))
+        if sure:
+            own = rng.integers(0, names, (4, 4)).repeat(7, 0).repeat(7, 1)
+            pixels = unit(text[own] + pixels)
+        yield jnp.asarray(text, jnp.float32), jnp.asarray(np.moveaxis(pixels, -1, 0), jnp.float32)
+
+
 def trained_cases(checkpoint: str, names: int, rounds: int):
     """Yields those of a run's validation images."""
     from ovseg_jax import Segmenter
@@ -62,6 +77,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", default="")
+    parser.add_argument("--pixels", default="", choices=("", "random", "sure"))
     parser.add_argument("--names", type=int, default=20_000)
     parser.add_argument("--size", type=int, default=640)
     parser.add_argument("--rounds", type=int, default=3)
@@ -71,6 +87,8 @@ def main() -> None:
         if args.checkpoint
         else random_cases(args.names)
     )
+    if args.pixels:
+        cases = pixel_cases(args.names, args.pixels == "sure")
     cases = list(itertools.islice(cases, args.rounds))
     side = jnp.int32(args.size)
     rows, columns = (
@@ -85,7 +103,9 @@ def main() -> None:
         maps.MANY = least
         views = jnp.ones((1, count), bool)
         run = jax.jit(
-            lambda w, x, v=views: maps.best_names(w[: v.shape[1]], x, rows, columns, v, logits=True)
+            lambda w, x, v=views: maps.best_names(
+                w[: v.shape[1]], x, rows, columns, v, logits=not args.pixels
+            )
         )
         functions[key] = run.lower(*cases[0]).compile()
     times, found = ({key: [] for key in functions} for _ in range(2))
