@@ -368,16 +368,18 @@ def _polite(gr: Any, handler: Callable[..., Any], count: int) -> Callable[..., A
         try:
             found = list(handler(*inputs))
         except UserError as error:
-            found = [gr.skip()] * count
-            found[place] = f"{error}".rstrip(".") + "."
-            return (*found[:place], _said(found[place], bad=True), *found[place + 1 :])
+            sentence = f"{error}".rstrip(".") + "."
+            return _with([gr.skip()] * count, place, _said(sentence[:1].upper() + sentence[1:], bad=True))
         except Exception:
             _LOG.exception("the page")
-            return (*[gr.skip()] * place, _said(_FAILED, bad=True), *[gr.skip()] * (count - 1 - place))
-        found[place] = _said(found[place])
-        return tuple(found)
+            return _with([gr.skip()] * count, place, _said(_FAILED, bad=True))
+        return _with(found, place, _said(found[place]))
 
     return call
+
+
+def _with(values: list[Any], place: int, value: Any) -> tuple[Any, ...]:
+    return (*values[:place], value, *values[place + 1 :])
 
 
 def _said(sentence: str, bad: bool = False) -> str:

@@ -26,7 +26,7 @@ CSS = """
 .ov-row .ov-legend th { opacity: 0.7; }
 .ov-row .ov-legend :is(th, td):first-child { text-align: left; overflow-wrap: anywhere; }
 #ov-examples { height: auto !important; min-height: 0 !important; }
-#ov-examples .grid-wrap { overflow: hidden auto; max-height: 210px; }
+#ov-examples .grid-wrap { overflow: hidden auto; min-height: 0; max-height: 260px; }
 #ov-examples .thumbnail-item { aspect-ratio: 1; }
 #ov-examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); padding-top: 26px; }
 #ov-word { align-items: end; }

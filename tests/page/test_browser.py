@@ -68,13 +68,19 @@ def test_two_visitors_do_not_see_each_other(served, picture):
     assert "colours.png, 40 x 24 pixels" in said
     ask = dict(words="red; blue", task="semantic", threshold=0.04, api_name="/segment")
     _, said = second.predict(**ask)
-    assert "choose a picture first" in said and 'role="alert"' in said
+    assert "Choose a picture first" in said and 'role="alert"' in said
     shown, said = first.predict(**ask)
     assert "2 segments" in said and "data-map" in shown
     saved, _ = first.predict(0.04, api_name="/save_json")
     assert saved["name"] == "segments.json"
     _, said = second.predict(0.04, api_name="/save_json")
-    assert "choose a picture first" in said
+    assert "Choose a picture first" in said
+
+
+def test_a_failure_of_the_program_is_a_sentence_without_details(served, caplog):
+    client = require("gradio_client")
+    _, said = client.Client(served, verbose=False).predict(None, api_name="/similar")
+    assert "The program failed at this" in said and "NoneType" not in said and "NoneType" in caplog.text
 
 
 def test_the_api_reads_no_file_of_the_server(served, picture):
@@ -137,13 +143,13 @@ def test_a_click_through(served, driver, picture, tmp_path):
     said(driver, "Choose a picture.")
     (tmp_path / "bad.png").write_bytes(b"no picture")
     one(driver, "input[type=file]").send_keys(str(tmp_path / "bad.png"))
-    said(driver, "bad.png cannot be read")
+    said(driver, "The image bad.png cannot be read")
     one(driver, "input[type=file]").send_keys(str(picture))
     said(driver, "colours.png, 40 x 24 pixels.")
     words = one(driver, "textarea")
     words.send_keys("zebra")
     one(driver, "button", "Segment").click()
-    said(driver, "never seen 'zebra'")
+    said(driver, "ever seen 'zebra'")
     words.clear()
     words.send_keys("red; green; blue; yellow")
     one(driver, "button", "Segment").click()
@@ -171,7 +177,7 @@ def test_a_click_through(served, driver, picture, tmp_path):
     driver.get(served)
     said(driver, "Choose a picture.")
     one(driver, "button", "Segment").click()
-    said(driver, "choose a picture first")
+    said(driver, "Choose a picture first")
     urls = [e["message"] for e in driver.get_log("performance") if "requestWillBeSent" in e["message"]]
     assert not [u for u in urls if '"url":"http' in u and f'"url":"{served.rstrip("/")}' not in u]
 
