@@ -42,6 +42,7 @@ from ovseg_jax.data.sources.prepared import Prepared
 from ovseg_jax.data.sources.pseudo_masks import PseudoMasks, Shard, Statistics, shard_name, write_shard
 from ovseg_jax.data.sources.region_json import RegionJson
 from ovseg_jax.data.sources.webdataset import WebDataset
+from ovseg_jax.data.videos import VideoReader, VideoWriter
 from ovseg_jax.datasets.ade20k import Ade20k150, Ade20kFull
 from ovseg_jax.datasets.classification import FgvcAircraft, Gtsrb, ObjectNet, Resisc45, Voc2007
 from ovseg_jax.datasets.coco import CocoPanoptic, CocoStuff
@@ -65,6 +66,7 @@ from ovseg_jax.experiment.mask_files import decode, read_mask_list, read_masks
 from ovseg_jax.experiment.paper_report import read_scores, read_suite_scores
 from ovseg_jax.experiment.run import _read_summary
 from ovseg_jax.experiment.scores import read_suite
+from ovseg_jax.inference.folder import image_files
 from ovseg_jax.scoring.answers import read_answers
 from ovseg_jax.scoring.detections import score_precision
 from ovseg_jax.scoring.files import Skips, read_list
@@ -653,6 +655,14 @@ def marker(folder: Path) -> Path:
     return text("a/stage.json", json.dumps(found))(folder)
 
 
+def video(folder: Path) -> Path:
+    require("av")
+    with VideoWriter(folder / "a.mp4", 10) as writer:
+        for shade in range(0, 250, 50):
+            writer.add(Image.new("RGB", (48, 32), (shade, 90, 250 - shade)))
+    return folder / "a.mp4"
+
+
 READERS: dict[str, Reader] = {
     **{
         f"image {name} {mode}": Reader(
@@ -869,6 +879,10 @@ READERS: dict[str, Reader] = {
         text("s.json", '{"sets": {"pets": {"metric": "mean", "prompts": {"hard": "a {}."}, "limit": 3}}}'),
         lambda path: read_suite(str(path)),
     ),
+    "video": Reader(video, lambda path: list(VideoReader(path)), 0.5),
+    "list of paths": Reader(
+        lambda folder: text("a.txt", f"{folder / 'a.txt'}\n")(folder), lambda path: image_files(f"@{path}")
+    ),
     "journal": Reader(text("p.jsonl", '{"request": {"a": 1}}\n{"image": "a"}\n{"image": "b"}\n'), Journal),
     "metrics.jsonl of curves": Reader(text("metrics.jsonl", RECORDS), curves._read),
     **{name: Reader(write, read, 0.3) for name, (write, read) in damaged.READERS.items()},
@@ -978,6 +992,7 @@ OPENERS: dict[str, str] = {
     "data/sources/webdataset.py:_member": "tar of images and captions",
     "data/sources/webdataset.py:_read_index": "index of tars",
     "data/sources/webdataset.py:_tar_members": "tar of images and captions",
+    "data/videos.py:_open": "video",
     "datasets/ade20k.py:full_ids": "none: a file of the package",
     "datasets/classification.py:_package_names": "none: a file of the package",
     "datasets/classification.py:listed": "list of aerial images",
@@ -1016,6 +1031,7 @@ OPENERS: dict[str, str] = {
     "files.py:checksum": "arrays of a checkpoint",
     "files.py:read_recorded": "config.json of a run",
     "inference/export.py:to_folder": "none: a class list in memory",
+    "inference/folder.py:_listed": "list of paths",
     "inference/pictures.py:_prompt_points": "none: read_json and numbers",
     "scoring/detections.py:read_results": "results",
     "inference/pseudo_masks.py:label_source": "none: a request in memory",

@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.reading import DAMAGE, reason
 
 SUFFIXES = frozenset((".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"))
 
@@ -51,8 +52,8 @@ class VideoReader:
                         np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
                     )
                     count += 1
-            except av.FFmpegError as error:
-                raise UserError(f"{self.path} is damaged behind frame {count}: {error.strerror}") from None
+            except (av.FFmpegError, *DAMAGE) as error:
+                raise UserError(f"{self.path} is damaged behind frame {count}: {reason(error)}") from None
         if not count:
             raise UserError(f"{self.path}: the video has no frames")
 
@@ -61,10 +62,12 @@ class VideoReader:
         av = _av()
         if not self.path.exists():
             raise UserError(f"{self.path}: there is no such file")
+        if not Path(self.path).is_file():  # FFmpeg would wait for the writer of a named pipe.
+            raise UserError(f"{self.path} is not a file of this machine")
         try:
             container = av.open(str(self.path))
-        except av.FFmpegError as error:
-            raise UserError(f"{self.path} cannot be read as a video: {error.strerror}") from None
+        except (av.FFmpegError, *DAMAGE) as error:
+            raise UserError(f"{self.path} cannot be read as a video: {reason(error)}") from None
         with container:
             if not container.streams.video:
                 raise UserError(f"{self.path}: the file has no video stream, or is damaged")

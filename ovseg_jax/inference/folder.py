@@ -91,7 +91,7 @@ def _listed(source: str) -> list[epath.Path]:
     found: dict[str, None] = {}
     for number, line in enumerate(lines, 1):
         if name := line.strip():
-            if not epath.Path(name).exists() or epath.Path(name).is_dir():
+            if not (epath.Path(name).exists() if "://" in name else os.path.isfile(name)):
                 raise UserError(f"--images: line {number} of {where}: there is no file {name!r}")
             found[name] = None
     if not found:
