@@ -962,6 +962,7 @@ def test_a_damaged_file_is_read_or_refused(name, tmp_path, caplog):
 
 # Functions that open files: the readers above that go through each, or why none does.
 OPENERS: dict[str, str] = {
+    "__main__.py:verbs": "none: a module of the package",
     "annotation/run.py:_check_request": "none: tests/annotation/test_workflow.py",
     "annotation/run.py:_load": "none: written anew by each call",
     "annotation/run.py:_raise_error": "none: the sentence of a worker",
