@@ -252,9 +252,9 @@ class Block(nn.Module):
       causal, key_bias, attention_norm, mlp_norm: see `attend` and `Mlp`.
       last: for the last block of a tower, how tokens behind the class tokens attend: "" as in any block; "value", each
         only to itself, so that it keeps its value (MaskCLIP, Zhou et al. 2022; CLIPSelf, Wu et al. 2024); "sclip", by
-        the sum of the softmaxes of queries with queries and of keys with keys (SCLIP, Wang et al. 2024, eq. 3);
+        the sum of the softmaxes of queries with queries and of keys with keys (SCLIP, Wang et al. 2024);
         "clearclip", by queries with queries, and they are the output of attention alone, without the residual and the
-        MLP (ClearCLIP, Lan et al. 2024, eq. 4).
+        MLP (ClearCLIP, Lan et al. 2024).
       adapter: creates a module beside each branch, `adapter_attention` and `adapter_mlp`, with the same input as the
         branch, which is normalised for the order "pre".
       adapter_scale: factor on the output of adapters.
