@@ -194,7 +194,7 @@ def test_dropout_is_on_in_training_alone():
     "change, words",
     [
         (dict(width=0), "adapter.width=0 is less than 1"),
-        (dict(activation="relu"), "adapter.activation='relu' is not one of gelu, gelu_tanh, quick_gelu"),
+        (dict(activation="silu"), "adapter.activation='silu' is not one of gelu, gelu_tanh, quick_gelu"),
         (dict(dropout=1.0), r"adapter.dropout=1.0 is not in \[0, 1\)"),
     ],
 )

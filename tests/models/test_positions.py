@@ -24,6 +24,7 @@ def test_position_tables_equal_pytorch(rows, columns, height, width):
         "dino": resize(grid, scale_factor=((height + 0.1) / rows, (width + 0.1) / columns), mode="bicubic"),
         "bilinear": resize(grid, size=(height, width), mode="bilinear", align_corners=True),
         "antialias": resize(grid, size=(height, width), mode="bicubic", antialias=True),
+        "triangle": resize(grid, size=(height, width), mode="bilinear", antialias=True),
     }
     results = {}
     for method in RESIZES:
