@@ -9,6 +9,15 @@ import numpy as np
 
 from ovseg_jax.annotation.plug import Boxes, Stuff
 from ovseg_jax.data.scenes.source import Scenes
+from ovseg_jax.data.source_base import replaced
+
+
+class ClassTags(Scenes):
+    """The same scenes, in which a region has one tag, the name of its class, as after annotation."""
+
+    def __getitem__(self, index):
+        names, example = self.classes.names, super().__getitem__(index)
+        return replaced(example, region_tags=lambda e: [[names[c][0]] for c in e["class_ids"]])
 
 
 @functools.cache

@@ -3,12 +3,13 @@
     python tests/benchmarks/annotation.py --out=runs/annotation [--rows=truth,perfect,erring,filtered] [--seeds=0,1,2]
     python tests/benchmarks/annotation.py --out=runs/speed --speed=1000
 
-Rows of the first: `scenes` as it is; annotated by plugs that know the truth; by plugs that err (corners of boxes off
-by up to 30% of the sides, 20% of the labels and 30% of the captions those of other scenes, masks that fill a box that
-is far off); the same with the filters, whose scores are those of a small tower trained on other scenes, seed 1. A row
-annotates once, prints how much is wrong, and trains `configs/umg_clip.py` for each seed; what is finished is read,
-not repeated. --share makes all trainings shorter, --images takes fewer images. The second annotates scenes by tiny
-random models of each kind, and prints images a second and the share of each kind in the time.
+Rows of the first: `scenes` as it is, but for tags of regions, which are their classes; annotated by plugs that know
+the truth; by plugs that err (corners of boxes off by up to 30% of the sides, 20% of the labels and 30% of the
+captions those of other scenes, masks that fill a box that is far off); the same with the filters, whose scores are
+those of a small tower trained on other scenes, seed 1. A row annotates once, prints how much is wrong, and trains
+`configs/umg_clip.py` for each seed; what is finished is read, not repeated. --share makes all trainings shorter,
+--images takes fewer images. The second annotates scenes by tiny random models of each kind, and prints images a
+second and the share of each kind in the time.
 """
 
 import argparse
@@ -136,7 +137,8 @@ def train_row(row: str, seed: int, out: Path, images: int, share: float) -> dict
     config = umg_clip.get_config(f"seed={seed}")
     first = config.stages[0]["config"]
     if row == "truth":
-        config.data.train = first.data.train = [dict(source(images), cache=True)]
+        own = dict(source(images), name="tests.annotation.scene_plugs:ClassTags", cache=True)
+        config.data.train = first.data.train = [own]
     else:
         folder = annotated(row, out, images, share)
         regions = dict(
