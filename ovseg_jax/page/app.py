@@ -369,7 +369,9 @@ def _polite(gr: Any, handler: Callable[..., Any], count: int) -> Callable[..., A
             found = list(handler(*inputs))
         except UserError as error:
             sentence = f"{error}".rstrip(".") + "."
-            return _with([gr.skip()] * count, place, _said(sentence[:1].upper() + sentence[1:], bad=True))
+            if sentence.partition(" ")[0].isalpha():  # and no file's name
+                sentence = sentence[:1].upper() + sentence[1:]
+            return _with([gr.skip()] * count, place, _said(sentence, bad=True))
         except Exception:
             _LOG.exception("the page")
             return _with([gr.skip()] * count, place, _said(_FAILED, bad=True))

@@ -33,7 +33,7 @@ CSS = """
 :root { --block-info-text-color: #52525b; --input-placeholder-color: #71717a; }
 .dark { --block-info-text-color: #d4d4d8; --input-placeholder-color: #a1a1aa; }
 .ov-legend i { display: inline-block; width: 14px; height: 14px; margin-right: 8px; border-radius: 3px;
-  vertical-align: -2px; border: 1px solid #0003; }
+  vertical-align: -2px; border: 1px solid #8888; }
 .ov-good, .ov-bad { margin: 0; min-height: 1.5em; overflow-wrap: anywhere; }
 .ov-bad { border-left: 4px solid #d55e00; padding-left: 8px; font-weight: 600; }
 """
