@@ -147,13 +147,32 @@ def test_commands_of_a_page_parse(root, path):
 
 
 def test_the_commands_are_found():
-    found = list(commands(ROOT / "README.md"))
-    assert {verb for verb, _ in found} >= {*ARGPARSE, *ABSL} and len(found) > 20
+    assert len(list(commands(ROOT / "README.md"))) > 15
+    found = [command for path in PAGES if path.suffix == ".md" for command in commands(path)]
+    assert {verb for verb, _ in found} >= {*ARGPARSE, *ABSL} and len(found) > 60
     assert any("narratives=" in word for _, given in found for word in given)
-    kinds = {given[0] for verb, given in found if verb in KINDS}
+    kinds = {given[0] for verb, given in found if verb in KINDS and given and given[0][0] != "-"}
     assert kinds == subcommands(importlib.import_module("ovseg_jax.score").parser()).keys()
     docs = [verb for path in PAGES if path.suffix == ".py" for verb, _ in commands(path)]
     assert set(docs) >= {*ARGPARSE, *ABSL}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in PAGES if path.suffix == ".md"],
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
+)
+def test_links_between_pages_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text("utf-8")):
+        file, _, place = target.partition("#")
+        if "://" in target:
+            continue
+        page = (path.parent / file).resolve() if file else path
+        assert page.exists(), target
+        titles = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.M) if place else []
+        assert not place or place in [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles], (
+            target
+        )
 
 
 def loose_keys():
