@@ -92,9 +92,10 @@ def annotated(row: str, out: Path, images: int, share: float) -> Path:
     )
     print(f"{row}: {what_is_wrong(folder, images)}", flush=True)
     classes = Scenes(image_size=64).classes
-    things = " ".join(str(k) for k, thing in zip(classes.ids, classes.isthing, strict=True) if thing)
-    lines = [f"{k}:{','.join(names)}" for k, names in zip(classes.ids, classes.names, strict=True)]
-    # All classes and their synonyms, as `scenes` has them: those that do not occur are negatives in training.
+    # With synonyms as `scenes` has them, and without its held-out classes, which the method must not take for trained.
+    known = [k for k in range(len(classes)) if k not in classes.groups["held_out"]]
+    things = " ".join(str(classes.ids[k]) for k in known if classes.isthing[k])
+    lines = [f"{classes.ids[k]}:{','.join(classes.names[k])}" for k in known]
     (folder.parent / "labels.txt").write_text("\n".join([f"# things: {things}", *lines]) + "\n")
     return folder
 
