@@ -11,31 +11,23 @@ import numpy as np
 from PIL import Image
 
 from ovseg_jax.annotation.plug import Boxes, Picture, Texts
-from ovseg_jax.annotation.plugs.hugging_face import HuggingFace, class_names
+from ovseg_jax.annotation.plugs.hugging_face import WordDetector
 from ovseg_jax.errors import UserError
 
 
-class GroundingDino(HuggingFace):
+class GroundingDino(WordDetector):
     """Boxes of given labels; a box has the label with the best token, and that token's probability as score."""
 
     model_class = "AutoModelForZeroShotObjectDetection"
     published = "IDEA-Research/grounding-dino-tiny"
 
-    def __init__(
-        self, labels: str, model: str = "", device: str = "", dtype: str = "", threshold: float = 0.3
-    ):
-        """Loads the model, see `HuggingFace`.
+    def prepare(self) -> None:
+        """Makes the prompts of all labels.
 
-        Args:
-          labels: a label file, one of the package, or "dog; red ball".
-          model: see `HuggingFace`.
-          device: see `HuggingFace`.
-          dtype: see `HuggingFace`.
-          threshold: the least score of a box.
+        Raises:
+          UserError: a label is too long.
         """
-        super().__init__(model, device, dtype)
-        self.threshold = threshold
-        self.passes = self._passes([name.lower().replace(".", " ") for name in class_names(labels)])
+        self.passes = self._passes([name.lower().replace(".", " ") for name in self.labels])
 
     def _passes(self, labels: Texts) -> list[tuple[Texts, str]]:
         """Splits the labels into prompts that the text encoder can take."""

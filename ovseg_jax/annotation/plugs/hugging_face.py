@@ -74,6 +74,29 @@ class HuggingFace(Plug):
             return self.model(**inputs, **more)
 
 
+class WordDetector(HuggingFace):
+    """A model that finds boxes of given labels."""
+
+    def __init__(
+        self, labels: str, model: str = "", device: str = "", dtype: str = "", threshold: float = 0.3
+    ):
+        """Loads the model, see `HuggingFace`.
+
+        Args:
+          labels: a label file, one of the package, or "dog; red ball".
+          model: see `HuggingFace`.
+          device: see `HuggingFace`.
+          dtype: see `HuggingFace`.
+          threshold: the least score of a box.
+        """
+        super().__init__(model, device, dtype)
+        self.threshold, self.labels = threshold, class_names(labels)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Prepares the labels once; nothing unless a model needs it."""
+
+
 class Captioner(HuggingFace):
     """A model that answers prompts about images; a region is shown to it as a crop."""
 

@@ -8,29 +8,14 @@ from collections.abc import Sequence
 from PIL import Image
 
 from ovseg_jax.annotation.plug import Boxes, Picture
-from ovseg_jax.annotation.plugs.hugging_face import HuggingFace, boxes_of, class_names
+from ovseg_jax.annotation.plugs.hugging_face import WordDetector, boxes_of
 
 
-class Owlv2(HuggingFace):
+class Owlv2(WordDetector):
     """Boxes of given labels, read as "a photo of a LABEL" (OWLv2's README)."""
 
     model_class = "Owlv2ForObjectDetection"
     published = "google/owlv2-base-patch16-ensemble"
-
-    def __init__(
-        self, labels: str, model: str = "", device: str = "", dtype: str = "", threshold: float = 0.3
-    ):
-        """Loads the model, see `HuggingFace`.
-
-        Args:
-          labels: a label file, one of the package, or "dog; red ball".
-          model: see `HuggingFace`.
-          device: see `HuggingFace`.
-          dtype: see `HuggingFace`.
-          threshold: the least score of a box.
-        """
-        super().__init__(model, device, dtype)
-        self.threshold, self.labels = threshold, class_names(labels)
 
     def boxes(self, pictures: Sequence[Picture]) -> list[Boxes]:
         """Returns the objects of the labels."""
