@@ -33,6 +33,7 @@ from ovseg_jax.config import Args, AtLeast, parse_arg
 from ovseg_jax.configs import common, pomp
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.tables import TABLE_2
+from ovseg_jax.methods.published import PUBLISHED, towers_section
 
 WINDOWED = ("tipsv2", "sclip", "clearclip")
 
@@ -59,16 +60,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
         threshold=0.2,
         sets="",  # by default those of figure 5, or of the protocol
         sets_are=("folders", "prepared"),
-        towers="clip_vitb16",
+        towers="clip_vitb16",  # a model of `predict --model=list` but FC-CLIP, or another tower of CLIP's kind
         weights="",  # where they are, if not on the hub: a folder or file
         image_size=AtLeast(640, 1),  # 4.1; a multiple of the patch
-        # of class names: imagenet | simple | vild | tcl, a template with {}, or FILE.json; by default imagenet, for
-        # TIPSv2 tcl, as in its evaluation
+        # of class names: imagenet | simple | vild | tcl, a template with {}, or FILE.json; by default the model's own,
+        # for TIPSv2 tcl, as in its evaluation, for others imagenet
         prompt="",
         seed=0,
     )
     if args.data == "sets" and not args.prompt:
-        args = args.changed(prompt="tcl" if args.towers.startswith("tipsv2") else "imagenet")
+        args = args.changed(prompt=PUBLISHED[args.towers].prompt if args.towers in PUBLISHED else "imagenet")
     config = on_scenes(args) if args.data == "scenes" else on_sets(args)
     config.seed = args.seed
     args.check_read()
@@ -134,7 +135,8 @@ def on_sets(args: Args) -> ConfigDict:
     proposals = args.proposals if args.features == "proposals" else ""
     if args.features == "proposals" and not proposals:
         raise UserError("features=proposals needs proposals=WORKDIR, a run of configs/openseg.py")
-    towers = pomp.published_towers(args)
+    known = args.towers in PUBLISHED and not args.towers.startswith("fcclip")
+    towers = towers_section(args.towers, args.weights) if known else pomp.published_towers(args)
     if args.protocol == "groupvit":
         return by_windows(args, towers)
     if args.protocol in WINDOWED and (proposals or args.features == "pseudo_masks"):

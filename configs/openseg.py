@@ -24,6 +24,8 @@ from ovseg_jax.config import Args, AtLeast, parse_arg
 from ovseg_jax.configs import common
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.tables import ENGINEERED, LABELS, TABLE_2
+from ovseg_jax.methods.published import image_section
+from ovseg_jax.models import eva, vit
 from ovseg_jax.pretrained.published import CENTRED, pixels_of, weights_of
 from ovseg_jax.scoring.protocols import CONTEXT_59, PROTOCOLS
 
@@ -66,7 +68,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         sets_are=("folders", "prepared"),  # of images and masks, or written by `python -m ovseg_jax.prepare`
         names="",  # more names (appendix I), to test on as SET+eng as well: a folder of SET.txt, or package
         masks="predicted",  # Table 4: which masks to test with, of predicted;none;truth; the first names the scores
-        backbone="efficientnet_b7",  # 4.1; resnet101 in Table 2
+        # 4.1; resnet101 in Table 2; or a tower of `predict --model=list`, such as tipsv2_b14
+        backbone="efficientnet_b7",
         init=tuple(INITS),  # for ResNets, noisy_student stands for ImageNet's weights
         weights="",  # where they are, if not on the hub: a folder or file
         text=("clip", "bert", "learned"),  # the frozen text encoder; learned: words learn their vectors
@@ -308,9 +311,11 @@ def paper(args: Args) -> ConfigDict:
 def full(args: Args) -> dict[str, Any]:
     """Returns the network, its start and its schedule."""
     learning_rate, *steps = INITS[args.init]
-    init, pixels = "", CENTRED
+    init, pixels, backbone = "", CENTRED, image_section(args.backbone)
     if args.init != "scratch":
-        init, pixels = args.weights or weights_of(args.backbone), pixels_of(args.backbone)
+        init, pixels = args.weights or weights_of(backbone["name"]), pixels_of(backbone["name"])
+    if 640 % (vit.PRESETS | eva.PRESETS).get(backbone["name"], {}).get("patch", 1):
+        backbone["patch"] = 16  # ours: 640 is no multiple of 14, and EVA-CLIP converts its models so
     text, embed_dim = dict(learned=True, vectors=""), 640  # 4.1
     if not args.stage and not args.vectors and args.text != "learned":
         tower, where, embed_dim = TEXT_TOWERS[args.text]
@@ -318,7 +323,7 @@ def full(args: Args) -> dict[str, Any]:
     return dict(
         steps=steps[1] if args.narratives else steps[0],
         model=dict(
-            backbone=dict(name=args.backbone, init=init, remat="all"),
+            backbone=dict(backbone, init=init, remat="all"),
             mean=pixels.mean,
             std=pixels.std,
             width=640,  # 4.1

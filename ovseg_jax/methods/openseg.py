@@ -146,7 +146,7 @@ class OpenSeg(Trainable, Segmenting):
         shapes = jax.eval_shape(self.init, jax.random.key(0))
         own = {"params": shapes["params"]["image"]["backbone"]}
         own |= {name: tree["backbone"] for name, tree in shapes.items() if name != "params"}
-        found = load(init, self.net.backbone, own)
+        found = load(init, self.net.backbone, own, pixels=(self.net.mean, self.net.std))
         rest = {name: {"backbone": tree} for name, tree in found.items() if name != "params"}
         return {"params": {**params, "image": {"backbone": found["params"]}}, **rest}
 

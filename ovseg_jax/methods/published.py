@@ -17,7 +17,7 @@ from ovseg_jax.models.vit import PRESETS as VIT
 from ovseg_jax.pretrained import tips
 from ovseg_jax.pretrained.files import has_weights
 from ovseg_jax.pretrained.hub import find
-from ovseg_jax.pretrained.published import pixels_of
+from ovseg_jax.pretrained.published import pixels_of, weights_of
 from ovseg_jax.pretrained.stated import stated_pixels
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
@@ -29,7 +29,6 @@ class Published(NamedTuple):
     """A published model.
 
     Attributes:
-      weights: where its weights are, see `pretrained.hub`.
       millions: parameters of both towers.
       licence: of the weights.
       score: a published score, with its source.
@@ -40,7 +39,6 @@ class Published(NamedTuple):
       image: its image tower, if it has another name than the model.
     """
 
-    weights: str
     millions: int
     licence: str
     score: str
@@ -61,68 +59,27 @@ _README = "ADE20K-150 {} mIoU (google-deepmind/tips, README)"
 _SIGLIP: dict[str, Any] = dict(licence="Apache-2.0", score="")
 
 PUBLISHED: dict[str, Published] = {
-    "tipsv2_b14": Published(
-        "hf:google/tipsv2-b14", 196, score=_README.format(17.4), text="tipsv2_b14", **_TIPS
-    ),
-    "tipsv2_l14": Published(
-        "hf:google/tipsv2-l14", 488, score=_README.format(24.7), text="tipsv2_l14", **_TIPS
-    ),
-    "tipsv2_so400m14": Published(
-        "hf:google/tipsv2-so400m14", 862, score=_README.format(23.3), text="tipsv2_so400m14", **_TIPS
-    ),
-    "tipsv2_g14": Published(
-        "hf:google/tipsv2-g14", 1525, score=_README.format(17.8), text="tipsv2_g14", **_TIPS
-    ),
-    "clip_vitb32": Published("hf:openai/clip-vit-base-patch32", 151, "MIT", "", "clip_vitb32"),
+    "tipsv2_b14": Published(196, score=_README.format(17.4), text="tipsv2_b14", **_TIPS),
+    "tipsv2_l14": Published(488, score=_README.format(24.7), text="tipsv2_l14", **_TIPS),
+    "tipsv2_so400m14": Published(862, score=_README.format(23.3), text="tipsv2_so400m14", **_TIPS),
+    "tipsv2_g14": Published(1525, score=_README.format(17.8), text="tipsv2_g14", **_TIPS),
+    "clip_vitb32": Published(151, "MIT", "", "clip_vitb32"),
     "clip_vitb16": Published(
-        "hf:openai/clip-vit-base-patch16",
-        150,
-        "MIT",
-        "ADE20K-150 16.45 mIoU by sclip (wangf3014/SCLIP, README)",
-        "clip_vitb16",
+        150, "MIT", "ADE20K-150 16.45 mIoU by sclip (wangf3014/SCLIP, README)", "clip_vitb16"
     ),
-    "clip_vitl14": Published("hf:openai/clip-vit-large-patch14", 428, "MIT", "", "clip_vitl14"),
-    "clip_vitl14_336": Published("hf:openai/clip-vit-large-patch14-336", 428, "MIT", "", "clip_vitl14_336"),
-    "openclip_vitb16": Published(
-        "open_clip:laion/CLIP-ViT-B-16-laion2B-s34B-b88K", 150, "MIT", "", "openclip_vitb16"
-    ),
-    "openclip_vitl14": Published(
-        "open_clip:laion/CLIP-ViT-L-14-laion2B-s32B-b82K", 428, "MIT", "", "openclip_vitl14"
-    ),
-    "openclip_vith14": Published(
-        "open_clip:laion/CLIP-ViT-H-14-laion2B-s32B-b79K", 986, "MIT", "", "openclip_vith14"
-    ),
-    "eva02_clip_b16": Published(
-        "open_clip:timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k", 150, "MIT", "", "eva02_clip_b16"
-    ),
-    "eva02_clip_l14": Published(
-        "open_clip:timm/eva02_large_patch14_clip_224.merged2b_s4b_b131k", 428, "MIT", "", "eva02_clip_l14"
-    ),
-    "eva02_clip_l14_336": Published(
-        "open_clip:timm/eva02_large_patch14_clip_336.merged2b_s6b_b61k", 428, "MIT", "", "eva02_clip_l14_336"
-    ),
-    "siglip2_b16": Published(
-        "hf:google/siglip2-base-patch16-224", 375, text="siglip2_base", image="siglip_vitb16", **_SIGLIP
-    ),
-    "siglip2_b16_512": Published(
-        "hf:google/siglip2-base-patch16-512", 376, text="siglip2_base", image="siglip_vitb16_512", **_SIGLIP
-    ),
-    "siglip2_l16_384": Published(
-        "hf:google/siglip2-large-patch16-384",
-        882,
-        text="siglip2_large",
-        image="siglip_vitl16_384",
-        **_SIGLIP,
-    ),
-    "siglip2_so400m14_384": Published(
-        "hf:google/siglip2-so400m-patch14-384",
-        1136,
-        text="siglip2_so400m",
-        image="siglip_so400m14_384",
-        **_SIGLIP,
-    ),
+    "clip_vitl14": Published(428, "MIT", "", "clip_vitl14"),
+    "clip_vitl14_336": Published(428, "MIT", "", "clip_vitl14_336"),
+    "openclip_vitb16": Published(150, "MIT", "", "openclip_vitb16"),
+    "openclip_vitl14": Published(428, "MIT", "", "openclip_vitl14"),
+    "openclip_vith14": Published(986, "MIT", "", "openclip_vith14"),
+    "eva02_clip_b16": Published(150, "MIT", "", "eva02_clip_b16"),
+    "eva02_clip_l14": Published(428, "MIT", "", "eva02_clip_l14"),
+    "eva02_clip_l14_336": Published(428, "MIT", "", "eva02_clip_l14_336"),
+    "siglip2_b16": Published(375, text="siglip2_base", image="siglip_vitb16", **_SIGLIP),
+    "siglip2_b16_512": Published(376, text="siglip2_base", image="siglip_vitb16_512", **_SIGLIP),
+    "siglip2_l16_384": Published(882, text="siglip2_large", image="siglip_vitl16_384", **_SIGLIP),
+    "siglip2_so400m14_384": Published(1136, text="siglip2_so400m", image="siglip_so400m14_384", **_SIGLIP),
     "fcclip_convnext_l": Published(
-        "a file: fcclip_cocopan.pth of bytedance/fc-clip",
         373,
         "Apache-2.0",
         "ADE20K-150 34.1 mIoU, 26.8 PQ (bytedance/fc-clip, README)",
@@ -133,12 +90,19 @@ PUBLISHED: dict[str, Published] = {
 }
 
 
+def place_of(name: str) -> str:
+    """Returns where the weights of a published model are, see `pretrained.hub`; for FC-CLIP the name of its file."""
+    if name.startswith("fcclip"):
+        return "a file: fcclip_cocopan.pth of bytedance/fc-clip"
+    return weights_of(PUBLISHED[name].image or name)
+
+
 def listed() -> str:
     """Returns a table of all models for people."""
     lines = [("model", "millions", "licence", "published score", "protocol", "weights")]
     for name, model in PUBLISHED.items():
         row = (name, str(model.millions), model.licence, model.score or "-", model.protocol or "-")
-        lines.append((*row, model.weights))
+        lines.append((*row, place_of(name)))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]) - 1)]
     padded = [[cell.ljust(w) for cell, w in zip(line, widths, strict=False)] + [line[-1]] for line in lines]
     return "\n".join("  ".join(cells) for cells in padded)
@@ -155,10 +119,60 @@ def entry(name: str) -> Published:
     return PUBLISHED[name]
 
 
-def dense_config(name: str, weights: str = "", tokenizer: str = "", features: str = "") -> ConfigDict:
-    """Returns the sections of a run of method "clip_dense" of 0 steps with published towers.
+def image_section(name: str) -> dict[str, Any]:
+    """Returns the image tower of a published model, as `towers.clip.image_tower` and `build_backbone` take it.
 
-    Mean and standard deviation of pixels are those of the files beside the weights, where there are some.
+    Positions are resized as where the weights are: in transformers and in open_clip.
+
+    Args:
+      name: a key of PUBLISHED, of towers; or the name of another tower, which is returned unchanged.
+    """
+    image: dict[str, Any] = dict(name=(PUBLISHED[name].image or name) if name in PUBLISHED else name)
+    for prefix, resize in (("siglip", "bicubic"), ("openclip", "antialias")):
+        if image["name"].startswith(prefix):
+            image["resize"] = resize
+    return image
+
+
+def towers_section(name: str, weights: str = "", tokenizer: str = "") -> dict[str, Any]:
+    """Returns the section `towers` of a config for a published model; nothing is downloaded.
+
+    Mean and standard deviation of pixels are those of the files beside the weights, where there are some on this disk.
+
+    Args:
+      name: a key of PUBLISHED, of towers.
+      weights: see `published_model`.
+      tokenizer: see `published_model`.
+
+    Raises:
+      UserError: the name is unknown, or a file cannot be read.
+    """
+    model, init = entry(name), weights or place_of(name)
+    image, text = image_section(name), dict[str, Any](name=model.text)
+    pixels = pixels_of(image["name"])
+    where = Path(init).expanduser()
+    if where.exists():
+        pixels = stated_pixels(_folder(where)) or pixels
+        if _is_jax_tips(where):
+            # The published JAX code has Flax's GELU, which is the approximation, and Flax's epsilon.
+            text["epsilon"] = 1e-6
+            if name != "tipsv2_g14":
+                image["activation"] = "gelu_tanh"
+    return dict(
+        image=image,
+        text=text,
+        init=init,
+        tokenizer=tokenizer,
+        image_size=_native(image["name"]),
+        mean=pixels.mean,
+        std=pixels.std,
+        logit_scale=model.scale,
+        dtype="float32",
+    )
+
+
+def dense_config(name: str, weights: str = "", tokenizer: str = "", features: str = "") -> ConfigDict:
+    """Returns the sections of a run of method "clip_dense" of 0 steps with published towers, after downloading them.
 
     Args:
       name: a key of PUBLISHED, of towers.
@@ -169,40 +183,21 @@ def dense_config(name: str, weights: str = "", tokenizer: str = "", features: st
     Raises:
       UserError: the name is unknown, or the weights or their files cannot be read.
     """
-    model = entry(name)
-    where = find(weights or model.weights)
-    folder = where if where.is_dir() else where.parent
-    image: dict[str, Any] = dict(name=model.image or name)
-    text: dict[str, Any] = dict(name=model.text)
-    if _is_jax_tips(where):
-        # The published JAX code has Flax's GELU, which is the approximation, and Flax's epsilon.
-        text["epsilon"] = 1e-6
-        if name != "tipsv2_g14":
-            image["activation"] = "gelu_tanh"
-    # Positions are resized as where the weights are: in transformers and in open_clip.
-    for prefix, resize in (("siglip", "bicubic"), ("openclip", "antialias")):
-        if image["name"].startswith(prefix):
-            image["resize"] = resize
-    pixels = stated_pixels(folder) or pixels_of(image["name"])
+    entry(name)
+    where = find(weights or place_of(name))
     return ConfigDict(
         dict(
             method="clip_dense",
             steps=0,
-            towers=dict(
-                image=image,
-                text=text,
-                init=str(where),
-                tokenizer=tokenizer or str(folder),
-                image_size=_native(image["name"]),
-                mean=pixels.mean,
-                std=pixels.std,
-                logit_scale=model.scale,
-                dtype="float32",
-            ),
-            dense=dict(features=features or "value", prompt=model.prompt),
+            towers=towers_section(name, str(where), tokenizer or str(_folder(where))),
+            dense=dict(features=features or "value", prompt=PUBLISHED[name].prompt),
             data=dict(image_size=CANVAS),
         )
     )
+
+
+def _folder(where: Path) -> Path:
+    return where if where.is_dir() else where.parent
 
 
 def _is_jax_tips(where: Path) -> bool:

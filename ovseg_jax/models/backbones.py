@@ -62,8 +62,9 @@ def build_backbone(cfg: ConfigDict | Mapping[str, Any], dtype: Any = jnp.float32
     if name not in BACKBONES:
         raise UserError(f"backbone.name={name!r} is not one of {', '.join(BACKBONES)}.")
     module, settled = BACKBONES[name]
-    # Weights of a tower with patches of 14 pixels may be loaded for 16, see `pretrained.load.resize_patches`.
-    settled = {key: x for key, x in settled.items() if key != "patch" or key not in options}
+    # Weights of a tower with patches of 14 pixels may be loaded for 16, see `pretrained.load.resize_patches`, and
+    # libraries resize the positions of the same tower in different ways.
+    settled = {key: x for key, x in settled.items() if key not in ("patch", "resize") or key not in options}
     known = {f.name for f in dataclasses.fields(module)} - {"parent", "name", "dtype", *HOOKS, *settled}
     unknown = options.keys() - known
     if unknown:

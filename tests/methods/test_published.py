@@ -12,12 +12,15 @@ import pytest
 from PIL import Image
 
 from ovseg_jax import predict
+from ovseg_jax.configs import clip_dense, openseg
 from ovseg_jax.data.windows import Sliding
 from ovseg_jax.decisions.published import protocol
 from ovseg_jax.errors import UserError
 from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.methods import published
 from ovseg_jax.methods.clip_dense import LAST, ClipDense
+from ovseg_jax.methods.openseg import OpenSeg
+from ovseg_jax.models.backbones import BACKBONES
 from ovseg_jax.models.text_towers import PRESETS as TEXTS
 from ovseg_jax.pretrained.files import write_safetensors
 from ovseg_jax.pretrained.published import HALF, UNIT
@@ -226,11 +229,66 @@ class TipsJax(Tips):
         pretrained_tokens(folder, False)
 
 
+class Eva(Clip):
+    """timm's EVA-02-CLIP with open_clip's text tower, in the names of open_clip's files."""
+
+    name = "eva02_clip_b16"
+    image: ClassVar[dict[str, Any]] = dict(width=W, depth=DEPTH, heads=HEADS, hidden=48, grid=4, embed_dim=24)
+    text: ClassVar[dict[str, Any]] = Clip.text | dict(embed_dim=24)
+
+    def __init__(self, folder):
+        torch, timm, open_clip = require("torch"), require("timm"), require("open_clip")
+        self.model = reference.randomise(
+            timm.models.eva.Eva(
+                img_size=64, patch_size=16, embed_dim=W, depth=DEPTH, num_heads=HEADS, mlp_ratio=1.5,
+                num_classes=24, global_pool="token", use_rot_pos_emb=True, ref_feat_shape=(16, 16),
+                swiglu_mlp=True, scale_mlp=True, scale_attn_inner=True, qkv_fused=False, dynamic_img_size=True,
+            )
+        )  # fmt: skip
+        sizes = dict(width=W, heads=HEADS, layers=2, mlp_ratio=1.5, output_dim=24)
+        self.text_model = reference.randomise(open_clip.transformer.TextTransformer(**sizes))
+        both = (("visual.trunk.", self.model), ("text.", self.text_model))
+        arrays = {p + name: x.detach().numpy() for p, m in both for name, x in m.state_dict().items()}
+        write_safetensors(folder / "open_clip_model.safetensors", arrays)
+        vision = dict(image_size=64, timm_model_name="eva02_base_patch16_clip_224")
+        config = dict(embed_dim=24, vision_cfg=vision, text_cfg=dict(width=W, layers=2, heads=HEADS))
+        config = dict(model_cfg=config, preprocess_cfg=dict(mean=MEAN, std=STD))
+        (folder / "open_clip_config.json").write_text(json.dumps(config))
+        pretrained_tokens(folder, True)
+        self.start = torch.nn.Identity()  # before the blocks: a place for hooks
+
+    def patches(self, pixels, last):
+        torch, v = require("torch"), self.model
+        grid = tuple(side // 16 for side in pixels.shape[2:])
+        # As BAAI interpolated the table; timm itself would blur it.
+        table = v.pos_embed[:, 1:].reshape(1, 4, 4, W).permute(0, 3, 1, 2)
+        table = torch.nn.functional.interpolate(table, grid, mode="bicubic").flatten(2).transpose(1, 2)
+        x = v.patch_embed.proj(pixels).flatten(2).transpose(1, 2) + table
+        x = self.start(torch.cat([(v.cls_token + v.pos_embed[:, :1]).expand(len(x), -1, -1), x], 1))
+        rotary = v.rope.get_embed(shape=grid)[: x.shape[1] - 1]
+        for block in v.blocks[:-1]:
+            x = block(x, rotary)
+        end, turn = v.blocks[-1], require("timm").layers.apply_rot_embed_cat
+        a = end.attn
+
+        def project(y):
+            each = lambda x: x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            turned = lambda x: torch.cat([each(x)[:, :, :1], turn(each(x)[:, :, 1:], rotary)], 2)
+            joined = lambda x: x.transpose(1, 2).flatten(2)
+            return joined(turned(a.q_proj(y))), joined(turned(a.k_proj(y))), a.v_proj(y)
+
+        x = last_block(x, end.norm1, end.norm2, project, lambda y: a.proj(a.norm(y)), end.mlp, last)
+        return v.head(v.norm(x[:, 1:]))
+
+    def texts(self, ids, valid):
+        return self.text_model(ids)
+
+
 def first(x):
     return x[0] if isinstance(x, tuple) else x
 
 
-KINDS = {kind.name: kind for kind in (Clip, OpenClip, Siglip, Tips)} | {"tipsv2 jax": TipsJax}
+KINDS = {kind.name: kind for kind in (Clip, OpenClip, Eva, Siglip, Tips)} | {"tipsv2 jax": TipsJax}
 
 
 _SAVED: dict[str, Any] = {}
@@ -292,7 +350,7 @@ def vectors(text):
 
 @pytest.mark.parametrize(
     ("name", "features"),
-    [("clip_vitb16", f) for f in LAST]
+    [(name, f) for name in ("clip_vitb16", "eva02_clip_b16") for f in LAST]
     + [
         ("openclip_vitb16", "sclip"),
         ("openclip_vitb16", "clearclip"),
@@ -364,11 +422,14 @@ def cut_out(kind, method, image, canvas):
     padded[0, : image.shape[0]] = image
     pixels = normalised(kind, method, padded)
     kept = height * (canvas // kind.patch)
-    hooks, towers = [], (kind.model.visual if isinstance(kind, OpenClip) else kind.model.vision_model)
-    blocks = towers.transformer.resblocks if isinstance(kind, OpenClip) else towers.encoder
-    blocks = (
-        blocks if isinstance(kind, OpenClip) else getattr(blocks, "layers", getattr(blocks, "layer", None))
-    )
+    hooks = []
+    if isinstance(kind, Eva):
+        blocks = [kind.start]
+    elif isinstance(kind, OpenClip):
+        blocks = kind.model.visual.transformer.resblocks
+    else:
+        encoder = kind.model.vision_model.encoder
+        blocks = getattr(encoder, "layers", getattr(encoder, "layer", None))
     front = {"siglip2_b16": 0, "tipsv2_b14": 2}.get(kind.name, 1)
     cut = lambda module, inputs: (inputs[0][:, : front + kept], *inputs[1:])
     hooks.append(blocks[0].register_forward_pre_hook(cut))
@@ -461,13 +522,58 @@ def test_every_model_of_the_table_can_be_built():
     for line, (name, model) in zip(
         published.listed().splitlines()[1:], published.PUBLISHED.items(), strict=True
     ):
-        assert line.startswith(name) and model.licence in line and line.endswith(model.weights)
+        assert line.startswith(name) and model.licence in line and line.endswith(published.place_of(name))
         if model.protocol:
             assert (
                 published._native(model.image or name) % 14 == 0
                 or published._native(model.image or name) % 16 == 0
             )
             protocol(model.protocol)
+
+
+def test_the_config_takes_every_published_tower(tmp_path):
+    """With the fields that `predict --model` gives it, whether its files are on this disk or not."""
+    for name, model in published.PUBLISHED.items():
+        if name == "fcclip_convnext_l":
+            continue
+        arg = f"data=sets,eval_sets=s,towers={name}"
+        given = clip_dense.get_config(f"{arg},weights={tmp_path}")
+        want = published.dense_config(name, str(tmp_path))
+        want.towers.tokenizer = ""  # beside the weights
+        assert given.towers == want.towers and given.dense == want.dense, name
+        remote = clip_dense.get_config(arg).towers
+        assert remote.init == published.place_of(name) and remote.image == given.towers.image
+        assert remote.logit_scale == model.scale
+    weights = saved("tipsv2 jax")[1]
+    given = clip_dense.get_config(f"data=sets,eval_sets=s,towers=tipsv2_b14,weights={weights}").towers
+    assert given.text.epsilon == 1e-6 and given.image.activation == "gelu_tanh"
+    with pytest.raises(UserError, match="no published weights are known for 'fcclip_convnext_l'"):
+        clip_dense.get_config("data=sets,eval_sets=s,towers=fcclip_convnext_l")
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "tipsv2 jax"])
+def test_a_published_tower_is_a_backbone_of_openseg(name, monkeypatch):
+    kind, method, variables = made(name)
+    config = openseg.get_config(f"data=folder,data_dir=x,backbone={kind.name},weights={saved(name)[1]}")
+    tower = config.model.backbone.name
+    module, fields = BACKBONES[tower]
+    monkeypatch.setitem(BACKBONES, tower, (module, fields | kind.image))
+    small = dict(width=16, num_queries=3, position_grid=4, decoder_layers=1, head_convs=1, dtype="float32")
+    config.model.update(small)
+    config.data.image_size = 96
+    config.text = dict(learned=True, vectors="")
+    if name in ("clip_vitb16", "openclip_vitb16", "eva02_clip_b16"):
+        with pytest.raises(UserError, match=r"the mean of pixels is \[0.4, 0.5, 0.45\], but this config has"):
+            OpenSeg(config, WordList(["a"]), ClassList((), (), ())).pretrained()
+    config.model.update({key: method.config.towers[key] for key in ("mean", "std")})
+    student = OpenSeg(config, WordList(["a"]), ClassList((), (), ()))
+    found = student.pretrained()["params"]["image"]["backbone"]["tower"]
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 96, 64, 3)), jnp.float32)
+    tokens = lambda module, weights: np.asarray(jax.jit(module.apply)({"params": weights}, x).tokens)
+    ours = tokens(student.net.backbone.tower, found)
+    if kind.patch == 16:
+        np.testing.assert_array_equal(ours, tokens(method.clip.image, variables["towers"]["image"]["params"]))
+    assert ours.shape == (1, 6, 4, W) and np.ptp(ours)
 
 
 def test_the_command_segments_by_a_published_model(tmp_path, monkeypatch, capsys):
