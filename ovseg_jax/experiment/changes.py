@@ -46,11 +46,20 @@ def config_differences(before: ConfigDict, now: ConfigDict, *, grow: bool = True
         and old["steps"] <= new["steps"]
     ):
         new["steps"] = old["steps"]
+    return [f"{key} was {was}, is {now}" for key, was, now in _differing(old, new) if not is_harmless(key)]
+
+
+def differing(before: ConfigDict, now: ConfigDict) -> list[tuple[str, str, str]]:
+    """Returns the keys that differ, each with both values as JSON, or "absent"."""
+    return _differing(_flat(before.to_dict()), _flat(now.to_dict()))
+
+
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     shown = lambda tree, key: json.dumps(tree[key]) if key in tree else "absent"
     return [
-        f"{key} was {shown(old, key)}, is {shown(new, key)}"
+        (key, shown(old, key), shown(new, key))
         for key in sorted(old.keys() | new.keys())
-        if not _same(old.get(key, _ABSENT), new.get(key, _ABSENT)) and not is_harmless(key)
+        if not _same(old.get(key, _ABSENT), new.get(key, _ABSENT))
     ]
 
 

@@ -1,13 +1,11 @@
 """The answers of the page, without its widgets: pictures with hover maps, words at a pixel, similarity, downloads."""
 
-import base64
 import dataclasses
 import html
 import io
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +21,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.inference.folder import TASKS
 from ovseg_jax.inference.result import Result, sigmoid
 from ovseg_jax.inference.segmenter import Batch, Segmenter
+from ovseg_jax.viz.html import SAFE, data_uri, encoded
 from ovseg_jax.viz.segments import overlay, palette
 from ovseg_jax.vocab.classes import ClassList, is_built_in, parse_labels, read_label_file
 
@@ -31,8 +30,6 @@ MAX_BYTES, MAX_PIXELS, SIDE = 20_000_000, 50_000_000, 2048
 MAX_NAMES, MAX_LETTERS = 2000, 60_000
 SHOWN = 1024  # the longer side of pictures in the page
 HEAT = 512  # the longer side of similarity maps
-SAFE = (0xE69F00, 0x56B4E9, 0x009E73, 0xF0E442, 0x0072B2, 0xD55E00, 0xCC79A7)
-"""Colours that colour-blind people tell apart: Okabe and Ito, "Color Universal Design" (2008), without black."""
 FORMATS = ("png", "json", "features")
 
 
@@ -190,7 +187,7 @@ def figure(
     index = index.resize(drawn.size, Image.Resampling.NEAREST)
     names = words_of(result)
     listed = "; ".join(names[:12]) or "nothing"
-    data = f'data-map="{_uri(index, "PNG")}" data-words="{html.escape(json.dumps(names), quote=True)}"'
+    data = f'data-map="{data_uri(index, "PNG")}" data-words="{html.escape(json.dumps(names), quote=True)}"'
     rows = []
     for word, label, each in zip(names, result.labels, result.segments, strict=True):
         swatch = "#{:02x}{:02x}{:02x}".format(*(colours or {})[label])
@@ -291,7 +288,7 @@ def heat_figure(
     best = f"similarity to {word}"
     caption = f"{html.escape(name)}: {html.escape(word)}, {low:.2f} (dark) to {high:.2f} (bright)"
     return (
-        f'<figure class="ov-heat"><img src="{_uri(drawn, "WEBP")}" alt="{html.escape(best, quote=True)}">'
+        f'<figure class="ov-heat"><img src="{data_uri(drawn, "WEBP")}" alt="{html.escape(best, quote=True)}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 
@@ -335,7 +332,7 @@ def download(results: Sequence[Result], names: Sequence[str], kind: str) -> tupl
     files = {}
     for i, (result, name) in enumerate(zip(results, names, strict=True), 1):
         if kind == "png":
-            content = _bytes(picture(result, colours, legend=True), "PNG")
+            content = encoded(picture(result, colours, legend=True), "PNG")
         elif kind == "json":
             content = (result.to_json() + "\n").encode()
         else:
@@ -377,7 +374,7 @@ def _photo(drawn: Image.Image, title: str, says: str, data: str) -> str:
     return (
         f'<figure class="ov-figure"><figcaption>{title}</figcaption><div class="ov-frame" tabindex="0" '
         f'role="application" aria-label="{title}, {says}. Arrow keys move the cross, Enter asks what is there." {data}>'
-        f'<img class="ov-photo" src="{_uri(drawn, "WEBP")}" alt="{says}" draggable="false"><b class="ov-cross"></b>'
+        f'<img class="ov-photo" src="{data_uri(drawn, "WEBP")}" alt="{says}" draggable="false"><b class="ov-cross"></b>'
         '<output class="ov-tip"></output></div>'
     )
 
@@ -395,14 +392,3 @@ def _shrunk(image: UInt8[np.ndarray, "h w 3"], side: int) -> UInt8[np.ndarray, "
     shrunk = Image.fromarray(image)
     shrunk.thumbnail((side, side))
     return np.asarray(shrunk)
-
-
-def _bytes(drawn: Image.Image, form: str) -> bytes:
-    content = io.BytesIO()
-    options: dict[str, Any] = {"quality": 92} if form == "WEBP" else {}
-    drawn.save(content, form, **options)
-    return content.getvalue()
-
-
-def _uri(drawn: Image.Image, form: str) -> str:
-    return f"data:image/{form.lower()};base64,{base64.b64encode(_bytes(drawn, form)).decode()}"

@@ -25,9 +25,9 @@ def curves(metrics: epath.PathLike, path: epath.PathLike | None = None) -> Image
     """
     panels: dict[tuple[int, str], Series] = {}
     for key, points in _read(metrics).items():
-        panel, name = _panel(key)
-        if panel is not None:
-            panels.setdefault(panel, {})[name] = points
+        place, name = panel(key)
+        if place is not None:
+            panels.setdefault(place, {})[name] = points
     # matplotlib's object interface does not touch its global state.
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -90,7 +90,7 @@ def _read(metrics: epath.PathLike) -> Series:
         for key, value in record.items():
             if _is_number(value):
                 series.setdefault(key, []).append((float(step), float(value)))
-    if not any(_panel(key)[0] for key in series):
+    if not any(panel(key)[0] for key in series):
         raise UserError(f"{metrics} holds no metrics yet")
     return series
 
@@ -99,7 +99,7 @@ def _is_number(value: Any) -> TypeGuard[float]:
     return type(value) in (int, float) and abs(value) < 1e300
 
 
-def _panel(key: str) -> tuple[tuple[int, str] | None, str]:
+def panel(key: str) -> tuple[tuple[int, str] | None, str]:
     """Returns the panel (rank, title) and the name there of a metric; the panel is None if it is not drawn."""
     evaluation, slash, metric = key.partition("/")
     if slash:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.viz.curves import _panel, curves
+from ovseg_jax.viz.curves import curves, panel
 from ovseg_jax.viz.segments import GridRow, enlarge_labels, overlay, paint, palette, prediction_grid
 
 
@@ -120,5 +120,5 @@ def test_curves_of_a_run_that_was_killed_while_writing(tmp_path):
 
 
 def test_what_is_no_percentage_has_a_panel_of_its_own():
-    assert _panel("val/accuracy[hard]")[0] == _panel("val/per_class")[0]
-    assert _panel("val/alignment")[0] == _panel("val/uniformity[hard]")[0] != _panel("val/accuracy")[0]
+    assert panel("val/accuracy[hard]")[0] == panel("val/per_class")[0]
+    assert panel("val/alignment")[0] == panel("val/uniformity[hard]")[0] != panel("val/accuracy")[0]
