@@ -13,6 +13,8 @@ EXTRAS = {
     "prepare": ["apache-beam>=2.70", "array_record", "h5py", "tensorflow-datasets>=4.9.10"],
     # With it clu also writes TensorBoard files.
     "tensorboard": ["tensorflow"],
+    # With `--config.wandb=PROJECT`.
+    "wandb": ["wandb>=0.19"],
     # Tokenisers of published text towers, and the hub that the weights are on.
     "pretrained": ["huggingface_hub", "sentencepiece", "tokenizers"],
     # JAX's own format of exported programs.

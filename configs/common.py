@@ -15,6 +15,7 @@ def run(method: str, **own: Any) -> ConfigDict:
         accumulate=1,  # parts in which a batch goes through the network, where memory is short
         profile="",  # FIRST:STOP, steps to trace for XProf
         tensorboard=False,
+        wandb="",  # a project of Weights & Biases, which gets the metrics, too
         mesh=dict(data=-1, fsdp=1),
         evals={},  # during training
         final_evals={},  # at the end

@@ -1069,6 +1069,7 @@ OPENERS: dict[str, str] = {
     "train/checkpoints.py:read_config": "config.json of a run",
     "train/checkpoints.py:write_config": "none: compares bytes",
     "train/checkpoints.py:read_sums": "none: the checkpoint's checksums are looked at before",
+    "train/metrics.py:__init__": "none: an identifier, which Weights & Biases checks",
     "train/metrics.py:_readable": "metrics.jsonl of a restart",
     "train/metrics.py:read_metrics": "metrics.jsonl",
     "viz/curves.py:_read": "metrics.jsonl of curves",

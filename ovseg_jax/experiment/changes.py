@@ -22,6 +22,7 @@ RESUME_MUTABLE_KEYS = (
     "profile",
     "sharding",
     "tensorboard",
+    "wandb",
 )
 
 

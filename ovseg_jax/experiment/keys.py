@@ -14,7 +14,7 @@ from ovseg_jax.experiment.stages import check_keys
 from ovseg_jax.parallel.sharding import AXES
 from ovseg_jax.towers.vocabulary import SPOKEN
 
-TOP = keys("method row seed steps batch_size accumulate profile tensorboard log_every sharding stages")
+TOP = keys("method row seed steps batch_size accumulate profile tensorboard wandb log_every sharding stages")
 # The sections that `--mode=eval` reads from the given config; all others come from the run.
 EVALUATED = ("data", "evals", "final_evals", "mesh", "sharding")
 

@@ -75,7 +75,7 @@ def fit(
 
     Args:
       config: with seed, steps, batch_size, accumulate, optimizer, checkpoint.every, checkpoint.keep, log_every,
-        sharding, tensorboard and profile ("FIRST:STOP", the steps to trace into `workdir/profile`).
+        sharding, tensorboard, wandb (a project) and profile ("FIRST:STOP", the steps to trace into `workdir/profile`).
       workdir: the folder for `checkpoints/` and `metrics.jsonl`.
       method: see `protocols`.
       batches: step -> an iterator of this process's share of each batch from that step on.
@@ -112,7 +112,12 @@ def fit(
         writer = stack.enter_context(
             contextlib.closing(
                 MetricWriter(
-                    workdir, step=start, tensorboard=config.get("tensorboard", False), write=first_process
+                    workdir,
+                    step=start,
+                    tensorboard=config.get("tensorboard", False),
+                    wandb=config.get("wandb", ""),
+                    config=config.to_dict(),
+                    write=first_process,
                 )
             )
         )

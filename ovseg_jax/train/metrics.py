@@ -1,4 +1,4 @@
-"""Metrics of a run: their accumulation and their output to `metrics.jsonl` and optionally TensorBoard.
+"""Metrics of a run: their accumulation and their output to `metrics.jsonl`, and where asked to other programs.
 
 Every metric is a sum and a count over valid examples, which are only divided here.
 """
@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import math
+import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,9 +17,9 @@ from etils import epath
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import write_whole
-from ovseg_jax.reading import DAMAGE, parse_json, read_lines, reading, short, whole
+from ovseg_jax.reading import DAMAGE, parse_json, read_lines, read_text, reading, reason, short, whole
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, WANDB_FILE = "metrics.jsonl", "wandb.id"
 Sums = dict[str, tuple[float, float]]
 _log = logging.getLogger(__name__)
 
@@ -58,16 +59,28 @@ class MetricWriter:
       workdir: the folder of the file.
       step: the step that the run starts from.
       tensorboard: whether to also write event files, with clu, which needs TensorFlow.
+      wandb: the project of Weights & Biases that also gets the metrics; "" for none. Its own settings, such as
+        WANDB_MODE=offline, hold.
+      config: the run's config, for Weights & Biases.
       write: False on all processes but the first.
     """
 
     def __init__(
-        self, workdir: epath.PathLike, *, step: int = 0, tensorboard: bool = False, write: bool = True
+        self,
+        workdir: epath.PathLike,
+        *,
+        step: int = 0,
+        tensorboard: bool = False,
+        wandb: str = "",
+        config: Mapping[str, Any] | None = None,
+        write: bool = True,
     ):
         self._path = epath.Path(workdir) / METRICS_FILE
         self._write = write
         self._records = [record for record in _readable(workdir) if record["step"] <= step]
-        self._board = _tensorboard(workdir) if tensorboard and write else None
+        self._boards: list[Any] = [_tensorboard(workdir)] if tensorboard and write else []
+        if wandb and write:
+            self._boards.append(_Wandb(workdir, wandb, config or {}))
         if write and self._path.exists():
             self._rewrite()
 
@@ -89,18 +102,18 @@ class MetricWriter:
                 file.write(json.dumps(record) + "\n")
         else:
             self._rewrite()
-        if self._board is not None:
-            finite = {name: v for name, v in record.items() if name != "step" and v is not None}
-            self._board.write_scalars(step, finite)
+        finite = {name: v for name, v in record.items() if name != "step" and v is not None}
+        for board in self._boards:
+            board.write_scalars(step, finite)
 
     def has(self, step: int, prefix: str) -> bool:
         """Tells whether a record of this step has a key that starts with `prefix`."""
         return any(r["step"] == step and any(k.startswith(prefix) for k in r) for r in self._records)
 
     def close(self) -> None:
-        """Flushes the event files."""
-        if self._board is not None:
-            self._board.close()
+        """Flushes the event files, and ends the run of Weights & Biases."""
+        for board in self._boards:
+            board.close()
 
     def _rewrite(self) -> None:
         write_whole(self._path, "".join(json.dumps(record) + "\n" for record in self._records))
@@ -168,3 +181,43 @@ def _tensorboard(workdir: epath.PathLike) -> Any:
     from clu import metric_writers
 
     return metric_writers.SummaryWriter(str(epath.Path(workdir) / "tensorboard"))
+
+
+class _Wandb:
+    """A run of Weights & Biases behind two methods of clu's `metric_writers.MetricWriter`, which has none for it."""
+
+    def __init__(self, workdir: epath.PathLike, project: str, config: Mapping[str, Any]):
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                f"wandb={project} needs Weights & Biases: pip install -e '.[wandb]' ({error})"
+            ) from error
+        folder = epath.Path(workdir)
+        # A run that resumes goes on under its identifier; one that starts anew in a cleared folder gets another.
+        name = folder / WANDB_FILE
+        if not name.exists():
+            write_whole(name, uuid.uuid4().hex)
+        local = {} if "://" in str(folder) else {"dir": str(folder)}
+        try:
+            self._run = wandb.init(
+                project=project,
+                id=read_text(name),
+                name=folder.name,
+                config=dict(config),
+                resume="allow",
+                **local,
+            )
+        except Exception as error:  # Such as no login, or no network.
+            raise UserError(
+                f"wandb={project}: Weights & Biases did not start ({reason(error)}); "
+                "WANDB_MODE=offline needs no account"
+            ) from error
+        # Its own steps may not go back, as a run does that resumes from a checkpoint.
+        self._run.define_metric("*", step_metric="step")
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **scalars})
+
+    def close(self) -> None:
+        self._run.finish()

@@ -2,6 +2,8 @@
 
 import io
 import json
+import sys
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
@@ -10,6 +12,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.train import metrics
 from ovseg_jax.train.metrics import MetricWriter, read_metrics, series
 from ovseg_jax.train.progress import Progress, clock
+from tests.extras import require
 
 
 def test_one_division_at_the_end():
@@ -83,3 +86,63 @@ def test_a_bar_on_a_terminal():
 
 def test_clock():
     assert [clock(s) for s in (0, 59.6, 61, 3600 + 62)] == ["0:00", "1:00", "1:01", "1:01:02"]
+
+
+class FakeWandb:
+    """What `_Wandb` uses of the package, which keeps it."""
+
+    def __init__(self):
+        self.started, self.logged, self.finished = [], [], 0
+
+    def init(self, **given):
+        if given["project"] == "nobody":
+            raise RuntimeError("api_key not configured\nlong explanation")
+        self.started.append(given)
+        log = lambda values: self.logged.append(values)
+        return SimpleNamespace(define_metric=self.define_metric, log=log, finish=self.finish)
+
+    def define_metric(self, name, step_metric):
+        assert (name, step_metric) == ("*", "step")
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_weights_and_biases_gets_the_records_of_a_resumed_run_under_one_name(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for start in (0, 4):
+        writer = MetricWriter(tmp_path, step=start, wandb="mine", config={"seed": 3})
+        writer.scalars(start + 2, {"loss": 1.5, "bad": float("nan")})
+        writer.close()
+    first, second = fake.started
+    assert first == second and first["config"] == {"seed": 3} and first["dir"] == str(tmp_path)
+    assert (first["project"], first["name"], first["resume"]) == ("mine", tmp_path.name, "allow")
+    assert fake.logged == [{"step": 2, "loss": 1.5}, {"step": 6, "loss": 1.5}] and fake.finished == 2
+    (tmp_path / "other").mkdir()
+    MetricWriter(tmp_path / "other", wandb="mine")
+    assert fake.started[-1]["id"] != first["id"]
+    MetricWriter(tmp_path / "none", wandb="mine", write=False)
+    MetricWriter(tmp_path / "none")
+    assert len(fake.started) == 3
+
+
+def test_weights_and_biases_that_is_not_there_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"wandb=mine needs Weights & Biases: pip install -e '\.\[wandb\]'"):
+        MetricWriter(tmp_path, wandb="mine")
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb())
+    with pytest.raises(UserError, match=r"did not start \(api_key not configured\); WANDB_MODE=offline"):
+        MetricWriter(tmp_path, wandb="nobody")
+
+
+def test_weights_and_biases_itself_takes_the_records(tmp_path, monkeypatch):
+    require("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    writer = MetricWriter(tmp_path, wandb="mine", config={"seed": 3, "model": {"width": 16}})
+    writer.scalars(2, {"loss": 1.5, "validation/miou": 12.0})
+    writer.close()
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    content = file.read_bytes()
+    assert b"validation/miou" in content and (tmp_path / "wandb.id").read_text().encode() in content
