@@ -29,6 +29,10 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
+from ovseg_jax.annotation import outputs
+from ovseg_jax.annotation import run as annotation
+from ovseg_jax.annotation.statistics import Statistics as AnnotationStatistics
+from ovseg_jax.annotation.workflow import Rules
 from ovseg_jax.cli.outputs import Journal
 from ovseg_jax.config import resolved, stages_of
 from ovseg_jax.data import prepared_files
@@ -67,6 +71,8 @@ from ovseg_jax.experiment.paper_report import read_scores, read_suite_scores
 from ovseg_jax.experiment.run import _read_summary
 from ovseg_jax.experiment.scores import read_suite
 from ovseg_jax.inference.folder import image_files
+from ovseg_jax.page.answers import read_picture
+from ovseg_jax.pretrained.stated import stated_pixels
 from ovseg_jax.scoring.answers import read_answers
 from ovseg_jax.scoring.detections import score_precision
 from ovseg_jax.scoring.files import Skips, read_list
@@ -128,6 +134,7 @@ SAID = (
     "config.json beside a run",
     "journal",
     "metrics.jsonl of a restart",
+    "records of an annotation",
 )
 
 
@@ -455,16 +462,6 @@ BOXES = [
     {"image_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5, "category_id": 3},
     {"image_id": "x", "bbox": [0.5, 2, 3, 4], "score": 1, "category_id": 3},
 ]
-RLE = {"size": [12, 16], "counts": "d0:2:2:2:^3"}
-MASKS = [
-    {"image_id": 1, "segmentation": RLE, "score": 0.5, "category_id": 3},
-    {
-        "image_id": 1,
-        "segmentation": {"size": [12, 16], "counts": [20, 100, 72]},
-        "score": 1,
-        "category_id": 3,
-    },
-]
 ANNOTATIONS = {
     "images": [
         {"id": 1, "file_name": "a.jpg", "height": 12, "width": 16},
@@ -655,6 +652,72 @@ def marker(folder: Path) -> Path:
     return text("a/stage.json", json.dumps(found))(folder)
 
 
+def written(path: Path, *records: dict[str, Any]) -> Path:
+    """A journal."""
+    journal = Journal(path)
+    journal.start({"a": 1})
+    for record in records:
+        journal.append(record)
+    journal.close()
+    return path
+
+
+def no_other_record(path: Path) -> None:
+    """A record that is damaged is dropped, not read as another one."""
+    assert all(record in ({"image": "a"}, {"image": "b"}) for record in Journal(path).records)
+
+
+JOB = annotation.Job(
+    {"name": "scenes"}, {"captions": [{"name": "x"}]}, Rules(score_regions=True), "", batch=1
+)
+
+
+def records(name: str) -> Callable[[Path], Path]:
+    """The records of two images, and what they depend on; returns one of the files."""
+
+    def write(folder: Path) -> Path:
+        require("pycocotools")
+        things = {"bbox": [0, 1, 9, 5.5], "label": "red ball", "score": 0.9, "isthing": True}
+        things |= {"captions": [["a ball", "x", 0.25]], "label_score": 0.5}
+        steady = things | {"mask": RLE["counts"], "stability": 0.9}
+        found = {
+            "image": "a",
+            "size": [12, 16],
+            "tags": ["ball"],
+            "captions": [["a red ball", "x", 0.5], ["grass", "y", 0.25]],
+            "regions": [steady, things | {"isthing": False}],
+            "stuff": [{"label": "grass", "score": 0.7, "mask": RLE["counts"]}],
+        }
+        job = JOB._replace(out=str(folder))
+        annotation._check_request(job)
+        written(folder / "records/00000.jsonl", found, found | {"image": "b"}, {"image": "c", "error": "no"})
+        return folder / "records" / name
+
+    return write
+
+
+def finished(path: Path) -> None:
+    """What is made of the records of a folder."""
+    rows = lambda: (r for r in annotation.read_records(epath.Path(path.parents[1])) if "error" not in r)
+    floors, things = outputs.floors_of(rows(), JOB.rules)
+    statistics = AnnotationStatistics()
+    for record in rows():
+        final = outputs.finish(record, floors, JOB.rules)
+        statistics.add(final.record, final.dropped)
+        outputs.regions_json(final.record)
+        outputs.panoptic_rows(final, {name: k for k, name in enumerate(things)})
+        outputs._quality(final.record)
+    json.dumps(statistics.result(), allow_nan=False)
+
+
+PIXELS = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.25], "rescale_factor": 1 / 255}
+
+
+def pixels(path: Path) -> None:
+    found = stated_pixels(path.parent)
+    assert found is None or (np.isfinite(found).all() and min(found.std) > 0)
+
+
 def video(folder: Path) -> Path:
     require("av")
     with VideoWriter(folder / "a.mp4", 10) as writer:
@@ -710,6 +773,16 @@ READERS: dict[str, Reader] = {
             ("b.tif", "I", {}),
         )
     },
+    "uploaded picture": Reader(picture("a.png", "RGBA"), read_picture),
+    "records of an annotation": Reader(records("00000.jsonl"), finished, 2),
+    "request.json of an annotation": Reader(
+        records("request.json"),
+        lambda path: annotation._check_request(JOB._replace(out=str(path.parents[1]))),
+    ),
+    "preprocessor_config.json": Reader(
+        text("preprocessor_config.json", json.dumps(PIXELS | {"do_rescale": True, "do_normalize": True})),
+        pixels,
+    ),
     "COCO's panoptic JSON": coco_reader("annotations/panoptic_val.json"),
     "panoptic results": Reader(
         coco("annotations/panoptic_val.json"),
@@ -883,7 +956,9 @@ READERS: dict[str, Reader] = {
     "list of paths": Reader(
         lambda folder: text("a.txt", f"{folder / 'a.txt'}\n")(folder), lambda path: image_files(f"@{path}")
     ),
-    "journal": Reader(text("p.jsonl", '{"request": {"a": 1}}\n{"image": "a"}\n{"image": "b"}\n'), Journal),
+    "journal": Reader(
+        lambda folder: written(folder / "p.jsonl", {"image": "a"}, {"image": "b"}), no_other_record
+    ),
     "metrics.jsonl of curves": Reader(text("metrics.jsonl", RECORDS), curves._read),
     **{name: Reader(write, read, 0.3) for name, (write, read) in damaged.READERS.items()},
     "pseudo-masks": Reader(shard, masks_of_scenes),
@@ -963,12 +1038,16 @@ def test_a_damaged_file_is_read_or_refused(name, tmp_path, caplog):
 # Functions that open files: the readers above that go through each, or why none does.
 OPENERS: dict[str, str] = {
     "__main__.py:verbs": "none: a module of the package",
-    "annotation/run.py:_check_request": "none: tests/annotation/test_workflow.py",
+    "annotation/plugs/hugging_face.py:__init__": "none: transformers reads the files",
+    "annotation/run.py:_annotate_shard": "records of an annotation",
+    "annotation/run.py:_check_request": "request.json of an annotation",
     "annotation/run.py:_load": "none: written anew by each call",
     "annotation/run.py:_raise_error": "none: the sentence of a worker",
     "annotation/run.py:_read_todo": "none: written by the call that reads it",
+    "annotation/run.py:read_records": "records of an annotation",
     "cli/console.py:guarded": "none: opens the null device",
     "cli/outputs.py:__init__": "journal",
+    "cli/outputs.py:_entry": "journal",
     "cli/outputs.py:start": "none: a request in memory",
     "config.py:_places": "config.json beside a run",
     "config.py:from_json": "config.json of a run",
@@ -987,7 +1066,9 @@ OPENERS: dict[str, str] = {
     "data/sources/image_folder.py:read_names": "names of class folders",
     "data/sources/pseudo_masks.py:_read": "pseudo-masks",
     "data/sources/pseudo_masks.py:read_shard": "shard.json",
+    "data/sources/pseudo_masks.py:write_shard": "none: writes a zip",
     "data/sources/region_json.py:_content": "regions in JSON",
+    "data/sources/region_json.py:_members": "zip of regions",
     "data/sources/region_json.py:read": "zip of regions",
     "data/sources/webdataset.py:_captions": "caption in a tar",
     "data/sources/webdataset.py:_member": "tar of images and captions",
@@ -998,6 +1079,7 @@ OPENERS: dict[str, str] = {
     "datasets/classification.py:_package_names": "none: a file of the package",
     "datasets/classification.py:listed": "list of aerial images",
     "datasets/members.py:_add_archive": "zip in a tar",
+    "datasets/members.py:_zip_entries": "zip",
     "datasets/members.py:open": "mnist, classified",
     "datasets/members.py:read": "zip in a tar",
     "datasets/narratives.py:_read": "Localized Narratives",
@@ -1012,18 +1094,22 @@ OPENERS: dict[str, str] = {
     "datasets/prepare.py:_read_entries": "none: tests/datasets/test_prepare.py",
     "datasets/prepare.py:_read_mark": "none: tests/datasets/test_prepare.py",
     "datasets/prepare.py:_whole_file": "none: makes a file durable",
+    "demo.py:_run": "none: a run's or published weights",
     "evals/box_files.py:read_annotations": "annotations",
     "evals/box_files.py:read_boxes": "boxes",
+    "experiment/box_classes.py:classify_boxes": "journal",
     "experiment/features.py:kept_features": "features",
     "experiment/load.py:read_classes": "classes.json",
     "experiment/load.py:read_words": "words.json",
     "experiment/mask_files.py:read_mask_list": "JSON of masks",
     "experiment/mask_files.py:read_masks": "masks of an image",
+    "experiment/paper_report.py:_lines": "scores of a suite",
     "experiment/paper_report.py:read_run": "config.json of a run",
     "experiment/paper_report.py:read_scores": "summary.json of a report",
     "experiment/paper_report.py:read_suite_scores": "scores of a suite",
     "experiment/run.py:_read_summary": "summary.json",
     "experiment/scores.py:read_suite": "suite",
+    "experiment/scores.py:score_suite": "journal",
     "experiment/stages.py:_hash": "none: a config in memory",
     "experiment/stages.py:check_finished": "stage.json",
     "experiment/stages.py:kept": "none: a config in memory",
@@ -1033,21 +1119,20 @@ OPENERS: dict[str, str] = {
     "files.py:read_recorded": "config.json of a run",
     "inference/export.py:to_folder": "none: a class list in memory",
     "inference/folder.py:_listed": "list of paths",
+    "inference/folder.py:image_files": "journal",
+    "inference/folder.py:segment_files": "journal",
     "inference/pictures.py:_prompt_points": "none: read_json and numbers",
-    "scoring/detections.py:read_results": "results",
     "inference/pseudo_masks.py:label_source": "none: a request in memory",
-    "scoring/answers.py:read_answers": "answers as JSON",
-    "scoring/files.py:read_list": "list of images",
-    "scoring/retrieval.py:_read_owners": "image of each text",
-    "scoring/retrieval.py:_read_scores": "vectors of images and texts",
-    "scoring/panoptic.py:read_panoptic": "panoptic results",
+    "page/answers.py:download": "none: writes a zip",
+    "predict.py:_run": "none: a run's or published weights",
+    "predict.py:load": "none: a run's or published weights",
     "pretrained/files.py:_header": "safetensors",
     "pretrained/files.py:_npz": "npz",
-    "pretrained/files.py:npz_names": "npz",
     "pretrained/files.py:_pickled": "detectron2's pickle",
     "pretrained/files.py:_safetensors": "safetensors",
     "pretrained/files.py:_shards": "index of shards",
     "pretrained/files.py:_torch": "PyTorch's zip",
+    "pretrained/files.py:npz_names": "npz",
     "pretrained/hub.py:_copied": "none: copies bytes",
     "pretrained/stated.py:check": "none: a description in memory",
     "pretrained/stated.py:read_config": "config.json beside weights",
@@ -1057,8 +1142,14 @@ OPENERS: dict[str, str] = {
     "reading.py:read_json": "segments.json",
     "reading.py:read_lines": "label file",
     "reading.py:read_npz": "vectors",
-    "reading.py:tar_files": "zip in a tar",
     "reading.py:read_text": "CLIP's merges.txt",
+    "reading.py:tar_files": "zip in a tar",
+    "scoring/answers.py:read_answers": "answers as JSON",
+    "scoring/detections.py:read_results": "results",
+    "scoring/files.py:read_list": "list of images",
+    "scoring/panoptic.py:read_panoptic": "panoptic results",
+    "scoring/retrieval.py:_read_owners": "image of each text",
+    "scoring/retrieval.py:_read_scores": "vectors of images and texts",
     "torch/segmenter.py:__init__": "config.json of an exported model",
     "torch/segmenter.py:load": "config.json of an exported model",
     "torch/segmenter.py:read_json": "config.json of an exported model",
@@ -1067,8 +1158,8 @@ OPENERS: dict[str, str] = {
     "towers/templates.py:read_templates": "templates",
     "train/checkpoints.py:find_damage": "sums of a checkpoint",
     "train/checkpoints.py:read_config": "config.json of a run",
-    "train/checkpoints.py:write_config": "none: compares bytes",
     "train/checkpoints.py:read_sums": "none: the checkpoint's checksums are looked at before",
+    "train/checkpoints.py:write_config": "none: compares bytes",
     "train/metrics.py:__init__": "none: an identifier, which Weights & Biases checks",
     "train/metrics.py:_readable": "metrics.jsonl of a restart",
     "train/metrics.py:read_metrics": "metrics.jsonl",
@@ -1093,7 +1184,7 @@ def opens_a_file(call: ast.Call) -> bool:
     """Whether a call reads a file, or parses what was read of one."""
     name = ast.unparse(call.func)
     own = "read_text read_bytes open_binary read_json read_lines read_npz read_recorded parse_json"
-    own += " memmap deserialize loads"
+    own += " memmap deserialize loads Journal ZipFile GzipFile fromstring DictReader from_pretrained"
     if name.split(".")[-1] in own.split() or name in ("np.load", "torch.load", "torch.jit.load", "json.load"):
         return True
     modes = {

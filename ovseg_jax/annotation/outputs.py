@@ -27,7 +27,7 @@ from ovseg_jax.annotation.run import Images, Job, image_names, read_records
 from ovseg_jax.annotation.statistics import Statistics, draw_statistics
 from ovseg_jax.annotation.steps import merge_panoptic, score_floor
 from ovseg_jax.annotation.workflow import Record, Rules
-from ovseg_jax.data.images import save_mask
+from ovseg_jax.data.images import read_header, save_mask
 from ovseg_jax.data.source_base import Source
 from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.data.transforms import segment_boxes
@@ -198,7 +198,8 @@ def write_outputs(job: Job) -> Summary:
     """Writes all files from the records, whatever call has made them.
 
     Raises:
-      UserError: no image has a record, or a file cannot be written.
+      UserError: no image has a record, an image has another size than when it was annotated, or a file cannot be
+        written.
     """
     out, source = epath.Path(job.out), make_source(job.source)
     index = {name: k for k, name in enumerate(image_names(source))}
@@ -206,11 +207,12 @@ def write_outputs(job: Job) -> Summary:
     errors: dict[str, str] = {}
 
     def whole() -> Iterator[Record]:
+        done.clear()
         for record in read_records(out):
             name = record["image"]
             if "error" in record:
                 errors[name] = record["error"]
-            elif name in index:
+            elif name in index and name not in done:
                 done.add(name)
                 yield record
 
@@ -284,7 +286,7 @@ def _write_image(
     """Writes the files of an image; returns the name of the image's and what is kept of it."""
     name = record["image"]
     final = finish(record, floors, rules)
-    file = _show(out / "images", source, index[name], name)
+    file = _show(out / "images", source, index[name], name, tuple(record["size"]))
     write_whole(out / "regions" / f"{name}.json", json.dumps(regions_json(final.record)))
     if masked:
         small = len(final.names) < 256
@@ -298,10 +300,19 @@ def _write_image(
     return file, final
 
 
-def _show(folder: epath.Path, source: Source, index: int, name: str) -> str:
-    """Links an image file into a folder, or writes a PNG of it; returns its name there."""
+def _show(folder: epath.Path, source: Source, index: int, name: str, size: tuple[int, int]) -> str:
+    """Links an image file into a folder, or writes a PNG of it; returns its name there.
+
+    Raises:
+      UserError: the file has another size than when it was annotated.
+    """
     if isinstance(source, Images):
         path = source.files[index]
+        if (found := read_header(path)[0]) != size:
+            raise UserError(
+                f"{path} is {found[0]} x {found[1]} (height x width), but it was {size[0]} x {size[1]} when it was "
+                "annotated: choose another --out"
+            )
         target = folder / path.name
         if "://" in str(folder) or "://" in str(path):
             if not target.exists():

@@ -171,18 +171,19 @@ def image_names(source: Source) -> list[str]:
 
 
 def read_records(out: epath.Path) -> Iterator[Record]:
-    """Yields all records and errors of a folder; a line that a killed process left incomplete is passed over."""
-    whole = {"image", "size", "tags", "captions", "regions", "stuff"}
+    """Yields all records and errors of a folder.
+
+    A line that is damaged, or that a killed process left incomplete, is passed over: its image has no record.
+    """
     for path in sorted((out / RECORDS).glob("*.jsonl")):
-        for record in Journal(path).records:
-            if record.keys() >= whole or record.keys() >= {"image", "error"}:
-                yield record
+        yield from Journal(path).records
 
 
 def _deal(out: epath.Path, todo: Sequence[Any], size: int) -> list[int]:
     """Writes the lists of new shards and returns their numbers."""
     folder = out / RECORDS
-    first = 1 + max((int(path.stem) for path in folder.glob("*.todo")), default=-1)
+    shards = (path.stem for pattern in ("*.todo", "*.jsonl") for path in folder.glob(pattern))
+    first = 1 + max((int(stem) for stem in shards if stem.isdecimal()), default=-1)
     count = -(-len(todo) // size)
     for k in range(count):
         write_whole(folder / f"{first + k:05d}.todo", json.dumps(todo[k * size : (k + 1) * size]))

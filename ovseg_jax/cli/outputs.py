@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -124,7 +125,8 @@ class Journal:
     """Records that a command writes one by one and reads back when it is run again.
 
     A file of JSON lines: first {"request": ..., ...} with everything that the records depend on, then one line for each
-    record. A last line that is incomplete, because the process was killed, is ignored.
+    record. Each line has its own checksum, "crc": one that is damaged, incomplete because the process was killed, or
+    occurs twice is ignored.
     """
 
     def __init__(self, path: epath.PathLike):
@@ -141,17 +143,13 @@ class Journal:
             lines = read_bytes(self.path).splitlines() if self.path.exists() else []
         except OSError as error:
             raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from error
-        for line in lines:
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(entry, dict) and not self.head:
+        for entry in map(_entry, dict.fromkeys(lines)):
+            if entry is not None and self.head:
+                self.records.append(entry)
+            elif entry is not None:
                 self.head = entry if isinstance(entry.get("request"), dict) else {}
                 if not self.head:
                     return  # not a journal
-            elif isinstance(entry, dict):
-                self.records.append(entry)
 
     def start(self, request: Mapping[str, Any], **more: Any) -> None:
         """Starts writing; records of a different request are dropped.
@@ -172,7 +170,7 @@ class Journal:
         """Writes a record."""
         self.records.append(dict(record))
         if self._file is not None:
-            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.write(_line(record).encode())
             self._file.flush()
         elif len(self.records) % 50 == 0:  # Files in a bucket cannot be appended to.
             self._write_all()
@@ -194,8 +192,22 @@ class Journal:
             self._file = None
 
     def _write_all(self) -> None:
-        lines = [json.dumps(entry) for entry in (self.head, *self.records)]
-        write_whole(self.path, "\n".join(lines) + "\n")
+        write_whole(self.path, "".join(map(_line, (self.head, *self.records))))
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    """Returns a line of a journal."""
+    return json.dumps({**entry, "crc": zlib.crc32(json.dumps(entry).encode())}) + "\n"
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """Returns the entry of a line of a journal, or None if the line is damaged."""
+    try:
+        entry = json.loads(line)
+        crc = entry.pop("crc")
+        return entry if crc == zlib.crc32(json.dumps(entry).encode()) else None
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return None
 
 
 def file_stamp(path: epath.PathLike) -> list[int]:

@@ -21,6 +21,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.inference.folder import TASKS
 from ovseg_jax.inference.result import Result, sigmoid
 from ovseg_jax.inference.segmenter import Batch, Segmenter
+from ovseg_jax.reading import reading
 from ovseg_jax.viz.html import SAFE, data_uri, encoded
 from ovseg_jax.viz.segments import overlay, palette
 from ovseg_jax.vocab.classes import ClassList, is_built_in, parse_labels, read_label_file
@@ -43,11 +44,13 @@ def read_picture(path: epath.PathLike) -> tuple[UInt8[np.ndarray, "h w 3"], str]
       UserError: the file is no readable image, or exceeds MAX_BYTES or MAX_PIXELS.
     """
     path = epath.Path(path)
-    if (size := path.stat().length) > MAX_BYTES:
-        raise UserError(
-            f"{path.name} has {size / 1e6:.1f} MB, more than the limit of {MAX_BYTES / 1e6:.0f} MB"
-        )
     try:
+        with reading(path):
+            size = path.stat().length
+        if size > MAX_BYTES:
+            raise UserError(
+                f"{path.name} has {size / 1e6:.1f} MB, more than the limit of {MAX_BYTES / 1e6:.0f} MB"
+            )
         (height, width), _ = read_header(path)
         if height * width > MAX_PIXELS:
             raise UserError(

@@ -33,7 +33,7 @@ from ovseg_jax.pretrained.hf_clip import HF_ACTIVATIONS
 from ovseg_jax.pretrained.published import Channels, Pixels
 from ovseg_jax.pretrained.tips import TORCH as TIPS
 from ovseg_jax.pretrained.to_torch import describe
-from ovseg_jax.reading import reading
+from ovseg_jax.reading import number, numbers, parse_json, read_text, reading
 
 _LOG = logging.getLogger(__name__)
 
@@ -194,15 +194,17 @@ def _stated_pixels(folder: Path) -> Iterator[tuple[str, tuple[Channels | None, C
             if config.get("do_normalize") is False:
                 mean, std = (0.0,) * 3, (1.0,) * 3
             # Libraries scale pixels by this factor, we by 1/255.
-            scale = 255 * float(config.get("rescale_factor", 1 / 255))
-            both = _channels(mean, scale), _channels(std, scale)
+            scale = 255 * number(config.get("rescale_factor", 1 / 255), "rescale_factor")
+            both = _channels(mean, "mean", scale), _channels(std, "std", scale)
+            if scale <= 0 or (both[1] is not None and min(both[1]) <= 0):
+                raise ValueError("its rescale_factor or a standard deviation of its pixels is not positive")
         yield source, both
 
 
-def _channels(values: Any, scale: float) -> Channels | None:
+def _channels(values: Any, name: str, scale: float) -> Channels | None:
     if values is None:
         return None
-    red, green, blue = (float(x) / scale for x in values)
+    red, green, blue = (x / scale for x in numbers(values, name, 3))
     return red, green, blue
 
 
@@ -216,7 +218,7 @@ def read_config(folder: Path, names: Sequence[str]) -> tuple[dict[str, Any], str
         path = folder / name
         if path.exists():
             with reading(path):
-                found = json.loads(path.read_text("utf-8"))
+                found = parse_json(read_text(path))
                 if not isinstance(found, dict):
                     raise ValueError("it is not a JSON object")
                 return found, str(path)

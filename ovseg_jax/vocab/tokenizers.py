@@ -30,6 +30,7 @@ from ovseg_jax.reading import read_json, read_text, reading, reason, short, text
 
 # Upper limit of a file's unpacked bytes (CLIP's has 3 MB) and of ids (Gemma has 256,000).
 _LARGEST = 1 << 26
+_LONGEST = 1000  # letters of a piece
 # BERT takes up to 512 tokens; 64 suffice for names and captions.
 LENGTHS = {"clip": 77, "wordpiece": 64, "siglip": 64, "siglip2": 64, "tips": 64}
 BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
@@ -254,9 +255,17 @@ def _checked(vocab: Any) -> dict[str, int]:
     if not isinstance(vocab, dict) or not vocab:
         raise ValueError(f"the vocabulary is {short(vocab)}, not an object of pieces")
     ids = [whole(k, f"the id of {short(piece)}", 0, _LARGEST) for piece, k in vocab.items()]
+    _check_lengths(vocab)
     if len(set(ids)) < len(ids):
         raise ValueError(f"two pieces have the id {next(k for k, n in Counter(ids).items() if n > 1)}")
     return vocab
+
+
+def _check_lengths(pieces: Iterable[str]) -> None:
+    """Raises a ValueError for a piece so long that `tokenizers` may overflow the stack, which ends the process."""
+    for piece in pieces:
+        if len(piece) > _LONGEST:
+            raise ValueError(f"the piece {short(piece)} has {len(piece)} letters, more than {_LONGEST}")
 
 
 def _made(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -309,6 +318,8 @@ def _tokenizer_json(file: Path, kind: str | None, length: int | None) -> PieceTo
             raise UserError(f"{file} is a cased BERT's; only lower-case ones are supported")
         return _wordpiece(model["vocab"], file, length)
     kind = _agree(file, kind, "siglip2" if model.get("byte_fallback") and "merges" in model else "siglip")
+    vocab = model["vocab"]
+    _check_lengths(vocab if isinstance(vocab, dict) else [piece for piece, _ in vocab])
     whole = _made(_require("tokenizers").Tokenizer.from_str, read_text(file))
     whole.no_padding(), whole.no_truncation()
     whole.encode_special_tokens = True

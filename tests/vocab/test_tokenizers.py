@@ -381,6 +381,11 @@ def test_mistakes(siglip, wordpiece, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(cased))
     with pytest.raises(UserError, match="cased"):
         load_tokenizer(tmp_path / "tokenizer.json")
+    # Such a piece overflows the stack of `tokenizers`.
+    long = dict(model=dict(type="Unigram", unk_id=0, vocab=[["a" * 10**6, 0.0], ["</s>", 0.0]]))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(long))
+    with pytest.raises(UserError, match="has 1000000 letters, more than 1000"):
+        load_tokenizer(tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize("package,source", [("tokenizers", "wordpiece"), ("sentencepiece", "siglip")])
