@@ -576,9 +576,8 @@ def test_a_published_tower_is_a_backbone_of_openseg(name, monkeypatch):
     assert ours.shape == (1, 6, 4, W) and np.ptp(ours)
 
 
-def test_the_command_segments_by_a_published_model(tmp_path, monkeypatch, capsys):
-    """As by a run: label maps, JSON, features, tiles; a request that makes no sense is one sentence."""
-    weights = saved("tipsv2_b14")[1]
+def shrink(monkeypatch):
+    """Makes the published "tipsv2_b14" as small as `Tips`."""
     whole = published.dense_config
 
     def small(*arguments):
@@ -589,6 +588,12 @@ def test_the_command_segments_by_a_published_model(tmp_path, monkeypatch, capsys
         return config
 
     monkeypatch.setattr(published, "dense_config", small)
+
+
+def test_the_command_segments_by_a_published_model(tmp_path, monkeypatch, capsys):
+    """As by a run: label maps, JSON, features, tiles; a request that makes no sense is one sentence."""
+    weights = saved("tipsv2_b14")[1]
+    shrink(monkeypatch)
     Image.fromarray(photograph(60, 90)).save(tmp_path / "photo.png")
     flags = ["--model=tipsv2_b14", f"--weights={weights}", f"--images={tmp_path / 'photo.png'}"]
     flags += ["--labels=a red ball; grass,lawn", f"--out={tmp_path / 'out'}"]
