@@ -32,7 +32,8 @@ def upsampling(
     image, label = jnp.maximum(image, 1), jnp.maximum(label, 1)  # padded examples have size 0
     pixel = jnp.minimum(jnp.arange(pixels), label - 1)
     position = (pixel + 0.5) * image / label / stride - 0.5
-    last = jnp.ceil(image / stride) - 1
+    # In whole numbers: XLA multiplies by 1 / stride, and 42 / 14 becomes more than 3.
+    last = -(-image * cells // canvas) - 1
     position = jnp.clip(position, 0, last)
     return jnp.maximum(0, 1 - jnp.abs(position[:, None] - jnp.arange(cells)))
 

@@ -49,3 +49,14 @@ def test_row_blocks_are_even_and_bounded():
     x = jnp.arange(14).reshape(7, 2)
     assert split_rows(x, 3).shape == (3, 3, 2)
     np.testing.assert_array_equal(split_rows(x, 3).reshape(9, 2)[:7], x)
+
+
+@pytest.mark.parametrize("patch", [14, 16, 10, 7])
+def test_upsampling_ends_at_the_last_cell_of_the_image(patch):
+    """Of images of whole cells, compiled too: no pixel sees the cell beyond."""
+    cells = 32
+    matrix = jax.jit(lambda image: upsampling(patch * cells, cells, patch * cells, image, image))
+    for count in range(1, cells + 1):
+        found = np.asarray(matrix(jnp.int32(count * patch)))[: count * patch]
+        assert not found[:, count:].any(), count
+        np.testing.assert_allclose(found[-1, count - 1], 1)
