@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from ovseg_jax.cli.console import FAILED, NameOrList, Parser, run_command, start
+from ovseg_jax.cli.console import FAILED, Parser, run_command, start
+from ovseg_jax.cli.model_flags import add_model_flags, check_model_flags, pretrained_arguments
 from ovseg_jax.errors import UserError
 
 _DESCRIPTION = """\
@@ -41,37 +42,13 @@ def parser() -> Parser:
     from ovseg_jax.decisions.published import DECISIONS as PROTOCOLS
     from ovseg_jax.decisions.rules import DECISIONS
     from ovseg_jax.inference.folder import TASKS
-    from ovseg_jax.methods.clip_dense import LAST
-    from ovseg_jax.methods.published import listed
     from ovseg_jax.protocols import Segmenting
     from ovseg_jax.vocab.classes import LABEL_FILES
 
     parser = Parser("predict", _DESCRIPTION)
     add = parser.add_argument
     add("--checkpoint", metavar="WORKDIR", help="the folder (or bucket) of a training run")
-    add(
-        "--model",
-        action=NameOrList,
-        listed=listed,
-        metavar="NAME",
-        help="a published model in place of --checkpoint, without training; --model=list lists them with licence, size "
-        "and published score",
-    )
-    add(
-        "--weights",
-        metavar="PATH",
-        help="with --model: the folder or file of its weights, by default from the Hugging Face hub",
-    )
-    add(
-        "--tokenizer",
-        metavar="PATH",
-        help="with --model: the folder of the tokeniser, if it is not with the weights",
-    )
-    add(
-        "--patches",
-        choices=tuple(LAST),
-        help="with --model: the last attention of its image tower (default value)",
-    )
+    add_model_flags(parser)
     add(
         "--images",
         required=True,
@@ -169,21 +146,11 @@ def _run(arguments: argparse.Namespace) -> int:
     from ovseg_jax.inference.segmenter import Segmenter
     from ovseg_jax.inference.tiles import spans
     from ovseg_jax.inference.video import segment_video
-    from ovseg_jax.methods.published import entry
     from ovseg_jax.vocab.classes import load_labels
     from ovseg_jax.vocab.vectors import ClassVectors
 
     # Errors in the request are reported before the model is loaded.
-    if (arguments.checkpoint is None) == (arguments.model is None):
-        raise UserError("give either --checkpoint, a run, or --model, a published model (--model=list)")
-    for flag in ("weights", "tokenizer", "patches"):
-        if getattr(arguments, flag) is not None and not arguments.model:
-            raise UserError(f"--{flag} needs --model")
-    for flag in ("proposals", "step"):
-        if getattr(arguments, flag) is not None and arguments.model:
-            raise UserError(f"--{flag} needs --checkpoint")
-    if arguments.model:
-        entry(arguments.model)
+    check_model_flags(arguments, ("proposals", "step"))
     rules = {key: value for key in ("ensemble", "fill") if (value := getattr(arguments, key)) is not None}
     if rules and not arguments.proposals:
         raise UserError(f"--{next(iter(rules))} needs --proposals")
@@ -236,13 +203,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     def load() -> Segmenter:
         if arguments.model:
-            return Segmenter.from_pretrained(
-                arguments.model,
-                arguments.weights or "",
-                tokenizer=arguments.tokenizer or "",
-                features=arguments.patches or "",
-                **shared,
-            )
+            return Segmenter.from_pretrained(**pretrained_arguments(arguments), **shared)
         if not arguments.proposals:
             return Segmenter.from_checkpoint(arguments.checkpoint, arguments.step, **shared)
         return Segmenter.from_two_stages(arguments.proposals, arguments.checkpoint, **shared, **rules)

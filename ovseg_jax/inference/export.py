@@ -15,6 +15,7 @@ from ovseg_jax.cli.outputs import check_not_foreign, check_out_folder
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import locked
 from ovseg_jax.inference.segmenter import Segmenter
+from ovseg_jax.methods.clip_dense import ClipDense
 from ovseg_jax.methods.fcclip import FCClip
 from ovseg_jax.methods.maskformer import MaskFormer
 from ovseg_jax.methods.maskformer_text import TextMaskFormer
@@ -29,7 +30,9 @@ from ovseg_jax.pretrained.to_torch import describe, to_torch
 from ovseg_jax.protocols import PixelScores, Vocabulary, only
 from ovseg_jax.towers.clip import MEAN, STD
 from ovseg_jax.towers.frozen_text import TEXT_TOWER, FrozenText
+from ovseg_jax.towers.prompt_file import Prompt
 from ovseg_jax.towers.text_transformer import TextTransformer
+from ovseg_jax.vocab.classes import ClassList
 
 EXAMPLE = '''"""Runs model.stablehlo with JAX and safetensors alone: python example.py DIR"""
 
@@ -83,10 +86,16 @@ def export_model(
     if isinstance(segmenter.method, TextMaskFormer) and to != "big_vision":
         raise UserError(f"--to={to} has no form of maskformer_text, only of maskformer; --to=big_vision has")
     net = getattr(segmenter.method, "trunk", getattr(segmenter.method, "net", None))
+    if isinstance(segmenter.method, ClipDense) and segmenter.method.generator is None:
+        net = segmenter.method.clip.image
     if to in ("torch", "onnx") and (net is None or isinstance(net, SegmentViT | GroupingNet)):
         named = {SegmentViT: "pseudo-masks", GroupingNet: "GroupViT's grouping"}
         lacking = named.get(type(net), f"the method {segmenter.config.method}")
+        if isinstance(segmenter.method, ClipDense):
+            lacking = "clip_dense with features=pseudo_masks"
         raise UserError(f"--to={to} has no form of {lacking}")
+    if isinstance(getattr(segmenter.method, "templates", None), Prompt):
+        raise UserError(f"--to={to} has no form of a learned prompt: set dense.prompt to templates")
     kind = np.dtype(jnp.dtype(dtype))
     with locked(folder):
         WRITERS[to](segmenter, folder, kind)
@@ -111,7 +120,10 @@ def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     method: Any = segmenter.method
     more: dict[str, Any] = {}
     closed, side = isinstance(method, MaskFormer), getattr(method, "text", None)
-    if isinstance(method, FCClip):
+    if isinstance(method, ClipDense):
+        arrays, model = clip_dense_form(method, segmenter.variables)
+        method.clip.save_text(out / TEXT_TOWER, segmenter.variables["towers"], method.templates, dtype)
+    elif isinstance(method, FCClip):
         arrays, model = fcclip_form(method, segmenter.variables)
         method.clip.save_text(out / TEXT_TOWER, segmenter.variables["towers"], method.templates, dtype)
         more["seen"] = sorted(method.seen_names())
@@ -134,7 +146,7 @@ def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
         "model": model,
         "image_size": int(segmenter.config.data.image_size),
         "words": [] if side is None else list(side.words.words),
-        "classes": json.loads((segmenter.classes).to_json()),  # type: ignore[union-attr]
+        "classes": json.loads((segmenter.classes or ClassList((), (), ())).to_json()),
         **more,
     }
     (out / "config.json").write_text(json.dumps(described, indent=1, ensure_ascii=False) + "\n", "utf-8")
@@ -163,6 +175,22 @@ def fcclip_form(method: FCClip, variables: Mapping[str, Any]) -> tuple[dict[str,
         "mean": list(pixels.get("mean", MEAN)),
         "std": list(pixels.get("std", STD)),
         "rule": {name: float(method.config.fcclip[name]) for name in ("seen", "unseen", "trust")},
+    }
+
+
+def clip_dense_form(
+    method: ClipDense, variables: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Returns arrays and description of `torch.dense.ClipDenseNet`."""
+    trees = [{"tower": tree} for tree in variables["towers"]["image"].values()]
+    arrays = {path_name(path): np.asarray(x) for tree in trees for path, x in jax.tree.leaves_with_path(tree)}
+    pixels = method.config.towers
+    return to_torch(arrays), {
+        "kind": "ClipDenseNet",
+        "tower": describe(method.clip.image),
+        "last": method.last,
+        "mean": list(pixels.get("mean", MEAN)),
+        "std": list(pixels.get("std", STD)),
     }
 
 

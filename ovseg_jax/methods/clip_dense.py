@@ -43,6 +43,10 @@ class ClipDense(OnClip, Segmenting):
       words: the vocabulary, if the tokeniser is one of words.
       classes: not used.
 
+    Attributes:
+      last: how patches attend in the last block of the image tower, see `models.transformer.Block`.
+      templates: those of class names, or a learned prompt.
+
     Raises:
       UserError: a value in the config is invalid, or the image tower has no features of that kind.
     """
@@ -76,7 +80,7 @@ class ClipDense(OnClip, Segmenting):
         if config.dense.features not in FEATURES:
             raise UserError(f"dense.features={config.dense.features!r} is not one of {', '.join(FEATURES)}")
         self.config, self.clip = config, Clip(config.towers, words)
-        self._last = LAST.get(config.dense.features, "")
+        self.last = LAST.get(config.dense.features, "")
         self.generator: PseudoMaskGenerator | None = None
         if config.dense.features == "pseudo_masks":
             if config.dense.fill not in FILLS:
@@ -84,9 +88,9 @@ class ClipDense(OnClip, Segmenting):
             self.generator = build_generator(config.pseudo_masks.to_dict(), self.clip.dtype)
             self.modes = ("predicted",)
         else:
-            self.clip.check_patches(self._last)
+            self.clip.check_patches(self.last)
         prompt = config.dense.prompt
-        self._templates = read_templates(prompt if isinstance(prompt, str) else list(prompt))
+        self.templates = read_templates(prompt if isinstance(prompt, str) else list(prompt))
 
     def init(self, rng: jax.Array) -> Variables:
         """Creates `towers`, `generator` if pseudo-masks come from a tower, and no parameters."""
@@ -119,7 +123,7 @@ class ClipDense(OnClip, Segmenting):
         """Computes the features of the patches, without masks; or the pseudo-masks, each embedded on its own."""
         if self.generator is not None:
             return self._predict_masks(self.generator, variables, image, image_size)
-        patches = self.clip.embed_patches(variables["towers"], image, self._last, image_size)
+        patches = self.clip.embed_patches(variables["towers"], image, self.last, image_size)
         return Prediction(None, {}, {SPACE: patches})
 
     def _predict_masks(
@@ -152,7 +156,7 @@ class ClipDense(OnClip, Segmenting):
 
     def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
         """Embeds class names by the templates of `dense.prompt` as unit vectors."""
-        return class_features(self, variables, texts, self._templates)
+        return class_features(self, variables, texts, self.templates)
 
     def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Text:
         """Embeds texts unchanged as unit vectors."""

@@ -90,6 +90,13 @@ PUBLISHED: dict[str, Published] = {
 }
 
 
+# Parts of names that people ask for, and the reason why there is no such model.
+LEFT_OUT = {
+    "naflex": "only SigLIP 2's models of fixed sizes are supported, such as siglip2_b16_512",
+    "dinotxt": "transformers has no class for dino.txt, to which its features could be compared",
+}
+
+
 def place_of(name: str) -> str:
     """Returns where the weights of a published model are, see `pretrained.hub`; for FC-CLIP the name of its file."""
     if name.startswith("fcclip"):
@@ -114,6 +121,9 @@ def entry(name: str) -> Published:
     Raises:
       UserError: the name is unknown.
     """
+    for part, reason in LEFT_OUT.items():
+        if part in name.lower().replace(".", "").replace("_", ""):
+            raise UserError(f"the model {name!r} is left out: {reason}")
     if name not in PUBLISHED:
         raise UserError(f"the model {name!r} is not one of {', '.join(PUBLISHED)}")
     return PUBLISHED[name]

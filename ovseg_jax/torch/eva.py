@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ovseg_jax.torch.layers import LayerNorm
 from ovseg_jax.torch.positions import resize_positions
-from ovseg_jax.torch.tower import TowerOutput, count_patches, places
-from ovseg_jax.torch.transformer import Adapted
+from ovseg_jax.torch.tower import TowerOutput, count_patches, places, visible
+from ovseg_jax.torch.transformer import Adapted, Apart, attended_alone, mix
 
 
 def rotary_table(rows: int, columns: int, grid: int, size: int, device: torch.device) -> Tensor:
@@ -42,15 +42,22 @@ class Attention(nn.Module):
         self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
         self.inner_norm = LayerNorm(width) if inner_norm else None
 
-    def forward(self, x: Tensor, rotary: Tensor | None) -> Tensor:
-        """Mixes tokens [b n d]; `rotary` is a `rotary_table` for queries and keys."""
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Tensor | None,
+        valid: Tensor | None = None,
+        apart: Apart | None = None,
+    ) -> Tensor:
+        """Mixes tokens [b n d], those `valid` [b n]; `rotary` is a `rotary_table` for queries and keys."""
         query, key, value = (
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project in (self.query, self.key, self.value)
         )
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
-        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        mask = None if valid is None else valid[:, None, None, :]
+        mixed = mix(query, key, value, mask, apart=apart)
         return self.out(mixed if self.inner_norm is None else self.inner_norm(mixed))
 
 
@@ -90,15 +97,24 @@ class Block(Adapted):
         self.attn = Attention(width, heads, attn_norm)
         self.mlp = Mlp(width, hidden, swiglu, mlp_norm)
 
-    def forward(self, x: Tensor, rotary: Tensor | None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Tensor | None,
+        grid: tuple[int, int] | None = None,
+        valid: Tensor | None = None,
+        apart: Apart | None = None,
+    ) -> Tensor:
         """Maps all tokens [b n d], with the adapters for a `grid` of patches."""
         if self.post_norm:
-            x = x + self.norm1(self.attn(x, rotary)) + self.beside("attention", x, grid)
-            return x + self.norm2(self.mlp(x)) + self.beside("mlp", x, grid)
+            attended = self.norm1(self.attn(x, rotary, valid, apart)) + self.beside("attention", x, grid)
+            x = x + attended
+            return attended_alone(x + self.norm2(self.mlp(x)) + self.beside("mlp", x, grid), attended, apart)
         y = self.norm1(x)
-        x = x + self.attn(y, rotary) + self.beside("attention", y, grid)
+        attended = self.attn(y, rotary, valid, apart) + self.beside("attention", y, grid)
+        x = x + attended
         y = self.norm2(x)
-        return x + self.mlp(y) + self.beside("mlp", y, grid)
+        return attended_alone(x + self.mlp(y) + self.beside("mlp", y, grid), attended, apart)
 
 
 class Eva(nn.Module):
@@ -135,8 +151,10 @@ class Eva(nn.Module):
             self.add_module(f"blocks_{i}", block)
         self.norm, self.head = LayerNorm(width), nn.Linear(width, embed_dim)
 
-    def forward(self, image: Tensor, adapted: bool = True) -> TowerOutput:
-        """Embeds normalised images [b 3 h w], `adapted` with the adapters.
+    def forward(
+        self, image: Tensor, adapted: bool = True, inside: Tensor | None = None, last: str = ""
+    ) -> TowerOutput:
+        """Embeds images; for the arguments see `ViT.forward` of `ovseg_jax/torch/vit.py`.
 
         Raises:
           UserError: a side is not a multiple of the patch.
@@ -150,9 +168,10 @@ class Eva(nn.Module):
         rotary = None
         if self.rope_grid is not None:
             rotary = rotary_table(*grid, self.rope_grid, self.head_size, x.device)
-        taps = {}
+        taps, valid = {}, visible(inside, 1)
         for i in range(self.depth):
-            x = self.get_submodule(f"blocks_{i}")(x, rotary, grid if adapted else None)
+            apart = (1, last) if last and i == self.depth - 1 else None
+            x = self.get_submodule(f"blocks_{i}")(x, rotary, grid if adapted else None, valid, apart)
             if i in self.taps:
                 taps[i] = places(x, grid)
         x = self.norm(x)

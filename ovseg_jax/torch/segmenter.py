@@ -17,6 +17,7 @@ from ovseg_jax.pretrained.files import read_arrays
 from ovseg_jax.reading import reading
 from ovseg_jax.torch.build import build
 from ovseg_jax.torch.classified import MaskFormer, MaskFormerOutput
+from ovseg_jax.torch.dense import ClipDenseNet
 from ovseg_jax.torch.fcclip import FCClipNet, FCClipOutput, score_regions
 from ovseg_jax.torch.layers import unit
 from ovseg_jax.torch.openseg import OpenSegFeatures, OpenSegNet
@@ -30,7 +31,9 @@ from ovseg_jax.vocab.phrases import word_ids
 from ovseg_jax.vocab.word_tokenizer import read_tokenizer
 
 WEIGHTS, CONFIG, TEXT_TOWER = "model.safetensors", "config.json", "text_tower"
-NETS: dict[str, Any] = {kind.__name__: kind for kind in (OpenSegNet, UPerNet, MaskFormer, PSegNet, FCClipNet)}
+NETS: dict[str, Any] = {
+    kind.__name__: kind for kind in (OpenSegNet, UPerNet, MaskFormer, PSegNet, FCClipNet, ClipDenseNet)
+}
 TEXT_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (CLIPText, SiglipText, TipsText, Bert, TextNet)}
 BATCH, LENGTH = 64, 77  # as in `FrozenText`
 MOST_PIXELS = 16384  # upper limit of the side of the network's input
@@ -66,7 +69,7 @@ class Segmenter:
 
     def __init__(
         self,
-        net: OpenSegNet | PSegNet | UPerNet | MaskFormer | FCClipNet,
+        net: OpenSegNet | PSegNet | UPerNet | MaskFormer | FCClipNet | ClipDenseNet,
         table: Tensor | None,
         text: "Text | None",
         config: dict[str, Any],
@@ -81,7 +84,7 @@ class Segmenter:
 
     @torch.no_grad()
     def segment(
-        self, image: Any, labels: Labels | None = None, *, vectors: Any = None, threshold: float = 0.04
+        self, image: Any, labels: Labels | None = None, *, vectors: Any = None, threshold: float | None = None
     ) -> Segmentation:
         """Gives every pixel the category that fits it best (papers/004, eq. 6), or -1.
 
@@ -89,12 +92,16 @@ class Segmenter:
           image: a path, a PIL image or an array.
           labels: see `ovseg_jax.Segmenter.segment`; by default the classes of the training data.
           vectors: [T D], embeddings of all names of the labels in their order, in place of those of `embed`.
-          threshold: pixels with a lower confidence are unknown.
+          threshold: pixels with a lower confidence are unknown; by default 0.04, for towers without training none.
 
         Raises:
           UserError: the image cannot be read, the labels are empty, or a word is unknown.
         """
         classes = self.classes if labels is None else as_classes(labels)
+        if not classes.names:
+            raise UserError("this model has no classes of its own: give labels")
+        if threshold is None:
+            threshold = -1.0 if isinstance(self.net, ClipDenseNet) else 0.04
         names, owner = classes.flat()
         if vectors is not None:
             if isinstance(self.net, MaskFormer):

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ovseg_jax.errors import UserError
@@ -40,3 +41,8 @@ def places(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """Returns the last rows * columns tokens of [b n d], those of the patches, as a map [b d rows columns]."""
     rows, columns = grid
     return tokens[:, tokens.shape[1] - rows * columns :].transpose(1, 2).unflatten(2, grid)
+
+
+def visible(inside: Tensor | None, front: int) -> Tensor | None:
+    """Returns the tokens [b n] that may be attended to: all but patches that are not `inside` [b rows columns]."""
+    return None if inside is None else F.pad(inside.flatten(1), (front, 0), value=True)

@@ -15,6 +15,39 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# How patch tokens attend in the last block of a tower, see `Block` of `ovseg_jax/models/transformer.py`.
+LAST = ("", "value", "sclip", "clearclip")
+Apart = tuple[int, str]
+"""The first of the tokens that attend in another way, and the way, a member of `LAST` but ""."""
+
+
+def mix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    apart: Apart | None = None,
+) -> Tensor:
+    """Attends with heads [b h n e], see `attend` of `ovseg_jax/models/transformer.py`; returns [b n h*e]."""
+    own = None if apart is None else apart[0]
+    x = F.scaled_dot_product_attention(query[:, :, :own], key, value, attn_mask=mask, is_causal=causal)
+    if apart is not None:
+        ways: dict[str, list[Tensor]] = {"value": [], "sclip": [query, key], "clearclip": [query]}
+        rest = [
+            F.scaled_dot_product_attention(y[:, :, own:], y, value, attn_mask=mask) for y in ways[apart[1]]
+        ]
+        x = torch.cat([x, torch.stack(rest).sum(0) if rest else value[:, :, own:]], 2)
+    return x.transpose(1, 2).flatten(2)
+
+
+def attended_alone(x: Tensor, attended: Tensor, apart: Apart | None) -> Tensor:
+    """Returns a block's tokens; by ClearCLIP's way, those apart are the output of attention alone."""
+    if apart is None or apart[1] != "clearclip":
+        return x
+    return torch.cat([x[:, : apart[0]], attended[:, apart[0] :]], 1)
+
+
 class Attention(nn.Module):
     """Multi-head attention.
 
@@ -30,15 +63,16 @@ class Attention(nn.Module):
         self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
         self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
 
-    def forward(self, queries: Tensor, values: Tensor, valid: Tensor | None = None) -> Tensor:
+    def forward(
+        self, queries: Tensor, values: Tensor, valid: Tensor | None = None, apart: Apart | None = None
+    ) -> Tensor:
         """Attends from each query [b q d] to all values [b n d], or to those that are `valid` [b n]."""
         query, key, value = (
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project, x in ((self.query, queries), (self.key, values), (self.value, values))
         )
         mask = None if valid is None else valid[:, None, None, :]
-        x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=self.causal)
-        return self.out(x.transpose(1, 2).flatten(2))
+        return self.out(mix(query, key, value, mask, self.causal, apart))
 
 
 class MlpBlock(nn.Module):
@@ -124,16 +158,23 @@ class Block(Adapted):
         self.MultiHeadDotProductAttention_0 = Attention(width, heads, causal)
         self.MlpBlock_0 = MlpBlock(width, mlp_dim, activation)
 
-    def forward(self, x: Tensor, valid: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        valid: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+        apart: Apart | None = None,
+    ) -> Tensor:
         """Maps tokens [b n d] to tokens, with the adapters for a `grid` of patches."""
         attention = self.MultiHeadDotProductAttention_0
         if self.post_norm:
             x = self.LayerNorm_0(x + attention(x, x, valid))
             return self.LayerNorm_1(x + self.MlpBlock_0(x))
         y = self.LayerNorm_0(x)
-        x = x + attention(y, y, valid) + self.beside("attention", y, grid)
+        attended = attention(y, y, valid, apart) + self.beside("attention", y, grid)
+        x = x + attended
         y = self.LayerNorm_1(x)
-        return x + self.MlpBlock_0(y) + self.beside("mlp", y, grid)
+        return attended_alone(x + self.MlpBlock_0(y) + self.beside("mlp", y, grid), attended, apart)
 
 
 class Encoder(nn.Module):
@@ -165,11 +206,14 @@ class Encoder(nn.Module):
         valid: Tensor | None = None,
         taps: Sequence[int] = (),
         grid: tuple[int, int] | None = None,
+        apart: Apart | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Returns the tokens after the norm, and those after each block of `taps`."""
+        """Returns the tokens after the norm, and those after each block of `taps`; `apart` is for the last block."""
         tapped = {}
         for i in range(self.depth):
-            x = self.get_submodule(f"encoderblock_{i}")(x, valid, grid)
+            x = self.get_submodule(f"encoderblock_{i}")(
+                x, valid, grid, apart if i == self.depth - 1 else None
+            )
             if i in taps:
                 tapped[i] = x
         return x if self.post_norm else self.encoder_norm(x), tapped

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ovseg_jax.torch.positions import resize_positions
-from ovseg_jax.torch.tower import TowerOutput, count_patches, places
+from ovseg_jax.torch.tower import TowerOutput, count_patches, places, visible
 from ovseg_jax.torch.transformer import Attention, Encoder, MlpBlock
 
 
@@ -21,9 +21,9 @@ class MAPHead(nn.Module):
         self.LayerNorm_0 = nn.LayerNorm(width, epsilon)
         self.MlpBlock_0 = MlpBlock(width, mlp_dim, activation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Pools all tokens [b n d] into one [b d]."""
-        x = self.MultiHeadDotProductAttention_0(self.probe.expand(x.shape[0], -1, -1), x)
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Pools all tokens [b n d], or those that are `valid` [b n], into one [b d]."""
+        x = self.MultiHeadDotProductAttention_0(self.probe.expand(x.shape[0], -1, -1), x, valid)
         return (x + self.MlpBlock_0(self.LayerNorm_0(x)))[:, 0]
 
 
@@ -64,8 +64,16 @@ class ViT(nn.Module):
         self.MAPHead_0 = MAPHead(width, heads, mlp_dim, activation, epsilon) if pool == "map" else None
         self.head = nn.Linear(width, embed_dim, head_bias) if embed_dim else None
 
-    def forward(self, image: Tensor, adapted: bool = True) -> TowerOutput:
+    def forward(
+        self, image: Tensor, adapted: bool = True, inside: Tensor | None = None, last: str = ""
+    ) -> TowerOutput:
         """Computes the embedding, the tokens and the taps of normalised images [b 3 h w], `adapted` with the adapters.
+
+        Args:
+          image: normalised images [b 3 h w].
+          adapted: whether adapters are used.
+          inside: the patches [b rows columns] that may be attended to; None means all.
+          last: how patch tokens attend in the last block, a member of `transformer.LAST`.
 
         Raises:
           UserError: a side is not a multiple of the patch.
@@ -81,10 +89,13 @@ class ViT(nn.Module):
             x = torch.cat([cls.expand(x.shape[0], -1, -1), x], 1)
         if self.pre_norm is not None:
             x = self.pre_norm(x)
-        x, tapped = self.Transformer(x, taps=self.taps, grid=grid if adapted else None)
+        front = x.shape[1] - grid[0] * grid[1]
+        valid = visible(inside, front)
+        apart = (front, last) if last else None
+        x, tapped = self.Transformer(x, valid, self.taps, grid if adapted else None, apart)
         tokens = places(x, grid)
         if self.MAPHead_0 is not None:
-            pooled = self.MAPHead_0(x)
+            pooled = self.MAPHead_0(x, valid)
         else:
             pooled = x[:, 0] if self.pool == "cls" else tokens.mean((2, 3))
         if self.head is not None:

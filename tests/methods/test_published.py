@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ovseg_jax import predict
+from ovseg_jax import export, predict
 from ovseg_jax.configs import clip_dense, openseg
 from ovseg_jax.data.windows import Sliding
 from ovseg_jax.decisions.published import protocol
 from ovseg_jax.errors import UserError
+from ovseg_jax.inference.export import export_model
 from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.methods import published
 from ovseg_jax.methods.clip_dense import LAST, ClipDense
@@ -406,6 +407,52 @@ def test_a_whole_photograph_is_labelled_as_by_pytorch(name):
     assert (result.label_map >= 0).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "features"),
+    [(name, f) for name in ("openclip_vitb16", "eva02_clip_b16") for f in LAST]
+    + [("siglip2_b16", "value"), ("tipsv2_b14", "value"), ("tipsv2 jax", "sclip")],
+)
+def test_an_exported_tower_labels_pixels_as_ours(name, features, tmp_path):
+    """Of a photograph that is not square, by the same texts; those by the exported text tower are compared too."""
+    torch, load = require("torch"), require("ovseg_jax.torch").load
+    kind, method, variables = made(name, features)
+    method.config.data.image_size = canvas = 6 * kind.patch
+    segmenter = Segmenter(method, variables, method.config)
+    export_model(lambda: segmenter, "torch", str(tmp_path))
+    loaded = load(tmp_path)
+    image = photograph(canvas // 2, canvas)
+    out = loaded.net(torch.from_numpy(image.transpose(2, 0, 1))[None], torch.tensor([[len(image), canvas]]))
+    text = apart(torch.nn.functional.normalize(out.pixel_embed[0].flatten(1).T, dim=-1)).detach()
+    ours, theirs = segmenter.segment(image, vectors(text)), loaded.segment(image, NAMES, vectors=text)
+    same = (ours.label_map == theirs.label_map).mean()
+    print(f"{name} {features}: {same:.5f} of the pixels")
+    assert same > 0.999 and len(np.unique(ours.label_map)) > 1 and (theirs.label_map >= 0).all()
+    error = reference.relative_error(method.embed_text(variables, NAMES)[SPACE], loaded.embed(NAMES).numpy())
+    assert error < 1e-4
+    with pytest.raises(UserError, match="this model has no classes of its own: give labels"):
+        loaded.segment(image)
+
+
+def test_a_published_tower_is_exported_to_onnx(tmp_path, monkeypatch):
+    """By the command, with two images of a batch that fill the canvas in different ways."""
+    torch, onnx, runtime = require("torch"), require("onnx"), require("onnxruntime")
+    require("onnxscript")
+    load = require("ovseg_jax.torch").load
+    _, method, variables = made("eva02_clip_b16", "sclip")
+    method.config.data.image_size = 64
+    found = Segmenter(method, variables, method.config)
+    monkeypatch.setattr(Segmenter, "from_pretrained", lambda name, **options: found)
+    assert export.main(["--model=eva02_clip_b16", "--to=onnx", f"--out={tmp_path}"]) == 0
+    onnx.checker.check_model(str(tmp_path / "model.onnx"))
+    image = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64), np.uint8)
+    size = np.array([[64, 64], [40, 64]], np.int32)
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    (pixels,) = session.run(["pixel_embed"], {"image": image, "image_size": size})
+    with torch.no_grad():
+        want = load(tmp_path).net(torch.from_numpy(image), torch.from_numpy(size)).pixel_embed.numpy()
+    assert reference.relative_error(pixels, want) < 1e-4
+
+
 def photograph(height, width):
     small = np.random.default_rng(5).integers(0, 256, (5, 7, 3), np.uint8)
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
@@ -506,6 +553,12 @@ def test_pixels_are_those_of_the_files(tmp_path):
 def test_what_cannot_be_is_one_sentence(tmp_path):
     for arguments, message in (
         (dict(name="tipsv3"), "the model 'tipsv3' is not one of tipsv2_b14, tipsv2_l14"),
+        (
+            dict(name="siglip2_base_NaFlex"),
+            "'siglip2_base_NaFlex' is left out: only SigLIP 2's models of fixed",
+        ),
+        (dict(name="dino.txt"), "'dino.txt' is left out: transformers has no class for dino.txt"),
+        (dict(name="dinov2_vitl14_dinotxt"), "is left out: transformers has no class"),
         (dict(name="tipsv2_b14", trust=0.5), "trust=0.5 has no effect on tipsv2_b14"),
         (
             dict(name="fcclip_convnext_l", features="sclip"),
