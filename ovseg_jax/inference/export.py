@@ -94,8 +94,6 @@ def export_model(
         if isinstance(segmenter.method, ClipDense):
             lacking = "clip_dense with features=pseudo_masks"
         raise UserError(f"--to={to} has no form of {lacking}")
-    if isinstance(getattr(segmenter.method, "templates", None), Prompt):
-        raise UserError(f"--to={to} has no form of a learned prompt: set dense.prompt to templates")
     kind = np.dtype(jnp.dtype(dtype))
     with locked(folder):
         WRITERS[to](segmenter, folder, kind)
@@ -121,6 +119,10 @@ def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     more: dict[str, Any] = {}
     closed, side = isinstance(method, MaskFormer), getattr(method, "text", None)
     if isinstance(method, ClipDense):
+        if isinstance(method.templates, Prompt):
+            raise UserError(
+                "a learned prompt of clip_dense has no PyTorch form: set dense.prompt to templates"
+            )
         arrays, model = clip_dense_form(method, segmenter.variables)
         method.clip.save_text(out / TEXT_TOWER, segmenter.variables["towers"], method.templates, dtype)
     elif isinstance(method, FCClip):

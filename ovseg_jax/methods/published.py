@@ -1,7 +1,7 @@
 """Published models that segment by words without training here, by name, for `Segmenter.from_pretrained`.
 
 All but FC-CLIP are towers of images and texts as `methods.clip_dense` uses them. Scores are those that their authors or
-the authors of the features state; licences are to our knowledge: ask where the weights are.
+the authors of the features state; licences are those of the cards or files beside the weights, see below. Ask there.
 """
 
 from pathlib import Path
@@ -49,12 +49,16 @@ class Published(NamedTuple):
     image: str = ""
 
 
+# Sources of the licences: the cards on the Hugging Face hub of google/tipsv2-*, google/siglip2-*, laion/CLIP-ViT-* and
+# timm/eva02_*_clip_*; LICENSE of openai/CLIP and of bytedance/fc-clip. For other towers we have found no score of their
+# authors for segmentation without training.
 _TIPS: dict[str, Any] = dict(
     licence="Apache-2.0",
     scale=1 / 0.005065968260169029,  # transformers, models/tipsv2/configuration_tipsv2.py
     prompt="tcl",
     protocol="tipsv2",
 )
+# The column ADE150-ZS.
 _README = "ADE20K-150 {} mIoU (google-deepmind/tips, README)"
 _SIGLIP: dict[str, Any] = dict(licence="Apache-2.0", score="")
 
