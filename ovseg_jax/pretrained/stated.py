@@ -192,7 +192,7 @@ def _stated_pixels(folder: Path) -> Iterator[tuple[str, tuple[Channels | None, C
             if not config.get("do_rescale", True):
                 raise ValueError("do_rescale is false, but its towers take pixels in [0, 1]")
             if config.get("do_normalize") is False:
-                mean, std = (0.0,) * 3, (1.0,) * 3
+                mean, std = [0.0] * 3, [1.0] * 3
             # Libraries scale pixels by this factor, we by 1/255.
             scale = 255 * number(config.get("rescale_factor", 1 / 255), "rescale_factor")
             both = _channels(mean, "mean", scale), _channels(std, "std", scale)
