@@ -47,8 +47,8 @@ def parser() -> Parser:
     add(
         "--words",
         metavar="FILE",
-        help="the label file whose names a click chooses from (default: all shipped ones); they are embedded at the "
-        "first click, which takes a large text tower minutes on a CPU",
+        help="the label file whose names a click chooses from (default: the first name of each category of the "
+        "shipped ones, 240); they are embedded at the first click, a large text tower's slowly on a CPU",
     )
     add("--images", metavar="FOLDER", help="pictures to pick (default: drawn ones, of the embedded scenes)")
     add("--port", type=int, default=7860, metavar="N", help="the port of the page (default %(default)s)")
@@ -73,7 +73,12 @@ def _run(arguments: argparse.Namespace) -> None:
         raise UserError("--weights needs --model")
     if not 0 < arguments.port < 65536:
         raise UserError(f"--port={arguments.port} is not a port: give one from 1 to 65535")
-    lists = [read_label_file(name) for name in ([arguments.words] if arguments.words else LABEL_FILES)]
+    lists = [read_label_file(name) for name in LABEL_FILES]
+    if arguments.words:
+        lists.insert(0, read_label_file(arguments.words))
+        words = lists[0].flat()[0]
+    else:
+        words = [each.display(k) for each in lists for k in range(len(each))]
     if arguments.images:
         examples = [read_image(path) for path in list_images(arguments.images)[:24]]
     else:
@@ -84,7 +89,7 @@ def _run(arguments: argparse.Namespace) -> None:
         models.append(
             Model(arguments.model, Segmenter.from_pretrained(arguments.model, arguments.weights or ""))
         )
-    with serving(Page(models, lists, examples), arguments.port) as blocks:
+    with serving(Page(models, lists, words, examples), arguments.port) as blocks:
         print(f"the page is at {blocks.local_url} (Ctrl-C ends it)", flush=True)
         blocks.block_thread()
 

@@ -25,6 +25,10 @@ from ovseg_jax.page import answers
 from ovseg_jax.page.browser import CSS, HEADERS, ON_LOAD, SAVE
 from ovseg_jax.vocab.classes import ClassList
 
+EVERYDAY = (
+    "person; animal; car; building; road; tree; grass; sky; water; mountain; wall; floor; furniture; food"
+)
+"""The words that a page begins with, where a model has no classes of its own."""
 VISITS, WAITING = 16, 20
 """Visitors whose pictures are kept, the latest; and requests that may wait for the model."""
 _LAUNCH: dict[str, Any] = dict(
@@ -76,20 +80,26 @@ class Page:
 
     Args:
       models: one or two.
-      lists: a click chooses from their names; and they tell things from stuff.
+      lists: they tell things from stuff.
+      words: a click chooses from them.
       examples: pictures to pick.
+
+    Attributes:
+      start: the words that the page begins with; "" if all models have classes of their own.
     """
 
     def __init__(
         self,
         models: Sequence[Model],
         lists: Sequence[ClassList],
+        words: Sequence[str],
         examples: Sequence[UInt8[np.ndarray, "h w 3"]] = (),
     ):
         self.models, self.examples = list(models), list(examples)
         self.names = [model.name for model in models]
         self.known = [own for model in models if (own := model.segmenter.classes)] + list(lists)
-        self.words = tuple(dict.fromkeys(name for each in lists for name in each.flat()[0]))
+        self.words = tuple(dict.fromkeys(words))
+        self.start = EVERYDAY if any(model.segmenter.classes is None for model in models) else ""
         self.vocabulary = functools.cache(lambda i: answers.knowable(models[i].segmenter, self.words))
 
     def upload(self, path: str | None) -> tuple[Visit, str, str]:
@@ -204,6 +214,7 @@ def build(page: Page) -> Any:
                     visible=bool(page.examples),
                 )
                 words = gr.Textbox(
+                    page.start,
                     label="Words",
                     placeholder="bride,woman in white; groom; cake",
                     info="; between categories, commas between names of one; or the name of a label file, such as "

@@ -23,7 +23,8 @@ def free_port():
 
 
 def page():
-    return Page([Model("colours", colours())], [read_label_file("voc_2012")], [IMAGE])
+    lists = [read_label_file("voc_2012")]
+    return Page([Model("colours", colours())], lists, lists[0].flat()[0], [IMAGE])
 
 
 @pytest.fixture(scope="module")
