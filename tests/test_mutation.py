@@ -62,7 +62,7 @@ from ovseg_jax.datasets.retrieval import CocoRetrieval
 from ovseg_jax.datasets.voc import Voc2012
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals import average_precision as ap
-from ovseg_jax.evals.box_files import read_boxes
+from ovseg_jax.evals.box_files import read_annotations, read_boxes
 from ovseg_jax.experiment import stages
 from ovseg_jax.experiment.features import kept_features
 from ovseg_jax.experiment.load import read_classes, read_words
@@ -74,7 +74,7 @@ from ovseg_jax.inference.folder import image_files
 from ovseg_jax.page.answers import read_picture
 from ovseg_jax.pretrained.stated import stated_pixels
 from ovseg_jax.scoring.answers import read_answers
-from ovseg_jax.scoring.detections import score_precision
+from ovseg_jax.scoring.detections import read_results, score_precision
 from ovseg_jax.scoring.files import Skips, read_list
 from ovseg_jax.scoring.panoptic import read_panoptic
 from ovseg_jax.scoring.retrieval import _read_owners, _read_scores
@@ -634,7 +634,9 @@ def scored(kind: ap.Kind, annotations: dict[str, Any] | None = None) -> Callable
         beside = path.parent / "beside.json"
         files = (str(beside), str(path)) if annotations is None else (str(path), str(beside))
         beside.write_text(json.dumps(annotations or {"bbox": BOXES[:1], "segm": MASKS}[kind]))
-        score_precision(*files, kind, None, Skips("skip"), 1)
+        truth = read_annotations(files[1], kind=kind)
+        found = read_results(*files, truth, kind, Skips("skip"))
+        score_precision(truth, found, kind, truth.rule, Skips(), 1)
 
     return read
 

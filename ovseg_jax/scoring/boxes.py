@@ -21,6 +21,8 @@ A result is {"image_id": 285, "category_id": 1, "bbox": [x, y, width, height], "
 false results of a class in not_exhaustive_category_ids do not count, the best 300 results of an image count, and there
 are no crowds. --rule=coco: the best 100 of an image and class count. Without it, LVIS's holds where the categories of
 --gt have frequencies.
+--sheet draws the images with the lowest AP50 of their own: the true instances, and as many of the best results. Boxes
+are drawn as areas, smaller ones in front, and need --images.
 """
 )
 

@@ -1,19 +1,23 @@
 """What `score instances`, `boxes` and `proposals` share: results files of COCO's form, read and scored."""
 
 import argparse
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from ovseg_jax.errors import UserError
 from ovseg_jax.evals import average_precision as ap
 from ovseg_jax.evals.average_precision import Kind, Rule
 from ovseg_jax.evals.box_files import Annotations, image_id, read_annotations, whole_id
 from ovseg_jax.evals.masks import OtherSize, mask_rle
 from ovseg_jax.experiment.tables import Cell
 from ovseg_jax.reading import column, number, numbers, objects, read_json, reading
+from ovseg_jax.scoring.detection_sheet import draw_sheet, worst_images
 from ovseg_jax.scoring.files import Fault, Skips, add_file_flags, results, workers_of
 from ovseg_jax.scoring.report import Report, add_report_flags, check_report_flags, publish
+from ovseg_jax.scoring.sheet import add_sheet_flags, worst_of
 
 NOTE = """\
 --gt is an annotation file of COCO or LVIS, --pred a JSON list of results, as both servers take them. A result of an
@@ -27,10 +31,12 @@ def add_detection_flags(parser: argparse.ArgumentParser, per_class: bool = True)
 
     Args:
       parser: the parser of a kind.
-      per_class: whether classes are scored, each on its own, in parallel.
+      per_class: whether classes are scored, each on its own, in parallel, and images too.
     """
     parser.add_argument("--pred", required=True, metavar="FILE", help="the results")
     parser.add_argument("--gt", required=True, metavar="FILE", help="the annotations")
+    if per_class:
+        add_sheet_flags(parser, "AP50")
     add_file_flags(parser, per_class)
     add_report_flags(parser, per_class)
 
@@ -38,28 +44,36 @@ def add_detection_flags(parser: argparse.ArgumentParser, per_class: bool = True)
 def run_precision(arguments: argparse.Namespace, kind: Kind) -> None:
     """Scores boxes or masks by their average precision and prints the report."""
     check_report_flags(arguments, {"--pred": arguments.pred, "--gt": arguments.gt})
-    skips, workers = Skips(arguments.missing), workers_of(arguments)
-    publish(score_precision(arguments.pred, arguments.gt, kind, arguments.rule, skips, workers), arguments)
+    skips, workers, count = Skips(arguments.missing), workers_of(arguments), worst_of(arguments)
+    if kind == "bbox" and arguments.sheet and not arguments.images:
+        raise UserError("--sheet of boxes needs the photographs: name their folder by --images")
+    truth = read_annotations(arguments.gt, kind=kind)
+    rule = arguments.rule or truth.rule
+    found = read_results(arguments.pred, arguments.gt, truth, kind, skips)
+    report = score_precision(truth, found, kind, rule, skips, workers)
+    if count:
+        worst = worst_images(truth, found, kind, rule, workers, count)
+        if arguments.sheet:
+            draw_sheet(arguments.sheet, arguments.images, worst, truth, kind)
+        shown = [f"{judged.name} ({value:.1f})" for judged, value in worst]
+        report = dataclasses.replace(report, facts={**report.facts, "worst images": shown})
+    publish(report, arguments)
 
 
-def score_precision(pred: str, gt: str, kind: Kind, rule: Rule | None, skips: Skips, workers: int) -> Report:
+def score_precision(
+    truth: Annotations, found: list[dict[str, Any]], kind: Kind, rule: Rule, skips: Skips, workers: int
+) -> Report:
     """Scores results by average precision.
 
     Args:
-      pred: the file of results.
-      gt: the annotation file.
+      truth: the annotations.
+      found: the results, see `read_results`.
       kind: boxes or masks.
-      rule: COCO's or LVIS's; by default LVIS's if the categories of `gt` have frequencies.
-      skips: takes results that cannot be scored.
+      rule: COCO's or LVIS's.
+      skips: what was left out, for the report.
       workers: the number of processes.
-
-    Raises:
-      UserError: a file is not of its form, or a result cannot be scored and `skips` does not allow it.
     """
-    truth = read_annotations(gt, kind=kind)
-    rule = rule or truth.rule
     frequencies = truth.frequencies
-    found = read_results(pred, gt, truth, kind, skips)
     limits = ap.LIMITS[rule]
     one = functools.partial(ap.curve, kind=kind, limits=limits, federated=rule == "lvis")
     parts = ap.split(truth.data, found, rule)

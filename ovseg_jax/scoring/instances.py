@@ -21,6 +21,7 @@ A result is {"image_id": 285, "category_id": 1, "segmentation": RLE, "score": 0.
 false results of a class in not_exhaustive_category_ids do not count, the best 300 results of an image count, and there
 are no crowds. --rule=coco: the best 100 of an image and class count. Without it, LVIS's holds where the categories of
 --gt have frequencies. The area of a mask is its pixels, also where a result has a box.
+--sheet draws the images with the lowest AP50 of their own: the true instances, and as many of the best results.
 """
 )
 

@@ -6,8 +6,11 @@ import json
 import numpy as np
 import pytest
 from detection_reference import SIDE, case, official, percent
+from PIL import Image
+from pycocotools import mask as coco
 
 from ovseg_jax import score
+from ovseg_jax.data.images import read_image
 from ovseg_jax.evals import average_precision as ap
 
 KEYS = {"instances": "segmentation", "boxes": "bbox"}
@@ -241,3 +244,48 @@ def test_all_proposals_count_up_to_the_limit(tmp_path):
     assert [row["recall@0.7"] for row in scores.values()] == [0, 100, 100]
     assert scores["best 300"]["AR"] == pytest.approx(70) and scores["best 300"]["recall@0.9"] == 0
     assert scores["best 300"]["ARs"] is None and scores["best 300"]["ARm"] == pytest.approx(70)
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_the_worst_images_are_listed_and_drawn(tmp_path, capsys, kind):
+    """Four images: both things found, one of two, none, and one without a thing."""
+    masks = np.zeros((2, 160, 240), bool)
+    masks[0, 20:100, 20:100], masks[1, 40:120, 140:220] = True, True
+    boxes = [[20, 20, 80, 80], [140, 40, 80, 80]]
+    rle = [coco.encode(np.asfortranarray(mask)) for mask in masks.astype(np.uint8)]
+    rle = [{**own, "counts": own["counts"].decode()} for own in rle]
+    row = lambda image, k, **more: dict(
+        image_id=image, category_id=k + 1, bbox=boxes[k], segmentation=rle[k], **more
+    )
+    truth = dict(
+        images=[dict(id=i, file_name=f"{i}.png", height=160, width=240) for i in range(1, 5)],
+        annotations=[row(i, k, id=2 * i + k, iscrowd=0, area=6400) for i in range(1, 4) for k in range(2)],
+        categories=[dict(id=1, name="cat"), dict(id=2, name="dog")],
+    )
+    found = [row(1, 0, score=0.9), row(1, 1, score=0.8), row(2, 1, score=0.7), row(4, 0, score=0.1)]
+    # The third image's cat and dog change places. Results beyond the number of instances are not drawn.
+    found += [row(3, 1, score=0.6) | {"category_id": 1}, row(3, 0, score=0.5) | {"category_id": 2}]
+    found += [row(1, 0, score=0.001) | {"category_id": 2}]
+    write(tmp_path, truth, found)
+    (tmp_path / "photos").mkdir()
+    for i in range(1, 5):
+        Image.fromarray(np.full((160, 240, 3), 50 * i, np.uint8)).save(tmp_path / f"photos/{i}.png")
+    worst = ["3 (0.0)", "2 (50.0)", "1 (100.0)"]
+    assert report(tmp_path, kind, "--worst=5")["facts"]["worst images"] == worst
+    sheet, photos = f"--sheet={tmp_path}/sheet.png", f"--images={tmp_path}/photos"
+    assert report(tmp_path, kind, sheet, photos, "--workers=1")["facts"]["worst images"] == worst
+    drawn = read_image(tmp_path / "sheet.png")
+    assert not (drawn == (220, 60, 60)).all(-1).any()
+    if kind == "instances":
+        assert command(tmp_path, kind, sheet) == 0
+        plain = read_image(tmp_path / "sheet.png")
+        red, grey = ((plain == colour).all(-1).sum() for colour in ((220, 60, 60), (225, 228, 232)))
+        # Two squares of the third image and one of the second; all but six squares.
+        scale = (256 / 240) ** 2
+        assert abs(red - 3 * 6400 * scale) < 2500 and abs(grey - (3 * 160 * 240 - 6 * 6400) * scale) < 3000
+    else:
+        assert command(tmp_path, kind, sheet) == 1
+        assert "--sheet of boxes needs the photographs" in capsys.readouterr().err
+    (tmp_path / "photos/2.png").unlink()
+    assert command(tmp_path, kind, sheet, photos) == 1
+    assert "photos holds no image '2'" in capsys.readouterr().err
