@@ -204,9 +204,10 @@ def read_npz(path: epath.PathLike, what: str = "") -> dict[str, np.ndarray]:
       UserError: it cannot be read, or holds Python objects.
     """
     with reading(path, what), open_binary(path) as file:
-        data = np.load(file, allow_pickle=False)
-        if not isinstance(data, np.lib.npyio.NpzFile):
+        if file.read(2) != b"PK":  # NumPy takes anything else for a pickle
             raise ValueError("it is not an .npz file")
+        file.seek(0)
+        data = np.load(file, allow_pickle=False)
         with data:
             found = dict(data.items())
         for name, values in found.items():

@@ -1115,6 +1115,8 @@ OPENERS: dict[str, str] = {
     "experiment/stages.py:_hash": "none: a config in memory",
     "experiment/stages.py:check_finished": "stage.json",
     "experiment/stages.py:kept": "none: a config in memory",
+    "export.py:_run": "none: a run's or published weights",
+    "export.py:load": "none: a run's or published weights",
     "files.py:_lock": "none: the holder's name is taken as it is",
     "files.py:_sums": "sums of a checkpoint",
     "files.py:checksum": "arrays of a checkpoint",

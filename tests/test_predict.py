@@ -200,7 +200,7 @@ def test_the_images_folder_as_output(run, tmp_path, capsys):
     before = written(folder)
     assert run(out=folder) == 1
     error = capsys.readouterr().err
-    assert "holds a file a.json that this command has not written" in error and error.count("\n") == 1
+    assert "holds a file a.json that would be replaced" in error and error.count("\n") == 1
     assert written(folder) == before
     (folder / "a.json").rename(folder / "a.txt")
     for _ in range(2):

@@ -220,7 +220,7 @@ def write_outputs(job: Job) -> Summary:
     failed = {name: errors[name] for name in sorted(errors.keys() & index.keys() - done)}
     write_whole(out / "failed.json", json.dumps(failed, indent=1) + "\n")
     if not done:
-        reason = f", such as {next(iter(failed.items()))}" if failed else ""
+        reason = ", such as {}: {}".format(*next(iter(failed.items()))) if failed else ""
         raise UserError(f"none of the {len(index)} images could be annotated{reason}")
     for folder in ("images", "masks", "regions", "panoptic"):
         (out / folder).mkdir(exist_ok=True)

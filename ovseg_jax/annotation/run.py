@@ -123,6 +123,8 @@ def annotate(job: Job, runner: Runner, shard_size: int = SHARD) -> tuple[int, in
         raise UserError("the batch and the shards must have at least 1 image, and workers be at least 0")
     out = epath.Path(job.out)
     source = make_source(job.source)
+    if isinstance(source, Images) and os.path.realpath(source.files[0].parent) == os.path.realpath(out):
+        raise UserError(f"the outputs would lie among the images of {out}: choose another folder")
     check_provides(source, ("image",), "annotate")
     _check_request(job)
     known = {record["image"] for record in read_records(out) if "error" not in record}
@@ -141,7 +143,7 @@ def _check_request(job: Job) -> None:
     kept = {key: value for key, value in job.rules._asdict().items() if key in MADE_BY}
     request = json.loads(json.dumps({"source": job.source, "plugs": job.plugs, "rules": kept}))
     path = folder / REQUEST
-    if path.exists():
+    if path.exists() and any(folder.glob("*.jsonl")):
         before = read_json(path)
         with reading(path):
             differing = [key for key in request if before[key] != request[key]]

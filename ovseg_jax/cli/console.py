@@ -104,6 +104,10 @@ def run_command(
     """
 
     def call() -> int:
+        for word in sys.argv[1:] if argv is None else argv:
+            # Mostly a variable of the shell that is not set; as a path it would be the current folder.
+            if re.fullmatch(r"(--\w+=)?\s*", str(word)):
+                raise UserError(f"the argument {word!r} is empty: give it a value, or leave it out")
         arguments = parser().parse_args(argv)
         values = {f"--{key}": value for key, value in vars(arguments).items()}
         check_addresses(values)

@@ -112,7 +112,7 @@ def check_not_foreign(out: epath.PathLike, files: Collection[str], own: Collecti
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise UserError(
-            f"--out={out} holds a file {foreign[0]}{more} that this command has not written: choose another --out, "
+            f"--out={out} holds a file {foreign[0]}{more} that would be replaced: choose another --out, "
             "or add --overwrite"
         )
 

@@ -97,7 +97,8 @@ def export_model(
     kind = np.dtype(jnp.dtype(dtype))
     with locked(folder):
         WRITERS[to](segmenter, folder, kind)
-    lines = [f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} to {folder}"]
+    written = sorted({path.name for path in folder.iterdir()} & {*FILES[to]})
+    lines = [f"wrote {', '.join(written)} to {folder}"]
     if dtype != "float32":
         change = difference(segmenter, kind)
         lines.insert(0, f"as {dtype}, mask logits or features change by {change:.2e} of their largest value")

@@ -294,6 +294,37 @@ def test_what_cannot_go_on(faulty, photos, tmp_path, capsys, more, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_plug_that_cannot_be_loaded_does_not_bind_the_folder(faulty, photos, tmp_path, capsys):
+    (photos / "test-000009.jpg").unlink()
+    faulty.well = True
+    wrong = [f"--images={photos}", f"--out={tmp_path / 'out'}", "--captions=faulty_annotators:caption"]
+    assert command.main(wrong) == 1
+    assert "faulty_annotators:caption" in capsys.readouterr().err
+    assert command.main(flags(photos, tmp_path / "out")) == 0
+    assert command.main(flags(photos, photos)) == 1
+    assert "the outputs would lie among the images" in capsys.readouterr().err
+
+
+def test_records_of_an_image_that_changed_or_was_damaged(faulty, photos, tmp_path, capsys):
+    (photos / "test-000009.jpg").unlink()
+    faulty.well, out = True, tmp_path / "out"
+    assert command.main(flags(photos, out)) == 0
+    path = out / RECORDS / "00000.jsonl"
+    lines = path.read_bytes().splitlines(True)
+    # A digit of a score changes: that image is annotated anew, not read with another score.
+    path.write_bytes(b"".join([lines[0], lines[1].replace(b"0.9", b"0.8", 1), *lines[2:], lines[2]]))
+    faulty.calls.clear()
+    assert command.main(flags(photos, out)) == 0 and len(faulty.calls) == 1
+    assert json.loads((out / "statistics.json").read_text())["images"] == 9
+    Image.fromarray(np.zeros((16, 32, 3), np.uint8)).save(photos / "test-000000.jpg")
+    capsys.readouterr()
+    assert command.main(flags(photos, out)) == 1
+    assert (
+        "test-000000.jpg is 16 x 32 (height x width), but it was 32 x 32 when it was"
+        in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     ("plugs", "message"),
     [

@@ -80,6 +80,8 @@ def test_flags_are_parsed_and_checked_inside_of_the_guard(capsys):
     for arguments, message in (
         (["--size=x"], "argument --size: invalid int value: 'x'"),
         (["--imagse=x"], "unrecognized arguments: --imagse=x"),
+        (["--images="], "the argument '--images=' is empty"),
+        (["--images", " "], "the argument ' ' is empty"),
         (["--images=https://a.org/b.jpg"], "--images=https://a.org/b.jpg: https:// is not supported"),
     ):
         assert run_command(parser, given.append, arguments) == 1
