@@ -22,7 +22,7 @@ of those below, or "module:function" of yours. Weights come from the hub, or mod
   --stuff            mask2former, oneformer: backgrounds
 DIR2 gets the layout of `data.sources.folder`, UMG-41M's JSON, COCO's panoptic files, statistics and pictures. If the
 command was stopped, run it again to continue; images that failed are listed in failed.json and tried again. Rules
-marked "kept" may change without annotating anew. Several processes on this machine: --runner=direct (`pip install -e
+marked "kept" may change without annotating again. Several processes on this machine: --runner=direct (`pip install -e
 '.[prepare]'`); many machines: --runner=DataflowRunner --beam=--project=P ... with folders in a bucket, SparkRunner or
 FlinkRunner. It has run on Beam's direct and portable runners on one machine, not yet on Dataflow, Spark or Flink.
 """

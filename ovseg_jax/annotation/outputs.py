@@ -195,7 +195,7 @@ def panoptic_rows(final: Final, ids: Mapping[str, int]) -> list[dict[str, Any]]:
 
 
 def write_outputs(job: Job) -> Summary:
-    """Writes all files from the records, whatever call has made them.
+    """Writes all files from the records, of this call and of earlier ones.
 
     Raises:
       UserError: no image has a record, an image has another size than when it was annotated, or a file cannot be
@@ -318,7 +318,7 @@ def _show(folder: epath.Path, source: Source, index: int, name: str, size: tuple
             if not target.exists():
                 path.copy(target)
         elif not target.exists():
-            target.unlink(missing_ok=True)  # a link to what is no longer there
+            target.unlink(missing_ok=True)  # a link whose target was deleted
             os.symlink(os.path.abspath(path), target)
         return path.name
     target = folder / f"{name}.png"

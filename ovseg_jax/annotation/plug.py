@@ -6,7 +6,7 @@ one function of the same arguments and result as the method of its kind, named "
     def captions(pictures):
         return [[describe(picture.pixels)] for picture in pictures]
 
-Whatever a plug returns is checked by the function of its kind in `CHECKS`: nonsense is an error of its image.
+The results of a plug are checked by the function of its kind in `CHECKS`; an invalid one is an error of its image.
 """
 
 import importlib
@@ -177,7 +177,7 @@ def _typed(name: str, key: str, value: Any, default: Any) -> Any:
 
 
 def check_texts(found: Any, picture: Picture, given: Any = None) -> Texts:
-    """Checks tags or captions, and returns them without surplus spaces and doubles.
+    """Checks tags or captions, and returns them without extra spaces and duplicates.
 
     Raises:
       ValueError: they are no texts, or one is empty.
@@ -274,7 +274,7 @@ def call(plug: Plug, kind: str, pictures: Sequence[Picture], given: Sequence[Any
       given: what the kind takes beside them: texts or boxes of each image.
 
     Raises:
-      ValueError: it returned nonsense.
+      ValueError: its result is invalid.
     """
     found = getattr(plug, kind)(pictures, *(() if given is None else (given,)))
     if not isinstance(found, list | tuple) or len(found) != len(pictures):

@@ -299,7 +299,7 @@ def annotate_source(
     shard_size: int = SHARD,
     runner: Runner | None = None,
 ) -> Any:
-    """Annotates a source into a folder, or goes on where an earlier call was stopped, and writes all outputs.
+    """Annotates a source into a folder, or continues where an earlier call was stopped, and writes all outputs.
 
     Args:
       source: the config of a source that provides images, see `make_source`.

@@ -8,9 +8,9 @@ from jaxtyping import Bool, Float, Int, Int32
 
 
 def clean_texts(texts: Sequence[str]) -> list[str]:
-    """Returns texts without surplus spaces, without empty ones and without doubles, in their order.
+    """Removes extra spaces, empty texts and duplicates; the order stays.
 
-    Texts that differ in case, or in a full stop at the end, are doubles; the first stays.
+    Texts that differ in case, or in a full stop at the end, are duplicates; the first stays.
     """
     kept: dict[str, str] = {}
     for text in (" ".join(text.split()) for text in texts):

@@ -72,7 +72,7 @@ class Rules(NamedTuple):
 
 
 MADE_BY = ("tag_votes", "box_score", "box_iou", "shift", "score_regions", "stuff_regions")
-"""The rules that records depend on; the others may change without annotating anew."""
+"""The rules that records depend on; the others may change without annotating again."""
 
 
 class Annotator:
@@ -99,10 +99,10 @@ class Annotator:
                 self.plugs[kind].append((str(spec["name"]), made[key]))
 
     def __call__(self, pictures: Sequence[Picture]) -> list[Record]:
-        """Returns the record of each image; where something fails, that of the image alone is {"error": ...}."""
+        """Returns the record of each image, which is {"image": name, "error": reason} if a plug fails on it."""
         try:
             return self._annotate(pictures)
-        except Exception as error:  # whatever a plug raises: the rest goes on
+        except Exception as error:  # of any kind, since it must not stop the other images
             if isinstance(error, UserError):
                 raise
             if len(pictures) > 1:
@@ -250,7 +250,7 @@ def _both(a: Boxes, b: Boxes) -> Boxes:
 
 
 def _by_plug(said: Sequence[tuple[str, Texts]]) -> list[list[str]]:
-    """Returns the captions of all plugs without doubles, as [text, name of the plug]."""
+    """Returns the captions of all plugs without duplicates, as [text, name of the plug]."""
     owner: dict[str, str] = {}
     for name, texts in said:
         for text in texts:

@@ -58,7 +58,7 @@ def read_picture(path: epath.PathLike) -> tuple[UInt8[np.ndarray, "h w 3"], str]
             )
         image = read_image(path)
     except UserError as error:
-        # Where the server keeps the file is nobody's business.
+        # Visitors must not see the server's own path.
         raise UserError(str(error).replace(str(path), path.name)) from None
     shrunk = _shrunk(image, SIDE)
     if shrunk.shape == image.shape:
@@ -246,7 +246,7 @@ def words_at(
 
     Args:
       seen: the picture, seen by a model.
-      words: the words to choose from, see `knowable`.
+      words: the words to choose from, see `embeddable`.
       at: x and y as shares of the width and height, 0 to 1.
       count: the number of words to return.
 
@@ -305,7 +305,7 @@ def words_table(name: str, found: Sequence[tuple[str, float]], total: int) -> st
     )
 
 
-def knowable(segmenter: Segmenter, words: Sequence[str]) -> ClassList:
+def embeddable(segmenter: Segmenter, words: Sequence[str]) -> ClassList:
     """Returns the names of the model's own classes, and those of `words` that its text side can embed, each once.
 
     A text side that was trained on captions knows their words alone; a published one knows all.

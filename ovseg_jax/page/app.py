@@ -100,7 +100,7 @@ class Page:
         self.known = [own for model in models if (own := model.segmenter.classes)] + list(lists)
         self.words = tuple(dict.fromkeys(words))
         self.start = EVERYDAY if any(model.segmenter.classes is None for model in models) else ""
-        self.vocabulary = functools.cache(lambda i: answers.knowable(models[i].segmenter, self.words))
+        self.vocabulary = functools.cache(lambda i: answers.embeddable(models[i].segmenter, self.words))
 
     def upload(self, path: str | None) -> tuple[Visit, str, str]:
         """Reads an uploaded file and deletes it: visit, figures, sentence."""
@@ -247,7 +247,7 @@ def build(page: Page) -> Any:
                 heat = gr.HTML("", elem_id="ov-heat")
         one = dict(concurrency_id="model", concurrency_limit=1)
         shown, cleared = [visit, view, said, asked, heat], ("", "")
-        load = _polite(gr, lambda path: (*page.upload(path), *cleared), 5)
+        load = _reporting(gr, lambda path: (*page.upload(path), *cleared), 5)
         loaded = file.upload(load, file, shown, api_name="upload", **one)
         loaded.then(lambda: None, None, file, api_visibility="private")
 
@@ -255,18 +255,18 @@ def build(page: Page) -> Any:
             return (*page.pick(event.index), *cleared)
 
         pick.__annotations__["event"] = gr.SelectData
-        gallery.select(_polite(gr, pick, 5), None, shown, api_visibility="private", **one)
+        gallery.select(_reporting(gr, pick, 5), None, shown, api_visibility="private", **one)
         inputs = [visit, words, task, threshold]
         gr.on(
             [run.click, words.submit, task.input],
-            _polite(gr, page.segment, 3),
+            _reporting(gr, page.segment, 3),
             inputs,
             [visit, view, said],
             api_name="segment",
             **one,
         )
         threshold.change(
-            _polite(gr, page.draw, 2),
+            _reporting(gr, page.draw, 2),
             [visit, threshold],
             [view, said],
             api_name="threshold",
@@ -278,17 +278,17 @@ def build(page: Page) -> Any:
             return page.ask(visit, (float(event.x), float(event.y)))
 
         ask.__annotations__["event"] = gr.EventData
-        view.select(_polite(gr, ask, 3), visit, [visit, asked, said], api_visibility="private", **one)
+        view.select(_reporting(gr, ask, 3), visit, [visit, asked, said], api_visibility="private", **one)
         gr.on(
             [look.click, word.submit],
-            _polite(gr, page.similar, 3),
+            _reporting(gr, page.similar, 3),
             [visit, word],
             [visit, heat, said],
             api_name="similar",
             **one,
         )
         for button, kind in zip(saves, answers.FORMATS, strict=True):
-            save = _polite(gr, functools.partial(page.download, kind=kind), 2)
+            save = _reporting(gr, functools.partial(page.download, kind=kind), 2)
             button.click(save, [visit, threshold], [saved, said], api_name=f"save_{kind}")
     blocks.queue(max_size=WAITING)
     return blocks
@@ -370,8 +370,8 @@ def _gradio() -> Any:
     return gradio
 
 
-def _polite(gr: Any, handler: Callable[..., Any], count: int) -> Callable[..., Any]:
-    """Returns a handler whose errors become the sentence, its third output (or last of two); the others stay."""
+def _reporting(gr: Any, handler: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """Wraps a handler: an error is shown in place of its sentence, the third output or the last of two."""
     place = min(2, count - 1)
 
     @functools.wraps(handler)
@@ -380,7 +380,7 @@ def _polite(gr: Any, handler: Callable[..., Any], count: int) -> Callable[..., A
             found = list(handler(*inputs))
         except UserError as error:
             sentence = f"{error}".rstrip(".") + "."
-            if sentence.partition(" ")[0].isalpha():  # and no file's name
+            if sentence.partition(" ")[0].isalpha():  # a file's name keeps its case
                 sentence = sentence[:1].upper() + sentence[1:]
             return _with([gr.skip()] * count, place, _said(sentence, bad=True))
         except Exception:

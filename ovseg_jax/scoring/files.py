@@ -270,6 +270,7 @@ def results(
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)
             found = pool.map(_call, range(len(items)), chunksize=_CHUNK)
         else:
+            _keep_memory()
             found = map(functools.partial(_guarded, function), items)
         try:
             bar = tqdm(zip(items, found, strict=True), total=len(items), unit=unit, disable=None)
@@ -280,7 +281,7 @@ def results(
                     yield item, result
         except BrokenProcessPool:
             raise UserError(
-                f"one of the {workers} processes that read files ended, perhaps for want of memory: try --workers=1"
+                f"one of the {workers} processes that read files ended, perhaps because memory ran out: try --workers=1"
             ) from None
 
 

@@ -86,7 +86,7 @@ def test_typed_words_open_no_file(tmp_path):
 def test_words_at_a_pixel_and_similarity_are_those_that_segmentation_compares(masks):
     segmenter = colours(masks)
     seen = answers.Seen(segmenter, IMAGE)
-    classes = answers.knowable(segmenter, ["tree", "red"])
+    classes = answers.embeddable(segmenter, ["tree", "red"])
     assert [classes.display(k) for k in range(len(classes))] == list(dict.fromkeys(CLASSES.flat()[0]))
     result = segmenter.segment(IMAGE, classes, decision="argmax")
     for y, x in ((0, 0), (23, 39), (10, 21), (13, 5)):
