@@ -62,6 +62,8 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    # What was run with which: tests/README.md.
+    classifiers=[f"Programming Language :: Python :: {version}" for version in ("3", "3.11", "3.12")],
     packages=[*find_packages(include=["ovseg_jax", "ovseg_jax.*"]), "ovseg_jax.configs.tables"],
     package_dir={"ovseg_jax.configs": "configs"},
     package_data={

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import time
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -144,5 +145,8 @@ def test_weights_and_biases_itself_takes_the_records(tmp_path, monkeypatch):
     writer.scalars(2, {"loss": 1.5, "validation/miou": 12.0})
     writer.close()
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    content = file.read_bytes()
+    # Its own process may write the file a moment after the run has ended.
+    end = time.monotonic() + 30
+    while b"validation/miou" not in (content := file.read_bytes()) and time.monotonic() < end:
+        time.sleep(0.05)
     assert b"validation/miou" in content and (tmp_path / "wandb.id").read_text().encode() in content
