@@ -378,9 +378,7 @@ class Segmenter:
                     layers = jax.device_put(layers, device)
                 if not blender.add(View(job.row, job.column, self.canvas, fitted, layers)):
                     continue
-                started.append(
-                    partial(_blended, job.image, classes, blender, owner, chosen, layers.masks, dense)
-                )
+                started.append(partial(_blended, job.image, classes, blender, owner, chosen, dense))
                 blender = None
             while len(started) > most:
                 yield started.popleft()()
@@ -674,15 +672,12 @@ def _blended(
     blender: Blender,
     owner: np.ndarray,
     decision: Decision,
-    masks: bool,
     dense: PixelFeatures | None,
 ) -> Result:
     """Creates the result of an image whose tiles have all been added."""
     blender.finish()
-    confidence: np.ndarray = blender.score
-    if masks:
-        confidence = np.asarray(confidence_of(blender.score, blender.cover))
-    label_map = owner[blender.name].astype(np.int32, copy=False)
+    confidence = blender.confidence
+    label_map = owner.astype(np.int32, copy=False)[blender.name]
     if isinstance(decision, BackgroundThreshold):
         label_map[~(confidence >= decision.threshold)] = -1
     return Result.of(image, classes, label_map, confidence, features=dense)

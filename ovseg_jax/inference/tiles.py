@@ -13,12 +13,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt
 
-from ovseg_jax.decisions.many import Groups, groups_of_grid
-from ovseg_jax.decisions.maps import Layers, best_names, has_groups
+from ovseg_jax.decisions.many import Groups, best_of_many, grid_error, groups_of_grid
+from ovseg_jax.decisions.maps import Layers, best_names, confidence_of, has_groups
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.resize import upsampling
+from ovseg_jax.protocols import PRECISION
 
 BLOCK_ROWS, BLOCK_COLUMNS = 64, 256  # pixels of the image scored at once
 
@@ -94,25 +95,27 @@ class Blender:
     tile), for any height of the image.
 
     Attributes:
-      name: i32 [H W], index of the best name.
-      score: f32 [H W], y of eq. 6 for that name.
-      cover: f32 [H W], the sum of the masks at a pixel.
+      name: unsigned [H W], index of the best name.
+      confidence: f32 [H W], see `decisions.maps.confidence_of`.
     """
+
+    name: UInt[np.ndarray, "h w"]
 
     def __init__(self, rows: Sequence[Span], columns: Sequence[Span]):
         self.rows, self.columns = rows, columns
         self._row_share = dict(zip(rows, shares(rows), strict=True))
         self._column_share = dict(zip(columns, shares(columns), strict=True))
-        size = rows[-1].stop, columns[-1].stop
-        self.name = np.zeros(size, np.int32)
-        self.score = np.zeros(size, np.float32)
-        self.cover = np.zeros(size, np.float32)
+        self.confidence = np.zeros((rows[-1].stop, columns[-1].stop), np.float32)
         self._views: list[View] = []
         self._waiting: list[tuple[Span, Span, tuple[Array, Array, Array]]] = []
         self._seen = 0
 
     def add(self, view: View) -> bool:
         """Adds the next view, in the order of rows, then columns; returns True for the last, then call `finish`."""
+        if not self._seen:
+            # As small as it may be: of a photograph, each byte is 20 MB.
+            names = np.min_scalar_type(len(view.layers.weights))
+            self.name, self._masks = np.zeros(self.confidence.shape, names), view.layers.masks
         self._views.append(view)
         self._seen += 1
         row, column = divmod(self._seen, len(self.columns))
@@ -127,8 +130,11 @@ class Blender:
         """Fetches the scores that the device computes."""
         for rows, columns, best in self._waiting:
             at = slice(*rows), slice(*columns)
-            for result, block in zip((self.name, self.score, self.cover), best, strict=True):
-                result[at] = np.asarray(block)[: rows.stop - rows.start, : columns.stop - columns.start]
+            name, score, cover = (
+                np.asarray(block)[: rows.stop - rows.start, : columns.stop - columns.start] for block in best
+            )
+            self.name[at] = name
+            self.confidence[at] = confidence_of(score, cover) if self._masks else score
         self._waiting = []
 
     def _start(self, band: Span) -> None:
@@ -136,9 +142,11 @@ class Blender:
         width = self.columns[-1].stop
         across = min(BLOCK_COLUMNS, -(-width // 64) * 64)
         layers, groups = self._views[0].layers, None
-        shape = len(layers.weights), layers.maps.shape, band.stop * width
-        if len(self.rows) == len(self.columns) == 1 and not layers.masks and has_groups(*shape):
-            groups = _groups(layers)
+        channels, h, w = layers.maps.shape
+        shape = (channels, len(self._views) * h, w)
+        pixels = (band.stop - band.start) * width
+        if not layers.masks and has_groups(len(layers.weights), shape, pixels):
+            groups = _groups(layers.weights, tuple(v.layers.maps for v in self._views))
         for y in range(band.start, band.stop, BLOCK_ROWS):
             for x in range(0, width, across):
                 rows = Span(y, min(y + BLOCK_ROWS, band.stop))
@@ -163,6 +171,12 @@ class Blender:
         views = views + views[:1] * (count - len(views))
         weights, maps = tuple(v.layers.weights for v in views), tuple(v.layers.maps for v in views)
         logits = views[0].layers.masks
+        if not logits:
+            weights = weights[:1]  # the embeddings of the names, the same for all tiles
+        if groups is not None:
+            # Each group's bounds in the cells of these views alone.
+            number = [next(i for i, other in enumerate(self._views) if other is v) for v in views]
+            groups = groups._replace(bound=_bounds_of(groups.bound, np.int32(number), h * w))
         return _best(weights, maps, down, right, down_share, right_share, groups, logits=logits)
 
 
@@ -198,10 +212,16 @@ def upsampling_matrix(size: int, cells: int, canvas: int, fitted: int) -> Float[
 
 
 @jax.jit
-def _groups(layers: Layers) -> Groups:
-    """Groups the names once for all blocks of an image."""
-    everything = jnp.ones((1, len(layers.weights)), bool)
-    return groups_of_grid(layers.weights, layers.maps.reshape(len(layers.maps), -1), everything)
+def _groups(weights: Float[Array, "t c"], maps: tuple[Float[Array, "c h w"], ...]) -> Groups:
+    """Groups the names once for all blocks of a band, with bounds in the cells of all its views, one after another."""
+    everything = jnp.ones((1, len(weights)), bool)
+    cells = jnp.concatenate([x.reshape(len(x), -1) for x in maps], 1)
+    return groups_of_grid(weights, cells, everything)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _bounds_of(bound: Float[Array, "g n"], number: Int[Array, "views"], cells: int) -> Float[Array, "g m"]:
+    return bound.reshape(len(bound), -1, cells)[:, number].reshape(len(bound), -1)
 
 
 @functools.partial(jax.jit, static_argnames="logits")
@@ -222,15 +242,35 @@ def _best(
         name, score, cover = best_names(
             weights[0], maps[0], rows[0], columns[0], everything, logits=logits, groups=groups
         )
-    else:
-        squash = jax.nn.sigmoid if logits else lambda x: x
-        up = [
-            squash(jnp.einsum("rh,nhw,cw->nrc", r, m, c, precision=jax.lax.Precision.HIGHEST))
-            * (rs[:, None] * cs)
-            for m, r, c, rs, cs in zip(maps, rows, columns, row_share, column_share, strict=True)
-        ]
-        here = jnp.eye(rows.shape[1]), jnp.eye(columns.shape[1])
+        return name[0], score[0], cover
+    squash = jax.nn.sigmoid if logits else lambda x: x
+    up = [
+        squash(jnp.einsum("rh,nhw,cw->nrc", r, m, c, precision=jax.lax.Precision.HIGHEST))
+        * (rs[:, None] * cs)
+        for m, r, c, rs, cs in zip(maps, rows, columns, row_share, column_share, strict=True)
+    ]
+    here = jnp.eye(rows.shape[1]), jnp.eye(columns.shape[1])
+    if logits:
         name, score, cover = best_names(
-            jnp.concatenate(weights, 1), jnp.concatenate(up), *here, everything, positive=logits
+            jnp.concatenate(weights, 1), jnp.concatenate(up), *here, everything, positive=True
         )
-    return name[0], score[0], cover
+        return name[0], score[0], cover
+    # Scores are linear in the features too, and all views have the same names.
+    blended = functools.reduce(jnp.add, up)
+    if groups is None:
+        name, score, cover = best_names(weights[0], blended, *here, everything)
+        return name[0], score[0], cover
+    size = blended.shape[1:]
+
+    def lift(bound: Float[Array, "b m"]) -> Float[Array, "b p"]:
+        of_view = bound.reshape(len(bound), len(maps), *maps[0].shape[1:])
+        shared = rows * row_share[..., None], columns * column_share[..., None]
+        both = jnp.einsum("vrh,bvhw,vcw->brc", shared[0], of_view, shared[1], precision=PRECISION)
+        return both.reshape(len(bound), -1)
+
+    wanted = (jnp.einsum("vr,vc->rc", row_share, column_share) > 0).reshape(-1)
+    cells = jnp.concatenate([x.reshape(len(x), -1) for x in maps], 1)
+    features = blended.reshape(len(blended), -1)
+    error = grid_error(weights[0], cells, features.shape[1])
+    name, score, _ = best_of_many(weights[0], features, everything, wanted, groups, lift, error)
+    return name[0].reshape(size), score[0].reshape(size), blended.sum(0)

@@ -7,10 +7,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 from etils import epath
+from jax._src import dispatch
 
 from ovseg_jax.cli import console
 from ovseg_jax.cli.console import Parser, check_addresses, guarded, run_command
@@ -138,6 +140,20 @@ def test_a_bucket_that_does_not_answer_is_named_at_once(scheme, monkeypatch, cap
     text = f"error: --checkpoint: {scheme}://closed/run cannot be reached: no credentials\n"
     assert said(f"{scheme}://closed/run") == text
     answer.set()
+
+
+def test_memory_is_returned_after_a_long_compilation(monkeypatch):
+    trimmed, listeners = [], []
+    library = SimpleNamespace(malloc_trim=trimmed.append)
+    monkeypatch.setattr(console.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(jax.monitoring, "register_event_duration_secs_listener", listeners.append)
+    console.return_compilers_memory()
+    (tell,) = listeners
+    tell(dispatch.BACKEND_COMPILE_EVENT, 0.1)
+    tell("/jax/other", 9.0)
+    assert not trimmed
+    tell(dispatch.BACKEND_COMPILE_EVENT, 2.0, fun_name="f")
+    assert trimmed == [0]
 
 
 @pytest.fixture

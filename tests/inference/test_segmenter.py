@@ -14,8 +14,10 @@ from pycocotools import mask as coco
 from ovseg_jax.data.images import fit_canvas, read_image
 from ovseg_jax.decisions import maps
 from ovseg_jax.errors import UserError
+from ovseg_jax.inference import tiles
 from ovseg_jax.inference.segmenter import Segmenter
-from ovseg_jax.inference.tiles import Span, shares, spans
+from ovseg_jax.inference.tiles import Blender, Span, View, shares, spans
+from ovseg_jax.kernels.resize import upsampling
 from ovseg_jax.protocols import only
 from ovseg_jax.vocab.classes import ClassList, parse_labels
 from ovseg_jax.vocab.vectors import ClassVectors
@@ -221,6 +223,45 @@ def test_tiles_at_the_models_own_scale_equal_the_whole_at_that_scale(masks, shap
     same = tiled.label_map == expected.label_map[: shape[0], : shape[1]]
     assert same.mean() > 0.999
     np.testing.assert_allclose(tiled.confidence, expected.confidence[: shape[0], : shape[1]], atol=1e-4)
+
+
+@pytest.mark.parametrize("sure", [True, False])
+def test_many_names_in_tiles_of_pixel_features_equal_numpy(monkeypatch, sure):
+    """With bounds where most names cannot win, and where none can be left out; four tiles, of which some overlap."""
+    rng = np.random.default_rng(0)
+    names, side, size = 1500, 8, (100, 180)
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+    text = unit(rng.normal(size=(names, 32))).astype(np.float32)
+    rows, columns = spans(size[0], (64, 16)), spans(size[1], (128, 32))
+    blender, total = Blender(rows, columns), np.zeros((names, *size))
+    of_rows, of_columns = (dict(zip(axis, shares(axis), strict=True)) for axis in (rows, columns))
+    groups, made = tiles._groups, []
+    monkeypatch.setattr(tiles, "_groups", lambda *x: made.append(groups(*x)) or made[-1])
+    monkeypatch.setattr(maps, "FEW_CELLS", 4)
+    for row in rows:
+        for column in columns:
+            own = text[rng.integers(0, names, (2, 2)).repeat(4, 0).repeat(4, 1)] if sure else 0
+            features = unit(own + 0.1 * rng.normal(size=(side, side, 32))).astype(np.float32)
+            layers = maps.Layers(
+                jax.numpy.asarray(text), jax.numpy.asarray(features.transpose(2, 0, 1)), None, False
+            )
+            done = blender.add(View(row, column, 64, (64, 64), layers))
+            up = [
+                np.float64(
+                    upsampling(
+                        s.stop - s.start, side, 64, jax.numpy.int32(64), jax.numpy.int32(s.stop - s.start)
+                    )
+                )
+                for s in (row, column)
+            ]
+            score = np.einsum(
+                "rh,hwd,cw,td->trc", up[0], np.float64(features), up[1], np.float64(text), optimize=True
+            )
+            total[:, slice(*row), slice(*column)] += score * of_rows[row][:, None] * of_columns[column]
+    blender.finish()
+    assert done and len(made) == 2 and blender.name.dtype == np.uint16
+    assert (blender.name == total.argmax(0)).mean() > 0.999
+    np.testing.assert_allclose(blender.confidence, total.max(0), atol=1e-5)
 
 
 def blocks_on_canvas(image, size):
