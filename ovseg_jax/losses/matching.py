@@ -5,7 +5,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Num
 
@@ -145,6 +144,8 @@ def class_losses(
     """
     last = class_logits.shape[-1] - 1
     label = jnp.einsum("blmn,bm->bln", chosen.astype(jnp.int32), classes) + last * ~chosen.any(2)
+    import optax  # 0.1 s at the start of every command, and only training needs it
+
     entropy = optax.softmax_cross_entropy_with_integer_labels(class_logits.astype(jnp.float32), label)
     share = jnp.where(label == last, no_object, 1.0) * weight[:, None, None]
     return (entropy * share).sum((0, 2)), share.sum((0, 2))
@@ -213,6 +214,8 @@ def match(
       The query of each mask, and whether the mask has one.
     """
 
+    from optax.assignment import hungarian_algorithm  # see above
+
     def one(cost: Array, valid: Array) -> tuple[Array, Array]:
         n, m = cost.shape
         usable = jnp.isfinite(cost)
@@ -220,7 +223,7 @@ def match(
         # A constant does not change which queries the other masks get, and the highest is only used where queries
         # lack.
         cost = jnp.where(valid, jnp.where(usable, cost, highest + 1), highest + 2)
-        rows, columns = optax.assignment.hungarian_algorithm(cost)
+        rows, columns = hungarian_algorithm(cost)
         query = jnp.full(m, n).at[columns].set(rows)
         return query, valid & (query < n)
 

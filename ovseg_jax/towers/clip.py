@@ -128,8 +128,9 @@ class Clip:
         except TypeError as error:
             raise UserError(f"towers.text: {error}") from error
         size = int(config.get("image_size", 224))
-        shape = jax.eval_shape(
-            lambda: self.image.init_with_output(jax.random.key(0), jnp.zeros((1, size, size, 3)))[0]
+        # Of its variables too, since to trace a tower takes a second.
+        shape, self._image_shapes = jax.eval_shape(
+            lambda: self.image.init_with_output(jax.random.key(0), jnp.zeros((1, size, size, 3)))
         )
         self.dim = _pooled(shape).shape[-1]
         text_dim = getattr(self.text, "embed_dim", self.text.width)
@@ -202,14 +203,13 @@ class Clip:
         init = self.config.get("init", "")
         if not init:
             return {}
-        shapes = jax.eval_shape(self.init, jax.random.key(0))
         if (folder := towers_of(init)) is not None:
             return self._of_run(init, folder)
         from ovseg_jax.pretrained.load import load
 
         text = jax.eval_shape(lambda: self.text.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
         return {
-            "image": load(init, self.image, shapes["image"], pixels=self._pixels()),
+            "image": load(init, self.image, dict(self._image_shapes), pixels=self._pixels()),
             "text": self._packed(load(init, self.text, text)["params"]),
         }
 

@@ -69,5 +69,13 @@ def class_features(
     if isinstance(templates, Prompt):
         return method.embed_prompt(variables, templates, list(names))
     phrases = partial(method.embed_phrases, variables)
-    parts = [embed_in_chunks(phrases, [fill(template, name) for name in names]) for template in templates]
+    # Of few names, many templates at once: each call for itself would be traced for its own number of tokens.
+    together = min(len(templates), max(1, TEXT_CHUNK // len(names)))
+    filled = [*templates, *[templates[0]] * (-len(templates) % together)]
+    parts = []
+    for at in range(0, len(filled), together):
+        texts = [fill(template, name) for template in filled[at : at + together] for name in names]
+        real = min(together, len(templates) - at)
+        found = embed_in_chunks(phrases, texts)
+        parts.append(jax.tree.map(lambda x, n=real: x.reshape(-1, len(names), x.shape[-1])[:n].sum(0), found))
     return jax.tree.map(lambda *same: unit(jnp.asarray(sum(same))), *parts)

@@ -1,9 +1,12 @@
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.towers import features
 from ovseg_jax.towers.templates import fill, read_templates
 from ovseg_jax.vocab.templates import CLIP_SIMPLE, HARD, IMAGENET, TEMPLATES, VILD
 
@@ -46,3 +49,24 @@ def test_a_prompt_is_a_template_a_list_a_name_or_a_file(tmp_path):
 def test_a_wrong_prompt_is_said(prompt, message):
     with pytest.raises(UserError, match=message):
         read_templates(prompt)
+
+
+@pytest.mark.parametrize("chunk", [2, 5, 8, 100])
+def test_names_are_averaged_over_templates_of_one_call_or_of_several(monkeypatch, chunk):
+    templates, names = ("a {}", "the {}", "no {}", "{}", "one {}"), ["cat", "dog", "owl"]
+    rng, asked = np.random.default_rng(0), []
+    table = {fill(t, n): rng.normal(size=4) for t in templates for n in names}
+
+    class Method(features.TowerText):
+        def __init__(self):
+            pass
+
+        def embed_phrases(self, variables, texts):
+            asked.append(len(texts))
+            return {"s": jnp.stack([jnp.asarray(table[text], jnp.float32) for text in texts])}
+
+    monkeypatch.setattr(features, "TEXT_CHUNK", chunk)
+    found = features.class_features(Method(), {}, names, templates)["s"]
+    want = np.stack([sum(table[fill(t, n)] for t in templates) for n in names])
+    np.testing.assert_allclose(found, want / np.linalg.norm(want, axis=1, keepdims=True), rtol=1e-5)
+    assert set(asked) == {{2: 2, 5: 3, 8: 6, 100: 15}[chunk]}
