@@ -336,8 +336,8 @@ def return_compilers_memory() -> None:
     except (OSError, AttributeError):  # another C library
         return
 
-    def after(event: str, seconds: float, **_: Any) -> None:
-        if event == _COMPILED and seconds > _LONG:
+    def after(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == _COMPILED and duration_secs > _LONG:
             trim(0)
 
     jax.monitoring.register_event_duration_secs_listener(after)

@@ -176,7 +176,7 @@ class Blender:
         if groups is not None:
             # Each group's bounds in the cells of these views alone.
             number = [next(i for i, other in enumerate(self._views) if other is v) for v in views]
-            groups = groups._replace(bound=_bounds_of(groups.bound, np.int32(number), h * w))
+            groups = groups._replace(bound=_bounds_of(groups.bound, np.array(number, np.int32), h * w))
         return _best(weights, maps, down, right, down_share, right_share, groups, logits=logits)
 
 
