@@ -184,9 +184,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.batch is not None and arguments.batch < 1:
         raise UserError(f"--batch={arguments.batch} is less than 1")
     video = is_video(arguments.images)
-    if arguments.fps is not None and (video or not 0 < arguments.fps <= 1000):
+    if arguments.fps is not None and (video or not 0.001 <= arguments.fps <= 1000):
         raise UserError(
-            "--fps is the number of images a second, above 0, of images that are not a video file"
+            "--fps is the number of images a second, from 0.001 to 1000, of images that are not a video file"
         )
     video = video or arguments.fps is not None
     if arguments.smooth and not video:

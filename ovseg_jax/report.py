@@ -53,9 +53,16 @@ def _run(arguments: argparse.Namespace) -> None:
             raise UserError("--list only prints, so --out, --png and --html have no effect")
         print(paper_tables.list_rows(all_tables()))
         return
-    for flag, out in (("--out", arguments.out), ("--png", arguments.png), ("--html", arguments.html)):
+    for flag, out, suffix in (
+        ("--out", arguments.out, ".md"),
+        ("--png", arguments.png, ".png"),
+        ("--html", arguments.html, ".html"),
+    ):
         if out:
             check_out_file(out, {}, flag)
+            # So that a mistyped path replaces no file of a run.
+            if not out.lower().endswith(suffix):
+                raise UserError(f"{flag}={out} must end in {suffix}")
     workdirs = list(dict.fromkeys(arguments.workdirs))
     if arguments.html:
         for sentence in run_page.write(arguments.html, workdirs):

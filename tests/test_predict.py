@@ -160,6 +160,10 @@ def test_labels_with_vectors(run, tmp_path):
         ({"checkpoint": "elsewhere", "images": "photo.png"}, "elsewhere holds no run"),
         ({"images": "photo.png", "labels": " "}, "is empty"),
         ({"images": "photo.png", "labels": ";"}, "no labels"),
+        (
+            {"images": "photo.png", "labels": "red", "threshold": "nan"},
+            "threshold=nan is not a finite number",
+        ),
         ({"images": "photo.png", "labels": "red; unicorn"}, "unicorn"),
         ({"images": "photo.png", "labels": "gone.txt"}, "gone.txt"),
         ({"images": "photo.png", "labels": "gone.npz"}, "gone.npz cannot be read: there is no such file"),
@@ -263,7 +267,8 @@ def test_lists_and_folders_in_folders(run, tmp_path, monkeypatch, capsys):
         assert re.search(message, capsys.readouterr().err)
     for flags, message in (
         ({"smooth": 0.5}, "--smooth averages over the frames"),
-        ({"fps": 0}, "above 0"),
+        ({"fps": 0}, "from 0.001 to 1000"),
+        ({"fps": 1e-300}, "from 0.001 to 1000"),
         ({"fps": 5, "features": True}, "leave them out for a video"),
         ({"images": "missing.mp4"}, "no such file|PyAV"),
     ):

@@ -8,6 +8,7 @@ result.overlay().save("photo.png")
 
 import collections
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -289,9 +290,12 @@ class Segmenter:
         it masks are upsampled, so that borders may differ by a pixel.)
 
         Raises:
-          UserError: see `segment`; or `smooth` is not in [0, 1), is combined with `tile`, `protocol` or a decision
-            other than "argmax" and "background_threshold", or there are more than 1,000 names; or frames differ.
+          UserError: see `segment`; or `threshold` is not finite; or `smooth` is not in [0, 1), or is combined with
+            `tile`, `protocol`, a decision other than "argmax" and "background_threshold", more than 1,000 names, or
+            frames of several sizes.
         """
+        if threshold is not None and not math.isfinite(threshold):
+            raise UserError(f"threshold={threshold} is not a finite number")
         if not 0 <= smooth < 1:
             raise UserError(f"smooth={smooth} is not a number from 0 to below 1")
         if smooth and (tile or protocol):

@@ -160,6 +160,10 @@ def test_a_page_of_no_run_is_a_sentence(tmp_path, capsys):
     assert report.main([str(tmp_path), f"--html={tmp_path}/page.html"]) == 1
     assert "holds no run" in capsys.readouterr().err and not (tmp_path / "page.html").exists()
     assert report.main(["--list", "--html=x"]) == 1
+    (tmp_path / "config.json").write_text("{}")
+    assert report.main([str(tmp_path), f"--html={tmp_path}/config.json"]) == 1
+    assert "must end in .html" in capsys.readouterr().err and (tmp_path / "config.json").read_text() == "{}"
+    (tmp_path / "config.json").unlink()
     assert (
         report.main([str(tmp_path), f"--html={tmp_path}"]) == 1 and "is a folder" in capsys.readouterr().err
     )
