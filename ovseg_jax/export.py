@@ -5,8 +5,8 @@ import os
 from collections.abc import Sequence
 
 from ovseg_jax.cli.console import Parser, run_command, start
-from ovseg_jax.cli.model_flags import add_model_flags, check_model_flags, pretrained_arguments
 from ovseg_jax.errors import UserError
+from ovseg_jax.inference.model_flags import add_model_flags, check_model_flags, pretrained_arguments
 
 _DESCRIPTION = """\
 Exports a trained or published model for programs without JAX or without this library.

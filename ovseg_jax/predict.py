@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ovseg_jax.cli.console import FAILED, Parser, run_command, start
-from ovseg_jax.cli.model_flags import add_model_flags, check_model_flags, pretrained_arguments
 from ovseg_jax.errors import UserError
+from ovseg_jax.inference.model_flags import add_model_flags, check_model_flags, pretrained_arguments
 
 _DESCRIPTION = """\
 Segments an image, every image of a folder or list, or a video, by the words you give.
