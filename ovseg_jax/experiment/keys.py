@@ -18,6 +18,17 @@ TOP = keys("method row seed steps batch_size accumulate profile tensorboard wand
 # The sections that `--mode=eval` reads from the given config; all others come from the run.
 EVALUATED = ("data", "evals", "final_evals", "mesh", "sharding")
 
+_LEAST = {
+    "steps": 0,
+    "batch_size": 1,
+    "accumulate": 1,
+    "log_every": 1,
+    "data.image_size": 1,
+    "data.workers": 0,
+    "optimizer.learning_rate": 0,
+}
+"""The smallest values of numbers that every run has."""
+
 
 def check_config(config: ConfigDict, given: Collection[str] = (), where: str = "") -> None:
     """Raises a UserError for a key that nothing reads, also in the stages of a config.
@@ -31,7 +42,7 @@ def check_config(config: ConfigDict, given: Collection[str] = (), where: str = "
       where: the position of a stage's config, for errors.
 
     Raises:
-      UserError: a key is unknown or has no effect; the message names it and the known keys.
+      UserError: a key is unknown or has no effect, where the message names the known keys; or a number is out of range.
     """
     sections = known_keys(config)
     for key, value in config.items():
@@ -42,6 +53,11 @@ def check_config(config: ConfigDict, given: Collection[str] = (), where: str = "
         for name in _items(value):
             if name not in sections[key]:
                 raise UserError(unknown_key(f"{where}{key}.{name}", sections[key]))
+    for key, least in _LEAST.items():
+        section, _, name = key.rpartition(".")
+        value = (config.get(section, {}) if section else config).get(name)
+        if isinstance(value, int | float) and not value >= least:  # also NaN
+            raise UserError(f"{where}{key}={value} is less than {least}, or not a number")
     for evaluations in ("evals", "final_evals"):
         for name, evaluation in _items(config.get(evaluations)).items():
             known = evaluation_keys(evaluation)

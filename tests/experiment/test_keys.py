@@ -223,3 +223,23 @@ def test_each_known_key_has_a_reader():
 
 def test_the_tests_own_config_is_a_config():
     check_config(run_path(str(Path(__file__).parents[1] / "tiny.py"))["get_config"]())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("steps", -1),
+        ("batch_size", 0),
+        ("data.image_size", -8),
+        ("data.workers", -1),
+        ("optimizer.learning_rate", float("nan")),
+    ],
+)
+def test_numbers_out_of_range(key, value):
+    from tests.tiny import get_config
+
+    config = get_config()
+    check_config(config)
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=f"^{key}={value} is less than"):
+        check_config(config)
