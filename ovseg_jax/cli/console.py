@@ -21,6 +21,7 @@ from ovseg_jax.errors import UserError
 FAILED, INTERRUPTED = 1, 130
 """Exit statuses: of an error, printed as one sentence on stderr, and of Ctrl-C."""
 
+_MMAP_THRESHOLD, _LARGE = -3, 4 << 20  # of glibc's malloc.h; bytes
 # JAX's event at the end of a compilation, and the seconds of one that takes much memory.
 _COMPILED, _LONG = "/jax/core/compile/backend_compile_duration", 0.5
 # The package that reads each supported kind of address.
@@ -327,12 +328,15 @@ def use_compilation_cache() -> None:
 def return_compilers_memory() -> None:
     """Lets glibc return the memory of XLA's compiler to the system before the compiled program takes its own.
 
-    Of the paper's network on a CPU that is 0.6 GiB, which would stay in use until the end.
+    Of the paper's network on a CPU that is 0.6 GiB, which would stay in use until the end. Blocks of some MiB, such as
+    the masks of a tile, are returned as soon as they are freed; else each thread keeps some of them.
     """
     import jax
 
     try:
-        trim = ctypes.CDLL("libc.so.6").malloc_trim
+        library = ctypes.CDLL("libc.so.6")
+        trim = library.malloc_trim
+        library.mallopt(_MMAP_THRESHOLD, _LARGE)
     except (OSError, AttributeError):  # another C library
         return
 

@@ -367,6 +367,7 @@ class Segmenter:
                 started.append(partial(_decided, job.image, classes, decided, dense))
             else:
                 layers = self._layers(prediction, texts[at], vocabulary)
+                del prediction  # before the network runs again
                 if smooth:
                     if before is not None and before[0] != size:
                         raise UserError(
@@ -550,6 +551,7 @@ class Segmenter:
                 mesh = self._mesh
                 at = mesh and mesh.devices.flat[i * mesh.size // rows]
                 yield job, size, jax.tree.map(partial(_row, i, at), prediction)
+            del prediction  # before the network runs again
 
     def _forward(self, jobs: Sequence["_Job"]) -> tuple[list[tuple[int, int]], Prediction]:
         """Returns the sizes of some tiles in the model's input, and their prediction, padded to more rows."""
@@ -663,6 +665,8 @@ def _row(i: int, device: jax.Device | None, x: jax.Array) -> jax.Array:
         start, stop, _ = shard.index[0].indices(len(x))
         if shard.device == device and start <= i < stop:
             return shard.data[i - start : i - start + 1]
+    if device is None and len(x) == 1:
+        return x  # without a copy
     return x[i : i + 1] if device is None else jax.device_put(x[i : i + 1], device)
 
 

@@ -6,7 +6,8 @@
 Without a checkpoint: random masks and weights of 128 proposals, the worst case, in which no name can be left out. With
 one, of a run on `scenes`: a validation image a round; names are its classes and combinations of three of its words.
 With `--pixels`, features of 28 x 28 pixels with 512 channels, each `random` or near one of 16 names (`sure`).
-Measured is the way from scores of proposals to a label map of SIZE x SIZE pixels, without the network, in turns.
+Measured is the way from scores of proposals to a label map of SIZE x SIZE pixels, without the network, in turns, in
+seconds of the processor, since other work on a machine slows the turns by different amounts.
 """
 
 import argparse
@@ -111,9 +112,9 @@ def main() -> None:
     times, found = ({key: [] for key in functions} for _ in range(2))
     for case in [cases[0], *cases]:
         for key, run in functions.items():
-            began = time.perf_counter()
+            began = time.process_time()
             result = [np.asarray(x) for x in run(*case)]
-            times[key].append(time.perf_counter() - began)
+            times[key].append(time.process_time() - began)
             found[key].append(result)
     print("| names | s an image | of all scored | different winners |\n|---|---|---|---|")
     _, full, _ = functions

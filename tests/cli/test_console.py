@@ -143,8 +143,8 @@ def test_a_bucket_that_does_not_answer_is_named_at_once(scheme, monkeypatch, cap
 
 
 def test_memory_is_returned_after_a_long_compilation(monkeypatch):
-    trimmed, listeners = [], []
-    library = SimpleNamespace(malloc_trim=trimmed.append)
+    trimmed, listeners, options = [], [], []
+    library = SimpleNamespace(malloc_trim=trimmed.append, mallopt=lambda *option: options.append(option))
     monkeypatch.setattr(console.ctypes, "CDLL", lambda name: library)
     monkeypatch.setattr(jax.monitoring, "register_event_duration_secs_listener", listeners.append)
     console.return_compilers_memory()
@@ -153,7 +153,7 @@ def test_memory_is_returned_after_a_long_compilation(monkeypatch):
     tell("/jax/other", 9.0)
     assert not trimmed
     tell(dispatch.BACKEND_COMPILE_EVENT, 2.0, fun_name="f")
-    assert trimmed == [0]
+    assert trimmed == [0] and options == [(-3, 4 << 20)]
 
 
 @pytest.fixture
