@@ -122,6 +122,9 @@ class SegmentationEvaluator(BatchEvaluator):
             asked = dataclasses.replace(asked, names=(*asked.names[:-1], asked.names[0]))
         self._names, _ = asked.flat()
         self._vocabulary = vocabulary_of(asked, self._method.seen_names())
+        # JAX compiles the network once for all evaluators of a method.
+        self._network = jax.jit(self._method.predict)
+        self._windows = jax.jit(partial(predict_windows, self._method.predict))
         self._step = jax.jit(self._counts)
 
     @classmethod
@@ -163,7 +166,8 @@ class SegmentationEvaluator(BatchEvaluator):
         """
         total: dict[str, Sums] | None = None
         with jax.set_mesh(self._mesh):
-            step = partial(self._step, variables, jax.device_put(dict(texts), replicated(self._mesh)))
+            put = jax.device_put(dict(texts), replicated(self._mesh))
+            step = lambda batch: self._step(self._predict(variables, batch), put, batch)
             for sums in each_batch(self._batches(), step, self._mesh):
                 total = pixel_counts.add(total, sums)
         if total is None or not next(iter(total.values())).every_class[self._modes[0]].truth.sum():
@@ -174,9 +178,8 @@ class SegmentationEvaluator(BatchEvaluator):
         return {key: self._summarise(total[key], f"[{key}]" if key else "") for key in texts}
 
     def _counts(
-        self, variables: Variables, texts: dict[str, Text], batch: dict[str, Array]
+        self, prediction: Prediction, texts: dict[str, Text], batch: dict[str, Array]
     ) -> dict[str, Sums]:
-        prediction = self._predict(variables, batch)
         split, whole = PartitionSpec(AXES), PartitionSpec()
         count = jax.shard_map(
             partial(self._count_shard, canvas=batch["image"].shape[-2]),
@@ -191,9 +194,8 @@ class SegmentationEvaluator(BatchEvaluator):
 
     def _predict(self, variables: Variables, batch: dict[str, Array]) -> Prediction:
         if "window_at" in batch:
-            images = batch["image"], batch["image_size"], batch["window_valid"]
-            return predict_windows(self._method.predict, variables, *images)
-        return self._method.predict(variables, batch["image"], batch["image_size"])
+            return self._windows(variables, batch["image"], batch["image_size"], batch["window_valid"])
+        return self._network(variables, batch["image"], batch["image_size"])
 
     def _count_shard(
         self,

@@ -52,6 +52,8 @@ class SegmentsEvaluator(BatchEvaluator):
         self._decision: Decision = decision_of(self.decision if decision is None else decision)
         self._names, _ = self._classes.flat()
         self._vocabulary = vocabulary_of(self._classes, self._method.seen_names())
+        # JAX compiles the network once for all evaluators of a method.
+        self._predict = jax.jit(self._method.predict)
         self._step = jax.jit(self._gathered)
 
     def run(self, variables: Variables) -> dict[str, float]:
@@ -63,7 +65,12 @@ class SegmentsEvaluator(BatchEvaluator):
         self.tables = {}
         with jax.set_mesh(self._mesh):
             text = embed_in_chunks(partial(self._method.embed_text, variables), self._names)
-            step = partial(self._step, variables, jax.device_put(text, replicated(self._mesh)))
+            text = jax.device_put(text, replicated(self._mesh))
+
+            def step(batch: dict[str, Array]) -> dict[str, Array]:
+                prediction = self._predict(variables, batch["image"], batch["image_size"])
+                return self._step(prediction, text, batch)
+
             scores = self._summarise(self._images(step))
         if scores is None:
             raise UserError(f"evals.{self.name}: the source has no image with a segment to evaluate on")
@@ -76,8 +83,7 @@ class SegmentsEvaluator(BatchEvaluator):
                 if batch["example_mask"][row]:
                     yield {key: value[row] for key, value in batch.items()}
 
-    def _gathered(self, variables: Variables, text: Text, batch: dict[str, Array]) -> dict[str, Array]:
-        prediction = self._method.predict(variables, batch["image"], batch["image_size"])
+    def _gathered(self, prediction: Prediction, text: Text, batch: dict[str, Array]) -> dict[str, Array]:
         split, whole = PartitionSpec(AXES), PartitionSpec()
         count = jax.shard_map(
             partial(self._count_shard, canvas=batch["image"].shape[1]),

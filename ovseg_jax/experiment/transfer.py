@@ -138,7 +138,7 @@ class _GivenMasks(SegmentationEvaluator):
 
     def _predict(self, variables: Variables, batch: dict[str, Array]) -> Prediction:
         given = {**variables, "proposals": {"mask_logits": batch["mask_logits"]}}
-        return self._method.predict(given, batch["image"], batch["image_size"])
+        return self._network(given, batch["image"], batch["image_size"])
 
 
 def load_proposals(where: str, mesh: Mesh, key: str) -> Run:
