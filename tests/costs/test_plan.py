@@ -222,7 +222,7 @@ def test_a_step_compiled_for_a_tpu():
         assert word in done.stdout
     with mock.patch.dict(os.environ):
         use_compiler_alone()
-        for topology in ("v4:2x2x1", "v5p:2x2x1", "v6e:2x2"):
+        for topology in ("v4:2x2x1", "v6e:2x2"):
             p = plan(tiny(batch_size=8), topology)
             assert p.devices == 4 and p.temporary > 0 and p.total < p.capacity and p.accessed > 0
 

@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import numpy as np
+import pytest
 
 from ovseg_jax.configs import pseg
 from ovseg_jax.data.scenes.source import Scenes
@@ -63,17 +64,31 @@ def test_a_run_and_its_student_read_no_mask(tmp_path):
     assert list((tmp_path / "run/labels").glob("masks-*.zip"))
 
 
-def test_the_papers_form_segments_by_any_known_word_and_is_exported(tmp_path):
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory):
+    """A config of the paper's form with a tokeniser in a folder, its run, and the folder, which is gone."""
+    for name in ("torch", "transformers", "flatbuffers"):
+        require(name)
+    folder = tmp_path_factory.mktemp("paper")
+    (folder / "clip").mkdir()
+    pieces(folder / "clip")
     config = shrunk("form=paper,ahead=false,prompts=2")
-    train(config, str(tmp_path / "run"))
-    segmenter = Segmenter.from_checkpoint(tmp_path / "run")
+    config.text.tokenizer = str(folder / "clip")
+    train(config, str(folder / "run"))
+    shutil.rmtree(folder / "clip")
+    return config, folder / "run"
+
+
+def test_the_papers_form_segments_by_any_known_word_and_is_exported(paper, tmp_path):
+    import ovseg_jax.torch
+
+    segmenter = Segmenter.from_checkpoint(paper[1])
     image = Scenes(split="test")[0]["image"]
     result = segmenter.segment(image, "red ball; grass", threshold=-1.0)
     assert set(np.unique(result.label_map)) <= {0, 1}
     export_model(lambda: segmenter, "big_vision", str(tmp_path / "big_vision"))
     flat = np.load(tmp_path / "big_vision/model.npz")
     assert {"params/image/net/queries", "params/text/tower/Embed_0/embedding"} <= set(flat)
-    require("flatbuffers")
     export_model(lambda: segmenter, "stablehlo", str(tmp_path / "stablehlo"))
     exported = jax.export.deserialize(bytearray((tmp_path / "stablehlo/model.stablehlo").read_bytes()))
     pixels, size = np.stack([image, image[::-1]]), np.array([[64, 64], [40, 64]], np.int32)
@@ -85,26 +100,16 @@ def test_the_papers_form_segments_by_any_known_word_and_is_exported(tmp_path):
     regions = np.float64(expected.regions["text"])
     np.testing.assert_allclose(scores, np.einsum("td,bnd->btn", names, regions), atol=1e-4)
     np.testing.assert_allclose(features, expected.pixels["text"], rtol=1e-3, atol=1e-3)
-    require("torch")
-    import ovseg_jax.torch
-
     export_model(lambda: segmenter, "torch", str(tmp_path / "out"))
     found = ovseg_jax.torch.load(tmp_path / "out").segment(image, "red ball; grass", threshold=-1.0)
     assert (found.label_map == result.label_map).mean() > 0.999
 
 
-def test_a_run_keeps_the_tokeniser_that_its_config_names(tmp_path):
-    config = shrunk("form=paper,ahead=false")
-    (tmp_path / "clip").mkdir()
-    pieces(tmp_path / "clip")
-    config.text.tokenizer = str(tmp_path / "clip")
-    train(config, tmp_path / "run")
+def test_a_run_keeps_the_tokeniser_that_its_config_names(paper):
+    config, run = paper
     names, image = ["red ball", "Grass!"], Scenes(split="test")[0]["image"]
-    first = Segmenter.from_checkpoint(tmp_path / "run")
-    vectors = np.asarray(first.embed(names)["text"])
-    shutil.rmtree(tmp_path / "clip")
-    again = Segmenter.from_checkpoint(tmp_path / "run")
-    np.testing.assert_array_equal(again.embed(names)["text"], vectors)
+    segmenter = Segmenter.from_checkpoint(run)
+    vectors = np.asarray(segmenter.embed(names)["text"])
     assert np.abs(vectors[0] - vectors[1]).max() > 1e-4
-    assert again.segment(image, names, threshold=-1.0).label_map.shape == image.shape[:2]
-    assert train(config, tmp_path / "run")["steps"] == 2  # the same command, without the folder
+    assert segmenter.segment(image, names, threshold=-1.0).label_map.shape == image.shape[:2]
+    assert train(config, run)["steps"] == 2  # the same command, without the folder
