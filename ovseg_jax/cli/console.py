@@ -157,8 +157,8 @@ def guarded(call: Callable[[], int]) -> int:
         return call()
     except UserError as error:
         return print_error(error)
-    except KeyboardInterrupt:
-        print("stopped; the same command continues from here", file=sys.stderr, flush=True)
+    except KeyboardInterrupt as stop:
+        print(f"stopped; {stop or 'the same command continues from here'}", file=sys.stderr, flush=True)
         return INTERRUPTED
     except BrokenPipeError:  # The reader of stdout has ended, as in `... | head`: nobody reads a message.
         with contextlib.suppress(OSError, ValueError):

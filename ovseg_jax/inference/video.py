@@ -73,11 +73,14 @@ def segment_video(
             bar.update()
 
         result: Result
-        for result in segmenter.stream(frames, labels, **settings):
-            waiting.append(pool.submit(draw, result))
-            if len(waiting) > THREADS:
+        try:
+            for result in segmenter.stream(frames, labels, **settings):
+                waiting.append(pool.submit(draw, result))
+                if len(waiting) > THREADS:
+                    finish()
+            while waiting:
                 finish()
-        while waiting:
-            finish()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the same command begins the video again") from None
     write_whole(paths[1], "".join(json.dumps(record) + "\n" for record in records))
     return records

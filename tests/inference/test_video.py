@@ -10,6 +10,7 @@ from fake_method import CLASSES, ColourMethod, blocks, config
 from PIL import Image
 
 from ovseg_jax import predict
+from ovseg_jax.cli.console import guarded
 from ovseg_jax.data.videos import VideoReader, VideoWriter
 from ovseg_jax.errors import UserError
 from ovseg_jax.inference.segmenter import Segmenter
@@ -64,6 +65,21 @@ def test_predict_writes_overlays_and_records(clip, tmp_path, monkeypatch, capsys
     assert predict.main([*flags, f"--images={tmp_path / 'in'}", "--fps=5", "--smooth=0.8"]) == 0
     records = [json.loads(line) for line in (out / "in.jsonl").read_text().splitlines()]
     assert [r["segments"][0]["category"] for r in records] == ["red"] * 5 + ["blue"]
+
+
+def test_a_stopped_video_says_that_it_begins_again(clip, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        Segmenter, "from_checkpoint", classmethod(lambda cls, *_, **kwargs: segmenter(**kwargs))
+    )
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Segmenter, "stream", stopped)
+    flags = ["--checkpoint=run", "--labels=red", f"--images={clip}", f"--out={tmp_path / 'out'}"]
+    assert guarded(lambda: predict.main(flags)) == 130
+    assert "begins the video again" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "clip.mp4").exists()
 
 
 @pytest.mark.parametrize("masks", [True, False])
