@@ -158,7 +158,7 @@ def guarded(call: Callable[[], int]) -> int:
     except UserError as error:
         return print_error(error)
     except KeyboardInterrupt as stop:
-        print(f"stopped; {stop or 'the same command continues from here'}", file=sys.stderr, flush=True)
+        print(f"stopped; {str(stop) or 'the same command continues from here'}", file=sys.stderr, flush=True)
         return INTERRUPTED
     except BrokenPipeError:  # The reader of stdout has ended, as in `... | head`: nobody reads a message.
         with contextlib.suppress(OSError, ValueError):

@@ -198,7 +198,6 @@ class _Wandb:
         name = folder / WANDB_FILE
         if not name.exists():
             write_whole(name, uuid.uuid4().hex)
-        local = {} if "://" in str(folder) else {"dir": str(folder)}
         try:
             self._run = wandb.init(
                 project=project,
@@ -206,7 +205,7 @@ class _Wandb:
                 name=folder.name,
                 config=dict(config),
                 resume="allow",
-                **local,
+                dir=None if "://" in str(folder) else str(folder),
             )
         except Exception as error:  # Such as no login, or no network.
             raise UserError(
