@@ -212,8 +212,8 @@ def test_prompts_of_frozen_towers_are_computed_once(frozen):
     method.frozen_towers = frozen
     first, evaluator = evaluate(method)
     assert evaluator.run(VARIABLES) == first
-    # The method's own prompt, and three templates.
-    assert len(method.asked) == (1 + 3) + (1 if frozen else 1 + 3)
+    # The method's own prompt, and two others, of which one has two templates.
+    assert len(method.asked) == (1 + 2) + (1 if frozen else 1 + 2)
 
 
 def test_per_class_weighs_classes_and_the_table_says_what_was_taken_for_what():
