@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from ovseg_jax.cli.console import FAILED, Parser, run_command, start
+from ovseg_jax.cli.console import FAILED, Parser, return_compilers_memory, run_command, start
 from ovseg_jax.errors import UserError
 from ovseg_jax.inference.model_flags import add_model_flags, check_model_flags, pretrained_arguments
 
@@ -206,6 +206,8 @@ def _run(arguments: argparse.Namespace) -> int:
         read_image(paths[0])
 
     few = arguments.tile and jax.default_backend() == "cpu"
+    if few:
+        return_compilers_memory()
     shared: dict[str, Any] = dict(batch_size=arguments.batch or (1 if few else 8), devices=None)
 
     def load() -> Segmenter:

@@ -73,9 +73,13 @@ def test_a_folder_with_a_bad_file(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags", [{"features": True}, {"tile": "40,10"}])
-def test_one_file_with_features_or_tiles(run, tmp_path, flags):
+def test_one_file_with_features_or_tiles(run, tmp_path, flags, monkeypatch):
+    """Memory is returned to the system for tiles alone."""
+    asked = []
+    monkeypatch.setattr(predict, "return_compilers_memory", lambda: asked.append(1))
     save(tmp_path / "photo.png", ["red", "green"], size=(100, 80))
     assert run(images=tmp_path / "photo.png", **flags) == 0
+    assert len(asked) == ("tile" in flags)
     out = tmp_path / "out"
     if "features" in flags:
         features = np.load(out / "photo.features.npz")

@@ -134,7 +134,6 @@ def start(main: Callable[[], int], compiles: bool = True) -> NoReturn:
         ensure_home()
         if compiles:
             use_compilation_cache()
-            return_compilers_memory()
         code = main()
         sys.stdout.flush()
         return code
@@ -329,7 +328,8 @@ def return_compilers_memory() -> None:
     """Lets glibc return the memory of XLA's compiler to the system before the compiled program takes its own.
 
     Of the paper's network on a CPU that is 0.6 GiB, which would stay in use until the end. Blocks of some MiB, such as
-    the masks of a tile, are returned as soon as they are freed; else each thread keeps some of them.
+    the masks of a tile, are returned as soon as they are freed; else each thread keeps some of them. Not for
+    training, which allocates such blocks in every step: the system clears their pages anew each time.
     """
     import jax
 
