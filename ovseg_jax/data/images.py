@@ -9,10 +9,11 @@ import io
 import logging
 import os
 import re
+import struct
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,17 @@ _EXACT = ("zip", "raw", "libtiff", "packbits", "tiff_lzw", "bmp_rle")
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 _MASK_FORMATS = ("PNG", "TIFF", "BMP", "PPM")
 _PNG = b"\x89PNG\r\n\x1a\n"
+_END = b"\0\0\0\0IEND" + zlib.crc32(b"IEND").to_bytes(4, "big")
+_GREY, _RGB, _PALETTE = 0, 2, 3  # types of colour in a PNG's header
+_SOME = range(1 << 16)
+# Chunks beside header and pixels that change no stored value, with lengths that Pillow does not refuse. An RGB picture
+# without the others has no transparent colour and lies upright.
+_BESIDE_RGB = {
+    **dict.fromkeys((b"bKGD", b"hIST", b"sBIT", b"tIME"), _SOME),
+    **{b"PLTE": range(769), b"cHRM": _SOME[32:], b"gAMA": _SOME[4:], b"pHYs": _SOME[9:], b"sRGB": _SOME[1:]},
+}
+_BESIDE_GREY = _BESIDE_RGB | {b"eXIf": _SOME, b"tEXt": _SOME, b"tRNS": _SOME[2:]}
+_BESIDE = {_GREY: _BESIDE_GREY, _RGB: _BESIDE_RGB, _PALETTE: _BESIDE_GREY | {b"tRNS": _SOME}}
 
 
 class Encoded(NamedTuple):
@@ -174,7 +186,11 @@ def read_oriented(path: File) -> tuple[UInt8[np.ndarray, "h w 3"], int]:
       UserError: the file is missing, damaged or not an image.
     """
     with _decoding(path, "the image"):
-        image = _open(path)
+        data = _content(path)
+        found = _decode_png(data, ((8, _RGB),))
+        if found is not None:
+            return found, 1
+        image = _open(Encoded(str(path), data))
         orientation = _orientation(image)
         return _from_pil(image, str(path)), orientation
 
@@ -222,7 +238,7 @@ def read_mask(path: File) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"
       UserError: the file is damaged, a colour picture, or in a lossy format.
     """
     with _decoding(path, "the mask"):
-        pixels = _stored(_open(path, checksums=True))
+        pixels = _read_stored(path)
         if pixels.dtype != np.int32:
             return pixels
         if pixels.min(initial=0) < 0 or pixels.max(initial=0) > 65535:
@@ -233,87 +249,88 @@ def read_mask(path: File) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"
 def read_wide_mask(
     path: File,
 ) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"] | Int32[np.ndarray, "h w"]:
-    """Reads a mask like `read_mask`, but one of 32 bits with all its values, as int32, and PNGs faster.
-
-    Without the extra "fast" it starts threads of TensorStore, so that a process that has called it must not be forked.
+    """Reads a mask like `read_mask`, but one of 32 bits with all its values, as int32.
 
     Raises:
       UserError: see `read_mask`.
     """
     with _decoding(path, "the mask"):
-        data = _content(path)
-        found = _decode_png(data) if data.startswith(_PNG) else None
-        return _stored(_open(Encoded(str(path), data), checksums=True)) if found is None else found
+        return _read_stored(path)
 
 
-def _decode_png(data: bytes) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"] | None:
-    """Decodes a PNG of one channel of 8 or 16 bits in less than half of Pillow's time.
-
-    Returns:
-      The stored values; None for another form, and where it fails, for which Pillow has a reason.
-    """
-    plain = _plain_png(data, ((8, 0), (8, 3), (16, 0)))
-    if plain is None:
-        return None
-    head, rest, size = plain
-    depth, fast = head[8], _fast_decoder()
-    # Palette indices look like grey values of 8 bits, and to TensorStore 16 bits like grey of 8 bits with alpha.
-    bits, kind = (head[8], 0) if fast else (8, 4 if depth == 16 else 0)
-    head = b"IHDR" + head[:8] + bytes((bits, kind)) + head[10:]
-    data = b"".join((_PNG, b"\0\0\0\r", head, zlib.crc32(head).to_bytes(4, "big"), *rest))
-    if fast:
-        try:
-            decode = fast.decode_image_png_u16 if depth == 16 else fast.decode_image_png_u8
-            return decode(data, size, "mono")[..., 0]
-        except Exception:  # its errors have no class of their own
-            return None
-    import tensorstore  # Its libpng undoes the filters of rows faster than Pillow.
-
-    context = tensorstore.Context()
-    store = {"driver": "memory", "path": "image.png"}
-    try:
-        tensorstore.KvStore.open(store, context=context).result().write("", data).result()
-        image = tensorstore.open({"driver": "png", "kvstore": store}, context=context, read=True).result()
-        pixels = image.read().result()
-    except (ValueError, NotImplementedError):
-        return None
-    if pixels.shape[:2] != size:
-        return None
-    return pixels.view(">u2")[..., 0].astype(np.uint16) if depth == 16 else pixels[..., 0]
+def _read_stored(
+    path: File,
+) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"] | Int32[np.ndarray, "h w"]:
+    data = _content(path)
+    found = _decode_png(data, ((8, _GREY), (8, _PALETTE), (16, _GREY)))
+    return _stored(_open(Encoded(str(path), data), checksums=True)) if found is None else found
 
 
-def _plain_png(
-    data: bytes, forms: Sequence[tuple[int, int]]
-) -> tuple[bytes, list[bytes], tuple[int, int]] | None:
-    """Returns what of a PNG holds pixels, after its checksums were verified.
+def _decode_png(
+    data: bytes, forms: Container[tuple[int, int]]
+) -> UInt8[np.ndarray, "h w *c"] | UInt16[np.ndarray, "h w"] | None:
+    """Decodes a PNG in a third of Pillow's time, to the same values.
+
+    Of the checksums, that of the compressed pixels (Adler-32) is not compared: those of the chunks hold for the same
+    bytes.
 
     Args:
-      data: the file.
-      forms: the pairs of bits and type of colour that are wanted.
+      data: a file of any kind.
+      forms: the pairs of bits and type of colour that are wanted: of 8 bits, or grey of 16.
 
     Returns:
-      The content of its header, its chunks of pixels and its end, height and width; None for another form, for an
-      animation, and for a picture that Pillow may refuse for its size.
-
-    Raises:
-      ValueError: the file is cut off or damaged.
+      The stored values, [H W], of a palette its indices, or [H W 3]; None for a file that `_pixels_of_png` leaves to
+      Pillow, and where decoding fails, so that Pillow says why.
     """
-    chunks = list(_png_chunks(data))
-    head = data[16:29]
-    width, height = int.from_bytes(head[:4], "big"), int.from_bytes(head[4:8], "big")
-    if (
-        chunks[0] != (b"IHDR", 8, 33)
-        or (head[8], head[9]) not in forms
-        or any(c[0] == b"acTL" for c in chunks)
-    ):
+    found = _pixels_of_png(data)
+    if found is None or found[0] not in forms:
         return None
-    if not 0 < width * height <= (Image.MAX_IMAGE_PIXELS or 0):
+    (depth, kind), size, pixels = found
+    import kornia_rs.io  # Here, since beside PyTorch it loads a part of CUDA.
+
+    # Palette indices are stored like grey values.
+    head = b"IHDR" + data[16:25] + bytes((_GREY if kind == _PALETTE else kind,)) + data[26:29]
+    plain = b"".join((_PNG, data[8:12], head, zlib.crc32(head).to_bytes(4, "big"), pixels, _END))
+    try:
+        if kind == _RGB:
+            return kornia_rs.io.decode_image_png_u8(plain, size, "rgb")
+        decode = kornia_rs.io.decode_image_png_u16 if depth == 16 else kornia_rs.io.decode_image_png_u8
+        return decode(plain, size, "mono")[..., 0]
+    except BaseException as error:
+        # The error of a panic in Rust is no Exception, and its class has no public name.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         return None
-    return (
-        head,
-        [data[start:end] for name, start, end in chunks if name in (b"IDAT", b"IEND")],
-        (height, width),
-    )
+
+
+def _pixels_of_png(data: bytes) -> tuple[tuple[int, int], tuple[int, int], bytes] | None:
+    """Finds the pixels of a PNG in which Pillow has nothing to refuse but the pixels themselves.
+
+    Args:
+      data: a file of any kind.
+
+    Returns:
+      Bits and type of colour, height and width, and the chunks of pixels as they are; None for another file: with
+      checksums that differ, other chunks or pixels in several places, interlaced, or of a size that Pillow may refuse.
+    """
+    if not data.startswith(_PNG):
+        return None
+    try:
+        first, *chunks, _ = _png_chunks(data)
+    except ValueError:
+        return None
+    width, height, depth, kind, *ways = struct.unpack(">IIBBBBB", data[16:29])
+    if first != (b"IHDR", 8, 33) or any(ways) or not 0 < width * height <= (Image.MAX_IMAGE_PIXELS or 0):
+        return None
+    beside, pixels = _BESIDE.get(kind, {}), []
+    for k, (name, start, end) in enumerate(chunks):
+        if name == b"IDAT":
+            pixels.append(k)
+        elif end - start - 12 not in beside.get(name, ()):
+            return None
+    if not pixels or pixels[-1] - pixels[0] >= len(pixels):
+        return None
+    return (depth, kind), (height, width), data[chunks[pixels[0]][1] : chunks[pixels[-1]][2]]
 
 
 def read_ids(path: File, what: str) -> UInt32[np.ndarray, "h w"]:
@@ -339,7 +356,7 @@ def read_colours(path: File, what: str) -> UInt8[np.ndarray, "h w 3"]:
     """
     with _decoding(path, what):
         data = _content(path)
-        found = _decode_colours(data) if data.startswith(_PNG) else None
+        found = _decode_png(data, ((8, _RGB),))
         if found is not None:
             return found
         file = _open(Encoded(str(path), data), checksums=True)
@@ -348,33 +365,6 @@ def read_colours(path: File, what: str) -> UInt8[np.ndarray, "h w 3"]:
         file.info.pop("transparency", None)  # colours count also where they are transparent
         image = file.convert("RGB") if file.mode == "P" else file
         return np.ascontiguousarray(np.asarray(image)[..., :3])
-
-
-def _decode_colours(data: bytes) -> UInt8[np.ndarray, "h w 3"] | None:
-    """Decodes a PNG of mode RGB in about a fifth of Pillow's time.
-
-    Returns:
-      The colours; None without the extra "fast", for another form, and where it fails, for which Pillow has a reason.
-    """
-    fast = _fast_decoder()
-    plain = _plain_png(data, ((8, 2),)) if fast else None
-    if plain is None:
-        return None
-    _, rest, size = plain
-    try:
-        return fast.decode_image_png_u8(b"".join((data[:33], *rest)), size, "rgb")
-    except Exception:  # its errors have no class of their own
-        return None
-
-
-@functools.cache
-def _fast_decoder() -> Any:
-    """Returns the module of the extra "fast" that decodes PNGs, or None."""
-    try:
-        import kornia_rs.io
-    except ImportError:
-        return None
-    return kornia_rs.io
 
 
 def save_mask(

@@ -5,6 +5,7 @@ import os
 import struct
 import zlib
 
+import kornia_rs.io
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,10 +14,12 @@ from ovseg_jax.data import images
 from ovseg_jax.data.images import (
     Encoded,
     list_images,
+    read_colours,
     read_header,
     read_ids,
     read_image,
     read_mask,
+    read_oriented,
     read_wide_mask,
     save_mask,
     turn_mask,
@@ -24,7 +27,6 @@ from ovseg_jax.data.images import (
 from ovseg_jax.data.sources.folder import Folder
 from ovseg_jax.data.sources.image_folder import ImageFolder
 from ovseg_jax.errors import UserError
-from tests.extras import require
 
 both_readers = pytest.mark.parametrize("read", [read_mask, read_wide_mask])
 
@@ -155,36 +157,185 @@ def test_what_is_no_mask(tmp_path):
     wrong("b.png", grey.convert("LA"), "mode LA")
 
 
-def test_the_fast_decoder_reads_the_same(tmp_path):
-    require("kornia_rs")
-    rng = np.random.default_rng(0)
-    blocks = rng.integers(0, 256, (9, 11, 3), dtype=np.uint8)
-    for k, pixels in enumerate((blocks, blocks.repeat(8, 0).repeat(9, 1), blocks[:1, :1])):
-        Image.fromarray(pixels).save(tmp_path / f"{k}.png")
-        found = images._decode_colours((tmp_path / f"{k}.png").read_bytes())
-        np.testing.assert_array_equal(found, pixels)
-        ids = read_ids(tmp_path / f"{k}.png", "the PNG")
-        np.testing.assert_array_equal(ids, pixels.astype(np.uint32) @ np.array([1, 256, 65536], np.uint32))
-        one = Image.fromarray(pixels[..., 0])
-        for name, image in (("grey", one), ("palette", one.convert("P")), ("clear", one)):
-            image.save(tmp_path / "m.png", **({"transparency": 7} if name == "clear" else {}))
-            found = images._decode_png((tmp_path / "m.png").read_bytes())
-            assert found.dtype == np.uint8
-            np.testing.assert_array_equal(found, np.asarray(image))
-        wide = pixels[..., 0].astype(np.uint16) * 257 + pixels[..., 1]
-        Image.fromarray(wide).save(tmp_path / "w.png")
-        found = images._decode_png((tmp_path / "w.png").read_bytes())
-        assert found.dtype == np.uint16
-        np.testing.assert_array_equal(found, wide)
+def slow(monkeypatch):
+    """Leaves all PNGs to Pillow."""
+    monkeypatch.setattr(images, "_decode_png", lambda data, forms: None)
+
+
+def chunked(chunks):
+    packed = (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def random_png(rng, kind, depth, interlaced=False, more=()):
+    """The chunks of a PNG of 13 x 9 pixels whose rows have any filter; the pixels are in two chunks."""
+    width, height, channels = 13, 9, {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
+    passes = (
+        (0, 0, 8, 8),
+        (4, 0, 8, 8),
+        (0, 4, 4, 8),
+        (2, 0, 4, 4),
+        (0, 2, 2, 4),
+        (1, 0, 2, 2),
+        (0, 1, 1, 2),
+    )
+    rows = []
+    for left, top, right, down in passes if interlaced else ((0, 0, 1, 1),):
+        length = (-(-(width - left) // right) * channels * depth + 7) // 8
+        for _ in range(-(-(height - top) // down)):
+            rows.append(bytes([rng.integers(5)]) + rng.integers(0, 256, length, np.uint8).tobytes())
+    pixels = zlib.compress(b"".join(rows))
+    palette = [(b"PLTE", rng.bytes(3 << depth))] if kind == 3 else []
+    head = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, interlaced)
+    ends = [(b"IDAT", pixels[:50]), (b"IDAT", pixels[50:]), (b"IEND", b"")]
+    return [(b"IHDR", head), *palette, *more, *ends]
+
+
+FORMS = [(0, 1), (0, 2), (0, 4), (0, 8), (0, 16), (2, 8), (2, 16)]
+FORMS += [(3, 1), (3, 2), (3, 4), (3, 8), (4, 8), (4, 16), (6, 8), (6, 16)]
+BESIDE = [
+    (b"gAMA", bytes(4)),
+    (b"cHRM", bytes(32)),
+    (b"pHYs", bytes(9)),
+    (b"sRGB", b"\0"),
+    (b"tIME", bytes(7)),
+]
+NAMED = [
+    ("mask", read_mask),
+    ("wide mask", read_wide_mask),
+    ("colours", lambda file: read_colours(file, "it")),
+]
+NAMED += [("image", read_oriented)]
+
+
+def outcome(read, data):
+    try:
+        found = read(Encoded("a.png", data))
+    except UserError as error:
+        return str(error), None
+    return found if isinstance(found, tuple) else (found, None)
+
+
+def compare(data, monkeypatch):
+    """Holds all readers to what they return or say where Pillow alone reads; returns those that did without it."""
+    decode, decoded, without = images._decode_png, [], set()
+
+    def spy(*arguments):
+        decoded.append(decode(*arguments))
+        return decoded[-1]
+
+    for name, read in NAMED:
+        with monkeypatch.context() as patch:
+            patch.setattr(images, "_decode_png", spy)
+            found, orientation = outcome(read, data)
+            slow(patch)
+            expected, by_pillow = outcome(read, data)
+        assert orientation == by_pillow
+        if isinstance(expected, str):
+            assert isinstance(found, str) and found == expected
+        else:
+            np.testing.assert_array_equal(found, expected, strict=True)
+        if decoded[-1] is not None:
+            without.add(name)
+    return without
+
+
+@pytest.mark.parametrize(("kind", "depth"), FORMS)
+def test_a_png_is_read_as_by_pillow(monkeypatch, kind, depth):
+    rng = np.random.default_rng(kind * 16 + depth)
+    masks = {"mask", "wide mask"} if (kind, depth) in ((0, 8), (0, 16), (3, 8)) else set()
+    plain = {"colours", "image"} if (kind, depth) == (2, 8) else masks
+    assert compare(chunked(random_png(rng, kind, depth)), monkeypatch) == plain
+    assert compare(chunked(random_png(rng, kind, depth, more=BESIDE)), monkeypatch) == plain
+    assert not compare(chunked(random_png(rng, kind, depth, interlaced=True)), monkeypatch)
+    for more in ((b"tRNS", bytes(6)), (b"eXIf", b"MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0")):
+        assert compare(chunked(random_png(rng, kind, depth, more=[more])), monkeypatch) == masks
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_a_png_of_pillow_is_read_as_by_it(monkeypatch, mode):
+    pixels = np.random.default_rng(0).integers(0, 9, (9, 11, 3), dtype=np.uint8).repeat(8, 0).repeat(9, 1)
+    image = Image.fromarray(pixels)
+    image = Image.fromarray(pixels[..., 0] * np.uint16(6000)) if mode == "I;16" else image.convert(mode)
+    masks = {"mask", "wide mask"} if mode in ("L", "P", "I;16") else set()
+    for options in ({}, {"optimize": True}, {"compress_level": 0}, {"transparency": 3}):
+        if options.get("transparency") and mode not in ("L", "P"):
+            continue
+        out = io.BytesIO()
+        image.save(out, "PNG", **options)
+        few = mode == "P" and out.getvalue()[24] < 8
+        fast = {"colours", "image"} if mode == "RGB" else masks
+        assert compare(out.getvalue(), monkeypatch) == (set() if few else fast)
+
+
+@pytest.mark.filterwarnings("ignore:Invalid APNG")
+def test_a_damaged_png_is_read_as_by_pillow(monkeypatch):
+    """With the checksums of its chunks repaired."""
+    rng, fast = np.random.default_rng(0), 0
+    for k in range(210):
+        kind, depth = ((0, 8), (0, 16), (2, 8), (3, 8))[k % 4]
+        chunks = [list(each) for each in random_png(rng, kind, depth, more=BESIDE[: rng.integers(3)])]
+        at, how = int(rng.integers(len(chunks))), k // 4 % 7
+        if how == 0:
+            del chunks[at]
+        elif how == 1:
+            chunks.insert(int(rng.integers(len(chunks))), chunks[at])
+        elif how == 2:
+            other = int(rng.integers(len(chunks)))
+            chunks[at], chunks[other] = chunks[other], chunks[at]
+        elif how == 3:
+            head = bytearray(chunks[0][1])
+            head[rng.choice([3, 7, 8, 9, 10, 11, 12])] = rng.choice([0, 1, 2, 3, 4, 8, 14, 16, 255])
+            chunks[0][1] = bytes(head)
+        elif how == 4:
+            chunks[at][1] = chunks[at][1][: int(rng.integers(len(chunks[at][1]) + 1))]
+        elif how == 5:
+            name = (b"acTL", b"zTXt", b"iCCP", b"fdAT", b"PLTE", b"tRNS", b"cHRM")[rng.integers(7)]
+            chunks.insert(int(rng.integers(1, len(chunks))), [name, rng.bytes(rng.integers(40))])
+        else:
+            rows = bytearray(zlib.decompress(chunks[-3][1] + chunks[-2][1]))
+            rows[int(rng.integers(len(rows)))] = rng.integers(256)
+            cut = len(rows) - int(rng.integers(60)) * int(rng.integers(2))
+            chunks[-3:-1] = [[b"IDAT", zlib.compress(bytes(rows[:cut]) + bytes(rng.integers(9)))]]
+        fast += bool(compare(chunked(chunks), monkeypatch))
+    assert fast > 20
+
+
+def test_a_png_that_lies_of_its_size_is_refused(tmp_path):
+    chunks = random_png(np.random.default_rng(0), 0, 8)
+    chunks[0] = (b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0))
+    (tmp_path / "a.png").write_bytes(chunked(chunks))
+    for read in (read_mask, read_wide_mask, read_image):
+        with pytest.raises(UserError, match=r"a.png cannot be read: it is too large"):
+            read(tmp_path / "a.png")
+
+
+def test_a_panic_of_the_decoder_leaves_the_file_to_pillow(tmp_path, monkeypatch):
+    class PanicException(BaseException):  # pyo3's has no public name
+        pass
+
+    def fails(error):
+        def decode(*_):
+            raise error
+
+        return decode
+
+    Image.new("L", (3, 2), 5).save(tmp_path / "a.png")
+    monkeypatch.setattr(kornia_rs.io, "decode_image_png_u8", fails(PanicException()))
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.png"), np.full((2, 3), 5))
+    monkeypatch.setattr(kornia_rs.io, "decode_image_png_u8", fails(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        read_mask(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_pixels_that_are_missing_are_found(tmp_path, monkeypatch, fast):
     """Where the checksums of the chunks are right."""
-    if fast:
-        require("kornia_rs")
-    else:
-        monkeypatch.setattr(images, "_fast_decoder", lambda: None)
+    if not fast:
+        slow(monkeypatch)
     for pixels, read in (
         (np.ones((64, 50, 3), np.uint8), read_ids),
         (np.ones((64, 50), np.uint8), read_wide_mask),
@@ -204,10 +355,8 @@ def test_pixels_that_are_missing_are_found(tmp_path, monkeypatch, fast):
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_ids_of_a_panoptic_png(tmp_path, monkeypatch, fast):
-    if fast:
-        require("kornia_rs")
-    else:
-        monkeypatch.setattr(images, "_fast_decoder", lambda: None)
+    if not fast:
+        slow(monkeypatch)
     ids = np.random.default_rng(0).integers(0, 1 << 24, (5, 7))
     colours = np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)
     clear = np.concatenate([colours, np.zeros((5, 7, 1), np.uint8)], -1)
