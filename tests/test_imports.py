@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ovseg_jax.methods import METHODS, method_type
+from ovseg_jax.protocols import Trainable
+
 HEAVY = "clu grain matplotlib optax orbax pycocotools tensorflow textblob torch transformers".split()
 
 
@@ -13,6 +16,24 @@ def test_the_segmenter_brings_nothing_that_it_may_not_need():
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_published_tower_brings_no_other_method():
+    code = f"""
+import sys
+from ovseg_jax import predict, Segmenter
+from ovseg_jax.methods.published import published_model
+predict.parser()
+print(sorted(set({HEAVY}) & set(sys.modules)), [name for name in sys.modules if name == "ovseg_jax.methods.umg_clip"])
+"""
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] []"
+
+
+def test_every_method_has_the_name_of_its_class():
+    for name in METHODS:
+        assert issubclass(method_type(name), Trainable)
 
 
 def test_the_list_of_data_sets_needs_no_jax():

@@ -22,6 +22,9 @@ FAILED, INTERRUPTED = 1, 130
 """Exit statuses: of an error, printed as one sentence on stderr, and of Ctrl-C."""
 
 _MMAP_THRESHOLD, _LARGE = -3, 4 << 20  # of glibc's malloc.h; bytes
+# The setting of how long a compilation must take to be kept. By default a second: a start has dozens of programs that
+# take less, 1.5 s together.
+_LEAST = "jax_persistent_cache_min_compile_time_secs"
 # JAX's event at the end of a compilation, and the seconds of one that takes much memory.
 _COMPILED, _LONG = "/jax/core/compile/backend_compile_duration", 0.5
 # The package that reads each supported kind of address.
@@ -320,8 +323,11 @@ def use_compilation_cache() -> None:
     folder = Path(given) if given else Path(base) / "ovseg_jax" / "xla"
     if (base.startswith("~") and not given) or not _is_writable(folder):
         jax.config.update("jax_enable_compilation_cache", False)
-    elif not given:
+        return
+    if not given:
         jax.config.update("jax_compilation_cache_dir", str(folder))
+    if _LEAST.upper() not in os.environ:
+        jax.config.update(_LEAST, 0)
 
 
 def return_compilers_memory() -> None:

@@ -3,7 +3,6 @@
 from typing import Literal
 
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float
 
 from ovseg_jax.kernels.unit import unit
@@ -31,6 +30,8 @@ def tag_loss(
       valid: False for unused tags, and for those of padding.
       reduction: over the D numbers.
     """
+    import optax  # as in `losses.matching`
+
     each = optax.huber_loss(unit(features)[..., None, :], unit(tags), delta=1.0)
     distance = each.sum(-1) if reduction == "sum" else each.mean(-1)
     count = valid.sum(-1)

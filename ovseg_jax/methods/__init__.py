@@ -7,46 +7,30 @@ from ml_collections import ConfigDict
 from ovseg_jax.config import import_class
 from ovseg_jax.data.fields import batch_fields
 from ovseg_jax.data.rows import Rows
-from ovseg_jax.methods.clip import ClipTraining
-from ovseg_jax.methods.clip_dense import ClipDense
-from ovseg_jax.methods.cocoop import CoCoOp
-from ovseg_jax.methods.fcclip import FCClip
-from ovseg_jax.methods.groupvit import GroupViT
-from ovseg_jax.methods.linear_probe import LinearProbe
-from ovseg_jax.methods.lseg import LSeg
-from ovseg_jax.methods.maple import MaPLe
-from ovseg_jax.methods.mask2former import Mask2Former
-from ovseg_jax.methods.maskformer import MaskFormer
-from ovseg_jax.methods.maskformer_text import TextMaskFormer
-from ovseg_jax.methods.openseg import OpenSeg
-from ovseg_jax.methods.prompt_tuning import PromptTuning
-from ovseg_jax.methods.pseg import PSeg
-from ovseg_jax.methods.umg_clip import UMGClip
-from ovseg_jax.methods.upernet import UPerNetMethod
-from ovseg_jax.methods.vpt import VPT
 from ovseg_jax.protocols import Trainable
 from ovseg_jax.towers.vocabulary import SPOKEN
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 
-METHODS: dict[str, type[Trainable]] = {
-    "openseg": OpenSeg,
-    "lseg": LSeg,
-    "upernet": UPerNetMethod,
-    "pseg": PSeg,
-    "maskformer": MaskFormer,
-    "mask2former": Mask2Former,
-    "maskformer_text": TextMaskFormer,
-    "clip": ClipTraining,
-    "clip_dense": ClipDense,
-    "fcclip": FCClip,
-    "umg_clip": UMGClip,
-    "groupvit": GroupViT,
-    "pomp": PromptTuning,
-    "linear_probe": LinearProbe,
-    "vpt": VPT,
-    "maple": MaPLe,
-    "cocoop": CoCoOp,
+# Imported only when asked for: each method would cost the commands of all others a part of a second.
+METHODS: dict[str, str | type[Trainable]] = {
+    "openseg": "ovseg_jax.methods.openseg:OpenSeg",
+    "lseg": "ovseg_jax.methods.lseg:LSeg",
+    "upernet": "ovseg_jax.methods.upernet:UPerNetMethod",
+    "pseg": "ovseg_jax.methods.pseg:PSeg",
+    "maskformer": "ovseg_jax.methods.maskformer:MaskFormer",
+    "mask2former": "ovseg_jax.methods.mask2former:Mask2Former",
+    "maskformer_text": "ovseg_jax.methods.maskformer_text:TextMaskFormer",
+    "clip": "ovseg_jax.methods.clip:ClipTraining",
+    "clip_dense": "ovseg_jax.methods.clip_dense:ClipDense",
+    "fcclip": "ovseg_jax.methods.fcclip:FCClip",
+    "umg_clip": "ovseg_jax.methods.umg_clip:UMGClip",
+    "groupvit": "ovseg_jax.methods.groupvit:GroupViT",
+    "pomp": "ovseg_jax.methods.prompt_tuning:PromptTuning",
+    "linear_probe": "ovseg_jax.methods.linear_probe:LinearProbe",
+    "vpt": "ovseg_jax.methods.vpt:VPT",
+    "maple": "ovseg_jax.methods.maple:MaPLe",
+    "cocoop": "ovseg_jax.methods.cocoop:CoCoOp",
 }
 
 
@@ -56,9 +40,8 @@ def method_type(name: Any) -> type[Trainable]:
     Raises:
       UserError: there is no such class, or it is not a method.
     """
-    if name in METHODS:
-        return METHODS[name]
-    return import_class(name, Trainable, "method", METHODS)
+    found = METHODS.get(name, name)
+    return found if isinstance(found, type) else import_class(found, Trainable, "method", METHODS)
 
 
 def build(config: ConfigDict, words: WordList, classes: ClassList) -> Any:

@@ -11,7 +11,6 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
@@ -168,6 +167,8 @@ class UPerNetMethod(Trainable, Segmenting):
         )
         target = jnp.asarray(self._target)[batch["pixel_classes"]]
         valid = (target >= 0) & batch["example_mask"][:, None, None]
+
+        import optax  # as in `losses.matching`
 
         def total(logits: Array) -> tuple[Array, Array]:
             logits = enlarge(logits, target.shape[1:])

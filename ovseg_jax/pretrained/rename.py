@@ -130,7 +130,12 @@ def fit(
     faults = [f"lacks {_some(missing)}"] * bool(missing) + [f"has {_some(extra)} too many"] * bool(extra)
     if faults := [*faults, *(f"has a wrong shape: {text}" for text in wrong[:4])]:
         raise UserError(f"{what} does not fit the model: it {'; it '.join(faults)}")
-    flat = {path: arrays[path].astype(leaf.dtype) for path, leaf in expected.items() if path in arrays}
+    # Those that `rename` has laid out anew are not copied once more.
+    flat = {
+        path: arrays[path].astype(leaf.dtype, copy=not arrays[path].flags.owndata)
+        for path, leaf in expected.items()
+        if path in arrays
+    }
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 

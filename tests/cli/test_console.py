@@ -170,7 +170,17 @@ def settings(monkeypatch):
 def test_the_cache_of_a_user_with_a_home(settings, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     console.use_compilation_cache()
-    assert settings == {"jax_compilation_cache_dir": str(tmp_path / ".cache/ovseg_jax/xla")}
+    assert settings == {
+        "jax_compilation_cache_dir": str(tmp_path / ".cache/ovseg_jax/xla"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+
+
+def test_the_cache_as_its_user_has_set_it(settings, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "own"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "2")
+    console.use_compilation_cache()
+    assert settings == {}
 
 
 @pytest.mark.parametrize("home", ["none", "a file", "read-only"])

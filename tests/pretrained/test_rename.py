@@ -70,3 +70,18 @@ def test_a_fit_is_strict():
     ):
         with pytest.raises(UserError, match=message):
             fit(changed, shapes)
+
+
+def test_an_array_is_copied_once(tmp_path):
+    """Into memory of its own, by `rename` or by `fit`: a file may change while its arrays are in use."""
+    np.save(tmp_path / "x.npy", np.arange(6, dtype=np.float32).reshape(2, 3))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    renamed = rename(
+        {"w": mapped, "v": mapped}, [Rename("w", "params/turned", dense), Rename("v", "params/same")]
+    )
+    found = fit(
+        renamed, {"params": {"turned": np.zeros((3, 2), np.float32), "same": np.zeros((2, 3), np.float32)}}
+    )
+    assert np.shares_memory(found["params"]["turned"], renamed["params/turned"])
+    for x in found["params"].values():
+        assert not np.shares_memory(x, mapped) and x.flags.writeable
