@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from ovseg_jax.cli.console import FAILED, Parser, return_compilers_memory, run_command, start
+from ovseg_jax.cli.console import FAILED, Parser, return_compilers_memory, run_command, start, texts_folder
 from ovseg_jax.errors import UserError
 from ovseg_jax.inference.model_flags import add_model_flags, check_model_flags, pretrained_arguments
 
@@ -212,7 +212,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
     def load() -> Segmenter:
         if arguments.model:
-            return Segmenter.from_pretrained(**pretrained_arguments(arguments), **shared)
+            return Segmenter.from_pretrained(
+                **pretrained_arguments(arguments), texts=texts_folder(), **shared
+            )
         if not arguments.proposals:
             return Segmenter.from_checkpoint(arguments.checkpoint, arguments.step, **shared)
         return Segmenter.from_two_stages(arguments.proposals, arguments.checkpoint, **shared, **rules)

@@ -1124,6 +1124,8 @@ OPENERS: dict[str, str] = {
     "inference/folder.py:_listed": "list of paths",
     "inference/folder.py:image_files": "journal",
     "inference/folder.py:segment_files": "journal",
+    "inference/kept_texts.py:_head": "none: the bytes are hashed",
+    "inference/kept_texts.py:digest": "none: the bytes are hashed",
     "inference/pictures.py:_prompt_points": "none: read_json and numbers",
     "inference/pseudo_masks.py:label_source": "none: a request in memory",
     "page/answers.py:download": "none: writes a zip",

@@ -330,6 +330,16 @@ def use_compilation_cache() -> None:
         jax.config.update(_LEAST, 0)
 
 
+def texts_folder() -> Path | None:
+    """Returns the folder for features of texts beside the compiled programs; None where these are not kept."""
+    import jax
+
+    folder = jax.config.jax_compilation_cache_dir
+    if not folder or "://" in folder or not jax.config.jax_enable_compilation_cache:
+        return None
+    return Path(folder) / "texts"
+
+
 def return_compilers_memory() -> None:
     """Lets glibc return the memory of XLA's compiler to the system before the compiled program takes its own.
 

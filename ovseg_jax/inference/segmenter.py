@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +38,7 @@ from ovseg_jax.decisions.rules import (
 from ovseg_jax.decisions.windows import Windows, decide_windows
 from ovseg_jax.errors import UserError
 from ovseg_jax.inference.crf import refine
+from ovseg_jax.inference.kept_texts import KeptTexts, digest
 from ovseg_jax.inference.result import PixelFeatures, Result
 from ovseg_jax.inference.tiles import Blender, Span, View, spans
 from ovseg_jax.kernels.cpu_convs import fast_on_cpu
@@ -61,6 +63,7 @@ class Segmenter:
         (`method.whole`) takes images one by one.
       devices: this process's devices that share each batch; by default its first one; None for all, or the first for a
         model that takes images one by one. The batch size is rounded up to a multiple of their number.
+      embed_text: embeds names in place of the method, whose variables may then lack a text tower.
 
     Raises:
       UserError: the batch size is less than 1, or there are several devices and images that are taken one by one.
@@ -75,6 +78,7 @@ class Segmenter:
         *,
         batch_size: int = 8,
         devices: Sequence[jax.Device] | None = (),
+        embed_text: Callable[[Sequence[str]], Text] | None = None,
     ):
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} is less than 1")
@@ -98,6 +102,7 @@ class Segmenter:
         )
         self._decide_all = jax.jit(self._decide_batch, static_argnames=("canvas", "shape", "decision"))
         self._texts: dict[tuple[tuple[str, ...], ...], Text] = {}
+        self._embed_text = embed_text or (lambda names: self.method.embed_text(self.variables, names))
 
     @classmethod
     def from_checkpoint(
@@ -139,6 +144,7 @@ class Segmenter:
         tokenizer: str = "",
         features: str = "",
         trust: float = 0.0,
+        texts: Path | None = None,
         batch_size: int = 8,
         devices: Sequence[jax.Device] | None = (),
     ) -> "Segmenter":
@@ -151,6 +157,8 @@ class Segmenter:
           tokenizer: the folder of the tokeniser, or its name on the hub, if it is not with the weights.
           features: for towers without masks, "value", "sclip", "clearclip" or "activation", see `methods.clip_dense`.
           trust: for FC-CLIP, see `methods.fcclip`; 0.5 for OVRCOAT's rule.
+          texts: for towers without masks, a folder in which features of names are kept between processes, see
+            `inference.kept_texts`. The text tower is then read only for names that are not there.
           batch_size: see the class.
           devices: see the class.
 
@@ -160,9 +168,20 @@ class Segmenter:
         """
         from ovseg_jax.methods.published import published_model
 
-        method, variables, own = published_model(name, weights, tokenizer, features=features, trust=trust)
+        method, variables, own = published_model(
+            name, weights, tokenizer, features=features, trust=trust, text=texts is None
+        )
         classes = own if classes is None else classes
-        return cls(method, variables, method.config, classes, batch_size=batch_size, devices=devices)
+        embed = None if texts is None else _kept_texts(texts, name, method)
+        return cls(
+            method,
+            variables,
+            method.config,
+            classes,
+            batch_size=batch_size,
+            devices=devices,
+            embed_text=embed,
+        )
 
     @classmethod
     def from_two_stages(
@@ -514,7 +533,7 @@ class Segmenter:
             return {"": jnp.asarray(given.vectors)}
         classes = self._categories(labels)
         if classes.names not in self._texts:
-            text = self.method.embed_text(self.variables, classes.flat()[0])
+            text = self._embed_text(classes.flat()[0])
             self._texts[classes.names] = jax.tree.map(jnp.asarray, text)
         return self._texts[classes.names]
 
@@ -623,6 +642,24 @@ def _label_maps(batch: Batch, decided: Decided) -> Iterator[LabelMap]:
     category, confidence = jax.device_get((decided.category[:, 0], decided.confidence[:, 0]))
     for i, (height, width) in enumerate(batch.sizes):
         yield LabelMap(category[i, :height, :width], confidence[i, :height, :width])
+
+
+def _kept_texts(folder: Path, name: str, method: Any) -> Callable[[Sequence[str]], Text] | None:
+    """Returns a function that embeds names and keeps their features, for towers without masks."""
+    from ovseg_jax.methods.clip_dense import ClipDense
+    from ovseg_jax.towers.clip import SPACE
+
+    if not isinstance(method, ClipDense):
+        return None
+
+    def embed(names: list[str]) -> Array:
+        return method.embed_text({"towers": jax.device_put(method.clip.pretrained("text"))}, names)[SPACE]
+
+    towers = method.config.towers
+    files = [path for path in map(Path, dict.fromkeys((towers.init, towers.tokenizer))) if path.exists()]
+    key = digest(files, name, towers.to_dict(), method.templates)
+    kept = KeptTexts(folder / f"{name}-{key}.npz", embed, method.clip.dim)
+    return lambda names: {SPACE: jnp.asarray(kept(names))}
 
 
 def _layers(method: Segmenting, prediction: Prediction, text: Text, vocabulary: Vocabulary) -> Layers:

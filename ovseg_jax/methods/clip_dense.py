@@ -102,9 +102,9 @@ class ClipDense(OnClip, Segmenting):
             variables |= {"generator": made["params"]} if made else {}
         return variables
 
-    def pretrained(self) -> dict[str, Any]:
-        """Returns the weights of the towers, and those of the generator's."""
-        towers = self.clip.pretrained()
+    def pretrained(self, *parts: str) -> dict[str, Any]:
+        """Returns the weights of the towers, or of these `parts` alone (see `Clip`), and those of the generator's."""
+        towers = self.clip.pretrained(*parts)
         found = {"towers": towers} if towers else {}
         if self.generator is not None and "backbone" in self.config.pseudo_masks:
             from ovseg_jax.pretrained.generator import generator_weights

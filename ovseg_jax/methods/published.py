@@ -232,6 +232,7 @@ def published_model(
     *,
     features: str = "",
     trust: float = 0.0,
+    text: bool = True,
 ) -> tuple[Any, dict[str, Any], ClassList | None]:
     """Creates a published model for inference.
 
@@ -241,6 +242,7 @@ def published_model(
       tokenizer: the folder of the text tower's tokeniser, if it is not with the weights.
       features: for towers, the features of patches, see `methods.clip_dense`; by default "value".
       trust: for FC-CLIP, see `methods.fcclip`.
+      text: whether to read the text tower, for towers.
 
     Returns:
       The method, its variables, and its training classes or None.
@@ -259,4 +261,4 @@ def published_model(
         raise UserError(f"trust={trust} has no effect on {name}, which has no masks")
     config = dense_config(name, weights, tokenizer, features)
     towers = ClipDense(config, WordList([]), ClassList((), (), ()))
-    return towers, {"params": {}, **towers.pretrained()}, None
+    return towers, {"params": {}, **towers.pretrained(*(() if text else ("image",)))}, None

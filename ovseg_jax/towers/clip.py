@@ -198,8 +198,12 @@ class Clip:
     def _packed(self, params: Mapping[str, Any]) -> dict[str, Any]:
         return stacked(params) if isinstance(self.text, CLIPText) else dict(params)
 
-    def pretrained(self) -> dict[str, Any]:
-        """Returns the weights that `init` of the config names, as NumPy arrays; {} if it names none."""
+    def pretrained(self, *parts: str) -> dict[str, Any]:
+        """Returns the weights that `init` of the config names, as NumPy arrays; {} if it names none.
+
+        Args:
+          *parts: "image" or "text", to read this tower alone; by default both.
+        """
         init = self.config.get("init", "")
         if not init:
             return {}
@@ -207,11 +211,13 @@ class Clip:
             return self._of_run(init, folder)
         from ovseg_jax.pretrained.load import load
 
-        text = jax.eval_shape(lambda: self.text.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
-        return {
-            "image": load(init, self.image, dict(self._image_shapes), pixels=self._pixels()),
-            "text": self._packed(load(init, self.text, text)["params"]),
-        }
+        found, parts = {}, parts or ("image", "text")
+        if "image" in parts:
+            found["image"] = load(init, self.image, dict(self._image_shapes), pixels=self._pixels())
+        if "text" in parts:
+            text = jax.eval_shape(lambda: self.text.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+            found["text"] = self._packed(load(init, self.text, text)["params"])
+        return found
 
     def _of_run(self, init: str, folder: epath.Path) -> dict[str, Any]:
         found = read_towers(folder)

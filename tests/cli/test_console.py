@@ -221,3 +221,16 @@ def test_the_reader_of_the_output_may_leave():
     process.stdout.close()
     err = process.stderr.read()
     assert process.wait(60) == 1 and not err
+
+
+def test_texts_are_kept_where_programs_are(monkeypatch, tmp_path):
+    for folder, enabled, want in (
+        (str(tmp_path), True, tmp_path / "texts"),
+        (str(tmp_path), False, None),
+        (None, True, None),
+        ("gs://bucket/x", True, None),
+    ):
+        monkeypatch.setattr(
+            jax, "config", SimpleNamespace(jax_compilation_cache_dir=folder, jax_enable_compilation_cache=enabled)
+        )
+        assert console.texts_folder() == want

@@ -453,6 +453,44 @@ def test_a_published_tower_is_exported_to_onnx(tmp_path, monkeypatch):
     assert reference.relative_error(pixels, want) < 1e-4
 
 
+def test_features_of_names_are_kept_and_the_text_tower_stays_closed(tmp_path, monkeypatch):
+    """The second time the files of its words are read, but neither its weights nor its tokeniser."""
+    kind, folder = saved("clip_vitb16")
+    whole = published.dense_config
+
+    def tiny(*arguments):
+        config = whole(*arguments)
+        config.towers.image.update(kind.image)
+        config.towers.text.update(kind.text)
+        config.towers.image_size, config.data.image_size = 4 * kind.patch, 6 * kind.patch
+        return config
+
+    monkeypatch.setattr(published, "dense_config", tiny)
+    image, labels = photograph(60, 90), "a red ball, ball; grass; the sea"
+    load = lambda **options: Segmenter.from_pretrained(kind.name, str(folder), **options)
+    want = load().segment(image, labels)
+    first = load(texts=tmp_path).segment(image, labels)
+    np.testing.assert_array_equal(first.confidence, want.confidence)
+    (file,) = tmp_path.iterdir()
+
+    def never(self):
+        raise AssertionError("a text was embedded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ovseg_jax.towers.clip.Clip.tokenizer", property(never))
+        segmenter = load(texts=tmp_path)
+        assert "text" not in segmenter.variables["towers"]
+        again = segmenter.segment(image, labels)
+        np.testing.assert_array_equal(again.confidence, want.confidence)
+        np.testing.assert_array_equal(again.label_map, want.label_map)
+        other = segmenter.segment(image, "grass; a red ball")
+        assert set(other.labels) <= {"grass", "a red ball"}
+    file.write_bytes(b"damaged")
+    np.testing.assert_array_equal(load(texts=tmp_path).segment(image, labels).confidence, want.confidence)
+    load(texts=tmp_path).segment(image, "sky above; grass")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def photograph(height, width):
     small = np.random.default_rng(5).integers(0, 256, (5, 7, 3), np.uint8)
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
