@@ -42,6 +42,7 @@ from ovseg_jax.inference.kept_texts import KeptTexts, digest
 from ovseg_jax.inference.result import PixelFeatures, Result
 from ovseg_jax.inference.tiles import Blender, Span, View, spans
 from ovseg_jax.kernels.cpu_convs import fast_on_cpu
+from ovseg_jax.models.alike import traced_once
 from ovseg_jax.parallel.sharding import AXES, batch_sharding, make_mesh, replicated
 from ovseg_jax.protocols import PRECISION, Prediction, Segmenting, Text, Variables, Vocabulary
 from ovseg_jax.vocab.classes import ClassList, Labels, as_classes
@@ -94,7 +95,7 @@ class Segmenter:
         self._mesh = make_mesh(devices=devices) if len(devices) > 1 else None
         self.batch_size = -(-batch_size // max(len(devices), 1)) * max(len(devices), 1)
         self.variables = jax.device_put(variables, self._mesh and replicated(self._mesh))
-        self._predict = jax.jit(fast_on_cpu(method.predict))
+        self._predict = jax.jit(traced_once(fast_on_cpu(method.predict)))
         self._layers = jax.jit(partial(_layers, method))
         self._decide = jax.jit(partial(decide, method), static_argnames=("canvas", "shape", "decision"))
         self._decide_windows = jax.jit(
