@@ -337,8 +337,9 @@ def texts_folder() -> Path | None:
     """Returns the folder for features of texts beside the compiled programs; None where these are not kept."""
     import jax
 
-    folder = jax.config.jax_compilation_cache_dir
-    if not folder or "://" in folder or not jax.config.jax_enable_compilation_cache:
+    config: Any = jax.config
+    folder = config.jax_compilation_cache_dir
+    if not folder or "://" in folder or not config.jax_enable_compilation_cache:
         return None
     return Path(folder) / "texts"
 

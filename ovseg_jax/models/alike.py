@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from ovseg_jax.models.transformer import Block
 
@@ -28,6 +29,13 @@ def traced_once(function: Function) -> Function:
     return run  # type: ignore[return-value]
 
 
+def init_shapes(module: nn.Module, *args: Any) -> tuple[Any, Any]:
+    """Returns the shapes of a module's output and of its variables, without drawing any."""
+    known: dict[Any, Any] = {}
+    with nn.intercept_methods(functools.partial(_init, known)):
+        return jax.eval_shape(lambda: module.init_with_output(jax.random.key(0), *args))
+
+
 def _call(
     known: dict[Any, Callable[..., Any]],
     next_function: Callable,
@@ -36,8 +44,7 @@ def _call(
     context: nn.module.InterceptorContext,
 ) -> Any:
     block: Any = context.module
-    # A block without a path is the one that is traced for all.
-    if type(block) is not Block or context.method_name != "__call__" or not block.path or kwargs:
+    if not _is_block(context) or kwargs:
         return next_function(*args, **kwargs)
     if block.is_initializing() or block.drop_rate or block.variables.keys() != {"params"}:
         return next_function(*args, **kwargs)
@@ -56,3 +63,31 @@ def _call(
 
         known[key] = apply
     return known[key](block.variables["params"], [x for x in leaves if isinstance(x, jax.Array)])
+
+
+def _init(
+    known: dict[Any, Any],
+    next_function: Callable,
+    args: Any,
+    kwargs: Any,
+    context: nn.module.InterceptorContext,
+) -> Any:
+    block: Any = context.module
+    if not _is_block(context) or kwargs:
+        return next_function(*args, **kwargs)
+    alone = block.clone(parent=None, name=None)
+    leaves, structure = jax.tree.flatten(args)
+    key = alone, structure, tuple((x.shape, x.dtype) if isinstance(x, jax.Array) else x for x in leaves)
+    if key not in known:
+        rngs = dict.fromkeys(("params", "dropout"), jax.random.key(0))
+        known[key] = jax.eval_shape(lambda: alone.init_with_output(rngs, *args))
+    out, variables = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), known[key])
+    for collection, tree in variables.items():
+        for name, value in tree.items():
+            block.put_variable(collection, name, value)
+    return out
+
+
+def _is_block(context: nn.module.InterceptorContext) -> bool:
+    """Tells whether this is a call of a block in a tower; the one that is traced for all has no path."""
+    return type(context.module) is Block and context.method_name == "__call__" and bool(context.module.path)

@@ -22,6 +22,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.files import forget, record, write_recorded
 from ovseg_jax.kernels.unit import unit
 from ovseg_jax.models import clip_resnet, convnext, eva, vit
+from ovseg_jax.models.alike import init_shapes
 from ovseg_jax.models.clip_resnet import ClipResNet
 from ovseg_jax.models.convnext import ConvNeXt
 from ovseg_jax.models.convpass import ADAPTERS, with_convpass
@@ -129,9 +130,7 @@ class Clip:
             raise UserError(f"towers.text: {error}") from error
         size = int(config.get("image_size", 224))
         # Of its variables too, since to trace a tower takes a second.
-        shape, self._image_shapes = jax.eval_shape(
-            lambda: self.image.init_with_output(jax.random.key(0), jnp.zeros((1, size, size, 3)))
-        )
+        shape, self._image_shapes = init_shapes(self.image, jnp.zeros((1, size, size, 3)))
         self.dim = _pooled(shape).shape[-1]
         text_dim = getattr(self.text, "embed_dim", self.text.width)
         if self.dim != text_dim:
@@ -215,7 +214,7 @@ class Clip:
         if "image" in parts:
             found["image"] = load(init, self.image, dict(self._image_shapes), pixels=self._pixels())
         if "text" in parts:
-            text = jax.eval_shape(lambda: self.text.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+            text = init_shapes(self.text, jnp.zeros((1, 2), jnp.int32))[1]
             found["text"] = self._packed(load(init, self.text, text)["params"])
         return found
 

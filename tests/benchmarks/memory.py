@@ -3,8 +3,8 @@
     python tests/benchmarks/memory.py [--backbone=resnet50] [--size=3648x5472] [--tile=640] [--out=DIR]
 
 The run, in float32, is written into --out, by default a temporary folder, once; the photograph shows random colours.
-Printed are the peak of the resident memory of the whole command, compilation included, its seconds of the processor, and
-the checksum of the label map.
+Printed are the peak of the resident memory of the whole command, compilation included (without a cache of compiled
+programs), its seconds of the processor, and the checksum of the label map.
 """
 
 import argparse
@@ -22,7 +22,6 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from tests.benchmarks.inference import build, names
 
 
 def prepare(folder: Path, backbone: str) -> None:
@@ -35,6 +34,7 @@ def prepare(folder: Path, backbone: str) -> None:
     from ovseg_jax.train.state import TrainState
     from ovseg_jax.vocab.word_tokenizer import WORDS_FILE
     from ovseg_jax.vocab.words import WordList
+    from tests.benchmarks.inference import build, names
 
     words = names(150)
     segmenter = build(backbone, words, "cpu")
@@ -51,13 +51,15 @@ def prepare(folder: Path, backbone: str) -> None:
 
 def main() -> None:
     """Prints the figures."""
+    from tests.benchmarks.inference import names
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--size", default="3648x5472")
     parser.add_argument("--tile", default="640")
     parser.add_argument("--out", default="")
     args = parser.parse_args()
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.out or temporary)
         run, image, out = folder / args.backbone, folder / f"{args.size}.png", folder / f"{args.size}.out"

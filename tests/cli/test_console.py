@@ -231,6 +231,8 @@ def test_texts_are_kept_where_programs_are(monkeypatch, tmp_path):
         ("gs://bucket/x", True, None),
     ):
         monkeypatch.setattr(
-            jax, "config", SimpleNamespace(jax_compilation_cache_dir=folder, jax_enable_compilation_cache=enabled)
+            jax,
+            "config",
+            SimpleNamespace(jax_compilation_cache_dir=folder, jax_enable_compilation_cache=enabled),
         )
         assert console.texts_folder() == want
