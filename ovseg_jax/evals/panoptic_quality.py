@@ -94,22 +94,38 @@ def overlaps(predicted: Integer[np.ndarray, "h w *c"], true: Integer[np.ndarray,
     if step > 1:  # a pixel may change in several colours
         last //= step
         last = last[np.append(last[1:] != last[:-1], True)]
-    pair = _ids(predicted, last) << np.uint64(32) | _ids(true, last)
-    order = np.argsort(pair)
-    pair = pair[order]
-    new = np.flatnonzero(np.append(True, pair[1:] != pair[:-1]))
-    pixels = np.add.reduceat(np.diff(last, prepend=-1)[order], new)
-    pair = pair[new]
-    return Overlaps(
-        (pair >> np.uint64(32)).astype(np.int64), (pair & np.uint64(2**32 - 1)).astype(np.int64), pixels
+    bits = 24 if step > 1 else 32
+    pair, pixels = _sums(
+        _ids(first, last, step) << bits | _ids(second, last, step), np.diff(last, prepend=-1), bits
     )
+    return Overlaps((pair >> bits).astype(np.int64), (pair & (1 << bits) - 1).astype(np.int64), pixels)
 
 
-def _ids(pixels: Integer[np.ndarray, "h w *c"], at: Int[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
-    if pixels.ndim == 2:
-        return pixels.reshape(-1)[at].astype(np.uint64)
-    red, green, blue = pixels.reshape(-1, 3)[at].T.astype(np.uint64)
-    return red | green << np.uint64(8) | blue << np.uint64(16)
+def _ids(pixels: Integer[np.ndarray, " m"], at: Int[np.ndarray, " n"], step: int) -> UInt64[np.ndarray, " n"]:
+    """Returns the ids of some pixels, of which the last is the last one of all; `step` is the number of colours."""
+    if step == 1:
+        return pixels[at].astype(np.uint64)
+    found = np.empty(len(at), np.uint64)
+    # Four bytes from every third on: a pixel, and the first byte of the next one, which is cut off.
+    four = np.ndarray(len(pixels) // 3 - 1, "<u4", np.ascontiguousarray(pixels).data, 0, (3,))
+    np.bitwise_and(four[at[:-1]], 0xFFFFFF, out=found[:-1])
+    found[-1] = int.from_bytes(pixels[-3:].tobytes(), "little")
+    return found
+
+
+def _sums(
+    keys: UInt64[np.ndarray, " n"], values: Int[np.ndarray, " n"], bits: int
+) -> tuple[UInt64[np.ndarray, " m"], Int[np.ndarray, " m"]]:
+    """Returns the keys, ascending and once each, and the sum of the values of each; they have twice `bits` bits."""
+    places = len(keys).bit_length()
+    if 2 * bits + places > 64:
+        order = np.argsort(keys)
+        keys = keys[order]
+    else:  # Keys and places in one number are sorted in a fourth of the time of argsort.
+        both = np.sort(keys << places | np.arange(len(keys), dtype=np.uint64))
+        keys, order = both >> places, both & (1 << places) - 1
+    new = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
+    return keys[new], np.add.reduceat(values[order], new)
 
 
 class _Pairs(NamedTuple):

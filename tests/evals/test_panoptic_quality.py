@@ -99,6 +99,18 @@ def test_classes_of_false_predictions_alone_count_as_zero_and_others_are_left_ou
     assert "pq/stuff" not in scores(false, (True,) * 4)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (30, 40), (300, 250)])
+@pytest.mark.parametrize("highest", [3, 2**24])
+def test_overlaps_of_noise(shape, highest):
+    """Of the largest, colours and ids have more runs than are sorted with their places."""
+    predicted, true = np.random.default_rng(0).integers(0, highest, (2, *shape))
+    pairs, counts = np.unique(predicted << 32 | true, return_counts=True)
+    colours = [np.stack([x & 255, x >> 8 & 255, x >> 16], -1).astype(np.uint8) for x in (predicted, true)]
+    for found in (overlaps(predicted, true), overlaps(*colours), overlaps(colours[0], colours[1].copy("F"))):
+        for values, expected in zip(found, (pairs >> 32, pairs & 2**32 - 1, counts), strict=True):
+            np.testing.assert_array_equal(values, expected)
+
+
 def test_overlaps_of_ids_of_four_bytes_and_of_nothing():
     top = 2**32 - 1
     found = overlaps(np.array([[top, top, 0, top]], np.uint32), np.array([[7, 7, 7, 0]], np.uint32))
