@@ -4,19 +4,23 @@ import gc
 import os
 from pathlib import Path
 
-from tests.fast import xla_flags
+from tests.fast import share_programs, xla_flags
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 
+import jax
 from jaxtyping import install_import_hook
 
-# Without `vocab`: its arrays are few, and its functions of words are called a million times.
-rooms = [
-    path.stem for path in (Path(__file__).parents[1] / "ovseg_jax").glob("[a-z]*") if path.stem != "vocab"
-]
+# Without those that have few arrays, and functions of words that are called a million times.
+package = Path(__file__).parents[1] / "ovseg_jax"
+rooms = {path.stem for path in package.glob("[a-z]*")} - {"vocab", "reading"}
 install_import_hook([f"ovseg_jax.{room}" for room in rooms], "beartype.beartype")
 
 # Traced programs are kept to the end, and a full collection walks them all: let there be few.
 gc.set_threshold(100_000, 50, 100)
+
+share_programs()
+# Where an operation stands in Python is of no use to tests, and takes a tenth of the time of lowering.
+jax.config.update("jax_traceback_in_locations_limit", 0)

@@ -86,7 +86,7 @@ def grads(data, small=False, accumulate=1, **changes):
     if key not in _compiled:
         method = make(small, **changes)
         method.config.accumulate = accumulate
-        variables = method.init(jax.random.key(0))
+        variables = jax.jit(method.init)(jax.random.key(0))
         rest = {k: v for k, v in variables.items() if k != "params"}
         loss = lambda params, data: method.loss({"params": params, **rest}, data, jax.random.key(1))
         _compiled[key] = jax.jit(jax.value_and_grad(loss, has_aux=True)), variables["params"]
@@ -96,11 +96,11 @@ def grads(data, small=False, accumulate=1, **changes):
 
 def test_the_papers_loss_is_eq_1_to_4_in_float64():
     method, data = make(), batch()
-    variables = method.init(jax.random.key(0))
+    variables = jax.jit(method.init)(jax.random.key(0))
     (loss, aux), _ = grads(data)
     own = lambda part: {"params": variables["params"][part]}
-    out = method.net.apply(own("image"), data["image"], data["image_size"])
-    text = np.asarray(method.text.net.apply(own("text"), data["tokens"]), np.float64)
+    out = jax.jit(method.net.apply)(own("image"), data["image"], data["image_size"])
+    text = np.asarray(jax.jit(method.text.net.apply)(own("text"), data["tokens"]), np.float64)
     image = np.asarray(out.image, np.float64)
     x, y = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (image, text))
     logits = x @ y.T / 0.1  # eq. 2 and 3
@@ -128,13 +128,13 @@ def test_prompts_add_groupvits_multi_label_loss():
     weight, m = 0.7, 2
     method, data = make(loss=dict(multi_label_weight=weight)), batch(prompts=m)
     assert method.fields(method.config) == ("image", "masks", "tokens", "prompts")
-    variables = method.init(jax.random.key(0))
+    variables = jax.jit(method.init)(jax.random.key(0))
     variables["params"]["temperature"]["prompts"] += 0.5  # another temperature than that of captions
     sigma = float(method._temperature(variables["params"], "prompts"))
-    loss, aux = method.loss(variables, data, jax.random.key(1))
+    loss, aux = jax.jit(method.loss)(variables, data, jax.random.key(1))
     own = lambda part: {"params": variables["params"][part]}
-    image = method.net.apply(own("image"), data["image"], data["image_size"]).image
-    flat = method.text.net.apply(own("text"), data["prompts"].reshape(B * m, L))
+    image = jax.jit(method.net.apply)(own("image"), data["image"], data["image_size"]).image
+    flat = jax.jit(method.text.net.apply)(own("text"), data["prompts"].reshape(B * m, L))
     x, y = (np.float64(v) / np.linalg.norm(np.float64(v), axis=1, keepdims=True) for v in (image, flat))
     g = x @ y.T / sigma
     own_text = np.arange(B * m) // m == np.arange(B)[:, None]
@@ -162,7 +162,7 @@ def test_prompts_in_parts_with_padding_and_on_four_devices_give_one_loss():
     mesh = make_mesh({"data": -1}, jax.devices()[:4])
     for form in ("gather", "ring"):
         method = make(loss=dict(multi_label_weight=1.0, form=form))
-        variables = method.init(jax.random.key(0))
+        variables = jax.jit(method.init)(jax.random.key(0))
         with jax.set_mesh(mesh):
             loss = lambda p, d, method=method: method.loss({"params": p}, d, jax.random.key(1))
             step = jax.jit(jax.grad(loss, has_aux=True))
@@ -192,13 +192,13 @@ def test_baseline_2_pools_the_tokens_of_each_pseudo_mask(small):
     data["image"] = data["image"].at[1].set(7)  # one colour: clusters by place alone
     data["image"] = data["image"].at[2, :, 16:].set(200)
     size = data["image_size"].at[3].set(jnp.array([20, 28]))
-    variables = method.init(jax.random.key(0))
+    variables = jax.jit(method.init)(jax.random.key(0))
     params = variables["params"]["image"]
-    out = method.net.apply({"params": params}, data["image"], size)
-    masks, valid = (np.asarray(x) for x in method.net.generator.apply({}, data["image"], size))
+    out = jax.jit(method.net.apply)({"params": params}, data["image"], size)
+    masks, valid = (np.asarray(x) for x in jax.jit(method.net.generator.apply)({}, data["image"], size))
     pixels = (np.asarray(data["image"]) / 255 - 0.4) / 0.2
     pixels[3, 20:], pixels[3, :, 28:] = 0, 0
-    tower = method.net.tower.apply({"params": params["tower"]}, jnp.asarray(pixels, jnp.float32))
+    tower = jax.jit(method.net.tower.apply)({"params": params["tower"]}, jnp.asarray(pixels, jnp.float32))
     tokens, dense = np.float64(tower.tokens), params["projection"]
 
     def project(x):
@@ -214,10 +214,10 @@ def test_baseline_2_pools_the_tokens_of_each_pseudo_mask(small):
         assert not np.any(out.regions[b][~valid[b]])
         np.testing.assert_allclose(out.image[b], project(np.mean(pooled, 0)), atol=1e-4)
     np.testing.assert_array_equal(np.asarray(out.mask_logits[:, 0]) > 0, masks > 0)
-    loss, aux = method.loss(variables, data, jax.random.key(1))
+    loss, aux = jax.jit(method.loss)(variables, data, jax.random.key(1))
     total, count = aux.metrics["contrastive_loss"]
     assert "mask_loss" not in aux.metrics and np.isclose(loss, total / count)
-    learn = jax.grad(lambda p: method.loss({"params": p}, data, jax.random.key(1))[0])
+    learn = jax.jit(jax.grad(lambda p: method.loss({"params": p}, data, jax.random.key(1))[0]))
     grad = jax.jit(learn)(variables["params"])
     assert all(np.any(np.asarray(x)) for x in jax.tree.leaves(grad["image"]["projection"]))
 
@@ -227,9 +227,9 @@ def test_the_tower_of_baseline_2s_masks_is_frozen_and_starts_from_weights(monkey
     config = make_vit(True).config
     config.pseudo_masks = dict(features="tower", backbone=tower, clusters=M, mask_stride=4)
     method = build(config, WORDS, CLASSES)
-    variables = method.init(jax.random.key(0))
+    variables = jax.jit(method.init)(jax.random.key(0))
     assert variables["params"]["image"]["generator"] and "^image/generator/" in method.frozen
-    grad = jax.grad(lambda p: method.loss({"params": p}, batch(True), jax.random.key(1))[0])(
+    grad = jax.jit(jax.grad(lambda p: method.loss({"params": p}, batch(True), jax.random.key(1))[0]))(
         variables["params"]
     )
     assert not any(np.any(np.asarray(x)) for x in jax.tree.leaves(grad["image"]["generator"]))
@@ -262,12 +262,12 @@ def test_groupvits_groups_take_the_place_of_masks():
     assert method.fields(method.config) == ("image", "words")
     data = {key: x for key, x in batch(True).items() if not key.startswith("mask")}
     size = data["image_size"].at[3].set(jnp.array([20, 28]))
-    variables = method.init(jax.random.key(0))
+    variables = jax.jit(method.init)(jax.random.key(0))
     params = variables["params"]["image"]["groups"]
     pixels = (np.asarray(data["image"]) / 255 - 0.4) / 0.2
     pixels[3, 20:], pixels[3, :, 28:] = 0, 0
-    alone = method.net.groups.apply({"params": params}, jnp.asarray(pixels, jnp.float32))
-    found = method.predict(variables, data["image"], size)
+    alone = jax.jit(method.net.groups.apply)({"params": params}, jnp.asarray(pixels, jnp.float32))
+    found = jax.jit(method.predict)(variables, data["image"], size)
     share = np.float64(alone.assignment)
     np.testing.assert_allclose(found.mask_logits, 20 * (share - 0.5), atol=1e-4)
     regions = np.float64(alone.groups)
@@ -339,8 +339,8 @@ def test_deep_supervision_adds_the_loss_of_each_layer():
     deep = dict(layers=2, deep_supervision=True)
     method, data = make(**deep), batch()
     (_, aux), _ = grads(data, **deep)
-    out = method.net.apply(
-        {"params": method.init(jax.random.key(0))["params"]["image"]}, data["image"], data["image_size"]
+    out = jax.jit(method.net.apply)(
+        {"params": jax.jit(method.init)(jax.random.key(0))["params"]["image"]}, data["image"], data["image_size"]
     )
     layers = [method._mask_loss(out.mask_logits[:, i : i + 1], data) for i in range(2)]
     np.testing.assert_allclose(aux.metrics["mask_loss"][0], sum(total for total, _ in layers), rtol=1e-4)
@@ -350,7 +350,7 @@ def test_deep_supervision_adds_the_loss_of_each_layer():
 def test_figure_17_halves_the_loss_of_eq_4():
     for average in (False, True):
         method, data = make(True, loss=dict(average=average)), batch(True)
-        loss, aux = method.loss(method.init(jax.random.key(0)), data, jax.random.key(1))
+        loss, aux = jax.jit(method.loss)(jax.jit(method.init)(jax.random.key(0)), data, jax.random.key(1))
         parts = {name: float(total / count) for name, (total, count) in aux.metrics.items()}
         both = parts["contrastive_loss"] + 2 * parts["mask_loss"]
         np.testing.assert_allclose(loss, both / 2 if average else both, rtol=1e-5)
@@ -376,11 +376,11 @@ def test_padding_and_accumulation_change_nothing(small):
 def test_pixels_outside_of_an_image_change_no_prediction():
     for small in (False, True):
         method = make(small)
-        variables = method.init(jax.random.key(0))
+        variables = jax.jit(method.init)(jax.random.key(0))
         size = jnp.array([[20, 28]])
         image = np.random.default_rng(0).integers(0, 256, (2, 1, S, S, 3), np.uint8)
         image[1, :, :20, :28] = image[0, :, :20, :28]
-        a, b = (method.predict(variables, jnp.asarray(x), size) for x in image)
+        a, b = (jax.jit(method.predict)(variables, jnp.asarray(x), size) for x in image)
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a.regions, b.regions
         )
@@ -390,12 +390,12 @@ def test_pixels_outside_of_an_image_change_no_prediction():
 def test_pseudo_masks_of_the_step_are_those_of_their_generator():
     made = dict(features="colour", clusters=M, stride=4, mask_stride=4)
     method, data = make(True, pseudo_masks=made), batch(True)
-    variables = method.init(jax.random.key(0))
+    variables = jax.jit(method.init)(jax.random.key(0))
     assert "masks" not in method.fields(method.config)
-    masks, valid = method.generator.apply({}, data["image"], data["image_size"])
+    masks, valid = jax.jit(method.generator.apply)({}, data["image"], data["image_size"])
     given = data | {"masks": masks, "mask_valid": valid}
     without = {k: v for k, v in data.items() if not k.startswith("mask")}
-    found = method.loss(variables, without, jax.random.key(1))[1].metrics["mask_loss"]
+    found = jax.jit(method.loss)(variables, without, jax.random.key(1))[1].metrics["mask_loss"]
     expected = make(True).loss(variables, given, jax.random.key(1))[1].metrics["mask_loss"]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
@@ -404,9 +404,9 @@ def test_the_generators_tower_is_frozen():
     tower = dict(name="vit", patch=8, width=16, depth=1, heads=2, mlp_dim=16, grid=(4, 4), cls="plain")
     made = dict(features="tower", backbone=tower, clusters=M, mask_stride=4)
     method, data = make(True, pseudo_masks=made), batch(True)
-    variables = method.init(jax.random.key(0))
+    variables = jax.jit(method.init)(jax.random.key(0))
     assert variables["params"]["generator"] and "^generator/" in method.frozen
-    grad = jax.grad(lambda p: method.loss({"params": p}, data, jax.random.key(1))[0])(variables["params"])
+    grad = jax.jit(jax.grad(lambda p: method.loss({"params": p}, data, jax.random.key(1))[0]))(variables["params"])
     assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(grad["generator"]))
     with pytest.raises(UserError, match=r"need backbone\.init"):  # random tokens would be no pseudo-masks
         method.pretrained()
@@ -421,14 +421,14 @@ def test_a_detached_mask_learns_from_masks_alone():
 def test_batch_statistics_are_of_the_means_and_serve_single_masks():
     norm = dict(projection_norm=True)
     method, data = make(text=norm, **norm), batch()
-    variables = method.init(jax.random.key(0))
+    variables = jax.jit(method.init)(jax.random.key(0))
     _, aux = jax.jit(method.loss)(variables, data, jax.random.key(1))
     for part in ("image", "text"):
         before, after = (jax.tree.leaves(tree["batch_stats"][part]) for tree in (variables, aux.mutated))
         assert len(after) == 2 and all(np.any(a != b) for a, b in zip(before, after, strict=True))
-    one = method.predict(variables, data["image"][:1], data["image_size"][:1])
+    one = jax.jit(method.predict)(variables, data["image"][:1], data["image_size"][:1])
     np.testing.assert_allclose(
-        method.predict(variables, data["image"], data["image_size"]).regions["text"][:1],
+        jax.jit(method.predict)(variables, data["image"], data["image_size"]).regions["text"][:1],
         one.regions["text"],
         atol=1e-5,
     )
@@ -482,7 +482,7 @@ def test_a_bad_value_is_named(changes, message):
 @pytest.mark.parametrize("small", [False, True])
 def test_names_are_embedded_as_unit_vectors_whatever_their_number(small):
     method = make(small)
-    variables = method.init(jax.random.key(0))
+    variables = jax.jit(method.init)(jax.random.key(0))
     found = method.embed_text(variables, ["red ball", "grass", "blue ball"])["text"]
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(found[1:2], method.embed_text(variables, ["grass"])["text"], atol=1e-5)
