@@ -35,7 +35,7 @@ def make_segmenter(kind="openseg", text=None, **model):
         method = CLOSED[kind].method()
     else:
         method = make(kind, mask_bias=0.2, mask_scale=8.0, **model)
-    variables = jax.tree.map(np.asarray, method.init(jax.random.key(0)))
+    variables = jax.tree.map(np.asarray, jax.jit(method.init)(jax.random.key(0)))
     # Everything that an initialiser leaves at 0 or 1 must matter.
     noise = 0.3 if kind == "pseg" else 0.05
     rng = np.random.default_rng(0) if kind == "pseg" else RNG
@@ -141,7 +141,9 @@ def test_stablehlo_takes_any_number_of_images_and_names(tmp_path):
         images = RNG.integers(0, 256, (b, 32, 32, 3), np.uint8)
         sizes, names = np.full((b, 2), 32, np.int32), RNG.normal(size=(t, 24)).astype(np.float32)
         logits, scores, pixels = exported.call(parameters, images, sizes, names)
-        expected = segmenter.method.predict(segmenter.variables, *map(jax.numpy.asarray, (images, sizes)))
+        expected = jax.jit(segmenter.method.predict)(
+            segmenter.variables, *map(jax.numpy.asarray, (images, sizes))
+        )
         np.testing.assert_allclose(logits, expected.mask_logits, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(pixels, only(expected.pixels), rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(scores, names @ np.swapaxes(only(expected.regions), 1, 2), atol=1e-4)
@@ -212,13 +214,15 @@ def test_a_closed_set_keeps_its_classes(tmp_path):
     from tests.methods import test_upernet_method as upernet
 
     method = upernet.method()
-    variables = jax.tree.map(np.asarray, method.init(jax.random.key(0)))
+    variables = jax.tree.map(np.asarray, jax.jit(method.init)(jax.random.key(0)))
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda x: (x + rng.normal(0, 0.1, x.shape)).astype(x.dtype), variables)
     # No class may win everywhere.
     image = variables["params"]["image"]
     inputs = (jax.numpy.asarray(IMAGE[None, :32, :32]), jax.numpy.full((1, 2), 32))
-    logits = method.net.apply(jax.tree.map(jax.numpy.asarray, {**variables, "params": image}), *inputs).logits
+    logits = jax.jit(method.net.apply)(
+        jax.tree.map(jax.numpy.asarray, {**variables, "params": image}), *inputs
+    ).logits
     image["classifier"]["bias"] -= np.asarray(logits).mean((0, 1, 2))
     segmenter = Segmenter(method, variables, method.config, upernet.CLASSES)
     export.to_folder(segmenter, tmp_path, np.dtype("float32"))
@@ -238,6 +242,6 @@ def test_a_closed_set_keeps_its_classes(tmp_path):
     size = np.full((1, 2), 32, np.int32)
     scores, _ = run(read(tmp_path / "model.safetensors"), image, size, np.eye(3, dtype=np.float32)[1:])
     pixels = only(
-        method.predict(segmenter.variables, jax.numpy.asarray(image), jax.numpy.asarray(size)).pixels
+        jax.jit(method.predict)(segmenter.variables, jax.numpy.asarray(image), jax.numpy.asarray(size)).pixels
     )
     np.testing.assert_allclose(scores, np.moveaxis(np.asarray(pixels)[..., 1:], -1, 1), atol=1e-4)

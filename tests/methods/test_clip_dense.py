@@ -78,10 +78,10 @@ def test_features_of_patches_are_those_of_the_last_block():
     clip, weights = methods["value"].clip, variables["towers"]["image"]
     params = weights["params"]
     x = (image / 255 - np.array(clip._pixels()[0])) / np.array(clip._pixels()[1])
-    out = clip.image.clone(taps=(0,)).apply(weights, jnp.asarray(x, jnp.float32))
+    out = jax.jit(clip.image.clone(taps=(0,)).apply)(weights, jnp.asarray(x, jnp.float32))
     size = jnp.array([[12, 12]] * 2)
     got = {
-        kind: np.asarray(method.predict(variables, jnp.asarray(image), size).pixels[SPACE])
+        kind: np.asarray(jax.jit(method.predict)(variables, jnp.asarray(image), size).pixels[SPACE])
         for kind, method in methods.items()
     }
     np.testing.assert_allclose(got["activation"], dense(np.float64(out.tokens), params["head"]), atol=1e-4)

@@ -511,7 +511,7 @@ def small(tmp_path_factory):
         noisy = jnp.asarray(x + rng.normal(0, 0.1, x.shape), jnp.float32)
         return noisy * (0.2 if branch.search(path_name(path)) else 1)
 
-    variables = jax.tree.map_with_path(drawn, method.init(jax.random.key(0)))
+    variables = jax.tree.map_with_path(drawn, jax.jit(method.init)(jax.random.key(0)))
     variables["params"]["masks"]["pixel_decoder"]["mask_features"]["kernel"] *= 10
     centre_masks(method, variables, *map(jnp.asarray, inputs()))
     return Segmenter(method, variables, method.config, TRAINED)

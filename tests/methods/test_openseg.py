@@ -88,7 +88,7 @@ def grads(data, accumulate=1, **changes):
     if key not in _compiled:
         method = make(**changes)
         method.config.accumulate = accumulate
-        variables = method.init(jax.random.key(0))
+        variables = jax.jit(method.init)(jax.random.key(0))
         rest = {k: v for k, v in variables.items() if k != "params"}
         loss = lambda params, data: method.loss({"params": params, **rest}, data, jax.random.key(1))
         _compiled[key] = jax.jit(jax.value_and_grad(loss, has_aux=True)), variables["params"]
@@ -146,10 +146,10 @@ def test_unsync_over_one_group_is_sync():
 
 def test_the_canvas_beyond_the_image_is_not_seen():
     method = make()
-    variables = method.init(jax.random.key(0))
+    variables = jax.jit(method.init)(jax.random.key(0))
     data, size = batch(), jnp.tile(jnp.array([[20, 28]]), (B, 1))
     dark = data["image"].at[:, 20:].set(0).at[:, :, 28:].set(0)
-    a, b = (method.predict(variables, x, size) for x in (data["image"], dark))
+    a, b = (jax.jit(method.predict)(variables, x, size) for x in (data["image"], dark))
     jax.tree.map(np.testing.assert_array_equal, a, b)
     assert a.mask_logits.shape == (B, 6, S // 4, S // 4)
     assert only(a.regions).shape == (B, 6, 24)
@@ -177,7 +177,9 @@ def test_lseg_never_trains_on_held_out_classes():
     assert np.any(table[WORDS.index["red"]])
     assert not np.any(table[WORDS.index["blue"]])
     method = make("lseg")
-    prediction = method.predict(method.init(jax.random.key(0)), batch()["image"], batch()["image_size"])
+    prediction = jax.jit(method.predict)(
+        jax.jit(method.init)(jax.random.key(0)), batch()["image"], batch()["image_size"]
+    )
     assert prediction.mask_logits is None
 
 
@@ -255,13 +257,13 @@ def test_loss_curves_on_one_and_eight_devices_agree(contrast, form):
 def test_the_mask_head_is_a_dot_product_unless_a_config_departs_from_it():
     image, size = jnp.asarray(batch()["image"]), jnp.full((B, 2), S)
     plain = make(mask_scale=1.0, mask_bias=None).net
-    variables = plain.init(jax.random.key(0), image, size)
+    variables = jax.jit(plain.init)(jax.random.key(0), image, size)
     assert "mask_bias" not in variables["params"]
-    logits = plain.apply(variables, image, size).mask_logits
+    logits = jax.jit(plain.apply)(variables, image, size).mask_logits
     other = make(mask_scale=2.0, mask_bias=-1.0).net
     params = {**variables["params"], "mask_bias": jnp.float32(-1.0)}
     np.testing.assert_allclose(
-        other.apply({**variables, "params": params}, image, size).mask_logits,
+        jax.jit(other.apply)({**variables, "params": params}, image, size).mask_logits,
         2 * logits - 1,
         rtol=1e-5,
         atol=1e-5,
@@ -271,9 +273,9 @@ def test_the_mask_head_is_a_dot_product_unless_a_config_departs_from_it():
         lambda path, x: 2 * x if "mask_query" in jax.tree_util.keystr(path) else x, variables
     )
     np.testing.assert_allclose(
-        plain.apply(doubled, image, size).mask_logits, 2 * logits, rtol=1e-5, atol=1e-5
+        jax.jit(plain.apply)(doubled, image, size).mask_logits, 2 * logits, rtol=1e-5, atol=1e-5
     )
-    width = logits.std() / make(mask_bias=None).net.apply(variables, image, size).mask_logits.std()
+    width = logits.std() / jax.jit(make(mask_bias=None).net.apply)(variables, image, size).mask_logits.std()
     assert width == pytest.approx(4, rel=1e-4)
 
 

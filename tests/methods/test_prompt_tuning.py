@@ -77,7 +77,7 @@ def variables_of(method):
     """Random, with more spread than the initial values have."""
     rng = np.random.default_rng(1)
     noisy = lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32)
-    variables = jax.tree.map(noisy, method.init(jax.random.key(0)))
+    variables = jax.tree.map(noisy, jax.jit(method.init)(jax.random.key(0)))
     variables["towers"]["scale"] = jnp.log(jnp.float32(9.0))
     return variables
 
@@ -132,7 +132,9 @@ def test_all_classes_exactly(position, specific):
     variables, batch = variables_of(method), random_batch()
     value, grad = value_and_grad(method, variables, batch)
     context = variables["params"]["prompt"]["context"]
-    expected, expected_grad = jax.value_and_grad(lambda c: exact_loss(method, variables, batch, c))(context)
+    expected, expected_grad = jax.jit(jax.value_and_grad(lambda c: exact_loss(method, variables, batch, c)))(
+        context
+    )
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     close(grad, expected_grad, 2e-5)
     names = [CLASSES.display(k) for k in range(len(CLASSES))]
@@ -172,7 +174,7 @@ def test_a_sample_of_the_classes(changes):
         )
         return out.loss / out.pairs
 
-    expected, expected_grad = jax.value_and_grad(reference)(context)
+    expected, expected_grad = jax.jit(jax.value_and_grad(reference))(context)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     close(grad, expected_grad, 2e-5)
 

@@ -340,7 +340,9 @@ def test_deep_supervision_adds_the_loss_of_each_layer():
     method, data = make(**deep), batch()
     (_, aux), _ = grads(data, **deep)
     out = jax.jit(method.net.apply)(
-        {"params": jax.jit(method.init)(jax.random.key(0))["params"]["image"]}, data["image"], data["image_size"]
+        {"params": jax.jit(method.init)(jax.random.key(0))["params"]["image"]},
+        data["image"],
+        data["image_size"],
     )
     layers = [method._mask_loss(out.mask_logits[:, i : i + 1], data) for i in range(2)]
     np.testing.assert_allclose(aux.metrics["mask_loss"][0], sum(total for total, _ in layers), rtol=1e-4)
@@ -406,7 +408,9 @@ def test_the_generators_tower_is_frozen():
     method, data = make(True, pseudo_masks=made), batch(True)
     variables = jax.jit(method.init)(jax.random.key(0))
     assert variables["params"]["generator"] and "^generator/" in method.frozen
-    grad = jax.jit(jax.grad(lambda p: method.loss({"params": p}, data, jax.random.key(1))[0]))(variables["params"])
+    grad = jax.jit(jax.grad(lambda p: method.loss({"params": p}, data, jax.random.key(1))[0]))(
+        variables["params"]
+    )
     assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(grad["generator"]))
     with pytest.raises(UserError, match=r"need backbone\.init"):  # random tokens would be no pseudo-masks
         method.pretrained()

@@ -94,7 +94,7 @@ def test_the_loss_is_equation_3(whole):
             out = method._contrast(x, y, given, jnp.float32(scale))
             return out.loss / 2 / out.pairs
 
-        got, grads = jax.value_and_grad(loss, (0, 1))(rows[kind], rows[f"{kind}_captions_text"])
+        got, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(rows[kind], rows[f"{kind}_captions_text"])
         np.testing.assert_allclose(got, value, rtol=1e-5)
         for grad, slope in zip(grads, slopes, strict=True):
             np.testing.assert_allclose(np.asarray(grad)[valid], slope, atol=1e-5)

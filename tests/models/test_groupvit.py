@@ -113,8 +113,8 @@ def test_embeddings_logits_and_segmentation_are_transformers(published):
             pixel_values=torch.tensor(pixels.transpose(0, 3, 1, 2)),
             output_segmentation=True,
         )
-    out = IMAGE.apply(image_variables, jnp.asarray(pixels))
-    text = unit(TEXT.apply(text_variables, jnp.asarray(ids)))
+    out = jax.jit(IMAGE.apply)(image_variables, jnp.asarray(pixels))
+    text = unit(jax.jit(TEXT.apply)(text_variables, jnp.asarray(ids)))
     image = unit(out.pooled)
     close(image, want.image_embeds)
     close(text, want.text_embeds)
@@ -143,7 +143,7 @@ def test_larger_images_have_resized_positions(published):
         want = vision(torch.tensor(pixels.transpose(0, 3, 1, 2)), output_attentions=True, return_dict=True)
         groups = model.visual_projection(want.last_hidden_state[0])[None]
     vision.embeddings.forward = plain
-    out = IMAGE.apply(variables_of(folder)[0], jnp.asarray(pixels))
+    out = jax.jit(IMAGE.apply)(variables_of(folder)[0], jnp.asarray(pixels))
     close(out.groups, groups)
     close(out.assignment, (want.attentions[1] @ want.attentions[0]).reshape(1, 3, 6, 8))
 
@@ -177,9 +177,9 @@ def test_training_draws_and_has_the_gradients_of_transformers(published, monkeyp
         )
         return (out.groups * weight).sum(), out.groups
 
-    grad, found = jax.grad(total, has_aux=True)(variables["params"])
+    grad, found = jax.jit(jax.grad(total, has_aux=True))(variables["params"])
     close(found, groups)
-    plain = IMAGE.apply(variables, jnp.asarray(pixels)).groups
+    plain = jax.jit(IMAGE.apply)(variables, jnp.asarray(pixels)).groups
     assert np.abs(plain - found).max() > 0.01  # the noise changes the assignment
     for k, stage in enumerate(model.vision_model.encoder.stages[:2]):
         own = grad[f"stage_{k}"]["assign"]

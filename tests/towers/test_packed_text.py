@@ -14,7 +14,7 @@ M, WIDTH, START, END = 3, 16, 30, 31
 def build(layers=3, **fields):
     tower = CLIPText(vocab_size=32, length=20, width=WIDTH, layers=layers, heads=2, embed_dim=8, **fields)
     rng = np.random.default_rng(0)
-    params = tower.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(tower.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     return tower, jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
 
 
@@ -31,7 +31,7 @@ def in_full(tower, params, context, ids, length):
     common = jnp.concatenate([table[START][None], context])
     x = jnp.concatenate([jnp.broadcast_to(common, (len(ids), *common.shape)), table[ids]], 1)
     valid = jnp.arange(x.shape[1]) < (1 + M + length)[:, None]
-    return tower.apply({"params": params}, None, valid, x).pooled
+    return jax.jit(tower.apply)({"params": params}, None, valid, x).pooled
 
 
 def packed(tower, params, context, ids, length, size, window):
