@@ -1,9 +1,11 @@
 """Eight virtual CPU devices, fast compilation, and every shape annotation of the package checked at call time."""
 
+import functools
 import gc
 import os
 from pathlib import Path
 
+from tests.extras import require
 from tests.fast import share_programs, xla_flags
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
@@ -11,6 +13,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 # Without those that have few arrays, and functions of words that are called a million times.
@@ -24,3 +27,10 @@ gc.set_threshold(100_000, 50, 100)
 share_programs()
 # Where an operation stands in Python is of no use to tests, and takes a tenth of the time of lowering.
 jax.config.update("jax_traceback_in_locations_limit", 0)
+
+
+@pytest.fixture
+def quick_onnx(monkeypatch):
+    """Leaves out the optimiser of ONNX graphs, half of an export's time; tests/test_export.py has it."""
+    torch = require("torch")
+    monkeypatch.setattr(torch.onnx, "export", functools.partial(torch.onnx.export, optimize=False))

@@ -539,6 +539,7 @@ def test_stablehlo_gives_the_logits_of_both_spaces(small, tmp_path):
     np.testing.assert_allclose(pixels, expected.pixels["clip"], atol=1e-3)
 
 
+@pytest.mark.usefixtures("quick_onnx")
 def test_onnx_of_fcclip_takes_any_number_of_images(small, tmp_path):
     torch, runtime = require("torch"), require("onnxruntime")
     require("onnxscript")

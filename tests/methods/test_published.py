@@ -433,6 +433,7 @@ def test_an_exported_tower_labels_pixels_as_ours(name, features, tmp_path):
         loaded.segment(image)
 
 
+@pytest.mark.usefixtures("quick_onnx")
 def test_a_published_tower_is_exported_to_onnx(tmp_path, monkeypatch):
     """By the command, with two images of a batch that fill the canvas in different ways."""
     torch, onnx, runtime = require("torch"), require("onnx"), require("onnxruntime")

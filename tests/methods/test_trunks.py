@@ -247,6 +247,7 @@ def test_a_head_on_a_tower_in_pytorch_gives_the_same_outputs_and_labels(image, f
     np.testing.assert_allclose(theirs.confidence, ours.confidence, atol=1e-4)
 
 
+@pytest.mark.usefixtures("quick_onnx")
 def test_a_head_on_a_tower_in_onnx(tmp_path):
     torch, runtime = require("torch"), require("onnxruntime")
     require("onnxscript")
