@@ -95,7 +95,13 @@ class Segmenter:
         self._mesh = make_mesh(devices=devices) if len(devices) > 1 else None
         self.batch_size = -(-batch_size // max(len(devices), 1)) * max(len(devices), 1)
         self.variables = jax.device_put(variables, self._mesh and replicated(self._mesh))
-        self._predict = jax.jit(traced_once(fast_on_cpu(method.predict)))
+        run = traced_once(fast_on_cpu(method.predict))
+        self._predict = jax.jit(run)
+        # By default XLA runs independent operations concurrently. One after another, those of the paper's network need
+        # half of the memory on a CPU, where tiles are for images that take much of it.
+        little = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+        on_cpu = jax.default_backend() == "cpu"
+        self._predict_tiles = jax.jit(run, compiler_options=little if on_cpu else None)
         self._layers = jax.jit(partial(_layers, method))
         self._decide = jax.jit(partial(decide, method), static_argnames=("canvas", "shape", "decision"))
         self._decide_windows = jax.jit(
@@ -475,7 +481,7 @@ class Segmenter:
     def stream_batches(self, images: Iterable[Any]) -> Iterator["Batch"]:
         """Predicts any number of images; yields a batch at a time."""
         for jobs in _batched(_jobs(images, None), self.batch_size):
-            yield Batch([job.image.shape[:2] for job in jobs], *self._forward(jobs))
+            yield Batch([job.image.shape[:2] for job in jobs], *self._forward(jobs, self._predict))
 
     def stream_maps(
         self, images: Iterable[Any], labels: Labels | None = None, *, decision: Any = "argmax"
@@ -565,7 +571,7 @@ class Segmenter:
     ) -> Iterator[tuple["_Job", tuple[int, int], Prediction]]:
         """Yields every tile of every image with its size in the model's input and its prediction."""
         for jobs in _batched(_jobs(images, tile), self.batch_size):
-            fitted, prediction = self._forward(jobs)
+            fitted, prediction = self._forward(jobs, self._predict_tiles if tile else self._predict)
             rows = len(jax.tree.leaves(prediction)[0])
             for i, (job, size) in enumerate(zip(jobs, fitted, strict=True)):
                 mesh = self._mesh
@@ -573,7 +579,9 @@ class Segmenter:
                 yield job, size, jax.tree.map(partial(_row, i, at), prediction)
             del prediction  # before the network runs again
 
-    def _forward(self, jobs: Sequence["_Job"]) -> tuple[list[tuple[int, int]], Prediction]:
+    def _forward(
+        self, jobs: Sequence["_Job"], predict: Callable[..., Prediction]
+    ) -> tuple[list[tuple[int, int]], Prediction]:
         """Returns the sizes of some tiles in the model's input, and their prediction, padded to more rows."""
         fit = self.method.whole.fit if self.method.whole else partial(fit_canvas, size=self.canvas)
         fitted = [fit(job.image[slice(*job.row), slice(*job.column)]) for job in jobs]
@@ -586,7 +594,7 @@ class Segmenter:
         for i, (canvas, size) in enumerate(fitted):
             canvases[i], sizes[i] = canvas, size
         where = self._mesh and batch_sharding(self._mesh)
-        prediction = self._predict(self.variables, *jax.device_put((canvases, sizes), where))
+        prediction = predict(self.variables, *jax.device_put((canvases, sizes), where))
         return [size for _, size in fitted], prediction
 
 
