@@ -4,7 +4,7 @@ Masks are never negative, so that a name's score sum_n w_n s_n at a pixel is at 
 come in groups with u their largest weights; a group whose bound is below a score that some name has reached at every
 pixel of a block is left out there. Good bounds need groups of names that are good at the same places, and scores to
 compare with; both come from the scores of all names at a few pixels. In a trained model almost every group is left out.
-Where no bound holds, as with random weights, all names are scored, for a few percent more than without bounds.
+Where no bound holds, as with random weights, all names are scored, in about the time that this takes without bounds.
 
 Channels of pixel features may be negative. But a pixel's scores are averages of those of the grid's cells around it,
 with weights that are not: there u holds the largest scores of a group's names in each cell. (The method is ours.)
@@ -25,6 +25,7 @@ BLOCK = 128  # names that are scored at once
 GROUP = 64  # names that share a bound
 SEEDS = 128  # names that are scored first
 SAMPLES = 64  # pixels at which all names are scored
+MOST_REACHED = 0.25  # of pairs of a group and a pixel, up to which bounds are worth it
 
 
 class Groups(NamedTuple):
@@ -34,11 +35,13 @@ class Groups(NamedTuple):
       name: [G GROUP] the number of each name; T for padding.
       bound: [G N] for each mask or cell, the largest weight or score of a group's names that may win in some view.
       seeds: the number of the first groups that hold the seeds.
+      useful: False where the bounds would leave out few names; they are then not computed.
     """
 
     name: Int[Array, "g size"]
     bound: Float[Array, "g n"]
     seeds: Int[Array, ""]
+    useful: Bool[Array, ""] | bool = True
 
 
 def best_of_masks(
@@ -60,7 +63,8 @@ def best_of_masks(
     cover = masks.sum(0)
     covered = wanted & (cover > 0)
     at = _some(masks.shape[1], SAMPLES)
-    name, seeds = _grouped(weights, masks[:, at], cover[at], views, covered[at])
+    y = jnp.matmul(weights, masks[:, at], precision=PRECISION)
+    name, seeds = _grouped(y, cover[at], views, covered[at])
     real = views.any(0).at[name].get(mode="fill", fill_value=False)
     # Not infinite, since a mask may be 0.
     bound = jnp.where(real[..., None], weights.at[name].get(mode="clip"), -1e30).max(1)
@@ -74,12 +78,23 @@ def best_of_masks(
 
 
 def groups_of_grid(
-    weights: Float[Array, "t c"], cells: Float[Array, "c n"], views: Bool[Array, "v t"]
+    weights: Float[Array, "t c"], cells: Float[Array, "c n"], views: Bool[Array, "v t"], width: int
 ) -> Groups:
-    """Groups the names by their scores in the cells of a grid of pixel features."""
-    at = _some(cells.shape[1], 4 * SAMPLES)
-    name, seeds = _grouped(weights, cells[:, at], jnp.ones(len(at)), views, jnp.ones(len(at), bool))
+    """Groups the names by their scores in the cells of a grid of pixel features, with rows of `width` cells.
+
+    Whether bounds are useful is seen in the middle between four cells: there a name's score is the mean of its four,
+    and a group's bound the mean of four largest scores, so that they differ most.
+    """
+    count = cells.shape[1]
+    corners = _some(max(1, count - width - 1), SAMPLES)
+    at = np.stack([corners + step for step in (0, 1, width, width + 1)], 1).reshape(-1) % count
     may = views.any(0)
+    y = jnp.where(may[:, None], jnp.matmul(weights, cells[:, at], precision=PRECISION), -1e30)
+    name, seeds = _grouped(y, jnp.ones(len(at)), views, jnp.ones(len(at), bool))
+    between = lambda y: y.reshape(len(y), -1, 4).mean(2)
+    bound = jnp.where(name[..., None] < len(weights), y.at[name].get(mode="clip"), -1e30).max(1)
+    reached = between(bound) >= between(y).max(0)
+    useful = reached.mean() < MOST_REACHED
 
     def bounds(name: Int[Array, "b size"]) -> Float[Array, "b n"]:
         some = name.reshape(-1)
@@ -87,8 +102,12 @@ def groups_of_grid(
         y = jnp.where(may.at[some].get(mode="fill", fill_value=False)[:, None], y, -1e30)
         return y.reshape(*name.shape, -1).max(1)
 
-    bound = jax.lax.map(bounds, split_rows(name, BLOCK // GROUP)).reshape(-1, cells.shape[1])
-    return Groups(name, bound[: len(name)], seeds)
+    def computed() -> Float[Array, "g n"]:
+        bound = jax.lax.map(bounds, split_rows(name, BLOCK // GROUP)).reshape(-1, count)
+        return bound[: len(name)]
+
+    bound = jax.lax.cond(useful, computed, lambda: jnp.zeros((len(name), count), cells.dtype))
+    return Groups(name, bound, seeds, useful)
 
 
 def grid_error(weights: Float[Array, "t c"], cells: Float[Array, "c n"], pixels: int) -> Float[Array, "p"]:
@@ -152,16 +171,21 @@ def best_of_many(
 
 
 def _grouped(
-    weights: Float[Array, "t n"],
-    here: Float[Array, "n k"],
+    y: Float[Array, "t k"],
     cover: Float[Array, "k"],
     views: Bool[Array, "v t"],
     wanted: Bool[Array, "k"],
 ) -> tuple[Int[Array, "g size"], Int[Array, ""]]:
-    """Groups the names by the pixel of some that they fit best, and by how far they are from the best name there."""
-    names, count = len(weights), here.shape[1]
-    may = views.any(0)
-    y = jnp.where(may[:, None], jnp.matmul(weights, here, precision=PRECISION), -jnp.inf)
+    """Groups the names by the pixel of some that they fit best, and by how far they are from the best name there.
+
+    Args:
+      y: the scores of the names at some pixels.
+      cover: what a score there is divided by.
+      views: see `best_of_masks`.
+      wanted: see `best_of_masks`.
+    """
+    names, count = y.shape
+    y = jnp.where(views.any(0)[:, None], y, -jnp.inf)
     gap = jnp.where(wanted, (y.max(0) - y) / cover, jnp.inf)
     least = gap.min(1)
     place = jnp.where(gap == least[:, None], jnp.arange(count, dtype=jnp.int32), count).min(1)

@@ -30,6 +30,7 @@ MODES: tuple[Mode, ...] = ("predicted", "none", "truth")
 
 NAME_BLOCK = 128
 MANY = 1024  # names from which on most of them are left out
+MOST_SCORED = 0.75  # of all names, up to which leaving out the others has helped
 FEW_CELLS = 32  # pixels for each cell of the grid, from which on that is worth it for pixel features
 
 
@@ -71,6 +72,31 @@ class Frame(NamedTuple):
     rows: Float[Array, "height h"]
     columns: Float[Array, "width w"]
     inside: Bool[Array, "height width"]
+
+
+class Patience(NamedTuple):
+    """How many strips of an image are to come in which all names are scored, since leaving most out did not help.
+
+    Attributes:
+      wait: the number of strips.
+      next: their number after the next strip that does not help: twice as many each time.
+    """
+
+    wait: Int[Array, ""]
+    next: Int[Array, ""]
+
+    @classmethod
+    def of(cls, useful: Bool[Array, ""] | bool) -> "Patience":
+        """Returns that of the first strip."""
+        return cls(jnp.where(useful, 0, jnp.int32(1 << 30)), jnp.int32(1))
+
+    def waited(self) -> "Patience":
+        """Returns that of the strip after one in which all names were scored."""
+        return self._replace(wait=self.wait - 1)
+
+    def after(self, helped: Bool[Array, ""]) -> "Patience":
+        """Returns that of the strip after one in which most were to be left out."""
+        return Patience(jnp.where(helped, 0, self.next), jnp.where(helped, 1, 2 * self.next))
 
 
 def frame(
@@ -181,25 +207,9 @@ def best_names(
     inside = cols.sum(1) > 0  # rows and columns of zeros are padding
     by_masks = names >= MANY and (logits or positive)
     if groups is None and not by_masks and has_groups(names, maps.shape, height * width):
-        groups = groups_of_grid(weights, maps.reshape(channels, -1), views)
+        groups = groups_of_grid(weights, maps.reshape(channels, -1), views, maps.shape[2])
 
-    def one_strip(strip_rows):
-        x = jnp.einsum("rh,chw->crw", strip_rows, maps, precision=PRECISION)
-        x = jnp.einsum("crw,Ww->crW", x, cols, precision=PRECISION).reshape(channels, -1)
-        x = jax.nn.sigmoid(x) if logits else x
-        wanted = ((strip_rows.sum(1) > 0)[:, None] & inside).reshape(-1)
-        if by_masks:
-            return *best_of_masks(weights, x, views, wanted)[:2], x.sum(0)
-        if groups is not None:
-
-            def lift(bound):
-                bound = bound.reshape(-1, *maps.shape[1:])
-                bound = jnp.einsum("rh,bhw->brw", strip_rows, bound, precision=PRECISION)
-                return jnp.einsum("brw,Ww->brW", bound, cols, precision=PRECISION).reshape(len(bound), -1)
-
-            error = grid_error(weights, maps.reshape(channels, -1), x.shape[1])
-            return *best_of_many(weights, x, views, wanted, groups, lift, error)[:2], x.sum(0)
-
+    def of_all(x: Float[Array, "c p"]) -> tuple[Array, Array]:
         def one_block(best, inputs):
             name, score = best
             weights, allowed, start = inputs
@@ -210,10 +220,40 @@ def best_names(
 
         empty = (views.shape[0], x.shape[1])
         best = jnp.zeros(empty, jnp.int32), jnp.full(empty, -jnp.inf, x.dtype)
-        (name, score), _ = jax.lax.scan(one_block, best, (weight_blocks, view_blocks, starts))
-        return name, score, x.sum(0)
+        return jax.lax.scan(one_block, best, (weight_blocks, view_blocks, starts))[0]
 
-    name, score, total = jax.lax.map(one_strip, split_rows(rows, strip))  # [strips v strip * width]
+    def of_few(x: Float[Array, "c p"], strip_rows: Array) -> tuple[Array, Array, Array]:
+        wanted = ((strip_rows.sum(1) > 0)[:, None] & inside).reshape(-1)
+        if groups is None:
+            return best_of_masks(weights, x, views, wanted)
+
+        def lift(bound):
+            bound = bound.reshape(-1, *maps.shape[1:])
+            bound = jnp.einsum("rh,bhw->brw", strip_rows, bound, precision=PRECISION)
+            return jnp.einsum("brw,Ww->brW", bound, cols, precision=PRECISION).reshape(len(bound), -1)
+
+        error = grid_error(weights, maps.reshape(channels, -1), x.shape[1])
+        return best_of_many(weights, x, views, wanted, groups, lift, error)
+
+    def one_strip(patience: Patience, strip_rows: Array) -> tuple[Patience, tuple[Array, ...]]:
+        x = jnp.einsum("rh,chw->crw", strip_rows, maps, precision=PRECISION)
+        x = jnp.einsum("crw,Ww->crW", x, cols, precision=PRECISION).reshape(channels, -1)
+        x = jax.nn.sigmoid(x) if logits else x
+        if not by_masks and groups is None:
+            return patience, (*of_all(x), x.sum(0))
+
+        def few() -> tuple[Patience, Array, Array]:
+            name, score, scored = of_few(x, strip_rows)
+            return patience.after(scored < MOST_SCORED * names), name, score
+
+        # Strips without any gain are followed by ones that do not try, so that these cost no more than without bounds.
+        patience, name, score = jax.lax.cond(patience.wait > 0, lambda: (patience.waited(), *of_all(x)), few)
+        return patience, (name, score, x.sum(0))
+
+    patience = Patience.of(True if groups is None else groups.useful)
+    name, score, total = jax.lax.scan(one_strip, patience, split_rows(rows, strip))[
+        1
+    ]  # [strips v strip * width]
     name, score = (
         jnp.moveaxis(x, 0, 1).reshape(views.shape[0], -1, width)[:, :height] for x in (name, score)
     )

@@ -216,7 +216,7 @@ def _groups(weights: Float[Array, "t c"], maps: tuple[Float[Array, "c h w"], ...
     """Groups the names once for all blocks of a band, with bounds in the cells of all its views, one after another."""
     everything = jnp.ones((1, len(weights)), bool)
     cells = jnp.concatenate([x.reshape(len(x), -1) for x in maps], 1)
-    return groups_of_grid(weights, cells, everything)
+    return groups_of_grid(weights, cells, everything, maps[0].shape[2])
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -257,9 +257,13 @@ def _best(
         return name[0], score[0], cover
     # Scores are linear in the features too, and all views have the same names.
     blended = functools.reduce(jnp.add, up)
+
+    def of_all() -> tuple[Array, Array]:
+        name, score, _ = best_names(weights[0], blended, *here, everything)
+        return name[0], score[0]
+
     if groups is None:
-        name, score, cover = best_names(weights[0], blended, *here, everything)
-        return name[0], score[0], cover
+        return *of_all(), blended.sum(0)
     size = blended.shape[1:]
 
     def lift(bound: Float[Array, "b m"]) -> Float[Array, "b p"]:
@@ -268,9 +272,12 @@ def _best(
         both = jnp.einsum("vrh,bvhw,vcw->brc", shared[0], of_view, shared[1], precision=PRECISION)
         return both.reshape(len(bound), -1)
 
-    wanted = (jnp.einsum("vr,vc->rc", row_share, column_share) > 0).reshape(-1)
-    cells = jnp.concatenate([x.reshape(len(x), -1) for x in maps], 1)
-    features = blended.reshape(len(blended), -1)
-    error = grid_error(weights[0], cells, features.shape[1])
-    name, score, _ = best_of_many(weights[0], features, everything, wanted, groups, lift, error)
-    return name[0].reshape(size), score[0].reshape(size), blended.sum(0)
+    def of_few() -> tuple[Array, Array]:
+        wanted = (jnp.einsum("vr,vc->rc", row_share, column_share) > 0).reshape(-1)
+        cells = jnp.concatenate([x.reshape(len(x), -1) for x in maps], 1)
+        features = blended.reshape(len(blended), -1)
+        error = grid_error(weights[0], cells, features.shape[1])
+        name, score, _ = best_of_many(weights[0], features, everything, wanted, groups, lift, error)
+        return name[0].reshape(size), score[0].reshape(size)
+
+    return *jax.lax.cond(groups.useful, of_few, of_all), blended.sum(0)

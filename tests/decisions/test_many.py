@@ -43,9 +43,13 @@ def weights_and_logits(kind, names, seed=0):
 
 
 @pytest.mark.parametrize("logits", [True, False])
-def test_leaving_names_out_changes_nothing(monkeypatch, logits):
-    """Of masks, and of channels of any sign."""
+@pytest.mark.parametrize("strip", [24, 3])
+def test_leaving_names_out_changes_nothing(monkeypatch, logits, strip):
+    """Of masks, and of channels of any sign; in one strip of rows, and in several, of which some do not try."""
     monkeypatch.setattr(maps, "FEW_CELLS", 2)
+    monkeypatch.setattr(maps, "row_block", lambda rows, floats: strip)
+    if strip < 24:
+        monkeypatch.setattr(many, "MOST_REACHED", 2.0)  # also where bounds are of no use
     for key, value in {"GROUP": 8, "SEEDS": 16, "SAMPLES": 8}.items():
         monkeypatch.setattr(many, key, value)
     names, (height, width) = 997, SIDE
@@ -76,3 +80,30 @@ def test_few_names_are_scored_where_a_model_is_sure():
         y = np.asarray(weights, np.float64) @ np.asarray(masks, np.float64)
         np.testing.assert_allclose(score[0], y.max(0), rtol=1e-5)
         np.testing.assert_allclose(y[name[0], np.arange(y.shape[1])], y.max(0), rtol=1e-5)
+
+
+def test_strips_that_do_not_help_become_rare():
+    """Of 54 strips without any gain six are tried; a gain is found again, and the next strip is tried as well."""
+    patience, tried = maps.Patience.of(True), []
+    for i in range(54):
+        if patience.wait > 0:
+            patience = patience.waited()
+        else:
+            tried.append(i)
+            patience = patience.after(jnp.asarray(False))
+    assert tried == [0, 2, 5, 10, 19, 36]
+    patience = maps.Patience(jnp.int32(0), jnp.int32(64)).after(jnp.asarray(True))
+    assert patience == (0, 1) and patience.after(jnp.asarray(False)).wait == 1
+    assert maps.Patience.of(jnp.asarray(False)).wait > 1_000_000
+
+
+@pytest.mark.parametrize("kind", ["random", "sure"])
+def test_bounds_of_a_grid_are_left_where_they_are_of_no_use(kind):
+    """Features of 12 x 12 cells, 32 channels: independent of each other, or near one name each in 3 x 3 places."""
+    rng = np.random.default_rng(0)
+    text, cells = unit(rng.normal(size=(3000, 32))), unit(rng.normal(size=(12, 12, 32)))
+    if kind == "sure":
+        cells = unit(text[rng.integers(0, 3000, (3, 3)).repeat(4, 0).repeat(4, 1)] + 0.3 * cells)
+    cells = jnp.asarray(cells.reshape(-1, 32).T, jnp.float32)
+    groups = many.groups_of_grid(jnp.asarray(text, jnp.float32), cells, jnp.ones((1, 3000), bool), 12)
+    assert bool(groups.useful) == (kind == "sure") == bool((groups.bound != 0).any())

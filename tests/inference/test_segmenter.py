@@ -11,6 +11,7 @@ from fake_method import CLASSES, COLOURS, ColourMethod, blocks, config
 from PIL import Image
 from pycocotools import mask as coco
 
+from ovseg_jax.configs import openseg
 from ovseg_jax.data.images import fit_canvas, read_image
 from ovseg_jax.decisions import maps
 from ovseg_jax.errors import UserError
@@ -18,9 +19,11 @@ from ovseg_jax.inference import tiles
 from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.inference.tiles import Blender, Span, View, shares, spans
 from ovseg_jax.kernels.resize import upsampling
+from ovseg_jax.methods.openseg import OpenSeg
 from ovseg_jax.protocols import only
 from ovseg_jax.vocab.classes import ClassList, parse_labels
 from ovseg_jax.vocab.vectors import ClassVectors
+from ovseg_jax.vocab.words import WordList
 
 
 @functools.cache  # one compilation for many tests
@@ -276,6 +279,23 @@ def test_an_image_that_fits_one_tile_is_not_changed_by_tiling():
     plain, tiled = segmenter.segment(image), segmenter.segment(image, tile=(60, 10))
     np.testing.assert_array_equal(plain.label_map, tiled.label_map)
     np.testing.assert_array_equal(plain.confidence, tiled.confidence)
+
+
+def test_the_network_takes_less_memory_for_tiles():
+    """As planned by the compiler for OpenSeg's network: its operations run one after another there."""
+    words = ["cat", "dog"]
+    method = OpenSeg(openseg.get_config(), WordList(words), parse_labels(";".join(words)))
+    segmenter = Segmenter(method, jax.jit(method.init)(jax.random.key(0)), method.config)
+    inputs = np.zeros((1, 64, 64, 3), np.uint8), np.full((1, 2), 64, np.int32)
+    whole, tile = (
+        run.lower(segmenter.variables, *inputs).compile()
+        for run in (segmenter._predict, segmenter._predict_tiles)
+    )
+    assert tile.memory_analysis().temp_size_in_bytes < whole.memory_analysis().temp_size_in_bytes
+    for a, b in zip(
+        *(jax.tree.leaves(run(segmenter.variables, *inputs)) for run in (whole, tile)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def test_tiles_see_what_the_whole_is_too_coarse_for():
