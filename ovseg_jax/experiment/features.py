@@ -17,7 +17,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.files import forget, record, verify, write_whole
 from ovseg_jax.parallel.sharding import DEFAULT_RULES, leaf_sharding, put_batch, replicated, tree_paths
 from ovseg_jax.reading import read_json, reading, short
-from ovseg_jax.train.state import abstract_variables, replaced
+from ovseg_jax.train.state import abstract_variables, create_variables
 
 FOLDER = "features"
 NEEDS = ("image", "label")
@@ -132,5 +132,4 @@ def _start(method: Any, seed: int, mesh: Any, rules: Any) -> Any:
     shapes = abstract_variables(method, seed)
     place = lambda leaf, path: leaf_sharding(path, leaf.shape, mesh, rules)
     placed = {name: jax.tree.map(place, tree, tree_paths(tree)) for name, tree in shapes.items()}
-    variables = jax.jit(method.init, out_shardings=placed)(jax.random.key(seed))
-    return replaced(variables, method.pretrained())
+    return create_variables(method, seed, placed, method.pretrained())

@@ -30,7 +30,6 @@ from ovseg_jax.train.state import (
     abstract_state,
     abstract_variables,
     create_state,
-    start_from,
     state_shardings,
 )
 from ovseg_jax.train.step import Metrics, make_step
@@ -104,8 +103,7 @@ def fit(
         )
         start = checkpoints.latest_step() or 0
         if checkpoints.latest_step() is None:
-            state = create_state(method, optimizer, config.seed, shardings)
-            state = start_from(state, method.pretrained())
+            state = create_state(method, optimizer, config.seed, shardings, method.pretrained())
         else:
             state = checkpoints.restore(abstract_state(method, optimizer, config.seed, shardings))
         iterator = batches(start)

@@ -1,6 +1,5 @@
 """The training state and its sharding over the mesh."""
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -83,53 +82,73 @@ def state_shardings(
     )
 
 
-def create_state(method: Trainable, optimizer: Optimizer, seed: int, shardings: TrainState) -> TrainState:
-    """Creates the state before the first step; each device computes only the shards that it keeps."""
-    # The program runs once: on a CPU, optimising it would take more time and memory than running it.
-    options = {"xla_backend_optimization_level": 0}
-    return jax.jit(
-        lambda: _create(method, optimizer, seed),
-        out_shardings=shardings,
-        compiler_options=options if on_cpu(shardings.step.mesh) else None,
-    )()
-
-
-def start_from(state: TrainState, parts: Mapping[str, Any]) -> TrainState:
-    """Replaces initial values of a state by published weights.
+def create_state(
+    method: Trainable,
+    optimizer: Optimizer,
+    seed: int,
+    shardings: TrainState,
+    given: Mapping[str, Any] | None = None,
+) -> TrainState:
+    """Creates the state before the first step; each device computes only the shards that it keeps.
 
     Args:
-      state: the state that `create_state` returns.
-      parts: NumPy arrays in a tree like the variables, with only the leaves to replace. Every process has all of them,
-        and each device gets its shard.
+      method: draws the initial values.
+      optimizer: makes its own state for them.
+      seed: that of the initial values.
+      shardings: those of the state, see `state_shardings`.
+      given: NumPy arrays in a tree like the variables, with only the leaves to take in place of initial values, such as
+        published weights. Every process has all of them, and each device gets its shard.
+
+    Raises:
+      ValueError: an array of `given` has another shape than its variable.
     """
-    if not parts:
-        return state
-    variables = replaced(state.variables, parts)
-    average = None if state.average is None else replaced(state.averaged, parts)["params"]
-    return dataclasses.replace(state, params=variables.pop("params"), model_state=variables, average=average)
+    create = lambda given: _create(method, optimizer, seed, given)
+    return _compiled_once(create, shardings)(_placed(method, seed, shardings.variables, given or {}))
 
 
-def replaced(variables: Variables, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the variables with leaves replaced by those of `parts`, see `start_from`; shardings stay."""
-    flat = flax.traverse_util.flatten_dict(dict(variables), keep_empty_nodes=True)
-    for path, array in flax.traverse_util.flatten_dict(dict(parts)).items():
-        before = flat[path]
-        whole = np.asarray(array, before.dtype)
-        if whole.shape != before.shape:
-            raise ValueError(f"{'/'.join(path)} has the shape {whole.shape}, not {before.shape}")
-        flat[path] = jax.make_array_from_callback(whole.shape, before.sharding, whole.__getitem__)
-    return flax.traverse_util.unflatten_dict(flat)
+def create_variables(
+    method: Trainable, seed: int, shardings: Variables, given: Mapping[str, Any] | None = None
+) -> Variables:
+    """Creates the variables of `create_state` alone."""
+    create = lambda given: _initial(method, seed, given)
+    return _compiled_once(create, shardings)(_placed(method, seed, shardings, given or {}))
+
+
+def _compiled_once(create: Any, shardings: Any) -> Any:
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    # The program runs once: on a CPU, optimising it would take more time and memory than running it.
+    options = {"xla_backend_optimization_level": 0} if on_cpu(mesh) else None
+    return jax.jit(create, out_shardings=shardings, donate_argnums=0, compiler_options=options)
+
+
+def _placed(method: Trainable, seed: int, shardings: Variables, given: Mapping[str, Any]) -> dict[Any, Any]:
+    """Returns {path: array} of the given leaves on their devices."""
+    shapes, places = map(flax.traverse_util.flatten_dict, (abstract_variables(method, seed), shardings))
+    placed = {}
+    for path, array in flax.traverse_util.flatten_dict(dict(given)).items():
+        whole = np.asarray(array, shapes[path].dtype)
+        if whole.shape != shapes[path].shape:
+            raise ValueError(f"{'/'.join(path)} has the shape {whole.shape}, not {shapes[path].shape}")
+        placed[path] = jax.make_array_from_callback(whole.shape, places[path], whole.__getitem__)
+    return placed
 
 
 def abstract_state(method: Trainable, optimizer: Optimizer, seed: int, shardings: TrainState) -> TrainState:
     """Returns the shapes, dtypes and shardings of a state without computing it, as a target for restoring."""
-    shapes = jax.eval_shape(lambda: _create(method, optimizer, seed))
+    shapes = jax.eval_shape(lambda: _create(method, optimizer, seed, {}))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def _create(method: Trainable, optimizer: Optimizer, seed: int) -> TrainState:
-    # The first step would return values of weak type with a strong one, and the step would be compiled again.
-    variables = dict(jax.tree.map(lambda x: jnp.asarray(x, x.dtype), method.init(jax.random.key(seed))))
+def _create(method: Trainable, optimizer: Optimizer, seed: int, given: Mapping[Any, Any]) -> TrainState:
+    variables = _initial(method, seed, given)
     params = variables.pop("params")
     average = jax.tree.map(jnp.copy, params) if optimizer.ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer.transform.init(params), average)
+
+
+def _initial(method: Trainable, seed: int, given: Mapping[Any, Any]) -> dict[str, Any]:
+    # The first step would return values of weak type with a strong one, and the step would be compiled again.
+    variables = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), dict(method.init(jax.random.key(seed))))
+    # XLA leaves out what is drawn for the leaves that are given.
+    flat = flax.traverse_util.flatten_dict(variables, keep_empty_nodes=True) | dict(given)
+    return flax.traverse_util.unflatten_dict(flat)
