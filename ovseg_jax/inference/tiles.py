@@ -108,7 +108,7 @@ class Blender:
         self.confidence = np.zeros((rows[-1].stop, columns[-1].stop), np.float32)
         self._views: list[View] = []
         self._waiting: list[tuple[Span, Span, tuple[Array, Array, Array]]] = []
-        self._seen = 0
+        self._seen = self._done = 0
 
     def add(self, view: View) -> bool:
         """Adds the next view, in the order of rows, then columns; returns True for the last, then call `finish`."""
@@ -117,14 +117,25 @@ class Blender:
             names = np.min_scalar_type(len(view.layers.weights))
             self.name, self._masks = np.zeros(self.confidence.shape, names), view.layers.masks
         self._views.append(view)
-        self._seen += 1
         row, column = divmod(self._seen, len(self.columns))
+        self._seen += 1
+        last = row + 1 == len(self.rows)
+        band = Span(self.rows[row].start, self.rows[-1].stop if last else self.rows[row + 1].start)
+        end = column + 1 == len(self.columns)
         if column == 0:
-            stop = self.rows[row].start if row < len(self.rows) else self.rows[-1].stop
             self.finish()
-            self._start(Span(self.rows[row - 1].start, stop))
-            self._views = [v for v in self._views if v.rows.stop > stop]
-        return row == len(self.rows)
+            self._done = 0
+        # With masks, block by block as soon as its tiles are there, since those of two rows may take 0.3 GiB. Names'
+        # bounds for pixel features are computed once for a whole band.
+        if self._masks or end:
+            self._start(band, self.columns[-1].stop if end else self.columns[column + 1].start)
+        before = self.columns[-1].stop if end else self._done
+        self._views = [
+            v
+            for v in self._views
+            if v.rows.stop > band.stop or (v.rows.stop > band.start and v.columns.stop > before)
+        ]
+        return last and end
 
     def finish(self) -> None:
         """Fetches the scores that the device computes."""
@@ -137,8 +148,8 @@ class Blender:
             self.confidence[at] = confidence_of(score, cover) if self._masks else score
         self._waiting = []
 
-    def _start(self, band: Span) -> None:
-        """Lets the device score a band of rows for which all tiles have been added."""
+    def _start(self, band: Span, stop: int) -> None:
+        """Lets the device score the blocks of a band of rows up to a column, for which all tiles have been added."""
         width = self.columns[-1].stop
         across = min(BLOCK_COLUMNS, -(-width // 64) * 64)
         layers, groups = self._views[0].layers, None
@@ -147,10 +158,13 @@ class Blender:
         pixels = (band.stop - band.start) * width
         if not layers.masks and has_groups(len(layers.weights), shape, pixels):
             groups = _groups(layers.weights, tuple(v.layers.maps for v in self._views))
-        for y in range(band.start, band.stop, BLOCK_ROWS):
-            for x in range(0, width, across):
+        for x in range(self._done, width, across):
+            columns = Span(x, min(x + across, width))
+            if columns.stop > stop:
+                break
+            self._done = columns.stop
+            for y in range(band.start, band.stop, BLOCK_ROWS):
                 rows = Span(y, min(y + BLOCK_ROWS, band.stop))
-                columns = Span(x, min(x + across, width))
                 views = [v for v in self._views if _meet(v.rows, rows) and _meet(v.columns, columns)]
                 self._waiting.append((rows, columns, self._score(views, rows, columns, across, groups)))
 

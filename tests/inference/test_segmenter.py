@@ -281,6 +281,23 @@ def test_an_image_that_fits_one_tile_is_not_changed_by_tiling():
     np.testing.assert_array_equal(plain.confidence, tiled.confidence)
 
 
+def test_tiles_of_one_row_and_a_few_are_kept(monkeypatch):
+    """Of an image of 4 rows of 20 tiles: a block of pixels is scored as soon as its tiles are there."""
+    kept, add = [], Blender.add
+    monkeypatch.setattr(tiles, "BLOCK_COLUMNS", 64)
+
+    def counting(self, view):
+        done = add(self, view)
+        kept.append(len(self._views))
+        return done
+
+    monkeypatch.setattr(Blender, "add", counting)
+    image = blocks(104, 488, ["red", "green", "blue"], ["yellow", "black", "red"])
+    result = make(32, batch_size=3).segment(image, tile=(32, 8))
+    assert len(kept) == 4 * 20 and kept[-1] == 0 and max(kept) <= 20 + 5
+    assert (result.label_map == make(32, batch_size=3).segment(image, tile=(32, 0)).label_map).mean() > 0.99
+
+
 def test_the_network_takes_less_memory_for_tiles():
     """As planned by the compiler for OpenSeg's network: its operations run one after another there."""
     words = ["cat", "dog"]
