@@ -1,8 +1,9 @@
-"""Convolutions in the forms that are fastest on a CPU, for inference and frozen towers.
+"""Convolutions in the forms that are fastest on a CPU.
 
 On CPU, XLA computes convolutions by a general routine. Three kinds are faster as sums and matrix products, which XLA
 compiles well: depthwise ones (13 to 49 times as fast), large 3x3 ones by Winograd's F(4x4, 3x3) (Lavin and Gray 2016;
-twice as fast, with a quarter of the multiplications and errors of 2e-5 of the largest value), and most 1x1.
+twice as fast, with a quarter of the multiplications and errors of 4e-6 of the largest value), and most 1x1.
+Winograd's form is also that of training: the gradient of a large 3x3 kernel is computed three to five times as fast.
 GPUs and TPUs have fast convolutions, and float16 is too imprecise for Winograd's.
 """
 
@@ -14,7 +15,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
+
+from ovseg_jax.parallel.sharding import active_batch_axes
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Pads = Sequence[tuple[int, int]]
@@ -22,35 +26,47 @@ Pads = Sequence[tuple[int, int]]
 # With fewer channels the transforms cost more than they save.
 WINOGRAD_CHANNELS = 64
 # Below 1e8 multiplications it is slower than XLA's own; below this many it saves a few milliseconds each time, but
-# takes 1.5 seconds to compile.
+# takes a second to compile, and three with its gradients.
 WINOGRAD_PRODUCTS = 5e8
 
-# The transforms of input, kernel and output (Lavin and Gray, 4.2).
-_INPUT = (
-    (4, 0, -5, 0, 1, 0),
-    (0, -4, -4, 1, 1, 0),
-    (0, 4, -4, -1, 1, 0),
-    (0, -2, -1, 2, 1, 0),
-    (0, 2, -1, -2, 1, 0),
-    (0, 4, 0, -5, 0, 1),
-)
-_KERNEL = np.array(
-    [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], np.float32
-) / np.float32(24)
-_OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
+# The sixth is infinity. With 0, ±1 and ±2 (Lavin and Gray, 4.2) rounding errors are four times as large.
+_POINTS = (0, 0.75, -0.75, 1.5, -1.5)
+
+
+def _transforms() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns Toom and Cook's matrices of input [6 6], kernel [6 3] and output [4 6] (Lavin and Gray, 4)."""
+    others = [[p for p in _POINTS if p != point] for point in _POINTS]
+    inputs = [[*np.poly(rest)[::-1], 0] for rest in others] + [np.poly(_POINTS)[::-1]]
+    scale = [np.prod(np.subtract(point, rest)) for point, rest in zip(_POINTS, others, strict=True)]
+    powers = np.vander(_POINTS, 4, increasing=True)
+    kernel = np.vstack([powers[:, :3] / np.array(scale)[:, None], [0, 0, 1]])
+    return np.array(inputs), kernel, np.vstack([powers, [0, 0, 0, 1]]).T
+
+
+_INPUT, _KERNEL, _OUTPUT = _transforms()
+_KERNELS = np.kron(_KERNEL, _KERNEL).astype(np.float32)
 
 
 def fast_on_cpu(function: Function) -> Function:
     """Returns `function` with the convolutions of its Flax modules computed as above, if it is called for CPUs.
 
-    Not for functions that are differentiated: the gradient would keep every transformed tile in memory.
+    Not for functions that are differentiated, see `fast_in_training`: the gradient of a depthwise convolution would
+    keep every shifted image in memory.
     """
+    return _intercepted(function, _replace)
 
+
+def fast_in_training(function: Function) -> Function:
+    """Returns `function` with large 3x3 convolutions in Winograd's form, if it is called for CPUs."""
+    return _intercepted(function, functools.partial(_replace, large_only=True))
+
+
+def _intercepted(function: Function, replace: Callable) -> Function:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         if not _for_cpu():
             return function(*args, **kwargs)
-        with nn.intercept_methods(_replace):
+        with nn.intercept_methods(replace):
             return function(*args, **kwargs)
 
     return run  # type: ignore[return-value]
@@ -64,7 +80,13 @@ def _for_cpu() -> bool:
     return mesh.abstract_device is not None and mesh.abstract_device.device_kind == "cpu"
 
 
-def _replace(next_function: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+def _replace(
+    next_function: Callable,
+    args: Any,
+    kwargs: Any,
+    context: nn.module.InterceptorContext,
+    large_only: bool = False,
+) -> Any:
     conv: Any = context.module
     if (
         type(conv) is not nn.Conv
@@ -84,17 +106,17 @@ def _replace(next_function: Callable, args: Any, kwargs: Any, context: nn.module
         return next_function(*args, **kwargs)
     stride, size = int(strides[0]), kernel.shape[:2]
     if isinstance(conv.padding, int):
-        pads = [(conv.padding,) * 2] * 2
+        pads = ((conv.padding,) * 2,) * 2
     else:
-        pads = jax.lax.padtype_to_pads(x.shape[1:3], size, (stride, stride), str(conv.padding))
-    if kernel.shape[2] == 1 and conv.feature_group_count == x.shape[3] == kernel.shape[3]:
-        y = depthwise(x, kernel, stride, pads)
-    elif conv.feature_group_count > 1:
-        return next_function(*args, **kwargs)
-    elif size == (1, 1) and not np.any(pads):
-        y = x[:, ::stride, ::stride] @ kernel[0, 0]
-    elif size == (3, 3) and stride == 1 and _large(x, kernel):
+        pads = tuple(jax.lax.padtype_to_pads(x.shape[1:3], size, (stride, stride), str(conv.padding)))
+    if size == (3, 3) and stride == conv.feature_group_count == 1 and _large(x, kernel):
         y = winograd(x, kernel, pads)
+    elif large_only:
+        return next_function(*args, **kwargs)
+    elif kernel.shape[2] == 1 and conv.feature_group_count == x.shape[3] == kernel.shape[3]:
+        y = depthwise(x, kernel, stride, pads)
+    elif conv.feature_group_count == 1 and size == (1, 1) and not np.any(pads):
+        y = x[:, ::stride, ::stride] @ kernel[0, 0]
     else:
         return next_function(*args, **kwargs)
     return y + conv.get_variable("params", "bias") if conv.use_bias else y
@@ -121,37 +143,88 @@ def depthwise(
     )  # type: ignore[return-value]
 
 
+def _winograd(
+    x: Float[Array, "b h w c"], kernels: Float[Array, "36 _c _d"], pads: Pads, product: str
+) -> Float[Array, "b r s d"]:
+    height, width = (n + sum(pad) - 2 for n, pad in zip(x.shape[1:3], pads, strict=True))
+    y = jnp.einsum(product, _tiles(x, pads), kernels)
+    rows, columns = -(-height // 4), -(-width // 4)
+    y = y.reshape(6, 6, x.shape[0], rows, columns, -1)
+    y = jax.lax.optimization_barrier(jnp.stack(_mix(_OUTPUT, list(y)), 3))  # [6 b rows 4 columns d]
+    y = jnp.stack(_mix(_OUTPUT, list(y)), 4)
+    return y.reshape(x.shape[0], 4 * rows, 4 * columns, -1)[:, :height, :width]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def winograd(
     x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c d"], pads: Pads
 ) -> Float[Array, "b r s d"]:
-    """Convolves 3x3 with stride 1: each 4x4 block of results takes 36 products instead of 144."""
-    b, c, d = x.shape[0], *kernel.shape[2:]
-    height, width = (n + sum(pad) - 2 for n, pad in zip(x.shape[1:3], pads, strict=True))
-    rows, columns = -(-height // 4), -(-width // 4)
-    fill = ((pads[0][0], pads[0][1] + 4 * rows - height), (pads[1][0], pads[1][1] + 4 * columns - width))
-    x = jnp.pad(x, ((0, 0), *fill, (0, 0)))
-    kernels = (np.kron(_KERNEL, _KERNEL) @ kernel.reshape(9, -1)).reshape(36, c, d)
+    """Convolves 3x3 with stride 1: each 4x4 block of results takes 36 products instead of 144.
 
-    down = _mix(_INPUT, [x[:, i : i + 4 * rows - 3 : 4] for i in range(6)])
-    tiles = [
-        tile
-        for part in down
-        for tile in _mix(_INPUT, [part[:, :, j : j + 4 * columns - 3 : 4] for j in range(6)])
+    So do both gradients. The backward pass transforms x again, since the tiles take 2.25 times its memory.
+    """
+    kernels = (_KERNELS @ kernel.reshape(9, -1)).reshape(36, *kernel.shape[2:])
+    return _winograd(x, kernels, pads, "gnc,gcd->gnd")
+
+
+def _winograd_forward(x: Array, kernel: Array, pads: Pads) -> tuple[Array, tuple[Array, Array]]:
+    return winograd(x, kernel, pads), (x, kernel)
+
+
+def _winograd_backward(pads: Pads, kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    back = [(2 - before, 2 - after) for before, after in pads]
+    turned = (_KERNELS[:, ::-1] @ kernel.reshape(9, -1)).reshape(36, *kernel.shape[2:])
+    dx = _winograd(dy, turned, back, "gnd,gcd->gnc")
+
+    def for_kernel(x: Array, dy: Array, axes: tuple[str, ...] = ()) -> Array:
+        ends = [(0, -n % 4) for n in dy.shape[1:3]]
+        sums = jnp.einsum("gnc,gnd->gcd", _tiles(x, pads), _spread(_OUTPUT.T, dy, ends))
+        sums = jax.lax.optimization_barrier(sums).reshape(36, -1)
+        return jax.lax.psum((_KERNELS.T @ sums).reshape(kernel.shape), axes)
+
+    axes = active_batch_axes()
+    if axes and x.shape[0] % jax.sharding.get_abstract_mesh().size == 0:
+        # Left to itself, the compiler would add up the 36 sums of all devices in place of the 9 of the kernel.
+        share = PartitionSpec(axes)
+        for_kernel = jax.shard_map(
+            functools.partial(for_kernel, axes=axes),
+            in_specs=(share, share),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+    return dx, for_kernel(x, dy)
+
+
+winograd.defvjp(_winograd_forward, _winograd_backward)
+
+
+def _tiles(x: Float[Array, "b h w c"], pads: Pads) -> Float[Array, "36 n c"]:
+    """Transforms the 6x6 pixels below each 4x4 block of results."""
+    filled = [
+        (before, after + -(n + before + after - 2) % 4)
+        for n, (before, after) in zip(x.shape[1:3], pads, strict=True)
     ]
-    # Without this XLA would recompute the tiles in each product.
-    tiles = jax.lax.optimization_barrier(tiles)
-    products = [
-        (tile.reshape(-1, c) @ u).reshape(b, rows, columns, d) for tile, u in zip(tiles, kernels, strict=True)
-    ]
-    up = [_mix(_OUTPUT, products[j::6]) for j in range(6)]
-    lines = [jnp.stack(_mix(_OUTPUT, [part[i] for part in up]), 3) for i in range(4)]
-    y = jnp.stack(lines, 2).reshape(b, 4 * rows, 4 * columns, d)
-    return y[:, :height, :width]
+    return _spread(_INPUT, x, filled)
 
 
-def _mix(matrix: Sequence[Sequence[int]], parts: Sequence[Array]) -> list[Array]:
+def _spread(matrix: np.ndarray, x: Float[Array, "b h w c"], pads: Pads) -> Float[Array, "36 n c"]:
+    """Transforms rows, then columns, of the blocks that begin at every fourth pixel."""
+    size = matrix.shape[1]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)])
+    for axis in (1, 3):
+        end = x.shape[axis] - size + 1
+        parts = [jax.lax.slice_in_dim(x, i, i + end, 4, axis) for i in range(size)]
+        # Without this XLA would transform again for each product.
+        x = jax.lax.optimization_barrier(jnp.stack(_mix(matrix, parts), axis // 2))
+    return x.reshape(36, -1, x.shape[-1])
+
+
+def _mix(matrix: np.ndarray, parts: Sequence[Array]) -> list[Array]:
     """Returns each row's weighted sum of the parts, without products by 0 and 1."""
     return [
-        functools.reduce(jnp.add, [p if f == 1 else f * p for f, p in zip(row, parts, strict=True) if f])
+        functools.reduce(
+            jnp.add, [p if f == 1 else float(f) * p for f, p in zip(row, parts, strict=True) if f]
+        )
         for row in matrix
     ]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ovseg_jax.kernels.cpu_convs import fast_in_training
 from ovseg_jax.parallel.sharding import on_cpu
 from ovseg_jax.protocols import Batch, Trainable
 from ovseg_jax.train.optimizer import Optimizer
@@ -31,6 +32,8 @@ def make_step(method: Trainable, optimizer: Optimizer, seed: int, shardings: Tra
       shardings: of the state, before and after the step.
     """
 
+    loss = fast_in_training(method.loss)
+
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
 
@@ -39,9 +42,9 @@ def make_step(method: Trainable, optimizer: Optimizer, seed: int, shardings: Tra
             params = jax.tree.map(
                 lambda p, moves: p if moves else jax.lax.stop_gradient(p), params, optimizer.trainable
             )
-            return method.loss({"params": params, **state.model_state}, batch, rng)
+            return loss({"params": params, **state.model_state}, batch, rng)
 
-        (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        (total, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.average
@@ -61,7 +64,7 @@ def make_step(method: Trainable, optimizer: Optimizer, seed: int, shardings: Tra
         )
         one = jnp.ones((), jnp.float32)
         metrics = {
-            "loss": (loss, one),
+            "loss": (total, one),
             **aux.metrics,
             "grad_norm": (optax.global_norm(grads), one),
             "param_norm": (optax.global_norm(_floats(new.variables)), one),

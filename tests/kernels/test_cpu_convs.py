@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ovseg_jax.kernels import cpu_convs
-from ovseg_jax.kernels.cpu_convs import fast_on_cpu
+from ovseg_jax.kernels.cpu_convs import fast_in_training, fast_on_cpu
+from ovseg_jax.parallel.sharding import batch_sharding, make_mesh
 
 RNG = np.random.default_rng(0)
 
@@ -29,7 +30,62 @@ def test_winograd(shape, padding, monkeypatch):
     calls = spy(monkeypatch, "winograd")
     expected, found = run(nn.Conv(66, (3, 3), padding=padding), shape)
     assert calls == [shape] and found.shape == expected.shape
-    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    "shape, padding, devices",
+    [
+        ((1, 17, 23, 64), "SAME", 1),
+        ((3, 8, 5, 96), "VALID", 1),
+        ((1, 6, 7, 70), 2, 1),
+        ((1, 4, 5, 64), 3, 1),
+        ((8, 9, 6, 64), "SAME", 8),
+        ((3, 9, 6, 64), "SAME", 8),
+    ],
+)
+def test_winograd_gradients(shape, padding, devices, monkeypatch):
+    """Values and the gradients of pixels, kernel and bias beside sums in float64."""
+    monkeypatch.setattr(cpu_convs, "WINOGRAD_PRODUCTS", 0)
+    calls = spy(monkeypatch, "winograd")
+    conv, pad = nn.Conv(66, (3, 3), padding=padding), {"SAME": 1, "VALID": 0}.get(padding, padding)
+    x, kernel, bias = (RNG.normal(size=s) for s in (shape, (3, 3, shape[3], 66), (66,)))
+    padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))  # [b r s c 3 3]
+    expected = np.einsum("brscij,ijcd->brsd", windows, kernel, optimize=True) + bias
+    dy = RNG.normal(size=expected.shape)
+    dx = np.zeros(padded.shape)
+    for i in range(3):
+        for j in range(3):
+            dx[:, i : i + dy.shape[1], j : j + dy.shape[2]] += dy @ kernel[i, j].T
+    dx = dx[:, pad : pad + shape[1], pad : pad + shape[2]]
+    dk = np.einsum("brscij,brsd->ijcd", windows, dy, optimize=True)
+
+    mesh = make_mesh(devices=jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        x, kernel, bias, dy = (jnp.asarray(a, jnp.float32) for a in (x, kernel, bias, dy))
+        if shape[0] % devices == 0:
+            x = jax.device_put(x, batch_sharding(mesh))
+        apply = fast_in_training(lambda x, k, b: conv.apply({"params": {"kernel": k, "bias": b}}, x))
+
+        @jax.jit
+        def compute(dy, *args):
+            y, backward = jax.vjp(apply, *args)
+            return y, *backward(dy)
+
+        found = compute(dy, x, kernel, bias)
+    assert set(calls) == {shape}
+    for one, other in zip(found, (expected, dx, dk, dy.sum((0, 1, 2))), strict=True):
+        assert one.shape == other.shape and np.abs(one - other).max() < 5e-6 * np.abs(other).max()
+
+
+def test_only_large_convolutions_in_training(monkeypatch):
+    calls = [spy(monkeypatch, name) for name in ("winograd", "depthwise")]
+    for conv in (nn.Conv(64, (3, 3)), nn.Conv(64, (3, 3), feature_group_count=64), nn.Conv(64, (1, 1))):
+        x = jax.ShapeDtypeStruct((1, 9, 9, 64), jnp.float32)
+        variables = jax.eval_shape(conv.init, jax.random.key(0), x)
+        jax.eval_shape(fast_in_training(conv.apply), variables, x)
+    assert calls == [[], []]
 
 
 @pytest.mark.parametrize("size", [3, 5])
