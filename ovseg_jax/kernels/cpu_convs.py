@@ -3,11 +3,13 @@
 On CPU, XLA computes convolutions by a general routine. Three kinds are faster as sums and matrix products, which XLA
 compiles well: depthwise ones (13 to 49 times as fast), large 3x3 ones by Winograd's F(4x4, 3x3) (Lavin and Gray 2016;
 twice as fast, with a quarter of the multiplications and errors of 4e-6 of the largest value), and most 1x1.
-Winograd's form is also that of training: the gradient of a large 3x3 kernel is computed three to five times as fast.
+Winograd's form is also that of training, in values and gradients. There large linear layers, too, have a product of
+their own, whose gradient needs no transposition.
 GPUs and TPUs have fast convolutions, and float16 is too imprecise for Winograd's.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -28,6 +30,9 @@ WINOGRAD_CHANNELS = 64
 # Below 1e8 multiplications it is slower than XLA's own; below this many it saves a few milliseconds each time, but
 # takes a second to compile, and three with its gradients.
 WINOGRAD_PRODUCTS = 5e8
+
+# In training, smaller kernels stay with JAX's own products; below this size they gain nothing.
+PRODUCT_SIZE = 1 << 14
 
 # The sixth is infinity. With 0, ±1 and ±2 (Lavin and Gray, 4.2) rounding errors are four times as large.
 _POINTS = (0, 0.75, -0.75, 1.5, -1.5)
@@ -57,8 +62,8 @@ def fast_on_cpu(function: Function) -> Function:
 
 
 def fast_in_training(function: Function) -> Function:
-    """Returns `function` with large 3x3 convolutions in Winograd's form, if it is called for CPUs."""
-    return _intercepted(function, functools.partial(_replace, large_only=True))
+    """Returns `function` with large 3x3 convolutions and large linear layers as above, if it is called for CPUs."""
+    return _intercepted(function, _replace_large)
 
 
 def _intercepted(function: Function, replace: Callable) -> Function:
@@ -78,6 +83,25 @@ def _for_cpu() -> bool:
     if mesh.empty:
         return jax.default_backend() == "cpu"
     return mesh.abstract_device is not None and mesh.abstract_device.device_kind == "cpu"
+
+
+def _replace_large(
+    next_function: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext
+) -> Any:
+    layer: Any = context.module
+    if type(layer) not in (nn.Dense, nn.DenseGeneral) or context.method_name != "__call__":
+        return _replace(next_function, args, kwargs, context, large_only=True)
+    x, kernel = args[0], layer.get_variable("params", "kernel")
+    if kernel is None or kernel.size < PRODUCT_SIZE or not x.dtype == kernel.dtype == jnp.float32:
+        return next_function(*args, **kwargs)
+    axes = np.atleast_1d(getattr(layer, "axis", -1)) % x.ndim
+    last = range(x.ndim - len(axes), x.ndim)
+    plain = np.size(getattr(layer, "batch_dims", ())) == 0 and [*axes] == [*last]
+    if not plain or layer.dtype not in (None, jnp.float32):
+        return next_function(*args, **kwargs)
+    kept, ends = x.shape[: last.start], kernel.shape[len(axes) :]
+    y = product(x.reshape(*kept, -1), kernel.reshape(-1, math.prod(ends))).reshape(*kept, *ends)
+    return y + layer.get_variable("params", "bias") if layer.use_bias else y
 
 
 def _replace(
@@ -106,17 +130,17 @@ def _replace(
         return next_function(*args, **kwargs)
     stride, size = int(strides[0]), kernel.shape[:2]
     if isinstance(conv.padding, int):
-        pads = ((conv.padding,) * 2,) * 2
+        pads: Pads = ((conv.padding,) * 2,) * 2
     else:
         pads = tuple(jax.lax.padtype_to_pads(x.shape[1:3], size, (stride, stride), str(conv.padding)))
     if size == (3, 3) and stride == conv.feature_group_count == 1 and _large(x, kernel):
         y = winograd(x, kernel, pads)
-    elif large_only:
+    elif large_only and (size != (1, 1) or kernel.size < PRODUCT_SIZE):
         return next_function(*args, **kwargs)
     elif kernel.shape[2] == 1 and conv.feature_group_count == x.shape[3] == kernel.shape[3]:
         y = depthwise(x, kernel, stride, pads)
     elif conv.feature_group_count == 1 and size == (1, 1) and not np.any(pads):
-        y = x[:, ::stride, ::stride] @ kernel[0, 0]
+        y = product(x[:, ::stride, ::stride], kernel[0, 0])
     else:
         return next_function(*args, **kwargs)
     return y + conv.get_variable("params", "bias") if conv.use_bias else y
@@ -126,6 +150,23 @@ def _large(x: jax.Array, kernel: jax.Array) -> bool:
     """Tells whether Winograd's form pays for a 3x3 convolution."""
     products = x[..., 0].size * kernel.size
     return min(kernel.shape[2:]) >= WINOGRAD_CHANNELS and products >= WINOGRAD_PRODUCTS
+
+
+@jax.custom_vjp
+def product(x: Float[Array, "*b c"], kernel: Float[Array, "c d"]) -> Float[Array, "*b d"]:
+    """Computes x W. JAX's own gradient of W is the transpose of a product, which several devices sum and then copy."""
+    return x @ kernel
+
+
+def _product_backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    rows = (tuple(range(x.ndim - 1)),) * 2
+    # XLA transposes the left side of such a product, by a slow copy.
+    turned = x.size > dy.size + kernel.size
+    return dy @ kernel.T, jnp.tensordot(dy, x, rows).T if turned else jnp.tensordot(x, dy, rows)
+
+
+product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
 
 
 def depthwise(
@@ -163,7 +204,7 @@ def winograd(
 
     So do both gradients. The backward pass transforms x again, since the tiles take 2.25 times its memory.
     """
-    kernels = (_KERNELS @ kernel.reshape(9, -1)).reshape(36, *kernel.shape[2:])
+    kernels = jnp.dot(_KERNELS, kernel.reshape(9, -1)).reshape(36, *kernel.shape[2:])
     return _winograd(x, kernels, pads, "gnc,gcd->gnd")
 
 
@@ -174,7 +215,7 @@ def _winograd_forward(x: Array, kernel: Array, pads: Pads) -> tuple[Array, tuple
 def _winograd_backward(pads: Pads, kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = kept
     back = [(2 - before, 2 - after) for before, after in pads]
-    turned = (_KERNELS[:, ::-1] @ kernel.reshape(9, -1)).reshape(36, *kernel.shape[2:])
+    turned = jnp.dot(_KERNELS[:, ::-1], kernel.reshape(9, -1)).reshape(36, *kernel.shape[2:])
     dx = _winograd(dy, turned, back, "gnd,gcd->gnc")
 
     def for_kernel(x: Array, dy: Array, axes: tuple[str, ...] = ()) -> Array:

@@ -11,7 +11,8 @@ is inference on the batch, the network alone, and the "loss" is the mean of the 
 A side is ours (`jax`, with as many virtual devices as `main` makes, or `jax:N`), PyTorch as it is (`eager`) or behind
 `torch.compile` (`compiled`). Each is a process of its own. All start from the same parameters and make the same
 steps on the same batches, in turns of `steps`, so that whatever slows the machine slows all of them. Printed are the
-median time of a step, images per second, the ratio to the first side, the share of the matrix rate that this
+median time of a step, that of the processor (of all cores together; other work on the machine changes it less),
+images per second, the ratio to the first side, the share of the matrix rate that this
 machine reaches in a large product (MFU; FLOPs counted in the program, those of PyTorch taken to be the same), the
 time until the first step was done (compilation), how far resident memory rose above what it was after the imports,
 and the loss after the first step and after the turn that warms up, which shows that all compute the same thing. On a
@@ -260,12 +261,12 @@ def work(side: str, config_text: str, folder: Path, count: int, device: str, pre
     pipe.send((time.perf_counter() - began, first))
     at = 1
     while steps := pipe.recv():
-        began = time.perf_counter()
+        began, computed = time.perf_counter(), time.process_time()
         for _ in range(steps):
             loss = step(at)
             at += 1
         loss = loss.item()
-        pipe.send((time.perf_counter() - began, loss))
+        pipe.send((time.perf_counter() - began, time.process_time() - computed, loss))
     pipe.send((peak() or rss() - before, flops()))
 
 
@@ -297,13 +298,14 @@ def main() -> None:
             context.Process(target=work, args=arguments, daemon=True).start()
             theirs.close()
             seconds, loss = ours.recv()
-            rows[side] = dict(pipe=ours, first=seconds, first_loss=loss, times=[])
+            rows[side] = dict(pipe=ours, first=seconds, first_loss=loss, times=[], computed=[])
         for turn in range(args.rounds + 1):
             for row in rows.values():
                 row["pipe"].send(args.steps)
-                seconds, loss = row["pipe"].recv()
+                seconds, computed, loss = row["pipe"].recv()
                 if turn:
                     row["times"].append(seconds / args.steps)
+                    row["computed"].append(computed / args.steps)
                 else:  # This turn warms up.
                     row["warm_loss"] = loss
         for row in rows.values():
@@ -314,14 +316,15 @@ def main() -> None:
     flops, rate = next((row["flops"] for row in rows.values() if row["flops"]), (float("nan"),) * 2)
     print(f"{flops / 1e9:.1f} GFLOP a step; a large product reaches {rate / 1e9:.0f} GFLOP/s")
     print(
-        "| side | ms a step | images/s | time | MFU | first step, s | peak MiB "
+        "| side | ms a step | processor, ms | images/s | time | MFU | first step, s | peak MiB "
         f"| loss, step 1 | loss, step {1 + args.steps} |"
     )
-    print("|---" * 9 + "|")
+    print("|---" * 10 + "|")
     for side, row in rows.items():
         seconds = medians[side]
         print(
-            f"| {side} | {1e3 * seconds:.1f} | {config.batch_size / seconds:.0f} | {seconds / reference:.2f} "
+            f"| {side} | {1e3 * seconds:.1f} | {1e3 * statistics.median(row['computed']):.1f} "
+            f"| {config.batch_size / seconds:.0f} | {seconds / reference:.2f} "
             f"| {flops / seconds / rate:.0%} | {row['first']:.1f} | {row['memory'] / 2**20:.0f} "
             f"| {row['first_loss']:.4f} | {row['warm_loss']:.4f} |"
         )

@@ -67,16 +67,56 @@ def test_winograd_gradients(shape, padding, devices, monkeypatch):
         if shape[0] % devices == 0:
             x = jax.device_put(x, batch_sharding(mesh))
         apply = fast_in_training(lambda x, k, b: conv.apply({"params": {"kernel": k, "bias": b}}, x))
-
-        @jax.jit
-        def compute(dy, *args):
-            y, backward = jax.vjp(apply, *args)
-            return y, *backward(dy)
-
-        found = compute(dy, x, kernel, bias)
+        found = with_gradients(apply)(dy, x, kernel, bias)
     assert set(calls) == {shape}
     for one, other in zip(found, (expected, dx, dk, dy.sum((0, 1, 2))), strict=True):
         assert one.shape == other.shape and np.abs(one - other).max() < 5e-6 * np.abs(other).max()
+
+
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (nn.Dense(160), (8, 3, 128)),
+        (nn.Dense(96, use_bias=False), (8, 40, 400)),
+        (nn.DenseGeneral((4, 40)), (8, 5, 128)),
+        (nn.DenseGeneral(160, axis=(-2, -1)), (8, 5, 4, 32)),
+        (nn.Conv(160, (1, 1)), (8, 3, 2, 128)),
+        (nn.Conv(160, (1, 1), 2), (8, 3, 5, 128)),
+    ],
+)
+def test_products_in_training(layer, shape, monkeypatch):
+    """Values and gradients as without, on one device and on eight."""
+    calls = spy(monkeypatch, "product")
+    x = jnp.asarray(RNG.normal(size=shape), jnp.float32)
+    variables = layer.init(jax.random.key(0), x)
+    dy = jnp.asarray(RNG.normal(size=layer.apply(variables, x).shape), jnp.float32)
+    expected = with_gradients(layer.apply)(dy, variables, x)
+    mesh = make_mesh()
+    for rows in (x, jax.device_put(x, batch_sharding(mesh))):
+        with jax.set_mesh(mesh):
+            found = with_gradients(fast_in_training(layer.apply))(dy, variables, rows)
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert one.shape == other.shape and np.abs(one - other).max() < 2e-6 * np.abs(other).max()
+    assert calls
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Dense(127),
+        nn.Dense(128, dtype=jnp.bfloat16),
+        nn.DenseGeneral(160, axis=-2),
+        nn.DenseGeneral(160, batch_dims=0),
+        nn.Conv(127, (1, 1)),
+    ],
+)
+def test_no_products_in_training(layer, monkeypatch):
+    """Of small kernels, other types and other axes."""
+    calls = spy(monkeypatch, "product")
+    x = jax.ShapeDtypeStruct((2, 3, 128, 128), jnp.float32)
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+    jax.eval_shape(fast_in_training(layer.apply), variables, x)
+    assert not calls
 
 
 def test_only_large_convolutions_in_training(monkeypatch):
@@ -148,6 +188,15 @@ def test_only_for_a_cpu(monkeypatch):
     with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
         compute()
     assert calls == [x.shape]
+
+
+def with_gradients(apply):
+    @jax.jit
+    def compute(dy, *args):
+        y, backward = jax.vjp(apply, *args)
+        return y, *backward(dy)
+
+    return compute
 
 
 def spy(monkeypatch, name):
