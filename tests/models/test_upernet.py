@@ -50,6 +50,7 @@ def original(kind="beit", pools=(1, 2, 3, 6)):
     config = transformers.UperNetConfig(
         backbone_config=backbone, hidden_size=24, auxiliary_channels=8, num_labels=CLASSES, pool_scales=pools
     )
+    torch.manual_seed(0)  # of what `randomise` leaves; a few draws have a gradient that jumps with rounding
     model = reference.randomise(transformers.UperNetForSemanticSegmentation(config))
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
