@@ -1,5 +1,6 @@
 """What makes the programs of tests compile several times faster."""
 
+import hashlib
 from collections import OrderedDict
 from importlib import metadata
 
@@ -29,7 +30,8 @@ def share_programs(kept: int = 100) -> None:
     def shared(backend, module, executable_devices, options, host_callbacks):
         if host_callbacks:
             return compiled(backend, module, executable_devices, options, host_callbacks)
-        key = hash((id(backend), str(module), str(executable_devices), options.SerializeAsString()))
+        facts = str(id(backend)), str(module), str(executable_devices), options.SerializeAsString().hex()
+        key = hashlib.sha256("\0".join(facts).encode()).digest()
         if key not in programs:
             programs[key] = compiled(backend, module, executable_devices, options, host_callbacks)
             if len(programs) > kept:

@@ -251,9 +251,8 @@ def best_names(
         return patience, (name, score, x.sum(0))
 
     patience = Patience.of(True if groups is None else groups.useful)
-    name, score, total = jax.lax.scan(one_strip, patience, split_rows(rows, strip))[
-        1
-    ]  # [strips v strip * width]
+    # [strips v strip * width]
+    _, (name, score, total) = jax.lax.scan(one_strip, patience, split_rows(rows, strip))
     name, score = (
         jnp.moveaxis(x, 0, 1).reshape(views.shape[0], -1, width)[:, :height] for x in (name, score)
     )

@@ -10,7 +10,7 @@ import collections
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -661,8 +661,10 @@ def _kept_texts(folder: Path, name: str, method: Any) -> Callable[[Sequence[str]
     if not isinstance(method, ClipDense):
         return None
 
+    tower = cache(lambda: jax.device_put(method.clip.pretrained("text")))
+
     def embed(names: list[str]) -> Array:
-        return method.embed_text({"towers": jax.device_put(method.clip.pretrained("text"))}, names)[SPACE]
+        return method.embed_text({"towers": tower()}, names)[SPACE]
 
     towers = method.config.towers
     files = [path for path in map(Path, dict.fromkeys((towers.init, towers.tokenizer))) if path.exists()]

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -22,8 +23,7 @@ def traced_once(function: Function) -> Function:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        known: dict[Any, Callable[..., Any]] = {}
-        with nn.intercept_methods(functools.partial(_call, known)):
+        with _blocks(_call):
             return function(*args, **kwargs)
 
     return run  # type: ignore[return-value]
@@ -31,24 +31,32 @@ def traced_once(function: Function) -> Function:
 
 def init_shapes(module: nn.Module, *args: Any) -> tuple[Any, Any]:
     """Returns the shapes of a module's output and of its variables, without drawing any."""
-    known: dict[Any, Any] = {}
-    with nn.intercept_methods(functools.partial(_init, known)):
+    with _blocks(_init):
         return jax.eval_shape(lambda: module.init_with_output(jax.random.key(0), *args))
 
 
-def _call(
-    known: dict[Any, Callable[..., Any]],
-    next_function: Callable,
-    args: Any,
-    kwargs: Any,
-    context: nn.module.InterceptorContext,
-) -> Any:
-    block: Any = context.module
-    if not _is_block(context) or kwargs:
-        return next_function(*args, **kwargs)
+def _blocks(replace: Callable[..., Any]) -> AbstractContextManager[Any]:
+    """Lets `replace(known, block, alone, args)` compute the blocks of towers, or leave one as it is by None.
+
+    `known` is a dict for what is alike, and `alone` the block without its place, so that alike ones are equal.
+    """
+    known: dict[Any, Any] = {}
+
+    def intercept(
+        plain: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
+        block: Any = context.module
+        # The one that is traced for all has no path.
+        inside = type(block) is Block and context.method_name == "__call__" and block.path and not kwargs
+        found = replace(known, block, block.clone(parent=None, name=None), args) if inside else None
+        return plain(*args, **kwargs) if found is None else found
+
+    return nn.intercept_methods(intercept)
+
+
+def _call(known: dict[Any, Any], block: Any, alone: Any, args: Any) -> Any:
     if block.is_initializing() or block.drop_rate or block.variables.keys() != {"params"}:
-        return next_function(*args, **kwargs)
-    alone = block.clone(parent=None, name=None)
+        return None
     leaves, structure = jax.tree.flatten(args)
     # Numbers, such as that of the class tokens, are part of the program.
     fixed = tuple(None if isinstance(x, jax.Array) else x for x in leaves)
@@ -65,17 +73,7 @@ def _call(
     return known[key](block.variables["params"], [x for x in leaves if isinstance(x, jax.Array)])
 
 
-def _init(
-    known: dict[Any, Any],
-    next_function: Callable,
-    args: Any,
-    kwargs: Any,
-    context: nn.module.InterceptorContext,
-) -> Any:
-    block: Any = context.module
-    if not _is_block(context) or kwargs:
-        return next_function(*args, **kwargs)
-    alone = block.clone(parent=None, name=None)
+def _init(known: dict[Any, Any], block: Any, alone: Any, args: Any) -> Any:
     leaves, structure = jax.tree.flatten(args)
     key = alone, structure, tuple((x.shape, x.dtype) if isinstance(x, jax.Array) else x for x in leaves)
     if key not in known:
@@ -86,8 +84,3 @@ def _init(
         for name, value in tree.items():
             block.put_variable(collection, name, value)
     return out
-
-
-def _is_block(context: nn.module.InterceptorContext) -> bool:
-    """Tells whether this is a call of a block in a tower; the one that is traced for all has no path."""
-    return type(context.module) is Block and context.method_name == "__call__" and bool(context.module.path)

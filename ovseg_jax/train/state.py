@@ -123,6 +123,8 @@ def _compiled_once(create: Any, shardings: Any) -> Any:
 
 def _placed(method: Trainable, seed: int, shardings: Variables, given: Mapping[str, Any]) -> dict[Any, Any]:
     """Returns {path: array} of the given leaves on their devices."""
+    if not given:  # to trace the initialisation once more may take seconds
+        return {}
     shapes, places = map(flax.traverse_util.flatten_dict, (abstract_variables(method, seed), shardings))
     placed = {}
     for path, array in flax.traverse_util.flatten_dict(dict(given)).items():

@@ -23,6 +23,7 @@ from ovseg_jax.methods.clip_dense import LAST, ClipDense
 from ovseg_jax.methods.openseg import OpenSeg
 from ovseg_jax.models.backbones import BACKBONES
 from ovseg_jax.models.text_towers import PRESETS as TEXTS
+from ovseg_jax.pretrained import load as weights
 from ovseg_jax.pretrained.files import write_safetensors
 from ovseg_jax.pretrained.published import HALF, UNIT
 from ovseg_jax.pretrained.stated import stated_pixels
@@ -488,7 +489,11 @@ def test_features_of_names_are_kept_and_the_text_tower_stays_closed(tmp_path, mo
         assert set(other.labels) <= {"grass", "a red ball"}
     file.write_bytes(b"damaged")
     np.testing.assert_array_equal(load(texts=tmp_path).segment(image, labels).confidence, want.confidence)
-    load(texts=tmp_path).segment(image, "sky above; grass")
+    segmenter, read, whole_load = load(texts=tmp_path), [], weights.load
+    monkeypatch.setattr(weights, "load", lambda *a, **k: read.append(1) or whole_load(*a, **k))
+    for words in ("sky above; grass", "a tree; grass"):
+        segmenter.segment(image, words)
+    assert len(read) == 1  # the text tower, once for all new names
     assert len(list(tmp_path.iterdir())) == 1
 
 
