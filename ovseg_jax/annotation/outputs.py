@@ -39,7 +39,7 @@ SHOWN = 12  # images of a sheet
 
 
 class Floors(NamedTuple):
-    """The least scores of captions of images, of labels of regions and of captions of regions."""
+    """The minimum scores of captions of images, of labels of regions and of captions of regions."""
 
     captions: float
     labels: float
@@ -65,7 +65,14 @@ class Final(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """The end of a run: images annotated now and before, images that failed with the reason, statistics."""
+    """What a call did.
+
+    Attributes:
+      made: images annotated by this call.
+      there: images that had a record before.
+      failed: the reason for each image that could not be annotated.
+      statistics: the content of statistics.json.
+    """
 
     made: int
     there: int
@@ -74,7 +81,7 @@ class Summary(NamedTuple):
 
 
 def floors_of(records: Iterator[Record], rules: Rules) -> tuple[Floors, dict[str, bool]]:
-    """Computes the least scores over all records; returns them and whether each class is one of things."""
+    """Computes the minimum scores over all records; returns them, and for each class whether it is a thing."""
     scores: tuple[list[float], list[float], list[float]] = [], [], []
     things: dict[str, bool] = {}
     for record in records:
@@ -258,7 +265,7 @@ class _Rows:
         self.panoptic: list[dict[str, Any]] = []
 
     def add(self, file: str, final: Final, ids: Mapping[str, int]) -> None:
-        """Adds an image, whose file has that name."""
+        """Adds an image; `file` is the name of its file."""
         name, (height, width) = final.record["image"], final.record["size"]
         number = int(name) if name.isdecimal() and name.isascii() else name
         self.captions[file] = [caption[0] for caption in final.record["captions"]]
@@ -283,10 +290,10 @@ def _write_image(
     masked: bool,
     record: Record,
 ) -> tuple[str, Final]:
-    """Writes the files of an image; returns the name of the image's and what is kept of it."""
+    """Writes the files of an image; returns the name of the image file, and what is kept of the record."""
     name = record["image"]
     final = finish(record, floors, rules)
-    file = _show(out / "images", source, index[name], name, tuple(record["size"]))
+    file = _link_image(out / "images", source, index[name], name, tuple(record["size"]))
     write_whole(out / "regions" / f"{name}.json", json.dumps(regions_json(final.record)))
     if masked:
         small = len(final.names) < 256
@@ -300,7 +307,7 @@ def _write_image(
     return file, final
 
 
-def _show(folder: epath.Path, source: Source, index: int, name: str, size: tuple[int, int]) -> str:
+def _link_image(folder: epath.Path, source: Source, index: int, name: str, size: tuple[int, int]) -> str:
     """Links an image file into a folder, or writes a PNG of it; returns its name there.
 
     Raises:

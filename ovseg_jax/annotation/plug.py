@@ -1,4 +1,4 @@
-"""The protocol of annotators: each is a plug by name, and implements one or more of the `KINDS`.
+"""The protocol of annotators: each is a named plug that implements one or more of the `KINDS`.
 
 A plug takes a list of pictures and returns a list of the same length. A new one is a class that derives from `Plug`, or
 one function of the same arguments and result as the method of its kind, named "module:function":
@@ -75,7 +75,7 @@ class Plug:
         raise NotImplementedError
 
     def scores(self, pictures: Sequence[Picture], texts: Sequence[Texts]) -> list[Float[np.ndarray, "n"]]:
-        """Returns how well each of its texts fits an image, higher is better, such as a cosine."""
+        """Returns a score of each image with each of its texts, such as a cosine; a better match has a higher one."""
         raise NotImplementedError
 
     def boxes(self, pictures: Sequence[Picture]) -> list[Boxes]:
@@ -151,7 +151,7 @@ def make_plug(spec: Mapping[str, Any], kind: str) -> Plug:
         raise UserError(f"the plug {name!r} makes no {kind}, but {', '.join(kinds)}")
     if not callable(made):
         raise UserError(f"the plug {name!r} is neither a class that derives from Plug nor a function")
-    # A function takes its options after what the method takes.
+    # The options of a function come after the arguments of the method of its kind.
     taken = len(inspect.signature(getattr(Plug, kind)).parameters) - 1
     known = dict([*inspect.signature(made).parameters.items()][0 if own else taken :])
     if unknown := sorted(options.keys() - known.keys()):
@@ -180,7 +180,7 @@ def check_texts(found: Any, picture: Picture, given: Any = None) -> Texts:
     """Checks tags or captions, and returns them without extra spaces and duplicates.
 
     Raises:
-      ValueError: they are no texts, or one is empty.
+      ValueError: `found` is not a list of texts, or a text is empty.
     """
     del picture, given
     texts = _list(found, "texts")
@@ -193,7 +193,7 @@ def check_scores(found: Any, picture: Picture, given: Texts) -> Float[np.ndarray
     """Checks that there is a finite score for each of the given texts.
 
     Raises:
-      ValueError: there is not.
+      ValueError: their number differs, or one is not finite.
     """
     del picture
     return _finite(found, (len(given),), "scores")
@@ -232,7 +232,7 @@ def check_masks(found: Any, picture: Picture, given: Boxes) -> Bool[np.ndarray, 
     """Checks that there is a mask of the image's size for each of the given boxes.
 
     Raises:
-      ValueError: there is not.
+      ValueError: the shape differs, or the type is not bool.
     """
     masks, shape = np.asarray(found), (len(given.labels), *picture.pixels.shape[:2])
     if masks.shape != shape or masks.dtype != bool:
@@ -271,7 +271,7 @@ def call(plug: Plug, kind: str, pictures: Sequence[Picture], given: Sequence[Any
       plug: the plug.
       kind: one of `KINDS`.
       pictures: the images.
-      given: what the kind takes beside them: texts or boxes of each image.
+      given: the texts or boxes of each image, for a kind that takes them.
 
     Raises:
       ValueError: its result is invalid.

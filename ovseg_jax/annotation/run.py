@@ -4,8 +4,8 @@
     OUT/records/00007.todo      the images of a shard: [index in the source, name]
     OUT/records/00007.jsonl     the record of each that is done, or {"image": name, "error": reason}
 
-A call lists the images without a record, and deals them to new shards. A shard is the unit of the runner, an image that
-of the file: a process killed at any moment loses the batch that it was at. An image with an error is tried again by the
+A call lists the images without a record, and deals them to new shards. A runner works on whole shards, but records are
+written one by one: a process that is killed loses only its current batch. An image with an error is tried again by the
 next call.
 """
 
@@ -23,7 +23,7 @@ from etils import epath
 from tqdm import tqdm
 
 from ovseg_jax.annotation.plug import Picture
-from ovseg_jax.annotation.workflow import MADE_BY, Annotator, Record, Rules, Specs, check_specs
+from ovseg_jax.annotation.workflow import RECORD_RULES, Annotator, Record, Rules, Specs, check_specs
 from ovseg_jax.cli.outputs import Journal
 from ovseg_jax.data.images import list_images, read_oriented
 from ovseg_jax.data.source_base import Example, Source, check_provides
@@ -115,7 +115,7 @@ def annotate(job: Job, runner: Runner, shard_size: int = SHARD) -> tuple[int, in
       (images annotated by this call, images that had a record before).
 
     Raises:
-      UserError: the source, a plug or a rule is invalid, or OUT holds the records of other plugs.
+      UserError: the source, a plug or a rule is invalid, or OUT holds records of another source, other plugs or rules.
     """
     job.rules.check()
     check_specs(job.plugs)
@@ -138,9 +138,9 @@ def annotate(job: Job, runner: Runner, shard_size: int = SHARD) -> tuple[int, in
 
 
 def _check_request(job: Job) -> None:
-    """Raises a UserError if the records of the folder depend on something else than those of the job."""
+    """Raises a UserError if the folder holds records of another source, other plugs or other rules than the job's."""
     folder = epath.Path(job.out) / RECORDS
-    kept = {key: value for key, value in job.rules._asdict().items() if key in MADE_BY}
+    kept = {key: value for key, value in job.rules._asdict().items() if key in RECORD_RULES}
     request = json.loads(json.dumps({"source": job.source, "plugs": job.plugs, "rules": kept}))
     path = folder / REQUEST
     if path.exists() and any(folder.glob("*.jsonl")):
@@ -158,7 +158,7 @@ def _check_request(job: Job) -> None:
 
 
 def image_names(source: Source) -> list[str]:
-    """Returns the name of each image in files: its id, with "_" for what separates folders.
+    """Returns the name of each image's files: its id, with "_" in place of "/".
 
     Raises:
       UserError: two images have one name.
@@ -236,7 +236,7 @@ def annotate_shard(shard: int, path: str, begun: int, report: Callable[[int], An
     Args:
       shard: its number.
       path: the job's file.
-      begun: the time of the job, so that a worker does not take an earlier one for it.
+      begun: the time when the job was started, so that a worker does not use what it loaded for an earlier one.
       report: is called with a number of images that are done.
     """
     folder = epath.Path(path).parent

@@ -31,17 +31,17 @@ class Statistics:
         """Adds what is kept of an image, and how much was dropped."""
         self.images += 1
         self.dropped.update(dropped)
-        self._say("image", record["captions"])
+        self._count_captions("image", record["captions"])
         for region in record["regions"]:
             x0, y0, x1, y1 = region["bbox"]
             self.areas[area_name(float((x1 - x0) * (y1 - y0)))] += 1
             self.categories[region["label"]] += 1
-            self._say("region", region["captions"])
+            self._count_captions("region", region["captions"])
             if "segment" in region:
                 self.masks += 1
                 self.stability += region["stability"]
 
-    def _say(self, kind: str, captions: Any) -> None:
+    def _count_captions(self, kind: str, captions: Any) -> None:
         for text, plug, *_ in captions:
             for key in ((kind, "overall"), (kind, plug)):
                 self.captions[key] += 1

@@ -46,8 +46,8 @@ def box_iou(a: Float[np.ndarray, "n 4"], b: Float[np.ndarray, "m 4"]) -> Float[n
     return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 
-def nms(boxes: Float[np.ndarray, "n 4"], scores: Float[np.ndarray, "n"], most: float) -> Int[np.ndarray, "k"]:
-    """Returns the boxes that stay, the best first: each has an IoU of at most `most` with every better one.
+def nms(boxes: Float[np.ndarray, "n 4"], scores: Float[np.ndarray, "n"], iou: float) -> Int[np.ndarray, "k"]:
+    """Returns the indices of the boxes that stay, best first: each has an IoU of at most `iou` with every better one.
 
     Boxes of all classes and detectors compete, since two detectors name one object by two words.
     """
@@ -55,7 +55,7 @@ def nms(boxes: Float[np.ndarray, "n 4"], scores: Float[np.ndarray, "n"], most: f
     overlap = box_iou(boxes, boxes)
     kept: list[int] = []
     for k in order:
-        if not (overlap[k, kept] > most).any():
+        if not (overlap[k, kept] > iou).any():
             kept.append(int(k))
     return np.array(kept, np.int64)
 
@@ -97,8 +97,7 @@ def merge_panoptic(
     """Merges masks to segments that do not overlap: things by their scores, then backgrounds in what is left.
 
     As in Panoptic FPN (Kirillov et al. 2019): a thing of which better ones hide more than 1 - `min_visible` is dropped,
-    and so is a background with fewer than `min_stuff_area` free pixels. Backgrounds with one label should be joined
-    before.
+    and so is a background with fewer than `min_stuff_area` free pixels. A label should have one background at most.
 
     Args:
       things: masks of things.

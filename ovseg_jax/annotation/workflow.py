@@ -1,7 +1,7 @@
 """The annotation of a batch of images by all plugs: from pictures to records (papers/003, section 3).
 
-A record is plain JSON and holds all that the plugs said with its scores, masks as run lengths. What is kept of it is
-decided later, when the scores of the whole data set are known: see `outputs`.
+A record is plain JSON: all results of the plugs with their scores, masks as run lengths. `outputs` decides later which
+of them to keep, when the scores of the whole data set are known.
 """
 
 import functools
@@ -23,11 +23,11 @@ class Rules(NamedTuple):
     """How annotations are made and which ones stay.
 
     Attributes:
-      tag_votes: plugs that must give a tag.
-      box_score: the least confidence of a box (3).
+      tag_votes: the number of plugs that must give a tag.
+      box_score: the least confidence of a box (section 3).
       box_iou: the largest IoU of two boxes; the paper does not say: ours.
-      shift: the largest move of a box along its diagonal, in shares of its sides; half of it and both directions count
-        as well. The paper does not say: ours.
+      shift: the largest move of a box along its diagonal, in shares of its sides. The stability of a mask compares four
+        moves: this one and half of it, in both directions. The paper does not say: ours.
       score_regions: also scores the labels and captions of regions, on their crops: ours.
       stuff_regions: backgrounds are regions too, with captions: ours. UMG-41M has those of detectors alone.
       caption_quantile: the share of captions that are dropped by their score; the paper does not say: ours.
@@ -36,7 +36,7 @@ class Rules(NamedTuple):
         whose label is dropped is dropped.
       region_score: the least score of the label or a caption of a region.
       stability: the least stability of a mask; the paper does not say: ours.
-      visible: the least share of a mask that better ones leave visible, as in Panoptic FPN.
+      visible: the least share of a mask that is not hidden by better ones, as in Panoptic FPN.
       stuff_area: the least visible pixels of a background: ours.
     """
 
@@ -71,7 +71,7 @@ class Rules(NamedTuple):
                 raise UserError(f"{name}={getattr(self, name)} is outside of 0 to 1")
 
 
-MADE_BY = ("tag_votes", "box_score", "box_iou", "shift", "score_regions", "stuff_regions")
+RECORD_RULES = ("tag_votes", "box_score", "box_iou", "shift", "score_regions", "stuff_regions")
 """The rules that records depend on; the others may change without annotating again."""
 
 
@@ -102,7 +102,7 @@ class Annotator:
         """Returns the record of each image, which is {"image": name, "error": reason} if a plug fails on it."""
         try:
             return self._annotate(pictures)
-        except Exception as error:  # of any kind, since it must not stop the other images
+        except Exception as error:  # of any kind: the other images go on
             if isinstance(error, UserError):
                 raise
             if len(pictures) > 1:
@@ -122,7 +122,8 @@ class Annotator:
         stuff = [_joined(found) for found in _rows([f for _, f in self._call("stuff", pictures)], pictures)]
         backgrounds = [Boxes(_mask_boxes(m), labels, np.array(scores)) for m, labels, scores in stuff]
         regions = [
-            _both(a, b) if self.rules.stuff_regions else a for a, b in zip(merged, backgrounds, strict=True)
+            _concatenated(a, b) if self.rules.stuff_regions else a
+            for a, b in zip(merged, backgrounds, strict=True)
         ]
         said = self._call("region_captions", pictures, regions)
         # One image at a time, since five masks of each box may be gigabytes.
@@ -167,7 +168,7 @@ class Annotator:
 
     def _boxes(self, found: Sequence[Boxes]) -> Boxes:
         """Merges the boxes of all detectors."""
-        boxes = functools.reduce(_both, found, Boxes(np.zeros((0, 4)), [], np.zeros(0)))
+        boxes = functools.reduce(_concatenated, found, Boxes(np.zeros((0, 4)), [], np.zeros(0)))
         sure = np.flatnonzero(boxes.scores >= self.rules.box_score)
         kept = sure[nms(boxes.boxes[sure], boxes.scores[sure], self.rules.box_iou)]
         return Boxes(boxes.boxes[kept], [boxes.labels[k] for k in kept], boxes.scores[kept])
@@ -226,9 +227,11 @@ def check_specs(specs: Specs) -> None:
       UserError: a kind is unknown, or needs plugs of another one.
     """
     if unknown := sorted(specs.keys() - set(KINDS)):
-        raise UserError(f"plugs make no {unknown[0]}, but {', '.join(KINDS)}")
+        raise UserError(f"{unknown[0]!r} is no kind of plugs; the kinds are {', '.join(KINDS)}")
     if not any(specs.get(kind) for kind in KINDS if kind != "scores"):
-        raise UserError(f"name at least one plug: {', '.join(kind for kind in KINDS if kind != 'scores')}")
+        raise UserError(
+            f"name at least one plug of these kinds: {', '.join(kind for kind in KINDS if kind != 'scores')}"
+        )
     for kind, needed in (
         ("masks", ("boxes",)),
         ("region_captions", ("boxes", "stuff")),
@@ -243,7 +246,7 @@ def _rows(found: Sequence[Sequence[Any]], pictures: Sequence[Picture]) -> list[l
     return [[own[k] for own in found] for k in range(len(pictures))]
 
 
-def _both(a: Boxes, b: Boxes) -> Boxes:
+def _concatenated(a: Boxes, b: Boxes) -> Boxes:
     return Boxes(
         np.concatenate([a.boxes, b.boxes]), [*a.labels, *b.labels], np.concatenate([a.scores, b.scores])
     )

@@ -23,8 +23,8 @@ FAILED, INTERRUPTED = 1, 130
 """Exit statuses: of an error, printed as one sentence on stderr, and of Ctrl-C."""
 
 _MMAP_THRESHOLD, _LARGE = -3, 4 << 20  # of glibc's malloc.h; bytes
-# The setting of how long a compilation must take to be kept. By default a second: a start has dozens of programs that
-# take less, 1.5 s together.
+# A compilation that is shorter than this setting is not cached. The default is a second, but a start has dozens of
+# shorter ones, 1.5 s together.
 _LEAST = "jax_persistent_cache_min_compile_time_secs"
 # JAX's event at the end of a compilation, and the seconds of one that takes much memory.
 _COMPILED, _LONG = "/jax/core/compile/backend_compile_duration", 0.5
@@ -59,7 +59,7 @@ class NameOrList(argparse.Action):
         self._listed = listed
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        """Stores or prints; argparse calls it."""
+        """Stores the name, or prints all names and exits."""
         if values == "list":
             print(self._listed())
             parser.exit(0)
@@ -347,7 +347,7 @@ def texts_folder() -> Path | None:
 def return_compilers_memory() -> None:
     """Lets glibc return the memory of XLA's compiler to the system before the compiled program takes its own.
 
-    Of the paper's network on a CPU that is 0.6 GiB, which would stay in use until the end. Blocks of some MiB, such as
+    For the paper's network on a CPU that is 0.6 GiB, which would stay in use until the end. Blocks of some MiB, such as
     the masks of a tile, are returned as soon as they are freed; else each thread keeps some of them. Not for
     training, which allocates such blocks in every step: the system clears their pages anew each time.
     """

@@ -44,9 +44,7 @@ def shipped_config(argument: str) -> str:
     if flag not in ("--config", "-config") or not path or Path(path).is_file():
         return argument
     name = path.removeprefix("configs/").removesuffix(".py")
-    package = importlib.import_module(
-        "ovseg_jax.configs"
-    )  # a folder of files here, of which none is imported
+    package = importlib.import_module("ovseg_jax.configs")  # its files are found, not imported
     own = [Path(folder) / f"{name}.py" for folder in package.__path__]
     return next((f"{flag}{equals}{file}{colon}{arg}" for file in own if file.is_file()), argument)
 

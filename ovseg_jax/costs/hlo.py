@@ -52,7 +52,7 @@ def count_traffic(text: str) -> Traffic:
 
     Each instruction reads its operands and writes its result once. Operands of a fusion that are only sliced, or
     updated by a slice, count by the slice. Arrays in on-chip memory (memory spaces other than the default) are free.
-    A loop whose number of iterations cannot be read counts once.
+    A loop whose number of iterations cannot be read counts once, a conditional by its false (first) branch.
     """
     computations, entry = _parse(text)
     accessed = 0.0
@@ -64,13 +64,13 @@ def count_traffic(text: str) -> Traffic:
         for instruction in computation.values():
             opcode = instruction.opcode
             if opcode == "while":
-                turns = times * _turns(instruction, computations)
+                turns = times * _iterations(instruction, computations)
                 open_ += [(instruction.called("body"), turns), (instruction.called("condition"), turns)]
             elif opcode == "call":
                 open_.append((instruction.called("to_apply"), times))
             elif opcode == "conditional":
                 branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.rest)
-                names = branches[1].split(", ") if branches else [instruction.called("true_computation")]
+                names = branches[1].split(", ") if branches else [instruction.called("false_computation")]
                 open_.append((names[0], times))
             if opcode in _FREE or opcode.endswith("-done"):
                 continue
@@ -126,7 +126,7 @@ def _sizes(shape: str, everywhere: bool = False) -> list[int]:
     return sizes
 
 
-def _turns(loop: _Instruction, computations: dict[str, _Computation]) -> int:
+def _iterations(loop: _Instruction, computations: dict[str, _Computation]) -> int:
     if known := re.search(r'known_trip_count[":{ n]+(\d+)', loop.rest):
         return int(known[1])
     condition = computations[loop.called("condition")]

@@ -334,7 +334,7 @@ def test_records_of_an_image_that_changed_or_was_damaged(faulty, photos, tmp_pat
             {"scores": [{"name": "towers"}], "tags": [{"name": "towers"}]},
             "plugs of scores need one of captions",
         ),
-        ({"dances": [{"name": "x"}]}, "plugs make no dances"),
+        ({"dances": [{"name": "x"}]}, "'dances' is no kind of plugs"),
     ],
 )
 def test_plugs_that_do_not_fit_together(plugs, message):

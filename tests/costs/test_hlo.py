@@ -94,6 +94,22 @@ ENTRY %main (a: f32[8,128]) -> f32[8,128] {
     assert traffic.accessed == 6 * turn + 64 + 2 * x
 
 
+def test_a_conditional_counts_by_its_false_branch():
+    branch = (
+        "%{} (p: f32[8]) -> f32[8] {{\n  %p = f32[8]{{0}} parameter(0)\n  ROOT %r = f32[8]{{0}} {}(%p)\n}}\n"
+    )
+    rest = (
+        "ENTRY %main (c: pred[], x: f32[8]) -> f32[8] {{\n  %c = pred[] parameter(0)\n  %x = f32[8]{{0}} parameter(1)\n"
+        "  ROOT %r = f32[8]{{0}} conditional(%c, %x, %x), {}\n}}\n"
+    )
+    for called in (
+        "true_computation=%yes, false_computation=%no",
+        "branch_computations={%no, %yes}",
+    ):
+        text = branch.format("no", "copy") + branch.format("yes", "parameter") + rest.format(called)
+        assert count_traffic(text).accessed == 2 * 8 * 4
+
+
 def test_the_compilers_count_for_a_tpu():
     require("libtpu")
     from jax.experimental import topologies

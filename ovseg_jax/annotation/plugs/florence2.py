@@ -1,7 +1,7 @@
 """Florence-2: `Florence2ForConditionalGeneration`.
 
-florence-community/Florence-2-base-ft: 0.23 billion parameters, 1 GB in float32. MIT. A region is named to it by its
-corners, in thousandths of the sides, beside the whole image.
+florence-community/Florence-2-base-ft: 0.23 billion parameters, 1 GB in float32. MIT. Its prompt gives a region by the
+corners, in thousandths of the sides of the whole image.
 """
 
 from collections.abc import Sequence

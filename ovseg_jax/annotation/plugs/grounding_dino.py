@@ -41,7 +41,9 @@ class GroundingDino(WordDetector):
             else:
                 passes.append(([label], _prompt([label])))
             if count(passes[-1][1]) > longest:
-                raise UserError(f"the label {label!r} is too long for Grounding DINO")
+                raise UserError(
+                    f"the label {label!r} is too long for Grounding DINO: a prompt has at most {longest} tokens"
+                )
         return passes
 
     def boxes(self, pictures: Sequence[Picture]) -> list[Boxes]:

@@ -94,7 +94,7 @@ class WordDetector(HuggingFace):
         self.prepare()
 
     def prepare(self) -> None:
-        """Prepares the labels once; nothing unless a model needs it."""
+        """Prepares the labels, once; does nothing unless overridden."""
 
 
 class Captioner(HuggingFace):

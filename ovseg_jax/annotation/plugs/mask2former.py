@@ -1,7 +1,7 @@
 """Mask2Former: `Mask2FormerForUniversalSegmentation`.
 
 facebook/mask2former-swin-large-coco-panoptic: 0.22 billion parameters, 0.9 GB in float32. The code's licence is MIT. It
-stands for Mask DINO of papers/003, which has no class in `transformers`.
+replaces Mask DINO of papers/003, which has no class in `transformers`.
 """
 
 from collections.abc import Sequence
@@ -49,6 +49,6 @@ class Mask2Former(HuggingFace):
         return [stuff_of(own, names, self.things, size) for own, size in zip(found, sizes, strict=True)]
 
     def _task(self, count: int) -> dict[str, list[str]]:
-        """Returns what the processor takes beside the images."""
+        """Returns the inputs of the processor other than the images."""
         del count
         return {}

@@ -1,6 +1,6 @@
-"""Qwen-VL, 2 to 3: `AutoModelForImageTextToText`, so that it takes other chat models of images as well.
+"""Qwen2-VL to Qwen3-VL, and other chat models that read images: `AutoModelForImageTextToText`.
 
-Qwen/Qwen3-VL-4B-Instruct: 4.4 billion parameters, 9 GB in bfloat16. Apache-2.0. It stands for Shikra and GPT4ROI of
+Qwen/Qwen3-VL-4B-Instruct: 4.4 billion parameters, 9 GB in bfloat16. Apache-2.0. It replaces Shikra and GPT4ROI of
 papers/003, which have no class in `transformers`; the prompts are ours but for the two that appendix D shows.
 """
 

@@ -1,6 +1,6 @@
 """RT-DETR and other detectors of fixed classes: `AutoModelForObjectDetection`.
 
-PekingU/rtdetr_v2_r50vd: 43 million parameters, 0.2 GB in float32. Apache-2.0. It stands for the two ViTDet of
+PekingU/rtdetr_v2_r50vd: 43 million parameters, 0.2 GB in float32. Apache-2.0. It replaces the two ViTDet of
 papers/003, whose detection heads have no class in `transformers`.
 """
 

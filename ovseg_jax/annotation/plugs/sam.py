@@ -38,7 +38,7 @@ class Sam(HuggingFace):
         inputs = self.inputs(images=[image], input_boxes=[boxes.boxes.tolist()])
         sizes = {key: inputs.pop(key) for key in ("original_sizes", "reshaped_input_sizes") if key in inputs}
         found = self.run(inputs, multimask_output=False).pred_masks.float().cpu()
-        # At the size of the image masks take much more memory than as the model makes them.
+        # In parts, since masks at the size of the image take much more memory than the model's own.
         parts = [found[:, k : k + _AT_ONCE] for k in range(0, found.shape[1], _AT_ONCE)]
         return np.concatenate([np.asarray(self._full_size(part, sizes)[0][:, 0]) for part in parts])
 

@@ -36,7 +36,7 @@ _TEXTS = 256  # embedded at once, so that few shapes are compiled
 
 
 class Towers(Plug):
-    """Cosines of images and texts, and tags as the classes with the largest ones."""
+    """Scores, which are cosines of images and texts, and tags, which are the classes with the largest cosines."""
 
     def __init__(
         self,
@@ -54,9 +54,9 @@ class Towers(Plug):
 
         Args:
           model: the folder of a run that classifies images, or weights of `tower`; by default its published ones.
-          tower: the name of the towers of weights that are no run.
-          text: the name of the text tower, if it is another one: "siglip_base" beside tower=siglip_vitb16, and `model`.
-          size: the side of their images; SigLIP's have their own.
+          tower: the name of the towers, unless `model` is a run.
+          text: the name of the text tower if it differs, such as "siglip_base" for tower=siglip_vitb16; needs `model`.
+          size: the side of the images in pixels; a run, or a tower with `text`, has its own.
           classes: for tags: a label file, one of the package, or "dog; grass".
           prompt: the template of a class.
           top: the most tags of an image.
@@ -141,7 +141,7 @@ def _load(model: str, tower: str, text: str, size: int, mesh: Any) -> tuple[Any,
 
 
 def _siglip(model: str, tower: str, text: str, mesh: Any) -> tuple[Any, Any, Any, int]:
-    """Does the same for a ViT with its own embedding and a text tower of another kind than CLIP's."""
+    """Returns the same as `_load` for a ViT and a text tower that are not CLIP's, such as SigLIP's."""
     if tower not in vit.PRESETS or not model:
         raise UserError(
             f"towers with text={text} need model=FOLDER, and tower= one of {', '.join(vit.PRESETS)}"
