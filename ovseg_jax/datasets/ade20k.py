@@ -290,12 +290,11 @@ class _Plain(pickle.Unpickler):
     """An unpickler that only builds arrays and plain values: any other class of a pickle could run a program."""
 
     def find_class(self, module: str, name: str) -> Any:
-        known = {("numpy", "ndarray"), ("numpy", "dtype")}
-        known |= {
-            (f"numpy.{core}.multiarray", own)
-            for core in ("core", "_core")
-            for own in ("_reconstruct", "scalar")
-        }
+        # Protocols below 3 store bytes as text, which `encode` undoes.
+        known = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+        for core in ("numpy.core", "numpy._core"):
+            known |= {(f"{core}.multiarray", own) for own in ("_reconstruct", "scalar")}
+            known.add((f"{core}.numeric", "_frombuffer"))  # protocol 5
         if (module, name) not in known:
             raise pickle.UnpicklingError(
                 f"it holds {module}.{name}, which is neither an array nor a plain value"

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -138,12 +139,10 @@ def _class(value: Any) -> Class:
 
 
 def _numbers(cells: Sequence[str]) -> list[Class]:
-    """Returns the cells as whole numbers if all of them are, else as they are."""
+    """Returns the cells as whole numbers if all of them are, else as they are: 01 and 1 may be two names."""
     cells = [cell.strip() for cell in cells]
-    digits = [cell.removeprefix("-") for cell in cells]
-    return (
-        [int(cell) for cell in cells] if all(d.isascii() and d.isdecimal() for d in digits) else list(cells)
-    )
+    numbers = all(re.fullmatch("0|-?[1-9][0-9]*", cell) for cell in cells)
+    return [int(cell) for cell in cells] if numbers else list(cells)
 
 
 def _score(cell: str) -> float:

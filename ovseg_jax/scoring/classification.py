@@ -143,7 +143,9 @@ def _outcomes(
     if not len(label):
         raise UserError(f"{pair.truth} has no image of a known class")
     if prediction.scores is None:
-        guess = np.array([index.get(prediction.classes[k], -1) for k in at], np.int64)
+        given = [prediction.classes[k] for k in at]
+        # A CSV file does not tell the name "1" from the number.
+        guess = np.array([index.get(value, index.get(str(value), -1)) for value in given], np.int64)
         if (guess < 0).all():
             raise UserError(
                 f"{pair.prediction}: no predicted class is one of the {len(names)} classes, such as {names[0]!r}: the "

@@ -12,7 +12,7 @@ from etils import epath
 
 from ovseg_jax.data.images import read_colours
 from ovseg_jax.errors import UserError
-from ovseg_jax.evals.box_files import image_id
+from ovseg_jax.evals.box_files import image_id, whole_id
 from ovseg_jax.evals.panoptic_quality import (
     RULES,
     Overlaps,
@@ -67,6 +67,7 @@ class Annotation(NamedTuple):
       category: the index of each one's class.
       crowd: whether each is a crowd.
       area: the area of each in the JSON, or -1.
+      unknown: the first category_id that is not among the categories, whose index is -1; None if there is none.
     """
 
     file: str
@@ -74,6 +75,7 @@ class Annotation(NamedTuple):
     category: np.ndarray
     crowd: np.ndarray
     area: np.ndarray
+    unknown: int | None = None
 
 
 class _Pair(NamedTuple):
@@ -262,8 +264,15 @@ def _compared(pair: _Pair, files: tuple[str, str], classes: int) -> tuple[np.nda
     """Returns the colours of both PNGs of an image, and its segments.
 
     Raises:
-      UserError: a PNG cannot be read, sizes differ, or JSON and PNG of the prediction disagree.
+      UserError: a PNG cannot be read, sizes differ, JSON and PNG of the prediction disagree, or it has an unknown
+        category.
     """
+    if pair.predicted.unknown is not None:
+        raise Fault(
+            "unknown category",
+            f"a predicted segment of the image {pair.name} has the category_id {pair.predicted.unknown}, which is not "
+            "among the categories of the truth",
+        )
     predicted, true = (read_colours(file, "the PNG") for file in files)
     if predicted.shape != true.shape:
         sizes = [f"{height} x {width}" for height, width, _ in (predicted.shape, true.shape)]
@@ -370,7 +379,8 @@ def read_panoptic(path: str, classes: ClassList | None = None) -> tuple[ClassLis
       The categories, and the annotation of each image by its id, as text, since tools write both 285 and "285".
 
     Raises:
-      UserError: it is not of COCO's form, an image or a segment's id occurs twice, or a category is unknown.
+      UserError: it is not of COCO's form, an image or a segment's id occurs twice, or a category is not among those of
+        the file itself.
     """
     content = read_json(path)
     with reading(path):
@@ -378,6 +388,13 @@ def read_panoptic(path: str, classes: ClassList | None = None) -> tuple[ClassLis
             raise ValueError("it has no annotations, so it is not in COCO's panoptic format")
         if classes is None:
             classes = _categories(content.get("categories"))
+            found = _annotations(objects(content["annotations"], "'annotations'"), classes)
+            for name, own in found.items():
+                if own.unknown is not None:
+                    raise ValueError(
+                        f"a segment of the image {name} has the category_id {own.unknown}, which 'categories' lacks"
+                    )
+            return classes, found
         return classes, _annotations(objects(content["annotations"], "'annotations'"), classes)
 
 
@@ -401,23 +418,19 @@ def _annotations(rows: list[dict[str, Any]], classes: ClassList) -> dict[str, An
     for name, file, segments in zip(names, files, infos, strict=True):
         where = f"image {name}, segment"
         ids = column(segments, "id", whole, 1, (1 << 24) - 1, of=where)
-        kinds = column(segments, "category_id", whole, of=where)
+        kinds = column(segments, "category_id", whole_id, of=where)
         if name in found:
             raise ValueError(f"it has two annotations for the image {name}")
         if len(set(ids)) < len(ids):
             raise ValueError(
                 f"two segments of the image {name} have the id {Counter(ids).most_common(1)[0][0]}"
             )
-        if unknown := [k for k in kinds if k not in index]:
-            raise ValueError(
-                f"a segment of the image {name} has the category_id {unknown[0]}, which is not among the categories "
-                "of the truth"
-            )
         found[name] = Annotation(
             file,
             np.array(ids, np.int64),
-            np.array([index[k] for k in kinds], np.int64),
+            np.array([index.get(k, -1) for k in kinds], np.int64),
             np.array(column(segments, "iscrowd", flag, default=False, of=where), bool),
             np.array(column(segments, "area", number, default=-1.0, of=where), np.float64),
+            next((k for k in kinds if k not in index), None),
         )
     return found

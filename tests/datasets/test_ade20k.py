@@ -229,10 +229,11 @@ def test_faults_of_the_full_data_set(tmp_path, capsys):
         read_all(Ade20kFull(unpacked(tmp_path / "g", left)), "train")
 
 
-def test_an_index_of_arrays_is_read(tmp_path):
-    arrays = index(
-        np.array(object_names()), filename=np.array(["ADE_val_00000002.jpg"], object), folder=["x/images"]
-    )
+@pytest.mark.parametrize("protocol", [2, 3, 5])
+def test_an_index_of_arrays_is_read(tmp_path, protocol):
+    arrays = pickle.loads(index(np.array(object_names()), folder=["x/images"]))
+    arrays["filename"] = np.array(["ADE_val_00000002.jpg"], object)
+    arrays = pickle.dumps(arrays, protocol)
     assert (
         len(Ade20kFull(unpacked(tmp_path, FULL | {"ADE20K_2021_17_01/index_ade20k.pkl": arrays})).classes)
         == 847

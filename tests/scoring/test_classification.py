@@ -138,6 +138,15 @@ def test_classes_in_place_of_scores(tmp_path, capsys):
     assert run(tmp_path, numbers, gt, f"--classes={listed}")["scores"] == found["scores"]
 
 
+def test_names_of_digits_keep_their_zeros(tmp_path):
+    gt = write(tmp_path / "gt.csv", "image,class\na,01\nb,1\n")
+    pred = write(tmp_path / "pred.csv", "image,class\na,1\nb,1\n")
+    found = run(tmp_path, pred, gt)
+    assert found["scores"]["all"]["accuracy"] == 50 and found["facts"]["classes"] == 2
+    as_json = write(tmp_path / "pred.json", {"a": "1", "b": "1"})
+    assert run(tmp_path, as_json, gt)["scores"] == found["scores"]
+
+
 def test_both_averages_over_data_sets(tmp_path):
     """Papers/000: the mean over classes for four sets and accuracy for others, or accuracy for all."""
     expected = []

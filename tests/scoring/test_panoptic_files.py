@@ -161,6 +161,17 @@ def test_ids_of_images_may_be_texts_on_one_side(tmp_path):
     assert report(tmp_path) == expected
 
 
+def test_categories_may_be_written_with_a_point(tmp_path):
+    pair(tmp_path)
+    expected = report(tmp_path)
+    change(
+        tmp_path,
+        "pred",
+        lambda c: [s.update(category_id=float(s["category_id"])) for k in range(2) for s in segments(c, k)],
+    )
+    assert report(tmp_path) == expected
+
+
 def test_pngs_may_lie_elsewhere(tmp_path):
     pair(tmp_path)
     expected = report(tmp_path)
@@ -193,6 +204,10 @@ FAULTS = {
     "JSON and PNG disagree": (
         lambda folder: change(folder, "pred", lambda c: segments(c, 1).pop()),
         f"pred/1.png, image 1: the PNG has the segment {3 * SCALE} that the JSON lacks",
+    ),
+    "unknown category": (
+        lambda folder: change(folder, "pred", lambda c: segments(c, 1)[0].update(category_id=9)),
+        "a predicted segment of the image 1 has the category_id 9, which is not among the categories of the truth",
     ),
 }
 
@@ -236,7 +251,10 @@ def test_no_image_is_left(tmp_path, capsys):
         (lambda c: c["categories"][0].update(id=11), "two categories have the same id"),
         (lambda c: c["annotations"][0].pop("file_name"), "annotation 0 has no 'file_name'"),
         (lambda c: c["annotations"][0].update(image_id=1), "it has two annotations for the image 1"),
-        (lambda c: segments(c, 0)[0].update(category_id=9), "has the category_id 9, which is not among"),
+        (
+            lambda c: segments(c, 0)[0].update(category_id=9),
+            "has the category_id 9, which 'categories' lacks",
+        ),
         (lambda c: segments(c, 0)[0].update(id=2 * SCALE), "two segments of the image 0 have the id 140006"),
         (lambda c: segments(c, 0)[0].update(id=1 << 24), "image 0, segment 0: 'id': expected a whole number"),
         (lambda c: segments(c, 0)[0].update(iscrowd=2), "image 0, segment 0: 'iscrowd': expected true or"),
