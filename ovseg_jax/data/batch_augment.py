@@ -93,7 +93,7 @@ def parse_batch_augments(entries: Sequence[Mapping[str, Any]]) -> tuple[BatchAug
                 f"data.batch_augment: the probability of {augment.name!r} is outside 0..1: {ends}"
             )
         for rule in augment.drop + augment.spare:
-            spoiled("", "noun", rule)
+            spoiled("", "noun", rule)  # raises a UserError for an unknown rule
         augments.append(augment)
     return tuple(augments)
 

@@ -15,12 +15,12 @@
     words            word_ids [W], word_valid: words of one caption, filtered and sampled (OpenSeg, 3.2)
     tokens           [L], token_valid: one caption by the text side's tokeniser, whole or in part, see `caption_text`;
                      all invalid without a caption
-    prompts          [P L], prompt_valid: up to P nouns and verbs of the caption, each in a template; others the caption
+    prompts          [P L], prompt_valid: up to P nouns and verbs of the caption, each in a template, then the caption
     label, feature   as in the example; if a feature has several views, one of them
 
 Slot k of masks and of boxes is the same segment; the largest come first. With `box_draw` "random", an image that has
 more than R boxes shows R of them, drawn anew in each row. Captions of boxes have L tokens, or `max_box_tokens` if it is
-set, and tags `max_tag_tokens`. The function of a field takes a `Seen`, an example after the geometry and the random
+set, and tags `max_tag_tokens`. The function of a field takes a `Sample`, an example after the geometry and the random
 draws that several fields share, and returns arrays.
 """
 
@@ -180,7 +180,7 @@ class Settings:
 
 
 @dataclasses.dataclass
-class Seen:
+class Sample:
     """An example after geometry and shared random draws, from which each field makes its arrays.
 
     Attributes:
@@ -243,81 +243,83 @@ class Field(NamedTuple):
     """The fields that a batch field needs from an example, and the function that makes its arrays."""
 
     needs: frozenset[str]
-    make: Callable[[Seen], Arrays]
+    make: Callable[[Sample], Arrays]
 
 
-def _image(seen: Seen) -> Arrays:
-    image = seen.example["image"]
-    if seen.augment is not None:
-        image = seen.augment.apply(image, seen.example["image_size"], seen.rng)
-    return {"image": image, "image_size": seen.example["image_size"]}
+def _image(sample: Sample) -> Arrays:
+    image = sample.example["image"]
+    if sample.augment is not None:
+        image = sample.augment.apply(image, sample.example["image_size"], sample.rng)
+    return {"image": image, "image_size": sample.example["image_size"]}
 
 
-def _masks(seen: Seen) -> Arrays:
-    count, ids = seen.settings.max_masks, seen.chosen[: seen.settings.max_masks] + 1
-    weight = (seen.augment.mask_weight if seen.augment else 1.0) if len(ids) else 0.0
+def _masks(sample: Sample) -> Arrays:
+    count, ids = sample.settings.max_masks, sample.chosen[: sample.settings.max_masks] + 1
+    weight = (sample.augment.mask_weight if sample.augment else 1.0) if len(ids) else 0.0
     return {
-        "masks": transforms.segment_masks(seen.example["segments"], ids, count, seen.settings.mask_stride),
+        "masks": transforms.segment_masks(
+            sample.example["segments"], ids, count, sample.settings.mask_stride
+        ),
         "mask_valid": np.arange(count) < len(ids),
         "mask_weight": np.asarray(weight, np.float32),
     }
 
 
-def _of_masks(name: str, of: str, empty: Any) -> Callable[[Seen], Arrays]:
-    def make(seen: Seen) -> Arrays:
-        ids = seen.chosen[: seen.settings.max_masks]
-        values = np.asarray(seen.example[of])
-        padded = np.full(seen.settings.max_masks, empty, values.dtype)
+def _of_masks(name: str, of: str, empty: Any) -> Callable[[Sample], Arrays]:
+    def make(sample: Sample) -> Arrays:
+        ids = sample.chosen[: sample.settings.max_masks]
+        values = np.asarray(sample.example[of])
+        padded = np.full(sample.settings.max_masks, empty, values.dtype)
         padded[: len(ids)] = values[ids]
         return {name: padded}
 
     return make
 
 
-def _pixel_classes(seen: Seen) -> Arrays:
-    example, stride = seen.example, seen.settings.mask_stride
+def _pixel_classes(sample: Sample) -> Arrays:
+    example, stride = sample.example, sample.settings.mask_stride
     return {"pixel_classes": transforms.class_map(example["segments"], example["class_ids"], stride)}
 
 
-def _boxes(seen: Seen) -> Arrays:
-    count, ids = seen.settings.max_boxes, seen.boxed
+def _boxes(sample: Sample) -> Arrays:
+    count, ids = sample.settings.max_boxes, sample.boxed
     boxes = np.zeros((count, 4), np.float32)
-    boxes[: len(ids)] = seen.boxes[ids]
+    boxes[: len(ids)] = sample.boxes[ids]
     return {"boxes": boxes, "box_valid": np.arange(count) < len(ids)}
 
 
-def _box_tokens(seen: Seen) -> Arrays:
-    ids, valid = seen.settings.short_rows(
-        seen.of_boxes(seen.region_captions, ""), seen.settings.max_box_tokens
+def _box_tokens(sample: Sample) -> Arrays:
+    ids, valid = sample.settings.short_rows(
+        sample.of_boxes(sample.region_captions, ""), sample.settings.max_box_tokens
     )
     return {"box_tokens": ids, "box_token_valid": valid}
 
 
-def _box_words(seen: Seen) -> Arrays:
-    settings = seen.settings
-    spoken = [_true_words(seen, text) for text in seen.of_boxes(seen.region_captions, "")]
+def _box_words(sample: Sample) -> Arrays:
+    settings = sample.settings
+    spoken = [_true_words(sample, text) for text in sample.of_boxes(sample.region_captions, "")]
     made = [settings.word_row([word for word, _ in words]) for words in spoken]
     ids, valid = (np.stack(column) for column in zip(*made, strict=True))
     return {"box_word_ids": ids, "box_word_valid": valid}
 
 
-def _tags(seen: Seen) -> Arrays:
-    ids, valid = _tag_rows(seen, seen.example["tags"], seen.settings.max_tags)
+def _tags(sample: Sample) -> Arrays:
+    ids, valid = _tag_rows(sample, sample.example["tags"], sample.settings.max_tags)
     return {"tags": ids, "tag_valid": valid}
 
 
-def _box_tags(seen: Seen) -> Arrays:
-    count = seen.settings.max_box_tags
-    made = [_tag_rows(seen, tags, count) for tags in seen.of_boxes(seen.example["region_tags"], ())]
+def _box_tags(sample: Sample) -> Arrays:
+    count = sample.settings.max_box_tags
+    made = [_tag_rows(sample, tags, count) for tags in sample.of_boxes(sample.example["region_tags"], ())]
     ids, valid = (np.stack(column) for column in zip(*made, strict=True))
     return {"box_tags": ids, "box_tag_valid": valid}
 
 
 def _tag_rows(
-    seen: Seen, tags: Sequence[str], count: int
+    sample: Sample, tags: Sequence[str], count: int
 ) -> tuple[Int[np.ndarray, "t l"], Bool[np.ndarray, "t l"]]:
     """Tokenises `count` tags; without a tokeniser, returns word ids."""
-    settings = seen.settings
+    settings = sample.settings
     texts = [*tags[:count], *[""] * (count - len(tags))]
     if settings.tokenize is not None:
         return settings.short_rows(texts, settings.max_tag_tokens)
@@ -328,21 +330,21 @@ def _tag_rows(
     return ids, valid
 
 
-def _words(seen: Seen) -> Arrays:
+def _words(sample: Sample) -> Arrays:
     """Keeps each word with its probability kp (section 3.2); if all are dropped, the one with the lowest draw stays."""
-    words = _true_words(seen, seen.caption)
+    words = _true_words(sample, sample.caption)
     if words:
-        draws = seen.rng.random(len(words))
-        keep = seen.settings.keep_prob
+        draws = sample.rng.random(len(words))
+        keep = sample.settings.keep_prob
         kept = [word for (word, pos), u in zip(words, draws, strict=True) if u < keep[pos]]
         words = [(word, "") for word in kept] or [words[int(draws.argmin())]]
-    ids, valid = seen.settings.word_row([word for word, _ in words])
+    ids, valid = sample.settings.word_row([word for word, _ in words])
     return {"word_ids": ids, "word_valid": valid}
 
 
-def _true_words(seen: Seen, text: str) -> list[tuple[str, str]]:
+def _true_words(sample: Sample, text: str) -> list[tuple[str, str]]:
     """Returns the known words of a text, with parts of speech, that flip and augmentation leave true."""
-    settings = seen.settings
+    settings = sample.settings
     if not text:
         return []
     words = [
@@ -350,56 +352,56 @@ def _true_words(seen: Seen, text: str) -> list[tuple[str, str]]:
         for word, pos in extract_words(text, settings.keep, settings.tagger)
         if word in settings.known
     ]
-    if seen.flipped:
+    if sample.flipped:
         words = without_spoiled(words, FLIP_DROP)
-    if seen.augment is not None:
-        words = without_spoiled(words, seen.augment.drop, seen.augment.spare)
+    if sample.augment is not None:
+        words = without_spoiled(words, sample.augment.drop, sample.augment.spare)
     return words
 
 
-def _tokens(seen: Seen) -> Arrays:
-    text = seen.caption
-    if seen.settings.caption_text == "nouns_verbs":
-        text = " ".join(_nouns_and_verbs(seen)) or text
-    elif seen.settings.caption_text == "prompt":
-        text = _drawn_prompts(seen, 1)[0]
-    ids, valid = seen.settings.token_rows([text])
+def _tokens(sample: Sample) -> Arrays:
+    text = sample.caption
+    if sample.settings.caption_text == "nouns_verbs":
+        text = " ".join(_nouns_and_verbs(sample)) or text
+    elif sample.settings.caption_text == "prompt":
+        text = _drawn_prompts(sample, 1)[0]
+    ids, valid = sample.settings.token_rows([text])
     return {"tokens": ids[0], "token_valid": valid[0]}
 
 
-def _prompts(seen: Seen) -> Arrays:
-    ids, valid = seen.settings.token_rows(_drawn_prompts(seen, seen.settings.max_prompts))
+def _prompts(sample: Sample) -> Arrays:
+    ids, valid = sample.settings.token_rows(_drawn_prompts(sample, sample.settings.max_prompts))
     return {"prompts": ids, "prompt_valid": valid}
 
 
-def _nouns_and_verbs(seen: Seen) -> list[str]:
-    return [word for word, _ in extract_words(seen.caption, ("noun", "verb"), seen.settings.tagger)]
+def _nouns_and_verbs(sample: Sample) -> list[str]:
+    return [word for word, _ in extract_words(sample.caption, ("noun", "verb"), sample.settings.tagger)]
 
 
-def _drawn_prompts(seen: Seen, count: int) -> list[str]:
+def _drawn_prompts(sample: Sample, count: int) -> list[str]:
     """Draws words without repetition, and for each one of CLIP's templates, as GroupViT's builder does."""
-    words = _nouns_and_verbs(seen)
-    drawn = seen.rng.permutation(len(words))[:count]
-    templates = seen.rng.integers(len(IMAGENET), size=len(drawn))
+    words = _nouns_and_verbs(sample)
+    drawn = sample.rng.permutation(len(words))[:count]
+    templates = sample.rng.integers(len(IMAGENET), size=len(drawn))
     texts = [IMAGENET[t].replace(PLACE, words[w]) for w, t in zip(drawn, templates, strict=True)]
-    return texts + [seen.caption] * (count - len(texts))
+    return texts + [sample.caption] * (count - len(texts))
 
 
-def _label(seen: Seen) -> Arrays:
-    return {"label": np.asarray(seen.example["label"], np.int32)}
+def _label(sample: Sample) -> Arrays:
+    return {"label": np.asarray(sample.example["label"], np.int32)}
 
 
-def _feature(seen: Seen) -> Arrays:
+def _feature(sample: Sample) -> Arrays:
     """Returns the feature; consecutive rows of one example get different views of it."""
-    feature = np.asarray(seen.example["feature"], np.float32)
+    feature = np.asarray(sample.example["feature"], np.float32)
     if feature.ndim == 2:
-        group, place = divmod(seen.index, seen.settings.views)
-        order = np.random.default_rng([seen.settings.seed, group, 0]).permutation(len(feature))
+        group, place = divmod(sample.index, sample.settings.views)
+        order = np.random.default_rng([sample.settings.seed, group, 0]).permutation(len(feature))
         feature = feature[order[place % len(order)]]
     return {"feature": feature}
 
 
-def _field(needs: str, make: Callable[[Seen], Arrays]) -> Field:
+def _field(needs: str, make: Callable[[Sample], Arrays]) -> Field:
     return Field(frozenset(needs.split()), make)
 
 

@@ -36,8 +36,8 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _END = b"\0\0\0\0IEND" + zlib.crc32(b"IEND").to_bytes(4, "big")
 _GREY, _RGB, _PALETTE = 0, 2, 3  # types of colour in a PNG's header
 _SOME = range(1 << 16)
-# Chunks beside header and pixels that change no stored value, with lengths that Pillow does not refuse. An RGB picture
-# without the others has no transparent colour and lies upright.
+# Chunks that change no stored value, with the lengths that Pillow accepts. An RGB picture may not have those that could
+# turn it or make a colour transparent (eXIf, tEXt, tRNS).
 _BESIDE_RGB = {
     **dict.fromkeys((b"bKGD", b"hIST", b"sBIT", b"tIME"), _SOME),
     **{b"PLTE": range(769), b"cHRM": _SOME[32:], b"gAMA": _SOME[4:], b"pHYs": _SOME[9:], b"sRGB": _SOME[1:]},
@@ -82,7 +82,7 @@ def list_images(folder: epath.PathLike) -> list[epath.Path]:
       UserError: the folder cannot be read.
     """
     names, left_out = scan_images(folder)
-    say_left_out(folder, left_out)
+    log_left_out(folder, left_out)
     return [epath.Path(folder) / name for name in names]
 
 
@@ -130,7 +130,7 @@ def list_folders(folder: epath.PathLike) -> list[str]:
         )
 
 
-def say_left_out(folder: epath.PathLike, left_out: Counter[str]) -> None:
+def log_left_out(folder: epath.PathLike, left_out: Counter[str]) -> None:
     """Logs how many entries of a folder were left out, if any."""
     if left_out:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
@@ -226,7 +226,7 @@ def check_image(path: File) -> tuple[int, int]:
 def read_mask(path: File) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"]:
     """Reads the stored values of a one-channel picture without loss (palette indices, or 1 to 16 bits).
 
-    A picture of 32 bits is read too, if its values fit 16.
+    A picture of 32 bits is read too, if its values fit 16 bits.
 
     Args:
       path: a PNG, whose checksums are verified, or a TIFF, BMP or PGM.
@@ -249,7 +249,7 @@ def read_mask(path: File) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"
 def read_wide_mask(
     path: File,
 ) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"] | Int32[np.ndarray, "h w"]:
-    """Reads a mask like `read_mask`, but one of 32 bits with all its values, as int32.
+    """Reads a mask like `read_mask`, except that one of 32 bits keeps all its values, as int32.
 
     Raises:
       UserError: see `read_mask`.
@@ -271,16 +271,15 @@ def _decode_png(
 ) -> UInt8[np.ndarray, "h w *c"] | UInt16[np.ndarray, "h w"] | None:
     """Decodes a PNG in a third of Pillow's time, to the same values.
 
-    Of the checksums, that of the compressed pixels (Adler-32) is not compared: those of the chunks hold for the same
-    bytes.
+    The Adler-32 checksum of the pixels is not compared, since the checksums of the chunks cover the same bytes.
 
     Args:
       data: a file of any kind.
-      forms: the pairs of bits and type of colour that are wanted: of 8 bits, or grey of 16.
+      forms: the accepted pairs of bits and type of colour: of 8 bits, or grey of 16.
 
     Returns:
-      The stored values, [H W], of a palette its indices, or [H W 3]; None for a file that `_pixels_of_png` leaves to
-      Pillow, and where decoding fails, so that Pillow says why.
+      The stored values, [H W] (the indices of a palette) or [H W 3]; None if Pillow has to read the file, or to find
+      out why it cannot be read.
     """
     found = _pixels_of_png(data)
     if found is None or found[0] not in forms:
@@ -304,13 +303,13 @@ def _decode_png(
 
 
 def _pixels_of_png(data: bytes) -> tuple[tuple[int, int], tuple[int, int], bytes] | None:
-    """Finds the pixels of a PNG in which Pillow has nothing to refuse but the pixels themselves.
+    """Finds the compressed pixels of a PNG that Pillow would read, unless the pixels themselves are damaged.
 
     Args:
       data: a file of any kind.
 
     Returns:
-      Bits and type of colour, height and width, and the chunks of pixels as they are; None for another file: with
+      Bits and type of colour, height and width, and the chunks of pixels as they are; None for any other file: with
       checksums that differ, other chunks or pixels in several places, interlaced, or of a size that Pillow may refuse.
     """
     if not data.startswith(_PNG):
@@ -341,7 +340,7 @@ def read_ids(path: File, what: str) -> UInt32[np.ndarray, "h w"]:
     """
     flat = read_colours(path, what)
     found = np.empty(flat.shape[:2], np.uint32)
-    # Four bytes from every third on: a pixel, and the first byte of the next one, which is cut off.
+    # Reads four bytes at each pixel of three; the fourth, of the next pixel, is masked out.
     four = np.ndarray(found.size - 1, "<u4", np.ascontiguousarray(flat).data, 0, (3,))
     np.bitwise_and(four, 0xFFFFFF, out=found.reshape(-1)[:-1])
     found[-1, -1] = int.from_bytes(flat[-1, -1].tobytes(), "little")
@@ -447,7 +446,7 @@ def _open(path: File, checksums: bool = False) -> ImageFile.ImageFile:
 
 @contextlib.contextmanager
 def _decoding(path: Any, what: str = "") -> Iterator[None]:
-    """Turns errors into UserErrors as `reading` does, and those of Pillow too."""
+    """Turns errors into UserErrors as `reading` does, including Pillow's own."""
     with reading(path, what):
         try:
             yield
@@ -523,7 +522,7 @@ def _from_pil(image: Image.Image, name: str) -> UInt8[np.ndarray, "h w 3"]:
                 f"{name} has pixels of mode {image.mode!r}, outside the range of a picture: convert it to 8 or 16 bits"
             )
         if 0 < highest < 4096:
-            _say_dark(os.path.dirname(name), os.path.basename(name), int(highest))
+            _warn_dark(os.path.dirname(name), os.path.basename(name), int(highest))
         return _from_array(values.astype(np.uint16))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -532,11 +531,11 @@ def _from_pil(image: Image.Image, name: str) -> UInt8[np.ndarray, "h w 3"]:
     return np.array(image.convert("RGB"))
 
 
-def _say_dark(folder: str, name: str, highest: int) -> None:
+def _warn_dark(folder: str, name: str, highest: int) -> None:
     """Logs, once for each folder, that images with 12 bits stored in 16 come out dark."""
-    said = _dark_folders()
-    if folder not in said:
-        said.add(folder)
+    warned = _dark_folders()
+    if folder not in warned:
+        warned.add(folder)
         _LOG.warning(
             "%s has 16 bits a pixel but no value above %d of 65535, so it is read as nearly black: if it should be "
             "brighter, scale the values of all images in its folder",

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ovseg_jax.data.batch_augment import BatchAugment, choose, parse_batch_augments
-from ovseg_jax.data.fields import FIELDS, Seen, Settings, Tokenize
+from ovseg_jax.data.fields import FIELDS, Sample, Settings, Tokenize
 from ovseg_jax.data.geometry import Geometry, ScaleJitter, geometry_of
 from ovseg_jax.data.source_base import replaced
 from ovseg_jax.errors import UserError
@@ -17,14 +17,9 @@ from ovseg_jax.vocab.words import WordList, split_words
 # Separate the random draws of a row from those of the batch or the mixture with the same number.
 _STREAM, _REGION_STREAM = 0, 3
 _MOVED = ("image", "segments", "boxes")  # fields that geometry transforms
-_READ = ("class_ids",)  # fields that it reads
-_WHOLE = (
-    "tokens",
-    "prompts",
-    "box_tokens",
-    "tags",
-    "box_tags",
-)  # fields of whole texts, from which no word can be dropped
+_READ = ("class_ids",)  # fields that geometry reads
+# Fields of whole texts, from which no word can be dropped.
+_WHOLE = ("tokens", "prompts", "box_tokens", "tags", "box_tags")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,21 +92,21 @@ class Rows:
             captions = example["captions"]
             caption = captions[int(rng.integers(len(captions)))] if len(captions) else ""
         elif isinstance(self.geometry, ScaleJitter):
-            rng.integers(
-                2
-            )  # the same draw as for a caption, so that the image does not depend on reading captions
+            rng.integers(2)  # in place of the caption's draw: images are the same without captions
         spoken = self._region_captions(index, example)
         if moved := {name: example[name] for name in _MOVED if name in needs}:
             batch = index // self.batch_size
             augment = choose(self.augments, seed, batch, batch / max(self.steps, 1))
-            may_flip = not self._one_sided(example, caption, spoken)
+            may_flip = not self._mentions_side(example, caption, spoken)
             if "segments" in moved:
                 moved |= {name: example[name] for name in _READ if name in needs}
             moved, flipped = self.geometry(moved, rng, may_flip)
-        seen = Seen(self.settings, index, replaced(example, **moved), caption, spoken, flipped, augment, rng)
+        sample = Sample(
+            self.settings, index, replaced(example, **moved), caption, spoken, flipped, augment, rng
+        )
         row = {"example_mask": np.asarray(True)}
         for name in self.settings.fields:
-            row |= FIELDS[name].make(seen)
+            row |= FIELDS[name].make(sample)
         return row
 
     def _region_captions(self, index: int, example: Mapping[str, Any]) -> list[str]:
@@ -122,7 +117,9 @@ class Rows:
         draw = lambda texts: texts[int(rng.integers(len(texts)))] if len(texts) else ""
         return [draw(texts) for texts in example["region_captions"]]
 
-    def _one_sided(self, example: Mapping[str, Any], caption: str, region_captions: Sequence[str]) -> bool:
+    def _mentions_side(
+        self, example: Mapping[str, Any], caption: str, region_captions: Sequence[str]
+    ) -> bool:
         """Tells whether a text that is kept whole mentions left or right."""
         fields = self.settings.fields
         texts = [caption] if {"tokens", "prompts"} & set(fields) else []

@@ -47,13 +47,13 @@ class VideoReader:
         with self._open() as container:
             try:
                 for frame in container.decode(video=0):
-                    # Phones store frames lying down, with the turn beside them.
+                    # Phones store frames unrotated, with the rotation as metadata.
                     yield np.ascontiguousarray(
                         np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
                     )
                     count += 1
             except (av.FFmpegError, *DAMAGE) as error:
-                raise UserError(f"{self.path} is damaged behind frame {count}: {reason(error)}") from None
+                raise UserError(f"{self.path} is damaged after frame {count}: {reason(error)}") from None
         if not count:
             raise UserError(f"{self.path}: the video has no frames")
 

@@ -238,9 +238,7 @@ def background(name: str, size: int, rng: np.random.Generator) -> Float[np.ndarr
         row, across = np.floor((v + b * h) / h), u + c * h
         joint = ((v + b * h) % h < 1.4) | ((across + row % 2 * h) % (2 * h) < 1.4)
         base, m = (165, 85, 65), 0.42 * joint + 0.1 * grain
-    elif (
-        name == "snow"
-    ):  # bluish white, soft drifts; darker than the white of patterns, which would merge with it
+    elif name == "snow":  # bluish white, soft drifts; darker than the white of patterns, to set them off
         base, m = (202, 212, 228), 0.25 * _smooth(rng, size, 3, 4) + 0.05 * grain
     elif name == "wood":  # dark brown, upright planks with black seams and a grain along them
         w = 9 + 4 * a

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ovseg_jax.data.images import has_image, list_folders, read_image, say_left_out, scan_images
+from ovseg_jax.data.images import has_image, list_folders, log_left_out, read_image, scan_images
 from ovseg_jax.data.source_base import Example, Source
 from ovseg_jax.errors import UserError
 from ovseg_jax.reading import read_json, read_lines, reading, short, texts
@@ -30,7 +30,7 @@ from ovseg_jax.vocab.classes import ClassList, split_names
 WORDNET_FILES = ("classnames.txt", "LOC_synset_mapping.txt", "words.txt")
 """Published files with names of WordNet ids: CoOp's, Kaggle's and WordNet's own."""
 FOLDERS = "folders"
-"""The value of `names` that takes WordNet ids for names."""
+"""The value of `names` that keeps the names of the folders, even if they are WordNet ids."""
 _LOG = logging.getLogger(__name__)
 _WORDNET_ID = re.compile(r"n\d{8}")
 _CAMEL_CASE = re.compile(r"([A-Z][a-z]+){2,}")
@@ -79,7 +79,7 @@ class ImageFolder(Source):
         if num_classes and len(own) != num_classes:
             raise UserError(
                 f"{self._folder} holds {len(own)} class folders, but num_classes={num_classes} "
-                f"(of configs/pomp.py, which counts epochs by it: classes={len(own)})"
+                f"(configs/pomp.py computes its steps from it, so set it there: classes={len(own)})"
             )
         beside = self._folder.parent
         splits = [beside / other for other in list_folders(beside)] if split else [root]
@@ -90,14 +90,14 @@ class ImageFolder(Source):
         # Folders beside the splits may hold annotations or tools, without images.
         found = there.union(folder for other, folder in others if has_image(other / folder))
         if not names and any(map(is_wordnet_id, own)):
-            there_are = [root / file for file in WORDNET_FILES if (root / file).exists()]
-            if not there_are:
+            published = [root / file for file in WORDNET_FILES if (root / file).exists()]
+            if not published:
                 raise UserError(
                     f"the class folders of {self._folder} are WordNet ids, such as {own[0]}, which are no words for a "
                     f"prompt: give names=FILE, or put one of {', '.join(WORDNET_FILES)} into {root}; names={FOLDERS} "
                     "takes the ids"
                 )
-            names = there_are[0]
+            names = published[0]
         if names and names != FOLDERS:
             listed = read_names(names)
             if stray := [folder for folder in own if folder not in listed]:
@@ -146,7 +146,7 @@ class ImageFolder(Source):
                 # gigabyte in each worker process.
                 files.append(np.array([os.fsencode(name) for name in names]))
                 labels.append(np.full(len(names), position[folder], np.int32))
-        say_left_out(self._folder, left_out)
+        log_left_out(self._folder, left_out)
         self._files = np.concatenate(files)
         self.labels = np.concatenate(labels)
         if not len(self.labels):

@@ -73,7 +73,7 @@ class Prepared(Source):
         if num_classes and len(classes) != num_classes:
             raise UserError(
                 f"{data_dir} holds {self.name} with {len(classes)} classes, but num_classes={num_classes} "
-                f"(of configs/pomp.py, which counts epochs by it: classes={len(classes)})"
+                f"(configs/pomp.py computes its steps from it, so set it there: classes={len(classes)})"
             )
         self._length, self._extent = entry["examples"], Extent(*entry["extent"])
         self._records: Any = None

@@ -32,13 +32,13 @@ ANY_SHARD = "masks-[0-9]*-of-[0-9]*.zip"
 
 
 class Rules(NamedTuple):
-    """The proposals to keep; all rules are ours, the paper gives none.
+    """The proposals to keep; all rules are ours, OpenSeg's paper gives none.
 
     Attributes:
       threshold: the lowest probability of a pixel inside a mask.
       min_area: the smallest mask, as a share of the image.
       min_confidence: the lowest confidence of a mask, the mean probability of its pixels. Without it a proposal that
-        eq. 1 never trained could become a label.
+        OpenSeg's mask loss (eq. 1) never trained could become a label.
       max_overlap: the IoU above which the less confident one of two masks is dropped.
       min_visible: the smallest share of a mask that smaller masks, which lie in front, leave uncovered. Without it the
         rims of covered masks would become labels.
@@ -59,7 +59,7 @@ class Rules(NamedTuple):
 
 @dataclasses.dataclass
 class Statistics:
-    """What became of the proposals of some images.
+    """Counts of kept and dropped proposals of some images.
 
     Attributes:
       images: number of labelled images.
@@ -102,7 +102,7 @@ class Statistics:
 
 
 class Shard(NamedTuple):
-    """What shard.json of a shard says.
+    """The content of a shard's shard.json.
 
     Attributes:
       request: what its masks depend on, as plain values.
@@ -165,8 +165,8 @@ def read_shard(path: epath.PathLike) -> Shard:
 class PseudoMasks(Wrapped):
     """A source with the segments of pseudo-masks, without classes, for the images that have none of their own.
 
-    With label maps, all its segments are theirs, one for each class in an image, and so are its classes; those of the
-    wrapped source are never read. An image that the teacher could not read has no segments.
+    With label maps, segments and classes come from the maps alone, one segment for each class in an image; those of the
+    wrapped source are not read. An image that the teacher could not read has no segments.
 
     Args:
       source: a source of images, in the order in which they were labelled.
@@ -234,7 +234,7 @@ class PseudoMasks(Wrapped):
             label_map = self._read(index, example["image"].shape[:2])
             if (top := int(label_map.max(initial=0))) > len(self.classes):
                 raise UserError(
-                    f"{self._shards[0].parent}: label map {index} has the class {top} of {len(self.classes)}"
+                    f"{self._shards[0].parent}: label map {index} has the class {top}, of only {len(self.classes)}"
                 )
             found = np.unique(label_map[label_map > 0])
             number = np.zeros(len(self.classes) + 1, np.int32)

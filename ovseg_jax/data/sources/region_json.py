@@ -97,13 +97,13 @@ class RegionJson(Source):
             self._keys = {key: p for key, p in self._keys.items() if key in ("captions", "tags")}
         self._sized, self._shares = boxes == "xywh", unit == "shares"
         self.provides = frozenset({"image"} | {FIELDS[key] for key in self._keys if key in FIELDS})
-        self._told = _Files(data_dir, (".json",))
-        self._shown = _Files(images or data_dir, image_suffixes())
-        self._told_at, self._shown_at = _pairs(self._told, self._shown)
+        self._json = _Files(data_dir, (".json",))
+        self._images = _Files(images or data_dir, image_suffixes())
+        self._json_at, self._image_at = _pairs(self._json, self._images)
         self._check_fields()
 
     def __len__(self) -> int:
-        return len(self._told_at)
+        return len(self._json_at)
 
     def __getitem__(self, index: int) -> Example:
         """Returns one example: `image` u8 [H W 3], the fields of `paths`, `image_id` (its path up to the suffix).
@@ -112,16 +112,16 @@ class RegionJson(Source):
           UserError: a file is damaged, or a field has another form, when the field is accessed.
         """
         self._check_index(index)
-        told: dict[str, Any] = {}
+        found: dict[str, Any] = {}
 
         def fields(example: Example) -> dict[str, Any]:
-            if not told:
-                told.update(self._fields(index, example))
-            return told
+            if not found:
+                found.update(self._fields(index, example))
+            return found
 
         make = {name: lambda e, name=name: fields(e)[name] for name in self.provides - {"image"}}
-        name = self._shown.name(self._shown_at[index])
-        image = lambda _: read_oriented(self._shown.read(self._shown_at[index]))[0]
+        name = self._images.name(self._image_at[index])
+        image = lambda _: read_oriented(self._images.read(self._image_at[index]))[0]
         return Example(image=image, image_id=os.path.splitext(name)[0], **make)
 
     def texts(self, field: str) -> Iterator[str]:
@@ -133,7 +133,7 @@ class RegionJson(Source):
 
     def extent(self) -> Extent:
         """Returns the largest size, from the header of every image."""
-        sizes = [read_header(self._shown.read(place))[0] for place in self._shown_at]
+        sizes = [read_header(self._images.read(place))[0] for place in self._image_at]
         heights, widths = zip(*sizes, strict=True)
         return Extent(max(heights), max(widths), 0)
 
@@ -162,22 +162,22 @@ class RegionJson(Source):
             found: dict[str, Any] = {}
             for key in ("captions", "tags"):
                 if key in keys and key in self._keys:
-                    found[key] = _said(content, self._keys[key])
+                    found[key] = _texts_at(content, self._keys[key])
             if "regions" not in self._keys:
                 return found
             regions = list(_at(content, self._keys["regions"]))
             for key in ("region_captions", "region_tags"):
                 if key in keys and key in self._keys:
-                    found[key] = [_said(region, self._keys[key]) for region in regions]
+                    found[key] = [_texts_at(region, self._keys[key]) for region in regions]
             if "box" in keys and "box" in self._keys:
                 found["box"] = [_box(region, self._keys["box"]) for region in regions]
             return found
 
     def _content(self, index: int) -> tuple[Any, str]:
         """Returns the parsed JSON file of an example, and its name."""
-        told = self._told.read(self._told_at[index])
-        with reading(told.name, "the annotations"):
-            return parse_json(told.data.decode("utf-8-sig")), told.name
+        file = self._json.read(self._json_at[index])
+        with reading(file.name, "the annotations"):
+            return parse_json(file.data.decode("utf-8-sig")), file.name
 
     def _check_fields(self) -> None:
         """Checks that each field occurs in one of the first files, since their keys are not described anywhere."""
@@ -200,7 +200,7 @@ class RegionJson(Source):
             else f"is {short(content)}"
         )
         raise UserError(
-            f"region_json: none of the first {min(_TRIED, len(self))} files of {self._told.root} has {key!r} at "
+            f"region_json: none of the first {min(_TRIED, len(self))} files of {self._json.root} has {key!r} at "
             f"{where!r} ({name} {has}): set paths.{key} to its path, or to '' if there is none"
         )
 
@@ -295,31 +295,31 @@ def _split(path: str) -> tuple[bytes, bytes]:
     return os.fsencode(stem), os.fsencode(suffix)
 
 
-def _pairs(told: _Files, shown: _Files) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
-    """Returns the places of the JSON files that have an image, and of their images; says how many are left out.
+def _pairs(files: _Files, images: _Files) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+    """Returns the places of the JSON files that have an image, and of their images; logs how many files are left out.
 
     Raises:
       UserError: there are none.
     """
-    if not len(told):
-        raise UserError(f"region_json: {told.root} and its zips hold no JSON file")
-    if not len(shown):
-        raise UserError(f"region_json: {shown.root} and its zips hold no image")
-    place = np.minimum(np.searchsorted(shown.stems, told.stems), len(shown) - 1)
-    has = shown.stems[place] == told.stems
+    if not len(files):
+        raise UserError(f"region_json: {files.root} and its zips hold no JSON file")
+    if not len(images):
+        raise UserError(f"region_json: {images.root} and its zips hold no image")
+    place = np.minimum(np.searchsorted(images.stems, files.stems), len(images) - 1)
+    has = images.stems[place] == files.stems
     lost = np.flatnonzero(~has)
     if len(lost) == len(has):
         raise UserError(
-            f"region_json: none of the {len(told)} JSON files of {told.root} has an image in {shown.root}: the first "
-            f"are {told.name(0)} and {shown.name(0)}, whose paths up to the suffix have to be the same"
+            f"region_json: none of the {len(files)} JSON files of {files.root} has an image in {images.root}: the "
+            f"first are {files.name(0)} and {images.name(0)}, whose paths up to the suffix have to be the same"
         )
     if len(lost):
         _LOG.warning(
             "%s: %d of %d JSON files have no image in %s and are left out, such as %s",
-            told.root, len(lost), len(told), shown.root, told.name(int(lost[0])),
+            files.root, len(lost), len(files), images.root, files.name(int(lost[0])),
         )  # fmt: skip
-    if spare := len(shown) - len(np.unique(place[has])):
-        _LOG.warning("%s: %d images have no JSON file and are left out", shown.root, spare)
+    if spare := len(images) - len(np.unique(place[has])):
+        _LOG.warning("%s: %d images have no JSON file and are left out", images.root, spare)
     return np.flatnonzero(has), place[has]
 
 
@@ -337,7 +337,7 @@ def _at(content: Any, path: str) -> Iterator[Any]:
     yield from values
 
 
-def _said(content: Any, path: str) -> list[str]:
+def _texts_at(content: Any, path: str) -> list[str]:
     """Returns the texts at a path, without surplus spaces and empty ones."""
     found = [" ".join(text.split()) for text in texts(list(_at(content, path)), repr(path))]
     return [text for text in found if text]

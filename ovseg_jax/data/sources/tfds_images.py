@@ -60,7 +60,7 @@ class TfdsImages(Source):
           label_key: the name of the class feature.
           names: a file with names for the labels, such as of WordNet ids, see `image_folder.read_names`; "folders"
             takes the labels' own, even if they are WordNet ids.
-          present: whether only the labels that the split has are classes; by default for `NARROW`.
+          present: whether only the labels that occur in the split are classes; by default true for `NARROW`.
 
         Raises:
           UserError: tensorflow_datasets is not installed, the data set does not exist or is not in ArrayRecord

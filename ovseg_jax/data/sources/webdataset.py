@@ -2,7 +2,7 @@
 
 As in WebDataset, consecutive members with the same name up to its first point are one example:
 
-    DIR/00000.tar    000000000.jpg  000000000.txt  000000000.json    the image, its caption, and what else is known
+    DIR/00000.tar    000000000.jpg  000000000.txt  000000000.json    the image, its caption, other metadata
                      000000001.jpg  ...
     DIR/00001.tar    ...
 
