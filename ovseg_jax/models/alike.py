@@ -1,4 +1,4 @@
-"""Tracing of the blocks of a tower once, since they are alike: a large part of the start of a command is tracing."""
+"""One trace for all equal blocks of a tower, since tracing is a large part of the start of a command."""
 
 import functools
 from collections.abc import Callable
@@ -15,9 +15,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def traced_once(function: Function) -> Function:
-    """Returns `function`, whose program then calls one function for all blocks of its Flax modules that are alike.
+    """Returns `function` with equal blocks of its Flax modules traced once.
 
-    Only for inference: blocks that draw random numbers or change variables are left as they are. The compiler inlines
+    Only for inference: blocks that draw random numbers or change variables are traced as usual. The compiler inlines
     the calls, so that the results are the same.
     """
 
@@ -36,9 +36,10 @@ def init_shapes(module: nn.Module, *args: Any) -> tuple[Any, Any]:
 
 
 def _blocks(replace: Callable[..., Any]) -> AbstractContextManager[Any]:
-    """Lets `replace(known, block, alone, args)` compute the blocks of towers, or leave one as it is by None.
+    """Replaces the calls of blocks by `replace(known, block, alone, args)`, except where it returns None.
 
-    `known` is a dict for what is alike, and `alone` the block without its place, so that alike ones are equal.
+    `known` is a dict for its results, and `alone` a copy of the block without name and parent, so that equal blocks
+    compare equal.
     """
     known: dict[Any, Any] = {}
 

@@ -61,16 +61,16 @@ def build_backbone(cfg: ConfigDict | Mapping[str, Any], dtype: Any = jnp.float32
     name = options.pop("name", None)
     if name not in BACKBONES:
         raise UserError(f"backbone.name={name!r} is not one of {', '.join(BACKBONES)}.")
-    module, settled = BACKBONES[name]
+    module, implied = BACKBONES[name]
     # Weights of a tower with patches of 14 pixels may be loaded for 16, see `pretrained.load.resize_patches`, and
     # libraries resize the positions of the same tower in different ways.
-    settled = {key: x for key, x in settled.items() if key not in ("patch", "resize") or key not in options}
-    known = {f.name for f in dataclasses.fields(module)} - {"parent", "name", "dtype", *HOOKS, *settled}
+    implied = {key: x for key, x in implied.items() if key not in ("patch", "resize") or key not in options}
+    known = {f.name for f in dataclasses.fields(module)} - {"parent", "name", "dtype", *HOOKS, *implied}
     unknown = options.keys() - known
     if unknown:
         wrong = ", ".join(sorted(map(repr, unknown)))
         raise UserError(f"backbone {name!r} has no {wrong}; known attributes: {', '.join(sorted(known))}.")
-    built = module(**settled, **options, dtype=dtype)
+    built = module(**implied, **options, dtype=dtype)
     if isinstance(built, ViT) and built.taps:
         return TapPyramid(built, dtype=dtype)
     return TowerPyramid(built, dtype) if module in (ViT, Eva) else built
@@ -82,12 +82,12 @@ def build_vit(cfg: ConfigDict | Mapping[str, Any], dtype: Any, what: str) -> ViT
     Args:
       cfg: see `build_backbone`.
       dtype: compute type.
-      what: what the backbone is of, for the error.
+      what: the owner of the backbone, for the error.
 
     Raises:
       UserError: see `build_backbone`; or the backbone is another, or has taps.
     """
     built = build_backbone(cfg, dtype)
     if not (isinstance(built, TowerPyramid) and isinstance(built.tower, ViT)):
-        raise UserError(f"backbone {cfg['name']!r} of {what} is no Vision Transformer")
+        raise UserError(f"backbone {cfg['name']!r} of {what} is no Vision Transformer, or has taps")
     return built.tower

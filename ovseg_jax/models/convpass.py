@@ -67,7 +67,7 @@ class Convpass(nn.Module):
 
 
 def all_but_adapters(prefix: str = "") -> str:
-    """Returns a regex of the parameters of a tower that are no adapter's, for rules such as (regex, None).
+    """Returns a regex of a tower's parameters except its adapters', for rules such as (regex, None).
 
     Args:
       prefix: the path of the tower among the parameters, such as "image/".

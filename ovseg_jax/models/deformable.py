@@ -36,7 +36,7 @@ class PixelFeatures(NamedTuple):
 
 
 def cell_counts(image_size: Int[Array, "b 2"], shape: tuple[int, ...], level: str) -> Int[Array, "b 2"]:
-    """Returns the rows and columns of a backbone's map that begin within each image, see `cells_inside`."""
+    """Counts the rows and columns of a backbone's map that begin within each image, see `cells_inside`."""
     stride = 2 ** int(level[1:])
     return jnp.minimum(-(-image_size // stride), jnp.array(shape))
 
@@ -52,7 +52,7 @@ def deformable(
 
     Args:
       values: the cells of all levels, one level after the other, in reading order, with H heads.
-      places: K points of each query, head and level, as (x, y) in cells, the first of which has its centre at (0, 0).
+      places: K points of each query, head and level, as (x, y) in cells; the centre of the first cell is (0, 0).
       weights: the weight of each point.
       shapes: rows and columns of each level.
       counts: rows and columns of the image's cells in each level; those outside count as zero.
@@ -131,7 +131,7 @@ class DeformableAttention(nn.Module):
         return dense(width, "out")(deformable(heads, places, weights, shapes, counts))
 
     def _directions(self, key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-        """Returns the initial offsets: head h looks in direction h / heads, point k to the k-th ring (the authors')."""
+        """Returns the initial offsets: head h has direction 2π h / heads, point k is on ring k + 1 (authors' code)."""
         del key
         angle = np.arange(self.heads) * (2 * np.pi / self.heads)
         direction = np.stack([np.cos(angle), np.sin(angle)], -1)
@@ -143,7 +143,7 @@ class DeformableAttention(nn.Module):
 
 
 class DeformableLayer(nn.Module):
-    """A layer of the encoder: deformable self-attention and an MLP; the sums are normalised."""
+    """A post-norm layer of the encoder: deformable self-attention and an MLP."""
 
     heads: int
     points: int

@@ -85,8 +85,8 @@ class Eva(nn.Module):
       between: a function on the patch tokens between two blocks, see `transformer.Between`.
       last: how patch tokens attend in the last block, see `transformer.Block`. `pooled` is the same for all.
       remat: what the backward pass recomputes in each block, see `rematerialise`.
-      scan: the first of the blocks, up to the last but one, that are one loop of the program, which then compiles in
-        the time of a few; `between` must do nothing from there on. None, or taps in the loop: no loop.
+      scan: the first block of those, up to the last but one, that run as one loop and compile once; `between` must do
+        nothing from there on. None, or taps in the loop: no loop.
       dtype: compute type; parameters are float32.
     """
 

@@ -218,7 +218,7 @@ class GroupVitImage(nn.Module):
         scale = self.param("logit_scale", nn.initializers.constant(2.6592), ())
         assert shares is not None
         shares = shares.reshape(b, -1, h, w)
-        groups = projection(x)  # first, by the statistics of before
+        groups = projection(x)  # before the next call, which updates the running statistics in training
         return GroupedImage(projection(x.mean(1), train), groups, shares, jnp.exp(scale))
 
     def _check(self, size: Sequence[int]) -> None:

@@ -192,7 +192,7 @@ class Mask2FormerHead(nn.Module):
 class Mask2FormerNet(nn.Module):
     """Mask2Former's network without its classifier.
 
-    Padding of the canvas has no influence on the head; for the backbone see there.
+    Padding of the canvas has no influence on the head.
 
     Attributes:
       backbone: a module that maps [B S S 3] to {"c2": ..., "c5": ...}.

@@ -72,7 +72,7 @@ def sine_positions(valid: Bool[Array, "b h w"], channels: int) -> Float[Array, "
 
 
 class PixelDecoder(nn.Module):
-    """An FPN (MaskFormer's TransformerEncoder-free pixel decoder): from the coarsest map, add a finer one and convolve.
+    """An FPN, MaskFormer's pixel decoder without a transformer: from the coarsest map, add a finer one and convolve.
 
     Cells outside of the images are zero for the convolutions and do not count for the norms.
 
@@ -117,7 +117,7 @@ class PixelDecoder(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """A layer of DETR's decoder (Carion et al. 2020): self-attention, cross-attention, MLP; the sums are normalised.
+    """A post-norm layer of DETR's decoder (Carion et al. 2020): self-attention, cross-attention, MLP.
 
     Mask2Former's begins with the cross-attention.
 
@@ -180,7 +180,7 @@ class DecoderLayer(nn.Module):
 
 
 def mask_embedder(width: int, mask_dim: int, dtype: Any) -> Callable[[Array], Array]:
-    """Creates the MLP from queries to the embeddings of their masks, as layers of the calling module."""
+    """Creates the MLP from queries to mask embeddings, as layers of the calling module."""
     dense = partial(nn.Dense, dtype=dtype, kernel_init=linear_init)
     layers = [dense((width, width, mask_dim)[i], name=f"mask_mlp_{i}") for i in range(3)]
     return lambda x: layers[2](nn.relu(layers[1](nn.relu(layers[0](x)))))
@@ -196,7 +196,7 @@ def mask_logits(
 class MaskFormerNet(nn.Module):
     """MaskFormer's network without its classifier (Cheng et al. 2021, 3.3 and 4.1; P-Seg, papers/002, 3.2).
 
-    Padding of the canvas has no influence on pixel decoder, decoder and masks; for the backbone see there.
+    Padding of the canvas has no influence on pixel decoder, decoder and masks.
 
     Attributes:
       backbone: a module that maps [B S S 3] to {"c2": ..., "c5": ...}.

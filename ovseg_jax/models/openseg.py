@@ -58,11 +58,13 @@ class OpenSegNet(nn.Module):
 
     Attributes:
       backbone: a module that maps [B S S 3] to {"c2": ..., "c5": ...}.
+      mean, std: normalisation of pixels in [0, 1].
       width: channels of pyramid and heads (640).
       embed_dim: D of the text space; F_z's last layer has this many channels.
       num_queries: N proposals (128); 0 for a per-pixel network without masks (LSeg+ of 4.3).
-      decoder_layers: T (3).
+      decoder_layers, decoder_heads: see `RegionDecoder` (3; ours: 1).
       head_convs: 3x3 convolutions of each head (3).
+      pyramid_output_conv: see `FusedPyramid`.
       position_grid: side of the learnable position embedding, resized to the feature map (ours).
       mask_scale: factor on the mask logits (ours; 1 is the plain dot product of 3.1).
       mask_bias: initial value of a learned bias of the mask logits (ours); None for none, as in 3.1.

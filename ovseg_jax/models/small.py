@@ -1,9 +1,8 @@
 """A small backbone for images of 64 to 128 pixels, which trains from scratch on a CPU in minutes.
 
 Its time is that of its 3x3 convolutions, so all but the stem's first run at stride 4 or coarser: images are
-folded by space-to-depth, which loses no pixel. The convolutions are XLA's own: measured in CPU time, im2col by
-matrix products and Winograd's form cost 15% and 20 to 30% more, forwards and backwards together. XLA runs a CPU
-convolution on one thread: to use two cores, give each a virtual device and half of the batch.
+folded by space-to-depth, which loses no pixel. XLA runs a CPU convolution on one thread: to use two cores, give
+each a virtual device and half of the batch.
 """
 
 from typing import Any

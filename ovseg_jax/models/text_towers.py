@@ -73,8 +73,7 @@ class TextTower(nn.Module):
       length: rows of the position table, the maximum number of tokens of a text.
       width, layers, heads, mlp_dim: sizes of the encoder; `mlp_dim` None means 4 times `width`.
       remat: what the backward pass recomputes in each block, see `rematerialise`.
-      scan: whether the blocks are one loop of the program, which then compiles in the time of one; no effect with
-        adapters or `between`.
+      scan: whether the blocks run as one loop and compile once; no effect with adapters or `between`.
       dtype: compute type; parameters are float32.
       adapter, adapter_scale: modules beside the branches of each block, see `transformer.Block`; their places are None.
       between: a function on the tokens between two blocks, see `Between`.
@@ -334,7 +333,7 @@ def text_tower(name: str, **fields: Any) -> TextTower:
 
     Args:
       name: a key of PRESETS.
-      **fields: such as `dtype`, `remat`, or `activation="gelu"` for weights that were trained without OpenAI's.
+      **fields: such as `dtype`, `remat`, or `activation="gelu"` for CLIPs that were not trained with quick_gelu.
 
     Raises:
       UserError: the name is unknown.

@@ -1,7 +1,7 @@
 """Clusters of patch tokens between two blocks of a tower, which later blocks compute as one token each.
 
-UMG-CLIP (papers/003, 4.1) reduces 75% of the tokens in pre-training as AiluRus does (Li et al., NeurIPS 2023), which
-clusters by density with regard to space. Neither published its code; DPC-KNN as in TCFormer stands in for it (ours).
+UMG-CLIP (papers/003, 4.1) removes 75% of the tokens in pre-training as AiluRus does (Li et al., NeurIPS 2023), by
+spatial-aware density-based clustering. Neither published its code; DPC-KNN as in TCFormer takes its place (ours).
 """
 
 import dataclasses

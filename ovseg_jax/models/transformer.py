@@ -329,10 +329,10 @@ def scan_blocks(
     *args: Any,
     dropout: Array | None = None,
 ) -> Float[Array, "b n d"]:
-    """Applies blocks that are alike in one loop, so that the program has one of them, and compiles as fast.
+    """Applies equal blocks in one loop, so that only one of them is traced and compiled.
 
     Args:
-      block: all of them; it has no parent.
+      block: the module of all blocks, without a parent.
       remat: what the backward pass recomputes in each, see `rematerialise`.
       weights: the parameters of each.
       x: tokens.
@@ -377,11 +377,11 @@ def through_blocks(
       between: called after each block except the last.
       before: changes the tokens before block i.
       taps: the blocks whose output is also returned.
-      loop: blocks that are applied at once, by a function; neither `between` nor `before` is called for them, and they
-        have no taps.
+      loop: the numbers of blocks that one function applies together, and this function; `between` and `before` are not
+        called for them, and they have no taps.
 
     Returns:
-      The tokens after the last block, their places, which unfold them, and both for each block of `taps`.
+      The tokens after the last block and their places, and both for each block of `taps`.
     """
     tapped, turned = {}, rotary
     at_once, apply = loop

@@ -50,7 +50,11 @@ def write_big_vision(path: str | Path, arrays: Mapping[str, np.ndarray], *, scan
 
 
 def to_loop(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Splits stacked blocks into single ones; other arrays stay."""
+    """Splits stacked blocks into single ones; other arrays stay.
+
+    Raises:
+      UserError: an array of a stack has no axes.
+    """
     out: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
         head, found, tail = name.partition("encoderblock/")

@@ -54,7 +54,8 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     without pickle. Of a `.pkl`, as detectron2's models come, only arrays and Python's own values are read.
 
     Raises:
-      UserError: no such file, an unknown or damaged one, arrays that are not numbers, PyTorch missing.
+      UserError: the file is missing, unknown or damaged, holds arrays that are not numbers, or needs PyTorch, which is
+        not installed.
     """
     path = weights_file(path)
     verify(path)
@@ -68,7 +69,9 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     }
     read = _shards if path.name.endswith(".index.json") else readers.get(path.suffix)
     if read is None:
-        raise UserError(f"{path} is not a file of weights ({', '.join(readers)}) or a folder of Hugging Face")
+        raise UserError(
+            f"{path} is neither a file of weights ({', '.join(readers)}) nor a folder of Hugging Face"
+        )
     with reading(path, "the weights"):
         arrays = read(path)
         for name, array in arrays.items():

@@ -6,7 +6,7 @@
     openai:/path/ViT-B-16.pt  a file, as OpenAI published CLIP
     open_clip:/path, open_clip:owner/name
     big_vision:/path.npz      see `big_vision`
-    gs://bucket/folder        a folder or a file in a bucket, such as those that a run there keeps; it is copied
+    gs://bucket/folder        a folder or file in a bucket, such as a run's copies; a temporary copy of it is read
 
 A prefix only gives the location; the format of the arrays is recognised from their names (`load`).
 """
@@ -68,7 +68,7 @@ def find(init: str) -> Path:
 
 
 def on_disk(path: epath.PathLike) -> Path:
-    """Returns a path that libraries can read: the path itself, or for one in a bucket that of a copy, if it exists.
+    """Returns a local path: the path itself, or that of a temporary copy of one that exists in a bucket.
 
     The copy of a folder has its files, not its folders. It is removed when the process ends.
     """

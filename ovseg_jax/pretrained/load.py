@@ -160,7 +160,11 @@ def resize_patches(arrays: dict[str, np.ndarray], patch: int) -> dict[str, np.nd
 
 
 def from_ours(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
-    """Returns arrays that `to_torch` made of such variables, by path; None if the names are different."""
+    """Returns arrays that `to_torch` made of such variables, by path; None if the names differ.
+
+    Raises:
+      UserError: the names are the same, but the shapes differ.
+    """
     flat = flax.traverse_util.flatten_dict(dict(shapes), sep="/")
     inner = {path.partition("/")[2]: path for path in flat}
     if arrays.keys() != {torch_name(path) for path in inner}:
@@ -173,7 +177,11 @@ def from_ours(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> di
 
 
 def formats(module: nn.Module) -> dict[str, list[Rename]]:
-    """Returns the known formats of published weights of such a module: name -> renames."""
+    """Returns the known formats of published weights of such a module: name -> renames.
+
+    Raises:
+      UserError: none is known.
+    """
     match module:
         case ResNet():
             return {

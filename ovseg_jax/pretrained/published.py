@@ -20,7 +20,7 @@ HALF = Pixels(
     (0.5,) * 3, (0.5,) * 3
 )  # SigLIP; timm's EfficientNet-Lite, whose authors have 127/255 and 128/255
 UNIT = Pixels((0.0,) * 3, (1.0,) * 3)  # TIPS: google-deepmind/tips, scenic/configs/tips_model_config.py
-# The released OpenSeg demo. Only for networks trained from scratch; others need the normalisation of their weights.
+# That of the released OpenSeg demo, for networks trained from scratch; others need that of their weights.
 CENTRED = Pixels((128 / 255,) * 3, (128 / 255,) * 3)
 
 BACKBONES = {

@@ -1,7 +1,7 @@
 """Checks of a module against the files beside published weights, where names and shapes are not sufficient.
 
-A checkpoint does not show activations, epsilons, the number of heads, padding and the positions of strides. The files
-beside it do: `config.json` of transformers (`model_type`), of timm (`architecture`) or of ours (`kind`), and
+A checkpoint does not show activations, epsilons, the number of heads, padding and which convolution has the stride.
+The files beside it do: `config.json` of transformers (`model_type`), of timm (`architecture`) or of ours (`kind`), and
 `open_clip_config.json` (`model_cfg`). Values that a library leaves out of its file have that library's default.
 """
 

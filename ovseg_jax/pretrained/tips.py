@@ -2,8 +2,8 @@
 
 Three formats: the JAX npz files (`tips_v2_l14_vision.npz`, `..._text.npz`), the PyTorch npz files (`tips_v2_oss_...`)
 and the folders of transformers, whose files have the PyTorch names under `vision_encoder.` and `text_encoder.`, or
-transformers' own. The JAX towers have no layer scale and no position of the class token, so that `joined` multiplies
-the one into the projections and adds the other to the token.
+transformers' own. The JAX towers have neither layer scales nor a position of the class token: `joined` multiplies
+PyTorch's layer scales into the projections and adds its position to the class token.
 """
 
 import re
@@ -115,7 +115,7 @@ def from_tips_jax() -> list[Rename]:
 
 
 def joined(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Joins what `from_tips_vision` returns as the JAX towers have it; other arrays stay.
+    """Folds layer scales, registers and the class token's position into the arrays of the JAX form; others stay.
 
     Args:
       arrays: by our paths, with the class token, registers and layer scales that published PyTorch towers have.

@@ -1,7 +1,7 @@
-"""Conversion of our parameters to PyTorch's layouts and back; modules keep their names, and no bit is lost.
+"""Conversion of our parameters to PyTorch's layouts and back; modules keep their names, and values do not change.
 
 Convolutions [h w c d] become [d c h w], dense kernels [c d] become [d c], maps of positions [h w d] become [d h w], and
-the axis of heads of attention is joined.
+attention's axes of heads and channels become one.
 """
 
 import dataclasses
@@ -34,7 +34,11 @@ def to_torch(parameters: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def from_torch(state: Mapping[str, np.ndarray], shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
-    """Converts a state dictionary back to parameters of these shapes by path: the inverse of `to_torch`."""
+    """Converts a state dictionary back to parameters of these shapes by path: the inverse of `to_torch`.
+
+    Raises:
+      ValueError: an array has another number of values than its shape.
+    """
     out = {}
     for path, shape in shapes.items():
         order, _ = _layout(path, shape)

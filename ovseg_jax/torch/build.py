@@ -30,7 +30,7 @@ def build(
 ) -> M:
     """Creates a module and fills it with its parameters.
 
-    The module is first created and run on PyTorch's device "meta", which needs no memory, since a wrong number in the
+    The module is first created and run on PyTorch's device "meta", which allocates nothing, since a wrong number in the
     description could otherwise use up all memory.
 
     Args:

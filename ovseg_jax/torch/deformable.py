@@ -11,7 +11,7 @@ from ovseg_jax.torch.maskformer import GroupNorm, cells_inside, sine_positions
 
 
 def cell_counts(image_size: Tensor, x: Tensor, level: str) -> Tensor:
-    """Returns the rows and columns [b 2] of a map [b c h w] that begin within each image."""
+    """Counts the rows and columns [b 2] of a map [b c h w] that begin within each image."""
     stride = 2 ** int(level[1:])
     counts = torch.div(image_size + stride - 1, stride, rounding_mode="floor")
     return torch.stack([counts[:, i].clamp(max=x.shape[2 + i]) for i in range(2)], 1)
@@ -66,7 +66,7 @@ class DeformableAttention(nn.Module):
 
 
 class DeformableLayer(nn.Module):
-    """A layer of the encoder: deformable self-attention and an MLP; the sums are normalised."""
+    """A post-norm layer of the encoder: deformable self-attention and an MLP."""
 
     def __init__(self, width: int, heads: int, points: int, levels: int, ffn: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""CLIP and its kind without training as a segmenter, see `ovseg_jax/methods/clip_dense.py`."""
+"""CLIP and similar towers without training as a segmenter, see `ovseg_jax/methods/clip_dense.py`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -40,7 +40,7 @@ class ClipDenseNet(nn.Module):
         mapped = tower.MAPHead_0 if isinstance(tower, ViT) else None
         tokens = tower(x, inside=shown, last="" if mapped is not None else self.last).tokens
         features = tokens.permute(0, 2, 3, 1)
-        if mapped is not None:  # what the pooling makes of a patch that it sees alone
+        if mapped is not None:  # the output of the pooling for each patch alone
             features = mapped(features.flatten(0, 2)[:, None]).unflatten(0, features.shape[:3])
         elif tower.head is not None:
             features = tower.head(features)

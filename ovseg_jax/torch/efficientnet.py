@@ -9,7 +9,7 @@ from ovseg_jax.torch.layers import BatchNorm, Conv
 
 
 class MBConv(nn.Module):
-    """An inverted bottleneck, with squeeze-and-excite but in a Lite."""
+    """An inverted bottleneck, with squeeze-and-excite except in a Lite."""
 
     def __init__(self, inputs: int, features: int, kernel: int, stride: int, expand: int, lite: bool = False):
         super().__init__()

@@ -120,7 +120,7 @@ class Block(Adapted):
 class Eva(nn.Module):
     """An image tower of EVA-CLIP for images of any size; the arguments are the Flax module's fields.
 
-    `adapter` holds the arguments of `Convpass` but for the first.
+    `adapter` holds the arguments of `Convpass` except the first.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ EPSILON = 1e-8  # added to probabilities in the published code
 
 
 class Rule(NamedTuple):
-    """How the two spaces are combined: CLIP's weight for seen classes and for others, and OVRCOAT's `trust`."""
+    """The combination of both spaces: CLIP's weight for seen classes and for others, and OVRCOAT's `trust`."""
 
     seen: float
     unseen: float
@@ -90,7 +90,7 @@ class TrunkOutput(NamedTuple):
 
 
 class ConvNeXtTrunk(ConvNeXt):
-    """CLIP's ConvNeXt, see `methods.trunks`; another trunk has the same attributes and methods.
+    """CLIP's ConvNeXt, see `methods.trunks`; other trunks have the same attributes and methods.
 
     Attributes:
       channels: the widths of the maps by level.
@@ -119,7 +119,7 @@ class TowerTrunk(TowerPyramid):
 
     Args:
       make: creates the tower.
-      again: whether CLIP's features of masks come from the tower without its adapters, in a second pass.
+      again: whether a second pass, without adapters, gives CLIP's features of masks.
       **fields: those of the tower.
     """
 

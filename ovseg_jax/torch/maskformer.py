@@ -107,7 +107,7 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """A layer of DETR's decoder: self-attention, cross-attention, MLP; the sums are normalised.
+    """A post-norm layer of DETR's decoder: self-attention, cross-attention, MLP.
 
     Mask2Former's begins with the cross-attention (`cross_first`).
     """

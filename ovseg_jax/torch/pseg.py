@@ -36,7 +36,7 @@ class PSegNet(nn.Module):
         self.projection = Projection(model["net"]["width"], *sizes)
 
     def forward(self, image: Tensor, image_size: Tensor) -> OpenSegFeatures:
-        """Segments uint8 images [b 3 s t]; the embedding of a mask, its projected query, stands as the region's sum."""
+        """Segments uint8 images [b 3 s t]; `region_sum` holds the projected query of each mask."""
         queries, mask_logits = self.net(image, image_size)
         masks = mask_logits.sigmoid() * cells_inside(image_size, mask_logits, "c2")[:, None]
         regions = self.projection(queries.float().flatten(0, 1)).unflatten(0, queries.shape[:2])

@@ -62,7 +62,7 @@ class Segmenter:
       table: [V D] vectors of the words of `index`, or None.
       text: a text tower and its tokeniser, or None. Without both, the network knows the names of `classes` only.
       canvas: side of the network's square input in pixels.
-      whole: how images are resized, each on a canvas of its own; None for the square.
+      whole: the resizing of images that each have a canvas of their own size; None for the square.
       seen: names of training classes, if scores depend on them.
       classes: the categories of the training data.
     """
@@ -153,7 +153,7 @@ class Segmenter:
         names: Sequence[str],
         owner: np.ndarray,
     ) -> tuple[Tensor, Tensor, bool]:
-        """Returns the score of each name for each map [T C], the maps [C h w], and whether they are logits of masks."""
+        """Returns scores [T C] of names for maps, the maps [C h w], and whether these are mask logits."""
         if isinstance(out, FCClipOutput):
             assert isinstance(self.net, FCClipNet)
             seen = torch.tensor([name in self.seen for name in names], device=text.device)

@@ -86,7 +86,7 @@ class SiglipText(TextTower):
         """Embeds texts [b l], each by its last position, padding or not; `valid` is not used.
 
         Raises:
-          UserError: texts too long.
+          UserError: texts are too long.
         """
         x, _ = self.Encoder_0(self.embed(ids))
         return self.head(x[:, -1])
@@ -157,7 +157,7 @@ class Bert(TextTower):
         """Embeds texts [b l]; `valid` [b l] marks the tokens that are not padding, None means all.
 
         Raises:
-          UserError: texts too long.
+          UserError: texts are too long.
         """
         x, _ = self.Encoder_0(self.embedding_norm(self.embed(ids) + self.type_embedding[0]), valid)
         if self.pool == "mean":

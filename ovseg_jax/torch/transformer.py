@@ -18,7 +18,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 # How patch tokens attend in the last block of a tower, see `Block` of `ovseg_jax/models/transformer.py`.
 LAST = ("", "value", "sclip", "clearclip")
 Apart = tuple[int, str]
-"""The first of the tokens that attend in another way, and the way, a member of `LAST` but ""."""
+"""The first of the tokens that attend in another way, and that way, a member of `LAST` other than ""."""
 
 
 def mix(
@@ -42,7 +42,7 @@ def mix(
 
 
 def attended_alone(x: Tensor, attended: Tensor, apart: Apart | None) -> Tensor:
-    """Returns a block's tokens; by ClearCLIP's way, those apart are the output of attention alone."""
+    """Returns a block's tokens; for "clearclip", those from `apart` on are the output of attention alone."""
     if apart is None or apart[1] != "clearclip":
         return x
     return torch.cat([x[:, : apart[0]], attended[:, apart[0] :]], 1)

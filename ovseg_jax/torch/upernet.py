@@ -1,4 +1,4 @@
-"""UPerNet and the pyramid of a ViT's taps for inference, see `ovseg_jax/models/upernet.py` and `tap_pyramid.py`."""
+"""UPerNet for inference, see `ovseg_jax/models/upernet.py`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -73,7 +73,7 @@ class UPerNet(nn.Module):
         self.normalise = Normalise(model["mean"], model["std"])
         self.head = UPerHead(backbone.channels, width, model["pools"], norm)
         self.classifier = nn.Linear(width, model["classes"])
-        if aux_width:  # It is not used, but belongs to the model: it may be trained further.
+        if aux_width:  # Not used here, but part of the model, which may be trained further.
             self.aux_head = ConvNorm(backbone.channels["c4"], aux_width, 3, norm)
             self.aux_classifier = nn.Linear(aux_width, model["classes"])
 

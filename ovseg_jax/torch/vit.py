@@ -30,7 +30,7 @@ class MAPHead(nn.Module):
 class ViT(nn.Module):
     """A Vision Transformer for images of any size; the arguments are the Flax module's fields.
 
-    `adapter` holds the arguments of `Convpass` but for the first.
+    `adapter` holds the arguments of `Convpass` except the first.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class ViT(nn.Module):
     def forward(
         self, image: Tensor, adapted: bool = True, inside: Tensor | None = None, last: str = ""
     ) -> TowerOutput:
-        """Computes the embedding, the tokens and the taps of normalised images [b 3 h w], `adapted` with the adapters.
+        """Computes the embedding, the tokens and the taps.
 
         Args:
           image: normalised images [b 3 h w].

@@ -1,4 +1,4 @@
-"""CLIP (Radford et al. 2021) and its kind: an image tower, a text tower and the temperature between them."""
+"""CLIP (Radford et al. 2021) and similar models: an image tower, a text tower and a temperature."""
 
 import copy
 import dataclasses
@@ -95,11 +95,11 @@ class Clip:
       config: `image`, a dict with `name` (a CLIP preset of `models.vit`, `models.clip_resnet`, `models.convnext` or
         `models.eva`, or "vit", "convnext", "eva" or "small") and fields of its module; `text`, the same for
         `models.text_towers` ("clip" for a CLIPText of these fields, "siglip" for a SiglipText, "tips" for a TipsText);
-        `adapter`, if there are adapters in the image
-        tower, the arguments of `models.convpass.with_convpass`; `init`, the weights (see `pretrained.hub`, or the
-        folder of a run of method "clip"), "" for random ones; `tokenizer`, the folder of the tokeniser if it is not
-        with the weights, the folder of a run for its words, or "words" for the words of this run; `image_size` in
-        pixels; `mean` and `std` of pixels; `logit_scale`, 1/τ of weights that have none; `dtype`.
+        `adapter`, the arguments of `models.convpass.with_convpass`, for adapters in the image tower; `init`, the
+        weights (see `pretrained.hub`, or the folder of a run of method "clip"), "" for random ones; `tokenizer`, the
+        folder of the tokeniser if it is not with the weights, the folder of a run for its words, or "words" for the
+        words of this run; `image_size` in pixels; `mean` and `std` of pixels; `logit_scale`, 1/τ of weights that have
+        none; `dtype`.
       words: the vocabulary, if the tokeniser is one of words.
 
     Raises:
@@ -129,7 +129,7 @@ class Clip:
         except TypeError as error:
             raise UserError(f"towers.text: {error}") from error
         size = int(config.get("image_size", 224))
-        # Of its variables too, since to trace a tower takes a second.
+        # Kept, with the shapes of the variables, since tracing a tower takes a second.
         shape, self._image_shapes = init_shapes(self.image, jnp.zeros((1, size, size, 3)))
         self.dim = _pooled(shape).shape[-1]
         text_dim = getattr(self.text, "embed_dim", self.text.width)
@@ -299,11 +299,11 @@ class Clip:
           weights: see `Clip`.
           image: images whose sides are multiples of a tower's patch.
           last: how patch tokens attend in the last block, see `models.transformer.Block`; "" for the map before the
-            pooling, in the projection of the class token; "value" for a pooling by attention: what it makes of a patch
-            that it sees alone (MaskCLIP's value path). For the towers that have them see `check_patches`.
+            pooling, in the projection of the class token; "value" for attention pooling: its output for each patch
+            alone (MaskCLIP's value path). `check_patches` says which towers have which.
           rngs: for a ViT or EVA with dropout.
-          image_size: height and width that each image fills; no patch of a ViT or EVA attends to one beyond. None for
-            all.
+          image_size: height and width that each image fills, beyond which patches of a ViT or EVA do not attend; None
+            for the whole canvas.
         """
         x, shown = self._normalised(image), None
         if image_size is not None:

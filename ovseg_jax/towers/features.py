@@ -69,7 +69,7 @@ def class_features(
     if isinstance(templates, Prompt):
         return method.embed_prompt(variables, templates, list(names))
     phrases = partial(method.embed_phrases, variables)
-    # Of few names, many templates at once: each call for itself would be traced for its own number of tokens.
+    # With few names, a call takes several templates: a call for each would be traced for its own number of tokens.
     together = min(len(templates), max(1, TEXT_CHUNK // len(names)))
     filled = [*templates, *[templates[0]] * (-len(templates) % together)]
     parts = []

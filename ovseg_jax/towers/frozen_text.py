@@ -36,14 +36,14 @@ class FrozenText:
 
     Args:
       config: `tower`, a name of `text_towers.PRESETS`; `init`, its weights and its tokeniser, see `pretrained.hub`;
-        `prompt`, what stands around every text: "", templates (`towers.templates`), whose unit embeddings are averaged,
-        or for towers of CLIP's kind the file of a learned prompt (`towers.prompt_file`).
+        `prompt` of every text: "", templates (`towers.templates`), whose unit embeddings are averaged, or for a
+        `CLIPText` the file of a learned prompt (`towers.prompt_file`).
       words: the vocabulary.
       dim: the dimension D of the text space.
 
     Raises:
-      UserError: the tower is unknown or has another dimension, `init` is missing, the prompt is none, or it belongs to
-        another tower.
+      UserError: the tower is unknown or has another dimension, `init` is missing, or the prompt is neither templates
+        nor a prompt of this tower.
     """
 
     learned = False
@@ -78,7 +78,8 @@ class FrozenText:
         prompt.check_width(self.tower.width)
         if prompt.layout.specific:
             raise UserError(
-                f"text.prompt={path} has a context for each of some classes, but none for other texts"
+                f"text.prompt={path} has a context for each of its classes, but none for other texts: take a prompt "
+                "with a shared context"
             )
         return prompt
 

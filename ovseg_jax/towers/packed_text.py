@@ -1,9 +1,9 @@
-"""CLIP's text tower for very many short texts with a common beginning, without repeated work or padding.
+"""CLIP's text tower for very many short texts with a shared prefix, without repeated work or padding.
 
 A learned prompt reads [SOS][context][name][EOT] (papers/000, 3.1). The tower is causal: the tokens before the name have
-the same hidden states for all classes, and tokens after [EOT] have no influence. Therefore the common beginning is
-computed once, and the rest of all texts is concatenated to one stream of tokens without padding; a token attends to the
-beginning and to its own text. Features and gradients equal those of the tower applied to each text in full.
+the same hidden states for all classes, and tokens after [EOT] have no influence. Therefore the prefix is computed once,
+and the rest of all texts is concatenated to one stream of tokens without padding; a token attends to the prefix and to
+its own text. Features and gradients equal those of the tower applied to each text in full.
 
 The stream is cut into windows at least as long as the longest text, so that a text lies in one window or in two
 neighbours: a token attends to its window and the one before. Blocks are scanned; the tower's `remat` says what the
@@ -94,7 +94,7 @@ def encode_packed(
     Args:
       tower: the tower's shape, activation, compute type and `remat`.
       weights: `stacked` parameters.
-      prefix: token vectors of the common beginning, including [SOS], without positions.
+      prefix: token vectors of the shared prefix, including [SOS], without positions.
       stream: token vectors of the rest of the texts, in the order of `packed`.
       packed: the texts of the stream; `ids` is not used.
       window: the size of a window, at least the length of the longest rest.

@@ -97,7 +97,7 @@ def _encode(
 def _in_parts(
     once: Callable[..., Array], size: int, inputs: tuple[Any, ...], tokens: NameTokens
 ) -> Float[Array, "k e"]:
-    """Computes the features of as many classes at a time as never exceed `size` tokens."""
+    """Computes the features in groups of classes that never exceed `size` tokens."""
     count, width = tokens.ids.shape
     each = max(1, size // width)
     parts = -(-count // each)
@@ -138,8 +138,8 @@ def likely_size(
 ) -> int:
     """Returns a number of tokens that `count` drawn classes exceed once in 10,000 draws: mean + 4 deviations.
 
-    Room for every draw would cost more in each step than computing the rare exceeding draws in parts (64 classes of
-    ImageNet-21K: 5% more).
+    A size that no draw exceeds would make every step more expensive (5% for 64 classes of ImageNet-21K) than computing
+    the rare larger draws in parts.
 
     Args:
       length: number of tokens of each class.
@@ -154,9 +154,9 @@ def likely_size(
 
 
 def even_order(length: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """Orders classes so that consecutive classes have about the same total number of tokens anywhere.
+    """Orders classes so that any group of consecutive classes has about the same number of tokens.
 
-    It takes steps of the golden ratio through the classes sorted by length; the shortest comes last.
+    It steps through the classes sorted by length by the golden ratio; the shortest comes last.
     """
     ranked = np.argsort(length, kind="stable")
     place = (np.arange(len(length)) * (math.sqrt(5) - 1) / 2) % 1

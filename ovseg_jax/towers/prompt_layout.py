@@ -18,7 +18,7 @@ POSITIONS = ("end", "middle", "front")
 
 
 class NameTokens(NamedTuple):
-    """The tokens of texts after their common beginning.
+    """The tokens of texts after their shared prefix.
 
     Attributes:
       ids: tokens, left-aligned; -1 - i stands for context vector i.
@@ -37,7 +37,7 @@ class Layout(NamedTuple):
     Attributes:
       length: the number M of context vectors.
       position: the position of the name, one of POSITIONS: "end", "middle" or "front".
-      specific: whether each class has a context of its own; the common beginning of the texts is then only [SOS].
+      specific: whether each class has a context of its own; the shared prefix of the texts is then only [SOS].
     """
 
     length: int
@@ -70,9 +70,8 @@ class Layout(NamedTuple):
         for name, given in zip(plain, names, strict=True):
             whole, all_valid = tokenizer([name + "."])
             name_length = int(tokenizer([name])[1].sum()) - skip - 1
-            pieces = whole[
-                0, skip : int(all_valid.sum())
-            ].tolist()  # The tokens of the name, the full stop and the end.
+            # The tokens of the name, the full stop and the end.
+            pieces = whole[0, skip : int(all_valid.sum())].tolist()
             own = range(self.shared, self.before), range(self.before, self.length)
             codes = [[-1 - i for i in part] for part in own]
             row = codes[0] + pieces[:name_length] + codes[1] + pieces[name_length:]
@@ -91,7 +90,7 @@ class Layout(NamedTuple):
     def whole(
         self, tokenizer: PieceTokenizer, names: Sequence[str]
     ) -> tuple[Int[np.ndarray, "n l"], Bool[np.ndarray, "n l"]]:
-        """Returns the texts of `tokens` including their common beginning, as ids and mask of a tokeniser.
+        """Returns the texts of `tokens` including their shared prefix, as ids and mask of a tokeniser.
 
         Raises:
           UserError: see `tokens`.

@@ -59,7 +59,7 @@ class TextTransformer:
         self.source = str(config.get("tokenizer", "") or "")
         if not self.source:
             raise UserError(
-                "text.tokenizer is missing: the folder of CLIP's tokeniser, its name on the hub, or words"
+                "text.tokenizer is missing: set the folder of CLIP's tokeniser, its name on the hub, or words"
             )
         prompt = config.get("prompt", "{}")
         templates = read_templates(prompt if isinstance(prompt, str) else list(prompt))
@@ -104,7 +104,7 @@ class TextTransformer:
         """Embeds class names as unit vectors: the sum over the templates (GroupViT's way), normalised.
 
         Raises:
-          UserError: there is no text, or an empty one, or a tokeniser of words lacks one.
+          UserError: there is no text, or an empty one, or one with a word that a tokeniser of words lacks.
         """
         if not len(texts) or not all(text.strip() for text in texts):
             raise UserError("no labels were given, or an empty one: every label needs at least one word")

@@ -63,14 +63,14 @@ def spoken_words(data: Any, source: Source, fields: Iterable[str] = ()) -> WordL
 
 
 def template_words(data: Any, fields: Collection[str]) -> set[str]:
-    """Returns the words of CLIP's templates, if a batch field puts words of the captions into them; else none."""
+    """Returns the words of CLIP's templates if a batch field fills these with words of captions, else none."""
     if "prompts" in fields or ("tokens" in fields and data.get("caption_text") == "prompt"):
         return {word for template in IMAGENET for word in split_words(template.replace(PLACE, " "))}
     return set()
 
 
 def _given(path: Any) -> WordList:
-    """Reads `data.words`, which a text side of words needs to hold some."""
+    """Reads `data.words`, which must list at least one word besides the padding."""
     words = WordList.load(path)
     if len(words) < 2:
         raise UserError(f"data.words: {path} lists no word")

@@ -351,7 +351,7 @@ def checkpoint_steps(directory: epath.Path) -> list[int]:
 
 
 def find_damage(folder: epath.Path, items: Sequence[str] = ITEMS) -> str | None:
-    """Describes the damage of a checkpoint's files; None if there is none; optional parts may be absent."""
+    """Describes the damage of a checkpoint's files; None if there is none. Optional parts may be absent."""
     if "://" in str(folder):
         return None
     try:

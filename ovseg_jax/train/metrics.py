@@ -1,4 +1,4 @@
-"""Metrics of a run: their accumulation and their output to `metrics.jsonl`, and where asked to other programs.
+"""Metrics of a run: their accumulation and their output to `metrics.jsonl`, TensorBoard and Weights & Biases.
 
 Every metric is a sum and a count over valid examples, which are only divided here.
 """
@@ -44,7 +44,7 @@ def means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
 
 
 def not_finite(sums: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Lists the names whose sum or count is not finite, the most specific first."""
+    """Lists the names whose sum or count is not finite, the terms of the loss before the totals."""
     last = ("loss", "grad_norm", "param_norm")
     names = [name for name, pair in sums.items() if not all(map(math.isfinite, pair))]
     return sorted(names, key=lambda name: last.index(name) if name in last else -1)
@@ -176,7 +176,7 @@ def _appendable(path: epath.Path) -> bool:
 def _tensorboard(workdir: epath.PathLike) -> Any:
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(
-            "tensorboard=True needs TensorFlow, which is not installed; metrics.jsonl is written without it."
+            "tensorboard=True needs TensorFlow: pip install -e '.[tensorboard]'; metrics.jsonl is written without it."
         )
     from clu import metric_writers
 
@@ -212,7 +212,7 @@ class _Wandb:
                 f"wandb={project}: Weights & Biases did not start ({reason(error)}); "
                 "WANDB_MODE=offline needs no account"
             ) from error
-        # Its own steps may not go back, as a run does that resumes from a checkpoint.
+        # Weights & Biases' own step must not decrease, but that of a run resumed from a checkpoint does.
         self._run.define_metric("*", step_metric="step")
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:

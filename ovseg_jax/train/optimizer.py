@@ -40,10 +40,13 @@ def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
 
     It is a linear warm-up over `warmup_steps`, (t + 1) / warmup_steps, so that the rate of the first step is not 0;
     then, with p the share of the remaining steps that is done and f = `final_fraction`, constant: 1; linear: 1 - (1 -
-    f) p; polynomial: f + (1 - f) (1 - p)^`power`; cosine: f + (1 - f) (1 + cos(pi p)) / 2; steps: a tenth of the last
-    from each of the steps `drops` on; all times `learning_rate`. `warmup_rate` is a constant rate in place of the
-    linear warm-up; `decay_steps` is the number of steps in which p goes from 0 to 1; `hold_steps` is the number of
-    steps for which a rate is kept, such as an epoch.
+    f) p; polynomial: f + (1 - f) (1 - p)^`power`; cosine: f + (1 - f) (1 + cos(pi p)) / 2; steps: 1, divided by 10 at
+    each of the steps `drops`; all times `learning_rate`. `warmup_rate` is a constant rate in place of the linear
+    warm-up; `decay_steps` is the number of steps in which p goes from 0 to 1; `hold_steps` is the number of steps for
+    which a rate is kept, such as an epoch.
+
+    Raises:
+      UserError: the schedule is unknown, or "steps" has no drops.
     """
     name = config.get("schedule", "cosine")
     if name not in SCHEDULES:
@@ -93,12 +96,12 @@ def make_optimizer(config: ConfigDict, params: Any, steps: int, more: Sequence[s
       config: `config.optimizer`. `name` (adamw, adam, sgd, lamb, lion), `learning_rate`, `schedule`,
         `warmup_steps`, `final_fraction`, `warmup_rate`, `decay_steps`, `hold_steps`, `power`, `drops` (see
         `make_schedule`), `weight_decay` (on arrays of two or more dimensions, so never on scales and temperatures, but
-        on biases of attention, which have an axis of heads; parameters whose path matches one of the regexes `no_decay`
-        are spared), `clip_norm` (0 = off), `b1`, `b2`, `momentum` (sgd), `nesterov`;
-        lamb scales the update of a parameter to the parameter's norm only where it decays, as apex's FusedLAMB does,
-        `multipliers` ((regex, factor) pairs: the first regex that matches in a parameter's path scales its rate, or
-        freezes it if the factor is None), `ema` (the decay of the parameters' moving average, min(ema, (1 + t) / (10
-        + t)) at step t, which is then used for evaluation and export; 0 = none).
+        on biases of attention, which have an axis of heads; not on parameters whose path matches one of the regexes
+        `no_decay`), `clip_norm` (0 = off), `b1`, `b2`, `momentum` (sgd), `nesterov`, `multipliers` ((regex, factor)
+        pairs: the first regex that matches in a parameter's path scales its rate, or freezes it if the factor is
+        None), `ema` (the decay of the parameters' moving average, min(ema, (1 + t) / (10 + t)) at step t, which is
+        then used for evaluation and export; 0 = none). lamb scales an update to its parameter's norm only where the
+        parameter decays, as apex's FusedLAMB does.
       params: the parameter tree; arrays or their shapes.
       steps: length of the run, for the schedule.
       more: regexes of parameters that the method freezes.

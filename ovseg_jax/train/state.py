@@ -93,9 +93,9 @@ def create_state(
 
     Args:
       method: draws the initial values.
-      optimizer: makes its own state for them.
-      seed: that of the initial values.
-      shardings: those of the state, see `state_shardings`.
+      optimizer: creates its state for them.
+      seed: the seed of the initial values.
+      shardings: see `state_shardings`.
       given: NumPy arrays in a tree like the variables, with only the leaves to take in place of initial values, such as
         published weights. Every process has all of them, and each device gets its shard.
 
@@ -109,7 +109,7 @@ def create_state(
 def create_variables(
     method: Trainable, seed: int, shardings: Variables, given: Mapping[str, Any] | None = None
 ) -> Variables:
-    """Creates the variables of `create_state` alone."""
+    """Creates only the variables of `create_state`; for arguments and errors see there."""
     create = lambda given: _initial(method, seed, given)
     return _compiled_once(create, shardings)(_placed(method, seed, shardings, given or {}))
 
@@ -149,7 +149,7 @@ def _create(method: Trainable, optimizer: Optimizer, seed: int, given: Mapping[A
 
 
 def _initial(method: Trainable, seed: int, given: Mapping[Any, Any]) -> dict[str, Any]:
-    # The first step would return values of weak type with a strong one, and the step would be compiled again.
+    # Without weak types, which the first step would return as strong ones, so that the step would compile twice.
     variables = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), dict(method.init(jax.random.key(seed))))
     # XLA leaves out what is drawn for the leaves that are given.
     flat = flax.traverse_util.flatten_dict(variables, keep_empty_nodes=True) | dict(given)

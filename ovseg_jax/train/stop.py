@@ -12,8 +12,8 @@ import jax
 class StopRequest:
     """A context that watches for SIGTERM and SIGINT; a second Ctrl-C interrupts at once.
 
-    With several processes, JAX's preemption service handles SIGTERM and chooses a step at which all of them stop; it
-    then replaces this process's own signals.
+    With several processes, JAX's preemption service handles SIGTERM in place of this class, and chooses a step at which
+    all of them stop.
 
     Args:
       reached_preemption: step -> whether all processes stop here; only used with several processes.

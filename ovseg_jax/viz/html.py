@@ -43,7 +43,7 @@ def encoded(drawn: Image.Image, form: str) -> bytes:
 
 
 def data_uri(drawn: Image.Image, form: str) -> str:
-    """Returns the address that holds a picture itself."""
+    """Returns a data URI that holds a picture."""
     return f"data:image/{form.lower()};base64,{base64.b64encode(encoded(drawn, form)).decode()}"
 
 
@@ -65,7 +65,7 @@ def chart(title: str, lines: Mapping[int, tuple[str, Sequence[tuple[float, float
     """Draws lines over steps as inline SVG.
 
     Args:
-      title: what the lines are of, for screen readers.
+      title: the description of the chart for screen readers.
       lines: the name and the points (step, value) of each line, by the index that chooses its style; none is empty.
     """
     points = [point for _, line in lines.values() for point in line]

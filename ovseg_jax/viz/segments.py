@@ -13,10 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from ovseg_jax.files import write_whole
 
 UNKNOWN_COLOUR = (150, 150, 150)
-_BAND, _MOST = (
-    256,
-    2_000_000,
-)  # rows drawn at once; pixels of a mask in which a place for its name is searched
+_BAND = 256  # rows drawn at once
+_MOST = 2_000_000  # pixels of a mask in which a place for its name is searched
 INK, FAINT, PAPER = (33, 37, 41), (134, 142, 150), (255, 255, 255)
 
 # The first colours are chosen by eye, each further one by its distance from all before it.
@@ -280,7 +278,7 @@ def _write_inside(
     draw: ImageDraw.ImageDraw, mask: Bool[np.ndarray, "h w"], text: str, font_size: int
 ) -> None:
     """Writes the text at the place in the mask with most room around it, or not at all if it does not fit."""
-    step = max(1, round((mask.size / _MOST) ** 0.5))  # in large pictures, every so many pixels are enough
+    step = max(1, round((mask.size / _MOST) ** 0.5))  # in large pictures, one pixel in `step` is enough
     mask = mask[::step, ::step]
     area = np.pad(np.cumsum(np.cumsum(mask, 0, dtype=np.int32), 1, dtype=np.int32), ((1, 0), (1, 0)))
     for points in (font_size, round(font_size * 0.8)):
@@ -332,7 +330,7 @@ def _legend(entries: Sequence[Entry], width: int, font_size: int) -> Image.Image
             x, y = 0, y + line
         places.append((x, y, text, colour, font))
         x += length + gap
-    picture = Image.new("RGB", (width, y + line if entries else 0 + 1), PAPER)
+    picture = Image.new("RGB", (width, y + line if entries else 1), PAPER)
     draw = ImageDraw.Draw(picture)
     for x, y, text, colour, font in places:
         top = y + (line - swatch) // 2
@@ -343,7 +341,7 @@ def _legend(entries: Sequence[Entry], width: int, font_size: int) -> Image.Image
 
 
 def _font(size: int, text: str = "") -> Any:
-    """Returns Pillow's own font, or for other scripts than Latin a system font that has them, if there is one."""
+    """Returns Pillow's own font, or for scripts other than Latin a system font that has them, if there is one."""
     if all(ord(c) < 0x250 or c == "…" for c in text):
         return ImageFont.load_default(size)
     for name in (

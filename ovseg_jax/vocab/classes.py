@@ -4,7 +4,7 @@ Two formats are read. In a text, `;` separates categories and `,` the names of o
 `"bride,woman in white; groom; cake"`. In a label file, each line is `id:name,name,...`, where `id` is the data set's
 own number of the class; a line whose name is `invalid_class_id` marks an unused number. Lines that begin with `#` are
 comments; `# things: 1 3 4` lists the numbers of the categories that are things. The package holds the label files of
-`LABEL_FILES`, which stand for themselves wherever the path of a label file is expected.
+`LABEL_FILES`, whose names are accepted wherever the path of a label file is expected.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ LABEL_FILES = (
     "voc_2012_background",
 )
 """The label files of the package: official ids and order, with synonyms, subcategories, plurals and contexts of our own
-in the spirit of papers/004, appendix I. Those of published sets are named as their readers in `datasets`."""
+in the spirit of papers/004, appendix I. Those of published sets have the names of their readers in `datasets`."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -249,7 +249,7 @@ def label_file(path: epath.PathLike) -> epath.Path:
 
 
 def is_built_in(path: epath.PathLike) -> bool:
-    """Tells whether this is a name of `LABEL_FILES`; a file of that name is meant by `./NAME`."""
+    """Tells whether this is a name of `LABEL_FILES`; `./NAME` means a file of that name."""
     return os.fspath(path) in LABEL_FILES
 
 
@@ -286,7 +286,7 @@ def with_names(classes: ClassList, names: Mapping[str, Sequence[str]]) -> ClassL
                 f"there is no class {name!r} to give other names: the classes are {', '.join(first)}"
             )
         if not new:
-            raise UserError(f"the class {name!r} would have no name")
+            raise UserError(f"the class {name!r} would have no name: give at least one")
     return dataclasses.replace(classes, names=tuple(tuple(names.get(own[0], own)) for own in classes.names))
 
 

@@ -1,6 +1,6 @@
-"""Small word lists by meaning, from which an augmentation removes the words that it makes untrue.
+"""Small word lists by meaning: the words of a caption that an augmentation invalidates.
 
-The lists cover common words in captions of photographs that a hue shift, a blur or a flip makes untrue. They are not
+The lists cover common words in captions of photographs that are wrong after a hue shift, a blur or a flip. They are not
 complete; a config adds words by the rule "words:...".
 """
 

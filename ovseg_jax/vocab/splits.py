@@ -22,10 +22,10 @@ UNSEEN = {
 papers/000 (appendix B) keep."""
 
 PER_CLASS = ("caltech101", "oxford_pets", "flowers102", "fgvc_aircraft")
-"""The data sets whose metric is the mean over classes of their accuracy (papers/000, table 11).
+"""The data sets whose metric is the mean accuracy of the classes (papers/000, table 11).
 
-The authors' evaluation prints the overall accuracy of every set, of which their table 2 is made, so that both averages
-over sets are printed.
+The authors' evaluation, and so their table 2, has the overall accuracy of every set. Both averages over sets are
+printed therefore.
 """
 
 

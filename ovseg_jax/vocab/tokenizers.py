@@ -39,9 +39,8 @@ TOKENIZER = "tokenizer"
 
 _CLIP_SPECIALS = ("<|startoftext|>", "<|endoftext|>")
 _CLIP_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-_CLIP_MERGES = (
-    49152 - 256 - 2
-)  # CLIP uses the first 48,894 merges of the file; with 2 x 256 bytes and 2 special tokens that makes 49,408 ids.
+# CLIP uses the first 48,894 merges of the file; with 2 x 256 bytes and 2 special tokens that makes 49,408 ids.
+_CLIP_MERGES = 49152 - 256 - 2
 
 
 class Tokenizer(Protocol):
@@ -116,8 +115,8 @@ def load_tokenizer(source: str | Path, kind: str | None = None, length: int | No
 
     Args:
       source: a file, or a folder that holds one; `pretrained.hub.find` downloads folders from the hub.
-      kind: clip, wordpiece, siglip, siglip2 or tips; None recognises it from the files, but takes that of TIPS for one
-        of SigLIP's if it has an end.
+      kind: clip, wordpiece, siglip, siglip2 or tips; None recognises it from the files, except a tokeniser of TIPS
+        whose file has an end token, which is read as SigLIP's.
       length: tokens in each row; None takes the published model's, see LENGTHS.
 
     Raises:
@@ -157,7 +156,7 @@ def _load(file: Path, kind: str | None, length: int | None) -> PieceTokenizer | 
 
 
 def keep_tokenizer(tokenizer: PieceTokenizer, workdir: epath.Path) -> None:
-    """Saves a tokeniser as `TOKENIZER` in a run's folder, whole or not at all, unless it is there."""
+    """Saves a tokeniser as `TOKENIZER` in a run's folder, whole or not at all, unless there is one."""
     folder, part = workdir / TOKENIZER, workdir / f"{TOKENIZER}.part"
     if folder.exists():
         return

@@ -224,7 +224,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(UserError, match=r"holds no weights: none of model.safetensors"):
         read_arrays(tmp_path)
     (tmp_path / "weights.h5").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"weights.h5 is not a file of weights \(.safetensors, .npz"):
+    with pytest.raises(UserError, match=r"weights.h5 is neither a file of weights \(.safetensors, .npz"):
         read_arrays(tmp_path / "weights.h5")
     write_safetensors(tmp_path / "x.safetensors", ARRAYS)
     whole = (tmp_path / "x.safetensors").read_bytes()

@@ -247,7 +247,7 @@ def test_a_prompt_that_is_not_the_tower_s(folder):
     context = np.ones((2, 3, WIDTH), np.float32)
     with pytest.raises(UserError, match=f"has vectors of 8 numbers; those of the text tower have {WIDTH}"):
         build(Prompt(context[:1, :, :8], Layout(3)), tower="tiny_clip")
-    with pytest.raises(UserError, match="a context for each of some classes"):
+    with pytest.raises(UserError, match="a context for each of its classes"):
         build(Prompt(context, Layout(3, specific=True), (("a",), ("b",))), tower="tiny_clip")
     with pytest.raises(UserError, match="bert_base cannot use a prompt"):
         make(text=dict(tower="bert_base", init="x", prompt=str(file)), embed_dim=768)
