@@ -1,4 +1,4 @@
-"""The command `ovseg predict ...` for `python -m ovseg_jax.predict ...`, and so for all verbs; alone it lists them."""
+"""The command `ovseg VERB ...`, short for `python -m ovseg_jax.VERB ...`; without a verb it lists them."""
 
 import ast
 import pkgutil
@@ -12,7 +12,7 @@ from ovseg_jax.errors import UserError
 
 
 def verbs() -> dict[str, str]:
-    """Returns the commands, and what each does, without importing them."""
+    """Returns a line of description for each command, without importing it."""
     found = {}
     for folder in map(Path, ovseg_jax.__path__):
         for module in pkgutil.iter_modules([str(folder)]):

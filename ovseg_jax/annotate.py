@@ -22,16 +22,17 @@ of those below, or "module:function" of yours. Weights come from the hub, or mod
   --stuff            mask2former, oneformer: backgrounds
 DIR2 gets the layout of `data.sources.folder`, UMG-41M's JSON, COCO's panoptic files, statistics and pictures. If the
 command was stopped, run it again to continue; images that failed are listed in failed.json and tried again. Rules
-marked "kept" may change without annotating again. Several processes on this machine: --runner=direct (`pip install -e
-'.[prepare]'`); many machines: --runner=DataflowRunner --beam=--project=P ... with folders in a bucket, SparkRunner or
-FlinkRunner. It has run on Beam's direct and portable runners on one machine, not yet on Dataflow, Spark or Flink.
+marked "kept" choose among the annotations that were made, so they may change without annotating again. Several
+processes on this machine: --runner=direct (`pip install -e '.[prepare]'`); many machines: --runner=DataflowRunner
+--beam=--project=P ... with folders in a bucket, SparkRunner or FlinkRunner. It has run on Beam's direct and portable
+runners on one machine, not yet on Dataflow, Spark or Flink.
 """
 
 _RULES = {
-    "tag_votes": "plugs that must give a tag",
+    "tag_votes": "number of plugs that must give a tag",
     "box_score": "least confidence of a box",
     "box_iou": "largest IoU of two boxes",
-    "shift": "largest move of a box along its diagonal, to find masks that are not stable",
+    "shift": "largest move of a box, in shares of its sides, to test the stability of its mask",
     "score_regions": "also score labels and captions of regions",
     "stuff_regions": "give backgrounds boxes and captions too",
     "caption_quantile": "kept: share of captions to drop by their score",

@@ -48,7 +48,7 @@ def parser() -> Parser:
         "--words",
         metavar="FILE",
         help="the label file whose names a click chooses from (default: the first name of each category of the "
-        "shipped ones, 240); they are embedded at the first click, a large text tower's slowly on a CPU",
+        "shipped ones, 240); they are embedded at the first click, which takes long for a large text tower on a CPU",
     )
     add("--images", metavar="FOLDER", help="pictures to pick (default: drawn ones, of the embedded scenes)")
     add("--port", type=int, default=7860, metavar="N", help="the port of the page (default %(default)s)")

@@ -69,8 +69,8 @@ def parser() -> Parser:
         "--threshold",
         type=float,
         metavar="T",
-        help=f"pixels with a lower confidence are unknown (default {Segmenting.unknown_below}; none are with "
-        "--proposals, or with --model of towers alone)",
+        help=f"pixels with a lower confidence are unknown (default {Segmenting.unknown_below}; with --proposals or a "
+        "--model of towers alone -1, so that none are)",
     )
     add(
         "--decision",
@@ -223,7 +223,7 @@ def _run(arguments: argparse.Namespace) -> int:
         frames: Any = map(read_image, paths)
         if not paths:
             frames = VideoReader(arguments.images)
-            next(iter(frames))  # Before the model is loaded.
+            next(iter(frames))  # An unreadable video is reported before the model is loaded.
         path = epath.Path(arguments.images)
         name = path.name if path.is_dir() else path.stem.strip("@*") or "video"
         records = segment_video(

@@ -21,7 +21,7 @@ FlinkRunner. It has run on Beam's own runners on one machine, not yet on Dataflo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command."""
+    """Runs the command and returns its exit status."""
     return run_command(parser, _run, argv)
 
 
@@ -41,7 +41,7 @@ def parser() -> Parser:
         "--split", action="append", default=[], metavar="NAME", help="a split (default: all); may be repeated"
     )
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the data set")
-    add("--list", action="store_true", help="print what there is to know, and prepare nothing")
+    add("--list", action="store_true", help="print the information above, and prepare nothing")
     add("--workers", type=int, default=0, metavar="N", help="processes on this machine (default: its cores)")
     add(
         "--shard_examples",

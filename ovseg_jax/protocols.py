@@ -306,16 +306,16 @@ def only(spaces: Mapping[str, Any]) -> Any:
     return next(iter(spaces.values()))
 
 
-def common_space(seen: Mapping[str, Any], text: Mapping[str, Any]) -> str:
+def common_space(image: Mapping[str, Any], text: Mapping[str, Any]) -> str:
     """Returns the name of the only space that images and texts share.
 
     Raises:
       UserError: there are several, or none.
     """
-    common = sorted(seen.keys() & text.keys())
+    common = sorted(image.keys() & text.keys())
     if len(common) != 1:
         raise UserError(
-            f"images have features in {', '.join(sorted(seen)) or 'no space'} and texts in "
+            f"images have features in {', '.join(sorted(image)) or 'no space'} and texts in "
             f"{', '.join(sorted(text)) or 'none'}: such a method must define its own scores"
         )
     return common[0]
@@ -324,7 +324,7 @@ def common_space(seen: Mapping[str, Any], text: Mapping[str, Any]) -> str:
 def log_probability(
     logits: Float[Array, "t n"], vocabulary: Vocabulary, void: Float[Array, "n"] | None = None
 ) -> Float[Array, "t n"]:
-    """Computes the log probability of each name for each region, a softmax over classes, each by its best name.
+    """Computes the log probability of each name for each region: a softmax over classes, each scored as its best name.
 
     Args:
       logits: of each name for each region.

@@ -1,7 +1,7 @@
 """Readers of files from outside: any fault of a file becomes one UserError that names the file.
 
 A reader decodes under `with reading(path):` and states what it expects through `text`, `whole`, `numbers`, `objects`,
-`texts` and `column`, whose ValueErrors the guard turns into a UserError.
+`texts` and `column`, whose ValueErrors it turns into a UserError.
 """
 
 import contextlib
@@ -211,13 +211,13 @@ def read_npz(path: epath.PathLike, what: str = "") -> dict[str, np.ndarray]:
         with data:
             found = dict(data.items())
         for name, values in found.items():
-            # NumPy does not check texts, and Python ends in a SystemError for what is no character.
+            # NumPy does not check texts, and Python raises a SystemError for a code that is no character.
             if values.dtype.kind == "U" and values.size and values.dtype.itemsize:
                 codes = (
                     np.ascontiguousarray(values).ravel().view(values.dtype.byteorder.replace("|", "=") + "u4")
                 )
                 if codes.max() > 0x10FFFF:
-                    raise ValueError(f"the array {name!r} holds what is no text")
+                    raise ValueError(f"the array {name!r} holds codes that are no characters")
         return found
 
 

@@ -47,7 +47,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from ovseg_jax.files import write_whole
 
     if arguments.list == bool(arguments.workdirs):
-        raise UserError("name the folders of finished runs, or --list and none")
+        raise UserError("give either the folders of finished runs, or --list")
     if arguments.list:
         if arguments.out or arguments.png or arguments.html:
             raise UserError("--list only prints, so --out, --png and --html have no effect")
@@ -74,9 +74,11 @@ def _run(arguments: argparse.Namespace) -> None:
     placed = {line.name for _, lines, _ in found for line in lines if line.run}
     for run in runs:
         if run.line not in placed:
-            print(f"{run.workdir} is the run of no row: start it by configs/tables", file=sys.stderr)
+            print(
+                f"{run.workdir} belongs to no row of a table: start it from configs/tables", file=sys.stderr
+            )
     if not found:
-        raise UserError("none of the runs is that of a row of a table; --list shows the rows")
+        raise UserError("none of the runs belongs to a row of a table; --list shows the rows")
     content = paper_report.markdown(found)
     print(content, end="")
     if arguments.out:

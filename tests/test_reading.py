@@ -394,5 +394,7 @@ def test_a_text_of_an_npz_that_is_none(tmp_path, order):
     assert read_npz(tmp_path / "a.npz")["words"].tolist() == texts.tolist()
     texts.view(f"{order}u4")[4] = 0x110000
     np.savez(tmp_path / "a.npz", words=texts)
-    with pytest.raises(UserError, match=r"a.npz cannot be read: the array 'words' holds what is no text"):
+    with pytest.raises(
+        UserError, match=r"a.npz cannot be read: the array 'words' holds codes that are no characters"
+    ):
         read_npz(tmp_path / "a.npz")

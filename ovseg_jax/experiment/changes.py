@@ -47,7 +47,7 @@ def config_differences(before: ConfigDict, now: ConfigDict, *, grow: bool = True
         and old["steps"] <= new["steps"]
     ):
         new["steps"] = old["steps"]
-    return [f"{key} was {was}, is {now}" for key, was, now in _differing(old, new) if not is_harmless(key)]
+    return [f"{key} was {was}, is {now}" for key, was, now in _differing(old, new) if not may_change(key)]
 
 
 def differing(before: ConfigDict, now: ConfigDict) -> list[tuple[str, str, str]]:
@@ -64,8 +64,8 @@ def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str
     ]
 
 
-def is_harmless(key: str) -> bool:
-    """Tells whether a key of a config may change when a run resumes."""
+def may_change(key: str) -> bool:
+    """Tells whether a key of a config is, or lies under, one of RESUME_MUTABLE_KEYS."""
     return any(key == mutable or key.startswith(mutable + ".") for mutable in RESUME_MUTABLE_KEYS)
 
 
@@ -115,6 +115,6 @@ def class_differences(before: ClassList, now: ClassList) -> list[str]:
             if pair[0] != pair[1]
         ]
         differing.append(
-            f"other classes have examples than before ({', '.join(names[:8]) or 'none were counted'})"
+            f"the classes that have examples have changed ({', '.join(names[:8]) or 'none were counted'})"
         )
     return differing

@@ -29,7 +29,7 @@ CANVAS, CELL = 640, 4
 """Side of the canvas that images are fitted to, and of a cell of the masks' grid on it, in pixels."""
 MOST = 128
 """The most masks of an image that count, those with the best scores."""
-_UNSURE = 1e-4  # the least and, below 1, the largest probability of a cell
+_MARGIN = 1e-4  # the least distance of a probability from 0 and 1, so that logits are finite
 
 
 class MaskFiles(Segmenting):
@@ -101,9 +101,9 @@ class MaskFiles(Segmenting):
         return begin
 
     def _row(self, source: Source, index: int, size: np.ndarray, label: np.ndarray) -> np.ndarray:
-        """Returns the logits [N h w] of an image's masks on the canvas; what is missing covers nothing."""
+        """Returns the logits [N h w] of an image's masks on the canvas; a missing mask covers nothing."""
         side = CANVAS // CELL
-        share = np.full((self.count, side, side), _UNSURE, np.float32)
+        share = np.full((self.count, side, side), _MARGIN, np.float32)
         if index < 0:
             return _logit(share)
         name = source[index]["image_id"]
@@ -120,7 +120,7 @@ class MaskFiles(Segmenting):
             picture = Image.fromarray(masks[k].astype(np.float32))
             canvas[:height, :width] = np.asarray(picture.resize((width, height), Image.Resampling.BOX))
             share[row] = canvas.reshape(side, CELL, side, CELL).mean((1, 3))
-        return _logit(np.clip(share, _UNSURE, 1 - _UNSURE))
+        return _logit(np.clip(share, _MARGIN, 1 - _MARGIN))
 
 
 def is_mask_file(where: str) -> bool:

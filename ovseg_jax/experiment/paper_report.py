@@ -99,8 +99,8 @@ def read_scores(path: epath.PathLike) -> dict[str, float]:
 def read_suite_scores(path: epath.PathLike) -> dict[str, float]:
     """Reads the CSV file of `score suite`: keys as "suite:dtd/accuracy[hard]", and averages in the place of sets.
 
-    An average stands only where all of its sets were scored; it is the mean of one metric over them. The paper's are of
-    the overall accuracy, as its authors' code computes it.
+    An average, the mean of one metric over its sets, is left out unless all of them were scored. POMP's own averages
+    (papers/000, table 2) are of the overall accuracy, as its authors' code computes them.
 
     Raises:
       UserError: the file is damaged.
@@ -152,7 +152,7 @@ def compare(tables: Iterable[PaperTable], runs: Sequence[Scored]) -> Iterator[Co
 
 
 def scores_of(row: Row, run: Scored) -> tuple[float | None, ...]:
-    """Returns a run's scores for the columns of a row, means of those of `Row.keys`; None where it has none."""
+    """Returns a run's score for each column of a row, see `Row.keys`; None where the run has none."""
     return tuple(_score(run.scores, key) for key in row.keys)
 
 

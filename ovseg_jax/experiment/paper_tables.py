@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ovseg_jax.errors import UserError
 
 SUITE = "suite:"
-"""Begins the key of a score of `score suite`, as "suite:dtd/accuracy[hard]", or of an average, as
+"""Prefix of the key of a score of `score suite`, as "suite:dtd/accuracy[hard]", or of an average, as
 "suite:cross-domain/accuracy"."""
 
 Value = float | str | None

@@ -123,7 +123,7 @@ def page(runs: Sequence[Shown], refused: Sequence[str] = ()) -> str:
         f"<h2>Scores</h2>{_table(runs)}<h2>Curves</h2>{_curves(runs)}<h2>Runs</h2>",
         *(_section(i, run, runs[0]) for i, run in enumerate(runs)),
     ]
-    # The policy is that of a page that may load nothing, so that opening it tells nobody.
+    # The page may load nothing, so that opening it contacts no server.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -135,7 +135,7 @@ def page(runs: Sequence[Shown], refused: Sequence[str] = ()) -> str:
 
 
 def _table(runs: Sequence[Shown]) -> str:
-    """Returns the table of the main scores, and a folded one of all: a line a run, the best of a column in bold."""
+    """Returns the table of the main scores, and a folded one of all: one line per run, the best of a column in bold."""
     names = list(dict.fromkeys(key for run in runs for key in run.scores if not _ASIDE.search(key)))
     main = [key for key in names if _MAIN.search(key)]
     fixed = ("run", "config", "seed", "steps", "minutes", "images/s")
@@ -177,7 +177,7 @@ def _scroll(fixed: Sequence[str], keys: Sequence[str], runs: Sequence[Shown], le
 
 
 def _curves(runs: Sequence[Shown]) -> str:
-    """Returns a chart for each metric with a line for each run; those but losses and main scores are folded."""
+    """Returns a chart for each metric with a line for each run; all but losses and main scores are folded."""
     names = dict.fromkeys(key for run in runs for record in run.records for key in record)
     shown: dict[bool, list[str]] = {True: [], False: []}
     for key in sorted(names, key=lambda key: (_rank(key), key != "loss")):
@@ -212,7 +212,7 @@ def _thinned(steps: Sequence[int], values: Sequence[float]) -> list[tuple[float,
 
 
 def _section(index: int, run: Shown, first: Shown) -> str:
-    """Returns what is known of one run: notes, differences of its config from the first run's, pictures."""
+    """Returns the section of one run: notes, differences of its config from the first run's, pictures."""
     parts = [f'<p class="bad">{_e(note)}</p>' for note in run.notes]
     if index:
         # First the keys that both runs have.

@@ -67,7 +67,7 @@ class Score(NamedTuple):
       prompt: the name of the prompt; "" for the method's own.
       metric: the main metric, whose value is `score`.
       images: the number of images that were classified among `classes` classes.
-      others: see `evals.classification.scores`.
+      accuracy, ..., chance: see `evals.classification.scores`.
     """
 
     set: str

@@ -26,12 +26,12 @@ from ml_collections import ConfigDict
 from ovseg_jax import config as config_lib
 from ovseg_jax.config import needed, stages_of
 from ovseg_jax.errors import UserError
-from ovseg_jax.experiment.changes import config_differences, is_harmless
+from ovseg_jax.experiment.changes import config_differences, may_change
 from ovseg_jax.files import read_recorded, write_recorded
 from ovseg_jax.reading import DAMAGE, reason
 
 MARKER = "stage.json"
-# Kinds implemented in higher rooms, called as (folder, **resolved config); see `Runner` for what they return.
+# Stages that packages above this one implement, called as (folder, **resolved config); for the result see `Runner`.
 _ELSEWHERE = {
     "pseudo_label": "ovseg_jax.inference.pseudo_masks:label_stage",
     "pseudo_label_maps": "ovseg_jax.inference.pseudo_label_maps:label_map_stage",
@@ -78,10 +78,6 @@ def check_finished(config: ConfigDict, workdir: epath.Path) -> None:
     """
     for name, stage in stages_of(config).items():
         path = workdir / name / MARKER
-        if stage.kind not in ("train", *_ELSEWHERE):
-            raise UserError(
-                f"config.stages: {name} has the kind {stage.kind!r}, which is not implemented yet"
-            )
         if not path.exists():
             continue
         try:
@@ -101,14 +97,12 @@ def check_keys(stage: ConfigDict, where: str) -> None:
     """Checks that the config of a stage has the keys that its kind needs, and no others.
 
     Args:
-      stage: of a kind that is no training run.
+      stage: a stage of any kind but "train".
       where: its place in the config around it, for errors.
 
     Raises:
       UserError: names an unknown or a missing key.
     """
-    if stage.kind not in _ELSEWHERE:
-        return  # `check_finished` refuses it.
     _, *parameters = inspect.signature(_function(stage.kind)).parameters.values()
     known = {parameter.name: parameter.default is parameter.empty for parameter in parameters}
     for key in stage.config:
@@ -150,14 +144,14 @@ def _hash(stage: ConfigDict) -> str:
     def kept(config: ConfigDict) -> dict[str, Any]:
         own = {k: v for k, v in json.loads(config_lib.to_json(config)).items() if k != "stages"}
         inner = {name: [s.kind, kept(s.config)] for name, s in stages_of(config).items()}
-        return {"config": _without_harmless(own), "stages": inner}
+        return {"config": _without_mutable(own), "stages": inner}
 
     text = json.dumps([stage.kind, kept(stage.config)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _without_harmless(tree: Any, prefix: str = "") -> Any:
+def _without_mutable(tree: Any, prefix: str = "") -> Any:
     if not isinstance(tree, dict):
         return tree
     paths = {key: f"{prefix}.{key}" if prefix else key for key in tree}
-    return {k: _without_harmless(v, paths[k]) for k, v in tree.items() if not is_harmless(paths[k])}
+    return {k: _without_mutable(v, paths[k]) for k, v in tree.items() if not may_change(paths[k])}

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 TABLE_2 = ("A-847", "PC-459", "A-150", "PC-59", "PAS-20")  # papers/004
 ENGINEERED = "+eng"
-"""Ends the name of an evaluation with more names for the classes of a set (papers/004, appendix I)."""
+"""Suffix of an evaluation with more names for the classes of a set (papers/004, appendix I)."""
 
 LABELS = {"A-150": "ade20k_150", "PC-59": "pascal_context_59", "PAS-20": "voc_2012"}
 """The label files of the package with more names for sets of Table 2."""

@@ -224,7 +224,7 @@ def test_runs_stand_below_the_rows_of_the_papers(tmp_path, capsys):
     out, png = tmp_path / "r.md", tmp_path / "r.png"
     assert report.main([mine, best, free, f"--out={out}", f"--png={png}"]) == 0
     printed = capsys.readouterr()
-    assert f"{free} is the run of no row" in printed.err and mine not in printed.err
+    assert f"{free} belongs to no row of a table" in printed.err and mine not in printed.err
     assert out.read_text() == printed.out
     lines = printed.out.splitlines()
     heads = [line for line in lines if line.startswith("###")]
@@ -266,7 +266,7 @@ def test_an_average_needs_all_of_its_sets(tmp_path):
         (lambda run: (run / "scores.csv").write_text('set,prompt\n"a'), "scores.csv cannot be read"),
         (
             lambda run: (run / "config.json").write_text(to_json(pomp.get_config())),
-            "none of the runs is that of a row",
+            "none of the runs belongs to a row",
         ),
     ],
 )
