@@ -3,9 +3,9 @@
 On CPU, XLA computes convolutions by a general routine. Three kinds are faster as sums and matrix products, which XLA
 compiles well: depthwise ones (13 to 49 times as fast), large 3x3 ones by Winograd's F(4x4, 3x3) (Lavin and Gray 2016;
 twice as fast, with a quarter of the multiplications and errors of 4e-6 of the largest value), and most 1x1.
-Winograd's form is also that of training, in values and gradients. There large linear layers, too, have a product of
-their own, whose gradient needs no transposition.
-GPUs and TPUs have fast convolutions, and float16 is too imprecise for Winograd's.
+Training uses Winograd's form, in values and gradients, and for large linear layers and 1x1 convolutions `product`,
+whose gradient needs no transposition.
+GPUs and TPUs have fast convolutions, and float16 is too imprecise for Winograd's form.
 """
 
 import functools
@@ -62,7 +62,7 @@ def fast_on_cpu(function: Function) -> Function:
 
 
 def fast_in_training(function: Function) -> Function:
-    """Returns `function` with large 3x3 convolutions and large linear layers as above, if it is called for CPUs."""
+    """Returns `function` with large 3x3 and 1x1 convolutions and linear layers as above, if it is called for CPUs."""
     return _intercepted(function, _replace_large)
 
 

@@ -15,7 +15,7 @@ class Clusters(NamedTuple):
 
     Attributes:
       labels: the cluster of each token, -1 at padding.
-      centres: the mean of each cluster's tokens before the last assignment; of an empty one, a former place.
+      centres: the mean of each cluster's tokens before the last assignment; an empty one keeps its last place.
       sizes: the number of tokens in each cluster; 0 if it is empty, which it stays only if an image has fewer
         different tokens than clusters, or if the iterations end first.
       inertia: the sum over the tokens of the squared distance to their centre.

@@ -54,8 +54,8 @@ def similarity_proposal(
 ) -> Float[Array, " n"]:
     """Returns the logits of eq. 9, `Q_i(x) ∝ exp(x·w_i / τ)`, averaged over a batch.
 
-    The average is taken because the images of a batch share their negatives, and it is one of probabilities. E.1 has a
-    distribution for each image; the authors' code takes the softmax of the logits' mean, and draws with replacement.
+    Probabilities are averaged, since the images of a batch share their negatives. The paper (E.1) has a distribution
+    for each image; the authors' code takes the softmax of the logits' mean, and draws with replacement.
 
     Args:
       image: unit-norm features of the images.

@@ -214,14 +214,14 @@ def match(
       The query of each mask, and whether the mask has one.
     """
 
-    from optax.assignment import hungarian_algorithm  # see above
+    from optax.assignment import hungarian_algorithm  # as in `class_losses`
 
     def one(cost: Array, valid: Array) -> tuple[Array, Array]:
         n, m = cost.shape
         usable = jnp.isfinite(cost)
         highest = jnp.max(cost, initial=0.0, where=usable & valid)
-        # A constant does not change which queries the other masks get, and the highest is only used where queries
-        # lack.
+        # Padding costs the same for every query, so it does not change which queries the masks get; as it costs most,
+        # masks come first if queries lack.
         cost = jnp.where(valid, jnp.where(usable, cost, highest + 1), highest + 2)
         rows, columns = hungarian_algorithm(cost)
         query = jnp.full(m, n).at[columns].set(rows)

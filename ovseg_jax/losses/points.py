@@ -52,7 +52,8 @@ class Draws(NamedTuple):
 def draw(rng: PRNGKeyArray, layer: Int[Array, ""], shape: tuple[int, int], points: Points) -> Draws:
     """Draws the points of one layer.
 
-    An image's points depend on its place in the batch, and a mask's on its place in the image, not on their numbers.
+    An image's points depend on its place in the batch, and a mask's on its place in the image, not on how many there
+    are.
 
     Args:
       rng: the key of the step.
@@ -61,7 +62,7 @@ def draw(rng: PRNGKeyArray, layer: Int[Array, ""], shape: tuple[int, int], point
       points: how many.
     """
     images, masks = shape
-    sure = int(points.importance * points.number)
+    uncertain = int(points.importance * points.number)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(rng, layer), jnp.arange(images))
 
     def uniform(key: Array, number: int) -> Array:
@@ -69,7 +70,7 @@ def draw(rng: PRNGKeyArray, layer: Int[Array, ""], shape: tuple[int, int], point
 
     def of_mask(key: Array, mask: Array) -> tuple[Array, Array]:
         one, other = jax.random.split(jax.random.fold_in(key, mask + 1))
-        return uniform(one, int(points.number * points.oversample)), uniform(other, points.number - sure)
+        return uniform(one, int(points.number * points.oversample)), uniform(other, points.number - uncertain)
 
     matching = jax.vmap(lambda key: uniform(jax.random.fold_in(key, 0), points.number))(keys)
     candidates, others = jax.vmap(jax.vmap(of_mask, (None, 0)), (0, None))(keys, jnp.arange(masks))
@@ -94,8 +95,8 @@ def point_losses(
 ) -> Matched:
     """Matches the masks with queries, for each layer on its own, and computes the losses, both at points.
 
-    Mask logits are the products of embeddings and pixels; they are computed where they are needed alone: at the points
-    of the matching, and for the matched queries.
+    Mask logits are the products of embeddings and pixels, computed only at the points of the matching and for the
+    matched queries.
 
     Args:
       embeddings: the embeddings of N masks after each of L layers.
@@ -159,7 +160,7 @@ def point_losses(
         return mask_losses(at_points(logits, jnp.moveaxis(places, 0, -1), filled), target)
 
     own = jnp.moveaxis(chosen, 1, 0)
-    # Apart from the losses, so that the backward pass does not choose the points again.
+    # Chosen outside of `losses_of`, so that the backward pass does not choose the points again.
     found = jax.lax.stop_gradient(jax.lax.map(places_of, jax.lax.stop_gradient((*in_turn, own))))
     entropy, dice = jax.lax.map(losses_of, (in_turn[0], own, *found))  # [l b m]
     each = jnp.moveaxis(matched, 1, 0) * weight[:, None]

@@ -21,8 +21,8 @@ def tag_loss(
 
     The distance of two unit vectors is the smooth L1 loss (Faster R-CNN; β = 1) of their difference, summed or averaged
     over its D numbers. If no number differs by more than 1, the sum is 1 - cos, whatever D is; the mean is D times
-    smaller, so that at α = β = 1 it would hardly count beside the caption losses. The paper states neither this nor
-    whether vectors are normalised: the sum of unit vectors is ours.
+    smaller, so that at the paper's loss weights of 1 it would hardly count beside the caption losses. The paper states
+    neither which of the two it takes nor whether vectors are normalised: the sum of unit vectors is ours.
 
     Args:
       features: of images or boxes, of any length.

@@ -16,8 +16,12 @@ def unbounded(value: float, low: float = 0.0, high: float = 0.0) -> Float[Array,
     """Returns the inverse of `bounded`.
 
     Raises:
-      UserError: the value is outside of the bounds.
+      UserError: the value is outside of the bounds, or there is an upper bound without a positive lower one.
     """
+    if high and low <= 0:
+        raise UserError(
+            f"loss.temperature_bounds=({low}, {high}): the lower bound must be above 0; () sets no bounds"
+        )
     if not low < value < (high or float("inf")):
         raise UserError(f"loss.temperature={value} is outside its bounds ({low}, {high or 'inf'})")
     if not high:

@@ -156,13 +156,13 @@ def picture(
 
 
 def hover_map(result: Result, task: str) -> Image.Image:
-    """Returns what the page tells of a pixel: 256 R + G = the segment's number from 1, 0 for none; B = 255 score."""
+    """Encodes each pixel's segment and score: 256 R + G = the segment's number from 1, 0 for none; B = 255 score."""
     index = numbers(result)
     score = np.append(result.scores, 0)[index]
     if task == "semantic":
         score = np.where(index < 0, 0, result.confidence)
-    tens, ones = np.divmod(index + 1, 256)
-    return Image.fromarray(np.stack([tens, ones, np.clip(score, 0, 1) * 255], -1).round().astype(np.uint8))
+    high, low = np.divmod(index + 1, 256)
+    return Image.fromarray(np.stack([high, low, np.clip(score, 0, 1) * 255], -1).round().astype(np.uint8))
 
 
 def figure(
@@ -210,7 +210,7 @@ def figure(
 
 
 class Seen:
-    """What a model saw in a picture, before any words: `Segmenter`'s forward pass, for questions about it."""
+    """The prediction of a model for a picture, before any words, so that each question needs no forward pass."""
 
     def __init__(self, segmenter: Segmenter, image: UInt8[np.ndarray, "h w 3"]):
         self.segmenter = segmenter
@@ -340,7 +340,7 @@ def download(results: Sequence[Result], names: Sequence[str], kind: str) -> tupl
             content = (result.to_json() + "\n").encode()
         else:
             if result.features is None:
-                raise UserError(f"{name} has no features of pixels that fit words: take another model")
+                raise UserError(f"{name} has no text-aligned features of pixels: choose another model")
             stream = io.BytesIO()
             np.savez_compressed(stream, **result.features.arrays())
             content = stream.getvalue()

@@ -60,7 +60,7 @@ class Model(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Visit:
-    """What one visitor has done.
+    """The state of one visitor.
 
     Attributes:
       image: the picture.
@@ -80,8 +80,8 @@ class Page:
 
     Args:
       models: one or two.
-      lists: they tell things from stuff.
-      words: a click chooses from them.
+      lists: label files, which tell things from stuff.
+      words: the words that a click chooses from.
       examples: pictures to pick.
 
     Attributes:
@@ -152,7 +152,7 @@ class Page:
         """Answers what is at a point: visit, tables, sentence."""
         visit, tables = self._see(visit), []
         for i, (name, seen) in enumerate(zip(self.names, visit.seen, strict=True)):
-            words = self.vocabulary(i)  # at the first question: it embeds them all
+            words = self.vocabulary(i)  # not before the first question, since it embeds all words
             tables.append(answers.words_table(name, answers.words_at(seen, words, at), len(words)))
         height, width = visit.image.shape[:2]
         return visit, _row("".join(tables)), f"Asked at {int(at[0] * width)}, {int(at[1] * height)}."

@@ -1,4 +1,4 @@
-"""What the page sends to the browser beside Gradio's own: style, pointing, saving, and headers."""
+"""Styles, scripts and headers of the page, beside Gradio's own: layout, pointing, saving, security."""
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
