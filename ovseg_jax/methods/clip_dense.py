@@ -1,4 +1,4 @@
-"""CLIP without training as a segmenter: baselines of papers/004, 4.3, whose ALIGN is private, and of papers/002.
+"""CLIP as a segmenter, without training: baselines of papers/004, 4.3 (there ALIGN, which is private) and papers/002.
 
 `config.dense`: `features`, "activation", the map before the pooling in the space of the class token, as in papers/004;
 "value", the value path of the last attention (MaskCLIP, Zhou et al. 2022); "sclip" or "clearclip", its attention by
@@ -53,7 +53,7 @@ class ClipDense(OnClip, Segmenting):
 
     frozen_towers = True
     frozen = ("^towers/", "^generator/")
-    # The best cosine differs between towers, and may be negative.
+    # No threshold suits all towers: their best cosines differ, and may be negative.
     unknown_below = -1.0
 
     @classmethod

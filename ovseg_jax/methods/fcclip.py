@@ -8,8 +8,8 @@ CLIP's own features under the mask (each a softmax over the classes, by their be
 
     softmax over c of p_n[c]^(1-w) q_n[c]^w,    times 1 - void_n,
 
-with w = `seen` for classes of which a name is one of the training data's, and `unseen` for the others; void_n is the
-head's probability of "no object" beside the classes. With `trust`, void_n is first multiplied by 1 - trust max_c q_n[c]
+with w = `seen` for classes with a name from the training data, and `unseen` for the others; void_n is the head's
+probability of "no object" beside the classes. With `trust`, void_n is first multiplied by 1 - trust max_c q_n[c]
 (OVRCOAT, nickormushev/OVRCOAT, 0.5).
 
 Facts from bytedance/fc-clip, fcclip/*. Differences: masks are upsampled once, to the image's own size, where the
@@ -121,7 +121,7 @@ def published_fcclip(name: str, weights: str, tokenizer: str = "", trust: float 
     """Creates a published model for inference; COCO's panoptic classes count as seen, see `published_config`.
 
     Raises:
-      UserError: the name is unknown, or there is no name of a file.
+      UserError: the name is unknown, or `weights` is empty.
     """
     if not weights:
         raise UserError(f"the file of {name}'s weights is missing: give for example fcclip_cocopan.pth")
@@ -170,10 +170,12 @@ class FCClip(OnClip, Segmenting):
         self.config, self.classes, self.clip = config, classes, Clip(config.towers, words)
         self.trunk = make_trunk(self.clip, config.fcclip.get("clip_features", "adapted"))
         if config.model.get("init") and config.towers.get("init"):
-            raise UserError("model.init and towers.init are both set: the first has a CLIP too")
+            raise UserError(
+                "model.init and towers.init are both set: leave out the second, since the first has a CLIP"
+            )
         if config.model.get("init") and not isinstance(self.trunk, ConvNeXtTrunk):
             raise UserError(
-                "model.init: a published FC-CLIP has a ConvNeXt, and towers.image is another tower"
+                "model.init: a published FC-CLIP has a ConvNeXt, but towers.image is another tower"
             )
         options = {name: config.model[name] for name in HEAD_FIELDS if name in config.model}
         dtype = jnp.dtype(config.model.get("dtype", "float32"))
@@ -295,10 +297,10 @@ class FCClip(OnClip, Segmenting):
     ) -> Prediction:
         """Predicts masks with their embeddings by the head and by CLIP."""
         pixels, size = prepared(self.clip, self.trunk.cell, image, image_size)
-        seen, level = self.trunk.apply(variables, pixels), self.trunk.level
-        applied: Any = self.head.apply({"params": self._of_head(variables)}, seen.maps, size)
+        trunk, level = self.trunk.apply(variables, pixels), self.trunk.level
+        applied: Any = self.head.apply({"params": self._of_head(variables)}, trunk.maps, size)
         out, (regions, void, scale) = applied
-        mask_features, shape = out.pixels.astype(jnp.float32), seen.last.shape[1:3]
+        mask_features, shape = out.pixels.astype(jnp.float32), trunk.last.shape[1:3]
         whole, cells = cell_counts(size, mask_features.shape[1:3], "c2"), cell_counts(size, shape, level)  # type: ignore[arg-type]
         # Logits are linear in the pixels, so that the pixels can be resized in their place.
         small = jnp.einsum(
@@ -308,15 +310,15 @@ class FCClip(OnClip, Segmenting):
             precision=PRECISION,
         )
         under = (small > 0) & cells_inside(size, shape, level)[:, None]
-        of_clip = self.trunk.embed(variables, pool_under(under, seen.last, "bnhw,bhwc->bnc"))
+        of_clip = self.trunk.embed(variables, pool_under(under, trunk.last, "bnhw,bhwc->bnc"))
         nothing = scale * jnp.einsum("bnd,d->bn", regions[:, -1], void, precision=PRECISION)
         spaces = {HEAD: scale * regions[:, -1], SPACE: self.logit_scale(variables) * of_clip}
-        return Prediction(out.mask_logits[:, -1], spaces, {SPACE: seen.dense}, nothing)
+        return Prediction(out.mask_logits[:, -1], spaces, {SPACE: trunk.dense}, nothing)
 
     def score_regions(self, prediction: Prediction, text: Text, vocabulary: Vocabulary) -> RegionScores:
         """Computes the probability of each name's class and of "no object" for every mask of one image, see above.
 
-        Without masks of its own, such as for true ones, it is the cosine of CLIP's features.
+        For masks that are not its own, such as true ones, the score is the cosine of CLIP's features.
         """
         if HEAD not in prediction.regions:
             return super().score_regions(prediction, text, vocabulary)

@@ -72,8 +72,8 @@ class LinearProbe(OnClip):
         """Computes the cross-entropy over all N classes; the mean over images, or over cached features."""
         image = batch.get("feature")
         if image is None:
-            see = in_parts(self._forward, self.config.get("accumulate", 1))
-            image, _, _ = see({"towers": variables["towers"]}, batch, rng)
+            network = in_parts(self._forward, self.config.get("accumulate", 1))
+            image, _, _ = network({"towers": variables["towers"]}, batch, rng)
         x = FEATURE_LENGTH * unit(image)
         logits = x @ variables["params"]["kernel"] + variables["params"]["bias"]
         return cross_entropy(logits, jnp.asarray(self._place)[batch["label"]], batch["example_mask"])

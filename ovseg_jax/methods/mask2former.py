@@ -21,7 +21,7 @@ HEAD_FIELDS = (
 
 
 class Mask2Former(MaskFormer):
-    """The method Mask2Former; `config` is the whole config of a run. See `MaskFormer`, from which it differs in these.
+    """The method Mask2Former; `config` is the whole config of a run. Differences from `MaskFormer`:
 
     A region's scores and "no object" are probabilities, so that the decisions `panoptic` and `instances` are the
     authors' inference, and `argmax` is their semantic one.

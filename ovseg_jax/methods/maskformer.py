@@ -101,10 +101,10 @@ def total_loss(
 class MaskFormer(Trainable, Segmenting):
     """The method MaskFormer; `config` is the whole config of a run.
 
-    The classifier has a class for each of the training data, in their order. A name that they do not have is an error:
-    the vocabulary is closed. Masks of the groups "unseen" and "held_out" are not used in training, so that these
-    classes are never predicted. A region's score for a class is its probability, and `Prediction.void` that of "no
-    object"; the decision `argmax` is then the paper's semantic inference (3.4).
+    The classifier has the classes of the training data, in their order. The vocabulary is closed: any other name is an
+    error. Masks of the groups "unseen" and "held_out" are not used in training, so that these classes are never
+    predicted. A region's score for a class is its probability, and `Prediction.void` that of "no object"; the decision
+    `argmax` is then the paper's semantic inference (3.4).
 
     Keys of `config.model`: those of `MaskFormerNet`, `backbone.init` (weights of the backbone) and `init` (a published
     MaskFormer with the same classes in the same order). Keys of `config.loss`: `focal`, `dice` and `label` weight costs
@@ -145,7 +145,9 @@ class MaskFormer(Trainable, Segmenting):
         self.config, self.classes = config, classes
         self.net = self._network()
         if config.model.get("init") and config.model.backbone.get("init"):
-            raise UserError("model.init and model.backbone.init are both set: the first has a backbone too")
+            raise UserError(
+                "model.init and model.backbone.init are both set: leave out the second, since the first has a backbone"
+            )
         self.model = Model(self.net, self._classifier())
         self.weights = self.weights_type(*(float(config.loss[key]) for key in self.weights_type._fields))
         self.no_object = float(config.loss.no_object)
@@ -243,7 +245,7 @@ class MaskFormer(Trainable, Segmenting):
         """Returns for each name the class that it means, as one of K unit vectors.
 
         Raises:
-          UserError: a name is none of the training data's.
+          UserError: a name belongs to no class of the training data.
         """
         del variables
         rows = rows_of_names(self.classes.names, texts, "this MaskFormer has no text side and")

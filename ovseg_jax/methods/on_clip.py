@@ -25,7 +25,7 @@ class OnClip(Trainable, Classifier):
 
     @classmethod
     def vocabulary(cls, config: ConfigDict, source: Source) -> Sequence[str]:
-        """Returns the words that a tokeniser of words needs; () of texts unless it is built from this run's words."""
+        """Returns the words that a tokeniser of words needs; those of texts only if it is built from them."""
         own = config.towers.get("tokenizer", "") == "words"
         return spoken_words(config.data, source, batch_fields(cls, config) if own else ()).words
 

@@ -239,8 +239,8 @@ class PromptTuning(OnClip):
     def _features(self, variables: Variables, batch: Batch, rng: jax.Array) -> Float[Array, "b d"]:
         if "feature" in batch:
             return batch["feature"]
-        see = in_parts(self._forward, self.config.get("accumulate", 1))
-        return see(variables, {"image": batch["image"]}, rng)[0]
+        network = in_parts(self._forward, self.config.get("accumulate", 1))
+        return network(variables, {"image": batch["image"]}, rng)[0]
 
     def _forward(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[Array, tuple, dict]:
         del rng
@@ -267,7 +267,7 @@ class PromptTuning(OnClip):
         """Embeds class names in the learned prompt as unit vectors.
 
         Raises:
-          UserError: the prompt is class-specific and does not have a class.
+          UserError: the prompt is class-specific and lacks one of the classes.
         """
         return self.embed_prompt(variables, self.prompt(variables), texts)
 

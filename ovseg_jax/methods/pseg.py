@@ -80,7 +80,7 @@ def _segment_vit(config: ConfigDict, fields: Mapping[str, Any]) -> SegmentViT:
         raise UserError(f"config.model of the network segment_vit has no key {unknown[0]!r}")
     if not config.get("pseudo_masks") or config.loss.mask_weight:
         raise UserError(
-            "the network segment_vit has the masks of the section pseudo_masks, and learns none: loss.mask_weight=0"
+            "the network segment_vit has the masks of the section pseudo_masks and learns none: set loss.mask_weight=0"
         )
     if model.backbone.get("init", ""):
         raise UserError("model.backbone.init: the network segment_vit starts from random weights")
@@ -96,7 +96,7 @@ def _grouping(config: ConfigDict) -> GroupingNet:
         raise UserError(f"config.model of the network groupvit has no key {unknown[0]!r}")
     if config.get("pseudo_masks") or config.loss.mask_weight:
         raise UserError(
-            "the network groupvit learns no masks: loss.mask_weight=0, without the section pseudo_masks"
+            "the network groupvit learns no masks: set loss.mask_weight=0, and leave out the section pseudo_masks"
         )
     fields: dict[str, Any] = {key: x for key, x in model.items() if key in GROUPING_FIELDS}
     image = GroupVitImage(**fields, dtype=jnp.dtype(model.get("dtype", "float32")))
@@ -104,7 +104,7 @@ def _grouping(config: ConfigDict) -> GroupingNet:
 
 
 def features_of(out: Any) -> PSegFeatures:
-    """Returns the features of P-Seg from the output of either network."""
+    """Returns the features of P-Seg from the output of any of the networks."""
     if isinstance(out, PSegFeatures):
         return out
     return PSegFeatures(

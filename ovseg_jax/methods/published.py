@@ -1,7 +1,7 @@
 """Published models that segment by words without training here, by name, for `Segmenter.from_pretrained`.
 
 All but FC-CLIP are towers of images and texts as `methods.clip_dense` uses them. Scores are those that their authors or
-the authors of the features state; licences are those of the cards or files beside the weights, see below. Ask there.
+the authors of the features state; licences are those of the cards or files beside the weights, see below.
 """
 
 from pathlib import Path

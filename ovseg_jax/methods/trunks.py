@@ -1,8 +1,8 @@
 """The trunks of FC-CLIP's head: a CLIP's image tower gives maps for masks, and features of masks in the space of texts.
 
 FC-CLIP has a frozen ConvNeXt, whose stages are the maps. UMG-CLIP has a frozen ViT or EVA with Convpass adapters
-(papers/003, 4.2), and a simple feature pyramid gives the maps of its last one: the paper does not say how one map
-feeds the four scales of Mask2Former; ours.
+(papers/003, 4.2), and a simple feature pyramid makes the maps from its last one (ours: the paper does not say how one
+map feeds the four scales of Mask2Former).
 """
 
 import re
@@ -31,7 +31,7 @@ CLIP_FEATURES = ("adapted", "frozen")
 
 
 class TrunkOutput(NamedTuple):
-    """What a head needs of an image.
+    """The features of an image that a head needs.
 
     Attributes:
       maps: "c2" to at most "c5", for masks.
@@ -73,7 +73,7 @@ class ConvNeXtTrunk:
         return {}, towers
 
     def apply(self, variables: Variables, image: Array, rng: jax.Array | None = None) -> TrunkOutput:
-        """Computes the maps of normalised images; with `rng`, as in training, in the forms for a CPU on a CPU."""
+        """Computes the maps of normalised images; with `rng`, as in training, a CPU computes them by `fast_on_cpu`."""
         apply = self._clip.image.apply
         # An export, which is without `rng`, is for all devices.
         out: Any = (apply if rng is None else fast_on_cpu(apply))(variables["towers"]["image"], image)

@@ -87,8 +87,8 @@ class VPT(OnClip):
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
         """Computes eq. 1 of papers/000 over all N classes; the mean over the images."""
-        see = in_parts(self._forward, self.config.get("accumulate", 1))
-        image, _, _ = see(variables, {"image": batch["image"]}, rng)
+        network = in_parts(self._forward, self.config.get("accumulate", 1))
+        image, _, _ = network(variables, {"image": batch["image"]}, rng)
         logits = self.logit_scale(variables) * image @ variables["towers"]["hard"].T
         return cross_entropy(logits, jnp.asarray(self._place)[batch["label"]], batch["example_mask"])
 

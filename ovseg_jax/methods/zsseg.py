@@ -7,8 +7,7 @@ embeddings and q_n[c] that by the classifier (softmax over the classes, each at 
     p_n[c]^w q_n[c]^(1-w) for seen classes,    p_n[c]^(1-w) q_n[c]^w for all others,    q_n[c] for w = 0
 
 and a pixel gets the class with the largest sum over n of score times sigmoid mask. A proposal that covers no pixel is
-not
-classified: q_n = 1, and for w = 0 it is left out.
+not classified: q_n = 1, and for w = 0 it is left out.
 
 If the proposals' method predicts "no object" (`Prediction.void`), as ZSSeg's MaskFormer does and OpenSeg does not, the
 softmax of p includes this class, which is then dropped.

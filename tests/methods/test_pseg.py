@@ -286,8 +286,8 @@ def test_groupvits_groups_take_the_place_of_masks():
     ("change", "message"),
     [
         (dict(model=dict(num_queries=3)), "groupvit has no key 'num_queries'"),
-        (dict(loss=dict(mask_weight=1.0)), "learns no masks: loss.mask_weight=0"),
-        (dict(pseudo_masks=dict(features="colour", clusters=M)), "without the section pseudo_masks"),
+        (dict(loss=dict(mask_weight=1.0)), "learns no masks: set loss.mask_weight=0"),
+        (dict(pseudo_masks=dict(features="colour", clusters=M)), "leave out the section pseudo_masks"),
     ],
 )
 def test_a_bad_value_of_the_grouping_is_named(change, message):
@@ -303,7 +303,7 @@ def test_a_bad_value_of_the_grouping_is_named(change, message):
     [
         ("model.num_queries", 3, "segment_vit has no key 'num_queries'"),
         ("model.backbone.init", "x", "starts from random weights"),
-        ("loss.mask_weight", 1.0, "learns none: loss.mask_weight=0"),
+        ("loss.mask_weight", 1.0, "learns none: set loss.mask_weight=0"),
         ("pseudo_masks", {}, "has the masks of the section pseudo_masks"),
         ("model.backbone", dict(name="small"), "'small' of the network segment_vit is no Vision Transformer"),
     ],
