@@ -5,7 +5,9 @@ import errno
 import json
 import os
 import socket
+import stat
 import time
+import uuid
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -20,23 +22,54 @@ LOCK_FILE = ".lock"
 _CHUNK = 1 << 22
 
 
-def write_whole(path: epath.PathLike, content: str | bytes) -> None:
+def write_whole(path: epath.PathLike, content: str | bytes, *, shared: bool = False) -> None:
     """Writes a temporary file and renames it, so that a reader finds the old content or the new one.
 
+    The file that a link leads to is replaced, not the link. What lies in /dev is written to as it is.
+
+    Args:
+      path: the file.
+      content: its new content; a text becomes UTF-8.
+      shared: whether other processes may write the file at the same time; the last one's content then stays.
+
     Raises:
-      UserError: the file cannot be written, such as on a full disk.
+      UserError: the file cannot be written, such as on a full disk, or is a pipe or a device elsewhere.
     """
-    path = epath.Path(path)
-    temporary = path.parent / f"{path.name}.tmp"
+    content = content.encode() if isinstance(content, str) else content
+    if is_device(path):
+        try:
+            with open(path, "ab") as device:
+                device.write(content)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {reason(error)}") from error
+        return
+    if problem := why_not_a_file(path):
+        raise UserError(f"{path} cannot be written: {problem}")
+    path = epath.Path(os.path.realpath(path) if os.path.islink(path) else path)
+    temporary = path.parent / f"{path.name}.{f'{uuid.uuid4().hex}.' if shared else ''}tmp"
     try:
-        if isinstance(content, str):
-            content = content.encode()
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def is_device(path: epath.PathLike) -> bool:
+    """Tells whether a path is one of the system's, such as /dev/stdout, where a rename would replace it for all."""
+    return os.path.abspath(path).startswith("/dev/") and not os.path.abspath(path).startswith("/dev/shm/")
+
+
+def why_not_a_file(path: epath.PathLike) -> str:
+    """Returns what a path is that can be neither replaced nor made, a folder, a pipe or a device; "" for all others."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # There is none, or it is an address.
+        return ""
+    if stat.S_ISDIR(mode):
+        return "it is a folder"
+    return "" if stat.S_ISREG(mode) else "it is a pipe or a device, not a file"
 
 
 def checksum(path: epath.PathLike) -> list[int]:
@@ -142,11 +175,30 @@ def locked(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the folder {folder} cannot be created: {reason(error)}") from error
-    if "://" in str(folder):
+    with _held(folder / LOCK_FILE, folder, remedy):
+        yield
+
+
+@contextlib.contextmanager
+def locked_file(path: epath.PathLike) -> Iterator[None]:
+    """Keeps other processes from an output file and what is recorded beside it while the context lasts.
+
+    Raises:
+      UserError: another process holds the lock, or the path is a device, beside which nothing can be recorded.
+    """
+    if is_device(path):
+        raise UserError(f"{path} is a device: give a file, since finished results are recorded beside it")
+    with _held(epath.Path(f"{path}{LOCK_FILE}"), path, "wait for it, stop it, or choose another file"):
+        yield
+
+
+@contextlib.contextmanager
+def _held(path: epath.Path, what: epath.PathLike, remedy: str) -> Iterator[None]:
+    """Holds the lock of a file `path` for a folder or file `what`."""
+    if "://" in str(path):
         yield
         return
-    path = folder / LOCK_FILE
-    descriptor = _lock(path, remedy)
+    descriptor = _lock(path, what, remedy)
     try:
         yield
     finally:
@@ -157,7 +209,7 @@ def locked(
             os.close(descriptor)
 
 
-def _lock(path: epath.Path, remedy: str) -> int | None:
+def _lock(path: epath.Path, what: epath.PathLike, remedy: str) -> int | None:
     import fcntl  # absent on Windows
 
     while True:
@@ -171,9 +223,7 @@ def _lock(path: epath.Path, remedy: str) -> int | None:
             holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
             os.close(descriptor)
             if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-                raise UserError(
-                    f"{path.parent} is in use by {holder or 'another process'}: {remedy}"
-                ) from error
+                raise UserError(f"{what} is in use by {holder or 'another process'}: {remedy}") from error
             return None  # This file system has no locks.
         with contextlib.suppress(OSError):
             # Another process may have removed the file since it was opened: a lock on it then excludes nobody.

@@ -201,7 +201,7 @@ def _run(arguments: argparse.Namespace) -> int:
         threshold = -1.0
     vectors = ClassVectors.of(arguments.labels)
     labels = load_labels(arguments.labels) if arguments.labels is not None and vectors is None else None
-    paths = [] if is_video(arguments.images) else image_files(arguments.images)
+    paths = [] if is_video(arguments.images) else image_files(arguments.images, frames=video)
     if len(paths) == 1:
         read_image(paths[0])
 

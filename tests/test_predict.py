@@ -14,6 +14,7 @@ from ovseg_jax import predict, score
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.class_vectors import write_class_vectors
 from ovseg_jax.files import locked
+from ovseg_jax.inference.folder import coco_results
 from ovseg_jax.inference.result import Result
 from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.vocab.classes import ClassList
@@ -139,6 +140,13 @@ def test_tasks_write_what_the_scores_read(run, tmp_path, capsys):
     assert run(labels=tmp_path / "labels.txt", task="semantic") == 0
     assert json.loads((out / "predictions.json").read_text())["decision"] == "argmax"
     assert (np.asarray(Image.open(out / "000012.labels.png")) > 0).all()
+
+
+def test_images_of_one_number_keep_their_names():
+    """7 and 007 would be one image in COCO's files."""
+    records = [{"stem": stem, "segments_info": []} for stem in ("7", "007", "12", "a")]
+    rows = coco_results(records, "panoptic")["annotations"]
+    assert [row["image_id"] for row in rows] == ["7", "007", 12, "a"]
 
 
 def test_labels_with_vectors(run, tmp_path):

@@ -149,12 +149,18 @@ def _check_request(job: Job) -> None:
             differing = [key for key in request if before[key] != request[key]]
         if differing:
             raise UserError(
-                f"{folder} was made with other {differing[0]}: {json.dumps(before[differing[0]])}, not "
-                f"{json.dumps(request[differing[0]])}; choose another --out, or delete that folder to annotate anew"
+                f"{folder} was made with other {differing[0]}: {_cut(before[differing[0]])}, not "
+                f"{_cut(request[differing[0]])}; choose another --out, or delete that folder to annotate anew"
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(request, indent=1) + "\n")
+
+
+def _cut(value: Any) -> str:
+    """Returns a value as JSON, cut for a sentence."""
+    found = json.dumps(value)
+    return found if len(found) <= 300 else f"{found[:297]}..."
 
 
 def image_names(source: Source) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.files import write_whole
+from ovseg_jax.files import is_device, why_not_a_file, write_whole
 from ovseg_jax.reading import read_bytes
 
 # File systems allow 255 bytes for a name; the rest is for suffixes such as ".overlay.png".
@@ -31,14 +31,14 @@ def check_out_file(path: epath.PathLike, inputs: Mapping[str, str | None], flag:
     for source, given in inputs.items():
         if given and os.path.exists(given) and os.path.exists(out) and os.path.samefile(given, out):
             raise UserError(f"{flag}={out} is also the input of {source}: choose another name")
-    folder = os.path.dirname(out) or "."
     if "://" in out:
         return
-    if os.path.isdir(out) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UserError(
-            f"{flag}={out} cannot be written: "
-            + ("it is a folder" if os.path.isdir(out) else f"{folder} is not a writable folder")
-        )
+    problem = "" if is_device(out) and not os.path.isdir(out) else why_not_a_file(out)
+    place = out if is_device(out) else os.path.dirname(os.path.realpath(out))
+    if not problem and not (os.access(place, os.W_OK) and (is_device(out) or os.path.isdir(place))):
+        problem = f"{place} is not writable" if is_device(out) else f"{place} is not a writable folder"
+    if problem:
+        raise UserError(f"{flag}={out} cannot be written: {problem}")
 
 
 def check_out_folder(out: epath.PathLike) -> epath.Path:

@@ -23,7 +23,7 @@ from ovseg_jax.evals.box_files import (
 from ovseg_jax.evals.boxes import class_probability, detect, region_features
 from ovseg_jax.experiment.class_vectors import TextSide, class_vectors
 from ovseg_jax.experiment.load import load_run
-from ovseg_jax.files import write_whole
+from ovseg_jax.files import locked_file, write_whole
 from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.protocols import Classifier
 from ovseg_jax.towers.prompt_file import Prompt
@@ -74,59 +74,60 @@ def classify_boxes(
         proposals = match_images(proposals, truth)
     files = find_images(images, proposals, truth)
     limit = max_boxes or ap.LIMITS[truth.rule if truth else "coco"][-1]
-    journal = Journal(f"{out}.part.jsonl")
-    journal.start(
-        {
-            "checkpoint": checkpoint,
-            "stamp": run_stamp(checkpoint),
-            "images": os.path.abspath(images),
-            "boxes": [os.path.abspath(boxes), *file_stamp(boxes)],
-            "classes": [listed.names, listed.ids],
-            "annotations": annotations,
-            "prompt": repr(prompt),
-            "synonyms": synonyms,
-            "limit": limit,
-        }
-    )
-    try:
-        done = {record["image_id"]: record["results"] for record in journal.records}
-        waiting = {key: found for key, found in proposals.items() if key not in done}
-        if waiting:
-            mesh = make_mesh()
-            with jax.set_mesh(mesh):
-                run = load_run(checkpoint, mesh, kind=Classifier, lacking="does not classify images")
-                text = class_vectors(TextSide(run.method, run.variables, prompt), listed, synonyms)
-                scale = float(run.method.logit_scale(run.variables))
-                features = region_features(
-                    run.method.embed_image,
-                    run.variables,
-                    [(files[key], found.boxes) for key, found in waiting.items()],
-                    mesh,
-                    size=int(run.config.data.image_size),
-                    batch=batch,
-                )
-                bar = tqdm(
-                    waiting.items(), initial=len(done), total=len(proposals), unit="image", disable=None
-                )
-                for (key, found), regions in zip(bar, features, strict=True):
-                    done[key] = [
-                        {
-                            "image_id": key,
-                            "category_id": listed.ids[k],
-                            "bbox": found.boxes[box].tolist(),
-                            "score": score,
-                        }
-                        for box, k, score in detect(found, class_probability(regions, text, scale), limit)
-                    ]
-                    journal.append({"image_id": key, "results": done[key]})
-    finally:
-        journal.close()
-    results = [result for key in proposals for result in done[key]]
-    write_whole(Path(out), json.dumps(results))
-    print(f"wrote {len(results)} boxes of {len(proposals)} images to {out}")
-    if truth:
-        print(score_boxes(truth, results))
-    journal.remove()
+    with locked_file(out):
+        journal = Journal(f"{out}.part.jsonl")
+        journal.start(
+            {
+                "checkpoint": checkpoint,
+                "stamp": run_stamp(checkpoint),
+                "images": os.path.abspath(images),
+                "boxes": [os.path.abspath(boxes), *file_stamp(boxes)],
+                "classes": [listed.names, listed.ids],
+                "annotations": annotations,
+                "prompt": repr(prompt),
+                "synonyms": synonyms,
+                "limit": limit,
+            }
+        )
+        try:
+            done = {record["image_id"]: record["results"] for record in journal.records}
+            waiting = {key: found for key, found in proposals.items() if key not in done}
+            if waiting:
+                mesh = make_mesh()
+                with jax.set_mesh(mesh):
+                    run = load_run(checkpoint, mesh, kind=Classifier, lacking="does not classify images")
+                    text = class_vectors(TextSide(run.method, run.variables, prompt), listed, synonyms)
+                    scale = float(run.method.logit_scale(run.variables))
+                    features = region_features(
+                        run.method.embed_image,
+                        run.variables,
+                        [(files[key], found.boxes) for key, found in waiting.items()],
+                        mesh,
+                        size=int(run.config.data.image_size),
+                        batch=batch,
+                    )
+                    bar = tqdm(
+                        waiting.items(), initial=len(done), total=len(proposals), unit="image", disable=None
+                    )
+                    for (key, found), regions in zip(bar, features, strict=True):
+                        done[key] = [
+                            {
+                                "image_id": key,
+                                "category_id": listed.ids[k],
+                                "bbox": found.boxes[box].tolist(),
+                                "score": score,
+                            }
+                            for box, k, score in detect(found, class_probability(regions, text, scale), limit)
+                        ]
+                        journal.append({"image_id": key, "results": done[key]})
+        finally:
+            journal.close()
+        results = [result for key in proposals for result in done[key]]
+        write_whole(Path(out), json.dumps(results))
+        print(f"wrote {len(results)} boxes of {len(proposals)} images to {out}")
+        if truth:
+            print(score_boxes(truth, results))
+        journal.remove()
 
 
 def score_boxes(truth: Annotations, results: Sequence[dict[str, Any]]) -> str:

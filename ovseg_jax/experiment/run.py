@@ -333,7 +333,7 @@ def write_tables(workdir: epath.Path, tables: Mapping[str, Sequence[Any]]) -> No
         writer.writerows(rows)
         path = workdir / "tables" / f"{name}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text.getvalue())
+        write_whole(path, text.getvalue())
 
 
 def _evaluators(config: ConfigDict, method: Any, mesh: Mesh, key: str = "evals") -> list[Any]:

@@ -1,5 +1,6 @@
 """Scores of a classifier on suites of data sets, with averages."""
 
+import contextlib
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.evals.registry import make_evaluators
 from ovseg_jax.experiment.load import load_run
 from ovseg_jax.experiment.tables import Table
-from ovseg_jax.files import write_whole
+from ovseg_jax.files import locked_file, write_whole
 from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.protocols import Classifier
 from ovseg_jax.reading import column, objects, read_json, reading, short, text, texts, whole
@@ -120,42 +121,44 @@ def score_suite(
             f"--data_dir={data_dir} holds none of the sets of the suite: put them into {data_dir}/NAME, "
             f"such as {folder / next(iter(sets))}"
         )
-    journal = None
-    if out:
-        check_out_file(out, {"--suite": suite})
-        journal = Journal(f"{out}.part.jsonl")
-        stamp = run_stamp(checkpoint, step)
-        journal.start({"checkpoint": checkpoint, "stamp": stamp, "data_dir": data_dir, "sets": sets})
-    known: dict[str, list[Score]] = {}
-    for record in journal.records if journal else ():
-        known.setdefault(record["set"], []).append(Score(**record))
-    table = suite_table(sets)
-    print(table.head, flush=True)
-    scores: list[Score] = []
-    scorer: Scorer | None = None
-    for name, source in sources.items():
-        if source is None:
-            print(table.line(name, f"missing: there is no folder {folder / name}"), flush=True)
-            continue
-        # A set whose recorded lines are incomplete is scored again.
-        found = known.get(name, [])
-        if [s.prompt for s in found] != ["", *sets[name].get("prompts", {})]:
-            scorer = scorer or Scorer(checkpoint, step, batch)
-            found = scorer.score(name, sets[name], source)
-            for score in found if journal else ():
-                journal.append(score._asdict())  # type: ignore[union-attr]
-        scores += found
-        for metric in dict.fromkeys((found[0].metric, "accuracy")):
-            by_prompt = {s.prompt: s.score if metric == s.metric else s.accuracy for s in found}
-            cells = [by_prompt.get(prompt) for prompt in ("", *_prompts(sets))]
-            images, classes, chance = found[0].images, found[0].classes, found[0].chance
-            print(table.line(name, metric, images, classes, *cells, chance), flush=True)
+    with contextlib.ExitStack() as stack:
+        journal = None
         if out:
-            write_scores(out, scores)
-    for line in averages(sets, scores):
-        print(line)
-    if journal:
-        journal.remove()
+            check_out_file(out, {"--suite": suite})
+            stack.enter_context(locked_file(out))
+            journal = Journal(f"{out}.part.jsonl")
+            stamp = run_stamp(checkpoint, step)
+            journal.start({"checkpoint": checkpoint, "stamp": stamp, "data_dir": data_dir, "sets": sets})
+        known: dict[str, list[Score]] = {}
+        for record in journal.records if journal else ():
+            known.setdefault(record["set"], []).append(Score(**record))
+        table = suite_table(sets)
+        print(table.head, flush=True)
+        scores: list[Score] = []
+        scorer: Scorer | None = None
+        for name, source in sources.items():
+            if source is None:
+                print(table.line(name, f"missing: there is no folder {folder / name}"), flush=True)
+                continue
+            # A set whose recorded lines are incomplete is scored again.
+            found = known.get(name, [])
+            if [s.prompt for s in found] != ["", *sets[name].get("prompts", {})]:
+                scorer = scorer or Scorer(checkpoint, step, batch)
+                found = scorer.score(name, sets[name], source)
+                for score in found if journal else ():
+                    journal.append(score._asdict())  # type: ignore[union-attr]
+            scores += found
+            for metric in dict.fromkeys((found[0].metric, "accuracy")):
+                by_prompt = {s.prompt: s.score if metric == s.metric else s.accuracy for s in found}
+                cells = [by_prompt.get(prompt) for prompt in ("", *_prompts(sets))]
+                images, classes, chance = found[0].images, found[0].classes, found[0].chance
+                print(table.line(name, metric, images, classes, *cells, chance), flush=True)
+            if out:
+                write_scores(out, scores)
+        for line in averages(sets, scores):
+            print(line)
+        if journal:
+            journal.remove()
 
 
 class Scorer:

@@ -5,6 +5,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,7 +53,7 @@ class Done(NamedTuple):
     there: int
 
 
-def image_files(path: epath.PathLike) -> list[epath.Path]:
+def image_files(path: epath.PathLike, *, frames: bool = False) -> list[epath.Path]:
     """Lists images: one, those of a folder (without subfolders) or of a pattern, by name, or those of a list, in order.
 
     Files that `segment_files` has written into the folder are not included.
@@ -60,6 +61,7 @@ def image_files(path: epath.PathLike) -> list[epath.Path]:
     Args:
       path: an image; a folder; a pattern with `*`, or `**` for folders in folders; `@FILE` for a file with a path a
         line; or `-` for such lines from the standard input.
+      frames: whether numbers in the names of a folder or pattern count by their value, so that frame 2 precedes 10.
 
     Raises:
       UserError: the path does not exist, or there is no image.
@@ -72,16 +74,22 @@ def image_files(path: epath.PathLike) -> list[epath.Path]:
         files = [file for file in list_images(path) if file.name not in own]
         if not files:
             raise UserError(f"--images={path}: the folder holds no readable image")
-        return files
+        return sorted(files, key=_by_number) if frames else files
     if path.exists():
         return [path]
     if glob.has_magic(str(path)):
         files = [epath.Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
         files = [file for file in files if file.suffix.lower() in image_suffixes() and not file.is_dir()]
         if files:
-            return files
+            return sorted(files, key=_by_number) if frames else files
         raise UserError(f"--images={path}: no image matches this pattern")
     raise UserError(f"--images={path}: there is no such file or folder")
+
+
+def _by_number(path: epath.Path) -> list[str | tuple[int, str]]:
+    """Returns what orders paths by the values of the numbers in them: texts and numbers in turn."""
+    parts = re.split(r"([0-9]+)", str(path))
+    return [(int(part), part) if k % 2 else part for k, part in enumerate(parts)]
 
 
 def _listed(source: str) -> list[epath.Path]:
@@ -231,13 +239,15 @@ def segment_files(
 def coco_results(records: Sequence[Mapping[str, Any]], task: str) -> Any:
     """Returns the records of all images in the format of COCO's evaluations.
 
-    An image's id is its name without its suffix, as a number where it is one, as in COCO's files.
+    An image's id is its name without its suffix, as a number where it is one, as in COCO's files, and no other image
+    has the same number, as 7 and 007 do.
 
     Args:
       records: see `Done`, with "segments_info" for task "panoptic".
       task: "panoptic" for {"annotations": [...]}, "instance" for a list of results, of things alone.
     """
-    number = lambda stem: int(stem) if stem.isdecimal() else stem
+    shared = collections.Counter(int(r["stem"]) for r in records if r["stem"].isdecimal())
+    number = lambda stem: int(stem) if stem.isdecimal() and shared[int(stem)] == 1 else stem
     if task == "panoptic":
         rows = [
             {

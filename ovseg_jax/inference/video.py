@@ -3,7 +3,7 @@
 import collections
 import fractions
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ovseg_jax.cli.outputs import check_out_folder
 from ovseg_jax.data.videos import VideoWriter
 from ovseg_jax.errors import UserError
-from ovseg_jax.files import write_whole
+from ovseg_jax.files import locked, write_whole
 from ovseg_jax.inference.folder import THREADS
 from ovseg_jax.inference.result import Result
 from ovseg_jax.inference.segmenter import Segmenter
@@ -51,6 +51,20 @@ def segment_video(
       UserError: a file is there already, PyAV is not installed, or a frame cannot be read or has another size.
     """
     out = check_out_folder(out)
+    with locked(out):
+        return _segment_video(segmenter, frames, out, name, labels, fps, overwrite, settings)
+
+
+def _segment_video(
+    segmenter: Segmenter,
+    frames: Iterable[Any],
+    out: epath.Path,
+    name: str,
+    labels: Labels | ClassVectors | None,
+    fps: float | int | fractions.Fraction,
+    overwrite: bool,
+    settings: Mapping[str, Any],
+) -> list[dict[str, Any]]:
     paths = out / f"{name}.mp4", out / f"{name}.jsonl"
     for path in paths:
         if path.exists() and not overwrite:
@@ -59,7 +73,6 @@ def segment_video(
     draw = lambda result: (result.overlay(legend=False), result.record())
     records: list[dict[str, Any]] = []
     waiting: collections.deque[Future] = collections.deque()
-    out.mkdir(parents=True, exist_ok=True)
     with (
         VideoWriter(paths[0], rate) as writer,
         tqdm(unit="frame", disable=None) as bar,

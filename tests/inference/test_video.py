@@ -13,6 +13,8 @@ from ovseg_jax import predict
 from ovseg_jax.cli.console import guarded
 from ovseg_jax.data.videos import VideoReader, VideoWriter
 from ovseg_jax.errors import UserError
+from ovseg_jax.files import locked
+from ovseg_jax.inference.folder import image_files
 from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.inference.video import segment_video
 
@@ -61,10 +63,15 @@ def test_predict_writes_overlays_and_records(clip, tmp_path, monkeypatch, capsys
     # The same frames as pictures, with the past four times as heavy as the present.
     for i, frame in enumerate(frames("red", "red", "blue", "blue", "blue", "blue")):
         (tmp_path / "in").mkdir(exist_ok=True)
-        Image.fromarray(frame).save(tmp_path / "in" / f"{i}.png")
+        Image.fromarray(frame).save(tmp_path / "in" / f"f{i + 8}.png")  # by letters f10 precedes f8
     assert predict.main([*flags, f"--images={tmp_path / 'in'}", "--fps=5", "--smooth=0.8"]) == 0
     records = [json.loads(line) for line in (out / "in.jsonl").read_text().splitlines()]
     assert [r["segments"][0]["category"] for r in records] == ["red"] * 5 + ["blue"]
+    for where in (tmp_path / "in", f"{tmp_path}/in/*.png"):
+        assert [file.stem for file in image_files(where, frames=True)] == [f"f{i}" for i in range(8, 14)]
+    with locked(out):
+        assert predict.main([*flags, f"--images={clip}", "--overwrite"]) == 1
+    assert "out is in use by process" in capsys.readouterr().err
 
 
 def test_a_stopped_video_says_that_it_begins_again(clip, tmp_path, monkeypatch, capsys):

@@ -15,6 +15,7 @@ from PIL import Image
 from ovseg_jax import methods, score
 from ovseg_jax.experiment import box_classes
 from ovseg_jax.experiment.run import CLASSES_FILE, WORDS_FILE
+from ovseg_jax.files import locked_file
 from ovseg_jax.train.checkpoints import Checkpoints, write_config
 from ovseg_jax.train.state import TrainState
 from ovseg_jax.vocab.words import WordList
@@ -153,6 +154,14 @@ def test_a_command_that_was_stopped_does_the_images_that_are_missing(run, root, 
     assert run(template="{}")[0] == 0 and len(count) == 3 + 2
     assert (tmp_path / "results.json").read_text() == expected
     assert {path.name for path in tmp_path.iterdir()} == {"results.json"}
+
+
+def test_two_commands_and_one_file(run, tmp_path):
+    with locked_file(tmp_path / "results.json"):
+        code, out = run(template="{}")
+    assert code == 1 and "results.json is in use by process" in out.err and not list(tmp_path.iterdir())
+    code, out = run(template="{}", out="/dev/stdout")
+    assert code == 1 and "/dev/stdout is a device: give a file" in out.err
 
 
 def test_all_is_checked_before_the_model_is_loaded(run, root, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from ovseg_jax import methods
 from ovseg_jax import score as command
 from ovseg_jax.experiment import scores as score
 from ovseg_jax.experiment.run import CLASSES_FILE, WORDS_FILE
+from ovseg_jax.files import locked_file
 from ovseg_jax.train.checkpoints import Checkpoints, write_config
 from ovseg_jax.train.state import TrainState
 from ovseg_jax.vocab.templates import HARD
@@ -134,6 +135,9 @@ def test_a_command_that_was_stopped_scores_what_is_missing(run, tmp_path, monkey
     assert run(suite=suite) == 0 and called[4:] == ["one", "two", "three"]
     assert (tmp_path / "out.csv").read_text() == first
     assert capsys.readouterr().out.count("three") == 2
+    with locked_file(tmp_path / "out.csv"):
+        assert run(suite=suite) == 1
+    assert "out.csv is in use by process" in capsys.readouterr().err
 
 
 def test_the_published_suite_lists_what_is_missing(run, tmp_path, capsys):
