@@ -72,6 +72,18 @@ def why_not_a_file(path: epath.PathLike) -> str:
     return "" if stat.S_ISREG(mode) else "it is a pipe or a device, not a file"
 
 
+def file_stamp(path: epath.PathLike) -> list[int]:
+    """Returns the size and modification time of a file, to detect changes; [-1, -1] if there is none."""
+    try:
+        if "://" in str(path):
+            found = epath.Path(path).stat()
+            return [int(found.length), int(found.mtime)]
+        local = os.stat(path)
+        return [local.st_size, local.st_mtime_ns]
+    except OSError:
+        return [-1, -1]
+
+
 def checksum(path: epath.PathLike) -> list[int]:
     """Returns the size and the CRC-32 of a file."""
     size = crc = 0

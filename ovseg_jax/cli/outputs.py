@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.files import is_device, why_not_a_file, write_whole
+from ovseg_jax.files import file_stamp, is_device, why_not_a_file, write_whole
 from ovseg_jax.reading import read_bytes
 
 # File systems allow 255 bytes for a name; the rest is for suffixes such as ".overlay.png".
@@ -208,18 +208,6 @@ def _entry(line: bytes) -> dict[str, Any] | None:
         return entry if crc == zlib.crc32(json.dumps(entry).encode()) else None
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return None
-
-
-def file_stamp(path: epath.PathLike) -> list[int]:
-    """Returns the size and modification time of a file, to detect changes; [-1, -1] if there is none."""
-    try:
-        if "://" in str(path):
-            found = epath.Path(path).stat()
-            return [int(found.length), int(found.mtime)]
-        local = os.stat(path)
-        return [local.st_size, local.st_mtime_ns]
-    except OSError:
-        return [-1, -1]
 
 
 def run_stamp(workdir: epath.PathLike, step: int | None = None) -> list[Any]:

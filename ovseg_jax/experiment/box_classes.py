@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from ovseg_jax.cli.outputs import Journal, check_out_file, file_stamp, run_stamp
+from ovseg_jax.cli.outputs import Journal, check_out_file, run_stamp
 from ovseg_jax.errors import UserError
 from ovseg_jax.evals import average_precision as ap
 from ovseg_jax.evals.box_files import (
@@ -23,7 +23,7 @@ from ovseg_jax.evals.box_files import (
 from ovseg_jax.evals.boxes import class_probability, detect, region_features
 from ovseg_jax.experiment.class_vectors import TextSide, class_vectors
 from ovseg_jax.experiment.load import load_run
-from ovseg_jax.files import locked_file, write_whole
+from ovseg_jax.files import file_stamp, locked_file, write_whole
 from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.protocols import Classifier
 from ovseg_jax.towers.prompt_file import Prompt

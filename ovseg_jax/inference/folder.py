@@ -16,10 +16,10 @@ from etils import epath
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from ovseg_jax.cli.outputs import Journal, check_not_foreign, check_out_folder, file_stamp, output_names
+from ovseg_jax.cli.outputs import Journal, check_not_foreign, check_out_folder, output_names
 from ovseg_jax.data.images import image_suffixes, list_images, read_image
 from ovseg_jax.errors import UserError
-from ovseg_jax.files import locked, write_whole
+from ovseg_jax.files import file_stamp, locked, write_whole
 from ovseg_jax.inference.result import Result
 from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.reading import read_text

@@ -15,6 +15,7 @@ import io
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -25,11 +26,12 @@ from etils import epath
 from ovseg_jax.data.images import Encoded, image_suffixes, read_header, read_oriented
 from ovseg_jax.data.source_base import Example, Extent, Source
 from ovseg_jax.errors import UserError
-from ovseg_jax.files import write_whole
+from ovseg_jax.files import file_stamp, write_whole
 from ovseg_jax.reading import parse_json, read_npz, reading, short, tar_files, texts
 from ovseg_jax.vocab.classes import ClassList
 
 _LOG = logging.getLogger(__name__)
+_TARS = "*.tar"
 _ROW = np.dtype(
     [
         ("shard", "i4"),
@@ -60,7 +62,7 @@ class WebDataset(Source):
     def __init__(
         self,
         data_dir: epath.PathLike,
-        pattern: str = "*.tar",
+        pattern: str = _TARS,
         caption: str = "caption",
         index: epath.PathLike = "",
     ):
@@ -72,7 +74,7 @@ class WebDataset(Source):
           caption: the key of the caption, or of a list of captions, in a `.json` member, which is read where an
             example has no `.txt` member.
           index: a file in which the places of the examples are kept; it is written if it is missing, and anew if the
-            names or sizes of the tars have changed.
+            names, sizes or times of the tars have changed.
 
         Raises:
           UserError: there is no such folder or tar, a tar is damaged, or no example has an image and a caption.
@@ -84,8 +86,10 @@ class WebDataset(Source):
         self._shards = sorted(path for path in root.glob(pattern) if path.is_file())
         if not self._shards:
             raise UserError(f"webdataset: {root} holds no tar {pattern!r}")
-        sizes = [(path.name, path.stat().length) for path in self._shards]
-        stamp = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+        if pattern == _TARS:
+            _say_left_out(root, {path.name for path in self._shards})
+        facts = [(path.name, *file_stamp(path)) for path in self._shards]
+        stamp = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         found = self._read_index(epath.Path(index), stamp) if index and epath.Path(index).exists() else None
         if found is None:
             found = self._scan()
@@ -188,6 +192,17 @@ class WebDataset(Source):
             return rows, names
 
 
+def _say_left_out(root: epath.Path, taken: set[str]) -> None:
+    """Logs which tars of a folder are compressed, or have another suffix than `_TARS`, and are not read."""
+    others = [path.name for path in root.iterdir() if path.name not in taken and path.name[0] != "."]
+    tars = sorted(name for name in others if re.search(r"\.(tar|tgz|tar\.\w+)$", name, re.IGNORECASE))
+    if tars:
+        _LOG.warning(
+            "%s: ignored %d tars that are not called %s, such as %s: unpack them with gunzip or the like, or rename "
+            "them", root, len(tars), _TARS, tars[0],
+        )  # fmt: skip
+
+
 def _scan_tar(shard: int, path: epath.Path) -> tuple[np.ndarray, np.ndarray, Counter[str]]:
     """Returns the rows and names of a tar's examples, and how many lack an image or a caption."""
     rows, names, lacking = [], [], Counter[str]()
@@ -236,4 +251,4 @@ def _write_index(path: epath.Path, stamp: str, rows: np.ndarray, names: np.ndarr
     arrays: dict[str, Any] = {"stamp": np.array(stamp), "rows": rows, "names": names}
     content = io.BytesIO()
     np.savez(content, **arrays)
-    write_whole(path, content.getvalue())
+    write_whole(path, content.getvalue(), shared=True)  # by each process of a run

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from ovseg_jax.data.images import Encoded, read_image
@@ -101,9 +102,40 @@ def test_an_index_is_read_in_place_of_the_tars(folder, tmp_path, monkeypatch):
     (folder / "00003.tar").write_bytes(shard(12, 1))
     assert len(WebDataset(folder, index=index)) == 13 and len(scans) == 4
     assert len(WebDataset(folder, index=index)) == 13 and len(scans) == 4
+    # Another tar of the same size, as a second download may be.
+    other = (folder / "00003.tar").read_bytes().replace(b"a  dog", b"a  cat")
+    (folder / "00003.tar").write_bytes(other)
+    assert WebDataset(folder, index=index)[12]["captions"] == ["a cat number 12"] and len(scans) == 8
     index.write_bytes(b"x")
     with pytest.raises(UserError, match=r"the index .*index.npz cannot be read"):
         WebDataset(folder, index=index)
+
+
+def test_tars_of_other_suffixes_are_said(folder, caplog):
+    for name in ("00003.TAR", "00004.tar.gz", "00005.tgz", "._00000.tar"):
+        (folder / name).write_bytes(b"x")
+    assert len(WebDataset(folder)) == 12
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "ignored 3 tars that are not called *.tar, such as 00003.TAR" in said
+    caplog.clear()
+    assert len(WebDataset(folder, "0000[12].tar")) == 8 and not caplog.records
+
+
+def test_processes_write_one_index(folder, tmp_path, monkeypatch):
+    """The second process begins while the first one writes."""
+    index, write = tmp_path / "index.npz", type(epath.Path(tmp_path)).write_bytes
+    begun = []
+
+    def interrupted(self, data):
+        write(self, data)
+        if not begun:
+            begun.append(self)
+            WebDataset(folder, index=index)
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_bytes", interrupted)
+    WebDataset(folder, index=index)
+    assert begun and len(WebDataset(folder, index=index)) == 12
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["index.npz"]
 
 
 def test_faults(folder, tmp_path):
