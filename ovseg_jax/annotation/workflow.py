@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ovseg_jax.annotation.plug import KINDS, Boxes, Picture, Plug, Texts, call, make_plug
-from ovseg_jax.annotation.plugs.hugging_face import crop
+from ovseg_jax.annotation.plug import KINDS, Boxes, Picture, Plug, Texts, call, crop, make_plug
 from ovseg_jax.annotation.steps import clean_texts, jitter_boxes, nms, stability, vote_tags
 from ovseg_jax.errors import UserError
 

@@ -27,35 +27,34 @@ from absl import flags
 from ovseg_jax.data.evaluation import eval_rows
 from ovseg_jax.data.fields import FIELDS
 from ovseg_jax.data.mixing import MixingOrder
+from ovseg_jax.data.mixture import Mixture
 from ovseg_jax.data.rows import Rows
 from ovseg_jax.data.source_base import Source, check_provides
-from ovseg_jax.data.sources.build import Mixture, make_source
 from ovseg_jax.errors import UserError
 
-__all__ = ["eval_batches", "make_source", "train_iterator", "view_batches"]
+__all__ = ["eval_batches", "train_iterator", "view_batches"]
 
 
 def train_iterator(
     config: Any,
     make_row: Rows,
     *,
+    source: Source,
     start: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-    source: Source | None = None,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Returns this process's part of an endless stream of training batches.
 
     Args:
-      config: `seed`, `batch_size` (over all processes) and in `data`: `train` (see `make_source`), `views` (number of
-        consecutive rows that show one example, each augmented anew; 1 by default), `workers` (processes that decode
-        and augment; 0 uses threads of this process), `threads` (0 makes batches on demand) and `prefetch` (batches
-        that each worker keeps ready).
+      config: `seed`, `batch_size` (over all processes) and in `data`: `views` (number of consecutive rows that show one
+        example, each augmented anew; 1 by default), `workers` (processes that decode and augment; 0 uses threads of
+        this process), `threads` (0 makes batches on demand) and `prefetch` (batches that each worker keeps ready).
       make_row: makes the rows.
+      source: the source of the examples, that of `config.data.train`.
       start: the number of the first batch.
       process_index: the index of this process.
       process_count: the number of processes, which share each batch evenly.
-      source: the source of `config.data.train`, if it exists already.
 
     Returns:
       A grain iterator over batches of `batch_size / process_count` consecutive rows of the whole batch.
@@ -66,7 +65,6 @@ def train_iterator(
     data, batch_size = config["data"], int(config["batch_size"])
     if batch_size % process_count:
         raise UserError(f"batch_size={batch_size} is not a multiple of the {process_count} processes")
-    source = make_source(data["train"]) if source is None else source
     share = _Share(start, batch_size, process_index, process_count)
     rows = train_rows(config, make_row, source)
     batches = grain.MapDataset.select_from_datasets([rows], share).batch(share.rows)

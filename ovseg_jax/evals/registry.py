@@ -100,7 +100,7 @@ def make_evaluators(config: ConfigDict, method: Trainable, mesh: Mesh, key: str 
       UserError: the type is unknown or does not fit the method, or the source cannot be read or lacks a field that
         the evaluator needs.
     """
-    from ovseg_jax.data.pipeline import make_source  # grain's import takes long
+    from ovseg_jax.data.sources.build import make_source
 
     evaluators: list[Evaluator] = []
     for name, evaluation in sorted((config.get(key) or {}).items()):

@@ -139,7 +139,8 @@ def _train(config: ConfigDict, workdir: epath.Path, finish: Finish | None) -> di
     if not run_stages(config, workdir, train):
         return {"steps": 0, "stopped": True}
     config = config_lib.resolved(config, workdir)
-    from ovseg_jax.data.pipeline import make_source, train_iterator
+    from ovseg_jax.data.pipeline import train_iterator
+    from ovseg_jax.data.sources.build import make_source
     from ovseg_jax.methods import training_rows
 
     source = make_source(config.data.train)

@@ -51,7 +51,8 @@ def compare_prompts(
     Raises:
       UserError: an argument or a file is invalid.
     """
-    from ovseg_jax.data.pipeline import eval_batches, make_source  # grain's import takes long
+    from ovseg_jax.data.pipeline import eval_batches  # grain's import takes long
+    from ovseg_jax.data.sources.build import make_source
 
     # Errors in the request are reported before a model is loaded.
     asked = read_prompts(prompts)

@@ -18,8 +18,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ovseg_jax.data.pipeline import make_source, train_iterator, train_rows
+from ovseg_jax.data.pipeline import train_iterator, train_rows
 from ovseg_jax.data.rows import Rows
+from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.towers.vocabulary import counted_words
 
 

@@ -40,7 +40,8 @@ def prepare(config, count: int, folder: Path) -> None:
     """Writes parameters and batches that all sides start from."""
     import jax
 
-    from ovseg_jax.data.pipeline import make_source, train_iterator
+    from ovseg_jax.data.pipeline import train_iterator
+    from ovseg_jax.data.sources.build import make_source
     from ovseg_jax.methods import build, method_type, training_rows
     from ovseg_jax.parallel.sharding import path_name
     from ovseg_jax.pretrained.to_torch import describe

@@ -13,10 +13,11 @@ from PIL import Image
 
 from ovseg_jax.data import batch_augment
 from ovseg_jax.data.mixing import MixingOrder
-from ovseg_jax.data.pipeline import eval_batches, make_source, train_iterator, view_batches
+from ovseg_jax.data.mixture import Mixture
+from ovseg_jax.data.pipeline import eval_batches, train_iterator, view_batches
 from ovseg_jax.data.rows import Rows
 from ovseg_jax.data.source_base import Example, Source
-from ovseg_jax.data.sources.build import Cached, Mixture
+from ovseg_jax.data.sources.build import Cached, make_source
 from ovseg_jax.errors import UserError
 from ovseg_jax.towers.vocabulary import counted_words, spoken_words
 from ovseg_jax.vocab.classes import ClassList
@@ -165,7 +166,8 @@ def test_worker_processes_give_the_same_batches_and_resume_and_keep_off_devices(
             """
             import os
             import numpy as np
-            from ovseg_jax.data.pipeline import make_source, train_iterator
+            from ovseg_jax.data.pipeline import train_iterator
+            from ovseg_jax.data.sources.build import make_source
             from ovseg_jax.data.rows import Rows
             from ovseg_jax.towers.vocabulary import counted_words
 

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from ovseg_jax.data.mixture import Mixture
 from ovseg_jax.data.scenes.source import Scenes
 from ovseg_jax.data.source_base import Example, Regions, Source, check_provides, join_regions, replaced
-from ovseg_jax.data.sources.build import Cached, Mixture
+from ovseg_jax.data.sources.build import Cached
 from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.classes import ClassList
 

@@ -15,7 +15,8 @@ import pytest
 
 from ovseg_jax import prepare as command
 from ovseg_jax.data.images import Encoded, read_image
-from ovseg_jax.data.sources.build import Mixture, make_source
+from ovseg_jax.data.mixture import Mixture
+from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.data.sources.prepared import Prepared
 from ovseg_jax.datasets.prepare import prepare
 from ovseg_jax.errors import UserError

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from ovseg_jax.configs import openseg
-from ovseg_jax.data.pipeline import make_source
+from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.load import load_run, read_classes
 from ovseg_jax.experiment.run import make_parts, train

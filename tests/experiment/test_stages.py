@@ -13,7 +13,7 @@ from PIL import Image
 from ovseg_jax import predict
 from ovseg_jax.config import resolved, stages_of, to_json
 from ovseg_jax.configs import pomp, pomp_segments
-from ovseg_jax.data.pipeline import make_source
+from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.data.transforms import class_map
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.run import evaluate, train

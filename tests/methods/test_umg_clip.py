@@ -9,7 +9,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from ovseg_jax.configs import umg_clip
-from ovseg_jax.data.pipeline import make_source, train_iterator
+from ovseg_jax.data.pipeline import train_iterator
+from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.run import evaluate, train
 from ovseg_jax.inference.segmenter import Segmenter

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ovseg_jax.annotation.plug import Boxes, Picture, Plug, Stuff, Texts
+from ovseg_jax.annotation.plug import Boxes, Picture, Plug, Stuff, Texts, crop
 from ovseg_jax.errors import UserError
 from ovseg_jax.vocab.classes import load_labels
 
@@ -169,14 +169,6 @@ class Captioner(HuggingFace):
                 for own, text in zip(found[k:], self.describe(part, [prompt] * len(part)), strict=False):
                     own.append(text)
         return found
-
-
-def crop(picture: Picture, box: Any) -> Picture:
-    """Cuts a box out of an image, at whole pixels and at least one."""
-    height, width = picture.pixels.shape[:2]
-    left, top = min(int(box[0]), width - 1), min(int(box[1]), height - 1)
-    right, bottom = max(left + 1, int(np.ceil(box[2]))), max(top + 1, int(np.ceil(box[3])))
-    return Picture(picture.name, np.ascontiguousarray(picture.pixels[top:bottom, left:right]))
 
 
 def class_names(labels: str) -> Texts:
