@@ -31,6 +31,7 @@ MAX_BYTES, MAX_PIXELS, SIDE = 20_000_000, 50_000_000, 2048
 MAX_NAMES, MAX_LETTERS = 2000, 60_000
 SHOWN = 1024  # the longer side of pictures in the page
 HEAT = 512  # the longer side of similarity maps
+LISTED = 24  # the most rows of a legend: `instances` gives up to 100 segments, most of them behind others
 FORMATS = ("png", "json", "features")
 
 
@@ -189,22 +190,27 @@ def figure(
     index = hover_map(result, task)
     index = index.resize(drawn.size, Image.Resampling.NEAREST)
     names = words_of(result)
-    listed = "; ".join(names[:12]) or "nothing"
+    spoken = "; ".join(names[:12]) or "nothing"
     data = f'data-map="{data_uri(index, "PNG")}" data-words="{html.escape(json.dumps(names), quote=True)}"'
     rows = []
-    for word, label, each in zip(names, result.labels, result.segments, strict=True):
+    listed = list(zip(names, result.labels, result.segments, strict=True))
+    if task == "instance":
+        listed.sort(key=lambda row: -row[2].score)
+    for word, label, each in listed[:LISTED]:
         swatch = "#{:02x}{:02x}{:02x}".format(*(colours or {})[label])
         rows.append(
             f'<tr><td><i style="background:{swatch}"></i>{html.escape(word)}</td>'
             f"<td>{_share(each.area, result)}</td><td>{each.score:.2f}</td></tr>"
         )
+    if (more := len(listed) - LISTED) > 0:
+        rows.append(f'<tr class="none"><td colspan="3">and {more} more: raise the threshold</td></tr>')
     if unknown := int((result.label_map < 0).sum()):
         rows.append(
             f'<tr class="none"><td><i></i>unknown</td><td>{_share(unknown, result)}</td><td></td></tr>'
         )
     head = "<tr><th>word</th><th>area</th><th>score</th></tr>"
     return (
-        _photo(drawn, title, f"segments: {html.escape(listed, quote=True)}", data)
+        _photo(drawn, title, f"segments: {html.escape(spoken, quote=True)}", data)
         + f'<table class="ov-legend">{head}{"".join(rows)}</table></figure>'
     )
 
@@ -289,7 +295,7 @@ def heat_figure(
     grey = np.asarray(Image.fromarray(image).convert("L").resize(size))[..., None]
     drawn = Image.fromarray((0.75 * heat + 0.25 * grey).astype(np.uint8))
     best = f"similarity to {word}"
-    caption = f"{html.escape(name)}: {html.escape(word)}, {low:.2f} (dark) to {high:.2f} (bright)"
+    caption = f"{html.escape(name)}: {html.escape(word)}, {low:.2g} (dark) to {high:.2g} (bright)"
     return (
         f'<figure class="ov-heat"><img src="{data_uri(drawn, "WEBP")}" alt="{html.escape(best, quote=True)}">'
         f"<figcaption>{caption}</figcaption></figure>"

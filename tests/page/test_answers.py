@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import re
 import sys
@@ -130,6 +131,34 @@ def test_words_in_html_are_escaped(model):
     result = dataclasses.replace(result, classes=classes)
     text = answers.figure(result, "<run>", answers.colours_of([result]))
     assert "<script" not in text and "<run>" not in text and "&lt;script&gt;" in text
+
+
+def test_a_legend_is_short_and_has_the_best_instances_first(model, monkeypatch):
+    monkeypatch.setattr(answers, "LISTED", 3)
+    result = answers.segment(model, IMAGE, None, "instance")
+    text = answers.figure(result, "run", answers.colours_of([result]), "instance")
+    scores = [float(score) for score in re.findall(r"<td>(\d\.\d+)</td></tr>", text)]
+    best = sorted(result.scores, reverse=True)[:3]
+    np.testing.assert_allclose(scores, best, atol=0.005)
+    assert f"and {len(result.segments) - 3} more" in text and len(result.segments) > 3
+    result = dataclasses.replace(result, segments=result.segments[:3])
+    assert " more" not in answers.figure(result, "run", answers.colours_of([result]), "instance")
+
+
+def test_where_a_rule_finds_nothing_the_threshold_is_not_to_blame(model):
+    handlers = page(model)
+    visit, _, _ = handlers.segment(handlers.pick(0)[0], "red", "panoptic", 0.0)
+    empty = dataclasses.replace(visit.results[0], segments=())
+    _, said = handlers.draw(dataclasses.replace(visit, results=(empty,)), 0.0)
+    assert said.startswith("No segment was found") and "threshold" not in said
+
+
+def test_a_click_chooses_from_thousands_of_words(model):
+    colours = [name for (name,) in CLASSES.names]
+    many = [" ".join(names) for names in itertools.product(colours, repeat=5) if len({*names}) > 1]
+    words = answers.embeddable(model, many)
+    found = answers.words_at(answers.Seen(model, IMAGE), words, (0.01, 0.01))
+    assert len(words) > 7000 and found[0][0] == "red" and len(found) == 10
 
 
 def lab(rgb):
