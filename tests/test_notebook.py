@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import jax
@@ -57,6 +59,25 @@ def openseg(tmp_path_factory):
     """The folder of the run of openseg.ipynb, and the pictures that it shows."""
     workdir = tmp_path_factory.mktemp("openseg") / "run"
     return workdir, execute("openseg.ipynb", workdir, SMALL, shrink_openseg)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (REPO / "notebooks").glob("*.ipynb")))
+@pytest.mark.parametrize("device", ["accel0", "vfio/0", "null"])
+def test_install_cell_of_a_fresh_machine(name, device, monkeypatch):
+    """In the form that Colab opens: the first cells install the checkout, with libtpu on a TPU."""
+    book = json.loads((REPO / "notebooks" / name).read_text())
+    assert book["metadata"]["accelerator"] == "TPU" and "colab" in book["metadata"]
+    (cell,) = (text for c in book["cells"] if "pip" in (text := "".join(c["source"])) and "find_spec" in text)
+    commands = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("subprocess.run", lambda command, check: commands.append(command))
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [Path(device)] * fnmatchcase(device, pattern))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    exec(compile(cell, name, "exec"), {"REPO": str(REPO)})
+    assert commands[0][1:-1] == ["-m", "pip", "install", "-q", "-e"]
+    extras = ["pretrained"] * (name == "photographs.ipynb") + ["tpu"] * (device != "null")
+    assert commands[0][-1] == str(REPO) + (f"[{','.join(extras)}]" if extras else "")
+    assert {*extras} <= {*re.findall(r'^    "(\w+)": \[', (REPO / "setup.py").read_text(), re.M)}
 
 
 def test_openseg(openseg):
