@@ -145,7 +145,9 @@ class Page:
         counts = "; ".join(f"{len(result.segments)} segments" for result in kept)
         said = f"{counts}. Point at one for its word and score; click to ask what is there."
         if not any(result.segments for result in visit.results):
-            said = "No segment was found: try other words, or semantic, which needs no masks of single objects."
+            said = (
+                "No segment was found: try other words, or semantic, which needs no masks of single objects."
+            )
         elif not any(result.segments for result in kept):
             said = "No segment scores that much: lower the threshold, or try other words."
         return _row("".join(figures)), said
