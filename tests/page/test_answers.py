@@ -219,7 +219,7 @@ def test_downloads_are_those_of_predict(model):
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         assert name == "png.zip" and archive.namelist() == ["1.overlay.png", "2.overlay.png"]
         assert Image.open(archive.open("1.overlay.png")).width >= 512
-    with pytest.raises(UserError, match="b has no features"):
+    with pytest.raises(UserError, match="b has no text-aligned features"):
         answers.download([dataclasses.replace(result, features=None)], ["b"], "features")
 
 
