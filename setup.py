@@ -61,7 +61,14 @@ setup(
     license="Apache-2.0",
     # What was run with which: tests/README.md.
     classifiers=[f"Programming Language :: Python :: {version}" for version in ("3", "3.11", "3.12")],
-    packages=[*find_packages(include=["ovseg_jax", "ovseg_jax.*"]), "ovseg_jax.configs.tables"],
+    # Named, since an sdist lacks ovseg_jax/configs/__init__.py, which only leads a checkout to configs/.
+    packages=sorted(
+        {
+            *find_packages(include=["ovseg_jax", "ovseg_jax.*"]),
+            "ovseg_jax.configs",
+            "ovseg_jax.configs.tables",
+        }
+    ),
     package_dir={"ovseg_jax.configs": "configs"},
     package_data={
         "ovseg_jax": ["py.typed"],

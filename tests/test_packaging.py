@@ -38,8 +38,17 @@ def built(tmp_path_factory):
     return next((folder / "out").glob("*.whl")), next((folder / "out").glob("*.tar.gz"))
 
 
-def test_the_wheel_works_outside_of_a_checkout(built, tmp_path):
-    with zipfile.ZipFile(built[0]) as archive:
+@pytest.mark.parametrize("origin", ["checkout", "sdist"])
+def test_the_wheel_works_outside_of_a_checkout(origin, built, tmp_path):
+    """Of the checkout, and as `pip install FILE.tar.gz` builds it, of the unpacked sdist."""
+    wheel = built[0]
+    if origin == "sdist":
+        with tarfile.open(built[1]) as archive:
+            archive.extractall(tmp_path, filter="data")
+        folder = tmp_path / built[1].name.removesuffix(".tar.gz")
+        run("from setuptools.build_meta import *; build_wheel('out')", folder, "")
+        (wheel,) = (folder / "out").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     found = {path.relative_to(tmp_path / "site") for path in (tmp_path / "site").rglob("*") if path.is_file()}
     own = [
