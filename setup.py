@@ -21,7 +21,7 @@ EXTRAS = {
     "export": ["flatbuffers"],
     # With the extra "torch".
     "onnx": ["onnx", "onnxruntime", "onnxscript"],
-    # References that towers and kernels are held to. torchvision belongs to exactly one version of torch.
+    # References that towers and kernels are compared with. torchvision belongs to exactly one version of torch.
     "torch": [
         "scikit-learn",
         "torch==2.13.0",
@@ -86,7 +86,7 @@ setup(
         "grain>=0.2.12",
         "jax>=0.10",
         "jaxtyping>=0.3",
-        "kornia_rs>=0.2",  # Before, its decoder wrote pictures of other forms into arrays without a word.
+        "kornia_rs>=0.2",  # Earlier decoders filled arrays with images of other shapes without an error.
         "matplotlib",
         "ml_collections",
         "numpy>=2",

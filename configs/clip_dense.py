@@ -60,7 +60,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         threshold=0.2,
         sets="",  # by default those of figure 5, or of the protocol
         sets_are=("folders", "prepared"),
-        towers="clip_vitb16",  # a model of `predict --model=list` but FC-CLIP, or another tower of CLIP's kind
+        towers="clip_vitb16",  # a model of `predict --model=list` except FC-CLIP, or another CLIP
         weights="",  # where they are, if not on the hub: a folder or file
         image_size=AtLeast(640, 1),  # 4.1; a multiple of the patch
         # of class names: imagenet | simple | vild | tcl, a template with {}, or FILE.json; by default the model's own,
@@ -123,7 +123,7 @@ def on_scenes(args: Args) -> ConfigDict:
         if not args.proposals:
             stages["proposals"] = pomp.proposals(args.seed)
     config.stages = common.train_stages(**stages)
-    config.data.train = [common.scenes("train", 8)]  # not read but for its classes
+    config.data.train = [common.scenes("train", 8)]  # only its classes are read
     tested(config, "test", common.scenes("test", 500), args.features, proposals)
     return config
 
@@ -155,7 +155,7 @@ def on_sets(args: Args) -> ConfigDict:
         name: dict(form, data_dir=f"{args.eval_sets}/{name}")
         for name in (args.sets or ";".join(TABLE_2[:4])).split(";")
     }
-    config.data.train = [next(iter(sources.values()))]  # not read but for its classes
+    config.data.train = [next(iter(sources.values()))]  # only its classes are read
     for name, source in sources.items():
         tested(config, name, source, args.features, proposals)
         if args.protocol in WINDOWED:
@@ -174,5 +174,5 @@ def by_windows(args: Args, towers: dict[str, Any]) -> ConfigDict:
     sets = args.sets or "VOC;Context;COCO-Object"
     rules = dict(decision=decision)
     config.final_evals = common.by_protocol(args.eval_sets, sets, args.sets_are, args.background, 8, **rules)
-    config.data.train = [next(iter(config.final_evals.values())).source]  # not read but for its classes
+    config.data.train = [next(iter(config.final_evals.values())).source]  # only its classes are read
     return config

@@ -1,4 +1,4 @@
-"""Blocks that the configs share. Numbers are arguments; what stands here is the same everywhere."""
+"""Blocks that the configs share; their arguments are the numbers that differ."""
 
 from typing import Any
 
@@ -128,11 +128,11 @@ def without_shortcuts(channels: float = 0.65, blur: float = 0.25) -> list[dict[s
     """Returns augmentations of whole batches of scenes, for methods that learn words one by one.
 
     Whole batches lose their colour and the words for it; others lose their texture and the words for things. Otherwise
-    colour tells which nouns never occur together, and the held-out pairs are never learned.
+    the network learns which colours and nouns never occur together, and so never the held-out pairs.
 
     Args:
       channels: the share of the batches that lose their colour, which becomes 0.4 in the end. With more, the colours of
-        held-out pairs are taken for similar ones of seen pairs.
+        held-out pairs are confused with similar ones of seen pairs.
       blur: the share of the others that lose their texture. With more, nouns are confused.
     """
     return [

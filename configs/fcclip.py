@@ -31,7 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         arg,
         data=("scenes", "coco", "folder", "prepared"),
         data_dir="",
-        val_dir="",  # data=folder, prepared: the folder to evaluate on; none where it is not said
+        val_dir="",  # data=folder, prepared: the folder to evaluate on; by default none
         kind="segments",  # data=folder: what the values of a mask are: segments | semantic
         labels="",  # a label file with more names for the classes, or one of the package, such as coco_panoptic
         images=AtLeast(10_000, 1),  # data=scenes: number of training images

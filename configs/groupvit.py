@@ -91,5 +91,5 @@ def published(args: Args) -> ConfigDict:
         checkpoint=common.checkpoint(every=0),
     )
     config.final_evals = common.by_protocol(args.eval_sets, args.sets, args.sets_are, args.background, 8)
-    config.data.train = [next(iter(config.final_evals.values())).source]  # not read but for its classes
+    config.data.train = [next(iter(config.final_evals.values())).source]  # only its classes are read
     return config

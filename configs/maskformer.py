@@ -45,7 +45,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         arg,
         data=("scenes", "coco", "folder", "prepared"),
         data_dir="",
-        val_dir="",  # data=folder, prepared: the folder to evaluate on; none where it is not said
+        val_dir="",  # data=folder, prepared: the folder to evaluate on; by default none
         kind="segments",  # data=folder: what the values of a mask are: segments | semantic
         labels="",  # a label file with more names for the classes, or one of the package, such as ade20k_150
         # closed: a class for each of the data; text: the embeddings of their names, by a frozen text tower, on scenes
@@ -81,7 +81,7 @@ def loss() -> dict[str, float]:
 
 
 def with_text(config: ConfigDict, args: Args) -> None:
-    """Lets class names be texts, as ZSSeg does."""
+    """Classifies by the texts of class names, as ZSSeg does."""
     config.method = "maskformer_text"
     config.loss.update(dict(scale=100.0, unseen=args.unseen))  # zsseg
     if args.data == "scenes":
@@ -128,8 +128,8 @@ def on_scenes(args: Args) -> ConfigDict:
 def paper(args: Args) -> ConfigDict:
     """Returns the authors' recipe for ADE20K-150, with data=coco that for COCO's panoptic masks.
 
-    It differs from theirs in what the pipeline does not have: crops are not drawn again if one class fills them,
-    colours are not changed, and images are tested with their longer side at the size of the crop. On COCO, theirs with
+    It differs from theirs: crops are not drawn again if one class fills them, colours are not changed, and images are
+    tested with their longer side at the size of the crop. On COCO, theirs with
     a ResNet has six layers of a transformer before the pixel decoder.
     """
     train, validation = sources(args)
@@ -148,7 +148,9 @@ def paper(args: Args) -> ConfigDict:
     optimizer = dict(
         common.adamw(
             rate,
-            warmup_steps=1500 if swin else 0,  # code, whose 10 of COCO's ResNets are at the whole rate
+            warmup_steps=1500
+            if swin
+            else 0,  # code; its 10 warm-up steps of ResNets on COCO have the full rate
             weight_decay=0.01 if swin else 1e-4,
             clip_norm=0.01,
         ),

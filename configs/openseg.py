@@ -35,7 +35,7 @@ INITS = {
     "noisy_student": (0.08, 30_000, 60_000),
     "scratch": (0.32, 90_000, 180_000),  # on COCO alone: ours, half as many, as with noisy student
 }
-RECIPE = -1.0
+RECIPE = -1.0  # stands for the number of the recipe
 # The classes of PC-59 that VOC lacks: predicted in PAS-20, they are background (4.1).
 REST = tuple(n for k, n in enumerate(CONTEXT_59) if k not in PROTOCOLS["pas21-openseg"].predicted)
 # Tower, weights, embed_dim.
@@ -52,11 +52,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         # prepared: folders that `python -m ovseg_jax.prepare` wrote; their splits `train` and `val` are read
         data=("scenes", "coco", "folder", "prepared"),
         data_dir="",  # data=folder, prepared: also several, A;B, mixed by equal parts (Table 6)
-        val_dir="",  # data=folder, prepared: the folder to evaluate on, which needs classes; none where it is not said
+        val_dir="",  # data=folder, prepared: the folder to evaluate on, which needs classes; by default none
         kind="segments",  # data=folder: what the values of a mask are: segments | semantic
         labels="",  # a label file with more names for the classes, or coco_panoptic of the package
         size=("", "tiny"),  # tiny: a small network and few steps, for any data
-        narratives="",  # a folder of images and captions (README: train on your own data; or a prepared one) mixed in
+        narratives="",  # a folder of images and captions (ovseg_jax/data/README.md, or a prepared one), mixed in
         tars="",  # not data=scenes: folders A;B of tars of images and captions, as img2dataset writes CC3M; mixed in
         images=AtLeast(10_000, 1),  # data=scenes: number of training images with masks
         captioned=0,  # data=scenes: number of further ones with captions alone, mixed in by half
@@ -106,7 +106,7 @@ def base(args: Args) -> ConfigDict:
 def teacher(config: ConfigDict) -> ConfigDict:
     """Returns a config that trains masks alone, the teacher of 3.3; words have no part in it."""
     config.loss.grounding_weight = 0.0
-    config.data.batch_augment = []  # of `scenes`: they serve the words
+    config.data.batch_augment = []  # those of `scenes` are for words
     config.text = dict(learned=True, vectors="")  # nothing to download
     for section in (config.evals, config.final_evals):
         for evaluation in section.values():
@@ -204,7 +204,7 @@ def scenes_net() -> dict[str, Any]:
 
 
 def scenes(args: Args) -> ConfigDict:
-    """Returns OpenSeg on the embedded data, seven to nine minutes on two cores. All numbers are ours."""
+    """Returns OpenSeg on the embedded data, four to nine minutes on two cores. All numbers are ours."""
     train = [dict(common.scenes("train", args.images), cache=True)]
     if args.captioned:
         # Other images than those with masks: another seed.

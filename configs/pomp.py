@@ -7,7 +7,7 @@
   python -m ovseg_jax.main --config=configs/pomp.py:data=folder,data_dir=DIR,names=FILE
       the paper's recipe on DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg, ImageNet-21K as Ridnik et al. process it.
       The paper's accuracy (Table 1): 25.3. None of its scores has been reproduced yet.
-configs/pomp_segments.py takes the prompt on to segments.
+configs/pomp_segments.py tunes the prompt on segments.
 
 Numbers with a section, table or appendix are the paper's, "code" that of its authors' repository. What neither says is
 marked "ours".
@@ -50,9 +50,8 @@ METHODS = {
     "linear_probe": dict(length=1, epochs=20, images=256, learning_rate=0.2, warmup_rate=1e-3),
 }
 
-
-# What a thing of `scenes` stands on where a prompt is learned. The small CLIP has seen none like it: a prompt is of use
-# where images look otherwise than those that its CLIP knows.
+# The background of things of `scenes` in prompt learning. It is new to the small CLIP: a prompt helps where images
+# differ from those that its CLIP was trained on.
 BLACK = (0.0, 0.0, 0.0)
 
 
@@ -87,7 +86,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         # Of the negatives, code: each device draws its own, on 8 GPUs about 7,400 classes a step in all. False: ours,
         # all devices share one draw of K, which they encode together, for a fraction of the time and memory.
         per_device=True,
-        cache=0,  # augmented views of each image whose features are kept; 0: images are seen anew in each epoch
+        cache=0,  # number of augmented views of each image whose features are kept; 0: new views in each epoch
         seed=0,
     )
     config = scenes(args.seed) if args.data == "scenes" else paper(args)
@@ -114,7 +113,7 @@ def scenes(seed: int) -> ConfigDict:
     test = scene_objects("test", shots=2, fill=BLACK)
     config.final_evals = dict(
         test=common.classification(test, 512, prompts=prompts),
-        # Other images of other classes: cross-dataset, by masks that know no class.
+        # Other images and classes, as across data sets, with class-agnostic masks.
         segmentation=dict(
             type="transfer",
             source=common.scenes("test", 200),
@@ -188,7 +187,7 @@ def small_clip(seed: int) -> ConfigDict:
         data=dict(
             train=[scene_objects("train", shots=24, cache=True)],
             image_size=32,
-            # What RandAugment does to colours, captions would have to say.
+            # No RandAugment, since captions name colours.
             augment=dict(crop=(0.7, 1.0), flip=True, randaugment=0),
             workers=0,
         ),
@@ -197,7 +196,7 @@ def small_clip(seed: int) -> ConfigDict:
 
 
 def published_towers(args: Args) -> dict[str, Any]:
-    """Returns the towers of `towers` and `weights`, and how the pixels are normalised that they know."""
+    """Returns the section of the towers `towers` with the weights `weights` and their normalisation of pixels."""
     pixels = pixels_of(args.towers)
     return dict(
         image=dict(name=args.towers),
@@ -222,7 +221,7 @@ def paper(args: Args) -> ConfigDict:
     if pomp and length <= 4:
         epochs = 5  # code
     epochs = args.epochs or epochs
-    # A context for each class, or a linear probe, has nothing for new classes.
+    # Contexts of classes and linear probes cannot predict new classes.
     specific = name in ("pomp", "coop") and args.specific
     halves = "" if name == "linear_probe" or specific else args.group
     group, both = (dict(group="base"), dict(group="base+new")) if halves else ({}, {})

@@ -1,4 +1,4 @@
-"""A prompt goes on learning from segments (papers/000, tables 4 and 5, appendix B; ZSSeg, Xu et al. 2021).
+"""A prompt is tuned on segments (papers/000, tables 4 and 5, appendix B; ZSSeg, Xu et al. 2021).
 
   python -m ovseg_jax.main --config=configs/pomp_segments.py
       on `scenes`: first the CLIP, the prompt and the masks of configs/pomp.py; run=runs/pomp takes those of that run.
@@ -10,8 +10,8 @@
 
 A segment is cut out, and what does not belong to it gets one colour. Numbers are those of the authors' copy of ZSSeg,
 amazon-science/prompt-pretraining, third_party/zsseg.baseline/configs/*/
-zero_shot_proposal_classification_learn_prompt_pomp_*.yaml, but for two: its training crops are 224 x 244 pixels, and
-their colour is mean * std + mean, as it is filled in behind the normalisation; ours is the mean, as in its inference.
+zero_shot_proposal_classification_learn_prompt_pomp_*.yaml, except two: its training crops are 224 x 244 pixels, and
+their colour is mean * std + mean, since it is filled in after the normalisation; ours is the mean, as in its inference.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ from ovseg_jax.towers.prompt_file import FILE, is_prompt_file
 
 # Steps, and segments of each class: of the 156 seen classes of COCO-Stuff, of the 15 of VOC.
 AMOUNTS = {"coco_stuff": (16_000, 32), "voc": (3_200, 128)}
-# w on VOC and on COCO-Stuff, see `methods.zsseg`.
+# w of `methods.zsseg`.
 ENSEMBLE = {"coco_stuff": 0.8, "voc": 0.7}
 
 
@@ -35,15 +35,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
         arg,
         data=("scenes", "masks", "coco", "prepared"),
         data_dir="",
-        val_dir="",  # data=masks, prepared: the folder to evaluate on; none where it is not said
-        unseen="",  # coco_stuff | voc (not of data=coco: their classes are no panoptic ones) | "cow; ..." | FILE.json
-        proposals="",  # a run whose masks the prompts are then tried on; on the images of val_dir, but with data=coco
+        val_dir="",  # data=masks, prepared: the folder to evaluate on; by default none
+        unseen="",  # coco_stuff | voc (not data=coco, whose classes are panoptic) | "cow; ..." | FILE.json
+        proposals="",  # a run whose masks the prompts are tried on at the end; needs val_dir, except with data=coco
         init="",  # a prompt's file, words, or noise; by default noise, on scenes POMP's prompt
         run="",  # data=scenes: a finished run of configs/pomp.py
         towers="clip_vitb16",
         weights="",  # where they are, if not on the hub: a folder or file
         length=0,  # M; 16 by default
-        cache=0,  # augmented views of each segment whose features are kept; 0: segments are seen anew in each epoch
+        cache=0,  # number of augmented views of each segment whose features are kept; 0: new views in each epoch
         seed=0,
     )
     config = on_scenes(args) if args.data == "scenes" else on_masks(args)
@@ -53,7 +53,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def on_scenes(args: Args) -> ConfigDict:
-    """Returns what a prompt that knows single things learns from the segments of whole scenes (ours)."""
+    """Returns the tuning of a prompt for single things on the segments of whole scenes (ours)."""
     clip = pomp.small_clip(args.seed)
     config = pomp.on_scenes(args.seed, clip)
     place = lambda name: f"{args.run}/{name}" if args.run else f"stage:{name}"

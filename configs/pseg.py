@@ -46,7 +46,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         form=("", "paper", "small"),  # see above; by default small on `scenes`, else paper
         images=AtLeast(10_000, 1),  # data=scenes: number of training images
         pairs=AtLeast(PAIRS, 1),  # not data=scenes: number of pairs in an epoch, for the number of steps
-        val_dir="",  # not data=scenes: a folder to evaluate on, which needs classes; none where it is not said
+        val_dir="",  # not data=scenes: a folder to evaluate on, which needs classes; by default none
         # not data=scenes: a folder of the sets, which are scored at the end as GroupViT does (C.1), VOC by MaskFormer's
         # inference; see `common.BACKGROUND`
         eval_sets="",

@@ -20,14 +20,14 @@
       its adaptation to panoptic segmentation on COCO, by FC-CLIP's recipe. The paper's PQ on COCO: 54.8, 58.0, 57.7 and
       59.0 (B, L, g, E; Table 4). Not reproduced yet. Without weights, on EVA-CLIP's, the table's other rows.
 
-Pre-training with 8,192 images in a step, by `python -m ovseg_jax.plan`, whose days are the least that the chips' peaks
-allow; in brackets the paper's on 32 A800 (5.1):
+Memory and time of pre-training with 8,192 images in a step, by `python -m ovseg_jax.plan`; days are the minimum at the
+chips' peak rates; in brackets the paper's on 32 A800 (5.1):
   B/16  v4:2x4x4                     14.3 of 32 GiB  0.37 days (2.37)
   L/14  v4:4x4x4  fsdp=64,loop=true  13.7 of 32 GiB  0.38 days (4.29); on v4:2x4x4 with fsdp=32 40.7, without the loop
   g/14  v4:4x4x4  by FLOPs alone                     0.48 days (5.54)
   E/14  v4:4x4x4  by FLOPs alone                     1.19 days (6.12)
-The last two have not been compiled: L/14 with its loop took the TPU compiler ten minutes of a core and 13 GiB. fsdp=64
-leaves of E/14's parameters and LAMB's moments 0.8 of 52.6 GiB to a chip.
+The last two have not been compiled: L/14 with its loop took the TPU compiler ten minutes of a core and 13 GiB. With
+fsdp=64 a chip holds 0.8 of the 52.6 GiB of E/14's parameters and LAMB's moments.
 
 UMG-41M is published without images and without a description of its keys: paths="captions:PATH;box:PATH" says where
 they are, see `ovseg_jax/data/sources/region_json.py`. Numbers with a section or table are the paper's; "EVA" those of
@@ -99,7 +99,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         losses=tuple(TERMS),  # rows of Table 7
         tags=TAG_LOSSES,  # Table 8
         data_dir="",  # the folder of the data; of UMG-41M's JSON files, or of zips with them
-        val_dir="",  # data=folder, prepared: the folder to evaluate on; none where it is not said
+        val_dir="",  # data=folder, prepared: the folder to evaluate on; by default none
         kind="segments",  # data=folder: what the values of a mask are: segments | semantic
         labels="",  # a label file with more names for the classes, or one of the package, such as coco_panoptic
         images="",  # data=umg41m: the folder of the images, or of zips; by default data_dir
@@ -122,7 +122,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         segmentation="",
         eval_sets="",  # adapt=panoptic: a folder that holds the sets of Table 5 by name, to test on at the end
         sets=";".join(TABLE_5),  # which of them, or others that lie there
-        things="",  # which others there have the masks of single things, to test on by PQ and AP
+        things="",  # other sets there with masks of single things, to test on by PQ and AP
         sets_are=("folders", "prepared"),  # of images and masks, or written by `python -m ovseg_jax.prepare`
         seed=0,
     )
@@ -304,7 +304,7 @@ def paper(args: Args, adapts: bool) -> ConfigDict:
             warmup_steps=2000,  # EVA
             final_fraction=0.0,  # EVA
             weight_decay=0.05,  # 5.1
-            no_decay=("/bias$",),  # EVA: neither biases nor what has one axis
+            no_decay=("/bias$",),  # EVA: neither biases nor arrays of one axis
             clip_norm=5.0,  # EVA's commands; its LAMB then clips at 1.0 as well
             b1=0.9,  # 5.1
             b2=0.98,  # 5.1

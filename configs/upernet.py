@@ -33,7 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         arg,
         data=("scenes", "prepared", "folder"),
         data_dir="",  # data=prepared, folder
-        val_dir="",  # data=prepared, folder: what to evaluate on; nothing where it is not said
+        val_dir="",  # data=prepared, folder: what to evaluate on; by default nothing
         target=tuple(STEPS),  # data=prepared, folder: whose number of steps
         teacher="",  # a run that labels the training images; without it, their own label maps are used
         decision="argmax",  # teacher: how its scores become labels, see ovseg_jax/decisions/rules.py

@@ -71,7 +71,7 @@ def on_prepared(args: Args) -> ConfigDict:
     """Returns the authors' recipe; the run itself has no steps, and only segments.
 
     Raises:
-      UserError: `data_dir` is missing, or `prompt` is none that there is.
+      UserError: `data_dir` is missing, or `prompt` is unknown.
     """
     if not args.data_dir:
         raise UserError("data=prepared needs data_dir=DIR")

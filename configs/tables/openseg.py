@@ -1,10 +1,10 @@
 """The tables of papers/004 (Ghiasi et al., Scaling Open-Vocabulary Image Segmentation with Image-Level Labels).
 
 Data of the commands: data/coco in COCO's layout; data/narratives, the folder of images and captions of Localized
-Narratives (README: train on your own data), which a teacher labels first where a row says pseudo=true (with
+Narratives (ovseg_jax/data/README.md), which a teacher labels first where a row says pseudo=true (with
 pseudo=WORKDIR rows share one, the run of Table 1); data/sets/A-847 and the other sets of 4.1, as `python -m
 ovseg_jax.prepare` writes them (configs/README.md); data/names, label files with more names for their classes
-(appendix I); data/mseg/train/NAME and data/mseg/val/NAME, a folder (README, kind=semantic) for each of MSeg's sets.
+(appendix I); data/mseg/train/NAME and data/mseg/val/NAME, a folder (kind=semantic) for each of MSeg's sets.
 """
 
 from ml_collections import ConfigDict
@@ -192,7 +192,7 @@ TABLES = (
     PaperTable(
         "openseg",
         7,
-        "mIoU by batch size (in the name behind it: over how many examples the loss contrasts)",
+        "mIoU by batch size; the second number of a name is that of the examples that the loss contrasts",
         FOUR,
         [
             run("1024-16", (6.8, 11.2, 24.8, 45.9), BOTH),

@@ -42,7 +42,7 @@ PROPOSAL = (
     "classes are drawn without replacement, and similarities averaged over the batch as probabilities; the code of the "
     f"authors draws with replacement and averages logits; {TWO}"
 )
-COOP = "the paper does not say how many words: 16 and 50 epochs, as the authors' script has them"
+COOP = "the paper does not say how many words: 16, and 50 epochs, as in the authors' script"
 
 
 def clip(method: str, scores: dict[str, float], args: str, key: str, **own: str) -> list[Row]:

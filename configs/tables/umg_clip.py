@@ -54,10 +54,10 @@ AS_IS = "EVA-CLIP's weights without a step of training; the prompts of classes a
 ADAPTED = f"{LACKS}; so are the prompts of classes, CLIP's eighty"
 HEAD = (
     "the width of adapters, how one map of the tower feeds the head's levels, and patches of 16 pixels for towers of"
-    " 14 are ours: the paper says none of them"
+    " 14 are ours: the paper states none of these"
 )
 PRETRAINED = f"{LACKS}; the paper does not name the model of Tables 7 to 9: L/14 by their scores"
-SHORT = "all of COCO, where the paper has a fifth, and so FC-CLIP's number of steps"
+SHORT = "all of COCO and FC-CLIP's number of steps, where the paper has a fifth of COCO"
 
 
 def read(text: str) -> dict[str, tuple[float | None, ...]]:
