@@ -96,8 +96,13 @@ class ViT(nn.Module):
         tokens = places(x, grid)
         if self.MAPHead_0 is not None:
             pooled = self.MAPHead_0(x, valid)
+        elif self.pool == "cls":
+            pooled = x[:, 0]
+        elif inside is None:
+            pooled = tokens.mean((2, 3))
         else:
-            pooled = x[:, 0] if self.pool == "cls" else tokens.mean((2, 3))
+            shown = inside[:, None].to(tokens.dtype)
+            pooled = (tokens * shown).sum((2, 3)) / shown.sum((2, 3))
         if self.head is not None:
             pooled = self.head(pooled)
         return TowerOutput(pooled, tokens, {i: places(tap, grid) for i, tap in tapped.items()})

@@ -50,6 +50,20 @@ def test_equals_flax(preset):
         twin.assert_tower_agrees(f"{preset} {size}", found, module.apply(variables, jnp.asarray(x)))
 
 
+@pytest.mark.parametrize("preset", KINDS)
+def test_padding_is_seen_by_neither(preset):
+    torch = require("torch")
+    module, theirs = build(preset, **KINDS[preset])
+    x, inside = images(32, 32), np.ones((2, 4, 4), bool)
+    variables = twin.draw(module, x)
+    twin.load(theirs, variables)
+    inside[0, 2:], inside[1, :, 3:] = False, False
+    with torch.no_grad():
+        found = theirs(reference.torch_images(x), inside=torch.from_numpy(inside))
+    expected = module.apply(variables, jnp.asarray(x), inside=jnp.asarray(inside))
+    twin.assert_tower_agrees(f"{preset} inside", found, expected)
+
+
 def test_the_defaults_and_published_models_have_the_same_shapes():
     torch = require("torch")
     from ovseg_jax.torch.vit import ViT as TorchViT
