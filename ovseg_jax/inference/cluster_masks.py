@@ -1,4 +1,4 @@
-"""Pseudo-masks ahead of training: the clusters of each image (papers/002, 3.3.1) in shards, as segments of a source.
+"""Pseudo-masks made before training: the clusters of each image (papers/002, 3.3.1) in shards, as segments of a source.
 
 A method that calls `models.pseudo_masks` in its step clusters each image anew after augmentation, as the paper's
 pseudo-code does. Here an image is clustered once, and flips and crops then move its masks as any segments.
@@ -60,7 +60,7 @@ def cluster_images(
     waiting: tuple[Any, ...] | None = None
     pictures = map(read_image, images)
     while batch := list(itertools.islice(pictures, batch_size)):
-        started = start(batch)  # before the one before is read: devices and processor work at the same time
+        started = start(batch)  # before the previous batch is fetched, so that host and devices work at once
         if waiting:
             yield from finish(*waiting)
         waiting = started

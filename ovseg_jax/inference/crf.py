@@ -11,16 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-CONFIDENCE = 0.7  # of a label, shared by the other labels of the image otherwise
+CONFIDENCE = 0.7  # probability of a pixel's own label; the image's other labels share the rest
 NEAR, NEAR_WEIGHT = 3.0, 3.0  # pixels, and weight, of the smoothing kernel
-FAR, COLOUR, FAR_WEIGHT = (
-    80.0,
-    13.0,
-    10.0,
-)  # pixels, grey values and weight of the kernel of position and colour
+# Pixels, grey values and weight of the kernel of position and colour.
+FAR, COLOUR, FAR_WEIGHT = 80.0, 13.0, 10.0
 STEPS = 5
 SENDERS = 4096  # pixels on a regular grid that stand for all in the kernel of position and colour: ours
-BLOCK = 2048  # pixels that receive at once
+BLOCK = 2048  # receiving pixels computed at once
 
 
 def refine(image: UInt8[np.ndarray, "h w 3"], labels: Int[np.ndarray, "h w"]) -> Int[np.ndarray, "h w"]:

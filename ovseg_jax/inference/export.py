@@ -84,7 +84,7 @@ def export_model(
         raise UserError(f"--to={to} needs {', '.join(missing)}: pip install -e '.[{extras}]'")
     segmenter = load()
     if isinstance(segmenter.method, TextMaskFormer) and to != "big_vision":
-        raise UserError(f"--to={to} has no form of maskformer_text, only of maskformer; --to=big_vision has")
+        raise UserError(f"--to={to} cannot hold maskformer_text, only maskformer: take --to=big_vision")
     net = getattr(segmenter.method, "trunk", getattr(segmenter.method, "net", None))
     if isinstance(segmenter.method, ClipDense) and segmenter.method.generator is None:
         net = segmenter.method.clip.image
@@ -93,7 +93,7 @@ def export_model(
         lacking = named.get(type(net), f"the method {segmenter.config.method}")
         if isinstance(segmenter.method, ClipDense):
             lacking = "clip_dense with features=pseudo_masks"
-        raise UserError(f"--to={to} has no form of {lacking}")
+        raise UserError(f"--to={to} cannot hold {lacking}")
     kind = np.dtype(jnp.dtype(dtype))
     with locked(folder):
         WRITERS[to](segmenter, folder, kind)
@@ -118,7 +118,7 @@ def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     """Writes a folder for `ovseg_jax.torch.load`, with a text tower, frozen or trained, in a subfolder."""
     method: Any = segmenter.method
     more: dict[str, Any] = {}
-    closed, side = isinstance(method, MaskFormer), getattr(method, "text", None)
+    no_text, side = isinstance(method, MaskFormer), getattr(method, "text", None)
     if isinstance(method, ClipDense):
         if isinstance(method.templates, Prompt):
             raise UserError(
@@ -134,7 +134,7 @@ def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
             more["whole"] = dataclasses.asdict(method.whole)
     else:
         arrays = to_torch(by_path(segmenter.variables))
-        model = describe(method.model if closed else method.net)
+        model = describe(method.model if no_text else method.net)
     if isinstance(side, FrozenText):
         del arrays["text.table"]
         method.text.save(out / TEXT_TOWER, dtype)
@@ -214,12 +214,12 @@ def to_big_vision(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     flat = {path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(segmenter.variables)}
     cast = lambda arrays: {k: x.astype(dtype) if x.dtype == np.float32 else x for k, x in arrays.items()}
     write_big_vision(out / "model.npz", cast(flat))
-    seen, read = towers(segmenter)
+    image, text = towers(segmenter)
     outer: Any = getattr(method, "net", None)
     net: Any = getattr(outer, "net", outer)  # P-Seg's is around MaskFormer's
-    both = {f"params/img/{path}": x for path, x in seen.items() if isinstance(net.backbone.tower, ViT)}
-    if read and isinstance(method.text.tower, SiglipText):
-        both |= {f"params/txt/{path}": x for path, x in read.items()}
+    both = {f"params/img/{path}": x for path, x in image.items() if isinstance(net.backbone.tower, ViT)}
+    if text and isinstance(method.text.tower, SiglipText):
+        both |= {f"params/txt/{path}": x for path, x in text.items()}
     if both:
         write_big_vision(out / "towers.npz", cast(both))
 
@@ -287,7 +287,7 @@ def to_stablehlo(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     image = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
     sizes = jax.ShapeDtypeStruct((1, 2), np.int32)
     seen = jax.eval_shape(method.predict, segmenter.variables, image, sizes)
-    # Of several spaces, the texts are the same.
+    # If there are several spaces, all take the same embeddings of names.
     width = next(iter((seen.regions or seen.pixels).values())).shape[-1]
     b, t = jax.export.symbolic_shape("b, t")
     shapes = (

@@ -25,10 +25,10 @@ _LOG = logging.getLogger(__name__)
 
 
 class KeptTexts:
-    """A function from names to their features [K D], one by one the same as those of `embed`.
+    """A function from names to their features [K D], which are those of `embed`, name by name.
 
-    A file that is damaged or cannot be written only costs time. One that is read counts as used; of the files in its
-    folder, those that were not used for the longest time are removed beyond `MOST_BYTES`.
+    A file that is damaged or cannot be written only costs time. Beyond `MOST_BYTES` in its folder, the files that were
+    read or written longest ago are removed.
 
     Args:
       file: an .npz in a folder of such files, which is created; one for each `digest`.
@@ -43,7 +43,7 @@ class KeptTexts:
         """Returns the features of names."""
         kept = self._read()
         if lacking := [name for name in dict.fromkeys(names) if name not in kept]:
-            # The newest last, and those asked for now among them.
+            # The last names are kept longest, see `_write`: the new ones, and those asked for again.
             asked = {name: kept.pop(name) for name in dict.fromkeys(names) if name in kept}
             kept |= asked | dict(zip(lacking, np.asarray(self._embed(lacking), np.float32), strict=True))
             with contextlib.suppress(OSError):

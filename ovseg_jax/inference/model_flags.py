@@ -37,15 +37,19 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--patches",
         choices=tuple(LAST),
-        help="with --model: the last attention of its image tower (default value)",
+        help="with --model: the last attention of its image tower (default: value)",
     )
 
 
 def check_model_flags(arguments: argparse.Namespace, of_runs: Sequence[str]) -> None:
-    """Checks that there is a run or a published model, and no flag of the other; `of_runs` need a run.
+    """Checks that either a run or a published model is given, and no flag that needs the other.
+
+    Args:
+      arguments: the parsed flags.
+      of_runs: names of flags that need a run.
 
     Raises:
-      UserError: there is not, or the model is unknown.
+      UserError: both or neither are given, a flag needs the other, or the model is unknown.
     """
     from ovseg_jax.methods.published import entry
 

@@ -49,7 +49,7 @@ def label_map_stage(
       decision: see `decisions.rules.decision_of`. Pixels without a category stay unlabelled, so
         dict(type="background_threshold", threshold=X) drops those below a confidence.
       background: the name of a class that is not asked for, but given to pixels without a category.
-      names: other names to ask for by a class's first name.
+      names: names to ask for in place of a class's own, by its first name.
       batch_size: the number of images at once in each process.
       shard_size: the number of images of a shard.
 

@@ -80,7 +80,7 @@ def choose(
       rules: the rules.
 
     Returns:
-      (outcome, KEPT or why not; confidence).
+      The outcome of each proposal, KEPT or the reason why it is dropped, and its confidence.
     """
     inside = (jnp.arange(logits.shape[1]) < cells[0])[:, None] & (jnp.arange(logits.shape[2]) < cells[1])
     probability = jax.nn.sigmoid(logits.astype(jnp.float32))
@@ -165,7 +165,7 @@ def _paint(
     stride: int,
     rules: Rules,
 ) -> Image:
-    """Draws the chosen masks, of fewer pixels in front, so that a part is not covered by its surroundings."""
+    """Draws the chosen masks, small ones in front, so that a part is not covered by its surroundings."""
     axes = zip(size, logits.shape[1:], fitted, strict=True)
     rows, columns = (upsampling_matrix(pixels, n, n * stride, fit) for pixels, n, fit in axes)
     masks = sigmoid(np.einsum("Hh,nhw,Ww->nHW", rows, logits, columns, optimize=True)) > rules.threshold

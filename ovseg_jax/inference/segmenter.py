@@ -97,11 +97,11 @@ class Segmenter:
         self.variables = jax.device_put(variables, self._mesh and replicated(self._mesh))
         run = traced_once(fast_on_cpu(method.predict))
         self._predict = jax.jit(run)
-        # By default XLA runs independent operations concurrently. One after another, those of the paper's network need
-        # half of the memory on a CPU, where tiles are for images that take much of it.
-        little = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+        # By default XLA runs independent operations concurrently. In sequence, those of the paper's network need half
+        # of the memory on a CPU; tiles are for large images, which need much of it.
+        low_memory = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
         on_cpu = jax.default_backend() == "cpu"
-        self._predict_tiles = jax.jit(run, compiler_options=little if on_cpu else None)
+        self._predict_tiles = jax.jit(run, compiler_options=low_memory if on_cpu else None)
         self._layers = jax.jit(partial(_layers, method))
         self._decide = jax.jit(partial(decide, method), static_argnames=("canvas", "shape", "decision"))
         self._decide_windows = jax.jit(
@@ -328,10 +328,12 @@ class Segmenter:
             raise UserError("smooth works on whole frames: leave out tile and protocol")
         if protocol is not None and (decision is not None or tile or features):
             raise UserError("protocol works on sliding windows: leave out decision, tile and features")
+        if protocol is not None and threshold is not None:
+            raise UserError("protocol decides by its own rule: leave out threshold")
         if crf and decision is not None and decision_of(decision).separates:
             raise UserError("crf works on label maps: leave out the decision, which separates objects")
         if crf or protocol is not None:
-            # Their results are made of others.
+            # A CRF refines other results, and a protocol replaces all that follows.
             own = dict(threshold=threshold, decision=decision, tile=tile, features=features, smooth=smooth)
             found = (
                 self._in_windows(images, labels, protocol) if protocol else self.stream(images, labels, **own)
@@ -343,7 +345,7 @@ class Segmenter:
             raise UserError("features works on whole images: leave out tile, or cut the image yourself")
         least = self.method.unknown_below if threshold is None else threshold
         chosen = BackgroundThreshold(least) if decision is None else decision_of(decision)
-        # For these two decisions, one compiled program processes the blocks and tiles of images of any size.
+        # For Argmax and BackgroundThreshold one compiled program processes blocks and tiles of images of any size.
         blocks = isinstance(chosen, Argmax) and not self.method.whole
         if tile and self.method.whole:
             raise UserError("tile: this model resizes whole images: leave out tile")
@@ -366,7 +368,7 @@ class Segmenter:
         texts: dict[Any, Text] = {}
         blender: Blender | None = None
         device: Any = None
-        # Each is fetched behind the start of later ones, so that no device waits for the host.
+        # Results are fetched after later ones have been started, so that no device waits for the host.
         started: collections.deque[Callable[[], Result]] = collections.deque()
         most = self._mesh.size if self._mesh is not None else int(jax.default_backend() != "cpu")
         for job, fitted, prediction in self._predictions(images, tile):
@@ -708,7 +710,7 @@ def _refined(result: Result) -> Result:
 
 
 def _row(i: int, device: jax.Device | None, x: jax.Array) -> jax.Array:
-    """Returns row i of an array, as [1 ...] on the device, which holds it unless it is laid out another way."""
+    """Returns row i of an array, [1 ...], on a device, without a copy from another one if it holds the row."""
     for shard in x.addressable_shards if device is not None else ():
         start, stop, _ = shard.index[0].indices(len(x))
         if shard.device == device and start <= i < stop:

@@ -113,7 +113,7 @@ class Blender:
     def add(self, view: View) -> bool:
         """Adds the next view, in the order of rows, then columns; returns True for the last, then call `finish`."""
         if not self._seen:
-            # As small as it may be: of a photograph, each byte is 20 MB.
+            # The smallest type, since a byte for each pixel of a photograph is 20 MB.
             names = np.min_scalar_type(len(view.layers.weights))
             self.name, self._masks = np.zeros(self.confidence.shape, names), view.layers.masks
         self._views.append(view)
@@ -125,8 +125,8 @@ class Blender:
         if column == 0:
             self.finish()
             self._done = 0
-        # With masks, block by block as soon as its tiles are there, since those of two rows may take 0.3 GiB. Names'
-        # bounds for pixel features are computed once for a whole band.
+        # With masks, a block is scored as soon as its tiles are there, since the tiles of two rows may take 0.3 GiB.
+        # Pixel features wait for the whole band, for which the bounds of names are computed once.
         if self._masks or end:
             self._start(band, self.columns[-1].stop if end else self.columns[column + 1].start)
         before = self.columns[-1].stop if end else self._done

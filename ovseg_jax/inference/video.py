@@ -32,7 +32,7 @@ def segment_video(
     overwrite: bool = False,
     **settings: Any,
 ) -> list[dict[str, Any]]:
-    """Segments frames and writes `NAME.mp4`, their overlays, and `NAME.jsonl`, a record a frame, into a folder.
+    """Segments frames and writes `NAME.mp4`, their overlays, and `NAME.jsonl`, a record per frame, into a folder.
 
     Args:
       segmenter: the model.
@@ -68,7 +68,7 @@ def _segment_video(
     paths = out / f"{name}.mp4", out / f"{name}.jsonl"
     for path in paths:
         if path.exists() and not overwrite:
-            raise UserError(f"{path} is there already: give another folder, or --overwrite")
+            raise UserError(f"{path} exists already: give another folder, or --overwrite")
     rate = fractions.Fraction(fps).limit_denominator(1001)
     draw = lambda result: (result.overlay(legend=False), result.record())
     records: list[dict[str, Any]] = []

@@ -150,6 +150,11 @@ def test_labels_that_cannot_be(labels, message):
         make().segment(blocks(8, 8, ["red"]), labels)
 
 
+def test_a_protocol_takes_no_threshold():
+    with pytest.raises(UserError, match="protocol decides by its own rule: leave out threshold"):
+        make().segment(blocks(8, 8, ["red"]), "red", protocol="voc", threshold=0.5)
+
+
 def test_without_labels_of_its_own_it_asks_for_some():
     method = ColourMethod()
     with pytest.raises(UserError, match="no labels were given"):

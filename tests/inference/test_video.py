@@ -59,7 +59,7 @@ def test_predict_writes_overlays_and_records(clip, tmp_path, monkeypatch, capsys
     assert [r["frame"] for r in records] == [0, 1, 2, 3, 4] and records[4]["time"] == 0.4
     assert [r["segments"][0]["category"] for r in records] == ["red"] * 3 + ["blue"] * 2
     assert len(list(VideoReader(out / "clip.mp4"))) == 5
-    assert predict.main([*flags, f"--images={clip}"]) == 1 and "there already" in capsys.readouterr().err
+    assert predict.main([*flags, f"--images={clip}"]) == 1 and "exists already" in capsys.readouterr().err
     # The same frames as pictures, with the past four times as heavy as the present.
     for i, frame in enumerate(frames("red", "red", "blue", "blue", "blue", "blue")):
         (tmp_path / "in").mkdir(exist_ok=True)

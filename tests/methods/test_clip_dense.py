@@ -209,7 +209,7 @@ def test_a_generators_tower_is_frozen_and_loaded(monkeypatch):
 def test_an_export_that_there_is_not_is_refused(tmp_path):
     found = clip_dense.get_config("features=pseudo_masks")
     segmenter = SimpleNamespace(method=build(found, WORDS, CLASSES), config=found)
-    with pytest.raises(UserError, match="--to=torch has no form of clip_dense with features=pseudo_masks"):
+    with pytest.raises(UserError, match="--to=torch cannot hold clip_dense with features=pseudo_masks"):
         export_model(lambda: segmenter, "torch", str(tmp_path / "out"))
 
 
