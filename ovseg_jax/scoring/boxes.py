@@ -7,7 +7,7 @@ from ovseg_jax.scoring.detections import NOTE, add_detection_flags, run_precisio
 
 _DESCRIPTION = (
     """\
-Scores boxes: AP over IoU 0.5 to 0.95, AP50, AP75, of small, medium and large ones; LVIS's for rare, common
+Scores boxes: AP over IoU 0.5 to 0.95, AP50, AP75, AP of small, medium and large ones and, for LVIS, of rare, common
 and frequent classes; average recall; AP of each class.
 
   python -m ovseg_jax.score boxes --pred=results.json --gt=instances_val2017.json --csv=classes.csv

@@ -32,8 +32,8 @@ Scores, in percent:
   accuracy@5   share of images whose class has one of the five highest scores; needs scores of more than five classes
   per_class    mean over the classes that occur in --gt of the accuracy on their images
 Several data sets are averaged, each with the same weight. If one of caltech101, oxford_pets, flowers102 and
-fgvc_aircraft is among them, by the name of its file, so is `main`: per_class for these four and accuracy for others, as
-papers/000, table 11 names them. The authors' evaluation prints the accuracy of all, of which their table 2 is made.
+fgvc_aircraft is among them, by the name of its file, `main` is averaged too: per_class for these four and accuracy for
+others, as papers/000, table 11, names them. The authors' evaluation prints the accuracy of all, as in their table 2.
 A predicted class that is unknown is wrong, and counted.
 """
 

@@ -38,7 +38,7 @@ class Judged(NamedTuple):
 def worst_images(
     truth: Annotations, found: Rows, kind: Kind, rule: Rule, workers: int, count: int
 ) -> list[tuple[Judged, float]]:
-    """Returns the images with the lowest AP50 of their own, the lowest first; of equals, those with more instances.
+    """Returns the images with the lowest AP50 of their own, the lowest first; at equal AP50, more instances come first.
 
     AP50 is the mean over the classes that an image holds; images without an instance have none.
 
@@ -99,7 +99,7 @@ def draw_sheet(
         best = sorted(judged.found, key=lambda row: -row["score"])[: len(instances)]
         (label, first), (guess, second) = (_maps(own, index, size, kind) for own in (instances, best))
         caption = f"{judged.name}: AP50 {value:.1f}"
-        either = np.maximum(label, guess)  # a result where nothing is, is wrong there
+        either = np.maximum(label, guess)  # a result outside of all true instances is wrong
         row = sheet_row(caption, guess, either, guess == label, photograph, judged.file)
         rows.append(row._replace(truth=parted(label, first), prediction=parted(guess, second)))
     write_sheet(path, rows, truth.classes, photographs)

@@ -1,4 +1,4 @@
-"""What `score instances`, `boxes` and `proposals` share: results files of COCO's form, read and scored."""
+"""Reading and scoring of results in COCO's format, for `score instances`, `boxes` and `proposals`."""
 
 import argparse
 import dataclasses
@@ -31,7 +31,7 @@ def add_detection_flags(parser: argparse.ArgumentParser, per_class: bool = True)
 
     Args:
       parser: the parser of a kind.
-      per_class: whether classes are scored, each on its own, in parallel, and images too.
+      per_class: whether classes (in parallel) and single images are scored.
     """
     parser.add_argument("--pred", required=True, metavar="FILE", help="the results")
     parser.add_argument("--gt", required=True, metavar="FILE", help="the annotations")
@@ -115,7 +115,7 @@ def _beyond(truth: Annotations, found: list[dict[str, Any]], rule: Rule) -> dict
 
 
 def defined(value: float) -> float | None:
-    """Returns a score, or None for NaN, a score of nothing."""
+    """Returns a score, or None for NaN, which means that there was nothing to score."""
     return None if value != value else value
 
 
@@ -130,7 +130,7 @@ def read_results(
       truth: its content.
       kind: "bbox" reads boxes, "segm" masks in RLE.
       skips: takes results of unknown images and categories, and masks of another size.
-      classes: whether results have categories, which are else left out.
+      classes: whether to read the categories of results.
 
     Returns:
       The results, with the new ids of images.

@@ -93,8 +93,8 @@ def add_file_flags(parser: argparse.ArgumentParser, parallel: bool = True) -> No
         "--missing",
         choices=("error", "skip"),
         default="error",
-        help="what happens to what cannot be scored, such as where a prediction or a truth is missing: error "
-        "(default) stops, skip leaves it out and counts it",
+        help="for items that cannot be scored, such as a truth without a prediction: error (default) stops, skip "
+        "leaves them out and counts them",
     )
     if parallel:
         parser.add_argument(
@@ -307,7 +307,7 @@ _WORK: tuple[Callable[[Any], Any], Sequence[Any]]
 
 
 def _start_worker(function: Callable[[Any], Any], items: Sequence[Any]) -> None:
-    """Keeps what a worker works on: a forked one has it at once, which sending each item would not be."""
+    """Stores function and items in a worker, which is then sent indices alone; a forked one inherits the items."""
     global _WORK
     _WORK = function, items
     # Ctrl-C reaches all processes; the parent ends the others.
@@ -318,7 +318,7 @@ def _start_worker(function: Callable[[Any], Any], items: Sequence[Any]) -> None:
 def _keep_memory() -> None:
     """Lets glibc keep freed memory for the next picture.
 
-    It would return large arrays to the system, which then clears each page anew: a third of the time of a picture.
+    By default it returns large arrays to the system, which clears each page again: a third of the time of a picture.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -22,7 +22,7 @@ UNLISTED, VOID, FIRST = 0, 1, 2
 _IGNORED = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535, np.dtype(np.int32): -1}
 """The value that is ignored by default in a truth of each type, unless it is a class."""
 
-_RUNS = 4  # Pixels a run, below which a histogram of all pixels is faster.
+_RUNS = 4  # pixels per run; with fewer, a histogram of all pixels is faster
 
 
 class Values(NamedTuple):
@@ -49,7 +49,7 @@ class Values(NamedTuple):
         rest: int | None = None,
         ignore_default: bool = False,
     ) -> "Values":
-        """Creates it.
+        """Creates the meaning of the values of classes and of ignored ones.
 
         Args:
           classes: the class of each value that means one.
@@ -168,7 +168,7 @@ def count(
     """
     guessed, labelled = prediction.ravel(), truth.ravel()
     start, length = _runs(guessed, labelled)
-    # Noise has no runs.
+    # In noise, runs are too short to gain from.
     weights = length.astype(np.float64) if len(length) < len(labelled) / _RUNS else None
     if weights is not None:
         guessed, labelled = guessed[start], labelled[start]

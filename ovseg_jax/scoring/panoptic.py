@@ -51,8 +51,8 @@ an annotation with an empty segments_info, or counts as missing.
 --rule says how pixels without a true segment and crowds count:
   coco     as in panopticapi: void counts in no union, and a false prediction is ignored if more than half of it is void
            or on a crowd of its class. ADE20K, Cityscapes and Mapillary use it too.
-  bdd100k  void counts in unions, and a false prediction is ignored if more than half of it is on no segment that is not
-           a crowd.
+  bdd100k  void counts in unions, and a false prediction is ignored if more than half of it is outside of all true
+           segments but crowds.
 Pixels count, not the areas in the JSON. As in panopticapi, a true segment without pixels is missed, and an id of a true
 PNG that its JSON lacks is neither void nor a segment; both are counted in the report. In a prediction they are errors.
 """
@@ -85,7 +85,7 @@ class _Pair(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """The result of an image: its tally, its own PQ in percent, and numbers of true segments that are odd."""
+    """The result of an image: its tally, its own PQ in percent, and counts of faults in the truth."""
 
     tally: Tally
     pq: float | None
@@ -248,7 +248,7 @@ class _Compared(NamedTuple):
     Attributes:
       shared: their overlaps.
       ids: the ids of the predicted and of the true segments, in the order of their numbers.
-      true_class: the class of each true segment; those that the JSON lacks have K, which is of no account.
+      true_class: the class of each true segment; those that the JSON lacks have K, which no score counts.
       true_crowd: whether each is a crowd.
       unlisted: the number of those that the JSON lacks.
     """

@@ -28,7 +28,7 @@ Scores retrieval between images and texts: recall at 1, 5 and 10, both ways, in 
 
   image to text R@K   share of images with one of their texts among the K texts of the highest scores
   text to image R@K   share of texts whose image is among the K images of the highest scores
-Of equal scores, those of other images and texts come first. An image without text is never asked for, but can be found.
+Of equal scores, those of other images and texts come first. An image without text is no query, but can be found.
 """
 
 
@@ -129,7 +129,7 @@ def _matrix(arrays: Mapping[str, np.ndarray], name: str) -> Float[np.ndarray, "n
         raise ValueError(
             f"{name!r} has the dtype {found.dtype} and the shape {found.shape}, not two dimensions of numbers"
         )
-    # Half precision is exact in single, whole numbers and the rest in double.
+    # float32 holds float16 exactly; other types go to float64.
     found = found.astype(np.float32 if found.dtype in (np.float16, np.float32) else np.float64)
     if not np.isfinite(found).all():
         raise ValueError(f"{name!r} holds numbers that are not finite")

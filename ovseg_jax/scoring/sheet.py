@@ -41,7 +41,7 @@ def add_sheet_flags(parser: argparse.ArgumentParser, metric: str) -> None:
 
 
 def worst_of(arguments: argparse.Namespace) -> int:
-    """Returns the number of the worst images that are asked for.
+    """Returns how many of the worst images to list, 0 for none.
 
     Raises:
       UserError: a flag of the sheet is invalid, or it cannot be written.

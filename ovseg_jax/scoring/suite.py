@@ -21,7 +21,7 @@ or a JSON file, {{"sets": {{NAME: {{...}}}}}}, where a set may have
   prompts    {{NAME: template, list of templates, imagenet | simple | vild, or FILE.json}}
   tfds       name of a TFDS data set in DIR, in place of a folder
   split, names, ...   arguments of its data source, image_folder, prepared or tfds
-  limit      use only the first so many images
+  limit      N: use only the first N images
 The images of a set lie in DIR/NAME/CLASS, DIR/NAME/test/CLASS or DIR/NAME/val/CLASS; the optional DIR/NAME/names.txt
 (or names.json) gives the class name of each folder; folders named by WordNet ids need it, or classnames.txt,
 LOC_synset_mapping.txt or words.txt. A class counts by its first name. Or DIR/NAME was written by `python -m

@@ -19,7 +19,7 @@ prints the scores of each prompt in percent.
       --data=folder,data_dir=../ade,kind=semantic
 
 --proposals may also name masks of another program, such as MaskFormer's: a JSON file of COCO's results, or a folder of
-NAME.npz with `masks` [n h w] and `scores` [n]. They have no scores of classes, so that --ensemble must be 0.
+NAME.npz with `masks` [n h w] and `scores` [n]. They have no scores of classes, so --ensemble must be 0.
 Each proposal is classified twice: by the proposal network (p) and, as a crop of the image, by the classifier (q).
 Classes that the proposal network was trained with score p^w q^(1-w), all others p^(1-w) q^w; --ensemble=0 is q alone.
 mIoU averages over the classes in truth or prediction, mIoU_gt over those in the truth; hIoU is the harmonic mean of
@@ -58,7 +58,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.5,
         metavar="T",
-        help="mask value from which a pixel belongs to the crop (default %(default)s)",
+        help="mask value above which a pixel belongs to the crop (default %(default)s)",
     )
     add(
         "--fill",
