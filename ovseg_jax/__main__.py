@@ -1,4 +1,4 @@
-"""The command `ovseg VERB ...`, short for `python -m ovseg_jax.VERB ...`; without a verb it lists them."""
+"""The command `ovseg VERB`: `ovseg predict ...` is `python -m ovseg_jax.predict ...`; without a verb it lists them."""
 
 import ast
 import pkgutil
