@@ -33,7 +33,7 @@ THINGS = tuple(
 
 _FOLDERS = {"train": "training", "val": "validation"}
 _SHORT_SIDE = 512
-# Of wall, building and sky: they tell whether an index counts from 1.
+# The numbers of wall, building and sky, which show whether an index counts from 0 or from 1.
 _PROOF = {2978: "wall", 312: "building", 2420: "sky"}
 
 

@@ -151,7 +151,7 @@ class Dataset:
 def without_hidden(
     segments: Int[np.ndarray, "h w"], count: int
 ) -> tuple[Int32[np.ndarray, "h w"], Bool[np.ndarray, " n"]]:
-    """Removes those of `count` segments that have no pixel; returns the others numbered anew, and which they are."""
+    """Numbers the segments that have a pixel anew, from 1; returns them, and which of the `count` segments they are."""
     seen = np.bincount(segments.ravel(), minlength=count + 1)[1:] > 0
     return np.concatenate([[0], np.cumsum(seen) * seen]).astype(np.int32)[segments], seen
 

@@ -57,7 +57,7 @@ def run_elements(
     """Calls a function for each element on a runner's workers.
 
     Args:
-      function: takes an element and `more`; of a module, so that workers can import it.
+      function: takes an element and `more`; defined in a module, so that workers can import it.
       elements: the elements.
       options: see `pipeline_options`.
       runner: "direct", or the name of a Beam runner.
@@ -73,7 +73,7 @@ def run_elements(
 
 @contextlib.contextmanager
 def quiet_workers() -> Iterator[TextIO]:
-    """Gives the terminal's stderr, and hides what processes that start in the context print there.
+    """Yields the terminal's stderr, and hides the output of processes that start in the context.
 
     Beam's workers print dozens of lines each. An exception gets the last of them as a note.
     """
@@ -122,7 +122,7 @@ def progress(title: str, total: int, finished: Callable[[], int], terminal: Text
 
 
 def silence_beam() -> None:
-    """Hides what Beam and TensorFlow Datasets log about themselves, at import too."""
+    """Hides the log messages of Beam and TensorFlow Datasets, those at import included."""
     for name in ("absl", "apache_beam"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.disable(logging.WARNING)

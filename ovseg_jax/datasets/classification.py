@@ -327,7 +327,7 @@ class Voc2007(ImageFiles):
     """The objects of VOC 2007, cut out by their boxes: CLIP_benchmark's classification with one class an image.
 
     The boxes are cut as there: from (xmin, ymin) to (xmax, ymax), exclusive, without the shift of VOC's first pixel,
-    which is (1, 1). Difficult objects count.
+    which is (1, 1). Difficult objects are included.
     """
 
     name = "voc2007"
@@ -352,13 +352,13 @@ class Voc2007(ImageFiles):
         """Yields the objects of the images of a split; their keys are the image's and their position in it."""
         keys = self.lines(self.need(f"VOC2007/ImageSets/Main/{split}.txt"))
         images = self.files(self.need_folder("VOC2007/JPEGImages", suffix=".jpg"), ".jpg")
-        told = self.files(self.need_folder("VOC2007/Annotations", suffix=".xml"), ".xml")
+        annotations = self.files(self.need_folder("VOC2007/Annotations", suffix=".xml"), ".xml")
         self.present(split, keys, images)
         index = {own: k for k, own in enumerate(self.names)}
-        for key in self.present(split, keys, told):
-            with reading(self.members.where(told[key])):
+        for key in self.present(split, keys, annotations):
+            with reading(self.members.where(annotations[key])):
                 for k, one in enumerate(
-                    ElementTree.fromstring(self.members.read(told[key])).findall("object")
+                    ElementTree.fromstring(self.members.read(annotations[key])).findall("object")
                 ):
                     x0, y0, x1, y1 = (
                         int(one.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax")

@@ -46,7 +46,7 @@ _STUFF = (
     "wall-wood; 178 water-other; 179 waterdrops; 180 window-blind; 181 window-other; 182 wood"
 )
 _LAST_THING, _UNLABELLED = 91, 255
-# Behind the stem of the maps that NVlabs/GroupViT's convert_coco_object.py writes.
+# The end of the names of maps that NVlabs/GroupViT's convert_coco_object.py writes.
 _TRAIN_IDS = "_instanceTrainIds"
 
 
@@ -276,7 +276,7 @@ class CocoObject(CocoStuff):
         self.classes = ClassList(pick(every.names), pick(every.ids), pick(every.isthing))
 
     def files(self, folder: str, suffix: str) -> dict[str, str]:
-        """Returns the files of a folder by their base names, of maps the converted ones if there are some."""
+        """Returns the files of a folder by their base names; if some are converted maps, only those."""
         found = super().files(folder, suffix)
         converted = {key.removesuffix(_TRAIN_IDS): name for key, name in found.items() if _TRAIN_IDS in key}
         return converted or found

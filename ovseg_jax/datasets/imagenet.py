@@ -23,7 +23,7 @@ _WORDS = Download(
 _CLASSNAMES = Download(
     "classnames.txt",
     "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md",
-    "CLIP's names of the 1,000 classes, which POMP and UMG-CLIP ask for; or LOC_synset_mapping.txt of Kaggle",
+    "CLIP's names of the 1,000 classes, which POMP and UMG-CLIP use; or LOC_synset_mapping.txt of Kaggle",
 )
 _LICENCE = "for non-commercial research and education (https://image-net.org/download, where one registers)"
 _IGNORED = 1000

@@ -16,9 +16,8 @@ _ORDERS = {b"IM": "<", b"MI": ">"}
 _MATRIX, _COMPRESSED = 14, 15
 _STRUCTURE, _NUMERIC = 2, range(6, 16)
 _TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
-_LARGEST = (
-    1 << 28
-)  # bytes of a decompressed variable; a label map has a few million, SVHN's training images 225
+# Bytes of a decompressed variable: a label map has a few million, SVHN's training images have 225 million.
+_LARGEST = 1 << 28
 
 
 def read_label_map(file: Encoded, *path: str) -> Int32[np.ndarray, "h w"]:

@@ -29,13 +29,11 @@ class LocalizedNarratives(Packed):
         "narratives: CC BY 4.0; images: those of COCO, Flickr30k (research only) and Open Images (CC BY 2.0)"
     )
     download = (
-        Download(
-            "coco_train_localized_narratives-00000-of-00004.jsonl", f"{_BASE}/", "and its other parts, or ..."
-        ),
+        Download("coco_train_localized_narratives-00000-of-00004.jsonl", f"{_BASE}/", "and its other parts"),
         Download(
             "coco_train_captions.jsonl",
             f"{_BASE}/",
-            "... the same without traces; of each collection and split",
+            "or these, without traces, in their place; of each collection and split",
         ),
         Download("train2017.zip and val2017.zip", "http://images.cocodataset.org/zips/", "images=coco"),
         Download(

@@ -19,7 +19,7 @@ from ovseg_jax.reading import reading
 MISSING = Option(
     "missing",
     ("refuse", "skip"),
-    "what becomes of entries whose image is not in the download: skip counts them",
+    "what to do about an image that is not in the download: stop, or leave it out and count it",
 )
 """The option of readers whose download is often incomplete; `Packed.present` reads it."""
 
@@ -97,8 +97,8 @@ class Packed(Dataset):
 
         Args:
           name: the file.
-          keep: returns what stands for an object in the result, as soon as the object is parsed: large files need less
-            memory if their many small objects are stored in another form.
+          keep: replaces each object of the result as soon as it is parsed: large files need less memory if their many
+            small objects are stored in another form.
 
         Raises:
           UserError: there is no such file, or it is not JSON, or `keep` raised a ValueError.
@@ -141,7 +141,7 @@ class Packed(Dataset):
         return [(key, images[key], masks[key]) for key in sorted(images)]
 
     def present(self, split: str, wanted: Iterable[str], known: Mapping[str, str]) -> list[str]:
-        """Returns those of the wanted keys that the download holds.
+        """Returns the wanted keys that the download holds.
 
         Raises:
           UserError: some are missing, and the option `missing` is "refuse", or all are; or a key occurs twice.
@@ -152,14 +152,14 @@ class Packed(Dataset):
             raise UserError(f"{self.name}: {self.source} lists the image {double!r} of {split} twice")
         found = [key for key in wanted if key in known]
         if absent := [key for key in wanted if key not in known]:
-            said = f"{len(absent)} of {len(wanted)} images of {split} are not in {self.source}"
-            said += f", such as {absent[0][:200]}"
+            message = f"{len(absent)} of {len(wanted)} images of {split} are not in {self.source}"
+            message += f", such as {absent[0][:200]}"
             if not found or self.chosen.get(MISSING.name, "refuse") == "refuse":
                 advice = (
                     ": --option=missing=skip leaves them out" if found and MISSING in self.options else ""
                 )
-                raise UserError(f"{self.name}: {said}{advice}")
-            self.notes.append(f"{said}; they were left out")
+                raise UserError(f"{self.name}: {message}{advice}")
+            self.notes.append(f"{message}; they were left out")
         return found
 
     def upright(self, mask: np.ndarray, mask_file: Encoded, image: Encoded) -> np.ndarray:

@@ -141,7 +141,9 @@ def _check_folder(dataset: Dataset, out: epath.Path) -> dict[str, Any]:
     else:
         held, splits = request, {}
         if foreign := [p.name for p in out.iterdir() if not p.name.startswith(".")]:
-            raise UserError(f"--out={out} holds {foreign[0]}, which prepare has not written: choose another")
+            raise UserError(
+                f"--out={out} holds {foreign[0]}, which prepare has not written: choose another --out"
+            )
     if held != request:
         raise UserError(
             f"--out={out} holds {json.dumps(held)}, not {json.dumps(request)}: choose another --out"
@@ -244,7 +246,7 @@ def write_shard(shard: int, path: str, begun: int) -> None:
       shard: its number, from 0.
       path: the pickled job, which `prepare` has written. It is not part of the pipeline, since the list of a data
         set's files may have more bytes than a pipeline may.
-      begun: the time at which it was written, so that a worker does not take an earlier one for it.
+      begun: the time at which it was written, so that a worker does not use what it loaded for an earlier one.
     """
     job = _load_job(path, begun)
     if _is_written(job, shard):
@@ -372,7 +374,7 @@ def _finish(dataset: Dataset, out: epath.Path, splits: dict[str, Any]) -> None:
         for split, entry in splits.items()
     ]
     with tempfile.TemporaryDirectory() as scratch:
-        # It finds the splits by the names of the files, of which an unfinished split may have some.
+        # In a folder of its own: TFDS would take the files of an unfinished split for a split.
         for entry in splits.values():
             for shard in entry["shards"]:
                 open(os.path.join(scratch, shard["file"]), "w").close()

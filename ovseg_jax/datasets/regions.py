@@ -37,7 +37,7 @@ def decode_rle(value: Any, size: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
 
 
 def _runs(written: str) -> list[int]:
-    """Parses COCO's text form: 5 bits a character, lowest first; from the fourth run on, less the last but one."""
+    """Parses COCO's text form: 5 bits a character, lowest first; from the fourth on, minus the run two before."""
     runs: list[int] = []
     value = shift = 0
     for character in written:
@@ -70,7 +70,7 @@ def decode_polygons(value: Any, size: tuple[int, int]) -> Bool[np.ndarray, "h w"
 
     height, width = size
     polygons = check_polygons(value)
-    # Points far outside would take the C code as long as the way to them.
+    # The time of the C code grows with the distance of a point from the image.
     limits = np.array([width, height] * (max(map(len, polygons)) // 2 + 1), np.float64)
     inside = [np.clip(points, -1, limits[: len(points)] + 1).tolist() for points in polygons]
     return coco.decode(coco.merge(coco.frPyObjects(inside, height, width))).astype(bool)

@@ -27,8 +27,8 @@ class Voc2012(Packed):
     """VOC 2012; the split trainaug adds the images that SBD annotates (Hariharan et al. 2011).
 
     trainaug holds the images of VOC's train and of SBD's train and val that are not in VOC's val: 10,582. An image of
-    VOC's train has VOC's map, another SBD's, as in mmsegmentation. In SegmentationClassAug.zip others have laid both
-    together as PNG files.
+    VOC's train has VOC's map, another SBD's, as in mmsegmentation. SegmentationClassAug.zip, which others made, holds
+    both as PNG files.
     """
 
     name = "voc_2012"
