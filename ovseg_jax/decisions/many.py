@@ -1,13 +1,15 @@
-"""The best of many thousand names for every pixel, exact, without computing most of their scores.
+"""The best of many thousand names for every pixel, exactly, without computing most of their scores.
 
-Masks are never negative, so that a name's score sum_n w_n s_n at a pixel is at most sum_n u_n s_n for any u >= w. Names
-come in groups with u their largest weights; a group whose bound is below a score that some name has reached at every
-pixel of a block is left out there. Good bounds need groups of names that are good at the same places, and scores to
-compare with; both come from the scores of all names at a few pixels. In a trained model almost every group is left out.
-Where no bound holds, as with random weights, all names are scored, in about the time that this takes without bounds.
+A name's score at a pixel is sum_n w_n s_n, with its weights w and masks s >= 0, so that sum_n u_n s_n is a bound on it
+for any u >= w. Names come in groups, with u the largest of their weights. A group is left out of a block of pixels if,
+at each of them, its bound is below the score of a name that was scored before. Bounds are tight if the names of a group
+score high at the same pixels, and names with high scores should be scored first (the seeds); both are chosen by the
+scores of all names at a few pixels. In a trained model almost every group is left out. Where bounds do not help, as
+with random weights, all names are scored, in about the time that this takes without bounds.
 
-Channels of pixel features may be negative. But a pixel's scores are averages of those of the grid's cells around it,
-with weights that are not: there u holds the largest scores of a group's names in each cell. (The method is ours.)
+Channels of pixel features may be negative. But a name's score at a pixel is a mean of its scores in the cells of the
+grid around it, with weights s >= 0: there u holds the largest scores of a group's names in each cell. (The method is
+ours.)
 """
 
 from collections.abc import Callable
@@ -25,7 +27,9 @@ BLOCK = 128  # names that are scored at once
 GROUP = 64  # names that share a bound
 SEEDS = 128  # names that are scored first
 SAMPLES = 64  # pixels at which all names are scored
-MOST_REACHED = 0.25  # of pairs of a group and a pixel, up to which bounds are worth it
+MOST_REACHED = (
+    0.25  # bounds are used if, in a smaller share of pairs of group and pixel, the bound reaches the best
+)
 
 
 class Groups(NamedTuple):
@@ -62,7 +66,7 @@ def best_of_masks(
     """
     cover = masks.sum(0)
     covered = wanted & (cover > 0)
-    at = _some(masks.shape[1], SAMPLES)
+    at = _sample(masks.shape[1], SAMPLES)
     y = jnp.matmul(weights, masks[:, at], precision=PRECISION)
     name, seeds = _grouped(y, cover[at], views, covered[at])
     real = views.any(0).at[name].get(mode="fill", fill_value=False)
@@ -82,11 +86,11 @@ def groups_of_grid(
 ) -> Groups:
     """Groups the names by their scores in the cells of a grid of pixel features, with rows of `width` cells.
 
-    Whether bounds are useful is seen in the middle between four cells: there a name's score is the mean of its four,
-    and a group's bound the mean of four largest scores, so that they differ most.
+    Whether bounds are useful is measured in the middle between four cells, where they are loosest: a name's score there
+    is the mean of its scores in the four cells, but a group's bound is the mean of four maxima.
     """
     count = cells.shape[1]
-    corners = _some(max(1, count - width - 1), SAMPLES)
+    corners = _sample(max(1, count - width - 1), SAMPLES)
     at = np.stack([corners + step for step in (0, 1, width, width + 1)], 1).reshape(-1) % count
     may = views.any(0)
     y = jnp.where(may[:, None], jnp.matmul(weights, cells[:, at], precision=PRECISION), -1e30)
@@ -161,7 +165,7 @@ def best_of_many(
     best = score(everything, groups.seeds, best)
     least = jnp.where(some[:, None], best[1], jnp.inf).min(0) - error
     least = jnp.where(wanted, least, jnp.inf)
-    # On CPU this is five times as fast as comparing and asking for any.
+    # On CPU this is five times as fast as (lift(bound) >= least).any(1).
     reaches = lambda bound: ~((lift(bound) - least).max(1) < 0)
     left = jax.lax.map(reaches, split_rows(groups.bound, BLOCK)).reshape(-1)[:count]
     left &= everything >= groups.seeds
@@ -176,11 +180,11 @@ def _grouped(
     views: Bool[Array, "v t"],
     wanted: Bool[Array, "k"],
 ) -> tuple[Int[Array, "g size"], Int[Array, ""]]:
-    """Groups the names by the pixel of some that they fit best, and by how far they are from the best name there.
+    """Groups the names by the sampled pixel at which each is closest to the best name, then by the gap to it.
 
     Args:
-      y: the scores of the names at some pixels.
-      cover: what a score there is divided by.
+      y: the scores of the names at the sampled pixels.
+      cover: the sum of the masks at each, by which gaps are divided.
       views: see `best_of_masks`.
       wanted: see `best_of_masks`.
     """
@@ -196,7 +200,7 @@ def _grouped(
     return name, -(-seed.sum() // GROUP)
 
 
-def _some(count: int, most: int) -> np.ndarray:
+def _sample(count: int, most: int) -> np.ndarray:
     return np.random.default_rng(0).choice(count, min(most, count), replace=False)
 
 

@@ -29,9 +29,11 @@ Mode = Literal["predicted", "none", "truth"]
 MODES: tuple[Mode, ...] = ("predicted", "none", "truth")
 
 NAME_BLOCK = 128
-MANY = 1024  # names from which on most of them are left out
-MOST_SCORED = 0.75  # of all names, up to which leaving out the others has helped
-FEW_CELLS = 32  # pixels for each cell of the grid, from which on that is worth it for pixel features
+MANY = 1024  # with at least this many names, those that cannot win are left out
+MOST_SCORED = 0.75  # leaving names out has helped if a smaller share of them was scored
+FEW_CELLS = (
+    32  # for pixel features, names are left out only with at least this many pixels for each cell of the grid
+)
 
 
 @partial(
@@ -74,29 +76,31 @@ class Frame(NamedTuple):
     inside: Bool[Array, "height width"]
 
 
-class Patience(NamedTuple):
-    """How many strips of an image are to come in which all names are scored, since leaving most out did not help.
+class Backoff(NamedTuple):
+    """The number of strips of an image in which all names are scored, after one in which leaving most out did not help.
+
+    So an image in which it never helps costs hardly more than without bounds.
 
     Attributes:
-      wait: the number of strips.
-      next: their number after the next strip that does not help: twice as many each time.
+      wait: the number of such strips that are still to come.
+      next: the value of `wait` after the next strip that does not help; it doubles each time.
     """
 
     wait: Int[Array, ""]
     next: Int[Array, ""]
 
     @classmethod
-    def of(cls, useful: Bool[Array, ""] | bool) -> "Patience":
-        """Returns that of the first strip."""
+    def of(cls, useful: Bool[Array, ""] | bool) -> "Backoff":
+        """Returns the state for the first strip; if bounds are not `useful`, none is tried."""
         return cls(jnp.where(useful, 0, jnp.int32(1 << 30)), jnp.int32(1))
 
-    def waited(self) -> "Patience":
-        """Returns that of the strip after one in which all names were scored."""
+    def waited(self) -> "Backoff":
+        """Returns the state after a strip in which all names were scored."""
         return self._replace(wait=self.wait - 1)
 
-    def after(self, helped: Bool[Array, ""]) -> "Patience":
-        """Returns that of the strip after one in which most were to be left out."""
-        return Patience(jnp.where(helped, 0, self.next), jnp.where(helped, 1, 2 * self.next))
+    def after(self, helped: Bool[Array, ""]) -> "Backoff":
+        """Returns the state after a strip in which most were to be left out, which `helped` or not."""
+        return Backoff(jnp.where(helped, 0, self.next), jnp.where(helped, 1, 2 * self.next))
 
 
 def frame(
@@ -235,24 +239,23 @@ def best_names(
         error = grid_error(weights, maps.reshape(channels, -1), x.shape[1])
         return best_of_many(weights, x, views, wanted, groups, lift, error)
 
-    def one_strip(patience: Patience, strip_rows: Array) -> tuple[Patience, tuple[Array, ...]]:
+    def one_strip(backoff: Backoff, strip_rows: Array) -> tuple[Backoff, tuple[Array, ...]]:
         x = jnp.einsum("rh,chw->crw", strip_rows, maps, precision=PRECISION)
         x = jnp.einsum("crw,Ww->crW", x, cols, precision=PRECISION).reshape(channels, -1)
         x = jax.nn.sigmoid(x) if logits else x
         if not by_masks and groups is None:
-            return patience, (*of_all(x), x.sum(0))
+            return backoff, (*of_all(x), x.sum(0))
 
-        def few() -> tuple[Patience, Array, Array]:
+        def few() -> tuple[Backoff, Array, Array]:
             name, score, scored = of_few(x, strip_rows)
-            return patience.after(scored < MOST_SCORED * names), name, score
+            return backoff.after(scored < MOST_SCORED * names), name, score
 
-        # Strips without any gain are followed by ones that do not try, so that these cost no more than without bounds.
-        patience, name, score = jax.lax.cond(patience.wait > 0, lambda: (patience.waited(), *of_all(x)), few)
-        return patience, (name, score, x.sum(0))
+        backoff, name, score = jax.lax.cond(backoff.wait > 0, lambda: (backoff.waited(), *of_all(x)), few)
+        return backoff, (name, score, x.sum(0))
 
-    patience = Patience.of(True if groups is None else groups.useful)
+    backoff = Backoff.of(True if groups is None else groups.useful)
     # [strips v strip * width]
-    _, (name, score, total) = jax.lax.scan(one_strip, patience, split_rows(rows, strip))
+    _, (name, score, total) = jax.lax.scan(one_strip, backoff, split_rows(rows, strip))
     name, score = (
         jnp.moveaxis(x, 0, 1).reshape(views.shape[0], -1, width)[:, :height] for x in (name, score)
     )

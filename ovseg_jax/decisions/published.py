@@ -1,8 +1,8 @@
 """Published protocols of evaluation by name: how images are cut, and the decision with its settings.
 
 Those not named otherwise are of NVlabs/GroupViT (segmentation/configs): shorter side 448, at most 2048, windows of 448
-by steps of 224. Background is what falls below a threshold, never a text. The class names of our data sets are our own,
-where GroupViT's code changes some.
+by steps of 224. Background is a score below a threshold, never a text. Our data sets keep their own class names, some
+of which GroupViT's code changes.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _GROUPVIT: dict[str, float] = {
     "voc": 0.95,
     "context": 0.35,
     "coco_object": 0.95,
-    # Papers/002 evaluate on these without a word about thresholds: COCO's (ours).
+    # papers/002 evaluates on these and states no threshold: that of COCO (ours).
     "lvis": 0.95,
     "imagenet_s": 0.95,
 }

@@ -87,7 +87,7 @@ class Decision:
 
     Attributes:
       needs_masks: whether it needs proposals.
-      strongest: whether, in windows, a pixel counts for its strongest proposal alone, and not for all by their sigmoid.
+      strongest: whether, in windows, a pixel belongs to its strongest proposal alone, not to all by their sigmoids.
       separates: whether it separates objects of one category.
     """
 
@@ -254,7 +254,7 @@ class Semantic(Decision):
     scores that are probabilities already, that is `Argmax`.
 
     Attributes:
-      threshold: sum below which a pixel has no category; papers/002 do not state theirs.
+      threshold: sum below which a pixel has no category; papers/002 does not state its own.
       scale: see `GroupVit`.
     """
 

@@ -2,9 +2,9 @@
 
 In each window, the maps are upsampled to the window's pixels and scored (`Decision.rows`); scores are averaged over the
 windows at each pixel of the resized image, upsampled to the label's own size, and the best row there decides. All steps
-after the maps are linear, so that each window has two small matrices that do them at once, for any block of rows. With
-`Softmax`, scores become probabilities at the window's pixels; those are then computed for the at most two rows of the
-window that a row of the label lies between.
+after the maps are linear, so that two small matrices for each window do them at once, for any block of rows. Not with
+`Softmax`, where scores become probabilities at the window's pixels: these are computed for the two rows of the window
+that a row of the label lies between.
 """
 
 from collections.abc import Mapping
@@ -84,7 +84,7 @@ def decide_windows(
       UserError: the decision needs masks and there are none, or it or the mode works on whole images only.
     """
     if mode not in ("predicted", "none"):
-        raise UserError(f"the masks {mode!r} cannot be used with sliding windows")
+        raise UserError(f"masks={mode!r} cannot be used with sliding windows: take predicted or none")
     if decision.needs_masks and (mode == "none" or prediction.mask_logits is None):
         raise UserError(
             f"the decision {type(decision).__name__} needs predicted masks, which this method or mode does not have"
@@ -192,7 +192,7 @@ class _Between(NamedTuple):
 
 
 def _between(share: Float[Array, "l p"]) -> _Between:
-    """Reads them off a matrix of bilinear weights, whose rows have at most two entries, and these side by side."""
+    """Finds both pixels in a matrix of bilinear weights, whose rows have at most two entries above 0, side by side."""
     first = jnp.argmax(share > 0, 1)
     second = jnp.minimum(first + 1, share.shape[1] - 1)
     at = jnp.arange(len(share))
@@ -208,7 +208,7 @@ def _places(places: Windows, axis: int, size: int, pixels: int, label: Array) ->
     )
     pixel = start[:, None] + jnp.arange(size)  # [W S], in the resized image
     first = places.window_at[:, 1 - axis].min(where=valid, initial=1 << 30)
-    # One of the windows that differ only on the other axis.
+    # Of the windows at one position of this axis, only the first along the other axis is counted.
     single = valid & (places.window_at[:, 1 - axis] == first)
     covers = (pixel[:, :, None] >= start) & (pixel[:, :, None] < start + size) & single
     share = jnp.where(valid[:, None] & (pixel < length), 1 / jnp.maximum(covers.sum(-1), 1), 0)

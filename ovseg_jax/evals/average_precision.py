@@ -138,11 +138,11 @@ def curve(part: Part, kind: Kind, limits: tuple[int, ...], federated: bool = Fal
     results = whole.loadRes(
         [{name: row[name] for name in ("image_id", "category_id", "score", key)} for row in part.found]
     )
-    judge = COCOeval_faster(whole, results, kind, lvis_style=federated, print_function=_ignore)
-    judge.params.maxDets = list(limits)
-    judge.evaluate()
-    judge.accumulate()
-    return Curves(judge.eval["precision"], judge.eval["recall"], [part.category])
+    evaluation = COCOeval_faster(whole, results, kind, lvis_style=federated, print_function=_ignore)
+    evaluation.params.maxDets = list(limits)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    return Curves(evaluation.eval["precision"], evaluation.eval["recall"], [part.category])
 
 
 def _ignore(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""The constructor that the evaluators of a method on batches of images share."""
+"""The base class of evaluators that run a method on batches of images."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any

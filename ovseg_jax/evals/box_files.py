@@ -127,8 +127,8 @@ def read_annotations(
 ) -> Annotations:
     """Reads annotations and adds the fields that the evaluation package requires.
 
-    Annotations get ids from 1, since the package takes 0 for "no match"; a missing `iscrowd` becomes 0, as all are in
-    LVIS's rules, and a missing area that of the box or mask.
+    Annotations get ids from 1, since the package takes 0 for "no match". `iscrowd` becomes 0 where it is missing, and
+    everywhere by LVIS's rules; a missing area becomes that of the box or mask.
 
     Args:
       path: the file.
@@ -144,7 +144,7 @@ def read_annotations(
     if not isinstance(found, dict) or not all(
         isinstance(found.get(key), list) and found[key] for key in parts
     ):
-        raise UserError(f"{path} has no images, annotations or categories")
+        raise UserError(f"{path} needs lists of images, annotations and categories that are not empty")
     with reading(path):
         rows, truth, kinds = (
             # null is treated as a missing value.

@@ -183,17 +183,17 @@ class ClassificationEvaluator(BatchEvaluator):
         label = jnp.where(batch["example_mask"], batch["label"], -1)
         split = PartitionSpec(AXES)
         of_prompts = PartitionSpec(None, AXES)
-        judge: Any = jax.shard_map(
-            self._judge,
+        classify: Any = jax.shard_map(
+            self._classify_shard,
             mesh=self._mesh,
             in_specs=(split, split, PartitionSpec(), PartitionSpec()),
             out_specs=(split, of_prompts, of_prompts, PartitionSpec(None, None, AXES), of_prompts),
             # A scan's constant initial value is not marked as varying between devices, which the check requires.
             check_vma=False,
         )
-        return Outcomes(*judge(image, label, text, variables if self._method.text_per_image else None))
+        return Outcomes(*classify(image, label, text, variables if self._method.text_per_image else None))
 
-    def _judge(self, image, label, text, variables) -> tuple[Array | None, ...]:
+    def _classify_shard(self, image, label, text, variables) -> tuple[Array | None, ...]:
         """Computes the outcomes of one device's images, in the order of `Outcomes`."""
 
         def under(text, image=image, label=label):

@@ -22,7 +22,7 @@ def mask_rle(value: Any, name: str, size: tuple[int, ...]) -> dict[str, Any]:
     """Checks a mask and returns it as compressed RLE, {"size": [height, width], "counts": text}.
 
     Args:
-      value: polygons, as a list of [x, y, x, y, ...] in pixels, which are joined; RLE; or RLE whose counts are a list.
+      value: polygons, lists [x, y, x, y, ...] in pixels, whose union is the mask; RLE; or RLE with a list of counts.
       name: the mask's name in errors.
       size: height and width of the image.
 

@@ -47,7 +47,7 @@ class Overlaps(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """What PQ is made of, per class, [K] each.
+    """The sums from which PQ is computed, per class, [K] each.
 
     Attributes:
       iou: the sum of the IoU of all matches.
@@ -106,7 +106,7 @@ def _ids(pixels: Integer[np.ndarray, " m"], at: Int[np.ndarray, " n"], step: int
     if step == 1:
         return pixels[at].astype(np.uint64)
     found = np.empty(len(at), np.uint64)
-    # Four bytes from every third on: a pixel, and the first byte of the next one, which is cut off.
+    # Reads four bytes at each pixel of three; the fourth, of the next pixel, is masked out.
     four = np.ndarray(len(pixels) // 3 - 1, "<u4", np.ascontiguousarray(pixels).data, 0, (3,))
     np.bitwise_and(four[at[:-1]], 0xFFFFFF, out=found[:-1])
     found[-1] = int.from_bytes(pixels[-3:].tobytes(), "little")

@@ -11,7 +11,7 @@ _BLOCK = 2**24
 """The most scores in memory at once, if they are computed from vectors."""
 
 Rows = Callable[[int, int], Float[np.ndarray, "b m"]]
-"""Returns the scores of the queries from a first to a last, with all that can be found."""
+"""(first, last) -> the scores of the queries first..last - 1 with all candidates, [last - first, M]."""
 
 
 def recalls(
@@ -21,10 +21,9 @@ def recalls(
     images: int,
     advance: Callable[[int], Any] = lambda count: None,
 ) -> dict[str, dict[str, float]]:
-    """Computes the share of queries, in percent, for which one of their own is among the K of the highest scores.
+    """Computes the share of queries, in percent, with a match, their own text or image, among the K highest scores.
 
-    Of equal scores, those of other images and texts come first. An image without text is never asked for, but can be
-    found.
+    Among equal scores, a match comes last. An image without text is no query, but a candidate.
 
     Args:
       by_image: the scores of images with all texts.

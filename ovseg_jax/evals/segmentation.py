@@ -85,10 +85,10 @@ class SegmentationEvaluator(BatchEvaluator):
           *common, every: see `BatchEvaluator`.
           masks: the origins of the masks, one or several, see `decisions.rules.decide`.
           decision: see `decisions.rules.decision_of`.
-          background: the name of a class that is not predicted by its name but given to pixels without a category;
-            or "void" for a class of its own, which the pixels without a label are of.
+          background: the name of a class that is not predicted by its name but given to pixels without a category; or
+            "void", which adds such a class, and counts the pixels without a label as its truth.
           ignore: the name of a class that is never predicted and whose pixels are not scored.
-          names: a mapping of classes to other names to ask for, such as those of all things that are background.
+          names: other names for some classes, by class, such as those of all things that are background.
 
         Raises:
           UserError: the method does not support the masks, or there is no class `background` or `ignore`.

@@ -1,4 +1,4 @@
-"""The part that the evaluators of panoptic and instance segmentation share: a decision on each image, and counts.
+"""The base class of the evaluators of panoptic and instance segmentation: a decision on each image, and counts.
 
 The mesh predicts, decides at the labels' own size and counts the pixels that segments share. Only these counts, small
 tables, go to the host, gathered from all devices of all processes, so that every process computes the same numbers.

@@ -84,17 +84,17 @@ def test_few_names_are_scored_where_a_model_is_sure():
 
 def test_strips_that_do_not_help_become_rare():
     """Of 54 strips without any gain six are tried; a gain is found again, and the next strip is tried as well."""
-    patience, tried = maps.Patience.of(True), []
+    backoff, tried = maps.Backoff.of(True), []
     for i in range(54):
-        if patience.wait > 0:
-            patience = patience.waited()
+        if backoff.wait > 0:
+            backoff = backoff.waited()
         else:
             tried.append(i)
-            patience = patience.after(jnp.asarray(False))
+            backoff = backoff.after(jnp.asarray(False))
     assert tried == [0, 2, 5, 10, 19, 36]
-    patience = maps.Patience(jnp.int32(0), jnp.int32(64)).after(jnp.asarray(True))
-    assert patience == (0, 1) and patience.after(jnp.asarray(False)).wait == 1
-    assert maps.Patience.of(jnp.asarray(False)).wait > 1_000_000
+    backoff = maps.Backoff(jnp.int32(0), jnp.int32(64)).after(jnp.asarray(True))
+    assert backoff == (0, 1) and backoff.after(jnp.asarray(False)).wait == 1
+    assert maps.Backoff.of(jnp.asarray(False)).wait > 1_000_000
 
 
 @pytest.mark.parametrize("kind", ["random", "sure"])

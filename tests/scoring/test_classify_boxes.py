@@ -197,7 +197,7 @@ def test_images_without_boxes_count_as_missed(run, root, tmp_path):
             {"classes": "names.txt", "annotations": "annotations.json"},
             "has no category 1, which --classes calls 'red'",
         ),
-        ({"annotations": "boxes.json"}, "has no images, annotations or categories"),
+        ({"annotations": "boxes.json"}, "needs lists of images, annotations and categories"),
         ({"batch": 0}, "--batch=0"),
         ({"max_boxes": 0}, "--max_boxes=0"),
         ({"out": "nowhere/results.json"}, "cannot be written"),
