@@ -10,6 +10,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -82,6 +83,24 @@ def file_stamp(path: epath.PathLike) -> list[int]:
         return [local.st_size, local.st_mtime_ns]
     except OSError:
         return [-1, -1]
+
+
+def keep_newest(folder: Path, pattern: str, most: int) -> None:
+    """Removes files of a folder that were neither read nor written for the longest time, beyond `most` bytes.
+
+    The newest one stays, whatever its size. Most systems note reading once a day.
+    """
+    found = []
+    for path in folder.glob(pattern):
+        with contextlib.suppress(OSError):  # Another process may have removed it.
+            facts = path.stat()
+            found.append((max(facts.st_atime, facts.st_mtime), facts.st_size, path))
+    left = most
+    for i, (_, size, path) in enumerate(sorted(found, reverse=True)):
+        left -= size
+        if left < 0 and i:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def checksum(path: epath.PathLike) -> list[int]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.files import keep_newest
 
 FAILED, INTERRUPTED = 1, 130
 """Exit statuses: of an error, printed as one sentence on stderr, and of Ctrl-C."""
@@ -26,6 +27,8 @@ _MMAP_THRESHOLD, _LARGE = -3, 4 << 20  # of glibc's malloc.h; bytes
 # A compilation that is shorter than this setting is not cached. The default is a second, but a start has dozens of
 # shorter ones, 1.5 s together.
 _LEAST = "jax_persistent_cache_min_compile_time_secs"
+# Of all programs that are kept; 700 small ones took 51 MB.
+_MOST_BYTES = 1 << 30
 # JAX's event at the end of a compilation, and the seconds of one that takes much memory.
 _COMPILED, _LONG = "/jax/core/compile/backend_compile_duration", 0.5
 # The package that reads each supported kind of address.
@@ -313,6 +316,10 @@ def use_compilation_cache() -> None:
     Programs for several CPU devices are not kept: when loaded from the cache they lose the order of their collectives
     (jaxlib 0.10) and deadlock. Call it after `jax.distributed.initialize`. If the folder cannot be written, as for a
     user without a home, nothing is kept.
+
+    When the process ends, programs in the user's cache folder that were not used for the longest time are removed
+    beyond `_MOST_BYTES`. JAX's own bound would need a package more, a lock for each program, and a folder that never
+    was without it.
     """
     import jax
 
@@ -329,6 +336,7 @@ def use_compilation_cache() -> None:
         return
     if not given:
         jax.config.update("jax_compilation_cache_dir", str(folder))
+        atexit.register(keep_newest, folder, "*-cache", _MOST_BYTES)
     if _LEAST.upper() not in os.environ:
         jax.config.update(_LEAST, 0)
 

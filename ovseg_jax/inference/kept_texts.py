@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.files import keep_newest
 from ovseg_jax.reading import open_binary, read_bytes
 from ovseg_jax.vocab.vectors import read_vectors
 
@@ -77,11 +78,7 @@ class KeptTexts:
             except BaseException:
                 os.unlink(part.name)
                 raise
-        left = MOST_BYTES
-        for path in sorted(folder.glob("*.npz"), key=lambda path: -path.stat().st_mtime):
-            left -= path.stat().st_size
-            if left < 0 and path != self.file:
-                path.unlink()
+        keep_newest(folder, "*.npz", MOST_BYTES)
 
 
 def digest(files: Sequence[Path], *others: Any) -> str:

@@ -236,3 +236,23 @@ def test_texts_are_kept_where_programs_are(monkeypatch, tmp_path):
             SimpleNamespace(jax_compilation_cache_dir=folder, jax_enable_compilation_cache=enabled),
         )
         assert console.texts_folder() == want
+
+
+def test_programs_are_removed_beyond_a_bound(settings, monkeypatch, tmp_path):
+    """Those that were used last stay, whether they were read or written; other files are not counted."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(console, "_MOST_BYTES", 25)
+    at_exit = []
+    monkeypatch.setattr(console.atexit, "register", lambda *call: at_exit.append(call))
+    console.use_compilation_cache()
+    folder = tmp_path / "ovseg_jax" / "xla"
+    for name, read, written in (("a", 9, 1), ("b", 2, 2), ("c", 1, 3), ("d", 8, 8)):
+        (folder / f"{name}-cache").write_bytes(bytes(10))
+        os.utime(folder / f"{name}-cache", (read, written))
+    (folder / "texts").mkdir()
+    ((keep, *arguments),) = at_exit
+    keep(*arguments)
+    assert sorted(os.listdir(folder)) == ["a-cache", "d-cache", "texts"]
+    (folder / "e-cache").write_bytes(bytes(30))
+    keep(*arguments)
+    assert sorted(os.listdir(folder)) == ["e-cache", "texts"]
