@@ -5,9 +5,11 @@ compiles well: depthwise ones (13 to 49 times as fast), large 3x3 ones by Winogr
 twice as fast, with a quarter of the multiplications and errors of 4e-6 of the largest value), and most 1x1.
 Training uses Winograd's form, in values and gradients, and for large linear layers and 1x1 convolutions `product`,
 whose gradient needs no transposition.
+`cpu_attention` asks here whether a program is for CPUs.
 GPUs and TPUs have fast convolutions, and float16 is too imprecise for Winograd's form.
 """
 
+import contextvars
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -23,6 +25,7 @@ from jaxtyping import Array, Float
 from ovseg_jax.parallel.sharding import active_batch_axes
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Tree = TypeVar("Tree")
 Pads = Sequence[tuple[int, int]]
 
 # With fewer channels the transforms cost more than they save.
@@ -33,6 +36,8 @@ WINOGRAD_PRODUCTS = 5e8
 
 # In training, smaller kernels stay with JAX's own products; below this size they gain nothing.
 PRODUCT_SIZE = 1 << 14
+
+_CPU_FORM = contextvars.ContextVar("cpu_form", default="")
 
 # The sixth is infinity. With 0, ±1 and ±2 (Lavin and Gray, 4.2) rounding errors are four times as large.
 _POINTS = (0, 0.75, -0.75, 1.5, -1.5)
@@ -58,23 +63,49 @@ def fast_on_cpu(function: Function) -> Function:
     Not for functions that are differentiated, see `fast_in_training`: the gradient of a depthwise convolution would
     keep every shifted image in memory.
     """
-    return _intercepted(function, _replace)
+    return _intercepted(function, _replace, "inference")
 
 
 def fast_in_training(function: Function) -> Function:
     """Returns `function` with large 3x3 and 1x1 convolutions and linear layers as above, if it is called for CPUs."""
-    return _intercepted(function, _replace_large)
+    return _intercepted(function, _replace_large, "training")
 
 
-def _intercepted(function: Function, replace: Callable) -> Function:
+def _intercepted(function: Function, replace: Callable, form: str) -> Function:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         if not _for_cpu():
             return function(*args, **kwargs)
-        with nn.intercept_methods(replace):
-            return function(*args, **kwargs)
+        token = _CPU_FORM.set(form)
+        try:
+            with nn.intercept_methods(replace):
+                return function(*args, **kwargs)
+        finally:
+            _CPU_FORM.reset(token)
 
     return run  # type: ignore[return-value]
+
+
+def cpu_form() -> str:
+    """Returns "inference" in a function of `fast_on_cpu`, "training" in one of `fast_in_training`, if for CPUs."""
+    return _CPU_FORM.get()
+
+
+def one_by_one(function: Callable[..., Tree], *rows: Any) -> Tree:
+    """Computes function(*rows) in inference on a CPU image by image, so that a layer's results stay in the cache.
+
+    Args:
+      function: a function of which each image's results depend on this image alone.
+      *rows: arrays with a row for each image, or None.
+    """
+    # Of several devices, each would go through the images of all.
+    if cpu_form() != "inference" or jax.device_count() > 1 or len(rows[0]) == 1:
+        return function(*rows)
+
+    def one(row: Any) -> Any:
+        return jax.tree.map(lambda x: x[0], function(*jax.tree.map(lambda x: x[None], row)))
+
+    return jax.lax.map(one, rows)
 
 
 def _for_cpu() -> bool:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ovseg_jax.kernels.cpu_attention import attention
 from ovseg_jax.models.remat import rematerialise_function
 from ovseg_jax.parallel.sharding import split_batch, whole
 
@@ -133,11 +134,11 @@ def attend(
     if rotary is not None:
         query, key = rotate(query, rotary), rotate(key, rotary)
     first = None if apart is None else apart[0]
-    mixed = jax.nn.dot_product_attention(query[:, :first], key, value, mask=mask, is_causal=causal)
+    mixed = attention(query[:, :first], key, value, mask, causal)
     if apart is not None:
         # Attention from queries to queries or from keys to keys, each a softmax of its own.
         itself = {"value": [], "sclip": [query, key], "clearclip": [query]}[apart[1]]
-        rest = [jax.nn.dot_product_attention(x[:, first:], x, value, mask=mask) for x in itself]
+        rest = [attention(x[:, first:], x, value, mask) for x in itself]
         mixed = jnp.concatenate([mixed, sum(rest) if rest else value[:, first:]], axis=1)
     if inner_norm is not None:
         mixed = inner_norm(mixed.reshape(*mixed.shape[:2], width)).reshape(mixed.shape)

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from ovseg_jax.config import to_json
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import forget, record, write_recorded
+from ovseg_jax.kernels.cpu_convs import one_by_one
 from ovseg_jax.kernels.unit import unit
 from ovseg_jax.models import clip_resnet, convnext, eva, vit
 from ovseg_jax.models.alike import init_shapes
@@ -54,6 +55,8 @@ ADAPTER_KEYS = ("width", "activation", "dropout", "scale")
 ALIGNED = ("clip_", "openclip_", "siglip_", "tipsv2_")
 # The number of names that the text tower embeds at once.
 GROUP = 256
+# The number of patches from which on a CPU computes images one by one.
+MANY = 512
 MEAN, STD = CLIP
 TEXTS: dict[str, type[TextTower]] = {"clip": CLIPText, "siglip": SiglipText, "tips": TipsText}
 
@@ -320,7 +323,12 @@ class Clip:
             grid = tuple(side // patch for side in x.shape[1:3])
             shown = inside(image_size, grid, (float(patch), float(patch)))
         tower = self.image.clone(last="" if mapped else last)
-        out = tower.apply(weights["image"], x, inside=shown, rngs=rngs)
+
+        def apply(x: Array, shown: Array | None) -> Any:
+            return tower.apply(weights["image"], x, inside=shown, rngs=rngs)
+
+        many = x.shape[1] * x.shape[2] >= MANY * tower.patch**2
+        out = one_by_one(apply, x, shown) if many else apply(x, shown)
         if mapped:
             alone: Any = self.image.apply(
                 weights["image"], out.tokens.reshape(-1, 1, self.image.width), method="pool_map"

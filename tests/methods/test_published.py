@@ -18,6 +18,8 @@ from ovseg_jax.decisions.published import protocol
 from ovseg_jax.errors import UserError
 from ovseg_jax.inference.export import export_model
 from ovseg_jax.inference.segmenter import Segmenter
+from ovseg_jax.kernels import cpu_attention
+from ovseg_jax.kernels.cpu_convs import fast_on_cpu
 from ovseg_jax.methods import published
 from ovseg_jax.methods.clip_dense import LAST, ClipDense
 from ovseg_jax.methods.openseg import OpenSeg
@@ -27,6 +29,7 @@ from ovseg_jax.pretrained import load as weights
 from ovseg_jax.pretrained.files import write_safetensors
 from ovseg_jax.pretrained.published import HALF, UNIT
 from ovseg_jax.pretrained.stated import stated_pixels
+from ovseg_jax.towers import clip
 from ovseg_jax.towers.clip import SPACE
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.tokenizers import BPE_FILE
@@ -361,7 +364,8 @@ def vectors(text):
         ("tipsv2 jax", "value"),
     ],
 )
-def test_dense_features_equal_the_published_models(name, features):
+def test_dense_features_equal_the_published_models(name, features, monkeypatch):
+    """In general, and in the form for a CPU with a batch of large images."""
     torch = require("torch")
     kind, method, variables = made(name, features)
     rng = np.random.default_rng(0)
@@ -375,6 +379,12 @@ def test_dense_features_equal_the_published_models(name, features):
         error = reference.relative_error(found, want.reshape(found.shape))
         print(f"{name} {features} {size}: {error:.1e}")
         assert error < 1e-4
+    for place, value in ((cpu_attention, "LEAST"), (clip, "MANY")):
+        monkeypatch.setattr(place, value, 0)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    predict = jax.jit(fast_on_cpu(method.predict))
+    found = predict(variables, jnp.asarray(image), jnp.array([[height, width]] * 2)).pixels[SPACE]
+    assert reference.relative_error(found, want.reshape(found.shape)) < 1e-4
 
 
 @pytest.mark.parametrize("name", KINDS)
