@@ -9,6 +9,8 @@ from tests.extras import require
 from tests.fast import share_programs, xla_flags
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+# pytest-xdist's workers share the cores, and PyTorch's threads would wait for each other in busy loops.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 
