@@ -165,12 +165,16 @@ class Segmenting:
       unknown_below: the confidence below which `Segmenter` calls a pixel unknown by default; that of the released demo
         of OpenSeg.
       whole: how `Segmenter` resizes images, each on a canvas of its own; None for the square of `data.image_size`.
+      net: the image network that exports to PyTorch and ONNX write; None for a method without such a form.
+      text: the text side whose words and tokeniser exports write; None for a method without one.
     """
 
     modes: tuple[str, ...] = ("predicted", "none", "truth")
     probabilities: bool = False
     unknown_below: float = 0.04
     whole: Whole | None = None
+    net: Any = None
+    text: Any = None
 
     def predict(
         self, variables: Variables, image: UInt8[Array, "b s s 3"], image_size: Int[Array, "b 2"]

@@ -6,6 +6,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from ovseg_jax import export as command
 from ovseg_jax.errors import UserError
@@ -15,6 +16,7 @@ from ovseg_jax.pretrained.files import read_arrays
 from ovseg_jax.pretrained.to_torch import from_torch, to_torch
 from ovseg_jax.protocols import only
 from tests.extras import require
+from tests.fake_method import ColourMethod
 from tests.methods import test_mask2former_method as mask2former
 from tests.methods import test_maskformer_method as maskformer
 from tests.methods import test_pseg as pseg
@@ -172,6 +174,11 @@ def test_onnx_takes_any_number_of_images(tmp_path, method):
 
 
 def test_what_cannot_be_exported_is_said(tmp_path, capsys):
+    method = ColourMethod()  # which declares no network
+    config = ConfigDict({"method": "colours", "data": {"image_size": 32}})
+    ours = lambda: Segmenter(method, method.init(None), config, CLASSES)
+    with pytest.raises(UserError, match="--to=torch has no form of the method colours"):
+        export.export_model(ours, "torch", str(tmp_path / "x"))
     assert command.main([f"--checkpoint={tmp_path}", "--to=torch", f"--out={tmp_path}/x"]) == 1
     assert "holds no run" in capsys.readouterr().err
 

@@ -213,6 +213,18 @@ def test_a_setting_that_an_import_changes_is_found(tmp_path):
     assert found == ["toy.a: os.environ", "toy.b: jax.config", "toy.c: Orbax's type handlers"]
 
 
+def test_what_a_method_may_have_is_declared_by_its_base_class():
+    """With a default, in place of a question whether it is there."""
+    asked = [
+        f"{path.relative_to(PACKAGE)}: {ast.unparse(node)}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr")
+        if ast.unparse(node.args[0]).split(".")[-1] in ("method", "source", "evaluator")
+    ]
+    assert not asked
+
+
 def test_test_files_have_names_of_their_own():
     """One process of pytest imports them by base name, whatever their folder."""
     names = sorted(path.name for path in Path(__file__).parent.rglob("*.py"))

@@ -85,9 +85,7 @@ def export_model(
     segmenter = load()
     if isinstance(segmenter.method, TextMaskFormer) and to != "big_vision":
         raise UserError(f"--to={to} cannot hold maskformer_text, only maskformer: take --to=big_vision")
-    net = getattr(segmenter.method, "trunk", getattr(segmenter.method, "net", None))
-    if isinstance(segmenter.method, ClipDense) and segmenter.method.generator is None:
-        net = segmenter.method.clip.image
+    net = segmenter.method.net
     if to in ("torch", "onnx") and (net is None or isinstance(net, SegmentViT | GroupingNet)):
         named = {SegmentViT: "pseudo-masks", GroupingNet: "GroupViT's grouping"}
         lacking = named.get(type(net), f"the method {segmenter.config.method}")
@@ -118,7 +116,7 @@ def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     """Writes a folder for `ovseg_jax.torch.load`, with a text tower, frozen or trained, in a subfolder."""
     method: Any = segmenter.method
     more: dict[str, Any] = {}
-    no_text, side = isinstance(method, MaskFormer), getattr(method, "text", None)
+    no_text, side = isinstance(method, MaskFormer), method.text
     if isinstance(method, ClipDense):
         if isinstance(method.templates, Prompt):
             raise UserError(
@@ -203,7 +201,7 @@ def towers(segmenter: Segmenter) -> tuple[dict[str, np.ndarray], dict[str, np.nd
         return {}, {}
     params = segmenter.variables["params"].get("image", {})
     image = params.get("net", params).get("backbone", {}).get("tower", {})
-    text: Any = getattr(segmenter.method, "text", None)
+    text = segmenter.method.text
     seen = {path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(image)}
     return seen, text.weights() if isinstance(text, FrozenText) else {}
 
@@ -215,8 +213,7 @@ def to_big_vision(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     cast = lambda arrays: {k: x.astype(dtype) if x.dtype == np.float32 else x for k, x in arrays.items()}
     write_big_vision(out / "model.npz", cast(flat))
     image, text = towers(segmenter)
-    outer: Any = getattr(method, "net", None)
-    net: Any = getattr(outer, "net", outer)  # P-Seg's is around MaskFormer's
+    net: Any = getattr(method.net, "net", method.net)  # P-Seg's is around MaskFormer's
     both = {f"params/img/{path}": x for path, x in image.items() if isinstance(net.backbone.tower, ViT)}
     if text and isinstance(method.text.tower, SiglipText):
         both |= {f"params/txt/{path}": x for path, x in text.items()}

@@ -89,6 +89,7 @@ class ClipDense(OnClip, Segmenting):
             self.modes = ("predicted",)
         else:
             self.clip.check_patches(self.last)
+            self.net = self.clip.image
         prompt = config.dense.prompt
         self.templates = read_templates(prompt if isinstance(prompt, str) else list(prompt))
 

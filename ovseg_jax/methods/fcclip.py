@@ -168,7 +168,7 @@ class FCClip(OnClip, Segmenting):
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         self.config, self.classes, self.clip = config, classes, Clip(config.towers, words)
-        self.trunk = make_trunk(self.clip, config.fcclip.get("clip_features", "adapted"))
+        self.trunk = self.net = make_trunk(self.clip, config.fcclip.get("clip_features", "adapted"))
         if config.model.get("init") and config.towers.get("init"):
             raise UserError(
                 "model.init and towers.init are both set: leave out the second, since the first has a CLIP"
