@@ -11,7 +11,7 @@ from ovseg_jax.config import from_json
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.paper_tables import SUITE, PaperTable, Row, Value, shown
 from ovseg_jax.experiment.scores import SUITES
-from ovseg_jax.files import write_whole
+from ovseg_jax.files import read_recorded, verify, write_whole
 from ovseg_jax.reading import read_json, read_text, reading, text
 
 SUMMARY_FILE, CONFIG_FILE = "summary.json", "config.json"
@@ -73,7 +73,7 @@ def read_run(workdir: epath.PathLike) -> Scored:
     if not path.exists():
         raise UserError(f"{workdir} holds no run: there is no {CONFIG_FILE}")
     with reading(path, "the config"):
-        config = from_json(read_text(path))
+        config = from_json(read_recorded(path))
         row, seed = text(config.get("row", ""), "row"), int(config.get("seed", 0))
     if not summary.exists():
         raise UserError(f"{workdir} has not finished: there is no {SUMMARY_FILE}")
@@ -91,6 +91,7 @@ def read_scores(path: epath.PathLike) -> dict[str, float]:
     """
     found = read_json(path, "the summary")
     with reading(path, "the summary"):
+        verify(path)
         if not isinstance(found, dict):
             raise ValueError("it is not an object")
         return {key: float(value) for key, value in found.items() if isinstance(value, int | float)}

@@ -32,10 +32,10 @@ from ovseg_jax.experiment.keys import check_config
 from ovseg_jax.experiment.load import CLASSES_FILE, WORDS_FILE, Run, load_run, read_classes, read_method
 from ovseg_jax.experiment.stages import check_finished, run_stages
 from ovseg_jax.experiment.tables import score_table
-from ovseg_jax.files import forget, is_recorded, locked, record, write_recorded, write_whole
+from ovseg_jax.files import forget, is_recorded, locked, read_recorded, record, write_recorded, write_whole
 from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.protocols import Classifier, Evaluator, Segmenting, Trainable, Variables
-from ovseg_jax.reading import DAMAGE, read_bytes
+from ovseg_jax.reading import DAMAGE
 from ovseg_jax.towers.prompt_file import FILE as PROMPT_FILE
 from ovseg_jax.train.checkpoints import (
     disk_full_message,
@@ -202,7 +202,7 @@ def _draw(finish: Finish, workdir: epath.Path, run: Run, summary: dict[str, Any]
 
 
 def _write_summary(workdir: epath.Path, summary: Mapping[str, Any]) -> None:
-    write_whole(workdir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+    write_recorded(workdir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
 
 
 def prepare_workdir(workdir: epath.Path, config: ConfigDict) -> None:
@@ -349,10 +349,10 @@ def _read_summary(workdir: epath.Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        summary = json.loads(read_bytes(path))
+        summary = json.loads(read_recorded(path))
         if all(isinstance(summary[key], int | float) for key in _SUMMARY_KEYS):
             return summary
-    except DAMAGE:
+    except (UserError, *DAMAGE):
         pass
     _log.warning("%s is damaged and is made again", path)
     return None

@@ -14,6 +14,7 @@ from ovseg_jax.configs import openseg
 from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.load import load_run, read_classes
+from ovseg_jax.experiment.paper_report import read_scores
 from ovseg_jax.experiment.run import make_parts, train
 from ovseg_jax.files import locked
 from tests.methods.test_prompt_tuning import config as prompt_config
@@ -169,6 +170,18 @@ def test_a_damaged_summary_is_made_again_and_said(again, content, caplog):
     summary = train(config, folder / "run")
     assert json.loads(path.read_text()) == summary and summary["steps"] == 2
     assert "summary.json is damaged and is made again" in caplog.text
+
+
+def test_an_altered_score_is_no_score(again, caplog):
+    folder, config = again
+    path = folder / "run" / "summary.json"
+    path.unlink()
+    train(config, folder / "run")
+    path.write_text(path.read_text().replace('"steps": 2', '"steps": 3'))
+    with pytest.raises(UserError, match=r"summary\.json does not match its checksum"):
+        read_scores(path)
+    assert train(config, folder / "run")["steps"] == 2
+    assert "summary.json is damaged and is made again" in caplog.text and read_scores(path)["steps"] == 2
 
 
 @pytest.mark.parametrize(
