@@ -177,7 +177,7 @@ def test_what_cannot_be_exported_is_said(tmp_path, capsys):
     method = ColourMethod()  # which declares no network
     config = ConfigDict({"method": "colours", "data": {"image_size": 32}})
     ours = lambda: Segmenter(method, method.init(None), config, CLASSES)
-    with pytest.raises(UserError, match="--to=torch has no form of the method colours"):
+    with pytest.raises(UserError, match="--to=torch cannot hold the method colours"):
         export.export_model(ours, "torch", str(tmp_path / "x"))
     assert command.main([f"--checkpoint={tmp_path}", "--to=torch", f"--out={tmp_path}/x"]) == 1
     assert "holds no run" in capsys.readouterr().err
