@@ -141,12 +141,19 @@ class _Pairs(NamedTuple):
 
 
 def _pairs(
-    shared: Overlaps, predicted_class: np.ndarray, true_class: np.ndarray, num_classes: int, rule: Rule
+    shared: Overlaps,
+    predicted_class: np.ndarray,
+    true_class: np.ndarray,
+    num_classes: int,
+    rule: Rule,
+    stated: np.ndarray | None,
 ) -> _Pairs:
     count = len(predicted_class)
     void = np.concatenate([[True], true_class == VOID])
     area = np.bincount(shared.predicted, shared.pixels, count + 1)
-    true_area = np.bincount(shared.true, shared.pixels, len(true_class) + 1)
+    true_area = np.bincount(shared.true, shared.pixels, len(true_class) + 1).astype(np.float64)
+    if stated is not None:
+        true_area[1:] = np.where(stated > 0, stated, true_area[1:])
     on_void = np.bincount(shared.predicted, np.where(void[shared.true], shared.pixels, 0), count + 1)
     real = (shared.predicted > 0) & ~void[shared.true]
     p, t = shared.predicted[real] - 1, shared.true[real] - 1
@@ -166,9 +173,10 @@ def matches(
     true_crowd: Bool[np.ndarray, "t"],
     num_classes: int,
     rule: Rule = "coco",
+    stated: Float[np.ndarray, "t"] | None = None,
 ) -> tuple[Int[np.ndarray, "m"], Int[np.ndarray, "m"]]:
     """Returns the predicted and the true segment of each match, numbered from 1, by the arguments of `tally`."""
-    found = _pairs(shared, predicted_class, true_class, num_classes, rule)
+    found = _pairs(shared, predicted_class, true_class, num_classes, rule, stated)
     hit = found.same & ~true_crowd[found.true] & (found.iou > 0.5)
     return found.predicted[hit] + 1, found.true[hit] + 1
 
@@ -180,6 +188,7 @@ def tally(
     true_crowd: Bool[np.ndarray, "t"],
     num_classes: int,
     rule: Rule = "coco",
+    stated: Float[np.ndarray, "t"] | None = None,
 ) -> Tally:
     """Matches the segments of one image.
 
@@ -191,9 +200,11 @@ def tally(
       true_crowd: whether a true segment is a crowd.
       num_classes: the number K of classes.
       rule: how void and crowds count, see the module.
+      stated: the area of each true segment that takes the place of its pixels in unions, as in panopticapi, where it is
+        above 0.
     """
     count, k = len(predicted_class), num_classes
-    p, t, pixels, iou, same, area, on_void = _pairs(shared, predicted_class, true_class, k, rule)
+    p, t, pixels, iou, same, area, on_void = _pairs(shared, predicted_class, true_class, k, rule, stated)
     crowd = true_crowd[t]
     hit = same & ~crowd & (iou > 0.5)
 

@@ -53,8 +53,10 @@ an annotation with an empty segments_info, or counts as missing.
            or on a crowd of its class. ADE20K, Cityscapes and Mapillary use it too.
   bdd100k  void counts in unions, and a false prediction is ignored if more than half of it is outside of all true
            segments but crowds.
-Pixels count, not the areas in the JSON. As in panopticapi, a true segment without pixels is missed, and an id of a true
-PNG that its JSON lacks is neither void nor a segment; both are counted in the report. In a prediction they are errors.
+As in panopticapi, a true segment without pixels is missed, and an id of a true PNG that its JSON lacks is neither void
+nor a segment; both are counted in the report. In a prediction they are errors. Also as there, the rule coco takes the
+area of a true segment in a union from the JSON, if it states one. It may be another than the pixels: of ADE20K's stuff,
+as MaskFormer prepares it, it includes what things cover.
 """
 
 
@@ -250,6 +252,7 @@ class _Compared(NamedTuple):
       ids: the ids of the predicted and of the true segments, in the order of their numbers.
       true_class: the class of each true segment; those that the JSON lacks have K, which no score counts.
       true_crowd: whether each is a crowd.
+      stated: the area of each in the JSON, or -1.
       unlisted: the number of those that the JSON lacks.
     """
 
@@ -257,6 +260,7 @@ class _Compared(NamedTuple):
     ids: tuple[np.ndarray, np.ndarray]
     true_class: np.ndarray
     true_crowd: np.ndarray
+    stated: np.ndarray
     unlisted: int
 
 
@@ -299,9 +303,17 @@ def _compared(pair: _Pair, files: tuple[str, str], classes: int) -> tuple[np.nda
         (pair.predicted.ids, np.concatenate([pair.true.ids, unlisted])),
         np.concatenate([pair.true.category, np.full(len(unlisted), classes)]),
         np.concatenate([pair.true.crowd, np.zeros(len(unlisted), bool)]),
+        np.concatenate([pair.true.area, np.full(len(unlisted), -1.0)]),
         len(unlisted),
     )
     return predicted, true, compared
+
+
+def _sides(pair: _Pair, found: _Compared, classes: int, rule: Rule) -> tuple[Any, ...]:
+    """Returns the arguments of `tally` and `matches`."""
+    stated = found.stated if rule == "coco" else None
+    category = pair.predicted.category
+    return found.shared, category, found.true_class, found.true_crowd, classes, rule, stated
 
 
 def _files(pair: _Pair, pred_masks: str, gt_masks: str) -> tuple[str, str]:
@@ -318,7 +330,7 @@ def _image(pair: _Pair, *, pred_masks: str, gt_masks: str, classes: int, rule: R
     area = np.bincount(found.shared.true, found.shared.pixels, len(found.true_class) + 1)
     area = area[1 : len(pair.true.ids) + 1]
     stated = pair.true.area
-    own = tally(found.shared, pair.predicted.category, found.true_class, found.true_crowd, classes, rule)
+    own = tally(*_sides(pair, found, classes, rule))
     each, occurs = by_class(own)
     return _Found(
         own,
@@ -346,7 +358,7 @@ def _row(
         maps.append(np.where(np.append(ids, 0)[at] == pixels, at + 1, 0) * (pixels > 0))
     true_class = np.append(-1, np.where(found.true_class < classes, found.true_class, -1))
     match = np.full(len(found.true_class) + 1, -1)
-    hits = matches(found.shared, pair.predicted.category, found.true_class, found.true_crowd, classes, rule)
+    hits = matches(*_sides(pair, found, classes, rule))
     match[hits[1]] = hits[0]
     guess = np.append(-1, pair.predicted.category)[maps[0]]
     truth = true_class[maps[1]]

@@ -154,6 +154,21 @@ def test_oddities_of_the_truth_are_counted(tmp_path):
     ]
 
 
+def test_unions_have_the_area_that_the_json_states(tmp_path):
+    """As in panopticapi, which ADE20K's panoptic files need: things lie over stuff whose area is that of before."""
+    pair(tmp_path)
+    change(tmp_path, "gt", lambda c: segments(c, 0)[0].update(area=30))
+    found = report(tmp_path)
+    # 24 pixels of both; in the second image, IoU is 1.
+    assert found["scores"]["things"]["SQ"] == pytest.approx(100 * (24 / 30 + 1) / 2)
+    assert report(tmp_path, "--rule=bdd100k")["scores"]["things"]["SQ"] == 100
+    change(tmp_path, "gt", lambda c: segments(c, 0)[0].update(area=48))  # an IoU of 0.5 is no match
+    row = report(tmp_path)["classes"][0]
+    assert (row["TP"], row["FP"], row["FN"]) == (1, 1, 1)
+    change(tmp_path, "gt", lambda c: [s.pop("area") for k in range(2) for s in segments(c, k)])
+    assert report(tmp_path)["scores"]["things"]["SQ"] == 100
+
+
 def test_ids_of_images_may_be_texts_on_one_side(tmp_path):
     pair(tmp_path)
     expected = report(tmp_path)
