@@ -10,7 +10,8 @@ with points between them; a list on the way stands for all of its items. With th
     {"captions": ["a dog on grass", ...], "tags": ["dog", "grass"],
      "regions": [{"bbox": [x0, y0, x1, y1], "captions": ["a brown dog", ...], "tags": ["dog"]}, ...]}
 
-A text may stand for a list of one. Zips are read in place: the members of all are listed once.
+A text may stand for a list of one. Zips are read in place: the members of all are listed once. Other archives, such as
+UMG-41M's YFCC15M.tar.gz, have to be unpacked.
 """
 
 import logging
@@ -51,6 +52,7 @@ BOXES = ("xyxy", "xywh")
 UNITS = ("pixels", "shares")
 _TRIED = 100  # files in which each field must occur once
 _LOG = logging.getLogger(__name__)
+_OTHER_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".7z", ".rar")
 _HEADER = 30  # bytes of a zip member's own header before its name
 
 
@@ -218,6 +220,7 @@ class _Files:
         if not str(root) or not self.root.is_dir():
             raise UserError(f"region_json: {str(root)!r} is not a folder")
         self._zips: list[str] = []
+        packed: list[str] = []
         rows: list[tuple[bytes, bytes, int, int, int, int, int]] = []
         take = lambda path: os.path.splitext(path)[1].lower() in suffixes
         for folder, folders, files in os.walk(root, followlinks=True):
@@ -228,6 +231,12 @@ class _Files:
                     rows += self._members(os.path.join(folder, name), take)
                 elif take(name) and not name.startswith("."):
                     rows.append((*_split(path), -1, 0, 0, 0, 0))
+                elif name.lower().endswith(_OTHER_ARCHIVES):
+                    packed.append(path)
+        if packed:
+            _LOG.warning(
+                "%s: archives that are not read: %d, such as %s: unpack them", root, len(packed), packed[0]
+            )
         columns = list(zip(*rows, strict=True)) or [()] * 7
         stems = np.array(columns[0], np.bytes_)
         order = np.argsort(stems, kind="stable")

@@ -78,6 +78,13 @@ def test_folders_and_zips(folder, caplog):
     assert row["box_valid"].tolist() == [True, True, False]
 
 
+def test_archives_that_are_not_read_are_named(folder, caplog):
+    """As UMG-41M is published, with a tar beside its zips."""
+    (folder / "told/YFCC15M.tar.gz").write_bytes(b"")
+    make_source(dict(name="region_json", data_dir=str(folder / "told"), images=str(folder / "shown")))
+    assert "archives that are not read: 1, such as YFCC15M.tar.gz: unpack them" in caplog.text
+
+
 def test_other_keys_and_forms(tmp_path):
     content = {
         "image": {"texts": [{"t": "one"}, {"t": "two"}]},
