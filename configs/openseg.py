@@ -56,7 +56,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         kind="segments",  # data=folder: what the values of a mask are: segments | semantic
         labels="",  # a label file with more names for the classes, or coco_panoptic of the package
         size=("", "tiny"),  # tiny: a small network and few steps, for any data
-        narratives="",  # a folder of images and captions (ovseg_jax/data/README.md, or a prepared one), mixed in
+        # folders A;B of images and captions (ovseg_jax/data/README.md), mixed in; together they are drawn as often as one
+        # of the others (4.1)
+        narratives="",
+        narratives_are=("", "folders", "prepared"),  # as in sets_are; by default prepared with data=prepared
         tars="",  # not data=scenes: folders A;B of tars of images and captions, as img2dataset writes CC3M; mixed in
         images=AtLeast(10_000, 1),  # data=scenes: number of training images with masks
         captioned=0,  # data=scenes: number of further ones with captions alone, mixed in by half
@@ -160,7 +163,7 @@ def pseudo_labelled(config: ConfigDict, args: Args) -> None:
     Raises:
       UserError: there is no source of captions.
     """
-    own = base(args.changed(narratives="", tars="", captioned=0))
+    own = base(args.changed(narratives="", narratives_are="", tars="", captioned=0))
     count = len(own.data.train)
     captioned = config.data.train[count:]
     if not captioned:
@@ -405,8 +408,10 @@ def sources(args: Args) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
         train = [dict(common_, split="val2017" if args.size == "tiny" else "train2017")]
         validation = dict(common_, split="val2017")
     if args.narratives:
-        form = "prepared" if args.data == "prepared" else "folder"
-        more.append(dict(name=form, data_dir=args.narratives))
+        are = args.narratives_are or ("prepared" if args.data == "prepared" else "folders")
+        form = "prepared" if are == "prepared" else "folder"
+        told = [dict(name=form, data_dir=place) for place in args.narratives.split(";")]
+        more += told if len(told) == 1 else [dict(name="joined", sources=told)]
     if args.tars:
         more += [dict(name="webdataset", data_dir=place) for place in args.tars.split(";")]
     return [*train, *more], validation

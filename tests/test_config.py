@@ -425,6 +425,25 @@ def test_an_installation_holds_the_configs_and_label_files(tmp_path):
     assert done.stdout.split() == [str(tmp_path / "ovseg_jax/configs/pomp_segments.py"), "1000"]
 
 
+def test_narratives_of_several_collections_are_one_part():
+    """4.1: COCO and Localized Narratives, which are prepared by collection, are drawn with equal probability."""
+    out = load(
+        "openseg", "data=coco,data_dir=x,narratives=a;b;c,narratives_are=prepared,pseudo=true,text=learned"
+    )
+    coco, told = out.data.train
+    assert coco["name"] == "coco" and told["name"] == "joined" and told["masks"] == "stage:masks"
+    parts = [dict(name="prepared", data_dir=place) for place in "abc"]
+    assert [dict(part) for part in told["sources"]] == parts and out.steps == 60_000
+    teacher, labels = (stage["config"] for stage in out.stages)
+    assert len(teacher.data.train) == 1 and labels["source"]["name"] == "joined"
+    (_, one) = load("openseg", "data=coco,data_dir=x,narratives=a,narratives_are=prepared").data.train
+    assert dict(one) == parts[0]
+    folders = load("openseg", "data=prepared,data_dir=x,narratives=a,narratives_are=folders").data.train
+    assert [part["name"] for part in folders] == ["prepared", "folder"]
+    with pytest.raises(UserError, match="narratives_are=prepared has no effect"):
+        load("openseg", "data=coco,data_dir=x,narratives_are=prepared")
+
+
 def test_prepared_sets_are_mixed():
     parts = load("openseg", "data=prepared,data_dir=/x;/y,narratives=/z").data.train
     assert [(part["name"], part["data_dir"]) for part in parts] == [("prepared", f"/{k}") for k in "xyz"]

@@ -25,6 +25,7 @@ OWN = (
     "images",
     "retrieval",
     "narratives",
+    "narratives_are",
     "pseudo",
     "eval_sets",
     "sets_are",
@@ -56,8 +57,8 @@ def row_config(tables: Sequence[PaperTable], arg: str | None) -> ConfigDict:
     if not row.config:
         raise UserError(f"table {table.number}, row {row.name} cannot be run: {row.why}")
     own = {key: value for key in OWN if (value := getattr(args, key))}
-    for key in ("narratives", "pseudo"):
-        if key in own and f"{key}=" not in row.args:
+    for key in ("narratives", "narratives_are", "pseudo"):
+        if key in own and f"{key.removesuffix('_are')}=" not in row.args:
             raise UserError(
                 f"{key}={own[key]} has no place in table {table.number}, row {row.name}: it trains without"
             )

@@ -1,10 +1,11 @@
 """The tables of papers/004 (Ghiasi et al., Scaling Open-Vocabulary Image Segmentation with Image-Level Labels).
 
 Data of the commands: data/coco in COCO's layout; data/narratives, the folder of images and captions of Localized
-Narratives (ovseg_jax/data/README.md), which a teacher labels first where a row says pseudo=true (with
-pseudo=WORKDIR rows share one, the run of Table 1); data/sets/A-847 and the other sets of 4.1, as `python -m
-ovseg_jax.prepare` writes them (configs/README.md); data/names, label files with more names for their classes
-(appendix I); data/mseg/train/NAME and data/mseg/val/NAME, a folder (kind=semantic) for each of MSeg's sets.
+Narratives (ovseg_jax/data/README.md; or narratives="DIR;DIR2;DIR3",narratives_are=prepared), which a teacher labels
+first where a row says pseudo=true (with pseudo=WORKDIR rows share one, the run of Table 1); data/sets/A-847 and the
+other sets of 4.1, as `python -m ovseg_jax.prepare` writes them (configs/README.md); data/names, label files with more
+names for their classes (appendix I); data/mseg/train/NAME and data/mseg/val/NAME, a folder (kind=semantic) for each of
+MSeg's sets.
 """
 
 from ml_collections import ConfigDict

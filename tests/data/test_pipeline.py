@@ -340,6 +340,17 @@ def test_mixture_joins_classes_and_draws_evenly():
         Mixture([big, small], [1.0, 0.0])
 
 
+def test_joined_sources_are_one_part_whose_examples_are_equally_likely():
+    scenes = {"name": "scenes", "split": "train", "image_size": 32}
+    parts = [{**scenes, "num_examples": count, "seed": count} for count in (30, 2)]
+    mixture = make_source([{**scenes, "num_examples": 4}, {"name": "joined", "sources": parts}])
+    assert len(mixture.sources) == 2 and mixture.weights == [1.0, 1.0] and len(mixture) == 36
+    joined = make_source({"name": "joined", "sources": parts})
+    assert len(joined) == 32 and joined[31]["image_id"] == make_source(parts[1])[1]["image_id"]
+    # Training draws evenly from the parts of a mixture alone.
+    assert not isinstance(joined, Mixture) and joined.provides == make_source(parts[0]).provides
+
+
 def test_make_source():
     scenes = {"name": "scenes", "split": "train", "num_examples": 3, "image_size": 32}
     assert make_source(scenes).name == "scenes"

@@ -180,6 +180,14 @@ def test_a_row_takes_my_folders_and_my_seed():
     assert config.row == "openseg:table=5,row=noun+adj"
 
 
+def test_a_row_takes_narratives_as_prepared():
+    own = "narratives=a;b,narratives_are=prepared"
+    config = row_config(all_tables(["openseg"]), f"table=3,row=NoisyStudent,{own}")
+    assert [part["name"] for part in config.data.train[1]["sources"]] == ["prepared", "prepared"]
+    with pytest.raises(UserError, match="narratives_are=prepared has no place in table 5"):
+        row_config(all_tables(["openseg"]), "table=5,row=noun+adj,narratives_are=prepared")
+
+
 @pytest.mark.parametrize(
     ("arg", "message"),
     [

@@ -5,7 +5,7 @@ entry in `SOURCES`.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ovseg_jax.config import import_class
@@ -26,6 +26,7 @@ SOURCES = {
     "webdataset": "ovseg_jax.data.sources.webdataset:WebDataset",
     "region_json": "ovseg_jax.data.sources.region_json:RegionJson",
     "crops": "ovseg_jax.data.sources.crops:Crops",
+    "joined": "ovseg_jax.data.sources.build:Joined",
 }
 """The class of each kind of source, imported when it is used."""
 
@@ -78,6 +79,29 @@ def _make_one(cfg: dict[str, Any]) -> Source:
     if masks:
         source = PseudoMasks(source, masks)
     return Cached(source) if cache else source
+
+
+class Joined(Wrapped):
+    """Several sources as one, whose examples are equally likely: the parts of Localized Narratives, for example."""
+
+    def __init__(self, sources: Sequence[Any]):
+        """Creates the sources.
+
+        Args:
+          sources: their configs, see `make_source`; weights have no effect.
+
+        Raises:
+          UserError: see `make_source`.
+        """
+        super().__init__(Mixture([make_source(part) for part in sources]))
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """Returns an example of one of them."""
+        return self.source[index]
+
+    def texts(self, field: str) -> Iterator[str]:
+        """Yields the texts of one source after another."""
+        return self.source.texts(field)
 
 
 class Restricted(Wrapped):
