@@ -56,8 +56,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         kind="segments",  # data=folder: what the values of a mask are: segments | semantic
         labels="",  # a label file with more names for the classes, or coco_panoptic of the package
         size=("", "tiny"),  # tiny: a small network and few steps, for any data
-        # folders A;B of images and captions (ovseg_jax/data/README.md), mixed in; together they are drawn as often as one
-        # of the others (4.1)
+        # folders A;B of images and captions (ovseg_jax/data/README.md), mixed in; together they are drawn as often as
+        # one of the others (4.1)
         narratives="",
         narratives_are=("", "folders", "prepared"),  # as in sets_are; by default prepared with data=prepared
         tars="",  # not data=scenes: folders A;B of tars of images and captions, as img2dataset writes CC3M; mixed in
