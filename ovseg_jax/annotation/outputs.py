@@ -5,7 +5,7 @@ OUT/masks, segments.json, classes.txt, captions.json     the layout of `data.sou
 OUT/regions/NAME.json        UMG-41M's layout, see `data.sources.region_json`
 OUT/panoptic.json, panoptic/NAME.png                     COCO's panoptic format
 OUT/statistics.json, statistics.png                      Tables 1, 11, 12 and Figure 6 of papers/003
-OUT/sheet.png, worst.png     images drawn at random, and those with the least stable masks
+OUT/sheet.png, worst.png     images drawn at random, and those with the least stable masks, or the lowest captions
 OUT/failed.json              the images that could not be annotated, with the reason
 """
 
@@ -362,17 +362,20 @@ def _quality(record: Record) -> float:
 def _write_sheet(
     path: epath.Path, finals: Sequence[Final], source: Source, index: Mapping[str, int], names: Sequence[str]
 ) -> None:
-    """Draws images with their segments and a caption each."""
+    """Draws images with their segments, or without any with their boxes, and a caption or the tags of each."""
     rows = []
     for final in finals:
+        record = final.record
         classes = np.array([-1, *(names.index(name) for name in final.names)], np.int32)
-        said = final.record["captions"]
-        caption = f"{final.record['image']}: {said[0][0] if said else ''}"
-        rows.append(
-            GridRow(
-                source[index[final.record["image"]]]["image"], None, classes[final.segments], caption=caption
-            )
-        )
+        drawn = classes[final.segments]
+        if not final.names:
+            area = lambda region: np.subtract(region["bbox"][2:], region["bbox"][:2]).prod()
+            for region in sorted(record["regions"], key=area, reverse=True):
+                x0, y0, x1, y1 = (round(x) for x in region["bbox"])
+                drawn[y0:y1, x0:x1] = names.index(region["label"])
+        said = record["captions"][0][0] if record["captions"] else ", ".join(record["tags"])
+        image = source[index[record["image"]]]["image"]
+        rows.append(GridRow(image, None, drawn, caption=f"{record['image']}: {said}"))
     content = io.BytesIO()
-    prediction_grid(rows, names).save(content, "PNG")
+    prediction_grid(rows, names, second="annotation").save(content, "PNG")
     write_whole(path, content.getvalue())

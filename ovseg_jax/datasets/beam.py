@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
 import threading
@@ -62,13 +63,50 @@ def run_elements(
       options: see `pipeline_options`.
       runner: "direct", or the name of a Beam runner.
       *more: further arguments of the function.
+
+    Raises:
+      UserError: a worker of the direct runner was killed.
     """
     import apache_beam as beam
 
     # By the name DirectRunner, Beam may download another runner, Prism.
     runner = "FnApiRunner" if runner == "direct" else runner
-    with beam.Pipeline(runner=runner, options=options) as pipeline:
+    with _watched(), beam.Pipeline(runner=runner, options=options) as pipeline:
         _ = pipeline | beam.Create(list(elements)) | beam.Map(function, *more)
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[None]:
+    """Raises a UserError if a worker of the direct runner is killed, for which Beam would wait for ever.
+
+    The main thread gets it by a signal, which wakes it while it waits.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before, killed = threading.excepthook, list[str]()
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        found = re.search(r"Worker subprocess exited with return code (-?\d+)", str(args.exc_value))
+        if found is None:
+            before(args)
+        elif found[1] not in ("130", "-2") and not killed:  # of an interruption, which this process gets too
+            killed.append(found[1])
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    def stop(*_: Any) -> None:
+        raise UserError(
+            f"a worker of the direct runner ended with the status {killed[0]}; 137 is often a lack of memory, of which "
+            "fewer --workers take less"
+        )
+
+    of_signal = signal.signal(signal.SIGUSR1, stop)
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+        signal.signal(signal.SIGUSR1, of_signal)
 
 
 @contextlib.contextmanager

@@ -163,6 +163,7 @@ def prediction_grid(
     cell: int = 256,
     abreast: int | None = None,
     first: str = "image",
+    second: str = "prediction",
 ) -> Image.Image:
     """Draws a grid with a row per image: image | truth | prediction | proposals, above the words in it.
 
@@ -176,12 +177,13 @@ def prediction_grid(
       cell: the longer side of a cell in pixels; pictures are scaled to it.
       abreast: number of rows side by side; by default two for six rows or more.
       first: the heading of the images.
+      second: the heading of the predictions.
     """
     if not rows:
         raise ValueError("prediction_grid needs at least one row")
     colours = palette(len(names)) if colours is None else colours
     words = {k: name + "*" * (k in marked) for k, name in enumerate(names)}
-    heads = [first] + ["truth"] * any(r.truth is not None for r in rows) + ["prediction"]
+    heads = [first] + ["truth"] * any(r.truth is not None for r in rows) + [second]
     heads += ["proposals"] * any(r.proposals is not None for r in rows)
     abreast = abreast or (2 if len(rows) >= 6 else 1)
     blocks = [_grid_row(row, heads, words, colours, cell) for row in rows]
@@ -341,21 +343,26 @@ def _legend(entries: Sequence[Entry], width: int, font_size: int) -> Image.Image
 
 
 def _font(size: int, text: str = "") -> Any:
-    """Returns Pillow's own font, or for scripts other than Latin a system font that has them, if there is one."""
-    if all(ord(c) < 0x250 or c == "…" for c in text):
+    """Returns Pillow's own font, which has no letters with accents, or for other texts one that has theirs, if any."""
+    if all(c.isascii() or c == "…" for c in text):
         return ImageFont.load_default(size)
+    import matplotlib
+
+    own = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    # What it has: Latin with accents, Greek, Cyrillic and Arabic, but neither Chinese nor Japanese nor Korean.
+    if all(ord(c) < 0x700 or c == "…" for c in text):
+        return ImageFont.truetype(own, size)
     for name in (
         "NotoSansCJK-Regular.ttc",
         "Arial Unicode.ttf",
         "msyh.ttc",
         "NotoSans-Regular.ttf",
-        "DejaVuSans.ttf",
     ):
         try:
             return ImageFont.truetype(name, size)
         except OSError:
             continue
-    return ImageFont.load_default(size)
+    return ImageFont.truetype(own, size)
 
 
 def _resized(image: np.ndarray, size: tuple[int, int]) -> Image.Image:

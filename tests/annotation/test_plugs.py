@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -138,6 +138,23 @@ def test_the_boxes_of_grounding_dino_are_those_of_its_processor(tmp_path):
         scores.append(out["scores"].numpy())
     np.testing.assert_allclose(found.boxes, np.concatenate(expected), atol=1e-4)
     assert (found.scores <= np.concatenate(scores) + 1e-6).all()  # its score may be one of a full stop
+
+
+def test_what_transformers_hides_is_told(monkeypatch):
+    require("torch")
+
+    class Broken(ModuleType):
+        logging = SimpleNamespace(disable_progress_bar=lambda: None)
+
+        def __getattr__(self, name):
+            try:
+                raise RuntimeError("operator torchvision::nms does not exist")
+            except RuntimeError as error:
+                raise ModuleNotFoundError(f"Could not import module {name!r}") from error
+
+    monkeypatch.setitem(sys.modules, "transformers", Broken("transformers"))
+    with pytest.raises(UserError, match=r"Blip2 needs transformers .*torchvision::nms does not exist"):
+        make_plug({"name": "blip2"}, "captions")
 
 
 def test_a_model_that_is_not_there_is_one_sentence(tmp_path):

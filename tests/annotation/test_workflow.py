@@ -149,6 +149,23 @@ def test_statistics_and_pictures(annotated):
             assert min(picture.size) > 300
 
 
+@pytest.mark.parametrize(("kind", "shown"), [("boxes", "test-000000: "), ("tags", "test-000000: ")])
+def test_a_sheet_without_masks_shows_boxes_and_tags(tmp_path, monkeypatch, kind, shown):
+    drawn = {}
+    monkeypatch.setattr(
+        outputs, "prediction_grid",
+        lambda rows, names, **_: drawn.update({row.caption: row for row in rows}) or Image.new("RGB", (1, 1)),
+    )  # fmt: skip
+    annotate_source(config(2), {kind: perfect()[kind]}, Rules(), tmp_path)
+    example = Scenes("test", num_examples=COUNT, image_size=64)[0]
+    shown += ", ".join(example["tags"]) if kind == "tags" else ""
+    found = drawn[shown].prediction
+    inside = np.zeros((64, 64), bool)
+    for x0, y0, x1, y1 in example["boxes"][example["isthing"]].astype(int):
+        inside[y0:y1, x0:x1] = kind == "boxes"
+    assert np.array_equal(found >= 0, inside)
+
+
 def scorer(pictures, texts, size=64, seed=0):
     """1 for what is true of the image, else 0: captions, and of a crop by its name the labels."""
     found = []
@@ -435,6 +452,27 @@ def test_beam_does_the_same_with_several_workers_and_when_killed(tmp_path):
     kill_and_go_on(tmp_path / "killed", ("direct", 2))
     annotate_source(config(30), slow_plugs(), Rules(), tmp_path / "whole", batch=8)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def deadly_captions(pictures):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_ends_the_command(tmp_path):
+    require("apache_beam")
+
+    def late(*_):
+        raise TimeoutError("the command waits for a worker that is gone")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(90)
+    try:
+        plugs = {"captions": [{"name": "tests.annotation.test_workflow:deadly_captions"}]}
+        with pytest.raises(UserError, match="a worker of the direct runner ended with the status 137"):
+            annotate_source(config(4), plugs, Rules(), tmp_path, shard_size=2, runner=Runner("direct", 2))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_an_error_of_the_whole_work_ends_beam_in_one_sentence(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.viz import segments
 from ovseg_jax.viz.curves import curves, panel
 from ovseg_jax.viz.segments import GridRow, enlarge_labels, overlay, paint, palette, prediction_grid
 
@@ -99,6 +100,12 @@ def test_words_of_other_scripts_and_very_long_ones_are_drawn():
     labels = np.zeros((50, 50), int)
     for name in ["дерево", "木", "a" * 300, "naïve façade"]:
         assert overlay(np.zeros((50, 50, 3), np.uint8), labels, [name]).width == 512
+
+
+@pytest.mark.parametrize("letter", ["é", "ü", "ł", "ж", "…", "a"])
+def test_letters_with_accents_have_a_shape_of_their_own(letter):
+    font = segments._font(20, letter)
+    assert bytes(font.getmask(letter)) != bytes(font.getmask("\u0870"))  # the box of a letter that is lacking
 
 
 def test_curves_of_a_run_that_was_killed_while_writing(tmp_path):

@@ -44,8 +44,13 @@ class HuggingFace(Plug):
             own = getattr(library, self.model_class)
             processor = getattr(library, self.processor_class)
         except (ImportError, AttributeError) as error:
+            first: BaseException = (
+                error  # transformers hides what failed, such as a torchvision for another PyTorch
+            )
+            while first.__cause__ is not None:
+                first = first.__cause__
             raise UserError(
-                f"{type(self).__name__} needs transformers with {self.model_class}: pip install -e '.[torch]' ({error})"
+                f"{type(self).__name__} needs transformers with {self.model_class}: pip install -e '.[torch]' ({first})"
             ) from error
         name = model or self.published
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
