@@ -116,6 +116,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         loop=False,
         # adapt=panoptic: side of the images (5.1: 640 on BigDet; Table 10: 384, 640, 896)
         size=AtLeast(896, 32),
+        part=1.0,  # adapt=panoptic: how much of the images to train on, and of the steps (Tables 7 to 9: 0.2, 5.3)
         # data=umg41m: folders of prepared sets to score at the end, A;B: with captions, with classes, with masks
         retrieval="",
         classification="",
@@ -354,7 +355,7 @@ def paper(args: Args, adapts: bool) -> ConfigDict:
 
 
 def panoptic(args: Args) -> ConfigDict:
-    """Returns the adaptation to masks: the recipe of FC-CLIP but for the size of images (5.1).
+    """Returns the adaptation to masks: the recipe of FC-CLIP, 50 epochs of COCO, but for the size of images (5.1).
 
     On BigDet Panoptic (data=folder) the paper has size=640 and 10 epochs, of 224,000 steps each with its 3.59 million
     images: --config.steps=2240000 and drops at the same shares (ours).
@@ -392,6 +393,11 @@ def panoptic(args: Args) -> ConfigDict:
     }
     config = fcclip.recipe(own, train, args.size, evals=evals, final_evals={**evals, **sets})
     config.mesh.fsdp = args.fsdp
+    if args.part != 1:
+        train[0]["part"] = args.part
+        config.data.train = train
+        config.steps = round(config.steps * args.part)
+        config.optimizer.drops = tuple(round(at * args.part) for at in config.optimizer.drops)
     if validation:
         config.final_evals.update(common.panoptic(config.final_evals.validation))
     if args.eval_sets:

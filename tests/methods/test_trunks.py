@@ -196,6 +196,9 @@ def test_the_papers_adaptations():
     )
     assert config.optimizer == code.optimizer and config.steps == code.steps and config.loss == code.loss
     assert (config.data.image_size, config.towers.image.patch) == (896, 16)
+    fifth = umg_clip.get_config("data=coco,data_dir=x,size=384,adapters=false,part=0.2")
+    assert (fifth.steps, fifth.data.train[0]["part"]) == (73_750, 0.2) and fifth.data.image_size == 384
+    assert tuple(fifth.optimizer.drops) == (65_556, 71_018)
     config = umg_clip.get_config("data=umg41m,data_dir=x,adapt=global,weights=r,tower=eva02_clip_e14")
     assert config.optimizer.learning_rate == 1e-3 and config.steps == round(2 * umg_clip.PAIRS / 8192)
 

@@ -8,6 +8,8 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ovseg_jax.config import import_class
 from ovseg_jax.data.mixture import Mixture
 from ovseg_jax.data.source_base import Example, Extent, Regions, Source, Wrapped, check_provides
@@ -37,8 +39,9 @@ def make_source(cfg: Any) -> Source:
     Args:
       cfg: a mapping with `name` (a key of `SOURCES`, or "module:Class"), the arguments of that source, and optionally
         `fields` (the only ones to provide), `masks` (a folder of pseudo-masks for the images without segments, see
-        `PseudoMasks`), `cache` (keep decoded examples in memory), `weight` (its share in a mixture), and for a
-        classification source `shots`, `seed` and `group` (see `FewShot`); or a list of such mappings, for a mixture.
+        `PseudoMasks`), `cache` (keep decoded examples in memory), `weight` (its share in a mixture), `part` (see
+        `PartOf`), and for a classification source `shots`, `seed` and `group` (see `FewShot`); or a list of such
+        mappings, for a mixture.
 
     Raises:
       UserError: a name or argument is unknown, or the data cannot be read.
@@ -58,7 +61,7 @@ def make_source(cfg: Any) -> Source:
 def _make_one(cfg: dict[str, Any]) -> Source:
     cfg = {key: value for key, value in cfg.items() if key != "weight"}
     name, cache = cfg.pop("name", None), cfg.pop("cache", False)
-    fields, masks = cfg.pop("fields", None), cfg.pop("masks", "")
+    fields, masks, part = cfg.pop("fields", None), cfg.pop("masks", ""), cfg.pop("part", 1.0)
     kind = import_class(SOURCES.get(name, name), Source, "data source", SOURCES)
     known = inspect.signature(kind).parameters
     few = {}
@@ -74,6 +77,8 @@ def _make_one(cfg: dict[str, Any]) -> Source:
     if few:
         check_provides(source, ("label",), f"the argument {next(iter(few))!r}")
         source = FewShot(source, **few)
+    if part != 1:
+        source = PartOf(source, part)
     if fields is not None:
         source = Restricted(source, fields)
     if masks:
@@ -102,6 +107,34 @@ class Joined(Wrapped):
     def texts(self, field: str) -> Iterator[str]:
         """Yields the texts of one source after another."""
         return self.source.texts(field)
+
+
+class PartOf(Wrapped):
+    """A part of a source's examples, drawn at random and always the same.
+
+    Args:
+      source: the source.
+      share: how much of it, above 0 and at most 1.
+
+    Raises:
+      UserError: the share is out of range.
+    """
+
+    def __init__(self, source: Source, share: Any):
+        super().__init__(source)
+        if not (isinstance(share, int | float) and 0 < share <= 1):
+            raise UserError(f"part={share} of the source {self.name!r} is not above 0 and at most 1")
+        count = max(1, round(share * len(source)))
+        self._kept = np.sort(np.random.default_rng(0).permutation(len(source))[:count])
+        if source.labels is not None:
+            self.labels = source.labels[self._kept]
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        self._check_index(index)
+        return self.source[int(self._kept[index])]
 
 
 class Restricted(Wrapped):

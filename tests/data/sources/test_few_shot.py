@@ -29,6 +29,20 @@ class Numbers(Source):
         return {"label": int(self.labels[index]), "image_id": str(index)}
 
 
+def test_a_part_is_drawn_at_random_and_always_the_same():
+    cfg = dict(name=f"{__name__}:Numbers")
+    part = make_source(dict(cfg, part=0.25))
+    places = [int(part[k]["image_id"]) for k in range(len(part))]
+    whole = Numbers()
+    assert len(places) == round(0.25 * len(whole)) and places == sorted(set(places)) != [*range(len(places))]
+    assert part.labels.tolist() == whole.labels[places].tolist()
+    again = make_source(dict(cfg, part=0.25))
+    assert [int(again[k]["image_id"]) for k in range(len(again))] == places
+    for share in (0, 1.5, "x"):
+        with pytest.raises(UserError, match=f"part={share} of the source 'numbers' is not above 0"):
+            make_source(dict(cfg, part=share))
+
+
 def test_at_most_so_many_of_each_class():
     source = Numbers()
     few = FewShot(source, shots=4)
