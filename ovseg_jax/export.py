@@ -17,7 +17,7 @@ Exports a trained or published model for programs without JAX or without this li
   torch       model.safetensors and config.json, which `ovseg_jax.torch.load(DIR)` runs without JAX; a text tower,
               frozen or trained, goes into text_tower/; a CLIP's two towers also into clip/, for transformers.CLIPModel
   onnx        the same, and the network as model.onnx, for any batch size
-              (both: openseg, lseg, pseg, upernet, maskformer, mask2former, fcclip and clip_dense)
+              (both: openseg, lseg, pseg, upernet, maskformer, mask2former, fcclip, umg_clip and clip_dense)
   stablehlo   model.stablehlo, for any number of images and names on CPU, CUDA and TPU, and its parameters in
               model.safetensors; example.py shows how to run it with JAX alone
   big_vision  model.npz with all parameters by their paths; a ViT with a SigLIP text tower also as towers.npz, with

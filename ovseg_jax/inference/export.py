@@ -19,6 +19,7 @@ from ovseg_jax.methods.clip_dense import ClipDense
 from ovseg_jax.methods.fcclip import FCClip
 from ovseg_jax.methods.maskformer import MaskFormer
 from ovseg_jax.methods.maskformer_text import TextMaskFormer
+from ovseg_jax.methods.umg_clip import UMGClip
 from ovseg_jax.models.pseg import GroupingNet, SegmentViT
 from ovseg_jax.models.text_towers import SiglipText
 from ovseg_jax.models.vit import ViT
@@ -26,9 +27,9 @@ from ovseg_jax.parallel.sharding import path_name
 from ovseg_jax.pretrained.big_vision import write_big_vision
 from ovseg_jax.pretrained.files import write_safetensors
 from ovseg_jax.pretrained.hf_clip import is_clip, write_hf_clip
-from ovseg_jax.pretrained.to_torch import describe, to_torch
+from ovseg_jax.pretrained.to_torch import describe, describe_adapted, to_torch
 from ovseg_jax.protocols import PixelScores, Vocabulary, only
-from ovseg_jax.towers.clip import MEAN, STD
+from ovseg_jax.towers.clip import MEAN, STD, from_training
 from ovseg_jax.towers.frozen_text import TEXT_TOWER, FrozenText
 from ovseg_jax.towers.prompt_file import Prompt
 from ovseg_jax.towers.text_transformer import TextTransformer
@@ -117,13 +118,14 @@ def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
     method: Any = segmenter.method
     more: dict[str, Any] = {}
     no_text, side = isinstance(method, MaskFormer), method.text
-    if isinstance(method, ClipDense):
+    if isinstance(method, ClipDense | UMGClip):
         if isinstance(method.templates, Prompt):
-            raise UserError(
-                "a learned prompt of clip_dense has no PyTorch form: set dense.prompt to templates"
-            )
-        arrays, model = clip_dense_form(method, segmenter.variables)
-        method.clip.save_text(out / TEXT_TOWER, segmenter.variables["towers"], method.templates, dtype)
+            name = segmenter.config.method
+            raise UserError(f"a learned prompt of {name} has no PyTorch form: set dense.prompt to templates")
+        trained = isinstance(method, UMGClip)
+        weights = from_training(segmenter.variables) if trained else segmenter.variables["towers"]
+        arrays, model = clip_dense_form(method, weights)
+        method.clip.save_text(out / TEXT_TOWER, weights, method.templates, dtype)
     elif isinstance(method, FCClip):
         arrays, model = fcclip_form(method, segmenter.variables)
         method.clip.save_text(out / TEXT_TOWER, segmenter.variables["towers"], method.templates, dtype)
@@ -180,15 +182,15 @@ def fcclip_form(method: FCClip, variables: Mapping[str, Any]) -> tuple[dict[str,
 
 
 def clip_dense_form(
-    method: ClipDense, variables: Mapping[str, Any]
+    method: ClipDense | UMGClip, weights: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Returns arrays and description of `torch.dense.ClipDenseNet`."""
-    trees = [{"tower": tree} for tree in variables["towers"]["image"].values()]
+    """Returns arrays and description of `torch.dense.ClipDenseNet`, from the weights of both towers."""
+    trees = [{"tower": tree} for tree in weights["image"].values()]
     arrays = {path_name(path): np.asarray(x) for tree in trees for path, x in jax.tree.leaves_with_path(tree)}
     pixels = method.config.towers
     return to_torch(arrays), {
         "kind": "ClipDenseNet",
-        "tower": describe(method.clip.image),
+        "tower": describe_adapted(method.clip.image),
         "last": method.last,
         "mean": list(pixels.get("mean", MEAN)),
         "std": list(pixels.get("std", STD)),

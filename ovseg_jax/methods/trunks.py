@@ -23,7 +23,7 @@ from ovseg_jax.models.openseg import LEVELS, normalise
 from ovseg_jax.models.tower import project
 from ovseg_jax.models.tower_pyramid import TowerPyramid, level_of
 from ovseg_jax.models.vit import ViT
-from ovseg_jax.pretrained.to_torch import describe
+from ovseg_jax.pretrained.to_torch import describe, describe_adapted
 from ovseg_jax.protocols import Variables
 from ovseg_jax.towers.clip import MEAN, STD, Clip
 
@@ -163,13 +163,8 @@ class TowerTrunk:
 
     def described(self, variables: Variables) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns the parameters and the description of the form in PyTorch, see `ConvNeXtTrunk.described`."""
-        params, description = variables["params"], describe(self._plain)
-        if self._tower.adapter is not None:
-            made: Any = self._tower.adapter
-            inside = {key: made.keywords[key] for key in ("width", "activation")}
-            description["adapter"] = dict(inside, scale=self._tower.adapter_scale)
-        tower = unflatten_dict(self._weights(variables))
-        return {"tower": tower, **params["pyramid"]}, dict(description, again=self._again)
+        weights = {"tower": unflatten_dict(self._weights(variables)), **variables["params"]["pyramid"]}
+        return weights, dict(describe_adapted(self._tower), again=self._again)
 
     @staticmethod
     def _weights(variables: Variables) -> dict[tuple[str, ...], Any]:

@@ -65,9 +65,15 @@ class UMGClip(ClipTraining, Segmenting):
       words: the vocabulary, if the tokeniser is one of words.
       classes: not used.
 
+    Attributes:
+      last: how patches attend in the last block of the image tower, see `models.transformer.Block`.
+      templates: those of class names, or a learned prompt.
+
     Raises:
       UserError: a value in the config is invalid, or the image tower has no features of patches.
     """
+
+    unknown_below = -1.0  # as of `clip_dense`: a best cosine may be negative
 
     @classmethod
     def fields(cls, config: ConfigDict) -> tuple[str, ...]:
@@ -116,10 +122,11 @@ class UMGClip(ClipTraining, Segmenting):
         ):
             if value not in known:
                 raise UserError(f"{key}={value!r} is not one of {', '.join(known)}")
-        self._last = "value" if dense.features == "value" else ""
-        self.clip.check_patches(self._last)
+        self.last = "value" if dense.features == "value" else ""
+        self.clip.check_patches(self.last)
         if not isinstance(self.clip.image, ViT | Eva):
             raise UserError(f"towers.image.name={config.towers.image.name!r} is neither a ViT nor an EVA")
+        self.net = self.clip.image
         self._cell, self._trained_clip = self.clip.image.patch, copy.copy(self.clip)
         if config.towers.get("adapter"):
             self._trained_clip.image = self.clip.adapted(train=True)
@@ -132,7 +139,7 @@ class UMGClip(ClipTraining, Segmenting):
                 )
             self._trained_clip.image = with_clusters(self._trained_clip.image, **config.clusters.to_dict())
         prompt = dense.prompt
-        self._templates = read_templates(prompt if isinstance(prompt, str) else list(prompt))
+        self.templates = read_templates(prompt if isinstance(prompt, str) else list(prompt))
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
         """Computes eq. 3 of one global batch."""
@@ -165,7 +172,7 @@ class UMGClip(ClipTraining, Segmenting):
         """Returns the unit embeddings of images, boxes and captions by name, and the sums of the tag losses."""
         here, weights = batch["example_mask"], self._weights(variables)
         rngs = {"dropout": rng}  # of adapters
-        image, patches = self._trained_clip.embed_both(weights, batch["image"], self._last, rngs)
+        image, patches = self._trained_clip.embed_both(weights, batch["image"], self.last, rngs)
         rows, sums, exists = {"image": image}, {}, {"image": here}
         if "boxes" in batch:
             exists["region"] = here[:, None] & batch["box_valid"]
@@ -214,13 +221,12 @@ class UMGClip(ClipTraining, Segmenting):
         self, variables: Variables, image: UInt8[Array, "b s s 3"], image_size: Int[Array, "b 2"]
     ) -> Prediction:
         """Computes the features of the patches, without masks."""
-        del image_size
-        patches = self.clip.embed_patches(self._weights(variables), image, self._last)
+        patches = self.clip.embed_patches(self._weights(variables), image, self.last, image_size)
         return Prediction(None, {}, {SPACE: patches})
 
     def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
         """Embeds class names by the templates of `dense.prompt` as unit vectors."""
-        return class_features(self, variables, texts, self._templates)
+        return class_features(self, variables, texts, self.templates)
 
 
 def _terms(config: ConfigDict) -> tuple[str, ...]:

@@ -65,6 +65,14 @@ def describe(module: Any) -> dict[str, Any]:
     return {"kind": type(module).__name__, **inner}
 
 
+def describe_adapted(tower: Any) -> dict[str, Any]:
+    """Describes a tower of CLIP, see `describe`, and as `adapter` the arguments of its adapters, if it has some."""
+    if getattr(tower, "adapter", None) is None:
+        return describe(tower)
+    inside = {key: tower.adapter.keywords[key] for key in ("width", "activation")}
+    return dict(describe(tower.clone(adapter=None)), adapter=dict(inside, scale=tower.adapter_scale))
+
+
 def torch_name(path: str) -> str:
     """Converts `a/b/kernel` to `a.b.weight`."""
     *scope, last = path.split("/")

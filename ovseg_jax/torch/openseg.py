@@ -35,7 +35,9 @@ def build_backbone(described: Mapping[str, Any]) -> nn.Module:
     Raises:
       UserError: the kind is unknown.
     """
-    options = {k: build_backbone(v) if isinstance(v, dict) else v for k, v in described.items()}
+    options = {
+        k: build_backbone(v) if isinstance(v, dict) and "kind" in v else v for k, v in described.items()
+    }
     kind = options.pop("kind", None)
     if kind not in KINDS:
         raise UserError(f"the kind {kind!r} of the backbone is not one of {', '.join(KINDS)}")

@@ -24,7 +24,7 @@ from tests import reference
 from tests.extras import require
 from tests.methods.steps import take_steps
 from tests.methods.test_fcclip import centre_masks
-from tests.methods.test_umg_clip import EVA, VIT, D, config_of, made
+from tests.methods.test_umg_clip import EVA, VIT, D, config_of, made, random_like
 
 CLASSES = ClassList((("cat",), ("sky",)), (1, 2), (True, False))
 WORDS = WordList(["a", "cat", "dog", "sky", "the"])
@@ -43,11 +43,6 @@ def dense_config(image=EVA, **changes):
     config.model.update(HEADS)
     config.update_from_flattened_dict(changes)
     return config
-
-
-def random_like(tree, seed=0):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), tree)
 
 
 def images(seed=0):

@@ -13,13 +13,17 @@ from ovseg_jax.data.pipeline import train_iterator
 from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.run import evaluate, train
+from ovseg_jax.inference.export import export_model
 from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.methods import build, training_rows
 from ovseg_jax.methods.umg_clip import UMGClip
+from ovseg_jax.towers.clip import SPACE
 from ovseg_jax.train.checkpoints import load_variables
 from ovseg_jax.train.optimizer import make_optimizer
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
+from tests import reference
+from tests.extras import require
 from tests.methods.steps import take_steps
 
 B, SIZE, PATCH, D = 8, 32, 8, 16
@@ -54,6 +58,11 @@ def whole():
     config = config_of()
     method, batch = made(config)
     return config, method, batch, jax.jit(method.init)(KEY)
+
+
+def random_like(tree, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), tree)
 
 
 def unit(x):
@@ -320,3 +329,50 @@ def test_a_run_goes_on_where_it_was_and_scores_all_granularities(tmp_path):
     assert {"classification/accuracy", "retrieval/R@1", "test/miou"} <= evaluate(config, run).keys()
     result = Segmenter.from_checkpoint(run).segment(np.full((20, 30, 3), 90, np.uint8), "red ball; grass")
     assert result.label_map.shape == (20, 30)
+
+
+@pytest.mark.parametrize(
+    ("image", "changes"),
+    [
+        (EVA, {}),
+        (EVA | dict(swiglu=True, attn_norm=True, mlp_norm=True), {"dense.features": "value"}),
+        (VIT, {"towers.adapter": umg_clip.adapter()}),
+    ],
+)
+def test_a_trained_clip_in_pytorch_gives_the_same_features_and_labels(image, changes, tmp_path):
+    torch = require("torch")
+    import ovseg_jax.torch
+
+    config = config_of(image=image, **changes)
+    method, batch = made(config)
+    variables = random_like(jax.eval_shape(method.init, KEY))
+    segmenter = Segmenter(method, variables, config, CLASSES)
+    export_model(lambda: segmenter, "torch", str(tmp_path))
+    loaded = ovseg_jax.torch.load(tmp_path)
+    pixels, sizes = np.asarray(batch["image"][:2]), np.array([[SIZE, SIZE], [SIZE, SIZE // 2]], np.int32)
+    expected = jax.jit(method.predict)(variables, pixels, sizes)
+    with torch.no_grad():
+        found = loaded.net(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(sizes))
+    inside = np.s_[:, :, : SIZE // PATCH // 2]
+    error = reference.relative_error(
+        found.pixel_embed.permute(0, 2, 3, 1)[inside], expected.pixels[SPACE][inside]
+    )
+    assert error < 1e-4
+    source = make_source(config.data.train)
+    labels = "; ".join(dict.fromkeys(tag for k in range(4) for tag in source[k]["tags"]))
+    ours, theirs = segmenter.segment(pixels[0], labels), loaded.segment(pixels[0], labels)
+    assert ours.label_map.min() >= 0 and ours.confidence.std() > 0
+    assert (ours.label_map == theirs.label_map).mean() > 0.999
+    np.testing.assert_allclose(theirs.confidence, ours.confidence, atol=1e-4)
+
+
+def test_padding_beside_an_image_has_no_influence_on_its_patches(whole):
+    _, method, batch, variables = whole
+    image, sizes = np.asarray(batch["image"][:1]).copy(), np.array([[SIZE, SIZE // 2]], np.int32)
+    other = image.copy()
+    other[:, :, SIZE // 2 :] = 255 - other[:, :, SIZE // 2 :]
+    run = jax.jit(method.predict)
+    ours, theirs = (
+        run(variables, x, sizes).pixels[SPACE][:, :, : SIZE // PATCH // 2] for x in (image, other)
+    )
+    np.testing.assert_array_equal(ours, theirs)
