@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from ovseg_jax import __main__ as command
-from ovseg_jax.cli.flags import shipped_config
+from ovseg_jax.cli.flags import parse, shipped_config
+from ovseg_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,6 +88,11 @@ def test_a_file_in_the_folder_comes_before_the_librarys_own(tmp_path, monkeypatc
     (tmp_path / "configs" / "openseg.py").write_text("")
     for argument in ("--config=configs/openseg.py", "--config=other", "--config=", "--config.steps=openseg"):
         assert shipped_config(argument) == argument
+
+
+def test_a_config_that_does_not_exist_is_named_beside_those_that_do():
+    with pytest.raises(UserError, match=r"--config=opensg is no file, .*: clip_dense, .*, openseg, .*zsseg$"):
+        parse(["main", "--config=opensg:size=tiny"])
 
 
 def test_the_sdist_holds_what_the_wheel_is_built_from(built):

@@ -44,9 +44,13 @@ def shipped_config(argument: str) -> str:
     if flag not in ("--config", "-config") or not path or Path(path).is_file():
         return argument
     name = path.removeprefix("configs/").removesuffix(".py")
-    package = importlib.import_module("ovseg_jax.configs")  # its files are found, not imported
-    own = [Path(folder) / f"{name}.py" for folder in package.__path__]
+    own = [folder / f"{name}.py" for folder in _shipped_folders()]
     return next((f"{flag}{equals}{file}{colon}{arg}" for file in own if file.is_file()), argument)
+
+
+def _shipped_folders() -> list[Path]:
+    package = importlib.import_module("ovseg_jax.configs")  # its files are found, not imported
+    return [Path(folder) for folder in package.__path__]
 
 
 def given_keys() -> list[str]:
@@ -73,10 +77,18 @@ def parse(arguments: list[str]) -> list[str]:
     """Parses the flags and returns the arguments that are left over.
 
     Raises:
-      UserError: an unknown flag, an unknown key of the config, or a value of the wrong type.
+      UserError: an unknown flag or config, an unknown key of the config, or a value of the wrong type.
     """
+    arguments = [shipped_config(argument) for argument in arguments]
+    for argument in arguments:
+        flag, _, value = argument.partition("=")
+        path = value.partition(":")[0]
+        if flag in ("--config", "-config") and path and not Path(path).is_file():
+            own = {file.stem for folder in _shipped_folders() for file in folder.glob("*.py")}
+            listed = ", ".join(sorted(own - {"__init__", "common"}))
+            raise UserError(f"--config={path} is no file, and none of the library's configs: {listed}")
     try:
-        return flags.FLAGS([shipped_config(argument) for argument in arguments])
+        return flags.FLAGS(arguments)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         # An error inside the config file keeps its traceback, which shows its author where it is.
         frames = traceback.walk_tb(error.__traceback__)

@@ -128,6 +128,30 @@ def test_weights_and_biases_gets_the_records_of_a_resumed_run_under_one_name(tmp
     assert len(fake.started) == 3
 
 
+def test_tensorboard_reads_what_was_written(tmp_path):
+    """Where TensorFlow is installed, which CI does without: its event files hold the records."""
+    pytest.importorskip("tensorflow")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = MetricWriter(tmp_path, tensorboard=True)
+    for step in (2, 4):
+        writer.scalars(step, {"train/loss": step / 8, "bad": float("nan")})
+    writer.close()
+    MetricWriter(tmp_path / "other", tensorboard=True, write=False)
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    read = [(event.step, event.tensor_proto.float_val[0]) for event in found.Tensors("train/loss")]
+    assert read == [(2, 0.25), (4, 0.5)] and "bad" not in found.Tags()["tensors"]
+    assert not (tmp_path / "other").exists()
+
+
+def test_tensorboard_without_tensorflow_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"tensorboard=True needs TensorFlow: pip install -e '\.\[tensorboard\]'"
+    ):
+        MetricWriter(tmp_path, tensorboard=True)
+
+
 def test_weights_and_biases_that_is_not_there_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"wandb=mine needs Weights & Biases: pip install -e '\.\[wandb\]'"):
