@@ -11,8 +11,8 @@ EXTRAS = {
     "cuda": ["jax[cuda13]>=0.10"],
     # Preparing data sets (without TensorFlow); to train from prepared ones, all but Beam, and h5py, which reads `pcam`.
     "prepare": ["apache-beam>=2.70", "array_record", "h5py", "tensorflow-datasets>=4.9.10"],
-    # With it clu also writes TensorBoard files.
-    "tensorboard": ["tensorflow"],
+    # With TensorFlow clu also writes TensorBoard's files; from 2.21 it does not bring the viewer.
+    "tensorboard": ["tensorboard", "tensorflow"],
     # With `--config.wandb=PROJECT`.
     "wandb": ["wandb>=0.19"],
     # Tokenisers of published text towers, and the hub that the weights are on.

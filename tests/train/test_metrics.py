@@ -132,6 +132,7 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     """Where TensorFlow is installed, which CI does without: its event files hold the records."""
     pytest.importorskip("tensorflow")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
 
     writer = MetricWriter(tmp_path, tensorboard=True)
     for step in (2, 4):
@@ -139,7 +140,7 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     writer.close()
     MetricWriter(tmp_path / "other", tensorboard=True, write=False)
     found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    read = [(event.step, event.tensor_proto.float_val[0]) for event in found.Tensors("train/loss")]
+    read = [(event.step, float(make_ndarray(event.tensor_proto))) for event in found.Tensors("train/loss")]
     assert read == [(2, 0.25), (4, 0.5)] and "bad" not in found.Tags()["tensors"]
     assert not (tmp_path / "other").exists()
 
