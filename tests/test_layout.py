@@ -1,6 +1,7 @@
 """The house: imports go down from room to room, and an import changes nothing but what is imported."""
 
 import ast
+import functools
 import itertools
 import json
 import os
@@ -33,6 +34,12 @@ def rank(room: str) -> int:
     return ROOMS.index(room) if room in ROOMS else COMMANDS
 
 
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"))
+
+
+@functools.cache
 def modules(path: Path, package: Path = PACKAGE) -> set[tuple[str, ...]]:
     """What a file imports of the package, at its head, inside a function or by `import_module`, without its name.
 
@@ -40,7 +47,7 @@ def modules(path: Path, package: Path = PACKAGE) -> set[tuple[str, ...]]:
     """
     names: set[str] = set()
     here = path.relative_to(package.parent).with_suffix("").parts
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -218,7 +225,7 @@ def test_what_a_method_may_have_is_declared_by_its_base_class():
     asked = [
         f"{path.relative_to(PACKAGE)}: {ast.unparse(node)}"
         for path in PACKAGE.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        for node in ast.walk(tree(path))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr")
         if ast.unparse(node.args[0]).split(".")[-1] in ("method", "source", "evaluator")
     ]

@@ -17,6 +17,7 @@ import flax.linen as nn
 import numpy as np
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.files import verify
 from ovseg_jax.models.convnext import ConvNeXt
 from ovseg_jax.models.efficientnet import EfficientNet
 from ovseg_jax.models.eva import Eva
@@ -218,6 +219,7 @@ def read_config(folder: Path, names: Sequence[str]) -> tuple[dict[str, Any], str
         path = folder / name
         if path.exists():
             with reading(path):
+                verify(path)
                 found = parse_json(read_text(path))
                 if not isinstance(found, dict):
                     raise ValueError("it is not a JSON object")

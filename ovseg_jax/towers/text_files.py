@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from ovseg_jax.files import record, write_recorded
 from ovseg_jax.pretrained.files import write_safetensors
 from ovseg_jax.pretrained.to_torch import describe, to_torch
 from ovseg_jax.vocab.tokenizers import PieceTokenizer
@@ -34,6 +35,7 @@ def write_text_tower(
     tokenizer.save(folder)
     cast = {name: x.astype(dtype) for name, x in to_torch(arrays).items()}
     write_safetensors(folder / "model.safetensors", cast, {"format": "pt"})
+    record(folder / "model.safetensors")
     # Written last, so that a folder with this file is complete.
     described = describe(tower) | ({"templates": list(templates)} if templates else {})
-    (folder / "config.json").write_text(json.dumps(described, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    write_recorded(folder / "config.json", json.dumps(described, indent=1, ensure_ascii=False) + "\n")

@@ -26,6 +26,7 @@ from etils import epath
 from jaxtyping import Bool, Int
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.files import record, verify
 from ovseg_jax.reading import read_json, read_text, reading, reason, short, texts, whole
 
 # Upper limit of a file's unpacked bytes (CLIP's has 3 MB) and of ids (Gemma has 256,000).
@@ -84,11 +85,12 @@ class PieceTokenizer:
     files: tuple[Path, ...] = ()
 
     def save(self, folder: epath.PathLike) -> None:
-        """Copies its files into a folder, which is created if missing."""
+        """Copies its files, with their checksums, into a folder, which is created if missing."""
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for file in self.files:
             (folder / file.name).write_bytes(file.read_bytes())
+            record(folder / file.name)
 
     def __call__(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "n l"], Bool[np.ndarray, "n l"]]:
         """Returns the token ids i32 [n L] and a mask, False at padding.
@@ -130,11 +132,14 @@ def load_tokenizer(source: str | Path, kind: str | None = None, length: int | No
     if not path.exists():
         raise UserError(f"no such file or folder: {path}")
     file = _find(path, kind) if path.is_dir() else path
+    both = ("vocab.json", "merges.txt")
+    files = tuple(map(file.with_name, both)) if file.name in both else (file,)
     with reading(file, "the tokenizer"):
+        for each in files:
+            verify(each)
         if (found := _load(file, kind, length)) is not None:
             _made(found, ["a red ball \U0001f388"])  # Some faults of a file only show when a text is split.
-            both = ("vocab.json", "merges.txt")
-            found.files = tuple(map(file.with_name, both)) if file.name in both else (file,)
+            found.files = files
             return found
     raise UserError(
         f"{file} is not a tokenizer file: those are *.model, {BPE_FILE}, vocab.json, vocab.txt, tokenizer.json"

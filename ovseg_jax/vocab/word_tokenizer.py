@@ -5,6 +5,7 @@ from pathlib import Path
 from etils import epath
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.files import record, verify
 from ovseg_jax.vocab.tokenizers import PieceTokenizer, load_tokenizer
 from ovseg_jax.vocab.words import WordList, split_words
 
@@ -31,6 +32,7 @@ class WordTokenizer(PieceTokenizer):
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.words.save(folder / WORDS_FILE)
+        record(folder / WORDS_FILE)
 
     def _ids(self, text: str) -> list[int]:
         found = split_words(text)
@@ -54,5 +56,6 @@ def read_tokenizer(folder: Path, length: int, kind: str | None = None) -> PieceT
       UserError: there is none, or it is damaged.
     """
     if (folder / WORDS_FILE).exists():
+        verify(folder / WORDS_FILE)
         return WordTokenizer(WordList.load(folder / WORDS_FILE), length)
     return load_tokenizer(folder, kind, length)

@@ -103,6 +103,13 @@ def test_templates_are_averaged_as_unit_vectors(folder, tmp_path):
     np.testing.assert_allclose(theirs, expected, atol=2e-6)
     with pytest.raises(UserError, match=r"the template 'a photo' has no {}"):
         frozen(path, "a photo")
+    for name in ("model.safetensors", "config.json"):  # of a run, where no flipped bit may load
+        file = tmp_path / "saved" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-2] + bytes([whole[-2] ^ 1, whole[-1]]))
+        with pytest.raises(UserError, match=rf"{name} does not match its checksum"):
+            only(frozen(tmp_path / "saved").embed_text({"params": {"text": {}}}, ["red ball"]))
+        file.write_bytes(whole)
 
 
 def test_a_run_in_a_bucket_keeps_its_tower_and_prompt(folder, tmp_path, bucket):  # noqa: F811

@@ -344,7 +344,14 @@ def test_a_saved_one_is_the_same(source, request, tmp_path):
     load_tokenizer(folder).save(tmp_path)
     ours, again = load_tokenizer(folder), load_tokenizer(tmp_path)
     np.testing.assert_array_equal(again(captions(20))[0], ours(captions(20))[0])
-    assert len(list(tmp_path.iterdir())) == 2
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"notes.txt", "checksums.json", *(file.name for file in ours.files)}
+    (file, *_) = again.files
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=rf"{file.name} does not match its checksum"):
+        load_tokenizer(tmp_path)
 
 
 def test_mistakes(siglip, wordpiece, tmp_path):
