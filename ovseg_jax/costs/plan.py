@@ -136,7 +136,7 @@ def _abstract(config: ConfigDict, mesh: Any, words: int, classes: int) -> tuple[
 
     fields = batch_fields(method_type(config.method), config)
     invented = [f"word{i}" for i in range(words)]
-    vocabulary = WordList([*invented, *sorted(template_words(config.data, fields))])
+    vocabulary = WordList([*invented, *sorted(template_words(config.data, fields) | _prompt_words(config))])
     labelled = "label" in fields
     if "towers" in config:
         config = ConfigDict(config.to_dict())
@@ -172,6 +172,17 @@ def _abstract(config: ConfigDict, mesh: Any, words: int, classes: int) -> tuple[
         for name, x in row.items()
     }
     return method, optimizer, state, batch, shardings
+
+
+def _prompt_words(config: ConfigDict) -> set[str]:
+    """Returns the words of the templates around the names of classes, for methods that embed these at their start."""
+    from ovseg_jax.towers.templates import read_templates
+    from ovseg_jax.vocab.templates import PLACE
+    from ovseg_jax.vocab.words import split_words
+
+    prompt = config.get("fcclip", {}).get("prompt", ())
+    templates: Any = read_templates(prompt if isinstance(prompt, str) else list(prompt)) if prompt else ()
+    return {word for template in templates for word in split_words(template.replace(PLACE, " "))}
 
 
 def _invented_classes(words: int, count: int) -> ClassList:

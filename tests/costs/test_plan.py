@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from ovseg_jax.configs import pomp
+from ovseg_jax.configs import fcclip, pomp, umg_clip
 from ovseg_jax.costs import plan as planner
 from ovseg_jax.costs.flops import count_flops
 from ovseg_jax.costs.plan import largest_batch, plan, search
@@ -117,6 +117,17 @@ def test_gpus_by_count():
     assert two.parameters == one.parameters and two.activations == one.activations // 2
     spread = plan(tiny(**{"mesh.data": 1, "mesh.fsdp": 4}), "h100:4")
     assert one.parameters / 4 <= spread.parameters < one.parameters / 2
+
+
+@pytest.mark.parametrize("shipped", [fcclip, umg_clip])
+def test_a_head_on_a_frozen_clip_whose_names_stand_in_templates(shipped):
+    config = shipped.get_config()
+    found = plan(config, "h100:1", words=200)
+    assert (
+        found.batch_size == config.batch_size
+        and found.flops > 0
+        and found.parameters > found.optimizer / 2 > 0
+    )
 
 
 def exact(**changes):
