@@ -324,9 +324,7 @@ def _legend(entries: Sequence[Entry], width: int, font_size: int) -> Image.Image
     places, x, y = [], 0, 0
     for text, colour in entries:
         font = _font(font_size, text)
-        limit = width - swatch - font_size // 2
-        while font.getlength(text) > limit and len(text) > 2:
-            text = text[:-2].rstrip("…") + "…"
+        text = _shortened(text, font, width - swatch - font_size // 2)
         length = round(swatch * 1.45 + font.getlength(text))
         if x and x + length > width:
             x, y = 0, y + line
@@ -370,11 +368,17 @@ def _resized(image: np.ndarray, size: tuple[int, int]) -> Image.Image:
 
 
 def _line(text: str, width: int, font_size: int, ink: tuple[int, int, int]) -> Image.Image:
-    picture = Image.new("RGB", (width, round(font_size * 1.5)), PAPER)
-    ImageDraw.Draw(picture).text(
-        (0, picture.height / 2), text, font=_font(font_size, text), fill=ink, anchor="lm"
-    )
+    picture, font = Image.new("RGB", (width, round(font_size * 1.5)), PAPER), _font(font_size, text)
+    place = (0, picture.height / 2)
+    ImageDraw.Draw(picture).text(place, _shortened(text, font, width), font=font, fill=ink, anchor="lm")
     return picture
+
+
+def _shortened(text: str, font: Any, width: int) -> str:
+    """Returns the text, or as much of its beginning as fits with "…" after it."""
+    while font.getlength(text) > width and len(text) > 2:
+        text = text[:-2].rstrip("…") + "…"
+    return text
 
 
 def _heads(heads: Sequence[str], cell: int, width: int) -> Image.Image:

@@ -102,6 +102,16 @@ def test_words_of_other_scripts_and_very_long_ones_are_drawn():
         assert overlay(np.zeros((50, 50, 3), np.uint8), labels, [name]).width == 512
 
 
+def test_a_long_caption_ends_in_dots():
+    font = segments._font(15)
+    assert segments._shortened("a dog", font, 200) == "a dog"
+    short = segments._shortened("a dog " * 50, font, 200)
+    assert short.startswith("a dog a dog") and short.endswith("…")
+    assert 180 < font.getlength(short) <= 200
+    line = np.asarray(segments._line("a dog " * 50, 200, 15, segments.INK))
+    assert (line[:, :12] < 100).any() and (line[:, -1] == 255).all()
+
+
 @pytest.mark.parametrize("letter", ["é", "ü", "ł", "ж", "…", "a"])
 def test_letters_with_accents_have_a_shape_of_their_own(letter):
     font = segments._font(20, letter)
