@@ -20,6 +20,8 @@ from typing import Any, NoReturn
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import keep_newest
 
+# Characters of an error, which may quote a file or a flag; lists of known keys have up to 1,500.
+_LONGEST = 3000
 FAILED, INTERRUPTED = 1, 130
 """Exit statuses: of an error, printed as one sentence on stderr, and of Ctrl-C."""
 
@@ -181,8 +183,10 @@ def guarded(call: Callable[[], int]) -> int:
 
 
 def print_error(error: UserError) -> int:
-    """Prints an error on stderr and returns the exit status."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    """Prints an error on stderr, without the middle of what it quotes at length, and returns the exit status."""
+    text = str(error)
+    text = text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    print(f"error: {text}", file=sys.stderr, flush=True)
     return FAILED
 
 

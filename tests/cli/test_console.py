@@ -42,6 +42,18 @@ def test_a_mistake_is_one_sentence_and_status_1(capsys, error, sentence):
     assert capsys.readouterr().err == sentence + "\n"
 
 
+def test_a_long_quotation_is_cut(capsys):
+    """Such as a line of a file that is no list, or a whole page in a flag."""
+
+    def call():
+        raise UserError(f"line 1: there is no file {'x' * 100_000}: give a list")
+
+    assert guarded(call) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: line 1: there is no file xxx") and said.endswith("xxx: give a list\n")
+    assert len(said) < 3100
+
+
 def test_ctrl_c_is_status_130(capsys):
     assert guarded(raising(KeyboardInterrupt())) == 130
     err = capsys.readouterr().err
