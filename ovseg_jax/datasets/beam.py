@@ -65,14 +65,21 @@ def run_elements(
       *more: further arguments of the function.
 
     Raises:
-      UserError: a worker of the direct runner was killed.
+      UserError: a worker of the direct runner was killed, or a runner's server cannot be downloaded.
     """
     import apache_beam as beam
 
     # By the name DirectRunner, Beam may download another runner, Prism.
     runner = "FnApiRunner" if runner == "direct" else runner
-    with _watched(), beam.Pipeline(runner=runner, options=options) as pipeline:
-        _ = pipeline | beam.Create(list(elements)) | beam.Map(function, *more)
+    try:
+        with _watched(), beam.Pipeline(runner=runner, options=options) as pipeline:
+            _ = pipeline | beam.Create(list(elements)) | beam.Map(function, *more)
+    except RuntimeError as error:
+        if "job server jar" not in str(error):
+            raise
+        option = f"--{runner.removesuffix('Runner').lower()}_job_server_jar"
+        text = f"--runner={runner}: {reason(error)}; Beam's option {option}=FILE takes one from this machine"
+        raise UserError(text) from error
 
 
 @contextlib.contextmanager

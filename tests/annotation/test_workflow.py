@@ -475,6 +475,22 @@ def test_a_worker_that_is_killed_ends_the_command(tmp_path):
         signal.signal(signal.SIGALRM, before)
 
 
+def test_a_runner_whose_server_cannot_be_downloaded_is_one_sentence(tmp_path, monkeypatch):
+    require("apache_beam")
+    from apache_beam.utils.subprocess_server import JavaJarServer
+
+    def local_jar(*_, **__):
+        raise RuntimeError("Unable to fetch remote job server jar at https://host/server.jar: no network")
+
+    monkeypatch.setattr(JavaJarServer, "local_jar", local_jar)
+    with pytest.raises(
+        UserError, match=r"--runner=SparkRunner: .*server.jar: no network; Beam's option --spark_job_"
+    ):
+        annotate_source(
+            config(2), {"captions": perfect()["captions"]}, Rules(), tmp_path, runner=Runner("SparkRunner")
+        )
+
+
 def test_an_error_of_the_whole_work_ends_beam_in_one_sentence(tmp_path):
     require("apache_beam")
     plugs = {"captions": [{"name": "tests.annotation.test_workflow:no_such_function"}]}
