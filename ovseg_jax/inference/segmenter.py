@@ -164,8 +164,8 @@ class Segmenter:
           tokenizer: the folder of the tokeniser, or its name on the hub, if it is not with the weights.
           features: for towers without masks, "value", "sclip", "clearclip" or "activation", see `methods.clip_dense`.
           trust: for FC-CLIP, see `methods.fcclip`; 0.5 for OVRCOAT's rule.
-          texts: for towers without masks, a folder in which features of names are kept between processes, see
-            `inference.kept_texts`. The text tower is then read only for names that are not there.
+          texts: a folder in which features of names are kept between processes, see `inference.kept_texts`. The text
+            tower is then used, and of towers without masks read, only for names that are not there.
           batch_size: see the class.
           devices: see the class.
 
@@ -179,7 +179,7 @@ class Segmenter:
             name, weights, tokenizer, features=features, trust=trust, text=texts is None
         )
         classes = own if classes is None else classes
-        embed = None if texts is None else _kept_texts(texts, name, method)
+        embed = None if texts is None else _kept_texts(texts, name, method, variables)
         return cls(
             method,
             variables,
@@ -655,22 +655,26 @@ def _label_maps(batch: Batch, decided: Decided) -> Iterator[LabelMap]:
         yield LabelMap(category[i, :height, :width], confidence[i, :height, :width])
 
 
-def _kept_texts(folder: Path, name: str, method: Any) -> Callable[[Sequence[str]], Text] | None:
-    """Returns a function that embeds names and keeps their features, for towers without masks."""
+def _kept_texts(
+    folder: Path, name: str, method: Any, variables: Variables
+) -> Callable[[Sequence[str]], Text]:
+    """Returns a function that embeds names and keeps their features, for a published model."""
     from ovseg_jax.methods.clip_dense import ClipDense
+    from ovseg_jax.pretrained.hub import find
     from ovseg_jax.towers.clip import SPACE
 
-    if not isinstance(method, ClipDense):
-        return None
-
-    tower = cache(lambda: jax.device_put(method.clip.pretrained("text")))
+    config, init = method.config, method.config.towers.init
+    weights = lambda: variables
+    if isinstance(method, ClipDense):
+        weights = cache(lambda: {"towers": jax.device_put(method.clip.pretrained("text"))})
+    else:  # FC-CLIP, whose file has both towers
+        init = str(find(config.model.init))
 
     def embed(names: list[str]) -> Array:
-        return method.embed_text({"towers": tower()}, names)[SPACE]
+        return method.embed_text(weights(), names)[SPACE]
 
-    towers = method.config.towers
-    files = [path for path in map(Path, dict.fromkeys((towers.init, towers.tokenizer))) if path.exists()]
-    key = digest(files, name, towers.to_dict(), method.templates)
+    files = [path for path in map(Path, dict.fromkeys((init, config.towers.tokenizer))) if path.exists()]
+    key = digest(files, name, config.towers.to_dict(), method.templates)
     kept = KeptTexts(folder / f"{name}-{key}.npz", embed, method.clip.dim)
     return lambda names: {SPACE: jnp.asarray(kept(names))}
 

@@ -413,8 +413,8 @@ def test_classes_are_learned_by_their_names_on_a_frozen_trunk(published, ours, m
     assert all(np.isfinite(x) for x in jax.tree.leaves(largest))
 
 
-def test_segmenter_of_a_published_file(published, ours, monkeypatch):
-    """Each image on a canvas of its own, as the published evaluation resizes it."""
+def test_segmenter_of_a_published_file(published, ours, monkeypatch, tmp_path):
+    """Each image on a canvas of its own, as the published evaluation resizes it; features of names are kept."""
     folder, (method, variables) = published[1], ours
     monkeypatch.setattr(
         fcclip,
@@ -424,9 +424,10 @@ def test_segmenter_of_a_published_file(published, ours, monkeypatch):
         ),
     )
     monkeypatch.setattr(FCClip, "whole", Whole(64, 96, 32))
-    segmenter = Segmenter.from_pretrained(
-        "fcclip_convnext_l", str(folder / "fcclip_cocopan.pth"), TRAINED, tokenizer=str(folder)
+    load = lambda **options: Segmenter.from_pretrained(
+        "fcclip_convnext_l", str(folder / "fcclip_cocopan.pth"), TRAINED, tokenizer=str(folder), **options
     )
+    segmenter = load()
     rng = np.random.default_rng(2)
     exact, other = (rng.integers(0, 256, (*size, 3), np.uint8) for size in (SIZE, (70, 50)))
     first, second = segmenter.segment([exact, other], decision="panoptic")
@@ -450,6 +451,11 @@ def test_segmenter_of_a_published_file(published, ours, monkeypatch):
     np.testing.assert_array_equal(first.label_map, expected.category[0, 0])
     maps = list(segmenter.stream_maps([exact], decision="panoptic"))
     np.testing.assert_array_equal(maps[0].category, first.label_map)
+    text = segmenter.embed(TRAINED)
+    for kept in (load(texts=tmp_path), load(texts=tmp_path)):
+        jax.tree.map(np.testing.assert_array_equal, kept.embed(TRAINED), text)
+        monkeypatch.setattr(FCClip, "embed_text", None)
+    assert len(list(tmp_path.iterdir())) == 1
     with pytest.raises(UserError, match="this model resizes whole images: leave out tile"):
         segmenter.segment(exact, tile=(32, 8))
     with pytest.raises(UserError, match="the file of fcclip_convnext_l's weights is missing"):
