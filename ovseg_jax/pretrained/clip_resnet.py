@@ -3,8 +3,7 @@
 import numpy as np
 
 from ovseg_jax.models.clip_resnet import HEAD_CHANNELS
-from ovseg_jax.pretrained.rename import Layout, Rename, conv, heads_in, heads_out, same
-from ovseg_jax.pretrained.resnet import batch_norm
+from ovseg_jax.pretrained.rename import Layout, Rename, batch_norm, conv, heads_in, heads_out, same
 
 
 def from_openai_clip_resnet(prefix: str = r"visual\.") -> list[Rename]:

@@ -1,6 +1,6 @@
 """Names of published CLIP ConvNeXts, for `models.convnext.ConvNeXt`: open_clip's and timm's."""
 
-from ovseg_jax.pretrained.rename import Rename, conv, dense
+from ovseg_jax.pretrained.rename import Rename, conv, dense, linear, norm
 
 
 def from_open_clip_convnext(prefix: str = r"visual\.") -> list[Rename]:
@@ -11,7 +11,7 @@ def from_open_clip_convnext(prefix: str = r"visual\.") -> list[Rename]:
     """
     return [
         *_trunk(rf"{prefix}trunk\."),
-        *_linear(rf"{prefix}head\.(?:mlp\.)?(fc\d|proj)", r"head/\1"),
+        *linear(rf"{prefix}head\.(?:mlp\.)?(fc\d|proj)", r"params/head/\1"),
         Rename(
             r"(?:transformer|token_embedding|ln_final)\..*|positional_embedding|text_projection|logit_scale",
             "",
@@ -28,7 +28,7 @@ def from_timm_clip_convnext(hidden: int) -> list[Rename]:
     last = "fc2" if hidden else "proj"
     return [
         *_trunk(""),
-        *_linear(r"head\.pre_logits\.fc", "head/fc1"),
+        *linear(r"head\.pre_logits\.fc", "params/head/fc1"),
         Rename(r"head\.fc\.weight", f"params/head/{last}/kernel", dense),
         # CLIP's projection has no bias; timm's loader writes zeros.
         Rename(r"head\.fc\.bias", ""),
@@ -38,19 +38,19 @@ def from_timm_clip_convnext(hidden: int) -> list[Rename]:
 def _trunk(prefix: str) -> list[Rename]:
     renames = [
         *_conv(rf"{prefix}stem\.0", "stem"),
-        *_norm(rf"{prefix}stem\.1", "stem_norm"),
-        *_norm(rf"{prefix}head\.norm", "head/norm"),
+        *norm(rf"{prefix}stem\.1", "params/stem_norm"),
+        *norm(rf"{prefix}head\.norm", "params/head/norm"),
     ]
     # Their stages count from 0, ours from 1.
     for stage in range(4):
         theirs, ours = rf"{prefix}stages\.{stage}", f"stage{stage + 1}"
         block = rf"{theirs}\.blocks\.(\d+)"
         renames += [
-            *_norm(rf"{theirs}\.downsample\.0", f"downsample{stage + 1}_norm"),
+            *norm(rf"{theirs}\.downsample\.0", f"params/downsample{stage + 1}_norm"),
             *_conv(rf"{theirs}\.downsample\.1", f"downsample{stage + 1}"),
             *_conv(rf"{block}\.conv_dw", rf"{ours}_\1/conv"),
-            *_norm(rf"{block}\.norm", rf"{ours}_\1/norm"),
-            *_linear(rf"{block}\.mlp\.(fc\d)", rf"{ours}_\1/\2"),
+            *norm(rf"{block}\.norm", rf"params/{ours}_\1/norm"),
+            *linear(rf"{block}\.mlp\.(fc\d)", rf"params/{ours}_\1/\2"),
             Rename(rf"{block}\.gamma", rf"params/{ours}_\1/gamma"),
         ]
     return renames
@@ -58,20 +58,5 @@ def _trunk(prefix: str) -> list[Rename]:
 
 def _conv(source: str, target: str) -> list[Rename]:
     return [
-        Rename(rf"{source}\.weight", f"params/{target}/kernel", conv),
-        Rename(rf"{source}\.bias", f"params/{target}/bias"),
-    ]
-
-
-def _linear(source: str, target: str) -> list[Rename]:
-    return [
-        Rename(rf"{source}\.weight", f"params/{target}/kernel", dense),
-        Rename(rf"{source}\.bias", f"params/{target}/bias"),
-    ]
-
-
-def _norm(source: str, target: str) -> list[Rename]:
-    return [
-        Rename(rf"{source}\.weight", f"params/{target}/scale"),
-        Rename(rf"{source}\.bias", f"params/{target}/bias"),
+        *linear(source, f"params/{target}", conv),
     ]

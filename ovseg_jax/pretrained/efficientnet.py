@@ -4,8 +4,7 @@ timm's include noisy student's weights. The top convolution and the classifier a
 """
 
 from ovseg_jax.models.efficientnet_scaling import STAGES, stage_blocks
-from ovseg_jax.pretrained.rename import Rename, conv
-from ovseg_jax.pretrained.resnet import batch_norm
+from ovseg_jax.pretrained.rename import Rename, batch_norm, conv, linear
 
 # (convolution, its norm) of a block in timm's names -> ours: for blocks without and with expansion.
 _FIRST_STAGE = {
@@ -79,6 +78,5 @@ def from_hf_efficientnet() -> list[Rename]:
 
 def _squeeze_and_excite(pattern: str, target: str) -> list[Rename]:
     return [
-        Rename(rf"{pattern}\.weight", f"params/{target}/kernel", conv),
-        Rename(rf"{pattern}\.bias", f"params/{target}/bias"),
+        *linear(pattern, f"params/{target}", conv),
     ]

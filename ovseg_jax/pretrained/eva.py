@@ -4,7 +4,7 @@ Both formats have joint and separate queries, keys and values: E/14 and g/14 kee
 `v_bias`, B/16 and L/14 three matrices. The text tower is ignored.
 """
 
-from ovseg_jax.pretrained.rename import Layout, Rename, conv, dense, heads_in, heads_out, heads_qkv
+from ovseg_jax.pretrained.rename import Layout, Rename, conv, dense, heads_in, heads_out, heads_qkv, norm
 
 _OURS = r"params/blocks_\1/"
 
@@ -17,10 +17,10 @@ def from_timm_eva(heads: int) -> list[Rename]:
         *_shared(prefix, heads),
         Rename(block + r"attn\.q_proj\.bias", _OURS + "attn/query/bias", heads_in(heads)),
         Rename(block + r"attn\.v_proj\.bias", _OURS + "attn/value/bias", heads_in(heads)),
-        *_norm(block + r"attn\.norm", _OURS + "attn/inner_norm"),
+        *norm(block + r"attn\.norm", _OURS + "attn/inner_norm"),
         *_affine(block + r"mlp\.fc1_g", _OURS + "mlp/gate"),
         *_affine(block + r"mlp\.fc1_x", _OURS + "mlp/fc1"),
-        *_norm(block + r"mlp\.norm", _OURS + "mlp/norm"),
+        *norm(block + r"mlp\.norm", _OURS + "mlp/norm"),
     ]
 
 
@@ -33,11 +33,11 @@ def from_eva_clip(heads: int) -> list[Rename]:
     block = prefix + r"blocks\.(\d+)\."
     return [
         *_shared(prefix, heads),
-        *_norm(block + r"attn\.inner_attn_ln", _OURS + "attn/inner_norm"),
+        *norm(block + r"attn\.inner_attn_ln", _OURS + "attn/inner_norm"),
         *_affine(block + r"mlp\.w1", _OURS + "mlp/gate"),
         *_affine(block + r"mlp\.w2", _OURS + "mlp/fc1"),
         *_affine(block + r"mlp\.w3", _OURS + "mlp/fc2"),
-        *_norm(block + r"mlp\.ffn_ln", _OURS + "mlp/norm"),
+        *norm(block + r"mlp\.ffn_ln", _OURS + "mlp/norm"),
         # The rotary table, once for the tower and once for each block.
         Rename(prefix + r"(?:blocks\.\d+\.attn\.)?rope\.freqs_(?:cos|sin)", ""),
         # The text tower, if it is not under `text.`.
@@ -52,8 +52,8 @@ def _shared(prefix: str, heads: int) -> list[Rename]:
         Rename(prefix + "pos_embed", "params/pos_embedding"),
         Rename(prefix + r"patch_embed\.proj\.weight", "params/embedding/kernel", conv),
         Rename(prefix + r"patch_embed\.proj\.bias", "params/embedding/bias"),
-        *_norm(block + "norm1", _OURS + "norm1"),
-        *_norm(block + "norm2", _OURS + "norm2"),
+        *norm(block + "norm1", _OURS + "norm1"),
+        *norm(block + "norm2", _OURS + "norm2"),
         Rename(block + r"attn\.qkv\.weight", _OURS + "attn/{}/kernel", heads_qkv(heads)),
         Rename(block + r"attn\.q_bias", _OURS + "attn/query/bias", heads_in(heads)),
         Rename(block + r"attn\.v_bias", _OURS + "attn/value/bias", heads_in(heads)),
@@ -64,7 +64,7 @@ def _shared(prefix: str, heads: int) -> list[Rename]:
         *_affine(block + r"attn\.proj", _OURS + "attn/out", heads_out(heads)),
         *_affine(block + r"mlp\.fc1", _OURS + "mlp/fc1"),
         *_affine(block + r"mlp\.fc2", _OURS + "mlp/fc2"),
-        *_norm(prefix + "norm", "params/norm"),
+        *norm(prefix + "norm", "params/norm"),
         *_affine(prefix + "head", "params/head"),
         Rename(r"text\..*|logit_scale", ""),
     ]
@@ -75,7 +75,3 @@ def _affine(source: str, target: str, layout: Layout = dense) -> list[Rename]:
         Rename(source + r"\.weight", target + "/kernel", layout),
         Rename(source + r"\.bias", target + "/bias", layout),
     ]
-
-
-def _norm(source: str, target: str) -> list[Rename]:
-    return [Rename(source + r"\.weight", target + "/scale"), Rename(source + r"\.bias", target + "/bias")]

@@ -13,8 +13,7 @@ from ovseg_jax.pretrained.files import read_arrays, weights_file
 from ovseg_jax.pretrained.hub import find
 from ovseg_jax.pretrained.load import formats
 from ovseg_jax.pretrained.mask2former import from_detectron2_head
-from ovseg_jax.pretrained.maskformer import inside, layer, norm
-from ovseg_jax.pretrained.rename import Rename, dense, fit, rename
+from ovseg_jax.pretrained.rename import Rename, fit, inside, linear, norm, rename
 from ovseg_jax.pretrained.text import from_openai_clip_text
 
 _CLIP = "backbone.clip_model."
@@ -26,9 +25,9 @@ def from_fcclip_head(head: FCClipHead) -> list[Rename]:
     return [
         Rename(r"void_embedding\.weight", f"{ours}/void", lambda x: x[0]),
         Rename(rf"{theirs}logit_scale", f"{ours}/scale"),
-        *norm(rf"{theirs}_mask_pooling_proj\.0", "classifier/pooled_norm", ""),
-        *layer(rf"{theirs}_mask_pooling_proj\.1", "classifier/pooled", dense, ""),
-        *layer(rf"{theirs}class_embed\.layers\.(\d)", r"classifier/mlp_\1", dense, ""),
+        *norm(rf"{theirs}_mask_pooling_proj\.0", "params/classifier/pooled_norm"),
+        *linear(rf"{theirs}_mask_pooling_proj\.1", "params/classifier/pooled"),
+        *linear(rf"{theirs}class_embed\.layers\.(\d)", r"params/classifier/mlp_\1"),
         *inside(from_detectron2_head(head.masks.heads), r"sem_seg_head\.", "masks"),
         # The weights of the loss follow from the number of classes.
         Rename(r"criterion\.empty_weight", ""),

@@ -1,6 +1,6 @@
 """Names of published GroupViTs, for ovseg_jax/models/groupvit.py."""
 
-from ovseg_jax.pretrained.rename import Layout, Rename, conv, dense, heads_in, heads_out
+from ovseg_jax.pretrained.rename import Rename, conv, heads_in, heads_out, linear, norm
 from ovseg_jax.pretrained.text import from_hf_clip_text
 
 _STAGE = r"vision_model\.encoder\.stages\.(\d+)\."
@@ -19,30 +19,30 @@ def from_hf_groupvit_image(heads: int) -> list[Rename]:
             r"vision_model\.embeddings\.patch_embeddings\.projection\.weight", "params/embedding/kernel", conv
         ),
         Rename(r"vision_model\.embeddings\.patch_embeddings\.projection\.bias", "params/embedding/bias"),
-        *_norm(r"vision_model\.embeddings\.layernorm", "params/patch_norm"),
-        *_norm(r"vision_model\.layernorm", "params/norm"),
+        *norm(r"vision_model\.embeddings\.layernorm", "params/patch_norm"),
+        *norm(r"vision_model\.layernorm", "params/norm"),
         Rename(_STAGE + "group_token", _OURS + "group_token"),
         *_attention(layer + r"self_attn\.", f"{block}{_ATTENTION}", heads),
-        *_norm(layer + "layer_norm1", block + "LayerNorm_0"),
-        *_norm(layer + "layer_norm2", block + "LayerNorm_1"),
+        *norm(layer + "layer_norm1", block + "LayerNorm_0"),
+        *norm(layer + "layer_norm2", block + "LayerNorm_1"),
         *_mlp(layer + "mlp", block + "MlpBlock_0"),
-        *_norm(_STAGE + r"group_projector\.0", _OURS + "token_norm"),
+        *norm(_STAGE + r"group_projector\.0", _OURS + "token_norm"),
         *_mlp(_STAGE + r"group_projector\.1", _OURS + "token_mixer"),
-        *_norm(assign + "norm_tokens", ours + "norm_tokens"),
-        *_norm(assign + "norm_x", ours + "norm_x"),
+        *norm(assign + "norm_tokens", ours + "norm_tokens"),
+        *norm(assign + "norm_x", ours + "norm_x"),
         *_mlp(assign + "mlp_inter", ours + "mixer"),
-        *_norm(assign + "norm_post_tokens", ours + "norm_groups"),
+        *norm(assign + "norm_post_tokens", ours + "norm_groups"),
         *_attention(assign + r"pre_assign_attn\.attn\.", ours + "cross_attention", heads),
-        *_norm(assign + r"pre_assign_attn\.norm2", ours + "norm_mlp_cross"),
+        *norm(assign + r"pre_assign_attn\.norm2", ours + "norm_mlp_cross"),
         *_mlp(assign + r"pre_assign_attn\.mlp", ours + "mlp_cross"),
-        *_norm(assign + r"pre_assign_attn\.norm_post", ours + "norm_cross"),
-        *_norm(assign + "norm_new_x", ours + "norm_channels"),
+        *norm(assign + r"pre_assign_attn\.norm_post", ours + "norm_cross"),
+        *norm(assign + "norm_new_x", ours + "norm_channels"),
         *_mlp(assign + "mlp_channels", ours + "mlp_channels"),
         *_projection("visual_projection"),
         Rename(r"text_model\..+|text_projection\..+", ""),
     ]
     for theirs, own in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("proj", "out")):
-        names += _linear(assign + rf"assign\.{theirs}", ours + own)
+        names += linear(assign + rf"assign\.{theirs}", ours + own)
     return names
 
 
@@ -62,36 +62,24 @@ def from_hf_groupvit_text(heads: int) -> list[Rename]:
 
 def _projection(name: str) -> list[Rename]:
     return [
-        *_linear(rf"{name}\.0", "params/projection/Dense_0"),
-        *_norm(rf"{name}\.1", "params/projection/norm"),
+        *linear(rf"{name}\.0", "params/projection/Dense_0"),
+        *norm(rf"{name}\.1", "params/projection/norm"),
         Rename(rf"{name}\.1\.running_mean", "batch_stats/projection/norm/mean"),
         Rename(rf"{name}\.1\.running_var", "batch_stats/projection/norm/var"),
         Rename(rf"{name}\.1\.num_batches_tracked", ""),
-        *_linear(rf"{name}\.3", "params/projection/Dense_1"),
+        *linear(rf"{name}\.3", "params/projection/Dense_1"),
     ]
 
 
 def _attention(pattern: str, target: str, heads: int) -> list[Rename]:
     names = []
     for part in ("query", "key", "value"):
-        names += _linear(f"{pattern}{part[0]}_proj", f"{target}/{part}", heads_in(heads))
-    return [*names, *_linear(f"{pattern}out_proj", f"{target}/out", heads_out(heads))]
+        names += linear(f"{pattern}{part[0]}_proj", f"{target}/{part}", heads_in(heads))
+    return [*names, *linear(f"{pattern}out_proj", f"{target}/out", heads_out(heads))]
 
 
 def _mlp(pattern: str, target: str) -> list[Rename]:
     return [
-        *_linear(rf"{pattern}\.fc1", f"{target}/Dense_0"),
-        *_linear(rf"{pattern}\.fc2", f"{target}/Dense_1"),
+        *linear(rf"{pattern}\.fc1", f"{target}/Dense_0"),
+        *linear(rf"{pattern}\.fc2", f"{target}/Dense_1"),
     ]
-
-
-def _linear(pattern: str, target: str, layout: Layout = dense) -> list[Rename]:
-    # These layouts recognise a bias by its single axis; `dense` leaves it unchanged.
-    return [
-        Rename(rf"{pattern}\.weight", f"{target}/kernel", layout),
-        Rename(rf"{pattern}\.bias", f"{target}/bias", layout),
-    ]
-
-
-def _norm(pattern: str, target: str) -> list[Rename]:
-    return [Rename(rf"{pattern}\.weight", f"{target}/scale"), Rename(rf"{pattern}\.bias", f"{target}/bias")]

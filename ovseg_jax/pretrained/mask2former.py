@@ -6,8 +6,18 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.mask2former import Mask2FormerNet
 from ovseg_jax.models.resnet import ResNet
 from ovseg_jax.models.swin import Swin
-from ovseg_jax.pretrained.maskformer import backbone_renames, inside, layer, norm
-from ovseg_jax.pretrained.rename import Rename, conv, dense, heads_in, heads_out, heads_qkv
+from ovseg_jax.pretrained.maskformer import backbone_renames
+from ovseg_jax.pretrained.rename import (
+    Rename,
+    conv,
+    dense,
+    heads_in,
+    heads_out,
+    heads_qkv,
+    inside,
+    linear,
+    norm,
+)
 from ovseg_jax.pretrained.resnet import from_detectron2_resnet
 from ovseg_jax.pretrained.swin import from_microsoft_swin
 
@@ -161,22 +171,21 @@ def _head(names: _Names, heads: int) -> list[Rename]:
             case "array":
                 renames.append(Rename(theirs, f"params/{ours}"))
             case "norm":
-                renames += norm(theirs, ours, "")
+                renames += norm(theirs, f"params/{ours}")
             case "joint":
                 for part, end in (("weight", "kernel"), ("bias", "bias")):
                     target = f"params/{ours}/{{}}/{end}"
                     renames.append(Rename(rf"{theirs}\.in_proj_{part}", target, heads_qkv(heads)))
-                renames += layer(rf"{theirs}\.out_proj", f"{ours}/out", heads_out(heads), "")
+                renames += linear(rf"{theirs}\.out_proj", f"params/{ours}/out", heads_out(heads))
             case "in":
                 split = heads_in(heads)
-                renames.append(Rename(rf"{theirs}\.weight", f"params/{ours}/kernel", split))
-                renames.append(Rename(rf"{theirs}\.bias", f"params/{ours}/bias", split))
+                renames += linear(theirs, f"params/{ours}", split)
             case _:
                 layout = {"conv": conv, "dense": dense, "out": heads_out(heads)}[kind]
-                renames += layer(theirs, ours, layout, "")
+                renames += linear(theirs, f"params/{ours}", layout)
     return renames
 
 
 def _classifier(theirs: str) -> list[Rename]:
     # The weights of the loss follow from the number of classes.
-    return [*layer(theirs, "classifier/dense", dense, ""), Rename(r"criterion\.empty_weight", "")]
+    return [*linear(theirs, "params/classifier/dense"), Rename(r"criterion\.empty_weight", "")]

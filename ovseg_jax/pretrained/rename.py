@@ -24,13 +24,18 @@ def same(x: np.ndarray) -> np.ndarray:
 
 
 def dense(x: np.ndarray) -> np.ndarray:
-    """Transposes [out in] to [in out]."""
+    """Transposes [out in] to [in out]; a bias stays."""
     return x.T
 
 
 def conv(x: np.ndarray) -> np.ndarray:
-    """Transposes [out in h w] to [h w in out]; for a depthwise convolution `in` is 1."""
-    return x.transpose(2, 3, 1, 0)
+    """Transposes [out in h w] to [h w in out]; for a depthwise convolution `in` is 1. A bias stays."""
+    return x if x.ndim == 1 else x.transpose(2, 3, 1, 0)
+
+
+def pointwise(x: np.ndarray) -> np.ndarray:
+    """Converts a 1x1 convolution [out in 1 1] to a dense kernel [in out]; a bias stays."""
+    return x if x.ndim == 1 else dense(x[:, :, 0, 0])
 
 
 def heads_in(heads: int) -> Plain:
@@ -64,6 +69,39 @@ class Rename(NamedTuple):
     pattern: str
     target: str
     layout: Layout = same
+
+
+def linear(pattern: str, target: str, layout: Layout = dense) -> list[Rename]:
+    """Returns the renames of weight and bias of a dense layer or convolution; `layout` knows a bias by its one axis."""
+    return [
+        Rename(rf"{pattern}\.weight", f"{target}/kernel", layout),
+        Rename(rf"{pattern}\.bias", f"{target}/bias", layout),
+    ]
+
+
+def norm(pattern: str, target: str) -> list[Rename]:
+    """Returns the renames of scale and bias of a layer norm or group norm."""
+    return [Rename(rf"{pattern}\.weight", f"{target}/scale"), Rename(rf"{pattern}\.bias", f"{target}/bias")]
+
+
+def batch_norm(pattern: str, target: str) -> list[Rename]:
+    """Returns the renames of a PyTorch batch norm; `target` is our path within a collection."""
+    return [
+        *norm(pattern, f"params/{target}"),
+        Rename(rf"{pattern}\.running_mean", f"batch_stats/{target}/mean"),
+        Rename(rf"{pattern}\.running_var", f"batch_stats/{target}/var"),
+        Rename(rf"{pattern}\.num_batches_tracked", ""),
+    ]
+
+
+def inside(renames: Iterable[Rename], prefix: str, path: str) -> list[Rename]:
+    """Returns the renames for a part of a model: its names follow `prefix` (a regex), its module is at `path`."""
+
+    def target(ours: str) -> str:
+        collection, _, rest = ours.partition("/")
+        return f"{collection}/{path}/{rest}" if ours else ""
+
+    return [Rename(f"{prefix}(?:{r.pattern})", target(r.target), r.layout) for r in renames]
 
 
 def rename(source: Mapping[str, np.ndarray], renames: Iterable[Rename]) -> dict[str, np.ndarray]:

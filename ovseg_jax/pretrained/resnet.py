@@ -1,17 +1,6 @@
 """Names of published ResNets: torchvision's, which timm shares, transformers' and detectron2's."""
 
-from ovseg_jax.pretrained.rename import Rename, conv
-
-
-def batch_norm(pattern: str, target: str) -> list[Rename]:
-    """Returns the renames of a PyTorch batch norm; `target` is our path within a collection."""
-    return [
-        Rename(rf"{pattern}\.weight", f"params/{target}/scale"),
-        Rename(rf"{pattern}\.bias", f"params/{target}/bias"),
-        Rename(rf"{pattern}\.running_mean", f"batch_stats/{target}/mean"),
-        Rename(rf"{pattern}\.running_var", f"batch_stats/{target}/var"),
-        Rename(rf"{pattern}\.num_batches_tracked", ""),
-    ]
+from ovseg_jax.pretrained.rename import Rename, batch_norm, conv
 
 
 def from_torchvision_resnet() -> list[Rename]:

@@ -7,38 +7,24 @@ out_norms=(5,), and one with more norms if `fit` may miss `out_norm[234]`.
 import re
 from collections.abc import Sequence
 
-from ovseg_jax.pretrained.rename import Rename, conv, dense, heads_in, heads_out, heads_qkv
+from ovseg_jax.pretrained.rename import Rename, conv, dense, heads_in, heads_out, heads_qkv, linear, norm
 
 # Ignored, since they follow from the sizes.
 _INDICES = Rename(r".*(?:relative_position_index|attn_mask)", "")
 
 
-def _norm(pattern: str, target: str) -> list[Rename]:
-    return [
-        Rename(rf"{pattern}\.weight", f"params/{target}/scale"),
-        Rename(rf"{pattern}\.bias", f"params/{target}/bias"),
-    ]
-
-
-def _dense(pattern: str, target: str) -> list[Rename]:
-    return [
-        Rename(rf"{pattern}\.weight", f"params/{target}/kernel", dense),
-        Rename(rf"{pattern}\.bias", f"params/{target}/bias"),
-    ]
-
-
 def _merge(pattern: str, target: str) -> list[Rename]:
     return [
-        *_norm(rf"{pattern}\.norm", f"{target}/norm"),
+        *norm(rf"{pattern}\.norm", f"params/{target}/norm"),
         Rename(rf"{pattern}\.reduction\.weight", f"params/{target}/reduction/kernel", dense),
     ]
 
 
-def _stem(prefix: str, proj: str, norm: str) -> list[Rename]:
+def _stem(prefix: str, proj: str, its_norm: str) -> list[Rename]:
     return [
         Rename(rf"{prefix}{proj}\.weight", "params/patch_embed/kernel", conv),
         Rename(rf"{prefix}{proj}\.bias", "params/patch_embed/bias"),
-        *_norm(rf"{prefix}{norm}", "patch_norm"),
+        *norm(rf"{prefix}{its_norm}", "params/patch_norm"),
     ]
 
 
@@ -48,22 +34,20 @@ def _timm_blocks(heads: Sequence[int], prefix: str = "") -> list[Rename]:
         block, ours = rf"{prefix}layers\.{stage}\.blocks\.(\d+)", rf"stage{stage + 1}_\1"
         table = rf"{block}\.attn\.relative_position_bias_table"
         renames += [
-            *_norm(rf"{block}\.norm1", f"{ours}/norm1"),
-            *_norm(rf"{block}\.norm2", f"{ours}/norm2"),
-            Rename(rf"{block}\.attn\.qkv\.weight", f"params/{ours}/attn/{{}}/kernel", heads_qkv(count)),
-            Rename(rf"{block}\.attn\.qkv\.bias", f"params/{ours}/attn/{{}}/bias", heads_qkv(count)),
-            Rename(rf"{block}\.attn\.proj\.weight", f"params/{ours}/attn/out/kernel", heads_out(count)),
-            Rename(rf"{block}\.attn\.proj\.bias", f"params/{ours}/attn/out/bias"),
+            *norm(rf"{block}\.norm1", f"params/{ours}/norm1"),
+            *norm(rf"{block}\.norm2", f"params/{ours}/norm2"),
+            *linear(rf"{block}\.attn\.qkv", f"params/{ours}/attn/{{}}", heads_qkv(count)),
+            *linear(rf"{block}\.attn\.proj", f"params/{ours}/attn/out", heads_out(count)),
             Rename(table, f"params/{ours}/attn/relative_position_bias"),
-            *_dense(rf"{block}\.mlp\.fc1", f"{ours}/fc1"),
-            *_dense(rf"{block}\.mlp\.fc2", f"{ours}/fc2"),
+            *linear(rf"{block}\.mlp\.fc1", f"params/{ours}/fc1"),
+            *linear(rf"{block}\.mlp\.fc2", f"params/{ours}/fc2"),
         ]
     return [*renames, _INDICES]
 
 
 def from_timm_swin(heads: Sequence[int]) -> list[Rename]:
     """Returns the renames of timm's `swin_*` classifiers, where merging begins a stage (`layers.1.downsample`)."""
-    renames = _timm_blocks(heads) + _norm("norm", "out_norm5")
+    renames = _timm_blocks(heads) + norm("norm", "params/out_norm5")
     for stage in range(1, len(heads)):
         renames += _merge(rf"layers\.{stage}\.downsample", f"merge{stage + 1}")
     return [*renames, Rename(r"head\..*", "")]
@@ -76,9 +60,9 @@ def from_microsoft_swin(heads: Sequence[int], prefix: str = "") -> list[Rename]:
     "backbone.").
     """
     prefix = re.escape(prefix)
-    renames = _timm_blocks(heads, prefix) + _norm(rf"{prefix}norm", "out_norm5")
+    renames = _timm_blocks(heads, prefix) + norm(rf"{prefix}norm", "params/out_norm5")
     for stage in range(len(heads)):
-        renames += _norm(rf"{prefix}norm{stage}", f"out_norm{stage + 2}")
+        renames += norm(rf"{prefix}norm{stage}", f"params/out_norm{stage + 2}")
     for stage in range(len(heads) - 1):
         renames += _merge(rf"{prefix}layers\.{stage}\.downsample", f"merge{stage + 2}")
     return [*renames, Rename(r"head\..*", "")]
@@ -99,23 +83,23 @@ def from_hf_swin(heads: Sequence[int], backbone: bool = False) -> list[Rename]:
                 rf"{block}\.attention\.(?:self\.{name}|{name[0]}_proj)",
                 f"params/{ours}/attn/{name}",
             )
-            renames.append(Rename(rf"{pattern}\.weight", f"{target}/kernel", heads_in(count)))
-            renames.append(Rename(rf"{pattern}\.bias", f"{target}/bias", heads_in(count)))
+            renames += linear(rf"{pattern}", f"{target}", heads_in(count))
         out = rf"{block}\.attention\.(?:output\.dense|o_proj)"
         table = rf"{block}\.attention\.(?:self|relative_position_bias)\.relative_position_bias_table"
         renames += [
-            *_norm(rf"{block}\.layernorm_before", f"{ours}/norm1"),
-            *_norm(rf"{block}\.layernorm_after", f"{ours}/norm2"),
-            Rename(rf"{out}\.weight", f"params/{ours}/attn/out/kernel", heads_out(count)),
-            Rename(rf"{out}\.bias", f"params/{ours}/attn/out/bias"),
+            *norm(rf"{block}\.layernorm_before", f"params/{ours}/norm1"),
+            *norm(rf"{block}\.layernorm_after", f"params/{ours}/norm2"),
+            *linear(rf"{out}", f"params/{ours}/attn/out", heads_out(count)),
             Rename(table, f"params/{ours}/attn/relative_position_bias"),
-            *_dense(rf"{block}\.(?:intermediate\.dense|mlp\.fc1)", f"{ours}/fc1"),
-            *_dense(rf"{block}\.(?:output\.dense|mlp\.fc2)", f"{ours}/fc2"),
+            *linear(rf"{block}\.(?:intermediate\.dense|mlp\.fc1)", f"params/{ours}/fc1"),
+            *linear(rf"{block}\.(?:output\.dense|mlp\.fc2)", f"params/{ours}/fc2"),
         ]
         if stage < len(heads) - 1:
             renames += _merge(rf"{theirs}\.downsample", f"merge{stage + 2}")
         if backbone:
             # MaskFormer's Swin numbers them.
-            renames += _norm(rf"hidden_states_norms\.(?:stage{stage + 1}|{stage})", f"out_norm{stage + 2}")
-    final = [Rename(rf"{top}layernorm\..*", "")] if backbone else _norm(rf"{top}layernorm", "out_norm5")
+            renames += norm(
+                rf"hidden_states_norms\.(?:stage{stage + 1}|{stage})", f"params/out_norm{stage + 2}"
+            )
+    final = [Rename(rf"{top}layernorm\..*", "")] if backbone else norm(rf"{top}layernorm", "params/out_norm5")
     return [*renames, *final, _INDICES, Rename(r"classifier\..*", "")]

@@ -5,7 +5,7 @@ big_vision's names are ours: ovseg_jax/pretrained/big_vision.py reads its `txt/`
 
 import numpy as np
 
-from ovseg_jax.pretrained.rename import Layout, Rename, dense, heads_in, heads_out, heads_qkv, same
+from ovseg_jax.pretrained.rename import Rename, heads_in, heads_out, heads_qkv, linear, same
 
 _BLOCK = r"params/Encoder_0/encoderblock_\1"
 _ATTENTION = _BLOCK + "/MultiHeadDotProductAttention_0"
@@ -17,7 +17,7 @@ def from_hf_clip_text(heads: int) -> list[Rename]:
     """Returns the renames of transformers' CLIPTextModelWithProjection, and the text half of CLIPModel."""
     return [
         *_hf_tower(heads, r"text_model\."),
-        *_linear(r"text_projection", "params/head"),
+        *linear(r"text_projection", "params/head"),
         Rename(r"vision_model\..+|visual_projection\.weight|logit_scale", ""),
     ]
 
@@ -26,7 +26,7 @@ def from_hf_siglip_text(heads: int) -> list[Rename]:
     """Returns the renames of transformers' SiglipTextModel, and of the text half of SiglipModel."""
     return [
         *_hf_tower(heads, r"(?:text_model\.)?"),
-        *_linear(r"(?:text_model\.)?head", "params/head"),
+        *linear(r"(?:text_model\.)?head", "params/head"),
         Rename(r"vision_model\..+|logit_scale|logit_bias", ""),
     ]
 
@@ -39,15 +39,15 @@ def from_openai_clip_text(heads: int) -> list[Rename]:
         Rename(r"(?:text\.)?positional_embedding", "params/pos_embedding", _first_axis),
         Rename(block + r"attn\.in_proj_weight", _ATTENTION + "/{}/kernel", heads_qkv(heads)),
         Rename(block + r"attn\.in_proj_bias", _ATTENTION + "/{}/bias", heads_qkv(heads)),
-        *_linear(block + r"attn\.out_proj", _ATTENTION + "/out", heads_out(heads)),
-        *_linear(block + r"mlp\.c_fc", _BLOCK + "/MlpBlock_0/Dense_0"),
-        *_linear(block + r"mlp\.c_proj", _BLOCK + "/MlpBlock_0/Dense_1"),
+        *linear(block + r"attn\.out_proj", _ATTENTION + "/out", heads_out(heads)),
+        *linear(block + r"mlp\.c_fc", _BLOCK + "/MlpBlock_0/Dense_0"),
+        *linear(block + r"mlp\.c_proj", _BLOCK + "/MlpBlock_0/Dense_1"),
         *_norm(block + "ln_1", _BLOCK + "/LayerNorm_0"),
         *_norm(block + "ln_2", _BLOCK + "/LayerNorm_1"),
         *_norm(r"(?:text\.)?ln_final", "params/Encoder_0/encoder_norm"),
         # CLIP's projection is a matrix [in out]; SigLIP's in open_clip is a layer.
         Rename(r"(?:text\.)?text_projection", "params/head/kernel"),
-        *_linear(r"(?:text\.)?text_projection", "params/head"),
+        *linear(r"(?:text\.)?text_projection", "params/head"),
         Rename(rf"visual\..+|logit_scale|logit_bias|{_SIZES}", ""),
     ]
 
@@ -65,16 +65,16 @@ def from_hf_bert(heads: int, pooler: bool) -> list[Rename]:
         Rename(r"(?:bert\.)?embeddings\.position_embeddings\.weight", "params/pos_embedding", _first_axis),
         Rename(r"(?:bert\.)?embeddings\.token_type_embeddings\.weight", "params/type_embedding"),
         *_norm(r"(?:bert\.)?embeddings\.LayerNorm", "params/embedding_norm"),
-        *_linear(block + r"attention\.output\.dense", _ATTENTION + "/out", heads_out(heads)),
+        *linear(block + r"attention\.output\.dense", _ATTENTION + "/out", heads_out(heads)),
         *_norm(block + r"attention\.output\.LayerNorm", _BLOCK + "/LayerNorm_0"),
-        *_linear(block + r"intermediate\.dense", _BLOCK + "/MlpBlock_0/Dense_0"),
-        *_linear(block + r"output\.dense", _BLOCK + "/MlpBlock_0/Dense_1"),
+        *linear(block + r"intermediate\.dense", _BLOCK + "/MlpBlock_0/Dense_0"),
+        *linear(block + r"output\.dense", _BLOCK + "/MlpBlock_0/Dense_1"),
         *_norm(block + r"output\.LayerNorm", _BLOCK + "/LayerNorm_1"),
     ]
     for part in ("query", "key", "value"):
-        names += _linear(block + rf"attention\.self\.{part}", f"{_ATTENTION}/{part}", heads_in(heads))
+        names += linear(block + rf"attention\.self\.{part}", f"{_ATTENTION}/{part}", heads_in(heads))
     if pooler:
-        names += _linear(r"(?:bert\.)?pooler\.dense", "params/pooler")
+        names += linear(r"(?:bert\.)?pooler\.dense", "params/pooler")
     return [*names, Rename(r"(?:bert\.)?(pooler\.dense\..+|embeddings\.position_ids)|cls\..+", "")]
 
 
@@ -84,23 +84,16 @@ def _hf_tower(heads: int, prefix: str) -> list[Rename]:
         Rename(prefix + r"embeddings\.token_embedding\.weight", "params/Embed_0/embedding"),
         Rename(prefix + r"embeddings\.position_embedding\.weight", "params/pos_embedding", _first_axis),
         Rename(r"(text|vision)_model\.embeddings\.position_ids", ""),
-        *_linear(block + r"self_attn\.out_proj", _ATTENTION + "/out", heads_out(heads)),
-        *_linear(block + r"mlp\.fc1", _BLOCK + "/MlpBlock_0/Dense_0"),
-        *_linear(block + r"mlp\.fc2", _BLOCK + "/MlpBlock_0/Dense_1"),
+        *linear(block + r"self_attn\.out_proj", _ATTENTION + "/out", heads_out(heads)),
+        *linear(block + r"mlp\.fc1", _BLOCK + "/MlpBlock_0/Dense_0"),
+        *linear(block + r"mlp\.fc2", _BLOCK + "/MlpBlock_0/Dense_1"),
         *_norm(block + "layer_norm1", _BLOCK + "/LayerNorm_0"),
         *_norm(block + "layer_norm2", _BLOCK + "/LayerNorm_1"),
         *_norm(prefix + "final_layer_norm", "params/Encoder_0/encoder_norm"),
     ]
     for part in ("query", "key", "value"):
-        names += _linear(block + rf"self_attn\.{part[0]}_proj", f"{_ATTENTION}/{part}", heads_in(heads))
+        names += linear(block + rf"self_attn\.{part[0]}_proj", f"{_ATTENTION}/{part}", heads_in(heads))
     return names
-
-
-def _linear(pattern: str, target: str, layout: Layout = dense) -> list[Rename]:
-    return [
-        Rename(rf"{pattern}\.weight", f"{target}/kernel", layout),
-        Rename(rf"{pattern}\.bias", f"{target}/bias", layout),
-    ]
 
 
 def _norm(pattern: str, target: str) -> list[Rename]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ovseg_jax.pretrained.files import npz_names
-from ovseg_jax.pretrained.rename import Layout, Plain, Rename, conv, dense, heads_in, heads_out, heads_qkv
+from ovseg_jax.pretrained.rename import Rename, conv, heads_in, heads_out, heads_qkv, linear, norm
 from ovseg_jax.pretrained.vit import ATTENTION, BLOCK, NORM
 
 JAX, TORCH = "TIPS's JAX model", "transformers' TIPSv2"
@@ -49,22 +49,22 @@ def from_tips_vision(heads: int) -> list[Rename]:
         Rename(e + "cls_token", _FRONT),
         Rename(e + "register_tokens", _REGISTERS),
         Rename(e + r"(?:pos_embed|position_embeddings)", "params/pos_embedding"),
-        *_product(e + r"(?:patch_embed\.proj|patch_embeddings\.projection)", "params/embedding", conv),
-        *_norm(block + "norm1", f"{BLOCK}/LayerNorm_0"),
-        *_norm(block + "norm2", f"{BLOCK}/LayerNorm_1"),
-        *_product(block + r"attn\.qkv", f"{BLOCK}/{ATTENTION}/{{}}", heads_qkv(heads)),
-        *_product(block + r"(?:attn\.proj|attention\.o_proj)", f"{BLOCK}/{ATTENTION}/out", heads_out(heads)),
+        *linear(e + r"(?:patch_embed\.proj|patch_embeddings\.projection)", "params/embedding", conv),
+        *norm(block + "norm1", f"{BLOCK}/LayerNorm_0"),
+        *norm(block + "norm2", f"{BLOCK}/LayerNorm_1"),
+        *linear(block + r"attn\.qkv", f"{BLOCK}/{ATTENTION}/{{}}", heads_qkv(heads)),
+        *linear(block + r"(?:attn\.proj|attention\.o_proj)", f"{BLOCK}/{ATTENTION}/out", heads_out(heads)),
         Rename(block + r"(?:ls1\.gamma|layer_scale1\.lambda1)", f"{BLOCK}/{_SCALE}_0"),
         Rename(block + r"(?:ls2\.gamma|layer_scale2\.lambda1)", f"{BLOCK}/{_SCALE}_1"),
-        *_product(block + r"mlp\.(?:fc1|c_fc|up_proj)", f"{BLOCK}/MlpBlock_0/Dense_0"),
-        *_product(block + r"mlp\.(?:fc2|c_proj|w3|down_proj)", f"{BLOCK}/MlpBlock_0/Dense_1"),
-        *_product(block + r"mlp\.gate_proj", f"{BLOCK}/MlpBlock_0/gate"),
-        *_product(block + r"mlp\.w12", f"{BLOCK}/MlpBlock_0/{{}}", _gate_and_up),
-        *_norm(v + "(?:norm|layernorm)", NORM),
+        *linear(block + r"mlp\.(?:fc1|c_fc|up_proj)", f"{BLOCK}/MlpBlock_0/Dense_0"),
+        *linear(block + r"mlp\.(?:fc2|c_proj|w3|down_proj)", f"{BLOCK}/MlpBlock_0/Dense_1"),
+        *linear(block + r"mlp\.gate_proj", f"{BLOCK}/MlpBlock_0/gate"),
+        *linear(block + r"mlp\.w12", f"{BLOCK}/MlpBlock_0/{{}}", _gate_and_up),
+        *norm(v + "(?:norm|layernorm)", NORM),
         Rename(e + r"mask_token|text_(?:encoder|model)\..*|temperature", ""),
     ]
     for name in ("query", "key", "value"):
-        renames += _product(
+        renames += linear(
             block + rf"attention\.{name[0]}_proj", f"{BLOCK}/{ATTENTION}/{name}", heads_in(heads)
         )
     return renames
@@ -79,16 +79,16 @@ def from_tips_text(heads: int) -> list[Rename]:
         Rename(t + r"(?:embeddings\.)?token_embedding\.weight", "params/Embed_0/embedding"),
         Rename(block + r"attn\.in_proj_weight", attention + "/{}/kernel", heads_qkv(heads)),
         Rename(block + r"attn\.in_proj_bias", attention + "/{}/bias", heads_qkv(heads)),
-        *_product(block + r"(?:self_)?attn\.out_proj", attention + "/out", heads_out(heads)),
-        *_product(block + r"mlp\.(?:c_fc|fc1)", own + "/MlpBlock_0/Dense_0"),
-        *_product(block + r"mlp\.(?:c_proj|fc2)", own + "/MlpBlock_0/Dense_1"),
-        *_norm(block + r"(?:ln_1|layer_norm1)", own + "/LayerNorm_0"),
-        *_norm(block + r"(?:ln_2|layer_norm2)", own + "/LayerNorm_1"),
-        *_norm(t + r"(?:ln_final|final_layer_norm)", "params/Encoder_0/encoder_norm"),
+        *linear(block + r"(?:self_)?attn\.out_proj", attention + "/out", heads_out(heads)),
+        *linear(block + r"mlp\.(?:c_fc|fc1)", own + "/MlpBlock_0/Dense_0"),
+        *linear(block + r"mlp\.(?:c_proj|fc2)", own + "/MlpBlock_0/Dense_1"),
+        *norm(block + r"(?:ln_1|layer_norm1)", own + "/LayerNorm_0"),
+        *norm(block + r"(?:ln_2|layer_norm2)", own + "/LayerNorm_1"),
+        *norm(t + r"(?:ln_final|final_layer_norm)", "params/Encoder_0/encoder_norm"),
         Rename(r"vision_(?:encoder|model)\..*|temperature", ""),
     ]
     for name in ("query", "key", "value"):
-        renames += _product(block + rf"self_attn\.{name[0]}_proj", f"{attention}/{name}", heads_in(heads))
+        renames += linear(block + rf"self_attn\.{name[0]}_proj", f"{attention}/{name}", heads_in(heads))
     return renames
 
 
@@ -138,16 +138,3 @@ def joined(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _gate_and_up(x: np.ndarray) -> dict[str, np.ndarray]:
     gate, up = np.split(x, 2)
     return {"gate": gate.T, "Dense_0": up.T}
-
-
-def _norm(source: str, target: str) -> list[Rename]:
-    return [Rename(rf"{source}\.weight", f"{target}/scale"), Rename(rf"{source}\.bias", f"{target}/bias")]
-
-
-def _product(source: str, target: str, layout: Layout | Plain = dense) -> list[Rename]:
-    # The layouts of attention recognise a bias by its single axis; the others leave it as it is.
-    bias = (lambda x: x) if layout is conv else layout
-    return [
-        Rename(rf"{source}\.weight", f"{target}/kernel", layout),
-        Rename(rf"{source}\.bias", f"{target}/bias", bias),
-    ]

@@ -6,7 +6,17 @@ temperatures, classifiers, decoders and position ids are ignored.
 
 import numpy as np
 
-from ovseg_jax.pretrained.rename import Layout, Rename, conv, dense, heads_in, heads_out, heads_qkv
+from ovseg_jax.pretrained.rename import (
+    Layout,
+    Rename,
+    conv,
+    dense,
+    heads_in,
+    heads_out,
+    heads_qkv,
+    linear,
+    norm,
+)
 
 ATTENTION = "MultiHeadDotProductAttention_0"
 BLOCK = r"params/Transformer/encoderblock_\1"
@@ -32,7 +42,7 @@ def from_hf_clip(heads: int) -> list[Rename]:
         *_hf_encoder(heads),
         Rename(v + r"embeddings\.class_embedding", "params/cls", row_vectors),
         # "pre_layrnorm" is misspelt in transformers.
-        *_norm(v + "pre_layrnorm", "params/pre_norm"),
+        *norm(v + "pre_layrnorm", "params/pre_norm"),
         Rename(r"visual_projection\.weight", "params/head/kernel", dense),
     ]
 
@@ -45,10 +55,10 @@ def from_hf_siglip(heads: int) -> list[Rename]:
         Rename(pool + "probe", f"{POOL}/probe"),
         Rename(pool + r"attention\.in_proj_weight", f"{POOL}/{ATTENTION}/{{}}/kernel", heads_qkv(heads)),
         Rename(pool + r"attention\.in_proj_bias", f"{POOL}/{ATTENTION}/{{}}/bias", heads_qkv(heads)),
-        *_product(pool + r"attention\.out_proj", f"{POOL}/{ATTENTION}/out", heads_out(heads)),
-        *_norm(pool + "layernorm", f"{POOL}/LayerNorm_0"),
-        *_product(pool + r"mlp\.fc1", f"{POOL}/MlpBlock_0/Dense_0"),
-        *_product(pool + r"mlp\.fc2", f"{POOL}/MlpBlock_0/Dense_1"),
+        *linear(pool + r"attention\.out_proj", f"{POOL}/{ATTENTION}/out", heads_out(heads)),
+        *norm(pool + "layernorm", f"{POOL}/LayerNorm_0"),
+        *linear(pool + r"mlp\.fc1", f"{POOL}/MlpBlock_0/Dense_0"),
+        *linear(pool + r"mlp\.fc2", f"{POOL}/MlpBlock_0/Dense_1"),
     ]
 
 
@@ -63,21 +73,19 @@ def from_hf_vit(heads: int) -> list[Rename]:
         Rename(v + r"embeddings\.cls_token", "params/cls"),
         Rename(v + r"embeddings\.position_embeddings", "params/pos_embedding"),
         *_patches(v + r"embeddings\.patch_embeddings\.projection"),
-        *_norm(layer + "layernorm_before", f"{BLOCK}/LayerNorm_0"),
-        *_norm(layer + "layernorm_after", f"{BLOCK}/LayerNorm_1"),
-        *_norm(v + "layernorm", NORM),
+        *norm(layer + "layernorm_before", f"{BLOCK}/LayerNorm_0"),
+        *norm(layer + "layernorm_after", f"{BLOCK}/LayerNorm_1"),
+        *norm(v + "layernorm", NORM),
         Rename(v + r"pooler\..*|classifier\..*|decoder\..*", ""),
     ]
     for ours, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
         source = layer + rf"attention\.(?:attention\.{ours}|{theirs})"
-        renames += _product(source, f"{BLOCK}/{ATTENTION}/{ours}", heads_in(heads))
+        renames += linear(source, f"{BLOCK}/{ATTENTION}/{ours}", heads_in(heads))
     return [
         *renames,
-        *_product(
-            layer + r"attention\.(?:output\.dense|o_proj)", f"{BLOCK}/{ATTENTION}/out", heads_out(heads)
-        ),
-        *_product(layer + r"(?:intermediate\.dense|mlp\.fc1)", f"{BLOCK}/MlpBlock_0/Dense_0"),
-        *_product(layer + r"(?:output\.dense|mlp\.fc2)", f"{BLOCK}/MlpBlock_0/Dense_1"),
+        *linear(layer + r"attention\.(?:output\.dense|o_proj)", f"{BLOCK}/{ATTENTION}/out", heads_out(heads)),
+        *linear(layer + r"(?:intermediate\.dense|mlp\.fc1)", f"{BLOCK}/MlpBlock_0/Dense_0"),
+        *linear(layer + r"(?:output\.dense|mlp\.fc2)", f"{BLOCK}/MlpBlock_0/Dense_1"),
     ]
 
 
@@ -88,15 +96,15 @@ def from_openai_clip(heads: int) -> list[Rename]:
         Rename(r"visual\.class_embedding", "params/cls", row_vectors),
         Rename(r"visual\.positional_embedding", "params/pos_embedding", row_vectors),
         *_patches(r"visual\.conv1"),
-        *_norm(r"visual\.ln_pre", "params/pre_norm"),
-        *_norm(block + "ln_1", f"{BLOCK}/LayerNorm_0"),
+        *norm(r"visual\.ln_pre", "params/pre_norm"),
+        *norm(block + "ln_1", f"{BLOCK}/LayerNorm_0"),
         Rename(block + r"attn\.in_proj_weight", f"{BLOCK}/{ATTENTION}/{{}}/kernel", heads_qkv(heads)),
         Rename(block + r"attn\.in_proj_bias", f"{BLOCK}/{ATTENTION}/{{}}/bias", heads_qkv(heads)),
-        *_product(block + r"attn\.out_proj", f"{BLOCK}/{ATTENTION}/out", heads_out(heads)),
-        *_norm(block + "ln_2", f"{BLOCK}/LayerNorm_1"),
-        *_product(block + r"mlp\.c_fc", f"{BLOCK}/MlpBlock_0/Dense_0"),
-        *_product(block + r"mlp\.c_proj", f"{BLOCK}/MlpBlock_0/Dense_1"),
-        *_norm(r"visual\.ln_post", NORM),
+        *linear(block + r"attn\.out_proj", f"{BLOCK}/{ATTENTION}/out", heads_out(heads)),
+        *norm(block + "ln_2", f"{BLOCK}/LayerNorm_1"),
+        *linear(block + r"mlp\.c_fc", f"{BLOCK}/MlpBlock_0/Dense_0"),
+        *linear(block + r"mlp\.c_proj", f"{BLOCK}/MlpBlock_0/Dense_1"),
+        *norm(r"visual\.ln_post", NORM),
         # Unlike other weights, the projection is published as [in out].
         Rename(r"visual\.proj", "params/head/kernel"),
         # The text tower, and numbers in OpenAI's traced models.
@@ -116,20 +124,20 @@ def from_timm_vit(heads: int) -> list[Rename]:
         Rename(v + "cls_token", "params/cls"),
         Rename(v + "pos_embed", "params/pos_embedding"),
         *_patches(v + r"patch_embed\.proj"),
-        *_norm(block + "norm1", f"{BLOCK}/LayerNorm_0"),
-        *_product(block + r"attn\.qkv", f"{BLOCK}/{ATTENTION}/{{}}", heads_qkv(heads)),
-        *_product(block + r"attn\.proj", f"{BLOCK}/{ATTENTION}/out", heads_out(heads)),
-        *_norm(block + "norm2", f"{BLOCK}/LayerNorm_1"),
-        *_product(block + r"mlp\.fc1", f"{BLOCK}/MlpBlock_0/Dense_0"),
-        *_product(block + r"mlp\.fc2", f"{BLOCK}/MlpBlock_0/Dense_1"),
-        *_norm(v + "norm", NORM),
+        *norm(block + "norm1", f"{BLOCK}/LayerNorm_0"),
+        *linear(block + r"attn\.qkv", f"{BLOCK}/{ATTENTION}/{{}}", heads_qkv(heads)),
+        *linear(block + r"attn\.proj", f"{BLOCK}/{ATTENTION}/out", heads_out(heads)),
+        *norm(block + "norm2", f"{BLOCK}/LayerNorm_1"),
+        *linear(block + r"mlp\.fc1", f"{BLOCK}/MlpBlock_0/Dense_0"),
+        *linear(block + r"mlp\.fc2", f"{BLOCK}/MlpBlock_0/Dense_1"),
+        *norm(v + "norm", NORM),
         Rename(pool + "latent", f"{POOL}/probe"),
-        *_product(pool + "q", f"{POOL}/{ATTENTION}/query", heads_in(heads)),
-        *_product(pool + "kv", f"{POOL}/{ATTENTION}/{{}}", heads_kv(heads)),
-        *_product(pool + "proj", f"{POOL}/{ATTENTION}/out", heads_out(heads)),
-        *_norm(pool + "norm", f"{POOL}/LayerNorm_0"),
-        *_product(pool + r"mlp\.fc1", f"{POOL}/MlpBlock_0/Dense_0"),
-        *_product(pool + r"mlp\.fc2", f"{POOL}/MlpBlock_0/Dense_1"),
+        *linear(pool + "q", f"{POOL}/{ATTENTION}/query", heads_in(heads)),
+        *linear(pool + "kv", f"{POOL}/{ATTENTION}/{{}}", heads_kv(heads)),
+        *linear(pool + "proj", f"{POOL}/{ATTENTION}/out", heads_out(heads)),
+        *norm(pool + "norm", f"{POOL}/LayerNorm_0"),
+        *linear(pool + r"mlp\.fc1", f"{POOL}/MlpBlock_0/Dense_0"),
+        *linear(pool + r"mlp\.fc2", f"{POOL}/MlpBlock_0/Dense_1"),
         Rename(r"head\..*|decoder_.*|mask_token|text\..*|logit_scale|logit_bias", ""),
     ]
 
@@ -141,17 +149,17 @@ def _hf_encoder(heads: int) -> list[Rename]:
     renames = [
         Rename(v + r"embeddings\.position_embedding\.weight", "params/pos_embedding", row_vectors),
         *_patches(v + r"embeddings\.patch_embedding"),
-        *_norm(layer + "layer_norm1", f"{BLOCK}/LayerNorm_0"),
-        *_norm(layer + "layer_norm2", f"{BLOCK}/LayerNorm_1"),
-        *_product(layer + r"self_attn\.out_proj", f"{BLOCK}/{ATTENTION}/out", heads_out(heads)),
-        *_product(layer + r"mlp\.fc1", f"{BLOCK}/MlpBlock_0/Dense_0"),
-        *_product(layer + r"mlp\.fc2", f"{BLOCK}/MlpBlock_0/Dense_1"),
-        *_norm(v + "post_layernorm", NORM),
+        *norm(layer + "layer_norm1", f"{BLOCK}/LayerNorm_0"),
+        *norm(layer + "layer_norm2", f"{BLOCK}/LayerNorm_1"),
+        *linear(layer + r"self_attn\.out_proj", f"{BLOCK}/{ATTENTION}/out", heads_out(heads)),
+        *linear(layer + r"mlp\.fc1", f"{BLOCK}/MlpBlock_0/Dense_0"),
+        *linear(layer + r"mlp\.fc2", f"{BLOCK}/MlpBlock_0/Dense_1"),
+        *norm(v + "post_layernorm", NORM),
         Rename(v + r"embeddings\.position_ids|text_(?:model|projection)\..*|logit_scale|logit_bias", ""),
     ]
     for name in ("query", "key", "value"):
         source = layer + rf"self_attn\.{name[0]}_proj"
-        renames += _product(source, f"{BLOCK}/{ATTENTION}/{name}", heads_in(heads))
+        renames += linear(source, f"{BLOCK}/{ATTENTION}/{name}", heads_in(heads))
     return renames
 
 
@@ -159,16 +167,4 @@ def _patches(source: str) -> list[Rename]:
     return [
         Rename(rf"{source}\.weight", "params/embedding/kernel", conv),
         Rename(rf"{source}\.bias", "params/embedding/bias"),
-    ]
-
-
-def _norm(source: str, target: str) -> list[Rename]:
-    return [Rename(rf"{source}\.weight", f"{target}/scale"), Rename(rf"{source}\.bias", f"{target}/bias")]
-
-
-def _product(source: str, target: str, layout: Layout = dense) -> list[Rename]:
-    # These layouts recognise a bias by its single axis; `dense` leaves it unchanged.
-    return [
-        Rename(rf"{source}\.weight", f"{target}/kernel", layout),
-        Rename(rf"{source}\.bias", f"{target}/bias", layout),
     ]
