@@ -197,7 +197,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UserError("--features and --task work on images: leave them out for a video")
     spans(1, arguments.tile)  # raises for an impossible size or overlap
     threshold = arguments.threshold
-    if threshold is None and arguments.proposals and not arguments.protocol:
+    if threshold is None and arguments.proposals and not (arguments.protocol or decision):
         threshold = -1.0
     vectors = ClassVectors.of(arguments.labels)
     labels = load_labels(arguments.labels) if arguments.labels is not None and vectors is None else None

@@ -328,8 +328,9 @@ class Segmenter:
             raise UserError("smooth works on whole frames: leave out tile and protocol")
         if protocol is not None and (decision is not None or tile or features):
             raise UserError("protocol works on sliding windows: leave out decision, tile and features")
-        if protocol is not None and threshold is not None:
-            raise UserError("protocol decides by its own rule: leave out threshold")
+        if threshold is not None and (protocol is not None or decision is not None):
+            name = "protocol" if decision is None else "decision"
+            raise UserError(f"{name} decides by its own rule: leave out threshold")
         if crf and decision is not None and decision_of(decision).separates:
             raise UserError("crf works on label maps: leave out the decision, which separates objects")
         if crf or protocol is not None:

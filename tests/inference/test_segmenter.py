@@ -150,9 +150,10 @@ def test_labels_that_cannot_be(labels, message):
         make().segment(blocks(8, 8, ["red"]), labels)
 
 
-def test_a_protocol_takes_no_threshold():
-    with pytest.raises(UserError, match="protocol decides by its own rule: leave out threshold"):
-        make().segment(blocks(8, 8, ["red"]), "red", protocol="voc", threshold=0.5)
+@pytest.mark.parametrize("given", [dict(protocol="voc"), dict(decision="argmax")])
+def test_a_rule_of_its_own_takes_no_threshold(given):
+    with pytest.raises(UserError, match=f"{next(iter(given))} decides by its own rule: leave out threshold"):
+        make().segment(blocks(8, 8, ["red"]), "red", threshold=0.5, **given)
 
 
 def test_without_labels_of_its_own_it_asks_for_some():
