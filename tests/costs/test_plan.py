@@ -132,6 +132,7 @@ def test_a_head_on_a_frozen_clip_whose_names_stand_in_templates(shipped):
 
 def exact(**changes):
     config = pomp.get_config("data=folder,data_dir=x,sample=0,cache=1")
+    config.towers.image.depth = config.towers.text.layers = 2
     config.update_from_flattened_dict({"batch_size": 32, "data.views": 1, **changes})
     return config
 
