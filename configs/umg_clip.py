@@ -26,9 +26,9 @@ chips' peak rates; in brackets the paper's on 32 A800 (5.1):
   B/16  v3:4x8   loop=true            7.8 of 16 GiB  0.47 days
   L/14  v4:4x4x4  fsdp=64,loop=true  13.7 of 32 GiB  0.38 days (4.29); on v4:2x4x4 with fsdp=32 40.7, without the loop
   g/14  v4:4x4x4  fsdp=64,loop=true  16.4 of 32 GiB  0.48 days (5.54)
-  E/14  v4:4x4x4  by FLOPs alone                     1.19 days (6.12)
-The last has not been compiled; g/14 takes the TPU compiler five minutes of a core. Without its loop, B/16 takes it more
-than 24 GB for v3. With fsdp=64 a chip holds 0.8 of the 52.6 GiB of E/14's parameters and LAMB's moments.
+  E/14  v4:4x4x4  fsdp=64,loop=true  27.1 of 32 GiB  1.19 days (6.12)
+g/14 takes the TPU compiler five minutes of a core, E/14 nine. Without its loop, B/16 takes it more than 24 GB for v3.
+With fsdp=64 a chip holds 0.8 of the 52.6 GiB of E/14's parameters and LAMB's moments.
 The adaptation to COCO's masks at 896 pixels, 368,750 steps of 16 images, on v4:2x2x4, an image a chip: B/16, compiled
 with loop=true, takes 3.8 of 32 GiB and at least 179 ms a step by its memory traffic, 18 hours; by FLOPs alone
 (--topology=h100:16, g and E with fsdp=16,loop=true) B/16 4.0 TFLOP a step and chip and at least 1.5 hours, L/14 10.3
