@@ -251,7 +251,7 @@ def annotate_shard(shard: int, path: str, begun: int, report: Callable[[int], An
             _annotate_shard(shard, *_load(path, begun), report)
             (folder / f"{shard:05d}.done").touch()
     except UserError as error:
-        write_whole(folder / f"{shard:05d}.error", str(error))
+        write_whole(folder / f"{shard:05d}.error", str(error), shared=True)
 
 
 def _annotate_shard(

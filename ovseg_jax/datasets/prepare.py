@@ -254,7 +254,7 @@ def write_shard(shard: int, path: str, begun: int) -> None:
     try:
         _write_shard(shard, job)
     except UserError as error:
-        write_whole(_work(job) / f"{shard:05d}.error", str(error))
+        write_whole(_work(job) / f"{shard:05d}.error", str(error), shared=True)
 
 
 def _write_shard(shard: int, job: Job) -> None:
@@ -278,7 +278,7 @@ def _write_shard(shard: int, job: Job) -> None:
     with _whole_file(out, _part(job, shard)) as path, path.open("wb") as opened:
         np.savez(opened, allow_pickle=False, **make_index(rows, provides))
     mark = {"file": target.name, "examples": len(rows), "bytes": size, "sha256": digest}
-    write_whole(_mark(job, shard), json.dumps(mark))
+    write_whole(_mark(job, shard), json.dumps(mark), shared=True)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 
 from ovseg_jax import prepare as command
 from ovseg_jax.data.images import Encoded, read_image
 from ovseg_jax.data.mixture import Mixture
 from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.data.sources.prepared import Prepared
+from ovseg_jax.datasets import prepare as prepare_module
 from ovseg_jax.datasets.prepare import prepare
 from ovseg_jax.errors import UserError
 from tests.datasets.toy import Toy, example
@@ -190,6 +193,28 @@ def test_a_killed_run_continues(tmp_path, source, whom):
     assert {name: at for name, at in stamps(out).items() if name in before} == before
     run(Toy(source), tmp_path / "whole", splits=["train"], shard_examples=2)
     assert content(out) == content(tmp_path / "whole") and len(Prepared(out, verify=True)) == 120
+
+
+def test_a_shard_that_two_workers_write_at_once(tmp_path, source, monkeypatch):
+    """The second begins while the first one's mark is written."""
+    path, begun, job = type(epath.Path(tmp_path)), [], []
+    write = path.write_bytes
+
+    def interrupted(self, data):
+        write(self, data)
+        if re.match(r"\d{5}\.json", self.name) and not begun:
+            begun.append(self.name)
+            prepare_module.write_shard(int(self.name[:5]), *job)
+
+    def direct(function, shards, options, runner, *more):
+        job[:] = more
+        for k in shards:
+            function(k, *more)
+
+    monkeypatch.setattr(path, "write_bytes", interrupted)
+    monkeypatch.setattr(prepare_module, "run_elements", direct)
+    run(Toy(source), tmp_path / "out")
+    assert begun and len(Prepared(tmp_path / "out", split="train", verify=True)) == 11
 
 
 KILLED = """
