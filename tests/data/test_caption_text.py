@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from ovseg_jax.configs import pseg
-from ovseg_jax.data.pipeline import train_iterator
+from ovseg_jax.data.pipeline import train_iterator, train_rows
 from ovseg_jax.data.rows import Rows
+from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.data.sources.webdataset import WebDataset
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.keys import known_keys
@@ -154,3 +155,16 @@ def test_captions_of_tars_are_not_collected(tmp_path, monkeypatch):
 
     peak(10)  # imports and caches
     assert peak(200) - peak(20) < 180 * 20_000 / 4
+
+
+def test_an_epoch_of_several_folders_shows_every_pair_once(tmp_path):
+    """C.1: 3, 12 and 11 million pairs, for 30 epochs of all of them."""
+    folders = [write_tars(tmp_path / str(count), count) for count in (10, 30)]
+    config = pseg.get_config(f"data=tars,data_dir={';'.join(folders)}")
+    config.data.update(dict(image_size=16, caption_text="caption"))
+    rows = train_rows(
+        config, Rows.from_config(config, ("tokens",), None, tokenize), make_source(config.data.train)
+    )
+    seen = Counter(said(rows[k])[0][:3] for k in range(40))
+    # Both folders have captions that begin with 0.
+    assert seen == {f"{shard} {k}": 2 if shard == 0 else 1 for shard in range(3) for k in range(10)}
