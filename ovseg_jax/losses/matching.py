@@ -38,7 +38,7 @@ class Matched(NamedTuple):
     Attributes:
       mask: [L] losses of the pixels of matched masks, each a mean: MaskFormer's focal loss, Mask2Former's entropy.
       dice: [L] Dice losses of matched masks.
-      masks: the number of masks.
+      masks: the number of masks, in images with a weight above 0.
       label: [L] weighted cross entropies of all queries; None without classes.
       label_weight: [L] the sum of the weights of these.
       query: [B L M] the query of each mask; meaningless for masks that are not valid.
@@ -82,7 +82,7 @@ def matched_losses(
       mask_logits: logits of N queries after each of L layers.
       masks: labelled masks as coverage in 0..255 (uint8), or in [0, 1] (floating).
       mask_valid: False for padding.
-      weight: weight of each image, 0 for padding.
+      weight: factor on the losses of each image's masks, 0 for padding.
       class_logits: logits of the classes, the last of which is "no object".
       classes: the class of each mask; needed with class logits.
       inside: False for pixels of the masks' grid outside of the image; None means that images fill it.
@@ -111,7 +111,7 @@ def matched_losses(
         logits = jax.image.resize(logits, (b, layers, m, hm, wm), "bilinear")
     focal, dice = mask_losses(logits, target[:, None], cover[:, None])
     each = matched * weight[:, None, None]
-    count = jnp.sum(mask_valid * weight[:, None])
+    count = jnp.sum(mask_valid & (weight > 0)[:, None]).astype(jnp.float32)
     sums = (focal * each).sum((0, 2)), (dice * each).sum((0, 2)), count
     if class_logits is None:
         return Matched(*sums, None, None, query)

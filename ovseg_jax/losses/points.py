@@ -103,7 +103,7 @@ def point_losses(
       pixels: the mask features.
       masks: labelled masks as coverage in 0..255 (uint8), or in [0, 1] (floating).
       mask_valid: False for padding.
-      weight: weight of each image, 0 for padding.
+      weight: factor on the losses of each image's masks, 0 for padding.
       rng: the key for the points, see `draw`.
       class_logits: logits of the classes, the last of which is "no object".
       classes: the class of each mask.
@@ -164,7 +164,8 @@ def point_losses(
     found = jax.lax.stop_gradient(jax.lax.map(places_of, jax.lax.stop_gradient((*in_turn, own))))
     entropy, dice = jax.lax.map(losses_of, (in_turn[0], own, *found))  # [l b m]
     each = jnp.moveaxis(matched, 1, 0) * weight[:, None]
-    sums = (entropy * each).sum((1, 2)), (dice * each).sum((1, 2)), jnp.sum(mask_valid * weight[:, None])
+    count = jnp.sum(mask_valid & (weight > 0)[:, None]).astype(jnp.float32)
+    sums = (entropy * each).sum((1, 2)), (dice * each).sum((1, 2)), count
     return Matched(*sums, *class_losses(class_logits, classes, chosen, weight, no_object), query)
 
 

@@ -327,6 +327,15 @@ def focal_and_dice(x, t, focal, dice):
 
 
 @pytest.mark.parametrize("small", [False, True])
+def test_an_augmentations_mask_weight_is_a_factor_of_the_mask_loss(small):
+    """Also where all images of a batch have it, as they do: a weighted mean would not change."""
+    data = batch(small)
+    mean = lambda data: np.divide(*grads(data, small)[0][1].metrics["mask_loss"])
+    some = data | {"mask_weight": jnp.full(B, 0.1)}
+    np.testing.assert_allclose(mean(some), 0.1 * mean(data), rtol=1e-5)
+
+
+@pytest.mark.parametrize("small", [False, True])
 def test_every_parameter_learns(small):
     _, grad = grads(batch(small), small)
     flat = jax.tree_util.tree_leaves_with_path(grad)
