@@ -94,14 +94,15 @@ class OpenSeg(Trainable, Segmenting):
     def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
         """Returns the method's own keys in each section, and whether each has an effect, see `experiment.keys`."""
         sync, tower = config.loss.get("contrast") == "sync", bool(config.text.get("tower"))
+        grounding = bool(config.loss.get("grounding_weight", 1))
         return {
             "model": dict.fromkeys([*NET_FIELDS, *OTHER_FIELDS], True),
             "text": keys("tower init prompt", tower) | keys("learned vectors", not tower),
             "loss": {
-                **keys("mask_weight grounding_weight contrast"),
-                **keys("temperature temperature_bounds shared_temperature"),
-                **keys("group", not sync),
-                **keys("form", sync),
+                **keys("mask_weight grounding_weight"),
+                **keys("contrast temperature temperature_bounds shared_temperature", grounding),
+                **keys("group", grounding and not sync),
+                **keys("form", grounding and sync),
             },
         }
 

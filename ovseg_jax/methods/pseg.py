@@ -42,7 +42,7 @@ SPACE = "text"
 """The name of the only space, which images and texts share."""
 
 OWN_FIELDS = ("embed_dim", "projection_hidden", "projection_norm")
-LOSS_KEYS = "mask_weight contrastive_weight average matching focal dice aggregation temperature temperature_bounds form"
+LOSS_KEYS = "mask_weight contrastive_weight average aggregation temperature temperature_bounds"
 NETWORKS = ("maskformer", "openseg", "segment_vit", "groupvit")
 GROUPING_FIELDS = tuple(
     field.name for field in dataclasses.fields(GroupVitImage) if field.name not in ("parent", "name", "dtype")
@@ -170,7 +170,8 @@ class PSeg(Trainable, Segmenting):
     @classmethod
     def keys(cls, config: ConfigDict) -> dict[str, dict[str, bool]]:
         """Returns the method's own keys in each section, and whether each has an effect, see `experiment.keys`."""
-        transformer, words = bool(config.text.get("layers")), config.loss.get("aggregation") == "words"
+        loss, transformer = config.loss, bool(config.text.get("layers"))
+        words, masks = loss.get("aggregation") == "words", bool(loss.get("mask_weight", 1))
         own = {
             "maskformer": [*maskformer.NET_FIELDS, *OWN_FIELDS],
             "openseg": openseg.NET_FIELDS,
@@ -183,8 +184,17 @@ class PSeg(Trainable, Segmenting):
         return {
             "model": dict.fromkeys(["network", *others, *own], True),
             "text": keys(TEXT_KEYS, transformer) | keys("learned vectors", not transformer),
-            "loss": keys(LOSS_KEYS) | keys("group", words) | keys("multi_label_weight", transformer),
-            "pseudo_masks": dict.fromkeys(GENERATOR_KEYS, True),
+            "loss": {
+                **keys(LOSS_KEYS),
+                **keys("matching", masks),
+                **keys("focal dice", masks and loss.get("matching") == "hungarian"),
+                **keys("group", words),
+                **keys("form", not (words and loss.get("group"))),
+                **keys("multi_label_weight", transformer),
+            },
+            "pseudo_masks": dict.fromkeys(
+                GENERATOR_KEYS, masks or config.model.get("network") == "segment_vit"
+            ),
         }
 
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):

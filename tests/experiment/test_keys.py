@@ -164,6 +164,9 @@ def test_stages_of_other_kinds_are_checked_before_the_first_runs(labels, message
         (openseg, "vectors=x", "text.tower"),
         (openseg, None, "final_evals.test.every"),
         (openseg, None, "data.augment"),
+        *((openseg, "stage=teacher", f"loss.{key}") for key in ("contrast", "group", "temperature")),
+        *((pseg, None, f"loss.{key}") for key in ("focal", "dice", "form")),
+        *((pseg, "baseline=True", key) for key in ("loss.matching", "loss.focal")),
         (pomp, None, "loss.chunk"),
         (pomp, f"{FOLDER},method=coop", "loss.correction"),
         (pomp, f"{FOLDER},method=cocoop", "prompt.specific"),
@@ -186,6 +189,8 @@ def test_keys_with_an_effect_can_be_set():
         openseg.get_config("data=coco,data_dir=x"), ["optimizer.momentum", "text.prompt", "optimizer.ema"]
     )
     check_config(openseg.get_config(), ["model.backbone.width", "evals.validation.every", "mesh.fsdp"])
+    check_config(pseg.get_config("form=paper"), ["loss.focal", "loss.dice", "loss.form", "loss.matching"])
+    check_config(pseg.get_config("baseline=True"), ["pseudo_masks.clusters", "loss.group"])
 
 
 def test_an_evaluation_reads_no_more_than_it_says():
