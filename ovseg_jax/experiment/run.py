@@ -334,7 +334,7 @@ def write_tables(workdir: epath.Path, tables: Mapping[str, Sequence[Any]]) -> No
         writer.writerows(rows)
         path = workdir / "tables" / f"{name}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text.getvalue())
+        write_whole(path, text.getvalue(), shared=True)  # `--mode=eval` may run beside the training
 
 
 def _evaluators(config: ConfigDict, method: Any, mesh: Mesh, key: str = "evals") -> list[Any]:
