@@ -25,6 +25,7 @@ chips' peak rates; in brackets the paper's on 32 A800 (5.1):
   B/16  v4:2x4x4                     14.3 of 32 GiB  0.37 days (2.37)
   B/16  v3:4x8   loop=true            7.8 of 16 GiB  0.47 days
   L/14  v4:4x4x4  fsdp=64,loop=true  13.7 of 32 GiB  0.38 days (4.29); on v4:2x4x4 with fsdp=32 40.7, without the loop
+  L/14  v3:8x8   fsdp=128,loop=true  6.8 of 16 GiB  0.56 days
   g/14  v4:4x4x4  fsdp=64,loop=true  16.4 of 32 GiB  0.48 days (5.54)
   E/14  v4:4x4x4  fsdp=64,loop=true  27.1 of 32 GiB  1.19 days (6.12)
 g/14 takes the TPU compiler five minutes of a core, E/14 nine. Without its loop, B/16 takes it more than 24 GB for v3.
