@@ -346,6 +346,35 @@ def numbers(value: Any, name: str, count: int) -> list[float]:
     return [number(item, name) for item in value]
 
 
+def kind_and_settings(
+    value: Any, kinds: Mapping[str, Mapping[str, type]], what: str
+) -> tuple[str, dict[str, float | int]]:
+    """Returns the name and the settings of one of some kinds, given by its name or as a mapping with `type`.
+
+    Args:
+      value: the name, or the mapping.
+      kinds: for each name, the type of each setting: float, or int for a whole number of at least 1.
+      what: what they are, for messages.
+
+    Raises:
+      UserError: the name or a setting is unknown, or a setting is not a number.
+    """
+    settings = dict(value.items()) if hasattr(value, "items") else {"type": value}
+    name = settings.pop("type", None)
+    if name not in kinds:
+        raise UserError(f"the {what} {name!r} is not one of {', '.join(kinds)}")
+    fields = kinds[name]
+    for key, given in settings.items():
+        if key not in fields:
+            known = ", ".join(fields) or "none"
+            raise UserError(f"the {what} {name!r} has no setting {key!r}; known settings: {known}")
+        if isinstance(given, bool) or not isinstance(given, int | float) or given != given:
+            raise UserError(f"{key} of the {what} {name!r} must be a number, not {given!r}")
+        if fields[key] is int and given < 1:
+            raise UserError(f"{key}={given} of the {what} {name!r} is less than 1")
+    return name, {key: fields[key](given) for key, given in settings.items()}
+
+
 def objects(value: Any, name: str) -> list[dict[str, Any]]:
     """Checks that a value is a list of JSON objects and returns it.
 

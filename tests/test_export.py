@@ -22,6 +22,7 @@ from tests.methods import test_maskformer_method as maskformer
 from tests.methods import test_pseg as pseg
 from tests.methods.test_groupvit_method import VOCAB, pieces
 from tests.methods.test_openseg import CLASSES, make
+from tests.segments import assert_same_segments
 
 RNG = np.random.default_rng(0)
 IMAGE = RNG.integers(0, 256, (53, 71, 3), np.uint8)
@@ -59,6 +60,17 @@ def test_pytorch_gives_the_same_labels(tmp_path, method):
         assert (ours.label_map == theirs.label_map).mean() > 0.999
         np.testing.assert_allclose(theirs.confidence, ours.confidence, atol=1e-4)
         assert theirs.classes.names == ours.classes.names
+        if method == "openseg":
+            decision = dict(type="panoptic", overlap_threshold=0.1)
+            assert_same_segments(*(x.segment(IMAGE, labels, decision=decision) for x in (segmenter, loaded)))
+    for asked, message in (
+        (dict(decision="panoptic", threshold=0.1), "leave out threshold"),
+        (dict(decision="argmax"), "the decision 'argmax' is not one of panoptic, instances"),
+        (dict(decision="panoptic"), "needs masks, which this model does not have"),
+    ):
+        if method == "lseg" or "masks" not in message:
+            with pytest.raises(UserError, match=message):
+                loaded.segment(IMAGE, **asked)
     with pytest.raises(UserError, match=r"has never seen 'zebra'|holds 'zebra', which is not one of the 4"):
         loaded.segment(IMAGE, "zebra")
     vectors = np.asarray(only(segmenter.embed(LABELS)))

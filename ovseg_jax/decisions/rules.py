@@ -8,7 +8,8 @@
     panoptic               one proposal per pixel; things stay separate, stuff is merged (Mask2Former, FC-CLIP)
     instances              the best things, which may overlap (Mask2Former)
 
-Evaluators, `Segmenter` and pictures use these; the exported PyTorch model has `background_threshold`.
+Evaluators, `Segmenter` and pictures use these; the exported PyTorch model has `background_threshold`, and by name
+`panoptic` and `instances`.
 """
 
 import dataclasses
@@ -33,6 +34,7 @@ from ovseg_jax.decisions.maps import (
 from ovseg_jax.errors import UserError
 from ovseg_jax.kernels.resize import row_block, split_rows
 from ovseg_jax.protocols import PRECISION, Prediction, Segmenting, Text, Vocabulary
+from ovseg_jax.reading import kind_and_settings
 
 
 class Segments(NamedTuple):
@@ -426,21 +428,12 @@ def decision_of(value: Any) -> Decision:
     """
     if isinstance(value, Decision):
         return value
-    settings = dict(value.items()) if hasattr(value, "items") else {"type": value}
-    name = settings.pop("type", None)
-    if name not in DECISIONS:
-        raise UserError(f"the decision {name!r} is not one of {', '.join(DECISIONS)}")
-    kind = DECISIONS[name]
-    fields: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(kind)}
-    for key, number in settings.items():
-        if key not in fields:
-            known = ", ".join(fields) or "none"
-            raise UserError(f"the decision {name!r} has no setting {key!r}; known settings: {known}")
-        if isinstance(number, bool) or not isinstance(number, int | float) or number != number:
-            raise UserError(f"{key} of the decision {name!r} must be a number, not {number!r}")
-        if fields[key] is int and number < 1:
-            raise UserError(f"{key}={number} of the decision {name!r} is less than 1")
-    return kind(**{key: fields[key](number) for key, number in settings.items()})
+    fields = {
+        name: {field.name: type(field.default) for field in dataclasses.fields(kind)}
+        for name, kind in DECISIONS.items()
+    }
+    name, settings = kind_and_settings(value, fields, "decision")
+    return DECISIONS[name](**settings)
 
 
 def decide(

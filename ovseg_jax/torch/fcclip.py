@@ -12,7 +12,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.torch.convnext import ConvNeXt
 from ovseg_jax.torch.deformable import cell_counts
 from ovseg_jax.torch.eva import Eva
-from ovseg_jax.torch.layers import resize_within, unit
+from ovseg_jax.torch.layers import class_scores, resize_within, unit
 from ovseg_jax.torch.mask2former import Mask2FormerHead, Mask2FormerOutput
 from ovseg_jax.torch.maskformer import cells_inside
 from ovseg_jax.torch.openseg import Normalise
@@ -197,8 +197,10 @@ class FCClipNet(nn.Module):
         return (small > 0) & cells_inside(size, last, level)[:, None]
 
 
-def score_regions(out: FCClipOutput, text: Tensor, owner: Tensor, seen: Tensor, rule: Rule) -> Tensor:
-    """Computes the probability [t n] of each name's class for every mask of the first image.
+def score_regions(
+    out: FCClipOutput, text: Tensor, owner: Tensor, seen: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor]:
+    """Computes the probability [t n] of each name's class, and that [n] of none, for the first image's masks.
 
     Args:
       out: the outputs of the network.
@@ -207,18 +209,13 @@ def score_regions(out: FCClipOutput, text: Tensor, owner: Tensor, seen: Tensor, 
       seen: [t], whether a name is one of the training data's.
       rule: see `methods.fcclip`.
     """
-    count = int(owner.max()) + 1
-
-    def by_class(space: Tensor) -> Tensor:
-        logits = text @ space[0].T
-        lowest = torch.full_like(logits[:1], -torch.inf).expand(count, -1)
-        return lowest.scatter_reduce(0, owner[:, None].expand_as(logits), logits, "amax")
-
-    own, q = by_class(out.head), by_class(out.clip).log_softmax(0)
+    own, q = (class_scores(text @ space[0].T, owner) for space in (out.head, out.clip))
+    count, q = len(own), q.log_softmax(0)
     known = torch.zeros(count, dtype=torch.bool, device=seen.device)
     known[owner[seen]] = True
     w = torch.where(known, rule.seen, rule.unseen)[:, None]
     nothing = torch.cat([own, out.void[:1]]).softmax(0)[-1]
     nothing = nothing * (1 - rule.trust * q.exp().amax(0))
     share = ((1 - w) * own.log_softmax(0) + w * q).softmax(0) * (1 - nothing)
-    return ((share + EPSILON) / (1 + (count + 1) * EPSILON))[owner]
+    whole = 1 + (count + 1) * EPSILON
+    return ((share + EPSILON) / whole)[owner], (nothing + EPSILON) / whole

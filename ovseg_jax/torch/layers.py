@@ -96,3 +96,9 @@ def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
     """Computes x / |x| along the last axis in float32; zeros stay zeros."""
     x = x.float()
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps**2)
+
+
+def class_scores(names: Tensor, owner: Tensor) -> Tensor:
+    """Returns the score [k n] of each class, that of its best name, from scores [t n] and owners [t] of names."""
+    lowest = torch.full_like(names[:1], -torch.inf).expand(int(owner.max()) + 1, -1)
+    return lowest.scatter_reduce(0, owner[:, None].expand_as(names), names, "amax")

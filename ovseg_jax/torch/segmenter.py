@@ -17,9 +17,10 @@ from ovseg_jax.pretrained.files import read_arrays
 from ovseg_jax.reading import reading
 from ovseg_jax.torch.build import build
 from ovseg_jax.torch.classified import MaskFormer, MaskFormerOutput
+from ovseg_jax.torch.decisions import Scored, Segment, decision_of
 from ovseg_jax.torch.dense import ClipDenseNet
 from ovseg_jax.torch.fcclip import FCClipNet, FCClipOutput, score_regions
-from ovseg_jax.torch.layers import unit
+from ovseg_jax.torch.layers import class_scores, unit
 from ovseg_jax.torch.openseg import OpenSegFeatures, OpenSegNet
 from ovseg_jax.torch.pseg import PSegNet, TextNet
 from ovseg_jax.torch.text_towers import Bert, CLIPText, SiglipText, TipsText
@@ -47,11 +48,29 @@ class Segmentation(NamedTuple):
       classes: the requested categories.
       label_map: index into `classes` for every pixel, -1 = unknown, i32 [H W].
       confidence: see `ovseg_jax.Result`, f32 [H W].
+      segments: of a decision that separates objects, from large to small.
     """
 
     classes: ClassList
     label_map: np.ndarray
     confidence: np.ndarray
+    segments: tuple[Segment, ...] = ()
+
+
+class Layers(NamedTuple):
+    """The scores of one image in factors, see `ovseg_jax.decisions.maps.Layers`.
+
+    Attributes:
+      weights: [T C], of each name for each map.
+      maps: [C h w].
+      masks: whether the maps are mask logits.
+      void: [C], the score of "no object" for each mask, or None.
+    """
+
+    weights: Tensor
+    maps: Tensor
+    masks: bool
+    void: Tensor | None = None
 
 
 class Segmenter:
@@ -84,22 +103,34 @@ class Segmenter:
 
     @torch.no_grad()
     def segment(
-        self, image: Any, labels: Labels | None = None, *, vectors: Any = None, threshold: float | None = None
+        self,
+        image: Any,
+        labels: Labels | None = None,
+        *,
+        vectors: Any = None,
+        threshold: float | None = None,
+        decision: Any = None,
     ) -> Segmentation:
-        """Gives every pixel the category that fits it best (papers/004, eq. 6), or -1.
+        """Gives every pixel the category that fits it best (papers/004, eq. 6), or -1; or applies `decision`.
 
         Args:
           image: a path, a PIL image or an array.
           labels: see `ovseg_jax.Segmenter.segment`; by default the classes of the training data.
           vectors: [T D], embeddings of all names of the labels in their order, in place of those of `embed`.
           threshold: pixels with a lower confidence are unknown; by default 0.04, for towers without training none.
+          decision: in place of the threshold "panoptic" or "instances", or a mapping of its `type` and settings, see
+            `ovseg_jax.decisions.rules`.
 
         Raises:
-          UserError: the image cannot be read, the labels are empty, or a word is unknown.
+          UserError: the image cannot be read, the labels are empty, a word is unknown, or the decision is unknown,
+            needs masks that the model does not have, or comes with a threshold.
         """
         classes = self.classes if labels is None else as_classes(labels)
         if not classes.names:
             raise UserError("this model has no classes of its own: give labels")
+        if decision is not None and threshold is not None:
+            raise UserError("decision decides by its own rule: leave out threshold")
+        chosen = None if decision is None else decision_of(decision)
         if threshold is None:
             threshold = -1.0 if isinstance(self.net, ClipDenseNet) else 0.04
         names, owner = classes.flat()
@@ -117,10 +148,16 @@ class Segmenter:
         device = self.device
         batch = torch.from_numpy(canvas).to(device).permute(2, 0, 1)[None]
         out = self.net(batch, torch.tensor([fitted], device=device))
-        weights, maps, masks = self._layers(out, text.to(device), names, owner)
+        weights, maps, masks, void = self._layers(out, text.to(device), names, owner)
         height, width = pixels.shape[:2]
         down = upsampling(height, maps.shape[1], canvas.shape[0], fitted[0], device)
         across = upsampling(width, maps.shape[2], canvas.shape[1], fitted[1], device)
+        if chosen is not None:
+            if not masks:
+                raise UserError(f"the decision {decision!r} needs masks, which this model does not have")
+            of_class = class_scores(weights, torch.from_numpy(owner).to(device).long())
+            isthing = torch.tensor(classes.isthing, device=device)
+            return Segmentation(classes, *chosen(Scored(of_class, void, isthing, maps, down, across)))
         best, confidence = np.zeros((height, width), np.int32), np.zeros((height, width), np.float32)
         for at in range(0, height, STRIP):
             x = torch.einsum("rh,nhw,cw->nrc", down[at : at + STRIP], maps, across)
@@ -152,20 +189,20 @@ class Segmenter:
         text: Tensor,
         names: Sequence[str],
         owner: np.ndarray,
-    ) -> tuple[Tensor, Tensor, bool]:
-        """Returns scores [T C] of names for maps, the maps [C h w], and whether these are mask logits."""
+    ) -> Layers:
         if isinstance(out, FCClipOutput):
             assert isinstance(self.net, FCClipNet)
             seen = torch.tensor([name in self.seen for name in names], device=text.device)
             of_class = torch.from_numpy(owner).to(text.device).long()
-            return score_regions(out, text, of_class, seen, self.net.rule), out.mask_logits[0], True
+            share, nothing = score_regions(out, text, of_class, seen, self.net.rule)
+            return Layers(share, out.mask_logits[0], True, nothing)
         if isinstance(out, MaskFormerOutput):
-            return text @ out.regions[0].T, out.mask_logits[0], True
+            return Layers(text @ out.regions[0].T, out.mask_logits[0], True, out.void[0])
         if isinstance(self.net, UPerNet):  # its features are logits of classes
-            return text, out.pixel_embed[0], False
+            return Layers(text, out.pixel_embed[0], False)
         if out.mask_logits is None or out.region_sum is None:
-            return text, unit(out.pixel_embed[0].permute(1, 2, 0)).permute(2, 0, 1), False
-        return text @ unit(out.region_sum[0]).T, out.mask_logits[0], True
+            return Layers(text, unit(out.pixel_embed[0].permute(1, 2, 0)).permute(2, 0, 1), False)
+        return Layers(text @ unit(out.region_sum[0]).T, out.mask_logits[0], True)
 
 
 class Text:

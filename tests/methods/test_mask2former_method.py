@@ -22,6 +22,7 @@ from ovseg_jax.vocab.words import WordList
 from tests import reference
 from tests.extras import require
 from tests.methods.test_maskformer_method import CLASSES, batch, loss_of
+from tests.segments import assert_same_segments
 
 
 def config(**changes):
@@ -209,6 +210,8 @@ def test_mask2former_in_pytorch_gives_the_same_labels_and_outputs(varied, tmp_pa
         assert len(np.unique(ours.label_map)) > 1
         assert (ours.label_map == theirs.label_map).mean() > 0.999
         np.testing.assert_allclose(theirs.confidence, ours.confidence, atol=1e-4)
+        for decision in ("panoptic", dict(type="instances", top=3)):
+            assert_same_segments(*(x.segment(image, labels, decision=decision) for x in (segmenter, loaded)))
     predict = jax.jit(method().predict)
     for canvas, sizes in (((32, 32), [(32, 32), (20, 27)]), ((64, 90), [(64, 90), (41, 70), (7, 90)])):
         pixels = np.random.default_rng(4).integers(0, 256, (len(sizes), *canvas, 3), np.uint8)
