@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.kernels.all_pairs import LOWEST
 from ovseg_jax.kernels.mask_crops import mask_crops
 from ovseg_jax.kernels.resize import split_rows, upsampling
 from ovseg_jax.parallel.sharding import active_batch_axes
@@ -176,5 +177,6 @@ class TwoStage(Segmenting):
         logit = jnp.log if self.proposals.probabilities else lambda x: self.rules.scale * x
         void = None if own.void is None else logit(own.void)
         p = log_probability(logit(own.names), vocabulary, void)
+        p = jnp.maximum(p, LOWEST)  # of a probability that is rounded to 0, whose power 0 is 1
         share = jnp.where(vocabulary.seen, 1 - w, w)[:, None]
         return RegionScores(jnp.exp((1 - share) * p + share * jnp.where(cut, q, 0)))

@@ -15,7 +15,7 @@ from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.methods import build
 from ovseg_jax.methods.zsseg import CROPS, Rules, TwoStage
 from ovseg_jax.parallel.sharding import make_mesh
-from ovseg_jax.protocols import Classifier, Prediction, Segmenting, Trainable
+from ovseg_jax.protocols import Classifier, Prediction, RegionScores, Segmenting, Trainable
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
 
@@ -225,6 +225,21 @@ def test_where_nothing_is_seen_w_is_the_classifiers():
         image[0], sizes[0], jax.tree.map(lambda x: x[0], first_stage(image, sizes)), 0.2, seen=()
     )
     np.testing.assert_allclose(got, want, atol=2e-4)
+
+
+@pytest.mark.parametrize("w", [0.8, 1.0])
+def test_probabilities_of_zero_stay_numbers(w, monkeypatch):
+    """Those of a closed vocabulary, which float32 rounds to 0; with w = 1 unseen classes leave them out."""
+    image, sizes = case(1)
+    method = make(w)
+    found = jax.tree.map(lambda x: x[0], method.predict(VARIABLES, jnp.asarray(image), jnp.asarray(sizes)))
+    monkeypatch.setattr(Proposals, "probabilities", True)
+    sure = jnp.zeros((len(NAMES), N)).at[0].set(1.0)
+    monkeypatch.setattr(Proposals, "score_regions", lambda *_: RegionScores(sure))
+    got = method.score_regions(found, method.embed_text(VARIABLES, NAMES), VOCABULARY).names
+    seen = np.array([name in SEEN for name in NAMES])
+    assert np.isfinite(got).all() and (got[0] > 0).all() and not got[seen][1:].any()
+    assert (got[~seen] > 0).all() == (w == 1)
 
 
 def test_hand_written_prompts_are_averaged():
