@@ -234,7 +234,7 @@ def write_outputs(job: Job) -> Summary:
     masked = bool(job.plugs.get("masks") or job.plugs.get("stuff"))
     ids = {name: k for k, name in enumerate(things, 1)}
     statistics, rows, quality = Statistics(), _Rows(), {}
-    write = functools.partial(_write_image, out, source, index, floors, job.rules, ids, masked)
+    write = functools.partial(_write_image, out, source, index, floors, job.rules, masked)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         # A few at a time: `map` would read all records at once.
         for part in _parts(whole(), 64):
@@ -286,7 +286,6 @@ def _write_image(
     index: Mapping[str, int],
     floors: Floors,
     rules: Rules,
-    ids: Mapping[str, int],
     masked: bool,
     record: Record,
 ) -> tuple[str, Final]:

@@ -184,13 +184,13 @@ def _typed(name: str, key: str, value: Any, default: Any) -> Any:
         raise UserError(f"the plug {name!r}: {key}={value} is not a number") from None
 
 
-def check_texts(found: Any, picture: Picture, given: Any = None) -> Texts:
+def check_texts(found: Any, picture: Picture) -> Texts:
     """Checks tags or captions, and returns them without extra spaces and duplicates.
 
     Raises:
       ValueError: `found` is not a list of texts, or a text is empty.
     """
-    del picture, given
+    del picture
     texts = _list(found, "texts")
     if wrong := [text for text in texts if not isinstance(text, str) or not text.strip()]:
         raise ValueError(f"expected a text, got {short(wrong[0])}")
@@ -207,13 +207,12 @@ def check_scores(found: Any, picture: Picture, given: Texts) -> Float[np.ndarray
     return _finite(found, (len(given),), "scores")
 
 
-def check_boxes(found: Any, picture: Picture, given: Any = None) -> Boxes:
+def check_boxes(found: Any, picture: Picture) -> Boxes:
     """Checks boxes, and returns them inside the image, without those that have no pixel there.
 
     Raises:
       ValueError: lengths differ, a number is not finite, corners are in the wrong order, or a label is empty.
     """
-    del given
     boxes, labels, scores = _three(found, "boxes")
     boxes = _finite(boxes, (len(labels), 4), "boxes")
     if (boxes[:, 2:] < boxes[:, :2]).any():
@@ -248,13 +247,12 @@ def check_masks(found: Any, picture: Picture, given: Boxes) -> Bool[np.ndarray, 
     return masks
 
 
-def check_stuff(found: Any, picture: Picture, given: Any = None) -> Stuff:
+def check_stuff(found: Any, picture: Picture) -> Stuff:
     """Checks backgrounds.
 
     Raises:
       ValueError: lengths differ, a mask has another size, a score is not finite, or a label is empty.
     """
-    del given
     masks, labels, scores = _three(found, "stuff")
     masks = check_masks(masks, picture, Boxes(np.zeros((len(labels), 4)), labels, scores))
     return Stuff(masks, labels, scores)
@@ -269,7 +267,7 @@ CHECKS: dict[str, Callable[..., Any]] = {
     "masks": check_masks,
     "stuff": check_stuff,
 }
-"""Checks what a plug of each kind returns for one image: (found, picture, given)."""
+"""Checks what a plug of each kind returns for one image: (found, picture), and what it was given, if anything."""
 
 
 def call(plug: Plug, kind: str, pictures: Sequence[Picture], given: Sequence[Any] | None = None) -> list[Any]:
@@ -284,11 +282,11 @@ def call(plug: Plug, kind: str, pictures: Sequence[Picture], given: Sequence[Any
     Raises:
       ValueError: its result is invalid.
     """
-    found = getattr(plug, kind)(pictures, *(() if given is None else (given,)))
+    more = () if given is None else (given,)
+    found = getattr(plug, kind)(pictures, *more)
     if not isinstance(found, list | tuple) or len(found) != len(pictures):
         raise ValueError(f"expected a list with an entry for each of {len(pictures)} images")
-    rows = zip(found, pictures, given if given is not None else [None] * len(pictures), strict=True)
-    return [CHECKS[kind](own, picture, more) for own, picture, more in rows]
+    return [CHECKS[kind](*row) for row in zip(found, pictures, *more, strict=True)]
 
 
 def _list(found: Any, what: str) -> list[Any]:

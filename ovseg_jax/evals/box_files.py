@@ -72,7 +72,7 @@ def read_boxes(path: epath.PathLike) -> dict[int | str, Proposals]:
     }
 
 
-def image_id(value: Any, name: str = "the image's id") -> int | str:
+def image_id(value: Any, name: str) -> int | str:
     """Checks that a value is an image id, a whole number or a text, and returns it.
 
     Raises:

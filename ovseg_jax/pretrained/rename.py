@@ -135,20 +135,13 @@ def rename(source: Mapping[str, np.ndarray], renames: Iterable[Rename]) -> dict[
     return out
 
 
-def fit(
-    arrays: Mapping[str, np.ndarray],
-    shapes: Any,
-    *,
-    may_miss: Sequence[str] = (),
-    what: str = "the checkpoint",
-) -> dict[str, Any]:
+def fit(arrays: Mapping[str, np.ndarray], shapes: Any, *, may_miss: Sequence[str] = ()) -> dict[str, Any]:
     """Arranges the arrays as a tree like `shapes`, in its dtypes.
 
     Args:
       arrays: arrays by path, such as `params/conv/kernel`.
       shapes: a tree of nested dicts of arrays or of their shapes.
       may_miss: regexes of paths that `arrays` may lack, such as a new head; these are left out of the result.
-      what: the name of the arrays in errors.
 
     Raises:
       UserError: names are missing or extra, or shapes differ; the message lists them.
@@ -167,7 +160,7 @@ def fit(
     ]
     faults = [f"lacks {_some(missing)}"] * bool(missing) + [f"has {_some(extra)} too many"] * bool(extra)
     if faults := [*faults, *(f"has a wrong shape: {text}" for text in wrong[:4])]:
-        raise UserError(f"{what} does not fit the model: it {'; it '.join(faults)}")
+        raise UserError(f"the checkpoint does not fit the model: it {'; it '.join(faults)}")
     # Those that `rename` has laid out anew are not copied once more.
     flat = {
         path: arrays[path].astype(leaf.dtype, copy=not arrays[path].flags.owndata)
@@ -177,6 +170,6 @@ def fit(
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _some(names: Sequence[str], count: int = 8) -> str:
-    rest = f" and {len(names) - count} more" if len(names) > count else ""
-    return f"{len(names)} names ({', '.join(names[:count])}{rest})"
+def _some(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"{len(names)} names ({', '.join(names[:8])}{rest})"

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ovseg_jax.files import write_whole
 
 UNKNOWN_COLOUR = (150, 150, 150)
+_NOTE = "* held out: no captioned or labelled training image shows this combination"
 _BAND = 256  # rows drawn at once
 _MOST = 2_000_000  # pixels of a mask in which a place for its name is searched
 INK, FAINT, PAPER = (33, 37, 41), (134, 142, 150), (255, 255, 255)
@@ -86,7 +87,6 @@ def overlay(
     *,
     alpha: float = 0.55,
     colours: UInt8[np.ndarray, "k 3"] | None = None,
-    marked: Collection[int] = (),
     legend: bool = True,
     min_side: int = 512,
 ) -> Image.Image:
@@ -98,7 +98,6 @@ def overlay(
       names: a word or phrase for every label.
       alpha: opacity of the colours, 0 to 1.
       colours: one for every name; `palette` by default.
-      marked: labels to mark with an asterisk.
       legend: whether to add the legend below.
       min_side: pictures whose longer side is smaller are enlarged to this size, so that text is readable.
     """
@@ -106,7 +105,7 @@ def overlay(
     scale = max(1.0, min_side / max(height, width))
     size = (round(height * scale), round(width * scale))
     colours = palette(len(names)) if colours is None else colours
-    words = {k: name + "*" * (k in marked) for k, name in enumerate(names)}
+    words = dict(enumerate(names))
     font_size = int(np.clip(max(size) / 30, 15, 40))
     picture = _segments_over(image, label_map, size, words, colours, alpha, font_size)
     if not legend:
@@ -157,11 +156,8 @@ def prediction_grid(
     names: Sequence[str],
     *,
     marked: Collection[int] = (),
-    note: str = "held out: no captioned or labelled training image shows this combination",
     title: str = "",
-    colours: UInt8[np.ndarray, "k 3"] | None = None,
     cell: int = 256,
-    abreast: int | None = None,
     first: str = "image",
     second: str = "prediction",
 ) -> Image.Image:
@@ -170,22 +166,19 @@ def prediction_grid(
     Args:
       rows: the images; `truth` and `proposals` columns appear if any row has them.
       names: a word or phrase for every label.
-      marked: labels to mark with an asterisk, which `note` explains at the bottom.
-      note: the footnote.
+      marked: labels of held-out words, which get an asterisk and a note at the bottom.
       title: a line at the top.
-      colours: one for every name; `palette` by default.
       cell: the longer side of a cell in pixels; pictures are scaled to it.
-      abreast: number of rows side by side; by default two for six rows or more.
       first: the heading of the images.
       second: the heading of the predictions.
     """
     if not rows:
         raise ValueError("prediction_grid needs at least one row")
-    colours = palette(len(names)) if colours is None else colours
+    colours = palette(len(names))
     words = {k: name + "*" * (k in marked) for k, name in enumerate(names)}
     heads = [first] + ["truth"] * any(r.truth is not None for r in rows) + [second]
     heads += ["proposals"] * any(r.proposals is not None for r in rows)
-    abreast = abreast or (2 if len(rows) >= 6 else 1)
+    abreast = 2 if len(rows) >= 6 else 1
     blocks = [_grid_row(row, heads, words, colours, cell) for row in rows]
     width = blocks[0].width
     columns = [_stack([_heads(heads, cell, width), *blocks[i::abreast]], gap=14) for i in range(abreast)]
@@ -194,7 +187,7 @@ def prediction_grid(
     if title:
         parts.insert(0, _line(title, body.width, 24, INK))
     if marked:
-        parts.append(_line("* " + note, body.width, 15, FAINT))
+        parts.append(_line(_NOTE, body.width, 15, FAINT))
     return _padded(_stack(parts, gap=16), 24)
 
 

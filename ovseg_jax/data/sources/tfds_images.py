@@ -67,7 +67,7 @@ class TfdsImages(Source):
             files, it has no such features, or `names` lacks a label.
         """
         tfds = _tfds()
-        self.name, self._image_key, self._label_key = dataset, image_key, label_key
+        self.name, self._image_key = dataset, image_key
 
         def open_(decoders: Any) -> Any:
             return tfds.data_source(
