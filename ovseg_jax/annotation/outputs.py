@@ -11,7 +11,6 @@ OUT/failed.json              the images that could not be annotated, with the re
 
 import concurrent.futures
 import functools
-import io
 import itertools
 import json
 import os
@@ -21,13 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 from jaxtyping import Int32
-from PIL import Image
 
 from ovseg_jax.annotation.run import Images, Job, image_names, read_records
 from ovseg_jax.annotation.statistics import Statistics, draw_statistics
 from ovseg_jax.annotation.steps import merge_panoptic, score_floor
 from ovseg_jax.annotation.workflow import Record, Rules
-from ovseg_jax.data.images import read_header, save_mask
+from ovseg_jax.data.images import encode_image, encode_mask, read_header
 from ovseg_jax.data.source_base import Source
 from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.data.transforms import segment_boxes
@@ -295,14 +293,9 @@ def _write_image(
     file = _link_image(out / "images", source, index[name], name, tuple(record["size"]))
     write_whole(out / "regions" / f"{name}.json", json.dumps(regions_json(final.record)))
     if masked:
-        small = len(final.names) < 256
-        content = io.BytesIO()
-        save_mask(content, final.segments.astype(np.uint8 if small else np.uint16))
-        write_whole(out / "masks" / f"{name}.png", content.getvalue())
+        write_whole(out / "masks" / f"{name}.png", encode_mask(final.segments))
         colours = np.stack([final.segments >> shift & 255 for shift in (0, 8, 16)], -1).astype(np.uint8)
-        content = io.BytesIO()
-        Image.fromarray(colours).save(content, "PNG")
-        write_whole(out / "panoptic" / f"{name}.png", content.getvalue())
+        write_whole(out / "panoptic" / f"{name}.png", encode_image(colours))
     return file, final
 
 
@@ -329,9 +322,7 @@ def _link_image(folder: epath.Path, source: Source, index: int, name: str, size:
         return path.name
     target = folder / f"{name}.png"
     if not target.exists():
-        content = io.BytesIO()
-        Image.fromarray(source[index]["image"]).save(content, "PNG")
-        write_whole(target, content.getvalue())
+        write_whole(target, encode_image(source[index]["image"]))
     return target.name
 
 
@@ -375,6 +366,4 @@ def _write_sheet(
         said = record["captions"][0][0] if record["captions"] else ", ".join(record["tags"])
         image = source[index[record["image"]]]["image"]
         rows.append(GridRow(image, None, drawn, caption=f"{record['image']}: {said}"))
-    content = io.BytesIO()
-    prediction_grid(rows, names, second="annotation").save(content, "PNG")
-    write_whole(path, content.getvalue())
+    write_whole(path, encode_image(prediction_grid(rows, names, second="annotation")))

@@ -14,11 +14,11 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int32, UInt8, UInt16, UInt32
+from jaxtyping import Int32, Integer, UInt8, UInt16, UInt32
 from PIL import Image, ImageFile, ImageOps
 
 from ovseg_jax.errors import UserError
@@ -366,13 +366,22 @@ def read_colours(path: File, what: str) -> UInt8[np.ndarray, "h w 3"]:
         return np.ascontiguousarray(np.asarray(image)[..., :3])
 
 
-def save_mask(
-    file: IO[bytes] | io.BytesIO, mask: UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"]
-) -> None:
-    """Writes a mask as a PNG with EXIF orientation 1, so that `turn_mask` knows that it is upright."""
+def encode_image(image: Image.Image | np.ndarray, form: str = "PNG", **options: Any) -> bytes:
+    """Encodes a picture or its pixels in a format that Pillow knows, with options of Pillow's `Image.save`."""
+    content = io.BytesIO()
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    picture.save(content, form, **options)
+    return content.getvalue()
+
+
+def encode_mask(mask: Integer[np.ndarray, "h w"]) -> bytes:
+    """Encodes a mask as a PNG, in 8 bits if no value exceeds 255, else in 16.
+
+    Its EXIF orientation is 1, so that `turn_mask` knows that it is upright.
+    """
     exif = Image.Exif()
     exif[_ORIENTATION] = 1
-    Image.fromarray(mask).save(file, "PNG", exif=exif)
+    return encode_image(mask.astype(np.uint16 if mask.max() > 255 else np.uint8), exif=exif)
 
 
 def turn_mask(

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 from jaxtyping import Int32, UInt8
-from PIL import Image
 
-from ovseg_jax.data.images import read_colours, read_image, read_mask
+from ovseg_jax.data.images import encode_image, read_colours, read_image, read_mask
 from ovseg_jax.datasets.base import Download, Entry, Option, segments_of_map, without_hidden
 from ovseg_jax.datasets.packed import Packed
 from ovseg_jax.errors import UserError
@@ -241,9 +240,7 @@ class Ade20kFull(Packed):
         if min(height, width) > _SHORT_SIDE:
             size = _resized(height, width)
             pixels = resize_linear(read_image(image), *size)
-            out = io.BytesIO()
-            Image.fromarray(pixels).save(out, "JPEG")
-            data, labels = out.getvalue(), resize_nearest(labels, *size)
+            data, labels = encode_image(pixels, "JPEG"), resize_nearest(labels, *size)
         number = np.zeros(26 * 256, np.int32)
         number[list(full_ids())] = np.arange(1, len(self.classes) + 1)
         segments, ids = segments_of_map(number[labels], self.classes, (0,), str(mask))

@@ -5,7 +5,6 @@ Table 2 (papers/000). Where CLIP's data notes (openai/CLIP, data/prompts.md) nam
 """
 
 import importlib.resources
-import io
 import posixpath
 import re
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from xml.etree import ElementTree
 from etils import epath
 from PIL import Image
 
-from ovseg_jax.data.images import image_suffixes, read_image
+from ovseg_jax.data.images import encode_image, image_suffixes, read_image
 from ovseg_jax.datasets.base import Download, Entry, Option
 from ovseg_jax.datasets.packed import MISSING, Packed
 from ovseg_jax.errors import UserError
@@ -82,7 +81,7 @@ class ImageFiles(Packed):
         """Returns `image` and `label` of an image; of an object, the part of its image, as PNG."""
         image = self.members.read(entry.data["image"])
         if entry.data["box"]:
-            image = as_png(
+            image = encode_image(
                 Image.fromarray(read_image(self.encoded(entry.data["image"]))).crop(entry.data["box"])
             )
         return {"image": image, "label": entry.data["label"]}
@@ -373,13 +372,6 @@ class Voc2007(ImageFiles):
 def numbered(names: list[str]) -> ClassList:
     """Returns classes of one name each, with the ids 0, 1, ..."""
     return ClassList(tuple((name,) for name in names), tuple(range(len(names))), (True,) * len(names))
-
-
-def as_png(image: Image.Image) -> bytes:
-    """Returns an image as a PNG file."""
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return out.getvalue()
 
 
 def _package_names(file: str) -> dict[str, str]:

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from ovseg_jax.data.images import Encoded, check_image
+from ovseg_jax.data.images import Encoded, check_image, encode_image
 from ovseg_jax.data.source_base import FIELDS, TEXTS
 from ovseg_jax.data.transforms import segment_boxes
 from ovseg_jax.datasets.base import Dataset
@@ -154,9 +153,8 @@ def encode(key: str, example: dict[str, Any], wide: bool) -> dict[str, Any]:
     encoded = {k: v for k, v in example.items() if k != "size"} | {"image_id": key}
     encoded["image"] = io.BytesIO(example["image"])
     if "segments" in example:
-        pixels, png = example["segments"].astype(np.uint16 if wide else np.uint8), io.BytesIO()
-        Image.fromarray(pixels).save(png, "PNG")
-        encoded["segments"] = io.BytesIO(png.getvalue())
+        segments = example["segments"].astype(np.uint16 if wide else np.uint8)
+        encoded["segments"] = io.BytesIO(encode_image(segments))
     for field in ("region_captions", "region_tags"):
         if field in example:
             encoded[field] = [text for own in example[field] for text in own]

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from PIL import Image
 
-from ovseg_jax.data.images import Encoded
+from ovseg_jax.data.images import Encoded, encode_image
 from ovseg_jax.datasets.base import Download, Entry, Option
-from ovseg_jax.datasets.classification import as_png, numbered
+from ovseg_jax.datasets.classification import numbered
 from ovseg_jax.datasets.matlab import read_array
 from ovseg_jax.datasets.members import Members
 from ovseg_jax.datasets.packed import Packed
@@ -45,8 +44,8 @@ class PixelFiles(Packed):
 
     def example(self, split: str, entry: Entry) -> dict[str, Any]:
         """Returns `image` as PNG, and `label`."""
-        image = Image.fromarray(self.pixels(split, entry.data))
-        return {"image": as_png(image), "label": entry.data["label"]}
+        image = encode_image(self.pixels(split, entry.data))
+        return {"image": image, "label": entry.data["label"]}
 
     def checked(self, labels: np.ndarray, name: str) -> list[int]:
         """Returns labels [n] as indices of classes, or raises a UserError that names their file."""

@@ -1,7 +1,6 @@
 """Pictures of a finished run: predictions or features for each evaluation, and training curves."""
 
 import contextlib
-import io
 import logging
 from typing import Any
 
@@ -11,6 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
+from ovseg_jax.data.images import encode_image
 from ovseg_jax.data.source_base import Source
 from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.data.transforms import class_map
@@ -129,14 +129,8 @@ def _draw_segmentation(
     decision = evaluation.get("decision", "argmax")
     features = proposals is None and segmenter.has_features()
     picture = _picture(segmenter, source, classes, name, images, decision=decision, proposals=features)
-    _save(picture, path)
+    write_whole(path, encode_image(picture))
     return [path]
-
-
-def _save(picture: Image.Image, path: epath.Path) -> None:
-    data = io.BytesIO()
-    picture.save(data, "PNG")
-    write_whole(path, data.getvalue())
 
 
 def _picture(

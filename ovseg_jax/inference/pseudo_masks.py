@@ -6,7 +6,6 @@ process labels its part of them on all its devices, and a shard that exists is n
 
 import concurrent.futures
 import dataclasses
-import io
 import json
 import sys
 from collections import deque
@@ -22,7 +21,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int32
 from tqdm import tqdm
 
-from ovseg_jax.data.images import list_images, read_image, save_mask
+from ovseg_jax.data.images import encode_mask, list_images, read_image
 from ovseg_jax.data.source_base import Source, check_provides
 from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.data.sources.pseudo_masks import (
@@ -225,7 +224,7 @@ def label_folder(load: Callable[[], Segmenter], root: epath.PathLike, rules: Rul
                 reader.report = lambda error: (bar.update(), bar.write(f"skipped: {error}", sys.stderr))
                 for image in label_images(load(), reader, rules):
                     path, _ = reader.done.popleft()
-                    write_whole(masks / f"{path.stem}.png", _png(image.segments))
+                    write_whole(masks / f"{path.stem}.png", encode_mask(image.segments))
                     found += image.statistics
                     shown += [(path, image.segments)] if len(shown) < SHEET else []
                     bar.update()
@@ -423,17 +422,11 @@ def _write_shard(
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for labelled in label(readable(pool)):
             index = order.popleft()
-            masks[index] = _png(labelled.segments)
+            masks[index] = encode_mask(labelled.segments)
             found += labelled.statistics
             bar.update()
     write_shard(path, Shard(dict(request), _image_ids(source, indices), skipped, found, classes), masks)
     return len(masks)
-
-
-def _png(segments: Int32[np.ndarray, "h w"]) -> bytes:
-    content = io.BytesIO()
-    save_mask(content, segments.astype(np.uint16 if segments.max() > 255 else np.uint8))
-    return content.getvalue()
 
 
 def _write_sheet(path: epath.Path, source: Source, skipped: Sequence[int]) -> None:

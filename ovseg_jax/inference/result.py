@@ -12,6 +12,7 @@ from etils import epath
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
+from ovseg_jax.data.images import encode_image
 from ovseg_jax.decisions.rules import Segments
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import write_whole
@@ -206,7 +207,7 @@ class Result:
     def save_panoptic(self, folder: epath.PathLike, stem: str) -> dict[str, Any]:
         """Writes `stem.panoptic.png` into a folder, see `panoptic`, and returns {"segments_info": ...}."""
         picture, rows = self.panoptic()
-        write_whole(epath.Path(folder) / f"{stem}.panoptic.png", _png(picture))
+        write_whole(epath.Path(folder) / f"{stem}.panoptic.png", encode_image(picture))
         return {"segments_info": rows}
 
     def to_json(self, record: Mapping[str, Any] | None = None) -> str:
@@ -240,21 +241,15 @@ class Result:
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"{stem}.{end}" for end in ("labels.png", "json", "overlay.png")]
-        write_whole(paths[0], _png(self.label_image()))
+        write_whole(paths[0], encode_image(self.label_image()))
         write_whole(paths[1], self.to_json(record) + "\n")
         try:
-            picture = _png(self.overlay())
+            picture = encode_image(self.overlay())
         except Exception as error:
             logging.getLogger(__name__).warning("%s was not drawn: %r", paths[2], error)
             return paths[:2]
         write_whole(paths[2], picture)
         return paths
-
-
-def _png(picture: Image.Image) -> bytes:
-    content = io.BytesIO()
-    picture.save(content, "PNG")
-    return content.getvalue()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,23 +338,19 @@ class PixelFeatures:
         )
         return np.einsum("Hh,chw,Ww->cHW", rows, maps, columns, optimize=True)
 
-    def arrays(self) -> dict[str, Any]:
-        """Returns the arrays that `save` writes."""
+    def to_npz(self) -> bytes:
+        """Returns the content of an .npz file, with features and masks in float16."""
         arrays = {"pixels": self.pixels, "embedding": self.embedding}
         if self.masks is not None and self.regions is not None:
             arrays |= {"masks": self.masks, "regions": self.regions}
-        halves = {name: value.astype(np.float16) for name, value in arrays.items()}
-        return halves | {
-            "size": np.array(self.size),
-            "fitted": np.array(self.fitted),
-            "stride": np.array(self.stride),
-        }
+        halves: dict[str, Any] = {name: value.astype(np.float16) for name, value in arrays.items()}
+        content = io.BytesIO()
+        np.savez_compressed(content, **halves, size=self.size, fitted=self.fitted, stride=self.stride)
+        return content.getvalue()
 
     def save(self, path: epath.PathLike) -> None:
-        """Writes `arrays` as an .npz file, with features and masks in float16."""
-        content = io.BytesIO()
-        np.savez_compressed(content, **self.arrays())
-        write_whole(path, content.getvalue())
+        """Writes `to_npz` to a file."""
+        write_whole(path, self.to_npz())
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:

@@ -15,14 +15,14 @@ from etils import epath
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from ovseg_jax.data.images import read_header, read_image
+from ovseg_jax.data.images import encode_image, read_header, read_image
 from ovseg_jax.decisions.maps import Layers, frame, layers_of, vocabulary_of
 from ovseg_jax.errors import UserError
 from ovseg_jax.inference.folder import TASKS
 from ovseg_jax.inference.result import Result, sigmoid
 from ovseg_jax.inference.segmenter import Batch, Segmenter
 from ovseg_jax.reading import reading
-from ovseg_jax.viz.html import SAFE, data_uri, encoded
+from ovseg_jax.viz.html import SAFE, data_uri
 from ovseg_jax.viz.segments import overlay, palette
 from ovseg_jax.vocab.classes import ClassList, is_built_in, parse_labels, read_label_file
 
@@ -341,15 +341,13 @@ def download(results: Sequence[Result], names: Sequence[str], kind: str) -> tupl
     files = {}
     for i, (result, name) in enumerate(zip(results, names, strict=True), 1):
         if kind == "png":
-            content = encoded(picture(result, colours, legend=True), "PNG")
+            content = encode_image(picture(result, colours, legend=True))
         elif kind == "json":
             content = (result.to_json() + "\n").encode()
         else:
             if result.features is None:
                 raise UserError(f"{name} has no text-aligned features of pixels: choose another model")
-            stream = io.BytesIO()
-            np.savez_compressed(stream, **result.features.arrays())
-            content = stream.getvalue()
+            content = result.features.to_npz()
         end = {"png": "overlay.png", "json": "segments.json", "features": "features.npz"}[kind]
         files[end if len(results) == 1 else f"{i}.{end}"] = content
     if len(files) == 1:

@@ -1,7 +1,6 @@
 """A picture sheet of the images with the lowest scores."""
 
 import argparse
-import io
 import os
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
 from ovseg_jax.cli.outputs import check_out_file
-from ovseg_jax.data.images import image_suffixes, read_image
+from ovseg_jax.data.images import encode_image, image_suffixes, read_image
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import write_whole
 from ovseg_jax.scoring.files import list_files
@@ -121,9 +120,7 @@ def write_sheet(
     """
     names = [classes.display(k) for k in range(len(classes))]
     grid = prediction_grid(rows, names, first="image" if photographs else "wrong pixels", cell=_CELL)
-    file = io.BytesIO()
-    grid.save(file, "PNG")
-    write_whole(path, file.getvalue())
+    write_whole(path, encode_image(grid))
 
 
 def parted(classes: Int[np.ndarray, "h w"], segments: Int[np.ndarray, "h w"]) -> Int[np.ndarray, "h2 w2"]:

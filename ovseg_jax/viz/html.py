@@ -2,12 +2,12 @@
 
 import base64
 import html
-import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from PIL import Image
+
+from ovseg_jax.data.images import encode_image
 
 SAFE = (0xE69F00, 0x56B4E9, 0x009E73, 0xF0E442, 0x0072B2, 0xD55E00, 0xCC79A7)
 """Colours that colour-blind people tell apart: Okabe and Ito, "Color Universal Design" (2008), without black."""
@@ -34,17 +34,11 @@ CHART_CSS = (
 _WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 360, 200, 48, 8, 10, 20
 
 
-def encoded(drawn: Image.Image, form: str) -> bytes:
-    """Encodes a picture in a format that Pillow knows, such as "PNG"."""
-    content = io.BytesIO()
-    options: dict[str, Any] = {"quality": 92} if form == "WEBP" else {}
-    drawn.save(content, form, **options)
-    return content.getvalue()
-
-
 def data_uri(drawn: Image.Image, form: str) -> str:
     """Returns a data URI that holds a picture."""
-    return f"data:image/{form.lower()};base64,{base64.b64encode(encoded(drawn, form)).decode()}"
+    options = {"quality": 92} if form == "WEBP" else {}
+    content = encode_image(drawn, form, **options)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(content).decode()}"
 
 
 def style_of(index: int) -> tuple[str, str]:

@@ -1,7 +1,6 @@
 """Pictures of segmentations: a palette, an overlay with a legend, and a grid of predictions."""
 
 import functools
-import io
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ from etils import epath
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from ovseg_jax.data.images import encode_image
 from ovseg_jax.files import write_whole
 
 UNKNOWN_COLOUR = (150, 150, 150)
@@ -128,9 +128,7 @@ def write_sheet(
         drawn.thumbnail((240, 240))
         rows.append(_padded(_side_by_side([_resized(image, drawn.size[::-1]), drawn], gap=4), 4))
     lines = [_side_by_side(rows[k : k + columns], gap=8) for k in range(0, len(rows), columns)]
-    content = io.BytesIO()
-    _stack(lines, gap=8).save(content, "PNG")
-    write_whole(path, content.getvalue())
+    write_whole(path, encode_image(_stack(lines, gap=8)))
 
 
 class GridRow(NamedTuple):

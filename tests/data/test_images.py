@@ -13,6 +13,7 @@ from PIL import Image
 from ovseg_jax.data import images
 from ovseg_jax.data.images import (
     Encoded,
+    encode_mask,
     list_images,
     read_colours,
     read_header,
@@ -21,7 +22,6 @@ from ovseg_jax.data.images import (
     read_mask,
     read_oriented,
     read_wide_mask,
-    save_mask,
     turn_mask,
 )
 from ovseg_jax.data.sources.folder import Folder
@@ -432,12 +432,21 @@ def test_a_mask_lies_on_its_image_or_is_refused(tmp_path, orientation, size, suf
     # A mask that says how it lies is believed.
     oriented(tmp_path / "masks/a.png", (stored[..., 0] > 0).astype(np.uint8), orientation)
     np.testing.assert_array_equal(found(), wanted)
-    with (tmp_path / "masks/a.png").open("wb") as file:
-        save_mask(file, wanted)
+    (tmp_path / "masks/a.png").write_bytes(encode_mask(wanted))
     np.testing.assert_array_equal(found(), wanted)
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(tmp_path / "masks/a.png")
     with pytest.raises(UserError, match="9 x 9"):
         found()
+
+
+@pytest.mark.parametrize(
+    "highest, kind", [(0, np.uint8), (255, np.uint8), (256, np.uint16), (65535, np.uint16)]
+)
+def test_a_mask_is_encoded_in_as_few_bytes_as_it_needs(highest, kind):
+    mask = np.array([[0, highest], [highest // 2, 0]], np.int32)
+    stored = np.asarray(Image.open(io.BytesIO(encode_mask(mask))))
+    assert stored.dtype == kind
+    np.testing.assert_array_equal(stored, mask)
 
 
 def test_a_mask_of_colours_is_turned_or_refused(tmp_path):
