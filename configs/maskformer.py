@@ -91,10 +91,12 @@ def with_text(config: ConfigDict, args: Args) -> None:
         return
     config.model.update(dict(embed_dim=512, embed_hidden=1024))  # zsseg
     config.text = dict(tower="clip_vitb16", init=args.text_weights, prompt=args.prompt)
-    if args.unseen == "voc":
-        config.steps, config.batch_size, config.data.image_size = 20_000, 16, 512  # zsseg, voc-11k-15
-    elif args.data != "coco":
-        config.steps, config.batch_size, config.data.image_size = 60_000, 32, 640  # zsseg
+    if args.unseen == "voc":  # zsseg, voc-11k-15: shorter sides of 0.5 to 1.5 times 640, and crops of 512
+        config.steps, config.batch_size, config.data.image_size = 20_000, 16, 512
+        config.data.short_side.update(dict(ratio=(0.625, 1.875), long_side=2048))
+    elif args.data != "coco":  # zsseg
+        config.steps, config.batch_size, config.data.image_size = 60_000, 32, 640
+        config.data.short_side.update(dict(ratio=(0.5, 1.5), long_side=2560))
 
 
 def on_scenes(args: Args) -> ConfigDict:
@@ -128,9 +130,9 @@ def on_scenes(args: Args) -> ConfigDict:
 def paper(args: Args) -> ConfigDict:
     """Returns the authors' recipe for ADE20K-150, with data=coco that for COCO's panoptic masks.
 
-    It differs from theirs: crops are not drawn again if one class fills them, colours are not changed, and images are
-    tested with their longer side at the size of the crop. On COCO, theirs with
-    a ResNet has six layers of a transformer before the pixel decoder.
+    It differs from theirs: shorter sides may have any length between the bounds, not only tenths of a crop, and images
+    are tested with their longer side at the size of the crop. On COCO, theirs with a ResNet has six layers of a
+    transformer before the pixel decoder, and the sizes of images and crops are ours.
     """
     train, validation = sources(args)
     coco, swin = args.data == "coco", args.backbone in SWINS
@@ -143,6 +145,12 @@ def paper(args: Args) -> ConfigDict:
         backbone["init"] = init
     # Detectors shift and fill all windows.
     backbone.update(dict(window_rule="always", drop_rate=0.3) if swin else dict(norm="frozen"))
+    # Code: crops of images with shorter sides of 0.5 to 2 crops; no crop is drawn anew if one class fills it.
+    crops: dict[str, Any] = dict(
+        short_side=dict(ratio=(0.5, 2.0), long_side=4 * size, category_share=1.0, flip=True, colours=True)
+    )
+    if coco:
+        crops = dict(scale_jitter=(0.5, 2.0), flip=True)  # ours
     evals = {"validation": common.segmentation(validation, 16, every=5000)} if validation else {}
     rate = 6e-5 if swin else 1e-4
     optimizer = dict(
@@ -191,9 +199,8 @@ def paper(args: Args) -> ConfigDict:
             image_size=size,
             mask_stride=1,  # the loss is computed at the size of the image
             max_masks=64,
-            scale_jitter=(0.5, 2.0),
-            flip=True,
             workers=8,
+            **crops,
         ),
         evals=evals,
         final_evals=evals,

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from ovseg_jax import config, methods
+from ovseg_jax.data.geometry import geometry_of
 from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.keys import check_config
@@ -174,6 +175,20 @@ def test_the_schedules_of_maskformer():
         rate, first = make_schedule(out.optimizer, out.steps), out.optimizer.warmup_steps
         rates = [float(rate(t)) for t in (first, (out.steps + first) / 2, out.steps)]
         np.testing.assert_allclose(rates, [peak, peak * 0.5**0.9, 0], rtol=1e-4)
+
+
+def test_the_crops_of_maskformer_and_zsseg():
+    """Sizes in pixels: MIN_SIZE_TRAIN, MAX_SIZE_TRAIN and CROP.SIZE of their authors' configs."""
+    for arg, sizes in (
+        ("", (256, 1024, 2048, 512)),
+        (",backbone=swin_large_384", (320, 1280, 2560, 640)),
+        (",classes=text,unseen=coco_stuff", (320, 960, 2560, 640)),
+        (",classes=text,unseen=voc", (320, 960, 2048, 512)),
+    ):
+        data = load("maskformer", f"data=prepared,data_dir=x{arg}").data
+        crop = geometry_of(data, True)
+        assert (crop.ratio[0] * crop.size, crop.ratio[1] * crop.size, crop.long_side, crop.size) == sizes
+        assert crop.colours and crop.flip and crop.category_share == 1
 
 
 def test_the_schedules_of_mask2former():

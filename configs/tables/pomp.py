@@ -25,8 +25,8 @@ TOWERS = {"RN50": ",towers=clip_rn50", "B32": ",towers=clip_vitb32", "B16": ""} 
 
 OTHERS = "the numbers are those of another paper, whose method is not built here"
 SEGMENTS = (
-    "the first stage has ResNet-101, the paper's ResNet-101c (DeepLab's stem and dilations); an image is fitted into a "
-    "square of 640 pixels (VOC 512), where the authors resize its shorter side to it"
+    "the first stage has ResNet-101, the paper's ResNet-101c (DeepLab's stem and dilations); a test image is fitted "
+    "into a square of 640 pixels (VOC 512), where the authors resize its shorter side to it"
 )
 ONE_SET = f"a run for each data set, as in the paper; {SEGMENTS}"
 TUNED = f"the prompt learns from the seen classes of COCO-Stuff, as in the authors' configs; {SEGMENTS}"
