@@ -89,6 +89,17 @@ def layer_decay(
     return (embeddings, *blocks, *rest)
 
 
+def short_side(size: int, lowest: float = 0.5, highest: float = 2.0) -> dict[str, Any]:
+    """Returns the crops of MaskFormer's and Mask2Former's ADE20K configs (MIN_SIZE_TRAIN, CROP, COLOR_AUG_SSD).
+
+    Args:
+      size: the side of the crops in pixels.
+      lowest: the shortest shorter side of an image, in crops.
+      highest: the longest.
+    """
+    return dict(ratio=(lowest, highest), long_side=4 * size, category_share=1.0, flip=True, colours=True)
+
+
 def checkpoint(every: int, keep: int = 1) -> dict[str, Any]:
     """Returns how often to save, and how many checkpoints to keep."""
     return dict(every=every, keep=keep)

@@ -110,8 +110,8 @@ def on_scenes(args: Args) -> ConfigDict:
 def paper(args: Args) -> ConfigDict:
     """Returns the authors' recipe for ADE20K-150, with data=coco that for COCO's panoptic masks.
 
-    It differs from theirs: crops are not drawn again if one class fills them, colours are not changed, and images are
-    tested with their longer side at the size of the crop.
+    It differs from theirs: shorter sides may have any length between the bounds, not only tenths of a crop, and images
+    are tested with their longer side at the size of the crop.
     """
     train, validation = sources(args)
     coco, swin = args.data == "coco", args.backbone in SWINS
@@ -121,6 +121,9 @@ def paper(args: Args) -> ConfigDict:
         backbone["init"] = "" if args.weights == "scratch" else args.weights or weights_of(args.backbone)
     # Detectors shift and fill all windows.
     backbone.update(dict(window_rule="always", drop_rate=0.3) if swin else dict(norm="frozen"))
+    crops: dict[str, Any] = dict(short_side=common.short_side(size))
+    if coco:
+        crops = dict(scale_jitter=(0.1, 2.0), flip=True)  # code
     evals = {"validation": common.segmentation(validation, 16, every=5000)} if validation else {}
     optimizer = dict(
         common.adamw(1e-4, weight_decay=0.05, clip_norm=0.01),  # code
@@ -165,9 +168,8 @@ def paper(args: Args) -> ConfigDict:
             image_size=size,
             mask_stride=1,  # points are drawn on the masks at the size of the image
             max_masks=64,
-            scale_jitter=(0.1, 2.0) if coco else (0.5, 2.0),  # code
-            flip=True,
             workers=8,
+            **crops,
         ),
         evals=evals,
         final_evals=evals,

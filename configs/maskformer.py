@@ -93,10 +93,10 @@ def with_text(config: ConfigDict, args: Args) -> None:
     config.text = dict(tower="clip_vitb16", init=args.text_weights, prompt=args.prompt)
     if args.unseen == "voc":  # zsseg, voc-11k-15: shorter sides of 0.5 to 1.5 times 640, and crops of 512
         config.steps, config.batch_size, config.data.image_size = 20_000, 16, 512
-        config.data.short_side.update(dict(ratio=(0.625, 1.875), long_side=2048))
+        config.data.short_side = common.short_side(512, 0.625, 1.875)
     elif args.data != "coco":  # zsseg
         config.steps, config.batch_size, config.data.image_size = 60_000, 32, 640
-        config.data.short_side.update(dict(ratio=(0.5, 1.5), long_side=2560))
+        config.data.short_side = common.short_side(640, 0.5, 1.5)
 
 
 def on_scenes(args: Args) -> ConfigDict:
@@ -145,10 +145,7 @@ def paper(args: Args) -> ConfigDict:
         backbone["init"] = init
     # Detectors shift and fill all windows.
     backbone.update(dict(window_rule="always", drop_rate=0.3) if swin else dict(norm="frozen"))
-    # Code: crops of images with shorter sides of 0.5 to 2 crops; no crop is drawn anew if one class fills it.
-    crops: dict[str, Any] = dict(
-        short_side=dict(ratio=(0.5, 2.0), long_side=4 * size, category_share=1.0, flip=True, colours=True)
-    )
+    crops: dict[str, Any] = dict(short_side=common.short_side(size))
     if coco:
         crops = dict(scale_jitter=(0.5, 2.0), flip=True)  # ours
     evals = {"validation": common.segmentation(validation, 16, every=5000)} if validation else {}

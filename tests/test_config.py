@@ -177,15 +177,15 @@ def test_the_schedules_of_maskformer():
         np.testing.assert_allclose(rates, [peak, peak * 0.5**0.9, 0], rtol=1e-4)
 
 
-def test_the_crops_of_maskformer_and_zsseg():
+def test_the_crops_of_maskformer_and_its_kin():
     """Sizes in pixels: MIN_SIZE_TRAIN, MAX_SIZE_TRAIN and CROP.SIZE of their authors' configs."""
-    for arg, sizes in (
-        ("", (256, 1024, 2048, 512)),
-        (",backbone=swin_large_384", (320, 1280, 2560, 640)),
-        (",classes=text,unseen=coco_stuff", (320, 960, 2560, 640)),
-        (",classes=text,unseen=voc", (320, 960, 2048, 512)),
+    for name, arg, sizes in (
+        ("maskformer", "", (256, 1024, 2048, 512)),
+        ("mask2former", ",backbone=swin_large_384", (320, 1280, 2560, 640)),
+        ("maskformer", ",classes=text,unseen=coco_stuff", (320, 960, 2560, 640)),
+        ("maskformer", ",classes=text,unseen=voc", (320, 960, 2048, 512)),
     ):
-        data = load("maskformer", f"data=prepared,data_dir=x{arg}").data
+        data = load(name, f"data=prepared,data_dir=x{arg}").data
         crop = geometry_of(data, True)
         assert (crop.ratio[0] * crop.size, crop.ratio[1] * crop.size, crop.long_side, crop.size) == sizes
         assert crop.colours and crop.flip and crop.category_share == 1
@@ -197,7 +197,7 @@ def test_the_schedules_of_mask2former():
     rates = [float(rate(t)) for t in (0, 327_777, 327_778, 355_092, out.steps)]
     np.testing.assert_allclose(rates, [1e-4, 1e-4, 1e-5, 1e-6, 1e-6], rtol=1e-5)
     ade = load("mask2former", "data=prepared,data_dir=x,backbone=swin_large_384")
-    assert (ade.steps, ade.data.image_size, ade.data.scale_jitter) == (160_000, 640, (0.5, 2.0))
+    assert (ade.steps, ade.data.image_size, ade.data.short_side.ratio) == (160_000, 640, (0.5, 2.0))
     assert float(make_schedule(ade.optimizer, ade.steps)(80_000)) == pytest.approx(1e-4 * 0.5**0.9)
 
 
