@@ -171,6 +171,17 @@ def test_published_scores_agree_with_what_the_papers_say_of_them():
     assert np.subtract(three["K1000"], three["no-correction"]) == pytest.approx([0.3, 1.2, 1.0])
 
 
+def test_pomp_on_imagenet_1k_takes_the_steps_of_coop():
+    """Table 3 compares them: the same images a step, views, augmentation and epochs."""
+    ours, coop = (
+        row_config(all_tables(["pomp"]), f"table=3,row={name}").to_dict() for name in ("POMP-K256", "CoOp")
+    )
+    assert (ours["loss"]["sample"], coop["loss"]["sample"]) == (256, 0) and ours["steps"] == 25_000
+    for one in (ours, coop):
+        del one["loss"], one["row"]
+    assert ours == coop
+
+
 def test_a_row_takes_my_folders_and_my_seed():
     config = row_config(
         all_tables(["openseg"]), "table=5,row=noun+adj,data_dir=/coco,eval_sets=gs://b/sets,seed=3"
