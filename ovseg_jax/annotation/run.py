@@ -42,7 +42,7 @@ class Images(Source):
     """The images of a folder."""
 
     name = "images"
-    classes = ClassList((), (), ())
+    classes = ClassList()
     provides = frozenset({"image"})
 
     def __init__(self, data_dir: epath.PathLike):

@@ -187,8 +187,8 @@ def _prompt_words(config: ConfigDict) -> set[str]:
 
 def _invented_classes(words: int, count: int) -> ClassList:
     """Returns `count` classes whose names have one to five words in turn."""
-    names = ((" ".join(f"word{(k + i) % words}" for i in range(1 + k % 5)),) for k in range(count))
-    return ClassList(tuple(names), tuple(range(count)), (True,) * count)
+    names = (" ".join(f"word{(k + i) % words}" for i in range(1 + k % 5)) for k in range(count))
+    return ClassList.things(names)
 
 
 def _bytes_per_device(tree: Any) -> int:

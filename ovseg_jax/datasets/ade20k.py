@@ -76,7 +76,7 @@ class Ade20k150(Packed):
         classes = self._read_classes()
         if self.chosen["kind"] == "instances":
             names = dict(zip(classes.ids, classes.names, strict=True))
-            classes = ClassList(tuple(names[k] for k in THINGS), THINGS, (True,) * len(THINGS))
+            classes = ClassList.things([names[k] for k in THINGS], THINGS)
         self.classes = classes
 
     def _read_classes(self) -> ClassList:
@@ -206,7 +206,7 @@ class Ade20kFull(Packed):
                 f"{where} lists other objects than release 2021_17_01, which the 847 classes belong to"
             )
         groups = tuple(split_names(names[k - first]) for k in numbers)
-        self.classes = ClassList(groups, tuple(range(1, len(groups) + 1)), (True,) * len(groups))
+        self.classes = ClassList.things(groups, range(1, len(groups) + 1))
         # The first part of a folder is that of the release, which holds the index.
         root = posixpath.dirname(name)
         self._images = [

@@ -86,7 +86,7 @@ class Dataset:
     options: tuple[Option, ...] = ()
     splits: tuple[str, ...]
     provides: frozenset[str]
-    classes: ClassList = ClassList((), (), ())
+    classes: ClassList = ClassList()
     wide: bool = False
 
     def __init__(self, source: epath.PathLike, **options: str):

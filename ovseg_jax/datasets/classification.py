@@ -61,7 +61,7 @@ class ImageFiles(Packed):
     def __init__(self, source: epath.PathLike, **options: str):
         super().__init__(source, **options)
         self.names = self.class_folders()
-        self.classes = numbered(list(self.names.values()))
+        self.classes = ClassList.things(self.names.values())
 
     def class_folders(self) -> dict[str, str]:
         """Returns the class names by the name of their folder, or by that in lists, in the order of their ids."""
@@ -367,11 +367,6 @@ class Voc2007(ImageFiles):
                     yield Labelled(
                         f"{key}-{k}", images[key], index[one.findtext("name", "")], (x0, y0, x1, y1)
                     )
-
-
-def numbered(names: list[str]) -> ClassList:
-    """Returns classes of one name each, with the ids 0, 1, ..."""
-    return ClassList(tuple((name,) for name in names), tuple(range(len(names))), (True,) * len(names))
 
 
 def _package_names(file: str) -> dict[str, str]:

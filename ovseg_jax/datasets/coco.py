@@ -271,9 +271,7 @@ class CocoObject(CocoStuff):
     def __init__(self, source: epath.PathLike, **options: str):
         Packed.__init__(self, source, **options)
         every = stuff_classes()
-        things = [k for k, thing in enumerate(every.isthing) if thing]
-        pick = lambda values: tuple(values[k] for k in things)
-        self.classes = ClassList(pick(every.names), pick(every.ids), pick(every.isthing))
+        self.classes = every.subset([k for k, thing in enumerate(every.isthing) if thing])
 
     def files(self, folder: str, suffix: str) -> dict[str, str]:
         """Returns the files of a folder by their base names; if some are converted maps, only those."""

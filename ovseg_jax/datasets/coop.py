@@ -54,7 +54,7 @@ class CoopSplit(Packed):
                         f"{names[label]!r}, but the name {name!r}"
                     )
         ids = tuple(sorted(names))
-        self.classes = ClassList(tuple((names[k],) for k in ids), ids, (True,) * len(ids))
+        self.classes = ClassList.things([names[k] for k in ids], ids)
 
     def _listings(self) -> list[str]:
         if self.chosen["set"]:

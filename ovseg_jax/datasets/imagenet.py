@@ -50,8 +50,8 @@ class _WordNet(Packed):
         chosen = sorted(wnids)
         if missing := [wnid for wnid in chosen if wnid not in listed]:
             raise UserError(f"{path} has no name for {missing[0]} and {len(missing) - 1} other classes")
-        ids = tuple(range(first, first + len(chosen)))
-        return ClassList(tuple(listed[wnid] for wnid in chosen), ids, (True,) * len(chosen)).say_shared(path)
+        ids = range(first, first + len(chosen))
+        return ClassList.things([listed[wnid] for wnid in chosen], ids).say_shared(path)
 
     def _listed(self) -> tuple[epath.PathLike, dict[str, tuple[str, ...]]]:
         """Returns the file of names, and the names of the ids that it lists."""

@@ -160,4 +160,4 @@ def _classes(categories: list[dict[str, Any]]) -> ClassList:
         if not parts:
             raise ValueError(f"the name {name!r} is empty")
         groups.append(tuple(dict.fromkeys(TYPOS.get(part, part).lower() for part in parts)))
-    return ClassList(tuple(groups), tuple(k for k, _ in rows), (True,) * len(rows))
+    return ClassList.things(groups, (k for k, _ in rows))

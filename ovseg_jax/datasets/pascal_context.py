@@ -139,9 +139,7 @@ class PascalContext459(Packed):
                 f"{self.members.where(name)} cannot be read: expected lines such as '2: aeroplane', each number once"
             )
         # Number 431 of the published list is "unknown", which stays a class, as in the published evaluations.
-        self.classes = ClassList(
-            tuple((found[k],) for k in sorted(found)), tuple(sorted(found)), (True,) * len(found)
-        )
+        self.classes = ClassList.things([found[k] for k in sorted(found)], sorted(found))
 
     def entries(self, split: str) -> Iterator[Entry]:
         """Yields the images of ImageSets/Main/SPLIT.txt of VOC 2010, which is the split of the 459 classes."""

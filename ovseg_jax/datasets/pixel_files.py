@@ -14,13 +14,12 @@ from etils import epath
 
 from ovseg_jax.data.images import Encoded, encode_image
 from ovseg_jax.datasets.base import Download, Entry, Option
-from ovseg_jax.datasets.classification import numbered
 from ovseg_jax.datasets.matlab import read_array
 from ovseg_jax.datasets.members import Members
 from ovseg_jax.datasets.packed import Packed
 from ovseg_jax.errors import UserError
 from ovseg_jax.reading import reading
-from ovseg_jax.vocab.classes import parse_labels
+from ovseg_jax.vocab.classes import ClassList, parse_labels
 
 _DIGITS = "zero one two three four five six seven eight nine".split()
 
@@ -142,7 +141,9 @@ class Cifar10(_Records):
 
     def __init__(self, source: epath.PathLike, **options: str):
         super().__init__(source, **options)
-        self.classes = numbered([line.replace("_", " ") for line in self.lines(self.need(self.listing))])
+        self.classes = ClassList.things(
+            [line.replace("_", " ") for line in self.lines(self.need(self.listing))]
+        )
 
 
 class Cifar100(Cifar10):
@@ -177,7 +178,7 @@ class Stl10(_Records):
 
     def __init__(self, source: epath.PathLike, **options: str):
         super().__init__(source, **options)
-        self.classes = numbered(self.lines(self.need("class_names.txt")))
+        self.classes = ClassList.things(self.lines(self.need("class_names.txt")))
 
 
 class Mnist(_Records):
@@ -199,7 +200,7 @@ class Mnist(_Records):
     }
     stored, axes = (28, 28), (0, 1)
     heads = ((2051, -1, 28, 28), (2049, -1))
-    classes = numbered([str(k) for k in range(10)])
+    classes = ClassList.things([str(k) for k in range(10)])
 
 
 class Fer2013(PixelFiles):
@@ -265,7 +266,7 @@ class Svhn(PixelFiles):
         for split in ("train", "test")
     )
     archives = ()
-    classes = numbered(_DIGITS)
+    classes = ClassList.things(_DIGITS)
 
     def entries(self, split: str) -> Iterator[Entry]:
         """Yields the images of a split; the label 10 is the digit 0."""
@@ -310,7 +311,7 @@ class Pcam(PixelFiles):
     )
     splits = ("train", "val", "test")
     archives = ("camelyonpatch*.h5.gz",)
-    classes = numbered(["lymph node", "lymph node containing metastatic tumor tissue"])
+    classes = ClassList.things(["lymph node", "lymph node containing metastatic tumor tissue"])
 
     def entries(self, split: str) -> Iterator[Entry]:
         """Yields the images of a split."""

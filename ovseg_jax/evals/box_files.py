@@ -219,11 +219,8 @@ def read_annotations(
         "annotations": annotations,
         "categories": categories,
     }
-    own_classes = ClassList(
-        tuple((name or str(row["id"]),) for name, row in zip(shown, categories, strict=True)),
-        tuple(row["id"] for row in categories),
-        (True,) * len(categories),
-    )
+    ids = [row["id"] for row in categories]
+    own_classes = ClassList.things([name or str(k) for name, k in zip(shown, ids, strict=True)], ids)
     return Annotations(data, [image[0] for image in images], [image[1] for image in images], own_classes)
 
 

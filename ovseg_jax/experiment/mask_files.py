@@ -134,7 +134,7 @@ def is_mask_file(where: str) -> bool:
 def stage_of(where: str) -> Run:
     """Returns masks of files as the run of a first stage: without variables, words and classes."""
     config = ConfigDict(dict(data=dict(image_size=CANVAS)))
-    return Run(config, MaskFiles(where), {}, WordList([]), ClassList((), (), ()), 0)
+    return Run(config, MaskFiles(where), {}, WordList([]), ClassList(), 0)
 
 
 def read_mask_list(path: epath.PathLike) -> dict[str, list[Mapping[str, Any]]]:

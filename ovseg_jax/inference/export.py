@@ -149,7 +149,7 @@ def to_folder(segmenter: Segmenter, out: Path, dtype: np.dtype) -> None:
         "model": model,
         "image_size": int(segmenter.config.data.image_size),
         "words": [] if side is None else list(side.words.words),
-        "classes": json.loads((segmenter.classes or ClassList((), (), ())).to_json()),
+        "classes": json.loads((segmenter.classes or ClassList()).to_json()),
         **more,
     }
     (out / "config.json").write_text(json.dumps(described, indent=1, ensure_ascii=False) + "\n", "utf-8")

@@ -106,9 +106,7 @@ def label_maps(
     kept = [k for k in range(len(classes)) if first[k] != background]
     # The number of each category that is asked for; the last entry is for pixels without one.
     number = np.array([*(k + 1 for k in kept), first.index(background) + 1 if background else 0], np.int32)
-    pick = lambda values: tuple(values[k] for k in kept)
-    asked = ClassList(pick(classes.names), pick(classes.ids), pick(classes.isthing))
-    for found in segmenter.stream_maps(images, asked, decision=decision):
+    for found in segmenter.stream_maps(images, classes.subset(kept), decision=decision):
         segments = number[found.category]
         yield Image(segments, _statistics(segments, found.confidence))
 

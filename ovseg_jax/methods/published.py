@@ -260,5 +260,5 @@ def published_model(
     if trust:
         raise UserError(f"trust={trust} has no effect on {name}, which has no masks")
     config = dense_config(name, weights, tokenizer, features)
-    towers = ClipDense(config, WordList([]), ClassList((), (), ()))
+    towers = ClipDense(config, WordList([]), ClassList())
     return towers, {"params": {}, **towers.pretrained(*(() if text else ("image",)))}, None

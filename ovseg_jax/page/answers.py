@@ -360,8 +360,7 @@ def download(results: Sequence[Result], names: Sequence[str], kind: str) -> tupl
 
 
 def _listed(names: Sequence[str]) -> ClassList:
-    names = list(dict.fromkeys(names))
-    return ClassList(tuple((name,) for name in names), tuple(range(len(names))), (True,) * len(names))
+    return ClassList.things(dict.fromkeys(names))
 
 
 def _embeds(segmenter: Segmenter, word: str) -> bool:

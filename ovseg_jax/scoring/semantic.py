@@ -200,8 +200,7 @@ def _of_flags(arguments: argparse.Namespace) -> tuple[ClassList, Values, Values]
     if arguments.classes:
         classes = read_class_file(arguments.classes, first=0)
     elif arguments.num_classes > 0:
-        names = tuple((str(k),) for k in range(arguments.num_classes))
-        classes = ClassList(names, tuple(range(len(names))), (True,) * len(names))
+        classes = ClassList.things(map(str, range(arguments.num_classes)))
     else:
         raise UserError(f"--num_classes={arguments.num_classes} is less than 1")
     shift = int(arguments.reduce_zero_label)

@@ -79,7 +79,7 @@ def _categories(path: epath.Path, entries: Sequence[dict[str, Any]]) -> ClassLis
 
 def _numbered(path: epath.Path, groups: Sequence[Sequence[str]], first: int) -> ClassList:
     names = _checked(path, groups)
-    return ClassList(names, tuple(range(first, first + len(names))), (True,) * len(names)).say_shared(path)
+    return ClassList.things(names, range(first, first + len(names))).say_shared(path)
 
 
 def _checked(path: epath.Path, groups: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:

@@ -49,9 +49,9 @@ class ClassList:
         only some; () if unknown.
     """
 
-    names: tuple[tuple[str, ...], ...]
-    ids: tuple[int, ...]
-    isthing: tuple[bool, ...]
+    names: tuple[tuple[str, ...], ...] = ()
+    ids: tuple[int, ...] = ()
+    isthing: tuple[bool, ...] = ()
     groups: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     examples: tuple[int, ...] = ()
 
@@ -69,8 +69,19 @@ class ClassList:
             if any(not 0 <= k < len(self.names) for k in members):
                 raise ValueError(f"group {group!r} holds an index outside 0..{len(self.names) - 1}")
 
+    @classmethod
+    def things(cls, names: Iterable[str | Sequence[str]], ids: Iterable[int] | None = None) -> "ClassList":
+        """Returns countable categories, each with one name or several; without ids, they are numbered from 0."""
+        groups = tuple((own,) if isinstance(own, str) else tuple(own) for own in names)
+        return cls(groups, tuple(range(len(groups)) if ids is None else ids), (True,) * len(groups))
+
     def __len__(self) -> int:
         return len(self.names)
+
+    def subset(self, chosen: Sequence[int]) -> "ClassList":
+        """Returns the categories of these indices, without groups."""
+        pick = lambda values: tuple(values[k] for k in chosen)
+        return ClassList(pick(self.names), pick(self.ids), pick(self.isthing))
 
     def display(self, k: int) -> str:
         """Returns the first name of category `k`."""
@@ -202,9 +213,7 @@ def parse_labels(text: str) -> ClassList:
     for position, names in enumerate(categories, 1):
         if not names:
             raise UserError(f"category {position} of the labels {text!r} has no name")
-    return ClassList(
-        names=tuple(categories), ids=tuple(range(len(categories))), isthing=(True,) * len(categories)
-    )
+    return ClassList.things(categories)
 
 
 def read_label_file(path: epath.PathLike) -> ClassList:
@@ -365,7 +374,7 @@ def as_classes(labels: Labels) -> ClassList:
         raise UserError(f"the labels {short(labels)} hold an empty category: each needs at least one name")
     if not names:
         raise UserError("no labels were given: name at least one category")
-    return ClassList(tuple(names), tuple(range(len(names))), (True,) * len(names))
+    return ClassList.things(names)
 
 
 def rows_of_names(

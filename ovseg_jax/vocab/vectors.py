@@ -71,8 +71,7 @@ class ClassVectors(NamedTuple):
         length = np.linalg.norm(vectors, axis=1, keepdims=True)
         if not len(names) or not (np.isfinite(length) & (length > 0)).all():
             raise UserError(f"labels: {path} holds no vectors, or one that is zero or not finite")
-        classes = ClassList(tuple((name,) for name in names), _ids(path, len(names)), (True,) * len(names))
-        return cls(classes, vectors / length)
+        return cls(ClassList.things(names, _ids(path, len(names))), vectors / length)
 
 
 def _ids(path: str, count: int) -> tuple[int, ...]:

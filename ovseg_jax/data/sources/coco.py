@@ -87,7 +87,7 @@ class Coco(Source):
             if not self._masks.is_dir():
                 raise UserError(f"the folder {self._masks} with the PNGs of {self._json.name} is missing")
         with reading(self._json):
-            self.classes = coco_classes(panoptic["categories"], labels) if panoptic else ClassList((), (), ())
+            self.classes = coco_classes(panoptic["categories"], labels) if panoptic else ClassList()
             self._read_images((panoptic or caption_data or {})["images"])
             self._read_segments(panoptic["annotations"] if panoptic else [])
         with reading(caption_file):

@@ -227,8 +227,9 @@ class Folder(Source):
         path = epath.Path(labels) if labels else self._root / "classes.txt"
         if labels or path.exists():
             return read_label_file(path).distinct()
-        names = sorted({name for names in self._segment_names.values() for name in names.values()})
-        return ClassList(tuple((n,) for n in names), tuple(range(len(names))), (True,) * len(names))
+        return ClassList.things(
+            sorted({name for names in self._segment_names.values() for name in names.values()})
+        )
 
     def _check_segment_names(self) -> None:
         for file, names in self._segment_names.items():

@@ -114,9 +114,7 @@ class ImageFolder(Source):
         else:
             by_folder = {folder: (readable_name(folder),) for folder in sorted(found)}
         self._class_folders = list(by_folder)
-        self.classes = ClassList(
-            tuple(by_folder.values()), tuple(range(len(by_folder))), (True,) * len(by_folder)
-        )
+        self.classes = ClassList.things(by_folder.values())
         self.classes.say_shared(names or self._folder)
         self._list_files(own)
 

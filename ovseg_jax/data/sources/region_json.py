@@ -65,7 +65,7 @@ class RegionJson(Source):
     """
 
     name = "region_json"
-    classes = ClassList((), (), ())
+    classes = ClassList()
 
     def __init__(
         self,

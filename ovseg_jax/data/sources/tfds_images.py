@@ -96,8 +96,7 @@ class TfdsImages(Source):
             kept, self.labels = np.unique(self.labels, return_inverse=True)
             self.labels = self.labels.astype(np.int32)
             listed = [listed[k] for k in kept]
-        found = self._name(listed, names)
-        self.classes = ClassList(tuple(found), tuple(range(len(found))), (True,) * len(found))
+        self.classes = ClassList.things(self._name(listed, names))
 
     def _name(self, listed: list[str], names: str) -> list[tuple[str, ...]]:
         """Returns the names of each label."""

@@ -56,7 +56,7 @@ class WebDataset(Source):
     """
 
     name = "webdataset"
-    classes = ClassList((), (), ())
+    classes = ClassList()
     provides = frozenset({"image", "captions"})
 
     def __init__(
