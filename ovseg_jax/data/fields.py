@@ -155,10 +155,10 @@ class Settings:
         return frozenset(need for name in self.fields for need in FIELDS[name].needs)
 
     def token_rows(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "n l"], Bool[np.ndarray, "n l"]]:
-        """Tokenises texts to ids and a mask [n L]; an empty text has no valid token."""
+        """Tokenises texts to ids and a mask [n L]; a text of nothing but spaces has no valid token."""
         assert self.tokenize is not None
         ids, valid = self.tokenize(list(texts))
-        return ids, valid & np.array([bool(text) for text in texts], bool)[:, None]
+        return ids, valid & np.array([bool(text.strip()) for text in texts], bool)[:, None]
 
     def short_rows(
         self, texts: Sequence[str], length: int

@@ -58,6 +58,13 @@ def test_a_caption_or_its_nouns_and_verbs(kind, expected):
     assert said(rows(0, example())) == [""]
 
 
+@pytest.mark.parametrize("kind", ["caption", "nouns_verbs", "prompt"])
+def test_a_blank_caption_is_none(kind):
+    """Otherwise all images with one would be pairs of the same text."""
+    row = make_rows("tokens", "prompts", caption_text=kind)(0, example(" \n"))
+    assert not row["token_valid"].any() and not row["prompt_valid"].any()
+
+
 def test_prompts_are_words_in_clips_templates():
     rows = make_rows("prompts", max_prompts=3)
     filled = {template.replace("{}", word): (word, template) for word in WORDS for template in IMAGENET}
