@@ -41,6 +41,7 @@ from ovseg_jax.towers.packed_text import stacked, unstacked
 from ovseg_jax.towers.prompt import encode_names, even_order, phrase_tokens, window_size
 from ovseg_jax.towers.prompt_file import ANCHOR, Prompt
 from ovseg_jax.towers.prompt_layout import Layout, NameTokens
+from ovseg_jax.towers.shared_text import Trees, encode_trees, trees
 from ovseg_jax.towers.text_files import write_text_tower
 from ovseg_jax.vocab.tokenizers import PieceTokenizer, load_tokenizer
 from ovseg_jax.vocab.word_tokenizer import WORDS_FILE, WordTokenizer
@@ -139,6 +140,7 @@ class Clip:
         if self.dim != text_dim:
             raise UserError(f"towers: images have embeddings of {self.dim} numbers, but texts of {text_dim}")
         self._encode_groups = jax.jit(self._groups, static_argnames=("layout", "size"))
+        self._encode_trees = jax.jit(self._trees)
         self._encode_texts = jax.jit(lambda params, ids, valid: unit(_text(self.text, params, ids, valid)))
 
     @property
@@ -386,8 +388,13 @@ class Clip:
         """Embeds texts unchanged as unit vectors."""
         if not isinstance(self.text, CLIPText):
             return self._embed_padded(weights["text"], texts)
-        nothing = jnp.zeros((1, 0, self.text.width))
-        return self.embed_names(weights, nothing, Layout(0), phrase_tokens(self.tokenizer, texts))
+        phrase_tokens(self.tokenizer, texts)  # raises for an empty one
+        ids, valid = self.tokenizer(list(texts))
+        parts, order = [], []
+        for given, numbers in trees(ids, valid.sum(1)):
+            parts.append(self._encode_trees(weights["text"], given)[np.flatnonzero(given.last >= 0)])
+            order.append(numbers)
+        return jnp.concatenate(parts)[np.argsort(np.concatenate(order))]
 
     def _embed_padded(self, params: Mapping[str, Any], texts: Sequence[str]) -> Float[Array, "k e"]:
         """Embeds texts by the tower itself, `GROUP` at a time."""
@@ -422,6 +429,10 @@ class Clip:
 
     def _pixels(self) -> tuple[Sequence[float], Sequence[float]]:
         return tuple(self.config.get("mean", MEAN)), tuple(self.config.get("std", STD))
+
+    def _trees(self, params: Mapping[str, Any], given: Trees) -> Float[Array, "t e"]:
+        assert isinstance(self.text, CLIPText)
+        return unit(encode_trees(self.text, params, given)).reshape(-1, self.dim)
 
     def _groups(self, weights, context, groups, deep, *, layout, size):
         one = lambda tokens: self.encode(weights, context, layout, tokens, size, deep)

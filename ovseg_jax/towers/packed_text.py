@@ -120,7 +120,7 @@ def encode_packed(
         if vectors is not None:
             replaced, vectors = vectors
             x = jnp.where(replaced, x.at[1 : 1 + vectors.shape[0]].set(vectors.astype(dtype)), x)
-        return _finish(tower, block, x, attend(block, x)), None
+        return finish(tower, block, x, attend(block, x)), None
 
     if weights.get("blocks"):
         layer = rematerialise_function(layer, tower.remat)
@@ -129,8 +129,8 @@ def encode_packed(
         x = x.at[1 : 1 + deep.shape[1]].set(deep[tower.layers - 2].astype(dtype))
     # Only the last token of each text is needed from the last block.
     end = p + packed.end
-    x = _finish(tower, weights["last"], x[end], attend(weights["last"], x)[end])
-    return _norm(weights["norm"], x).astype(dtype) @ weights["head"]["kernel"].astype(dtype)
+    x = finish(tower, weights["last"], x[end], attend(weights["last"], x)[end])
+    return norm(weights["norm"], x).astype(dtype) @ weights["head"]["kernel"].astype(dtype)
 
 
 def _per_block(blocks: int, deep: Array | None) -> Any:
@@ -151,19 +151,26 @@ def _own_text(text: Int[Array, " t"], windows: int, window: int) -> Bool[Array, 
     return same & earlier
 
 
-def _attend(
-    tower: CLIPText, block: Mapping[str, Any], x: Float[Array, "n d"], mask: Bool[Array, "w c d2"], p: int
-) -> Float[Array, "n h e"]:
-    """Computes attention before the projection `out`, for the first p tokens and the stream after them."""
+def queries_keys_values(
+    tower: CLIPText, block: Mapping[str, Any], x: Float[Array, "n d"]
+) -> tuple[Float[Array, "n h e"], Float[Array, "n h e"], Float[Array, "n h e"]]:
+    """Computes the scaled queries, the keys and the values of a block."""
     own = block["MultiHeadDotProductAttention_0"]
-    y = _norm(block["LayerNorm_0"], x).astype(tower.dtype)
+    y = norm(block["LayerNorm_0"], x).astype(tower.dtype)
     # One product of matrices for all three, since XLA would transpose an array of three axes first.
     three = [own[name] for name in ("query", "key", "value")]
     kernel = jnp.concatenate([layer["kernel"].reshape(y.shape[-1], -1) for layer in three], 1)
     bias = jnp.concatenate([layer["bias"].reshape(-1) for layer in three])
     qkv = y @ kernel.astype(y.dtype) + bias.astype(y.dtype)
     q, k, v = (x.reshape(-1, *three[0]["bias"].shape) for x in jnp.split(qkv, 3, -1))
-    q = q * (q.shape[-1] ** -0.5)
+    return q * (q.shape[-1] ** -0.5), k, v
+
+
+def _attend(
+    tower: CLIPText, block: Mapping[str, Any], x: Float[Array, "n d"], mask: Bool[Array, "w c d2"], p: int
+) -> Float[Array, "n h e"]:
+    """Computes attention before the projection `out`, for the first p tokens and the stream after them."""
+    q, k, v = queries_keys_values(tower, block, x)
     causal = jnp.tril(jnp.ones((p, p), bool))
     scores = jnp.einsum("qhe,khe->hqk", q[:p], k[:p], preferred_element_type=jnp.float32)
     share = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), -1).astype(v.dtype)
@@ -181,7 +188,7 @@ def _attend(
     return jnp.concatenate([first, rest.reshape(-1, *rest.shape[2:])])
 
 
-def _finish(
+def finish(
     tower: CLIPText, block: Mapping[str, Any], x: Float[Array, "n d"], gathered: Float[Array, "n h e"]
 ) -> Float[Array, "n d"]:
     """Computes the rest of a block after its attention."""
@@ -189,11 +196,12 @@ def _finish(
     matrix = lambda layer: layer["kernel"].reshape(-1, layer["bias"].shape[0])
     dense = lambda layer, x: x @ matrix(layer).astype(x.dtype) + layer["bias"].astype(x.dtype)
     x = x + dense(out, gathered.reshape(gathered.shape[0], -1))
-    y = _norm(block["LayerNorm_1"], x).astype(x.dtype)
+    y = norm(block["LayerNorm_1"], x).astype(x.dtype)
     return x + dense(mlp["Dense_1"], ACTIVATIONS[tower.activation](dense(mlp["Dense_0"], y)))
 
 
-def _norm(layer: Mapping[str, Array], x: Float[Array, "n d"]) -> Float[Array, "n d"]:
+def norm(layer: Mapping[str, Array], x: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    """Computes a layer norm in float32."""
     x = x.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPSILON) * layer["scale"] + layer["bias"]
