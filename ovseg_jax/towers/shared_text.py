@@ -35,10 +35,10 @@ class Trees(NamedTuple):
       last: the last token of each text; -1 for padding.
     """
 
-    ids: Int[np.ndarray, "b t"]
-    place: Int[np.ndarray, "b t"]
-    after: Int[np.ndarray, "b t"]
-    last: Int[np.ndarray, "b k"]
+    ids: Int[Any, "b t"]
+    place: Int[Any, "b t"]
+    after: Int[Any, "b t"]
+    last: Int[Any, "b k"]
 
 
 def trees(
