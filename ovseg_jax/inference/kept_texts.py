@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Float
+from tqdm import tqdm
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import keep_newest
@@ -20,6 +21,7 @@ from ovseg_jax.reading import open_binary, read_bytes
 from ovseg_jax.vocab.vectors import read_vectors
 
 MOST_BYTES = 256 << 20  # of all files in a folder; 20,000 names of CLIP B/16 take 40 MB
+_PART = 1024  # names; with 80 templates a minute or two of a CPU
 _HEAD = 1 << 16  # bytes; the names and shapes in a file of weights
 _PACKAGE = Path(__file__).parents[1]
 _LOG = logging.getLogger(__name__)
@@ -28,8 +30,9 @@ _LOG = logging.getLogger(__name__)
 class KeptTexts:
     """A function from names to their features [K D], which are those of `embed`, name by name.
 
-    A file that is damaged or cannot be written only costs time. Beyond `MOST_BYTES` in its folder, the files that were
-    read or written longest ago are removed.
+    New names are embedded and written `_PART` at a time, so that a command that is stopped among thousands of them goes
+    on from there. A file that is damaged or cannot be written only costs time. Beyond `MOST_BYTES` in its folder, the
+    files that were read or written longest ago are removed.
 
     Args:
       file: an .npz in a folder of such files, which is created; one for each `digest`.
@@ -45,10 +48,12 @@ class KeptTexts:
         kept = self._read()
         if lacking := [name for name in dict.fromkeys(names) if name not in kept]:
             # The last names are kept longest, see `_write`: the new ones, and those asked for again.
-            asked = {name: kept.pop(name) for name in dict.fromkeys(names) if name in kept}
-            kept |= asked | dict(zip(lacking, np.asarray(self._embed(lacking), np.float32), strict=True))
-            with contextlib.suppress(OSError):
-                self._write(kept)
+            kept |= {name: kept.pop(name) for name in dict.fromkeys(names) if name in kept}
+            parts = [lacking[at : at + _PART] for at in range(0, len(lacking), _PART)]
+            for part in tqdm(parts, "embedding words", unit="part", disable=None if len(parts) > 1 else True):
+                kept |= dict(zip(part, np.asarray(self._embed(part), np.float32), strict=True))
+                with contextlib.suppress(OSError):
+                    self._write(kept)
         return np.stack([kept[name] for name in names])
 
     def _read(self) -> dict[str, Float[np.ndarray, "d"]]:

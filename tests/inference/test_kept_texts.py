@@ -30,6 +30,22 @@ def test_a_name_is_embedded_once(tmp_path):
     assert os.listdir(file.parent) == ["a.npz"]
 
 
+def test_a_stop_among_many_names_keeps_those_before_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(kept_texts, "_PART", 2)
+    tower, file = Tower(), tmp_path / "a.npz"
+    names = ["ant", "bee", "cat", "dog", "eel"]
+
+    def stopped(names):
+        if "cat" in names:
+            raise KeyboardInterrupt
+        return tower(names)
+
+    with pytest.raises(KeyboardInterrupt):
+        KeptTexts(file, stopped, 3)(names)
+    np.testing.assert_array_equal(KeptTexts(file, tower, 3)(names), Tower()(names))
+    assert tower.calls == [["ant", "bee"], ["cat", "dog"], ["eel"]]
+
+
 @pytest.mark.parametrize("fault", ["empty", "cut", "changed", "of another tower"])
 def test_damaged_features_are_computed_again(tmp_path, fault, caplog):
     tower, file = Tower(), tmp_path / "a.npz"
