@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from ovseg_jax.cli.console import NameOrList, Parser, run_command, start
+from ovseg_jax.cli.console import NameOrList, Parser, run_command, start, texts_folder
 from ovseg_jax.errors import UserError
 
 _DESCRIPTION = """\
@@ -84,11 +84,11 @@ def _run(arguments: argparse.Namespace) -> None:
     else:
         scenes = make_source({"name": "scenes", "split": "validation", "size": "small", "num_examples": 8})
         examples = [scenes[i]["image"] for i in range(8)]
-    models = [Model(Path(run).name, Segmenter.from_checkpoint(run)) for run in runs]
+    texts = texts_folder()
+    models = [Model(Path(run).name, Segmenter.from_checkpoint(run, texts=texts)) for run in runs]
     if arguments.model:
-        models.append(
-            Model(arguments.model, Segmenter.from_pretrained(arguments.model, arguments.weights or ""))
-        )
+        published = Segmenter.from_pretrained(arguments.model, arguments.weights or "", texts=texts)
+        models.append(Model(arguments.model, published))
     with serving(Page(models, lists, words, examples), arguments.port) as blocks:
         print(f"the page is at {blocks.local_url} (Ctrl-C ends it)", flush=True)
         blocks.block_thread()

@@ -216,7 +216,9 @@ def _run(arguments: argparse.Namespace) -> int:
                 **pretrained_arguments(arguments), texts=texts_folder(), **shared
             )
         if not arguments.proposals:
-            return Segmenter.from_checkpoint(arguments.checkpoint, arguments.step, **shared)
+            return Segmenter.from_checkpoint(
+                arguments.checkpoint, arguments.step, texts=texts_folder(), **shared
+            )
         return Segmenter.from_two_stages(arguments.proposals, arguments.checkpoint, **shared, **rules)
 
     if video:

@@ -186,6 +186,13 @@ class Segmenting:
         """Embeds texts in every space, as unit vectors if scores are cosines."""
         raise NotImplementedError
 
+    def kept_space(self) -> tuple[str, int] | None:
+        """Returns the space and width of features of names that are worth keeping between processes; None by default.
+
+        They take seconds to compute, and depend on nothing but the name and the files of the run.
+        """
+        return None
+
     def score_regions(self, prediction: Prediction, text: Text, vocabulary: Vocabulary) -> RegionScores:
         """Scores every name for every proposal of one image; by default the cosine in the only space. Jittable.
 

@@ -9,6 +9,7 @@ result.overlay().save("photo.png")
 import collections
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from ovseg_jax.decisions.rules import (
 )
 from ovseg_jax.decisions.windows import Windows, decide_windows
 from ovseg_jax.errors import UserError
+from ovseg_jax.files import SUMS_FILE
 from ovseg_jax.inference.crf import refine
 from ovseg_jax.inference.kept_texts import KeptTexts, digest
 from ovseg_jax.inference.result import PixelFeatures, Result
@@ -46,6 +48,7 @@ from ovseg_jax.models.alike import traced_once
 from ovseg_jax.parallel.sharding import AXES, batch_sharding, make_mesh, replicated
 from ovseg_jax.protocols import PRECISION, Prediction, Segmenting, Text, Variables, Vocabulary
 from ovseg_jax.vocab.classes import ClassList, Labels, as_classes
+from ovseg_jax.vocab.tokenizers import TOKENIZER
 from ovseg_jax.vocab.vectors import ClassVectors
 
 MOST_SMOOTH = 1000  # names whose confidence over time is kept
@@ -118,13 +121,15 @@ class Segmenter:
         step: int | None = None,
         *,
         averaged: bool = True,
+        texts: Path | None = None,
         batch_size: int = 8,
         devices: Sequence[jax.Device] | None = (),
     ) -> "Segmenter":
         """Loads a run, with its latest checkpoint or that of `step`.
 
         From a run with `optimizer.ema` it takes the averaged parameters, or the last ones if `averaged` is False; for
-        `batch_size` and `devices` see the class.
+        `texts`, which has an effect where `Segmenting.kept_space` says so, see `from_pretrained`; for `batch_size` and
+        `devices` see the class.
 
         Raises:
           UserError: the folder holds no run or no such checkpoint, or the run does not segment.
@@ -139,7 +144,15 @@ class Segmenter:
             lacking="does not segment; if it classifies images, add --proposals=WORKDIR, the masks of another run "
             "(in Python, Segmenter.from_two_stages)",
         )
-        return cls(run.method, run.variables, run.config, run.classes, batch_size=batch_size, devices=devices)
+        return cls(
+            run.method,
+            run.variables,
+            run.config,
+            run.classes,
+            batch_size=batch_size,
+            devices=devices,
+            embed_text=None if texts is None else _kept_texts_of_run(texts, Path(workdir), run, averaged),
+        )
 
     @classmethod
     def from_pretrained(
@@ -678,6 +691,32 @@ def _kept_texts(
     key = digest(files, name, config.towers.to_dict(), method.templates)
     kept = KeptTexts(folder / f"{name}-{key}.npz", embed, method.clip.dim)
     return lambda names: {SPACE: jnp.asarray(kept(names))}
+
+
+def _kept_texts_of_run(
+    folder: Path, workdir: Path, run: Any, averaged: bool
+) -> Callable[[Sequence[str]], Text] | None:
+    """Returns a function that embeds names and keeps their features, for a run in a local folder that is worth it."""
+    from ovseg_jax.towers.frozen_text import TEXT_TOWER
+    from ovseg_jax.train.checkpoints import FROZEN
+
+    space = run.method.kept_space()
+    # Beside the variables, this file has the checksums of all others of the checkpoint.
+    saved = workdir / "checkpoints" / str(run.step)
+    if space is None or not (saved / SUMS_FILE).is_file():
+        return None
+    # Its own files, and those that its config names, such as a prompt's.
+    parts = [workdir, saved, saved.with_name(FROZEN), workdir / TEXT_TOWER, workdir / TOKENIZER]
+    named = [
+        Path(x) for x in jax.tree.leaves(run.config.to_dict()) if isinstance(x, str) and os.path.isfile(x)
+    ]
+    key = digest([path for path in parts if path.exists()] + named, averaged)
+
+    def embed(names: list[str]) -> Array:
+        return run.method.embed_text(run.variables, names)[space[0]]
+
+    kept = KeptTexts(folder / f"run-{key}.npz", embed, space[1])
+    return lambda names: {space[0]: jnp.asarray(kept(names))}
 
 
 def _layers(method: Segmenting, prediction: Prediction, text: Text, vocabulary: Vocabulary) -> Layers:

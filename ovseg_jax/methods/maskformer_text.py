@@ -124,6 +124,10 @@ class TextMaskFormer(MaskFormer):
         """Embeds names as unit vectors."""
         return {SPACE: self.text.encode(variables["params"]["text"], texts)}
 
+    def kept_space(self) -> tuple[str, int] | None:
+        """Returns the space of a frozen text tower; a learned text side is fast."""
+        return (SPACE, self.text.dim) if isinstance(self.text, FrozenText) else None
+
     def score_regions(self, prediction: Prediction, text: Text, vocabulary: Vocabulary) -> RegionScores:
         """Computes the probability of each name and of "no object" for each proposal of one image."""
         assert prediction.void is not None

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from ovseg_jax.data.fields import batch_fields
 from ovseg_jax.data.source_base import Source
 from ovseg_jax.protocols import Classifier, Trainable
-from ovseg_jax.towers.clip import Clip
+from ovseg_jax.towers.clip import SPACE, Clip
 from ovseg_jax.towers.vocabulary import spoken_words
 from ovseg_jax.vocab.tokenizers import PieceTokenizer, keep_tokenizer
 
@@ -28,6 +28,10 @@ class OnClip(Trainable, Classifier):
         """Returns the words that a tokeniser of words needs; those of texts only if it is built from them."""
         own = config.towers.get("tokenizer", "") == "words"
         return spoken_words(config.data, source, batch_fields(cls, config) if own else ()).words
+
+    def kept_space(self) -> tuple[str, int] | None:
+        """Returns the space of the towers, see `protocols.Segmenting`."""
+        return SPACE, self.clip.dim
 
     @property
     def tokenizer(self) -> PieceTokenizer:

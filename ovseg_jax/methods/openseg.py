@@ -215,6 +215,10 @@ class OpenSeg(Trainable, Segmenting):
         """Embeds names and phrases as unit vectors."""
         return {SPACE: self.text.encode(variables["params"]["text"], texts)}
 
+    def kept_space(self) -> tuple[str, int] | None:
+        """Returns the space of a frozen text tower; a learned text side is fast."""
+        return (SPACE, self.text.dim) if isinstance(self.text, FrozenText) else None
+
     def region_scale(self, variables: Variables) -> float:
         """Returns 1/τ of eq. 3."""
         return 1 / float(self.temperatures(variables["params"])[0])

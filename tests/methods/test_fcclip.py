@@ -617,8 +617,11 @@ def test_fcclip_in_pytorch_gives_the_same_outputs_and_labels(small, tmp_path, mo
             ovseg_jax.torch.load(tmp_path)
 
 
-def test_its_config_runs_on_scenes(tmp_path):
-    """Shrunk: the small CLIP, then the head on its trunk; the run then segments by other words of its captions."""
+def test_its_config_runs_on_scenes(tmp_path, monkeypatch):
+    """Shrunk: the small CLIP, then the head on its trunk; the run then segments by other words of its captions.
+
+    Their features are kept, until a file of the run changes.
+    """
     found = configs.get_config("images=8")
     check_config(found)
     stage = found.stages[0]["config"]
@@ -638,3 +641,17 @@ def test_its_config_runs_on_scenes(tmp_path):
     assert {"image", "text", "scale", "names"} == set(towers)
     result = segmenter.segment(np.zeros((50, 40, 3), np.uint8), "red ball; grass", decision="panoptic")
     assert result.label_map.shape == (50, 40)
+    kept = lambda words: Segmenter.from_checkpoint(tmp_path, texts=tmp_path / "texts").embed(words)["clip"]
+    want = segmenter.embed("red ball; grass")["clip"]
+    np.testing.assert_array_equal(kept("red ball; grass"), want)
+
+    def never(self, variables, names):
+        raise RuntimeError(f"{names} were embedded")
+
+    monkeypatch.setattr(FCClip, "embed_text", never)
+    np.testing.assert_array_equal(kept("grass; red ball"), want[::-1])
+    with pytest.raises(RuntimeError, match="sea"):
+        kept("grass; sea")
+    (tmp_path / "checkpoints" / "2" / "checksums.json").touch()
+    with pytest.raises(RuntimeError, match="red ball"):
+        kept("grass; red ball")

@@ -262,8 +262,8 @@ def test_the_command_builds_the_page(monkeypatch, tmp_path, capsys, model):
         yield types.SimpleNamespace(local_url="http://there", block_thread=lambda: None)
 
     monkeypatch.setattr(app, "serving", serving)
-    monkeypatch.setattr(Segmenter, "from_checkpoint", classmethod(lambda cls, run: model))
-    monkeypatch.setattr(Segmenter, "from_pretrained", classmethod(lambda cls, name, weights: model))
+    monkeypatch.setattr(Segmenter, "from_checkpoint", classmethod(lambda cls, run, texts: model))
+    monkeypatch.setattr(Segmenter, "from_pretrained", classmethod(lambda cls, name, weights, texts: model))
     (tmp_path / "in").mkdir()
     png(tmp_path / "in" / "a.png", IMAGE)
     (tmp_path / "words.txt").write_text("1:ox,cow\n2:bee\n")
