@@ -151,18 +151,6 @@ class ClipDense(OnClip, Segmenting):
         regions = {SPACE: jnp.where(valid[..., None], features, 0)}
         return Prediction(jnp.where(masks > 0, CERTAIN, -CERTAIN), regions, {}, scale=scale)
 
-    def embed_image(self, variables: Variables, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b d"]:
-        """Embeds images as unit vectors."""
-        return self.clip.embed_image(variables["towers"], image)
-
     def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
         """Embeds class names by the templates of `dense.prompt` as unit vectors."""
         return class_features(self, variables, texts, self.templates)
-
-    def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Text:
-        """Embeds texts unchanged as unit vectors."""
-        return {SPACE: self.clip.embed_phrases(variables["towers"], texts)}
-
-    def logit_scale(self, variables: Variables) -> Float[Array, ""]:
-        """Returns 1/τ of the towers."""
-        return jnp.exp(variables["towers"]["scale"])

@@ -347,10 +347,6 @@ class FCClip(OnClip, Segmenting):
         """Embeds class names by the templates of `fcclip.prompt` as unit vectors."""
         return class_features(self, variables, texts, self.templates)
 
-    def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Text:
-        """Embeds texts unchanged as unit vectors."""
-        return {SPACE: self.clip.embed_phrases(variables["towers"], texts)}
-
     def logit_scale(self, variables: Variables) -> Float[Array, ""]:
         """Returns CLIP's 1/τ, at most 100."""
         return jnp.minimum(jnp.exp(variables["towers"]["scale"]), 100.0)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 from ovseg_jax.config import keys
@@ -72,23 +72,15 @@ class LinearProbe(OnClip):
         """Computes the cross-entropy over all N classes; the mean over images, or over cached features."""
         image = batch.get("feature")
         if image is None:
-            network = in_parts(self._forward, self.config.get("accumulate", 1))
+            network = in_parts(self._embed_batch, self.config.get("accumulate", 1))
             image, _, _ = network({"towers": variables["towers"]}, batch, rng)
         x = FEATURE_LENGTH * unit(image)
         logits = x @ variables["params"]["kernel"] + variables["params"]["bias"]
         return cross_entropy(logits, jnp.asarray(self._place)[batch["label"]], batch["example_mask"])
 
-    def _forward(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[Array, tuple, dict]:
-        del rng
-        return self.embed_image(variables, batch["image"]), (), {}
-
     def save_assets(self, workdir: epath.Path) -> None:
         """Saves nothing: a class is a row of the probe, and only `embed_phrases` needs the tokeniser."""
         del workdir
-
-    def embed_image(self, variables: Variables, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b d"]:
-        """Embeds images as unit vectors."""
-        return self.clip.embed_image(variables["towers"], image)
 
     def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
         """Returns the parameters of classes, given by any of their names, {"row": 10 w_c, "bias": b_c}.

@@ -1,20 +1,23 @@
-"""The data side of methods on CLIP's towers: images of one class, or texts by the towers' tokeniser."""
+"""The common part of methods on CLIP's towers: images of one class, or texts by the towers' tokeniser."""
 
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 from etils import epath
+from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
 from ovseg_jax.data.fields import batch_fields
 from ovseg_jax.data.source_base import Source
-from ovseg_jax.protocols import Classifier, Trainable
+from ovseg_jax.protocols import Batch, Classifier, Text, Trainable, Variables
 from ovseg_jax.towers.clip import SPACE, Clip
 from ovseg_jax.towers.vocabulary import spoken_words
 from ovseg_jax.vocab.tokenizers import PieceTokenizer, keep_tokenizer
 
 
 class OnClip(Trainable, Classifier):
-    """A base class for methods on the towers `clip`."""
+    """A base class for methods on the towers `clip`; where these are frozen, their weights are `variables["towers"]`."""
 
     clip: Clip
 
@@ -42,3 +45,20 @@ class OnClip(Trainable, Classifier):
         """Saves the tokeniser, unless it is one of the run's own words."""
         if self.clip.config.get("tokenizer", "") != "words":
             keep_tokenizer(self.tokenizer, workdir)
+
+    def embed_image(self, variables: Variables, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b d"]:
+        """Embeds images as unit vectors."""
+        return self.clip.embed_image(variables["towers"], image)
+
+    def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Text:
+        """Embeds texts unchanged as unit vectors."""
+        return {SPACE: self.clip.embed_phrases(variables["towers"], texts)}
+
+    def logit_scale(self, variables: Variables) -> Float[Array, ""]:
+        """Returns the 1/τ of the towers."""
+        return jnp.exp(variables["towers"]["scale"])
+
+    def _embed_batch(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[Array, tuple, dict]:
+        """Embeds the images of a batch, as `parallel.accumulate.in_parts` calls it."""
+        del rng
+        return self.embed_image(variables, batch["image"]), (), {}

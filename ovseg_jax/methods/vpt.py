@@ -87,14 +87,10 @@ class VPT(OnClip):
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
         """Computes eq. 1 of papers/000 over all N classes; the mean over the images."""
-        network = in_parts(self._forward, self.config.get("accumulate", 1))
+        network = in_parts(self._embed_batch, self.config.get("accumulate", 1))
         image, _, _ = network(variables, {"image": batch["image"]}, rng)
         logits = self.logit_scale(variables) * image @ variables["towers"]["hard"].T
         return cross_entropy(logits, jnp.asarray(self._place)[batch["label"]], batch["example_mask"])
-
-    def _forward(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[Array, tuple, dict]:
-        del rng
-        return self.embed_image(variables, batch["image"]), (), {}
 
     def embed_image(self, variables: Variables, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b d"]:
         """Embeds images as unit vectors."""
@@ -103,14 +99,6 @@ class VPT(OnClip):
     def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
         """Embeds class names in "a photo of a {}." as unit vectors."""
         return self.embed_phrases(variables, [fill(HARD_PROMPT, text) for text in texts])
-
-    def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Text:
-        """Embeds texts unchanged as unit vectors."""
-        return {SPACE: self.clip.embed_phrases(variables["towers"], texts)}
-
-    def logit_scale(self, variables: Variables) -> Float[Array, ""]:
-        """Returns the 1/τ of the towers."""
-        return jnp.exp(variables["towers"]["scale"])
 
 
 def prompted_tower(config: ConfigDict, clip: Clip) -> ViT:
