@@ -17,7 +17,7 @@ from ovseg_jax.vocab.tokenizers import PieceTokenizer, keep_tokenizer
 
 
 class OnClip(Trainable, Classifier):
-    """A base class for methods on the towers `clip`; where these are frozen, their weights are `variables["towers"]`."""
+    """A base class for methods on the towers `clip`, whose weights are `variables["towers"]` where they are frozen."""
 
     clip: Clip
 

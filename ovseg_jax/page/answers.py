@@ -215,8 +215,8 @@ def figure(
     )
 
 
-class Seen:
-    """The prediction of a model for a picture, before any words, so that each question needs no forward pass."""
+class PicturePrediction:
+    """A model's prediction for a picture, before any words, so that no question needs a forward pass."""
 
     def __init__(self, segmenter: Segmenter, image: UInt8[np.ndarray, "h w 3"]):
         self.segmenter = segmenter
@@ -246,12 +246,12 @@ def _scores(weights: np.ndarray, maps: np.ndarray, masks: bool) -> np.ndarray:
 
 
 def words_at(
-    seen: Seen, words: ClassList, at: tuple[float, float], count: int = 10
+    prediction: PicturePrediction, words: ClassList, at: tuple[float, float], count: int = 10
 ) -> list[tuple[str, float]]:
     """Ranks words at a point of the picture.
 
     Args:
-      seen: the picture, seen by a model.
+      prediction: a model's, of the picture.
       words: the words to choose from, see `embeddable`.
       at: x and y as shares of the width and height, 0 to 1.
       count: the number of words to return.
@@ -259,23 +259,23 @@ def words_at(
     Returns:
       The best words with their scores, those that `Segmenter` compares at this pixel (OpenSeg, eq. 6).
     """
-    layers = seen.layers(words)
-    height, width = seen.batch.sizes[0]
-    rows, columns = seen.maps(layers, (height, width))
+    layers = prediction.layers(words)
+    height, width = prediction.batch.sizes[0]
+    rows, columns = prediction.maps(layers, (height, width))
     x, y = (min(int(share * n), n - 1) for share, n in zip(at, (width, height), strict=True))
     values = np.einsum("h,chw,w->c", rows[y], np.asarray(layers.maps, np.float32), columns[x], optimize=True)
     scores = _scores(np.asarray(layers.weights, np.float32), values, layers.masks)
     return [(words.display(i), float(scores[i])) for i in np.argsort(-scores, kind="stable")[:count]]
 
 
-def similarity(seen: Seen, word: str) -> Float[np.ndarray, "h w"]:
+def similarity(prediction: PicturePrediction, word: str) -> Float[np.ndarray, "h w"]:
     """Computes the score of a word, or of the best of several with commas, for all pixels of the shrunk picture."""
     classes = parse_labels(word)
-    layers = seen.layers(classes)
-    height, width = seen.batch.sizes[0]
+    layers = prediction.layers(classes)
+    height, width = prediction.batch.sizes[0]
     scale = min(1.0, HEAT / max(height, width))
     shape = (max(1, round(height * scale)), max(1, round(width * scale)))
-    rows, columns = seen.maps(layers, shape)
+    rows, columns = prediction.maps(layers, shape)
     maps = np.einsum("Hh,chw,Ww->cHW", rows, np.asarray(layers.maps, np.float32), columns, optimize=True)
     return _scores(np.asarray(layers.weights, np.float32), maps, layers.masks).max(0)
 
@@ -316,14 +316,13 @@ def embeddable(segmenter: Segmenter, words: Sequence[str]) -> ClassList:
 
     A text side that was trained on captions knows their words alone; a published one knows all.
     """
-
     own = [] if segmenter.classes is None else segmenter.classes.flat()[0]
-    listed = _listed([*own, *words])
+    listed = ClassList.things(dict.fromkeys([*own, *words]))
     try:
         segmenter.embed(listed)
         return listed
     except UserError:
-        return _listed([*own, *(word for word in words if _embeds(segmenter, word))])
+        return ClassList.things(dict.fromkeys([*own, *(word for word in words if _embeds(segmenter, word))]))
 
 
 def download(results: Sequence[Result], names: Sequence[str], kind: str) -> tuple[str, bytes]:
@@ -357,10 +356,6 @@ def download(results: Sequence[Result], names: Sequence[str], kind: str) -> tupl
         for file, content in files.items():
             archive.writestr(file, content)
     return f"{kind}.zip", stream.getvalue()
-
-
-def _listed(names: Sequence[str]) -> ClassList:
-    return ClassList.things(dict.fromkeys(names))
 
 
 def _embeds(segmenter: Segmenter, word: str) -> bool:

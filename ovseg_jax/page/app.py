@@ -64,13 +64,13 @@ class Visit:
 
     Attributes:
       image: the picture.
-      seen: the picture seen by each model, once it was asked about.
+      predictions: of each model for the picture, once it was asked about.
       results: the result of each model, without a threshold.
       task: the task of the results.
     """
 
     image: UInt8[np.ndarray, "h w 3"]
-    seen: tuple[answers.Seen, ...] = ()
+    predictions: tuple[answers.PicturePrediction, ...] = ()
     results: tuple[Result, ...] = ()
     task: str = "semantic"
 
@@ -154,10 +154,10 @@ class Page:
 
     def ask(self, visit: Visit | None, at: tuple[float, float]) -> tuple[Visit, str, str]:
         """Answers what is at a point: visit, tables, sentence."""
-        visit, tables = self._see(visit), []
-        for i, (name, seen) in enumerate(zip(self.names, visit.seen, strict=True)):
+        visit, tables = self._predicted(visit), []
+        for i, (name, prediction) in enumerate(zip(self.names, visit.predictions, strict=True)):
             words = self.vocabulary(i)  # not before the first question, since it embeds all words
-            tables.append(answers.words_table(name, answers.words_at(seen, words, at), len(words)))
+            tables.append(answers.words_table(name, answers.words_at(prediction, words, at), len(words)))
         height, width = visit.image.shape[:2]
         return visit, _row("".join(tables)), f"Asked at {int(at[0] * width)}, {int(at[1] * height)}."
 
@@ -165,10 +165,10 @@ class Page:
         """Maps how well a word fits each pixel: visit, figures, sentence."""
         if not word.strip():
             raise UserError("type a word to look for")
-        visit = self._see(visit)
+        visit = self._predicted(visit)
         figures = [
-            answers.heat_figure(visit.image, answers.similarity(seen, word), word, name)
-            for seen, name in zip(visit.seen, self.names, strict=True)
+            answers.heat_figure(visit.image, answers.similarity(prediction, word), word, name)
+            for prediction, name in zip(visit.predictions, self.names, strict=True)
         ]
         return visit, _row("".join(figures)), f"Similarity to {word}."
 
@@ -181,12 +181,12 @@ class Page:
         name, content = answers.download(kept, self.names, kind)
         return {"name": name, "data": base64.b64encode(content).decode()}, f"Saved {name}."
 
-    def _see(self, visit: Visit | None) -> Visit:
+    def _predicted(self, visit: Visit | None) -> Visit:
         visit = _started(visit)
-        if visit.seen:
+        if visit.predictions:
             return visit
-        seen = tuple(answers.Seen(model.segmenter, visit.image) for model in self.models)
-        return dataclasses.replace(visit, seen=seen)
+        predictions = (answers.PicturePrediction(model.segmenter, visit.image) for model in self.models)
+        return dataclasses.replace(visit, predictions=tuple(predictions))
 
 
 def build(page: Page) -> Any:

@@ -17,7 +17,7 @@ from ovseg_jax.scoring.files import Skips, results
 from ovseg_jax.scoring.sheet import find_photographs, parted, sheet_row, write_sheet
 
 
-class Judged(NamedTuple):
+class ImageResults(NamedTuple):
     """An image with its true instances and its results.
 
     Attributes:
@@ -37,7 +37,7 @@ class Judged(NamedTuple):
 
 def worst_images(
     truth: Annotations, found: Rows, kind: Kind, rule: Rule, workers: int, count: int
-) -> list[tuple[Judged, float]]:
+) -> list[tuple[ImageResults, float]]:
     """Returns the images with the lowest AP50 of their own, the lowest first; at equal AP50, more instances come first.
 
     AP50 is the mean over the classes that an image holds; images without an instance have none.
@@ -55,7 +55,7 @@ def worst_images(
         for row in rows:
             side[row["image_id"]].append(row)
     images = [
-        Judged(str(name), file, image, sides[0][image["id"]], sides[1][image["id"]])
+        ImageResults(str(name), file, image, sides[0][image["id"]], sides[1][image["id"]])
         for name, file, image in zip(truth.ids, truth.files, truth.data["images"], strict=True)
         if any(not row["iscrowd"] for row in sides[0][image["id"]])
     ]
@@ -64,15 +64,15 @@ def worst_images(
     return sorted(scored, key=lambda pair: (pair[1], -len(pair[0].truth), pair[0].name))[:count]
 
 
-def _precision(judged: Judged, *, kind: Kind, rule: Rule) -> float:
+def _precision(entry: ImageResults, *, kind: Kind, rule: Rule) -> float:
     """Returns an image's own AP50 in percent."""
-    categories = [{"id": k} for k in {row["category_id"] for row in judged.truth}]
-    truth = {"images": [judged.image], "annotations": judged.truth, "categories": categories}
-    return ap.mean(ap.curves(truth, judged.found, kind, rule).precision[0, ..., 0, -1])
+    categories = [{"id": k} for k in {row["category_id"] for row in entry.truth}]
+    truth = {"images": [entry.image], "annotations": entry.truth, "categories": categories}
+    return ap.mean(ap.curves(truth, entry.found, kind, rule).precision[0, ..., 0, -1])
 
 
 def draw_sheet(
-    path: str, images: str | None, worst: Sequence[tuple[Judged, float]], truth: Annotations, kind: Kind
+    path: str, images: str | None, worst: Sequence[tuple[ImageResults, float]], truth: Annotations, kind: Kind
 ) -> None:
     """Draws images with their true instances, and with as many of their best results.
 
@@ -86,21 +86,21 @@ def draw_sheet(
     Raises:
       UserError: a photograph is missing or has another size, or the file cannot be written.
     """
-    stems = [os.path.splitext(judged.file)[0] or judged.name for judged, _ in worst]
+    stems = [os.path.splitext(entry.file)[0] or entry.name for entry, _ in worst]
     photographs = find_photographs(images, stems)
     index = {category: k for k, category in enumerate(truth.classes.ids)}
     rows = []
-    for (judged, value), stem in zip(worst, stems, strict=True):
+    for (entry, value), stem in zip(worst, stems, strict=True):
         photograph = photographs.get(stem)
-        size = (judged.image.get("height", 0), judged.image.get("width", 0))
+        size = (entry.image.get("height", 0), entry.image.get("width", 0))
         if kind == "bbox" and photograph is not None:
             size = read_header(photograph)[0]
-        instances = [row for row in judged.truth if not row["iscrowd"]]
-        best = sorted(judged.found, key=lambda row: -row["score"])[: len(instances)]
+        instances = [row for row in entry.truth if not row["iscrowd"]]
+        best = sorted(entry.found, key=lambda row: -row["score"])[: len(instances)]
         (label, first), (guess, second) = (_maps(own, index, size, kind) for own in (instances, best))
-        caption = f"{judged.name}: AP50 {value:.1f}"
+        caption = f"{entry.name}: AP50 {value:.1f}"
         either = np.maximum(label, guess)  # a result outside of all true instances is wrong
-        row = sheet_row(caption, guess, either, guess == label, photograph, judged.file)
+        row = sheet_row(caption, guess, either, guess == label, photograph, entry.file)
         rows.append(row._replace(truth=parted(label, first), prediction=parted(guess, second)))
     write_sheet(path, rows, truth.classes, photographs)
 

@@ -86,17 +86,17 @@ def test_typed_words_open_no_file(tmp_path):
 @pytest.mark.parametrize("masks", [True, False])
 def test_words_at_a_pixel_and_similarity_are_those_that_segmentation_compares(masks):
     segmenter = colours(masks)
-    seen = answers.Seen(segmenter, IMAGE)
+    prediction = answers.PicturePrediction(segmenter, IMAGE)
     classes = answers.embeddable(segmenter, ["tree", "red"])
     assert [classes.display(k) for k in range(len(classes))] == list(dict.fromkeys(CLASSES.flat()[0]))
     result = segmenter.segment(IMAGE, classes, decision="argmax")
     for y, x in ((0, 0), (23, 39), (10, 21), (13, 5)):
-        (word, score), *others = answers.words_at(seen, classes, ((x + 0.5) / 40, (y + 0.5) / 24), 3)
+        (word, score), *others = answers.words_at(prediction, classes, ((x + 0.5) / 40, (y + 0.5) / 24), 3)
         assert word == classes.display(result.label_map[y, x])
         np.testing.assert_allclose(score, result.confidence[y, x], atol=1e-5)
         assert len(others) == 2 and score >= others[0][1] >= others[1][1]
     alone = segmenter.segment(IMAGE, "green", decision="argmax")
-    np.testing.assert_allclose(answers.similarity(seen, "green"), alone.confidence, atol=1e-5)
+    np.testing.assert_allclose(answers.similarity(prediction, "green"), alone.confidence, atol=1e-5)
 
 
 def test_a_threshold_hides_pixels_or_segments(model):
@@ -157,7 +157,7 @@ def test_a_click_chooses_from_thousands_of_words(model):
     colours = [name for (name,) in CLASSES.names]
     many = [" ".join(names) for names in itertools.product(colours, repeat=5) if len({*names}) > 1]
     words = answers.embeddable(model, many)
-    found = answers.words_at(answers.Seen(model, IMAGE), words, (0.01, 0.01))
+    found = answers.words_at(answers.PicturePrediction(model, IMAGE), words, (0.01, 0.01))
     assert len(words) > 7000 and found[0][0] == "red" and len(found) == 10
 
 
