@@ -62,7 +62,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from ovseg_jax.data.sources.build import make_source
     from ovseg_jax.inference.segmenter import Segmenter
     from ovseg_jax.page.app import Model, Page, serving
-    from ovseg_jax.vocab.classes import LABEL_FILES, read_label_file
+    from ovseg_jax.vocab.classes import LABEL_FILES, read_label_file, read_words
 
     runs = arguments.checkpoint or []
     if not 1 <= len(runs) + bool(arguments.model) <= 2:
@@ -75,7 +75,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--port={arguments.port} is not a port: give one from 1 to 65535")
     lists = [read_label_file(name) for name in LABEL_FILES]
     if arguments.words:
-        lists.insert(0, read_label_file(arguments.words))
+        lists.insert(0, read_words(arguments.words))
         words = lists[0].flat()[0]
     else:
         words = [each.display(k) for each in lists for k in range(len(each))]

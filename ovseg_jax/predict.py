@@ -60,8 +60,8 @@ def parser() -> Parser:
     add(
         "--labels",
         metavar="TEXT|FILE",
-        help="';' between categories, ',' between the names of one; or a file of lines 'id:name,name,...', or "
-        f"one of {', '.join(LABEL_FILES)}; or "
+        help="';' between categories, ',' between the names of one; or a file of lines 'id:name,name,...' or "
+        f"'name,name,...', or one of {', '.join(LABEL_FILES)}; or "
         "an .npz of names and vectors (ovseg_jax.prompts); "
         "by default the classes that the model was trained with",
     )

@@ -121,7 +121,7 @@ class Segmenter:
         step: int | None = None,
         *,
         averaged: bool = True,
-        texts: Path | None = None,
+        texts: epath.PathLike | None = None,
         batch_size: int = 8,
         devices: Sequence[jax.Device] | None = (),
     ) -> "Segmenter":
@@ -151,20 +151,22 @@ class Segmenter:
             run.classes,
             batch_size=batch_size,
             devices=devices,
-            embed_text=None if texts is None else _kept_texts_of_run(texts, Path(workdir), run, averaged),
+            embed_text=None
+            if texts is None
+            else _kept_texts_of_run(Path(texts), Path(workdir), run, averaged),
         )
 
     @classmethod
     def from_pretrained(
         cls,
         name: str,
-        weights: str = "",
+        weights: epath.PathLike = "",
         classes: ClassList | None = None,
         *,
-        tokenizer: str = "",
+        tokenizer: epath.PathLike = "",
         features: str = "",
         trust: float = 0.0,
-        texts: Path | None = None,
+        texts: epath.PathLike | None = None,
         batch_size: int = 8,
         devices: Sequence[jax.Device] | None = (),
     ) -> "Segmenter":
@@ -192,7 +194,7 @@ class Segmenter:
             name, weights, tokenizer, features=features, trust=trust, text=texts is None
         )
         classes = own if classes is None else classes
-        embed = None if texts is None else _kept_texts(texts, name, method, variables)
+        embed = None if texts is None else _kept_texts(Path(texts), name, method, variables)
         return cls(
             method,
             variables,

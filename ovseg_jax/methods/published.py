@@ -4,13 +4,15 @@ All but FC-CLIP are towers of images and texts as `methods.clip_dense` uses them
 the authors of the features state; licences are those of the cards or files beside the weights, see below.
 """
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.methods.clip_dense import ClipDense
+from ovseg_jax.methods.clip_dense import LAST, ClipDense
 from ovseg_jax.methods.fcclip import published_fcclip
 from ovseg_jax.models.eva import PRESETS as EVA
 from ovseg_jax.models.vit import PRESETS as VIT
@@ -227,8 +229,8 @@ def _native(tower: str) -> int:
 
 def published_model(
     name: str,
-    weights: str = "",
-    tokenizer: str = "",
+    weights: epath.PathLike = "",
+    tokenizer: epath.PathLike = "",
     *,
     features: str = "",
     trust: float = 0.0,
@@ -252,6 +254,9 @@ def published_model(
         model.
     """
     entry(name)
+    weights, tokenizer = os.fspath(weights), os.fspath(tokenizer)
+    if features and features not in LAST:
+        raise UserError(f"features={features!r} is not one of {', '.join(LAST)}")
     if name.startswith("fcclip"):
         if features:
             raise UserError(f"features={features} has no effect on {name}, which has masks")

@@ -252,6 +252,19 @@ def read_label_file(path: epath.PathLike) -> ClassList:
     return ClassList(tuple(categories.values()), tuple(categories), isthing).say_shared(path)
 
 
+def read_words(path: epath.PathLike) -> ClassList:
+    """Reads a label file, or one without ids: a category a line, `name,name,...`, as long lists of words have it.
+
+    Raises:
+      UserError: see `read_label_file` and `parse_labels`.
+    """
+    lines = [line for _, line in read_lines(label_file(path), "the label file")]
+    lines = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not lines or any(":" in line for line in lines):
+        return read_label_file(path)
+    return parse_labels("\n".join(lines))
+
+
 def label_file(path: epath.PathLike) -> epath.Path:
     """Returns the path of a label file that is given by its path, or by its name in `LABEL_FILES`."""
     return epath.Path(__file__).parent / "labels" / f"{path}.txt" if is_built_in(path) else epath.Path(path)
@@ -306,13 +319,16 @@ def load_labels(text_or_path: str) -> ClassList:
       UserError: see `read_label_file` and `parse_labels`.
     """
     text = str(text_or_path).strip()
-    looks_like_file = is_built_in(text) or (re.search(r"(?i)\.txt$|^[\w+.-]+://", text) and ";" not in text)
-    if looks_like_file:
-        return read_label_file(text)
+    ending = r"(?i)\.(txt|csv|tsv|json|names)$|^[\w+.-]+://"
+    if is_built_in(text) or (re.search(ending, text) and ";" not in text):
+        return read_words(text)
     # A long list of labels is not a file name: looking for such a file would fail with "file name too long".
     short_enough = len(text.encode("utf-8", "surrogatepass")) < 256
-    if text and short_enough and not re.search(r"[;\n\0]", text) and epath.Path(text).is_file():
-        return read_label_file(text)
+    if text and short_enough and not re.search(r"[;\n\0]", text):
+        if epath.Path(text).is_file():
+            return read_words(text)
+        if os.sep in text and epath.Path(text).is_dir():
+            raise UserError(f"the labels {text} are a folder: give a label file, or words")
     return parse_labels(text)
 
 
@@ -361,7 +377,7 @@ def as_classes(labels: Labels) -> ClassList:
     if isinstance(labels, ClassList):
         return labels
     if isinstance(labels, os.PathLike):
-        return read_label_file(labels)
+        return read_words(labels)
     if isinstance(labels, str):
         return load_labels(labels)
     names: list[tuple[str, ...]] = []

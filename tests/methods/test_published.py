@@ -479,7 +479,7 @@ def test_features_of_names_are_kept_and_the_text_tower_stays_closed(tmp_path, mo
 
     monkeypatch.setattr(published, "dense_config", tiny)
     image, labels = photograph(60, 90), "a red ball, ball; grass; the sea"
-    load = lambda **options: Segmenter.from_pretrained(kind.name, str(folder), **options)
+    load = lambda **options: Segmenter.from_pretrained(kind.name, folder, **options)
     want = load().segment(image, labels)
     first = load(texts=tmp_path).segment(image, labels)
     np.testing.assert_array_equal(first.confidence, want.confidence)
@@ -614,6 +614,10 @@ def test_what_cannot_be_is_one_sentence(tmp_path):
         (dict(name="dino.txt"), "'dino.txt' is left out: transformers has no class for dino.txt"),
         (dict(name="dinov2_vitl14_dinotxt"), "is left out: transformers has no class"),
         (dict(name="tipsv2_b14", trust=0.5), "trust=0.5 has no effect on tipsv2_b14"),
+        (
+            dict(name="tipsv2_b14", features="pseudo_masks"),
+            "features='pseudo_masks' is not one of activation",
+        ),
         (
             dict(name="fcclip_convnext_l", features="sclip"),
             "features=sclip has no effect on fcclip_convnext_l",

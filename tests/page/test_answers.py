@@ -99,6 +99,24 @@ def test_words_at_a_pixel_and_similarity_are_those_that_segmentation_compares(ma
     np.testing.assert_allclose(answers.similarity(prediction, "green"), alone.confidence, atol=1e-5)
 
 
+def test_words_are_tried_by_kept_features_where_the_text_tower_is_not_read(monkeypatch):
+    segmenter = colours(False)
+    segmenter.classes = None
+
+    def unread(variables, names):
+        raise KeyError("text")
+
+    monkeypatch.setattr(segmenter.method, "embed_text", unread)
+
+    def kept(names):
+        if "tree" in names:
+            raise UserError("the word 'tree' is unknown")
+        return {"a": np.ones((len(names), 3), np.float32)}
+
+    segmenter._embed_text = kept
+    assert answers.embeddable(segmenter, ["red", "tree", "green"]).flat()[0] == ["red", "green"]
+
+
 def test_a_threshold_hides_pixels_or_segments(model):
     result = answers.segment(model, IMAGE, None, "semantic")
     assert answers.above(result, 0, "semantic") is result and result.features is not None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.vocab.classes import ClassList, load_labels, parse_labels, read_label_file, union
+from ovseg_jax.vocab.classes import ClassList, as_classes, load_labels, parse_labels, read_label_file, union
 
 LABEL_FILES = Path(__file__).parents[2] / "../shared/data/label_files"
 
@@ -33,6 +33,28 @@ def test_file(tmp_path):
     assert classes.ids == (1, 7)
     assert classes.names == (("wall", "walls"), ("arctic (type of shoe, warm)", "boot"))
     assert load_labels(str(path)) == classes
+
+
+def test_a_list_of_words_needs_no_ids(tmp_path):
+    """In the labels of a request; a label file of a data set has ids."""
+    path = tmp_path / "words.csv"
+    path.write_text("# mine\n\ngolden retriever, dog\ncat\n grass \n")
+    for labels in (load_labels(str(path)), as_classes(path)):
+        assert labels.names == (("golden retriever", "dog"), ("cat",), ("grass",)) and labels.ids == (0, 1, 2)
+    path.write_text("cat\n7:dog\n")
+    with pytest.raises(UserError, match=r'words.csv, line 1: expected "id:name'):
+        load_labels(str(path))
+    path.write_text("# cat\n")
+    with pytest.raises(UserError, match=r"words.csv lists no category"):
+        load_labels(str(path))
+
+
+def test_a_missing_list_or_a_folder_is_no_word(tmp_path):
+    for name in ("none.csv", "none.json"):
+        with pytest.raises(UserError, match="there is no such file"):
+            load_labels(str(tmp_path / name))
+    with pytest.raises(UserError, match="are a folder: give a label file, or words"):
+        load_labels(str(tmp_path))
 
 
 @pytest.mark.parametrize(
