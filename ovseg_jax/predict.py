@@ -1,7 +1,7 @@
 """The command that segments images by words: `python -m ovseg_jax.predict --checkpoint=DIR --images=PATH --out=DIR`."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ovseg_jax.cli.console import FAILED, Parser, return_compilers_memory, run_command, start, texts_folder
@@ -141,23 +141,63 @@ def _tile(text: str) -> tuple[int, int]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    import jax
-    from etils import epath
-
-    from ovseg_jax.cli.outputs import run_stamp
     from ovseg_jax.data.images import read_image
-    from ovseg_jax.data.videos import VideoReader, is_video
-    from ovseg_jax.decisions.rules import decision_of
-    from ovseg_jax.inference.folder import TASKS, image_files, segment_files
-    from ovseg_jax.inference.segmenter import Segmenter
-    from ovseg_jax.inference.tiles import spans
-    from ovseg_jax.inference.video import segment_video
+    from ovseg_jax.data.videos import is_video
+    from ovseg_jax.inference.folder import image_files
     from ovseg_jax.vocab.classes import load_labels
     from ovseg_jax.vocab.vectors import ClassVectors
 
     # Errors in the request are reported before the model is loaded.
+    _check_flags(arguments)
+    threshold = arguments.threshold
+    decides = arguments.protocol or arguments.decision or arguments.task
+    if threshold is None and arguments.proposals and not decides:
+        threshold = -1.0
+    labels: Any = ClassVectors.of(arguments.labels)
+    if arguments.labels is not None and labels is None:
+        labels = load_labels(arguments.labels)
+    video = _of_video(arguments)
+    paths = [] if is_video(arguments.images) else image_files(arguments.images, frames=video)
+    if len(paths) == 1:
+        read_image(paths[0])
+    options: dict[str, Any] = dict(
+        threshold=threshold,
+        decision=arguments.decision,
+        tile=arguments.tile,
+        protocol=arguments.protocol,
+        crf=arguments.crf,
+        overwrite=arguments.overwrite,
+    )
+    load = _loader(arguments)
+    return (_segment_video if video else _segment_images)(arguments, load, paths, labels, options)
+
+
+def _of_video(arguments: argparse.Namespace) -> bool:
+    """Returns whether --images is a video file, or --fps makes its images the frames of one."""
+    from ovseg_jax.data.videos import is_video
+
+    return is_video(arguments.images) or arguments.fps is not None
+
+
+def _two_stage_rules(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the arguments of `Segmenter.from_two_stages` that were given."""
+    given = {key: getattr(arguments, key) for key in ("ensemble", "fill")}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _check_flags(arguments: argparse.Namespace) -> None:
+    """Checks that the flags can be used together.
+
+    Raises:
+      UserError: they cannot.
+    """
+    from ovseg_jax.data.videos import is_video
+    from ovseg_jax.decisions.rules import decision_of
+    from ovseg_jax.inference.folder import TASKS
+    from ovseg_jax.inference.tiles import spans
+
     check_model_flags(arguments, ("proposals", "step"))
-    rules = {key: value for key in ("ensemble", "fill") if (value := getattr(arguments, key)) is not None}
+    rules = _two_stage_rules(arguments)
     if rules and not arguments.proposals:
         raise UserError(f"--{next(iter(rules))} needs --proposals")
     if arguments.proposals and arguments.step is not None:
@@ -183,12 +223,11 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UserError("--features works with a single model: leave out --proposals")
     if arguments.batch is not None and arguments.batch < 1:
         raise UserError(f"--batch={arguments.batch} is less than 1")
-    video = is_video(arguments.images)
-    if arguments.fps is not None and (video or not 0.001 <= arguments.fps <= 1000):
+    if arguments.fps is not None and (is_video(arguments.images) or not 0.001 <= arguments.fps <= 1000):
         raise UserError(
             "--fps is the number of images a second, from 0.001 to 1000, of images that are not a video file"
         )
-    video = video or arguments.fps is not None
+    video = _of_video(arguments)
     if arguments.smooth and not video:
         raise UserError(
             "--smooth averages over the frames of a video: give one, or --fps for a folder of frames"
@@ -196,14 +235,13 @@ def _run(arguments: argparse.Namespace) -> int:
     if video and (arguments.features or arguments.task):
         raise UserError("--features and --task work on images: leave them out for a video")
     spans(1, arguments.tile)  # raises for an impossible size or overlap
-    threshold = arguments.threshold
-    if threshold is None and arguments.proposals and not (arguments.protocol or decision):
-        threshold = -1.0
-    vectors = ClassVectors.of(arguments.labels)
-    labels = load_labels(arguments.labels) if arguments.labels is not None and vectors is None else None
-    paths = [] if is_video(arguments.images) else image_files(arguments.images, frames=video)
-    if len(paths) == 1:
-        read_image(paths[0])
+
+
+def _loader(arguments: argparse.Namespace) -> Callable[[], Any]:
+    """Returns a function that loads the model."""
+    import jax
+
+    from ovseg_jax.inference.segmenter import Segmenter
 
     few = arguments.tile and jax.default_backend() == "cpu"
     if few:
@@ -219,32 +257,51 @@ def _run(arguments: argparse.Namespace) -> int:
             return Segmenter.from_checkpoint(
                 arguments.checkpoint, arguments.step, texts=texts_folder(), **shared
             )
-        return Segmenter.from_two_stages(arguments.proposals, arguments.checkpoint, **shared, **rules)
-
-    if video:
-        frames: Any = map(read_image, paths)
-        if not paths:
-            frames = VideoReader(arguments.images)
-            next(iter(frames))  # An unreadable video is reported before the model is loaded.
-        path = epath.Path(arguments.images)
-        name = path.name if path.is_dir() else path.stem.strip("@*") or "video"
-        records = segment_video(
-            load(),
-            frames,
-            arguments.out,
-            name,
-            vectors or labels,
-            fps=arguments.fps or frames.fps,
-            overwrite=arguments.overwrite,
-            threshold=threshold,
-            decision=arguments.decision,
-            tile=arguments.tile,
-            protocol=arguments.protocol,
-            crf=arguments.crf,
-            smooth=arguments.smooth,
+        return Segmenter.from_two_stages(
+            arguments.proposals, arguments.checkpoint, **shared, **_two_stage_rules(arguments)
         )
-        print(f"{len(records)} frames segmented; see {epath.Path(arguments.out) / name}.mp4")
-        return 0
+
+    return load
+
+
+def _segment_video(
+    arguments: argparse.Namespace,
+    load: Callable[[], Any],
+    paths: Sequence[Any],
+    labels: Any,
+    options: Mapping[str, Any],
+) -> int:
+    """Segments a video file, or images as its frames; returns the exit status."""
+    from etils import epath
+
+    from ovseg_jax.data.images import read_image
+    from ovseg_jax.data.videos import VideoReader
+    from ovseg_jax.inference.video import segment_video
+
+    frames: Any = map(read_image, paths)
+    if not paths:
+        frames = VideoReader(arguments.images)
+        next(iter(frames))  # An unreadable video is reported before the model is loaded.
+    path = epath.Path(arguments.images)
+    name = path.name if path.is_dir() else path.stem.strip("@*") or "video"
+    fps = arguments.fps or frames.fps
+    records = segment_video(
+        load(), frames, arguments.out, name, labels, fps=fps, smooth=arguments.smooth, **options
+    )
+    print(f"{len(records)} frames segmented; see {epath.Path(arguments.out) / name}.mp4")
+    return 0
+
+
+def _segment_images(
+    arguments: argparse.Namespace,
+    load: Callable[[], Any],
+    paths: Sequence[Any],
+    labels: Any,
+    options: Mapping[str, Any],
+) -> int:
+    """Segments images and prints what was found in the first ones; returns the exit status."""
+    from ovseg_jax.cli.outputs import run_stamp
+    from ovseg_jax.inference.folder import segment_files
 
     request = {
         "checkpoint": arguments.checkpoint,
@@ -256,22 +313,17 @@ def _run(arguments: argparse.Namespace) -> int:
         },
         "proposals": arguments.proposals,
         "proposals_stamp": run_stamp(arguments.proposals) if arguments.proposals else None,
-        **rules,
+        **_two_stage_rules(arguments),
     }
     done = segment_files(
         load,
         paths,
         arguments.out,
-        vectors or labels,
+        labels,
         request,
-        threshold=threshold,
-        decision=arguments.decision,
         task=arguments.task,
-        tile=arguments.tile,
         features=arguments.features,
-        protocol=arguments.protocol,
-        crf=arguments.crf,
-        overwrite=arguments.overwrite,
+        **options,
     )
     for record in done.records[:10]:
         total, segments = record["height"] * record["width"], record["segments"]

@@ -24,7 +24,7 @@ from ovseg_jax.vocab.classes import ClassList
 def run(tmp_path, monkeypatch):
     """Runs the command on a checkpoint that sees colours; returns its status."""
 
-    def load(cls, workdir, step=None, *, batch_size=8, devices=()):
+    def load(cls, workdir, step=None, *, texts=None, batch_size=8, devices=()):
         if str(workdir) != "run":
             raise UserError(f"{workdir} holds no run: config.json is missing.")
         method = ColourMethod()

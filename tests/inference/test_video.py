@@ -19,7 +19,7 @@ from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.inference.video import segment_video
 
 
-def segmenter(**kwargs):
+def segmenter(texts=None, **kwargs):
     method = ColourMethod()
     return Segmenter(method, method.init(None), config(32), CLASSES, **kwargs)
 
