@@ -31,12 +31,14 @@ chips' peak rates; in brackets the paper's on 32 A800 (5.1):
 g/14 takes the TPU compiler five minutes of a core, E/14 nine. Without its loop, B/16 takes it more than 24 GB for v3.
 With fsdp=64 a chip holds 0.8 of the 52.6 GiB of E/14's parameters and LAMB's moments.
 The adaptation to COCO's masks at 896 pixels, 368,750 steps of 16 images, an image a chip or core, compiled; memory
-traffic bounds all three:
-  B/16  v4:2x2x4  loop=true  3.8 of 32 GiB  at least 179 ms a step, 18 hours
-  B/16  v3:2x4               3.3 of 16 GiB  at least 539 ms a step, 2.3 days
-  L/14  v4:2x2x4  loop=true  6.8 of 32 GiB  at least 297 ms a step, 30 hours
-By FLOPs alone (--topology=h100:16, g and E with fsdp=16,loop=true) B/16 takes 4.0 TFLOP a step and chip and at least
-1.5 hours, L/14 10.3 and 3.8, g/14 27.1 and 10.1, E/14 101.4 and 37.8. The paper does not state its own.
+traffic bounds them all:
+  B/16  v4:2x2x4  loop=true          3.8 of 32 GiB  at least 179 ms a step, 18 hours
+  B/16  v3:2x4                       3.3 of 16 GiB  at least 539 ms a step, 2.3 days
+  L/14  v4:2x2x4  loop=true          6.8 of 32 GiB  at least 297 ms a step, 30 hours
+  g/14  v4:2x2x4  fsdp=16,loop=true  5.6 of 32 GiB  at least 390 ms a step, 40 hours
+  E/14  v4:2x2x4  fsdp=16,loop=true  8.3 of 32 GiB  at least 646 ms a step, 66 hours
+A step takes 4.0, 10.4, 27.1 and 101 TFLOP a chip: on 16 H100, by their FLOPs alone (--topology=h100:16), at least 1.5,
+3.8, 10.1 and 37.8 hours. The paper does not state its own.
 
 UMG-41M is published without images and without a description of its keys: paths="captions:PATH;box:PATH" says where
 they are, see `ovseg_jax/data/sources/region_json.py`. Numbers with a section or table are the paper's; "EVA" those of
