@@ -1,4 +1,4 @@
-"""Every sharded kernel on two real processes of four devices each: the values and gradients of one device."""
+"""Every sharded kernel and the mask losses on two real processes of four devices: the values and gradients of one."""
 
 import json
 import os
@@ -22,9 +22,11 @@ def results(axes, place):
     import test_grounding
     import test_sampled_softmax as sampled
 
-    from ovseg_jax.kernels.contrastive import contrastive_loss
+    from ovseg_jax.kernels.contrastive import Contrast, contrastive_loss
     from ovseg_jax.kernels.grounding import grounding_loss
     from ovseg_jax.kernels.sampled_softmax import full_softmax, sampled_softmax
+    from ovseg_jax.losses.masks import best_match_dice_loss
+    from ovseg_jax.losses.matching import matched_losses
 
     def summary(function, differentiable, rest):
         step = jax.value_and_grad(lambda d, r: function(d, r).loss)
@@ -41,15 +43,24 @@ def results(axes, place):
     taus = jnp.float32(test_grounding.TAU), jnp.float32(test_grounding.TAU2)
     rest = {k: data.pop(k) for k in ("word_valid", "example_mask")}
     image, text, valid = test_all_pairs.make()
+    known = dict(region_temperature=taus[0], pair_temperature=taus[1])
+    # Groups of two devices' examples.
+    grouped = lambda d, r: grounding_loss(**d, **r, **known, group=len(image) // 4, batch_axes=axes)
+    found["grouped"] = summary(grouped, data, rest)
+    rng, b = np.random.default_rng(0), len(image)
+    targets = dict(masks=rng.random((b, 3, 6, 6)) < 0.5, valid=rng.random((b, 3)) < 0.7)
+    targets["weight"] = rng.choice(np.float32([0, 0.1, 1]), b)
+
+    def masks(d, r):
+        given = d["logits"], r["masks"].astype(jnp.float32), r["valid"], r["weight"]
+        total, count = best_match_dice_loss(*given)
+        matched = matched_losses(given[0][:, None], *given[1:], batch_axes=axes)
+        return Contrast(total / count + matched.total(), total, count)
+
+    found["masks"] = summary(masks, {"logits": rng.normal(size=(b, 5, 6, 6)).astype(np.float32)}, targets)
     for form in ("gather", "ring") if axes else ("dense",):
         ground = lambda d, r, form=form: grounding_loss(
-            **d,
-            **r,
-            region_temperature=taus[0],
-            pair_temperature=taus[1],
-            group=None,
-            form=form,
-            batch_axes=axes,
+            **d, **r, **known, group=None, form=form, batch_axes=axes
         )
         found[f"grounding {form}"] = summary(ground, data, rest)
         for kind in ("softmax", "sigmoid"):
