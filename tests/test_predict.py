@@ -14,6 +14,7 @@ from ovseg_jax import predict, score
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.class_vectors import write_class_vectors
 from ovseg_jax.files import locked
+from ovseg_jax.inference import command
 from ovseg_jax.inference.folder import coco_results
 from ovseg_jax.inference.result import Result
 from ovseg_jax.inference.segmenter import Segmenter
@@ -77,7 +78,7 @@ def test_a_folder_with_a_bad_file(run, tmp_path, capsys):
 def test_one_file_with_features_or_tiles(run, tmp_path, flags, monkeypatch):
     """Memory is returned to the system for tiles alone."""
     asked = []
-    monkeypatch.setattr(predict, "return_compilers_memory", lambda: asked.append(1))
+    monkeypatch.setattr(command, "return_compilers_memory", lambda: asked.append(1))
     save(tmp_path / "photo.png", ["red", "green"], size=(100, 80))
     assert run(images=tmp_path / "photo.png", **flags) == 0
     assert len(asked) == ("tile" in flags)
