@@ -9,8 +9,9 @@
       stuff, where the teachers had 74.0, 66.3 and 90.0.
   python -m ovseg_jax.main --config=configs/upernet.py:data=prepared,data_dir=DIR,val_dir=DIR,target=voc,teacher=WORKDIR
       the paper's recipe: MAE's ViT-B and UPerNet, on the training images of a data set that `python -m
-      ovseg_jax.prepare` wrote to DIR. The paper's mIoU with background (Table 4): VOC 62.0, Context 30.2, COCO 35.7.
-      None of them has been reproduced yet.
+      ovseg_jax.prepare` wrote to DIR, which the teacher labels as P-Seg is evaluated (C.2); with background=background
+      where that is a class, as in Table 4's VOC. The paper's mIoU with background (Table 4): VOC 62.0, Context 30.2,
+      COCO 35.7. None of them has been reproduced yet.
 
 Numbers with a section, table or appendix are the paper's; "mmsegmentation" marks those of its MAE recipe, whose form
 the paper follows; the rest is marked "ours".
@@ -24,6 +25,8 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.pretrained.published import pixels_of, weights_of
 
 STEPS = {"voc": 20_000, "context": 40_000, "coco": 80_000}  # Table 11
+# How P-Seg is evaluated on each (C.1), see ovseg_jax/decisions/published.py.
+PROTOCOLS = {"voc": "pseg_voc", "context": "context", "coco": "coco_object"}
 DEPTH = 12  # blocks of ViT-B
 
 
@@ -36,7 +39,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         val_dir="",  # data=prepared, folder: what to evaluate on; by default nothing
         target=tuple(STEPS),  # data=prepared, folder: whose number of steps
         teacher="",  # a run that labels the training images; without it, their own label maps are used
-        decision="argmax",  # teacher: how its scores become labels, see ovseg_jax/decisions/rules.py
+        # teacher: how its scores become labels, see ovseg_jax/decisions/rules.py; by default argmax on scenes, else as
+        # P-Seg is evaluated on the target (C.2)
+        decision="",
         background="",  # teacher: the class of pixels to which the decision gives none
         windows=True,  # data=prepared, folder: evaluates by sliding windows, as mmsegmentation; False: on whole images
         weights="",  # data=prepared, folder: MAE's, if not on the hub: a folder or file
@@ -45,16 +50,20 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = scenes() if args.data == "scenes" else paper(args)
     config.seed = args.seed
     if args.teacher:
-        label(config, args.teacher, args.decision, args.background)
+        protocol = "" if args.data == "scenes" or args.decision else PROTOCOLS[args.target]
+        label(config, args.teacher, args.decision, args.background, protocol)
     args.check_read()
     return config
 
 
-def label(config: ConfigDict, teacher: str, decision: str = "argmax", background: str = "") -> None:
+def label(
+    config: ConfigDict, teacher: str, decision: str = "", background: str = "", protocol: str = ""
+) -> None:
     """Adds the stage in which the teacher labels the training images."""
     (source,) = config.data.train
     images = {key: value for key, value in source.items() if key != "cache"}
-    labels = dict(teacher=teacher, source=images, decision=decision, batch_size=64)
+    rule = dict(protocol=protocol) if protocol else dict(decision=decision or "argmax")
+    labels = dict(teacher=teacher, source=images, **rule, batch_size=64)
     if background:
         labels["background"] = background
     config.stages = [dict(name="labels", kind="pseudo_label_maps", config=labels)]

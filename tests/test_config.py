@@ -16,6 +16,7 @@ from PIL import Image
 from ovseg_jax import config, methods
 from ovseg_jax.data.geometry import geometry_of
 from ovseg_jax.data.sources.build import make_source
+from ovseg_jax.decisions.published import protocol
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.keys import check_config
 from ovseg_jax.methods import build
@@ -130,6 +131,12 @@ def test_the_numbers_of_p_seg_plus(target, steps):
     assert config.to_json(again) == config.to_json(out)
     assert again.stages[0]["config"]["source"] == dict(name="prepared", data_dir="x")
     assert again.data.train[0]["masks"] == "stage:labels"
+    rule = dict(voc="pseg_voc", context="context", coco="coco_object")[
+        target
+    ]  # as the teacher is evaluated, C.2
+    assert protocol(rule) and again.stages[0]["config"]["protocol"] == rule
+    own = load("upernet", "data=prepared,data_dir=x,teacher=r,decision=semantic").stages[0]["config"]
+    assert own["decision"] == "semantic" and "protocol" not in own
     assert out.final_evals.validation.windows.to_dict() == dict(stride=341, short=512, longest=2048)
     assert (
         "windows"

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int32
 from ovseg_jax.data.source_base import check_provides
 from ovseg_jax.data.sources.build import make_source
 from ovseg_jax.data.sources.pseudo_masks import BINS, Statistics
+from ovseg_jax.decisions.published import protocol as published
 from ovseg_jax.decisions.rules import Decision, decision_of
 from ovseg_jax.errors import UserError
 from ovseg_jax.inference.pseudo_masks import SHARD_SIZE, Image, label_source, report
@@ -31,6 +32,7 @@ def label_map_stage(
     source: Mapping[str, Any],
     labels: str = "",
     decision: Any = "argmax",
+    protocol: str = "",
     background: str = "",
     names: Mapping[str, Sequence[str]] | None = None,
     batch_size: int = 8,
@@ -48,14 +50,15 @@ def label_map_stage(
       labels: the classes, see `Segmenter.segment`; by default those of the source.
       decision: see `decisions.rules.decision_of`. Pixels without a category stay unlabelled, so
         dict(type="background_threshold", threshold=X) drops those below a confidence.
+      protocol: in place of a decision, a name of `decisions.published.DECISIONS`: sliding windows, and its decision.
       background: the name of a class that is not asked for, but given to pixels without a category.
       names: names to ask for in place of a class's own, by its first name.
       batch_size: the number of images at once in each process.
       shard_size: the number of images of a shard.
 
     Raises:
-      UserError: an image cannot be read, there are no classes, no class `background`, or the decision is unknown; and
-        see `label_source`.
+      UserError: an image cannot be read, there are no classes, no class `background`, or the decision or protocol is
+        unknown, or both are given; and see `label_source`.
     """
     images = make_source(source)
     check_provides(images, ("image",), "a stage of kind 'pseudo_label_maps'")
@@ -65,10 +68,14 @@ def label_map_stage(
     if background and background not in [own[0] for own in classes.names]:
         raise UserError(f"background={background!r} is not one of the classes")
     chosen = decision_of(decision)
+    if protocol:
+        published(protocol)  # refuses an unknown one
+        if chosen != decision_of("argmax"):
+            raise UserError(f"protocol={protocol!r} has a decision of its own: leave out decision")
     asked = with_names(classes, dict(names or {}))
     groups = {k: v for k, v in classes.groups.items() if k not in ("unseen", "held_out")}
     load = lambda: Segmenter.from_checkpoint(teacher, batch_size=batch_size, devices=jax.local_devices())
-    rule = [type(chosen).__name__, dataclasses.asdict(chosen)]
+    rule = protocol or [type(chosen).__name__, dataclasses.asdict(chosen)]
     request = dict(
         teacher=str(teacher), source=source, background=background, names=asked.names, decision=rule
     )
@@ -76,7 +83,7 @@ def label_map_stage(
         load,
         images,
         folder,
-        partial(label_maps, classes=asked, decision=chosen, background=background),
+        partial(label_maps, classes=asked, decision=chosen, protocol=protocol, background=background),
         request,
         shard_size=shard_size,
         classes=dataclasses.replace(classes, groups=groups, examples=()),
@@ -91,6 +98,7 @@ def label_maps(
     *,
     classes: ClassList,
     decision: Decision,
+    protocol: str = "",
     background: str = "",
 ) -> Iterator[Image]:
     """Labels the pixels of images with classes, numbered from 1; 0 where there is none.
@@ -100,15 +108,21 @@ def label_maps(
       images: see `read_image` for their forms.
       classes: all classes.
       decision: how scores become categories.
-      background: see `label_map_stage`.
+      protocol: see `label_map_stage`, as the next.
+      background: of pixels without a category.
     """
     first = [own[0] for own in classes.names]
     kept = [k for k in range(len(classes)) if first[k] != background]
     # The number of each category that is asked for; the last entry is for pixels without one.
     number = np.array([*(k + 1 for k in kept), first.index(background) + 1 if background else 0], np.int32)
-    for found in segmenter.stream_maps(images, classes.subset(kept), decision=decision):
-        segments = number[found.category]
-        yield Image(segments, _statistics(segments, found.confidence))
+    asked = classes.subset(kept)
+    maps: Iterable[tuple[Any, Any]] = segmenter.stream_maps(images, asked, decision=decision)
+    if protocol:
+        whole = segmenter.stream(images, asked, protocol=protocol)
+        maps = ((found.label_map, found.confidence) for found in whole)
+    for category, confidence in maps:
+        segments = number[category]
+        yield Image(segments, _statistics(segments, confidence))
 
 
 def _statistics(segments: Int32[np.ndarray, "h w"], confidence: Float[np.ndarray, "h w"]) -> Statistics:

@@ -16,10 +16,10 @@ from ovseg_jax.data.sources.pseudo_masks import PseudoMasks, read_shard
 from ovseg_jax.data.transforms import class_map
 from ovseg_jax.errors import UserError
 from ovseg_jax.experiment.run import train
-from ovseg_jax.inference import pseudo_masks
+from ovseg_jax.inference import pseudo_masks, segmenter
 from ovseg_jax.inference.pseudo_label_maps import label_map_stage
 from ovseg_jax.inference.segmenter import Segmenter
-from ovseg_jax.vocab.classes import ClassList
+from ovseg_jax.vocab.classes import ClassList, with_names
 
 ROWS = (["red"], ["red", "green"], ["blue", "white", "black"], ["green"], ["yellow", "red"])
 
@@ -107,6 +107,29 @@ def test_pixels_without_a_category(stage, tmp_path):
     found = stage(tmp_path / "class", **own, background="other")
     assert set(colours(found[2], found.classes)) == {"other"}
     assert set(colours(found[1], found.classes)) <= {"red", "green", "other"}
+
+
+def test_a_protocol_labels_in_windows(stage, tmp_path, monkeypatch):
+    """As the teacher was evaluated (papers/002, C.2): the segments are those of the Segmenter's results."""
+    windows = dict(stride=8, short=16, longest=64)
+    rules = dict(image_size=16, windows=windows, decision=dict(type="semantic", threshold=0.5))
+    monkeypatch.setattr(segmenter, "published", lambda name: {"pseg_voc": rules}[name])
+    source = stage(tmp_path / "windows", protocol="pseg_voc")
+    teacher = Segmenter.from_checkpoint("run")
+    asked = with_names(source.classes, dict(rest=["yellow", "black"]))
+    for k in range(2):
+        found = class_map(source[k]["segments"], source[k]["class_ids"])
+        result = teacher.segment(source[k]["image"], asked, protocol="pseg_voc")
+        np.testing.assert_array_equal(found, result.label_map)
+    assert colours(source[1], source.classes)[::39] == ["red", "green"]
+    (request,) = {
+        json.dumps(read_shard(path).request["decision"]) for path in (tmp_path / "windows").glob("*.zip")
+    }
+    assert request == '"pseg_voc"'
+    with pytest.raises(UserError, match="protocol='pseg_voc' has a decision of its own"):
+        stage(tmp_path / "both", protocol="pseg_voc", decision="semantic")
+    with pytest.raises(UserError, match="the protocol 'pseg' is not one of voc"):
+        stage(tmp_path / "wrong", protocol="pseg")
 
 
 def test_devices_share_a_batch(stage, tmp_path, monkeypatch):
