@@ -2,9 +2,20 @@
 what becomes of their weights here."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ovseg_jax.pretrained.rename import fit, rename
+
+
+def images(*shape, seed=0):
+    """Normalised images [*shape 3]."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(*shape, 3)), jnp.float32)
+
+
+def count(tree):
+    """The number of parameters."""
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
 
 
 def init(model, *inputs, seed=0):

@@ -11,14 +11,11 @@ from ovseg_jax.pretrained.clip_resnet import from_openai_clip_resnet, from_timm_
 from ovseg_jax.pretrained.rename import fit, rename
 from tests import reference
 from tests.extras import require
+from tests.reference import images
 
 TINY: dict[str, Any] = dict(stage_sizes=(1, 2, 1, 1), width=8, embed=24, grid=3)
 SMALL: dict[str, Any] = dict(stage_sizes=(1, 1), width=8, embed=24, grid=12)  # c2 and c3 alone
 MAPS = ("c2", "c3", "c4", "c5")
-
-
-def images(batch, height, width, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=(batch, height, width, 3)), jnp.float32)
 
 
 def randomise(model):

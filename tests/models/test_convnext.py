@@ -23,6 +23,7 @@ from ovseg_jax.vocab.words import WordList
 from tests import reference
 from tests.extras import require
 from tests.models import twin
+from tests.reference import images
 
 SIZES: dict[str, Any] = dict(depths=(1, 1, 2, 1), width=8, embed_dim=24)
 TINY = {
@@ -31,10 +32,6 @@ TINY = {
     "xxlarge": SIZES | dict(epsilon=1e-5),
 }
 MAPS = ("c2", "c3", "c4", "c5")
-
-
-def images(*shape):
-    return jnp.asarray(np.random.default_rng(0).normal(size=(*shape, 3)), jnp.float32)
 
 
 def randomise(model):

@@ -8,16 +8,9 @@ from ovseg_jax.models.efficientnet_scaling import SCALING, STAGES, round_blocks,
 from ovseg_jax.pretrained.efficientnet import from_hf_efficientnet
 from tests import reference
 from tests.extras import require
+from tests.reference import count, images
 
 TINY = dict(width=0.25, depth=0.4)
-
-
-def images(batch, height, width, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=(batch, height, width, 3)), jnp.float32)
-
-
-def count(tree):
-    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
 
 
 def head_parameters(width):

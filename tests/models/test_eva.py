@@ -20,6 +20,7 @@ from ovseg_jax.pretrained.eva import from_eva_clip, from_timm_eva
 from ovseg_jax.pretrained.rename import fit, rename
 from tests import reference
 from tests.extras import require
+from tests.reference import images
 
 HEADS, PATCH, GRID = 2, 8, 4
 TINY: dict = dict(
@@ -58,10 +59,6 @@ OPEN_CLIP = {
     "eva02_clip_e14": "EVA02-E-14",
     "eva01_clip_g14": "EVA01-g-14",
 }
-
-
-def images(batch, height, width, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=(batch, height, width, 3)), jnp.float32)
 
 
 @functools.cache

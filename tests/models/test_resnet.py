@@ -8,16 +8,9 @@ from ovseg_jax.models.resnet import STAGES, ResNet
 from ovseg_jax.pretrained.resnet import from_hf_resnet
 from tests import reference
 from tests.extras import require
+from tests.reference import count, images
 
 TINY = dict(stage_sizes=(1, 2, 1, 1), width=32)
-
-
-def images(batch, height, width, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=(batch, height, width, 3)), jnp.float32)
-
-
-def count(tree):
-    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
 
 
 # torchvision's 25,557,032 and 44,549,160 without the classifier of 2048 x 1000 + 1000.

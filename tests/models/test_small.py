@@ -14,10 +14,7 @@ from ovseg_jax.models.small import STEMS, GroupNorm, SmallBackbone, space_to_dep
 from ovseg_jax.models.tower_pyramid import TowerPyramid
 from ovseg_jax.models.vit import ViT
 from tests import reference
-
-
-def images(batch, height, width, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=(batch, height, width, 3)), jnp.float32)
+from tests.reference import images
 
 
 @pytest.mark.parametrize("stem", STEMS)

@@ -12,14 +12,11 @@ from ovseg_jax.pretrained.rename import fit, rename
 from ovseg_jax.pretrained.swin import from_hf_swin, from_microsoft_swin, from_timm_swin
 from tests import reference
 from tests.extras import require
+from tests.reference import images
 
 HEADS = (1, 2, 4, 8)
 TINY: dict[str, Any] = dict(width=16, depths=(2, 2, 2, 2), heads=HEADS, window=3)
 SMALL: dict[str, Any] = dict(width=16, depths=(1, 2), heads=(1, 2), window=3)  # c2 and c3 alone
-
-
-def images(batch, height, width, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=(batch, height, width, 3)), jnp.float32)
 
 
 def randomise(model):

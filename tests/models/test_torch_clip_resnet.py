@@ -1,20 +1,15 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from ovseg_jax.models.clip_resnet import PRESETS, ClipResNet
 from tests import reference
 from tests.extras import require
 from tests.models import twin
+from tests.reference import images
 
 TINY: dict[str, Any] = dict(stage_sizes=(1, 2, 1, 1), width=8, embed=24, grid=3)
-
-
-def images(*shape):
-    return jnp.asarray(np.random.default_rng(0).normal(size=(*shape, 3)), jnp.float32)
 
 
 # The table of positions as it is, for a larger map, for one of odd sides, and for a single place.

@@ -1,20 +1,15 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from ovseg_jax.models.swin import PRESETS, Swin
 from tests import reference
 from tests.extras import require
 from tests.models import twin
+from tests.reference import images
 
 TINY: dict[str, Any] = dict(width=16, depths=(2, 1, 1, 2), heads=(1, 2, 4, 8), window=3)
-
-
-def images(*shape):
-    return jnp.asarray(np.random.default_rng(0).normal(size=(*shape, 3)), jnp.float32)
 
 
 # Maps of several windows that are padded and shifted along both axes or one, of odd sides, or smaller than a window.
