@@ -72,6 +72,7 @@ def load(
     *,
     may_miss: Sequence[str] = (),
     pixels: tuple[Sequence[float], Sequence[float]] | None = None,
+    copy: bool = True,
 ) -> dict[str, Any]:
     """Reads a module's variables from published weights; a ViT's or EVA's may have patches of another size.
 
@@ -84,6 +85,7 @@ def load(
         biases of keys and the final norm of its ViT.
       pixels: mean and standard deviation by which the caller normalises pixels, to compare with the published values
         if a file beside the weights states them.
+      copy: whether to copy arrays; else they may be views of the file.
 
     Returns:
       NumPy arrays in a tree like `shapes`, in its dtypes.
@@ -117,12 +119,12 @@ def load(
             check_pixels(path, *pixels)
     try:
         if format_ not in ("big_vision's", "ours"):
-            arrays = rename(arrays, renames)
+            arrays = rename(arrays, renames, copy=copy)
         if format_ == tips.TORCH:
             arrays = tips.joined(arrays)
         if isinstance(module, ViT | Eva):
             arrays = resize_patches(arrays, module.patch)
-        return fit(arrays, shapes, may_miss=(*may_miss, *FRESH.get(type(module), ())))
+        return fit(arrays, shapes, may_miss=(*may_miss, *FRESH.get(type(module), ())), copy=copy)
     except UserError as error:
         raise UserError(f"init={init}, read as {format_}: {error}") from error
 

@@ -104,8 +104,15 @@ def inside(renames: Iterable[Rename], prefix: str, path: str) -> list[Rename]:
     return [Rename(f"{prefix}(?:{r.pattern})", target(r.target), r.layout) for r in renames]
 
 
-def rename(source: Mapping[str, np.ndarray], renames: Iterable[Rename]) -> dict[str, np.ndarray]:
+def rename(
+    source: Mapping[str, np.ndarray], renames: Iterable[Rename], *, copy: bool = True
+) -> dict[str, np.ndarray]:
     """Renames a checkpoint's arrays to our paths; the first rename that matches a name is used.
+
+    Args:
+      source: the arrays by name.
+      renames: the renames.
+      copy: whether to lay arrays out anew in memory; else they may be views of the source.
 
     Raises:
       UserError: a name matches no rename, or two arrays have the same path.
@@ -129,19 +136,22 @@ def rename(source: Mapping[str, np.ndarray], renames: Iterable[Rename]) -> dict[
             path = target.replace("{}", part)
             if path in out:
                 raise UserError(f"two arrays of the checkpoint belong to {path}; one of them is {name}")
-            out[path] = np.ascontiguousarray(value) if value.ndim else value
+            out[path] = np.ascontiguousarray(value) if value.ndim and copy else value
     if extra:
         raise UserError(f"the checkpoint has {_some(extra)} that this model does not have")
     return out
 
 
-def fit(arrays: Mapping[str, np.ndarray], shapes: Any, *, may_miss: Sequence[str] = ()) -> dict[str, Any]:
+def fit(
+    arrays: Mapping[str, np.ndarray], shapes: Any, *, may_miss: Sequence[str] = (), copy: bool = True
+) -> dict[str, Any]:
     """Arranges the arrays as a tree like `shapes`, in its dtypes.
 
     Args:
       arrays: arrays by path, such as `params/conv/kernel`.
       shapes: a tree of nested dicts of arrays or of their shapes.
       may_miss: regexes of paths that `arrays` may lack, such as a new head; these are left out of the result.
+      copy: whether to copy arrays that are views of others.
 
     Raises:
       UserError: names are missing or extra, or shapes differ; the message lists them.
@@ -163,7 +173,7 @@ def fit(arrays: Mapping[str, np.ndarray], shapes: Any, *, may_miss: Sequence[str
         raise UserError(f"the checkpoint does not fit the model: it {'; it '.join(faults)}")
     # Those that `rename` has laid out anew are not copied once more.
     flat = {
-        path: arrays[path].astype(leaf.dtype, copy=not arrays[path].flags.owndata)
+        path: arrays[path].astype(leaf.dtype, copy=copy and not arrays[path].flags.owndata)
         for path, leaf in expected.items()
         if path in arrays
     }

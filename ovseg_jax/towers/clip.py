@@ -220,7 +220,11 @@ class Clip:
             found["image"] = load(init, self.image, dict(self._image_shapes), pixels=self._pixels())
         if "text" in parts:
             text = init_shapes(self.text, jnp.zeros((1, 2), jnp.int32))[1]
-            found["text"] = self._packed(load(init, self.text, text)["params"])
+            # Stacking copies the arrays of a `CLIPText`, except those of the last block and beside the blocks.
+            found["text"] = self._packed(load(init, self.text, text, copy=False)["params"])
+            found["text"] = jax.tree.map(
+                lambda x: x if x.flags.owndata else np.array(x, order="C"), found["text"]
+            )
         return found
 
     def _of_run(self, init: str, folder: epath.Path) -> dict[str, Any]:
@@ -390,11 +394,12 @@ class Clip:
             return self._embed_padded(weights["text"], texts)
         phrase_tokens(self.tokenizer, texts)  # raises for an empty one
         ids, valid = self.tokenizer(list(texts))
-        parts, order = [], []
+        parts, rows, at = [], np.zeros(len(texts), np.int32), 0
         for given, numbers in trees(ids, valid.sum(1)):
-            parts.append(self._encode_trees(weights["text"], given)[np.flatnonzero(given.last >= 0)])
-            order.append(numbers)
-        return jnp.concatenate(parts)[np.argsort(np.concatenate(order))]
+            parts.append(self._encode_trees(weights["text"], given))
+            rows[numbers] = at + np.flatnonzero(given.last >= 0)
+            at += given.last.size
+        return (parts[0] if len(parts) == 1 else jnp.concatenate(parts))[rows]
 
     def _embed_padded(self, params: Mapping[str, Any], texts: Sequence[str]) -> Float[Array, "k e"]:
         """Embeds texts by the tower itself, `GROUP` at a time."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from ovseg_jax.kernels.unit import unit
 from ovseg_jax.protocols import Classifier, Text, Variables
@@ -70,12 +71,24 @@ def class_features(
         return method.embed_prompt(variables, templates, list(names))
     phrases = partial(method.embed_phrases, variables)
     # With few names, a call takes several templates: a call for each would be traced for its own number of tokens.
-    together = min(len(templates), max(1, TEXT_CHUNK // len(names)))
+    calls = -(-len(templates) // max(1, TEXT_CHUNK // len(names)))
+    together = -(-len(templates) // calls)
     filled = [*templates, *[templates[0]] * (-len(templates) % together)]
     parts = []
     for at in range(0, len(filled), together):
         texts = [fill(template, name) for template in filled[at : at + together] for name in names]
         real = min(together, len(templates) - at)
         found = embed_in_chunks(phrases, texts)
-        parts.append(jax.tree.map(lambda x, n=real: x.reshape(-1, len(names), x.shape[-1])[:n].sum(0), found))
-    return jax.tree.map(lambda *same: unit(jnp.asarray(sum(same))), *parts)
+        parts.append(jax.tree.map(partial(_sum, real, len(names)), found))
+    return jax.tree.map(_mean, *parts)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _sum(templates: int, names: int, x: Float[Array, "t d"]) -> Float[Array, "k d"]:
+    """Adds up the features of each name under the first templates."""
+    return x.reshape(-1, names, x.shape[-1])[:templates].sum(0)
+
+
+@jax.jit
+def _mean(*sums: Float[Array, "k d"]) -> Float[Array, "k d"]:
+    return unit(jnp.asarray(sum(sums)))

@@ -248,8 +248,10 @@ def _read_bpe(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 def _pairs(lines: Iterable[Any]) -> list[tuple[str, str]]:
     """Parses merges, each "a b" or [a, b]."""
-    pairs = [line.split(" ", 2) if isinstance(line, str) else line for line in lines if line]
-    if wrong := [pair for pair in pairs if len(texts(pair, "a merge")) != 2]:
+    pairs = [
+        line.split(" ", 2) if isinstance(line, str) else texts(line, "a merge") for line in lines if line
+    ]
+    if wrong := [pair for pair in pairs if len(pair) != 2]:
         raise ValueError(f"the merge {short(wrong[0])} does not have two pieces")
     return [(first, second) for first, second in pairs]
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.protocols import Classifier
 from ovseg_jax.towers import features
 from ovseg_jax.towers.templates import fill, read_templates
 from ovseg_jax.vocab.templates import CLIP_SIMPLE, HARD, IMAGENET, TEMPLATES, VILD
@@ -70,3 +71,23 @@ def test_names_are_averaged_over_templates_of_one_call_or_of_several(monkeypatch
     want = np.stack([sum(table[fill(t, n)] for t in templates) for n in names])
     np.testing.assert_allclose(found, want / np.linalg.norm(want, axis=1, keepdims=True), rtol=1e-5)
     assert set(asked) == {{2: 2, 5: 3, 8: 6, 100: 15}[chunk]}
+
+
+@pytest.mark.parametrize("count", [1, 3, 13, 20])
+def test_each_name_is_embedded_once_in_each_template(count, monkeypatch):
+    """The mean of unit vectors, in float64; calls are padded to equal sizes by less than a call."""
+    monkeypatch.setattr(features, "TEXT_CHUNK", 256)
+    templates, names = [f"{i} {{}}" for i in range(80)], [f"name {k}" for k in range(count)]
+    vector = lambda text: np.random.default_rng([*text.encode()]).normal(size=3).astype(np.float32)
+    asked = []
+
+    class Texts(Classifier):
+        def embed_phrases(self, variables, texts):
+            asked.extend(texts)
+            return {"a": jnp.stack([vector(text) for text in texts])}
+
+    found = features.class_features(Texts(), {}, names, templates)["a"]
+    want = np.stack([sum(vector(t.format(n)).astype(np.float64) for t in templates) for n in names])
+    np.testing.assert_allclose(found, want / np.linalg.norm(want, axis=1, keepdims=True), atol=1e-6)
+    assert set(asked) == {t.format(n) for t in templates for n in names}
+    assert len(asked) < 1.1 * len(set(asked))
