@@ -399,7 +399,7 @@ class Clip:
             parts.append(self._encode_trees(weights["text"], given))
             rows[numbers] = at + np.flatnonzero(given.last >= 0)
             at += given.last.size
-        return (parts[0] if len(parts) == 1 else jnp.concatenate(parts))[rows]
+        return _rows(rows, *parts)
 
     def _embed_padded(self, params: Mapping[str, Any], texts: Sequence[str]) -> Float[Array, "k e"]:
         """Embeds texts by the tower itself, `GROUP` at a time."""
@@ -535,6 +535,11 @@ def image_tower(config: ConfigDict, dtype: Any) -> nn.Module:
             f"towers.image of {name!r} has no key {wrong[0]!r}; known keys: {', '.join(sorted(known))}"
         )
     return kind(**{**published, **options}, dtype=dtype)
+
+
+@jax.jit
+def _rows(rows: Int[Array, " k"], *parts: Float[Array, "n e"]) -> Float[Array, "k e"]:
+    return jnp.concatenate(parts)[rows]
 
 
 def _text(tower: TextTower, params: Any, ids: Array, valid: Array) -> Array:
