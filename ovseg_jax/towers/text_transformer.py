@@ -101,7 +101,9 @@ class TextTransformer:
         return self.net.init(rng, jnp.zeros((1, 2), jnp.int32))
 
     def encode(self, variables: Mapping[str, Any], texts: Sequence[str]) -> Float[Array, "k d"]:
-        """Embeds class names as unit vectors: the sum over the templates (GroupViT's way), normalised.
+        """Embeds class names as unit vectors: the sum of those of the templates, normalised (CLIP's way).
+
+        GroupViT's code averages several templates before it normalises them; it segments with one.
 
         Raises:
           UserError: there is no text, or an empty one, or one with a word that a tokeniser of words lacks.
