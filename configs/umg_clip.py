@@ -35,6 +35,7 @@ traffic bounds them all:
   B/16  v4:2x2x4  loop=true          3.8 of 32 GiB  at least 179 ms a step, 18 hours
   B/16  v3:2x4                       3.3 of 16 GiB  at least 539 ms a step, 2.3 days
   L/14  v4:2x2x4  loop=true          6.8 of 32 GiB  at least 297 ms a step, 30 hours
+  L/14  v3:2x4    loop=true          6.0 of 16 GiB  at least 889 ms a step, 3.8 days
   g/14  v4:2x2x4  fsdp=16,loop=true  5.6 of 32 GiB  at least 390 ms a step, 40 hours
   E/14  v4:2x2x4  fsdp=16,loop=true  8.3 of 32 GiB  at least 646 ms a step, 66 hours
 A step takes 4.0, 10.4, 27.1 and 101 TFLOP a chip: on 16 H100, by their FLOPs alone (--topology=h100:16), at least 1.5,
