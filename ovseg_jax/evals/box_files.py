@@ -1,6 +1,6 @@
 """Files of boxes and masks in the formats of COCO and LVIS: proposals and annotations."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -157,55 +157,16 @@ def read_annotations(
         ]
         is_lvis = any(column(kinds, "frequency", _frequency, default="", of="category"))
         shown = column(kinds, "name", text, default="", of="category")
-        sizes: list[tuple[int, ...]] = [() for _ in rows]
-        if kind == "segm":
-            sides = (column(rows, side, whole, 1, LONGEST, of="image") for side in ("height", "width"))
-            sizes = list(zip(*sides, strict=True))
-        names, addresses = (
-            column(rows, key, text, default="", of="image") for key in ("file_name", "coco_url")
-        )
-        lists = [column(rows, key, _ids, default=[], of="image") for key in _LVIS_LISTS]
-        images = [
-            (key, name or address, size, dict(zip(_LVIS_LISTS, own, strict=True)))
-            for key, name, address, size, *own in zip(
-                column(rows, "id", image_id, of="image"), names, addresses, sizes, *lists, strict=True
-            )
-        ]
-        images.sort(key=lambda image: _by_number(image[0]))
-        numbers_of = {str(key): n for n, (key, *_) in enumerate(images, 1)}
+        images = _images(rows, kind)
+        numbers_of = {str(image.id): n for n, image in enumerate(images, 1)}
         if len(numbers_of) < len(images):
             raise ValueError("two images have the same id")
         known = {category["id"] for category in categories}
         if len(known) < len(categories):
             raise ValueError("two categories have the same id")
-        annotations = []
-        columns = (
-            column(truth, "image_id", image_id, of="annotation"),
-            column(truth, "category_id", whole_id, of="annotation"),
-            column(truth, "area", number, default=None, of="annotation"),
-            column(truth, "iscrowd", flag, default=False, of="annotation"),
-            column(truth, "bbox", numbers, 4, of="annotation")
-            if kind == "bbox"
-            else column(truth, "segmentation", _given, of="annotation"),
-        )
-        for i, (image, category, area, crowd, shape) in enumerate(zip(*columns, strict=True)):
-            if str(image) not in numbers_of or category not in known:
-                what = f"image {image!r}" if str(image) not in numbers_of else f"category {category}"
-                raise ValueError(f"annotation {i} refers to the {what}, which the file does not list")
-            where = numbers_of[str(image)]
-            if kind == "bbox":
-                own = {"bbox": shape, "area": shape[2] * shape[3] if area is None else area}
-            else:
-                rle = mask_rle(shape, f"annotation {i}: 'segmentation'", images[where - 1][2])
-                own = {"segmentation": rle, "area": rle_area(rle) if area is None else area}
-            crowded = int(crowd and not is_lvis)
-            head: dict[str, Any] = {
-                "id": i + 1,
-                "image_id": where,
-                "category_id": category,
-                "iscrowd": crowded,
-            }
-            annotations.append(head | own)
+        annotations = _annotations(truth, kind, images, numbers_of, known)
+        for annotation in annotations if is_lvis else ():
+            annotation["iscrowd"] = 0
     if classes and (strange := [k for k, wanted in enumerate(classes.ids) if wanted not in known]):
         lost, name = classes.ids[strange[0]], classes.display(strange[0])
         raise UserError(
@@ -213,15 +174,74 @@ def read_annotations(
         )
     data = {
         "images": [
-            {"id": n, **dict(zip(("height", "width"), size, strict=False)), **lvis}
-            for n, (_, _, size, lvis) in enumerate(images, 1)
+            {"id": n, **dict(zip(("height", "width"), image.size, strict=False)), **image.lvis}
+            for n, image in enumerate(images, 1)
         ],
         "annotations": annotations,
         "categories": categories,
     }
     ids = [row["id"] for row in categories]
     own_classes = ClassList.things([name or str(k) for name, k in zip(shown, ids, strict=True)], ids)
-    return Annotations(data, [image[0] for image in images], [image[1] for image in images], own_classes)
+    return Annotations(data, [image.id for image in images], [image.file for image in images], own_classes)
+
+
+class _Image(NamedTuple):
+    """An image of an annotation file: its id, file name or address, size if masks are read, and lists of LVIS."""
+
+    id: int | str
+    file: str
+    size: tuple[int, ...]
+    lvis: dict[str, list[int]]
+
+
+def _images(rows: Sequence[dict[str, Any]], kind: Kind) -> list[_Image]:
+    """Checks images and sorts them by their ids."""
+    sizes: list[tuple[int, ...]] = [() for _ in rows]
+    if kind == "segm":
+        sides = (column(rows, side, whole, 1, LONGEST, of="image") for side in ("height", "width"))
+        sizes = list(zip(*sides, strict=True))
+    names, addresses = (column(rows, key, text, default="", of="image") for key in ("file_name", "coco_url"))
+    lists = [column(rows, key, _ids, default=[], of="image") for key in _LVIS_LISTS]
+    images = [
+        _Image(key, name or address, size, dict(zip(_LVIS_LISTS, own, strict=True)))
+        for key, name, address, size, *own in zip(
+            column(rows, "id", image_id, of="image"), names, addresses, sizes, *lists, strict=True
+        )
+    ]
+    return sorted(images, key=lambda image: _by_number(image.id))
+
+
+def _annotations(
+    rows: Sequence[dict[str, Any]],
+    kind: Kind,
+    images: Sequence[_Image],
+    numbers_of: Mapping[str, int],
+    known: Collection[int],
+) -> list[dict[str, Any]]:
+    """Checks annotations of images, which `numbers_of` numbers from 1 by their ids, and of `known` categories."""
+    columns = (
+        column(rows, "image_id", image_id, of="annotation"),
+        column(rows, "category_id", whole_id, of="annotation"),
+        column(rows, "area", number, default=None, of="annotation"),
+        column(rows, "iscrowd", flag, default=False, of="annotation"),
+        column(rows, "bbox", numbers, 4, of="annotation")
+        if kind == "bbox"
+        else column(rows, "segmentation", _given, of="annotation"),
+    )
+    annotations = []
+    for i, (image, category, area, crowd, shape) in enumerate(zip(*columns, strict=True)):
+        if str(image) not in numbers_of or category not in known:
+            what = f"image {image!r}" if str(image) not in numbers_of else f"category {category}"
+            raise ValueError(f"annotation {i} refers to the {what}, which the file does not list")
+        where = numbers_of[str(image)]
+        if kind == "bbox":
+            own = {"bbox": shape, "area": shape[2] * shape[3] if area is None else area}
+        else:
+            rle = mask_rle(shape, f"annotation {i}: 'segmentation'", images[where - 1].size)
+            own = {"segmentation": rle, "area": rle_area(rle) if area is None else area}
+        head = {"id": i + 1, "image_id": where, "category_id": category, "iscrowd": int(crowd)}
+        annotations.append(head | own)
+    return annotations
 
 
 def _given(value: Any, name: str) -> Any:
