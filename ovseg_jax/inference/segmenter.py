@@ -335,30 +335,24 @@ class Segmenter:
             `tile`, `protocol`, a decision other than "argmax" and "background_threshold", more than 1,000 names, or
             frames of several sizes.
         """
-        if threshold is not None and not math.isfinite(threshold):
-            raise UserError(f"threshold={threshold} is not a finite number")
-        if not 0 <= smooth < 1:
-            raise UserError(f"smooth={smooth} is not a number from 0 to below 1")
-        if smooth and (tile or protocol):
-            raise UserError("smooth works on whole frames: leave out tile and protocol")
-        if protocol is not None and (decision is not None or tile or features):
-            raise UserError("protocol works on sliding windows: leave out decision, tile and features")
-        if threshold is not None and (protocol is not None or decision is not None):
-            name = "protocol" if decision is None else "decision"
-            raise UserError(f"{name} decides by its own rule: leave out threshold")
-        if crf and decision is not None and decision_of(decision).separates:
-            raise UserError("crf works on label maps: leave out the decision, which separates objects")
-        if crf or protocol is not None:
-            # A CRF refines other results, and a protocol replaces all that follows.
-            own = dict(threshold=threshold, decision=decision, tile=tile, features=features, smooth=smooth)
-            found = (
-                self._in_windows(images, labels, protocol) if protocol else self.stream(images, labels, **own)
-            )  # type: ignore[arg-type]
-            for result in found:
-                yield _refined(result) if crf else result
-            return
-        if features and tile:
-            raise UserError("features works on whole images: leave out tile, or cut the image yourself")
+        _check_together(threshold, decision, tile, features, protocol, crf, smooth)
+        if protocol:
+            found = self._in_windows(images, labels, protocol)
+        else:
+            found = self._whole_or_tiled(images, labels, threshold, decision, tile, features, smooth)
+        yield from map(_refined, found) if crf else found
+
+    def _whole_or_tiled(
+        self,
+        images: Iterable[Any],
+        labels: Labels | ClassVectors | None,
+        threshold: float | None,
+        decision: Any,
+        tile: tuple[int, int] | None,
+        features: bool,
+        smooth: float,
+    ) -> Iterator[Result]:
+        """Yields the result of each image, as a whole or in tiles, by a decision; see `stream`."""
         least = self.method.unknown_below if threshold is None else threshold
         chosen = BackgroundThreshold(least) if decision is None else decision_of(decision)
         # For Argmax and BackgroundThreshold one compiled program processes blocks and tiles of images of any size.
@@ -747,6 +741,37 @@ def _text_of(given: ClassVectors, prediction: Prediction) -> Text:
             f"labels: their vectors have {vectors.shape[1]} numbers, but this model's have {width}"
         )
     return {space: jnp.asarray(vectors)}
+
+
+def _check_together(
+    threshold: float | None,
+    decision: Any,
+    tile: tuple[int, int] | None,
+    features: bool,
+    protocol: str | None,
+    crf: bool,
+    smooth: float,
+) -> None:
+    """Checks that arguments of `Segmenter.stream` can be used together.
+
+    Raises:
+      UserError: they cannot.
+    """
+    if threshold is not None and not math.isfinite(threshold):
+        raise UserError(f"threshold={threshold} is not a finite number")
+    if not 0 <= smooth < 1:
+        raise UserError(f"smooth={smooth} is not a number from 0 to below 1")
+    if smooth and (tile or protocol):
+        raise UserError("smooth works on whole frames: leave out tile and protocol")
+    if protocol is not None and (decision is not None or tile or features):
+        raise UserError("protocol works on sliding windows: leave out decision, tile and features")
+    if threshold is not None and (protocol is not None or decision is not None):
+        name = "protocol" if decision is None else "decision"
+        raise UserError(f"{name} decides by its own rule: leave out threshold")
+    if crf and decision is not None and decision_of(decision).separates:
+        raise UserError("crf works on label maps: leave out the decision, which separates objects")
+    if features and tile:
+        raise UserError("features works on whole images: leave out tile, or cut the image yourself")
 
 
 def _refined(result: Result) -> Result:
