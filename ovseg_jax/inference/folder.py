@@ -173,31 +173,20 @@ def segment_files(
             summaries = [SUMMARY, *([together] if together else [])]
             check_not_foreign(out, [*planned, JOURNAL, *summaries], written_files(journal.head))
         classes = labels.classes if isinstance(labels, ClassVectors) else labels
-        request = {
-            **request,
-            "labels": None if classes is None else [*map(list, classes.names)],
-            "ids": None if classes is None else list(classes.ids),
-            "vectors": _digest(labels.vectors) if isinstance(labels, ClassVectors) else None,
-            "threshold": threshold,
-            "decision": decision,
-            "task": task,
-            "tile": tile,
-            "features": features,
-            "protocol": protocol,
-            "crf": crf,
-        }
+        options: dict[str, Any] = dict(
+            threshold=threshold,
+            decision=decision,
+            tile=tile,
+            features=features,
+            protocol=protocol,
+            crf=crf,
+        )
+        request = _request(request, labels, options, task)
         listed = journal.head.get("labels")
         journal.start(
             request, names={**known, **names}, labels=listed if classes is None else request["labels"]
         )
-        there = {name for path in out.iterdir() if (name := path.name)}
-        done = {
-            record["image"]: record
-            for record in journal.records
-            if record.get("image") in files
-            and record.get("stamp") == file_stamp(record["image"])
-            and there.issuperset(files[record["image"]])
-        }
+        done = _done_earlier(journal, out, files)
         count = len(done)
         reader = ImageReader([path for path in paths if str(path) not in done])
         try:
@@ -206,16 +195,7 @@ def segment_files(
                 if classes is None and segmenter.classes is not None:
                     listed = [list(group) for group in segmenter.classes.names]
                     journal.start(request, names={**known, **names}, labels=listed)
-                results = segmenter.stream(
-                    reader,
-                    labels,
-                    threshold=threshold,
-                    decision=decision,
-                    tile=tile,
-                    features=features,
-                    protocol=protocol,
-                    crf=crf,
-                )
+                results = segmenter.stream(reader, labels, **options)
                 for record in _save_all(results, reader, out, names, len(paths), count, task):
                     journal.append(record)
                     done[record["image"]] = record
@@ -234,6 +214,38 @@ def segment_files(
         if together:
             write_whole(out / together, json.dumps(coco_results(shown, task or "")) + "\n")
         return Done(shown, reader.skipped, count)
+
+
+def _request(
+    given: Mapping[str, Any],
+    labels: ClassList | ClassVectors | None,
+    options: Mapping[str, Any],
+    task: str | None,
+) -> dict[str, Any]:
+    """Returns everything that the results depend on, as plain values."""
+    classes = labels.classes if isinstance(labels, ClassVectors) else labels
+    return {
+        **given,
+        "labels": None if classes is None else [*map(list, classes.names)],
+        "ids": None if classes is None else list(classes.ids),
+        "vectors": _digest(labels.vectors) if isinstance(labels, ClassVectors) else None,
+        **options,
+        "task": task,
+    }
+
+
+def _done_earlier(
+    journal: Journal, out: epath.Path, files: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, Any]]:
+    """Returns the records of unchanged images whose files are all there, by image."""
+    there = {path.name for path in out.iterdir()}
+    return {
+        record["image"]: record
+        for record in journal.records
+        if record.get("image") in files
+        and record.get("stamp") == file_stamp(record["image"])
+        and there.issuperset(files[record["image"]])
+    }
 
 
 def coco_results(records: Sequence[Mapping[str, Any]], task: str) -> Any:
