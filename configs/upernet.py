@@ -9,9 +9,9 @@
       stuff, where the teachers had 74.0, 66.3 and 90.0.
   python -m ovseg_jax.main --config=configs/upernet.py:data=prepared,data_dir=DIR,val_dir=DIR,target=voc,teacher=WORKDIR
       the paper's recipe: MAE's ViT-B and UPerNet, on the training images of a data set that `python -m
-      ovseg_jax.prepare` wrote to DIR, which the teacher labels as P-Seg is evaluated (C.2); with background=background
-      where that is a class, as in Table 4's VOC. The paper's mIoU with background (Table 4): VOC 62.0, Context 30.2,
-      COCO 35.7. None of them has been reproduced yet.
+      ovseg_jax.prepare` wrote to DIR, which the teacher labels as P-Seg is evaluated (C.2). Table 4's scores include
+      background: with background=background where that is a class (VOC), background=void where it is the pixels without
+      a label (Context, COCO). The paper's mIoU so: VOC 62.0, Context 30.2, COCO 35.7. Not reproduced yet.
 
 Numbers with a section, table or appendix are the paper's; "mmsegmentation" marks those of its MAE recipe, whose form
 the paper follows; the rest is marked "ours".
@@ -42,7 +42,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         # teacher: how its scores become labels, see ovseg_jax/decisions/rules.py; by default argmax on scenes, else as
         # P-Seg is evaluated on the target (C.2)
         decision="",
-        background="",  # teacher: the class of pixels to which the decision gives none
+        # teacher: the class of pixels to which the decision gives none; void adds one, whose truth is what has no label
+        background="",
         windows=True,  # data=prepared, folder: evaluates by sliding windows, as mmsegmentation; False: on whole images
         weights="",  # data=prepared, folder: MAE's, if not on the hub: a folder or file
         seed=0,
@@ -119,6 +120,8 @@ def paper(args: Args) -> ConfigDict:
         split = dict(split="val") if args.data == "prepared" else {}
         windows = dict(stride=341, short=512, longest=2048)  # mmsegmentation
         own = dict(windows=windows) if args.windows else {}
+        if args.teacher and args.background == "void":
+            own["background"] = "void by name"
         evals["validation"] = common.segmentation(dict(form, data_dir=args.val_dir, **split), 16, **own)
     return common.run(
         "upernet",

@@ -135,6 +135,13 @@ def test_the_numbers_of_p_seg_plus(target, steps):
         target
     ]  # as the teacher is evaluated, C.2
     assert protocol(rule) and again.stages[0]["config"]["protocol"] == rule
+    assert (
+        again.stages[0]["config"]["background"] == "background"
+        and "background" not in out.final_evals.validation
+    )
+    added = load("upernet", "data=prepared,data_dir=x,val_dir=y,teacher=r,background=void")
+    assert added.stages[0]["config"]["background"] == "void"
+    assert added.final_evals.validation.background == "void by name"
     own = load("upernet", "data=prepared,data_dir=x,teacher=r,decision=semantic").stages[0]["config"]
     assert own["decision"] == "semantic" and "protocol" not in own
     assert out.final_evals.validation.windows.to_dict() == dict(stride=341, short=512, longest=2048)

@@ -32,7 +32,7 @@ from ovseg_jax.protocols import Prediction, Segmenting, Text, Variables, Vocabul
 from ovseg_jax.towers.features import embed_in_chunks
 from ovseg_jax.vocab.classes import with_names
 
-VOID = "void"
+VOID, VOID_BY_NAME = "void", "void by name"
 
 
 class Sums(NamedTuple):
@@ -86,7 +86,8 @@ class SegmentationEvaluator(BatchEvaluator):
           masks: the origins of the masks, one or several, see `decisions.rules.decide`.
           decision: see `decisions.rules.decision_of`.
           background: the name of a class that is not predicted by its name but given to pixels without a category; or
-            "void", which adds such a class, and counts the pixels without a label as its truth.
+            "void", which adds such a class, and counts the pixels without a label as its truth; or "void by name", the
+            same, but its name "background" is asked for, for a network that learned it as a class.
           ignore: the name of a class that is never predicted and whose pixels are not scored.
           names: other names for some classes, by class, such as those of all things that are background.
 
@@ -103,22 +104,15 @@ class SegmentationEvaluator(BatchEvaluator):
             )
         self._modes = tuple(dict.fromkeys(modes))
         self._decision: Decision = decision_of(decision)
-        self._void = background == VOID
+        self._void, self._by_name = background in (VOID, VOID_BY_NAME), background == VOID_BY_NAME
         if self._void:
-            classes = self._classes
-            self._classes = dataclasses.replace(
-                classes,
-                names=(*classes.names, ("background",)),
-                ids=(*classes.ids, max(classes.ids, default=0) + 1),
-                isthing=(*classes.isthing, False),
-                examples=(),
-            )
-            self._background: int | None = len(classes)
+            self._background: int | None = len(self._classes)
+            self._classes = self._classes.and_background()
         else:
             self._background = self._class("background", background)
         self._ignore = self._class("ignore", ignore)
         asked = with_names(self._classes, dict(names or {}))
-        if self._void:  # Its name is never asked for, and a method may not know it.
+        if self._void and not self._by_name:  # A method may not know its name.
             asked = dataclasses.replace(asked, names=(*asked.names[:-1], asked.names[0]))
         self._names, _ = asked.flat()
         self._vocabulary = vocabulary_of(asked, self._method.seen_names())
@@ -223,7 +217,7 @@ class SegmentationEvaluator(BatchEvaluator):
         valid = batch["segment_valid"] & batch["example_mask"][:, None]
         asked = pixel_counts.present_classes(label, k)
         asked = jnp.stack([jnp.ones_like(asked), asked], 1)
-        for never in {background, self._ignore} - {None}:
+        for never in {None if self._by_name else background, self._ignore} - {None}:
             asked = asked.at[:, :, never].set(False)
         views = asked[:, :, vocabulary.owner]
         recalled = None

@@ -51,20 +51,25 @@ def label_map_stage(
       decision: see `decisions.rules.decision_of`. Pixels without a category stay unlabelled, so
         dict(type="background_threshold", threshold=X) drops those below a confidence.
       protocol: in place of a decision, a name of `decisions.published.DECISIONS`: sliding windows, and its decision.
-      background: the name of a class that is not asked for, but given to pixels without a category.
+      background: the name of a class that is not asked for, but given to pixels without a category; "void" adds one
+        with the name "background".
       names: names to ask for in place of a class's own, by its first name.
       batch_size: the number of images at once in each process.
       shard_size: the number of images of a shard.
 
     Raises:
-      UserError: an image cannot be read, there are no classes, no class `background`, or the decision or protocol is
-        unknown, or both are given; and see `label_source`.
+      UserError: an image cannot be read, there are no classes, no class `background` (or one, with "void"), or the
+        decision or protocol is unknown, or both are given; and see `label_source`.
     """
     images = make_source(source)
     check_provides(images, ("image",), "a stage of kind 'pseudo_label_maps'")
     classes = as_classes(labels) if labels else images.classes
     if not len(classes):
         raise UserError(f"the source {images.name} has no classes: give labels=")
+    if background == "void":
+        if "background" in classes.index:
+            raise UserError("background='void' adds a class 'background', which there is: give its name")
+        classes, background = classes.and_background(), "background"
     if background and background not in [own[0] for own in classes.names]:
         raise UserError(f"background={background!r} is not one of the classes")
     chosen = decision_of(decision)

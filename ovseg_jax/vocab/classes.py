@@ -83,6 +83,16 @@ class ClassList:
         pick = lambda values: tuple(values[k] for k in chosen)
         return ClassList(pick(self.names), pick(self.ids), pick(self.isthing))
 
+    def and_background(self) -> "ClassList":
+        """Returns the categories and one more, "background", which is stuff."""
+        return dataclasses.replace(
+            self,
+            names=(*self.names, ("background",)),
+            ids=(*self.ids, max(self.ids, default=0) + 1),
+            isthing=(*self.isthing, False),
+            examples=(),
+        )
+
     def display(self, k: int) -> str:
         """Returns the first name of category `k`."""
         return self.names[k][0]

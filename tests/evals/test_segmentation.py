@@ -178,10 +178,8 @@ def test_void_may_be_background_and_a_class_may_be_ignored():
     data = examples(5)
 
     def run(examples, classes=CLASSES, **own):
-        rule = dict(type="background_threshold", threshold=0.2)
-        evaluator = SegmentationEvaluator(
-            "test", PatchMethod(), classes, batches(examples, 4), mesh, decision=rule, **own
-        )
+        own = dict(decision=dict(type="background_threshold", threshold=0.2)) | own
+        evaluator = SegmentationEvaluator("test", PatchMethod(), classes, batches(examples, 4), mesh, **own)
         return evaluator.run(VARIABLES), evaluator.tables["iou"]
 
     # The same as a class of the source's own.
@@ -197,6 +195,12 @@ def test_void_may_be_background_and_a_class_may_be_ignored():
     own = dict(names={"background": ["sky"]})  # a name that the method knows
     want, want_table = run(labelled, with_class, background="background", **own)
     assert table == want_table and got["miou"] == want["miou"]
+    # A network that learned it as a class is asked for it by its name.
+    own = dict(names={"cat": ["cat"], "sky": ["kitten"], "background": ["sky"]}, decision="argmax")
+    got, table = run(data, background="void by name", **own)
+    want, want_table = run(labelled, with_class, **own)
+    assert table == want_table and got["miou"] == want["miou"] and table[-1].iou > 0
+    own = dict(names={"background": ["sky"]})
     # Without its class, an ignored pixel is as one of no class.
     ignored, _ = run(labelled, with_class, ignore="background", **own)
     assert ignored["miou_gt"] == run(data)[0]["miou_gt"]

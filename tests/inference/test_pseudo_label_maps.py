@@ -107,6 +107,13 @@ def test_pixels_without_a_category(stage, tmp_path):
     found = stage(tmp_path / "class", **own, background="other")
     assert set(colours(found[2], found.classes)) == {"other"}
     assert set(colours(found[1], found.classes)) <= {"red", "green", "other"}
+    added = stage(tmp_path / "added", **own | dict(labels="red; green"), background="void")
+    assert added.classes.names == (("red",), ("green",), ("background",))
+    for k in range(len(ROWS)):
+        renamed = [name.replace("other", "background") for name in colours(found[k], found.classes)]
+        assert colours(added[k], added.classes) == renamed
+    with pytest.raises(UserError, match="adds a class 'background', which there is"):
+        stage(tmp_path / "twice", **own | dict(labels="red; background"), background="void")
 
 
 def test_a_protocol_labels_in_windows(stage, tmp_path, monkeypatch):
