@@ -29,6 +29,9 @@ Of a video (pip install 'ovseg_jax[video]'), or with --fps of images as its fram
   NAME.jsonl         a line for each frame, as NAME.json above, with its number and time in seconds
 """
 
+# Pixels: each tile is resized to the model's input, so that a photograph in tiles of 2 pixels would take days.
+_LEAST_TILE = 8
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; the exit status is 1 also if some images could not be read."""
@@ -135,6 +138,11 @@ def parser() -> Parser:
 
 def _tile(text: str) -> tuple[int, int]:
     size, _, overlap = text.partition(",")
+    if not size.isdecimal() or not (overlap or "0").isdecimal() or int(size) < _LEAST_TILE:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not the side of a tile in pixels, at least {_LEAST_TILE}, such as 640, or 640,160 with the "
+            "overlap"
+        )
     return int(size), int(overlap) if overlap else int(size) // 4
 
 

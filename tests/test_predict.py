@@ -181,6 +181,8 @@ def test_labels_with_vectors(run, tmp_path):
         ({"images": "photo.png", "labels": "gone.txt"}, "gone.txt"),
         ({"images": "photo.png", "labels": "gone.npz"}, "gone.npz cannot be read: there is no such file"),
         ({"images": "photo.png", "tile": "8,9"}, "overlap"),
+        ({"images": "photo.png", "tile": "2"}, "'2' is not the side of a tile in pixels, at least 8"),
+        ({"images": "photo.png", "tile": "40,a"}, "'40,a' is not the side of a tile"),
         ({"images": "photo.png", "task": "panoptic", "decision": "argmax"}, "--task replaces --decision"),
         ({"images": "photo.png", "task": "panoptic", "tile": "40"}, "leave out --tile"),
         ({"images": "photo.png", "task": "instance", "crf": True}, "leave out the decision 'instances'"),
