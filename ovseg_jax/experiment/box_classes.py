@@ -15,12 +15,13 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.evals import average_precision as ap
 from ovseg_jax.evals.box_files import (
     Annotations,
+    Proposals,
     find_images,
     match_images,
     read_annotations,
     read_boxes,
 )
-from ovseg_jax.evals.boxes import class_probability, detect, region_features
+from ovseg_jax.evals.boxes import Detection, class_probability, detect, region_features
 from ovseg_jax.experiment.class_vectors import TextSide, class_vectors
 from ovseg_jax.experiment.load import load_run
 from ovseg_jax.files import file_stamp, locked_file, write_whole
@@ -28,6 +29,7 @@ from ovseg_jax.parallel.sharding import make_mesh
 from ovseg_jax.protocols import Classifier
 from ovseg_jax.towers.prompt_file import Prompt
 from ovseg_jax.vocab.class_files import read_class_file
+from ovseg_jax.vocab.classes import ClassList
 
 
 def classify_boxes(
@@ -97,28 +99,22 @@ def classify_boxes(
                 with jax.set_mesh(mesh):
                     run = load_run(checkpoint, mesh, kind=Classifier, lacking="does not classify images")
                     text = class_vectors(TextSide(run.method, run.variables, prompt), listed, synonyms)
-                    scale = float(run.method.logit_scale(run.variables))
-                    features = region_features(
+                    crops = [(files[key], found.boxes) for key, found in waiting.items()]
+                    regions = region_features(
                         run.method.embed_image,
                         run.variables,
-                        [(files[key], found.boxes) for key, found in waiting.items()],
+                        crops,
                         mesh,
                         size=int(run.config.data.image_size),
                         batch=batch,
                     )
+                    scale = float(run.method.logit_scale(run.variables))
                     bar = tqdm(
                         waiting.items(), initial=len(done), total=len(proposals), unit="image", disable=None
                     )
-                    for (key, found), regions in zip(bar, features, strict=True):
-                        done[key] = [
-                            {
-                                "image_id": key,
-                                "category_id": listed.ids[k],
-                                "bbox": found.boxes[box].tolist(),
-                                "score": score,
-                            }
-                            for box, k, score in detect(found, class_probability(regions, text, scale), limit)
-                        ]
+                    for (key, found), own in zip(bar, regions, strict=True):
+                        best = detect(found, class_probability(own, text, scale), limit)
+                        done[key] = _rows(key, found, best, listed)
                         journal.append({"image_id": key, "results": done[key]})
         finally:
             journal.close()
@@ -128,6 +124,21 @@ def classify_boxes(
         if truth:
             print(score_boxes(truth, results))
         journal.remove()
+
+
+def _rows(
+    key: int | str, proposals: Proposals, best: Sequence[Detection], classes: ClassList
+) -> list[dict[str, Any]]:
+    """Returns the detections of an image as results of COCO."""
+    return [
+        {
+            "image_id": key,
+            "category_id": classes.ids[category],
+            "bbox": proposals.boxes[box].tolist(),
+            "score": score,
+        }
+        for box, category, score in best
+    ]
 
 
 def score_boxes(truth: Annotations, results: Sequence[dict[str, Any]]) -> str:
