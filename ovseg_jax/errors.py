@@ -1,5 +1,8 @@
 """The one exception that is shown to a user as a sentence, without a traceback."""
 
+import importlib
+from typing import Any
+
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(0xB, 0x20), 0x7F)}
 
 
@@ -13,3 +16,19 @@ class UserError(Exception):
 
     def __init__(self, message: object = ""):
         super().__init__(str(message).translate(_CONTROLS))
+
+
+def optional(module: str, missing: str) -> Any:
+    """Imports a module of a package that may be missing.
+
+    Args:
+      module: its name.
+      missing: the sentence for users who lack it, which says how to install it; "{error}" stands for Python's message.
+
+    Raises:
+      UserError: it cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(missing.replace("{error}", str(error))) from error

@@ -12,7 +12,7 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 
-from ovseg_jax.errors import UserError
+from ovseg_jax.errors import UserError, optional
 from ovseg_jax.reading import DAMAGE, reason
 
 SUFFIXES = frozenset((".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"))
@@ -126,8 +126,4 @@ class VideoWriter:
 
 
 def _av() -> Any:
-    try:
-        import av
-    except ImportError:
-        raise UserError("videos need PyAV: pip install 'ovseg_jax[video]'") from None
-    return av
+    return optional("av", "videos need PyAV: pip install 'ovseg_jax[video]'")

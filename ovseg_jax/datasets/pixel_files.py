@@ -17,7 +17,7 @@ from ovseg_jax.datasets.base import Download, Entry, Option
 from ovseg_jax.datasets.matlab import read_array
 from ovseg_jax.datasets.members import Members
 from ovseg_jax.datasets.packed import Packed
-from ovseg_jax.errors import UserError
+from ovseg_jax.errors import UserError, optional
 from ovseg_jax.reading import reading
 from ovseg_jax.vocab.classes import ClassList, parse_labels
 
@@ -337,8 +337,4 @@ class Pcam(PixelFiles):
 
 def _hdf5(file: Any) -> Any:
     """Opens an HDF5 file for reading."""
-    try:
-        import h5py
-    except ImportError as error:
-        raise UserError("pcam needs the package h5py: pip install -e '.[prepare]'") from error
-    return h5py.File(file, "r")
+    return optional("h5py", "pcam needs the package h5py: pip install -e '.[prepare]'").File(file, "r")

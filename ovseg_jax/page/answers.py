@@ -360,7 +360,7 @@ def download(results: Sequence[Result], names: Sequence[str], kind: str) -> tupl
 
 def _embeds(segmenter: Segmenter, word: str) -> bool:
     try:
-        segmenter.embed(_listed([word]))
+        segmenter.embed(ClassList.things([word]))
     except UserError:
         return False
     return True

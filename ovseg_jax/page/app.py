@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 
-from ovseg_jax.errors import UserError
+from ovseg_jax.errors import UserError, optional
 from ovseg_jax.inference.result import Result
 from ovseg_jax.inference.segmenter import Segmenter
 from ovseg_jax.page import answers
@@ -367,11 +367,7 @@ def _middleware() -> list[Any]:
 
 
 def _gradio() -> Any:
-    try:
-        import gradio
-    except ImportError as error:
-        raise UserError(f"the page needs Gradio: pip install -e '.[demo]' ({error})") from error
-    return gradio
+    return optional("gradio", "the page needs Gradio: pip install -e '.[demo]' ({error})")
 
 
 def _reporting(gr: Any, handler: Callable[..., Any], count: int) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from ovseg_jax.errors import UserError
+from ovseg_jax.errors import UserError, optional
 from ovseg_jax.files import verify
 from ovseg_jax.reading import reading
 
@@ -228,12 +228,7 @@ def _shards(index: Path) -> dict[str, np.ndarray]:
 
 
 def _torch(path: Path) -> dict[str, np.ndarray]:
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(
-            f"{path} needs PyTorch: pip install torch, or use the model's safetensors file"
-        ) from error
+    torch = optional("torch", f"{path} needs PyTorch: pip install torch, or use the model's safetensors file")
     try:
         # Full checkpoints of DINO and MAE hold their arguments as a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):

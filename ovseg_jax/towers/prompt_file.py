@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from ovseg_jax.errors import UserError
+from ovseg_jax.errors import UserError, optional
 from ovseg_jax.pretrained.files import read_arrays, read_metadata, write_safetensors
 from ovseg_jax.pretrained.hub import on_disk
 from ovseg_jax.reading import array, number, parse_json, reading, short, text, texts
@@ -218,11 +218,7 @@ def _original(path: Path) -> Float[np.ndarray, "..."]:
 
 
 def _torch(path: str | Path) -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(f"{path} is a file of PyTorch: pip install torch") from error
-    return torch
+    return optional("torch", f"{path} is a file of PyTorch: pip install torch")
 
 
 def _listing(metadata: Mapping[str, str], key: str) -> list[Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from ovseg_jax.errors import UserError
+from ovseg_jax.errors import UserError, optional
 from ovseg_jax.files import write_whole
 from ovseg_jax.reading import DAMAGE, parse_json, read_lines, read_text, reading, reason, short, whole
 
@@ -187,12 +187,9 @@ class _Wandb:
     """A run of Weights & Biases behind two methods of clu's `metric_writers.MetricWriter`, which has none for it."""
 
     def __init__(self, workdir: epath.PathLike, project: str, config: Mapping[str, Any]):
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                f"wandb={project} needs Weights & Biases: pip install -e '.[wandb]' ({error})"
-            ) from error
+        wandb = optional(
+            "wandb", f"wandb={project} needs Weights & Biases: pip install -e '.[wandb]' ({{error}})"
+        )
         folder = epath.Path(workdir)
         # A run that resumes goes on under its identifier; one that starts anew in a cleared folder gets another.
         name = folder / WANDB_FILE

@@ -11,7 +11,6 @@ Special tokens inside a text have no meaning: "<|endoftext|>" or "[SEP]" in a ca
 
 import gzip
 import html
-import importlib
 import string
 import unicodedata
 from collections import Counter
@@ -25,7 +24,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Bool, Int
 
-from ovseg_jax.errors import UserError
+from ovseg_jax.errors import UserError, optional
 from ovseg_jax.files import record, verify
 from ovseg_jax.reading import read_json, read_text, reading, reason, short, texts, whole
 
@@ -357,7 +356,4 @@ def _agree(file: Path, kind: str | None, found: str) -> str:
 
 
 def _require(package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise UserError(f"this needs a package that is not installed: pip install {package}") from error
+    return optional(package, f"this needs a package that is not installed: pip install {package}")

@@ -6,7 +6,6 @@ needs no download.
 """
 
 import functools
-import importlib
 import json
 import re
 import threading
@@ -18,7 +17,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
-from ovseg_jax.errors import UserError
+from ovseg_jax.errors import UserError, optional
 from ovseg_jax.files import write_whole
 from ovseg_jax.reading import array, read_json, reading, texts
 from ovseg_jax.vocab.lexicon import LEXICON
@@ -304,7 +303,4 @@ def _load_tagger(name: str):
 
 def _require(tagger: str, module: str, install: str):
     """Imports a tagger's module, or raises a UserError that says how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as e:
-        raise UserError(f'tagger="{tagger}" needs the package {module.split(".")[0]}: run {install}') from e
+    return optional(module, f'tagger="{tagger}" needs the package {module.split(".")[0]}: run {install}')

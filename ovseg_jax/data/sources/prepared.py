@@ -19,7 +19,7 @@ from ovseg_jax.data.prepared_files import (
     read_texts,
 )
 from ovseg_jax.data.source_base import TEXTS, Example, Extent, Regions, Source
-from ovseg_jax.errors import UserError
+from ovseg_jax.errors import UserError, optional
 from ovseg_jax.reading import reading
 from ovseg_jax.vocab.classes import rename
 
@@ -161,10 +161,7 @@ def _texts(record: Any, key: str) -> list[Any]:
 
 def _tfds() -> Any:
     logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of its own deprecations
-    try:
-        import tensorflow_datasets
-    except ImportError as error:
-        raise UserError(
-            f"the data source 'prepared' needs a package: pip install tensorflow-datasets ({error})"
-        ) from error
-    return tensorflow_datasets
+    return optional(
+        "tensorflow_datasets",
+        "the data source 'prepared' needs a package: pip install tensorflow-datasets ({error})",
+    )

@@ -20,7 +20,7 @@ from ovseg_jax.data.sources.image_folder import (
     read_names,
     readable_name,
 )
-from ovseg_jax.errors import UserError
+from ovseg_jax.errors import UserError, optional
 from ovseg_jax.reading import reason
 from ovseg_jax.vocab.classes import ClassList
 
@@ -139,10 +139,7 @@ def _package(failed: str, hint: str = "") -> Iterator[None]:
 
 
 def _tfds() -> Any:
-    try:
-        import tensorflow_datasets
-    except ImportError as error:
-        raise UserError(
-            f"the data source 'tfds' needs a package: pip install tensorflow-datasets ({error})"
-        ) from error
-    return tensorflow_datasets
+    return optional(
+        "tensorflow_datasets",
+        "the data source 'tfds' needs a package: pip install tensorflow-datasets ({error})",
+    )
