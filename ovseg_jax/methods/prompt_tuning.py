@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from ovseg_jax.config import keys
@@ -259,10 +259,6 @@ class PromptTuning(OnClip):
             ), None
         return None, None
 
-    def embed_image(self, variables: Variables, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b d"]:
-        """Embeds images as unit vectors."""
-        return self.clip.embed_image(variables["towers"], image)
-
     def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
         """Embeds class names in the learned prompt as unit vectors.
 
@@ -296,11 +292,3 @@ class PromptTuning(OnClip):
         names = self.all_names if self.layout.specific else ()
         context = variables["params"]["prompt"]["context"]
         return Prompt(context, self.layout, names, self.config.towers.text.name)
-
-    def embed_phrases(self, variables: Variables, texts: Sequence[str]) -> Text:
-        """Embeds texts unchanged, without the prompt, as unit vectors."""
-        return {SPACE: self.clip.embed_phrases(variables["towers"], texts)}
-
-    def logit_scale(self, variables: Variables) -> Float[Array, ""]:
-        """Returns the 1/τ of the towers."""
-        return jnp.exp(variables["towers"]["scale"])
