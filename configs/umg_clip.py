@@ -38,8 +38,8 @@ traffic bounds them all:
   L/14  v3:2x4    loop=true          6.0 of 16 GiB  at least 889 ms a step, 3.8 days
   g/14  v4:2x2x4  fsdp=16,loop=true  5.6 of 32 GiB  at least 390 ms a step, 40 hours
   E/14  v4:2x2x4  fsdp=16,loop=true  8.3 of 32 GiB  at least 646 ms a step, 66 hours
-A step takes 4.0, 10.4, 27.1 and 101 TFLOP a chip: on 16 H100, by their FLOPs alone (--topology=h100:16), at least 1.5,
-3.8, 10.1 and 37.8 hours. The paper does not state its own.
+A step takes 4.0, 10.4, 27.1 and 101 TFLOP a chip: on 16 H100, by their FLOPs alone (--topology=h100:16, g and E with
+fsdp=16,loop=true), at least 1.5, 3.8, 10.1 and 37.8 hours. The paper does not state its own.
 
 UMG-41M is published without images and without a description of its keys: paths="captions:PATH;box:PATH" says where
 they are, see `ovseg_jax/data/sources/region_json.py`. Numbers with a section or table are the paper's; "EVA" those of

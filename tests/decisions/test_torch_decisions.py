@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ovseg_jax.decisions import maps
-from ovseg_jax.decisions.rules import Instances, Panoptic
+from ovseg_jax.decisions.rules import decision_of
 from ovseg_jax.inference.result import Result
 from ovseg_jax.vocab.classes import ClassList
 from tests.extras import require
@@ -38,14 +38,13 @@ def test_segments_are_those_of_the_rules(void):
     frame = maps.frame(SIZE, GRID, (160, 128), jnp.array([155, 123]), jnp.array(SIZE))
     rows, columns = (torch.from_numpy(np.array(x)) for x in (frame.rows, frame.columns))
     owner, n = CLASSES.flat()[1], 12
-    rules = {
-        "panoptic": Panoptic(object_threshold=0.1, overlap_threshold=0.4),
-        "instances": Instances(top=9),
-    }
-    settings = {"panoptic": dict(object_threshold=0.1, overlap_threshold=0.4), "instances": dict(top=9)}
+    asked = (
+        dict(type="panoptic", object_threshold=0.1, overlap_threshold=0.4),
+        dict(type="instances", top=9),
+    )
     merged = 0
-    for name, rule in rules.items():
-        decide = jax.jit(rule)
+    for decision in asked:
+        decide = jax.jit(decision_of(decision))
         for seed in range(6):
             rng = np.random.default_rng(seed)
             weights = rng.uniform(0, 1, (len(owner), n)).astype(np.float32)
@@ -68,9 +67,9 @@ def test_segments_are_those_of_the_rules(void):
                 rows,
                 columns,
             )
-            theirs = Segmentation(CLASSES, *decisions.decision_of(dict(type=name, **settings[name]))(scored))
+            theirs = Segmentation(CLASSES, *decisions.decision_of(decision)(scored))
             assert_same_segments(ours, theirs, 3)
             stuff = [segment.category for segment in theirs.segments if not segment.isthing]
-            assert len(stuff) == len({*stuff}) and (name == "panoptic" or not stuff)
+            assert len(stuff) == len({*stuff}) and (decision["type"] == "panoptic" or not stuff)
             merged += len(stuff)
     assert merged

@@ -571,7 +571,7 @@ def test_fcclip_in_pytorch_gives_the_same_outputs_and_labels(small, tmp_path, mo
     import ovseg_jax.torch
 
     monkeypatch.setattr(FCClip, "whole", Whole(64, 96, 32))
-    # Of this head, "no object" is the best of every mask.
+    # As drawn, "no object" is the best class of every mask; with the opposite vector it is that of some.
     variables = jax.tree.map(lambda x: x, small.variables)
     variables["params"]["classifier"]["void"] = -variables["params"]["classifier"]["void"]
     segmenter = Segmenter(small.method, variables, small.config, TRAINED)
