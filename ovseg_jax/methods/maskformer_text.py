@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from jaxtyping import Array, Int, UInt8
 from ml_collections import ConfigDict
 
@@ -18,6 +17,7 @@ from ovseg_jax.config import keys
 from ovseg_jax.data.source_base import Source, check_provides
 from ovseg_jax.errors import UserError
 from ovseg_jax.methods.maskformer import MaskFormer
+from ovseg_jax.methods.text_side import SPACE, TextSide, text_side
 from ovseg_jax.models.maskformer import QueryEmbedding
 from ovseg_jax.protocols import (
     PRECISION,
@@ -28,18 +28,13 @@ from ovseg_jax.protocols import (
     Vocabulary,
     log_probability,
 )
-from ovseg_jax.towers.frozen_text import TEXT_TOWER, FrozenText
-from ovseg_jax.towers.text_table import TextTable
 from ovseg_jax.towers.vocabulary import counted_words
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.splits import load_split
 from ovseg_jax.vocab.words import WordList
 
-SPACE = "text"
-"""The name of the only space, which queries and texts share."""
 
-
-class TextMaskFormer(MaskFormer):
+class TextMaskFormer(TextSide, MaskFormer):
     """A MaskFormer whose class logits are cosines of queries and class names, times 1/τ, with a learned "no object".
 
     A region's score for a name is its probability among the names that are asked for and "no object".
@@ -77,8 +72,7 @@ class TextMaskFormer(MaskFormer):
             raise UserError(
                 "model.init has no effect with maskformer_text: published MaskFormers have classes"
             )
-        side = FrozenText if config.text.get("tower") else TextTable
-        self.text = side(config.text, words, int(config.model.embed_dim))
+        self.text = text_side(config, words, int(config.model.embed_dim))
         self.frozen = () if self.text.learned else ("^text/",)
         self.scale = float(config.loss.scale)
 
@@ -106,11 +100,6 @@ class TextMaskFormer(MaskFormer):
         text = self.text.pretrained()
         return {**found, "params": {**found.get("params", {}), "text": text}} if text else found
 
-    def save_assets(self, workdir: epath.Path) -> None:
-        """Saves a frozen text tower, which checkpoints do not hold."""
-        if isinstance(self.text, FrozenText) and not (workdir / TEXT_TOWER / "config.json").exists():
-            self.text.save(workdir / TEXT_TOWER)
-
     def predict(
         self, variables: Variables, image: UInt8[Array, "b s t 3"], image_size: Int[Array, "b 2"]
     ) -> Prediction:
@@ -119,14 +108,6 @@ class TextMaskFormer(MaskFormer):
         last = regions[:, -1]
         cosine = jnp.matmul(last, void, precision=PRECISION)
         return Prediction(out.mask_logits[:, -1], {SPACE: last}, {}, cosine)
-
-    def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
-        """Embeds names as unit vectors."""
-        return {SPACE: self.text.encode(variables["params"]["text"], texts)}
-
-    def kept_space(self) -> tuple[str, int] | None:
-        """Returns the space of a frozen text tower; a learned text side is fast."""
-        return (SPACE, self.text.dim) if isinstance(self.text, FrozenText) else None
 
     def score_regions(self, prediction: Prediction, text: Text, vocabulary: Vocabulary) -> RegionScores:
         """Computes the probability of each name and of "no object" for each proposal of one image."""

@@ -6,7 +6,6 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
-from etils import epath
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
@@ -18,20 +17,16 @@ from ovseg_jax.kernels.grounding import grounding_loss
 from ovseg_jax.kernels.unit import unit
 from ovseg_jax.losses.masks import best_match_dice_loss
 from ovseg_jax.losses.temperature import bounded, unbounded
+from ovseg_jax.methods.text_side import SPACE, TextSide, text_side
 from ovseg_jax.models.backbones import build_backbone
 from ovseg_jax.models.openseg import OpenSegFeatures, OpenSegNet
 from ovseg_jax.parallel.accumulate import in_parts
 from ovseg_jax.parallel.sharding import active_batch_axes
-from ovseg_jax.protocols import Aux, Batch, Prediction, Segmenting, Text, Trainable, Variables
-from ovseg_jax.towers.frozen_text import TEXT_TOWER, FrozenText
+from ovseg_jax.protocols import Aux, Batch, Prediction, Segmenting, Trainable, Variables
 from ovseg_jax.towers.text import embed_words
-from ovseg_jax.towers.text_table import TextTable
 from ovseg_jax.towers.vocabulary import counted_words
 from ovseg_jax.vocab.classes import ClassList
 from ovseg_jax.vocab.words import WordList
-
-SPACE = "text"
-"""The name of the only space, which images and texts share."""
 
 NET_FIELDS = (
     "width embed_dim num_queries decoder_layers decoder_heads head_convs pyramid_output_conv position_grid "
@@ -55,7 +50,7 @@ def build_net(config: ConfigDict, **overrides) -> OpenSegNet:
     return OpenSegNet(backbone, tuple(model["mean"]), tuple(model["std"]), dtype=dtype, **fields)
 
 
-class OpenSeg(Trainable, Segmenting):
+class OpenSeg(TextSide, Trainable, Segmenting):
     """The method OpenSeg: network, text side and losses; `config` is the whole config of a run.
 
     Keys of `config.loss`: `mask_weight` is α of eq. 5; `contrast` is "unsync" (within groups of `group` examples) or
@@ -109,8 +104,7 @@ class OpenSeg(Trainable, Segmenting):
     def __init__(self, config: ConfigDict, words: WordList, classes: ClassList):
         self.config, self.loss_config = config, config.loss
         self.net = build_net(config)
-        text = FrozenText if config.text.get("tower") else TextTable
-        self.text = text(config.text, words, self.net.embed_dim)
+        self.text = text_side(config, words, self.net.embed_dim)
         self.frozen = () if self.text.learned else ("^text/",)
         if self.loss_config.contrast not in ("sync", "unsync"):
             raise UserError(f"loss.contrast={self.loss_config.contrast!r} is not 'sync' or 'unsync'")
@@ -198,11 +192,6 @@ class OpenSeg(Trainable, Segmenting):
         raw, bounds = params["temperature"], self.loss_config.temperature_bounds
         return bounded(raw["region"], *bounds), bounded(raw.get("pair", raw["region"]), *bounds)
 
-    def save_assets(self, workdir: epath.Path) -> None:
-        """Saves a frozen text tower, which checkpoints do not hold."""
-        if isinstance(self.text, FrozenText) and not (workdir / TEXT_TOWER / "config.json").exists():
-            self.text.save(workdir / TEXT_TOWER)
-
     def predict(
         self, variables: Variables, image: UInt8[Array, "b s t 3"], image_size: Int[Array, "b 2"]
     ) -> Prediction:
@@ -210,14 +199,6 @@ class OpenSeg(Trainable, Segmenting):
         out: Any = self.net.apply(image_variables(variables), image, image_size)
         regions = {} if out.region_sum is None else {SPACE: unit(out.region_sum)}
         return Prediction(out.mask_logits, regions, {SPACE: out.pixel_embed})
-
-    def embed_text(self, variables: Variables, texts: Sequence[str]) -> Text:
-        """Embeds names and phrases as unit vectors."""
-        return {SPACE: self.text.encode(variables["params"]["text"], texts)}
-
-    def kept_space(self) -> tuple[str, int] | None:
-        """Returns the space of a frozen text tower; a learned text side is fast."""
-        return (SPACE, self.text.dim) if isinstance(self.text, FrozenText) else None
 
     def region_scale(self, variables: Variables) -> float:
         """Returns 1/τ of eq. 3."""
